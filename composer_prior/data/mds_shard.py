@@ -1,0 +1,107 @@
+"""Writes one MDS shard without ever holding its bytes twice, and without importing streaming.
+
+The bytes are those that ``streaming.MDSWriter`` writes (a test compares them). Two things make this worth its few
+lines: a shard's samples go to the file as they are, where the library joins them three times over, and a conversion
+process starts in a fraction of a second, where importing the library takes many.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import BufferedWriter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+__all__ = ["ShardWriter"]
+
+
+class ShardWriter:
+    """Cuts samples into MDS shards, each no larger than a limit unless one sample alone is.
+
+    Args:
+        folder: where the shard files go.
+        prefix: the files are named ``{prefix}.000.mds``, ``{prefix}.001.mds`` …
+        columns: the encoding of each column: ``"bytes"``, ``"str"`` or ``"json"``.
+        size_limit: the largest shard, in bytes.
+    """
+
+    def __init__(self, folder: Path, prefix: str, columns: dict[str, str], size_limit: int):
+        self.folder = folder
+        self.prefix = prefix
+        self.columns = dict(sorted(columns.items()))
+        self.config = {
+            "version": 2,
+            "format": "mds",
+            "compression": None,
+            "hashes": ["xxh64"],
+            "size_limit": size_limit,
+            "column_names": list(self.columns),
+            "column_encodings": list(self.columns.values()),
+            "column_sizes": [None] * len(self.columns),
+        }
+        self.header = json.dumps(self.config, sort_keys=True).encode()
+        self.size_limit = size_limit
+        self.shards: list[dict[str, Any]] = []
+        self._disk = ThreadPoolExecutor(1)
+        self._syncing: list[Future[None]] = []
+        self._clear()
+
+    def write(self, sample: dict[str, Any]) -> None:
+        """Adds one sample, and writes the shard before it if that is full.
+
+        Args:
+            sample: a value for each column.
+        """
+        cells = [_encode(encoding, sample[name]) for name, encoding in self.columns.items()]
+        size = 4 * len(cells) + sum(map(len, cells))
+        if self.sizes and self.bytes + size + 4 > self.size_limit:
+            self._flush()
+        self.parts += [np.array([len(cell) for cell in cells], np.uint32).tobytes(), *cells]
+        self.sizes.append(size)
+        self.bytes += size + 4
+
+    def finish(self) -> None:
+        """Writes the last shard; all shards are safely on the disk when this returns."""
+        if self.sizes:
+            self._flush()
+        for syncing in self._syncing:
+            syncing.result()
+        self._disk.shutdown()
+
+    def _flush(self) -> None:
+        count = np.uint32(len(self.sizes)).tobytes()
+        start = 4 + 4 * (len(self.sizes) + 1) + len(self.header)
+        offsets = (np.cumsum([0, *self.sizes]) + start).astype(np.uint32).tobytes()
+        name = f"{self.prefix}.{len(self.shards):03}.mds"
+        digest = xxhash.xxh64()
+        file = open(self.folder / name, "wb")  # noqa: SIM115 - closed once it is on the disk
+        for part in (count, offsets, self.header, *self.parts):
+            digest.update(part)
+            file.write(part)
+        file.flush()
+        # The disk works on this shard while the next one is made.
+        self._syncing.append(self._disk.submit(_sync, file))
+        raw = {"basename": name, "bytes": start + sum(self.sizes), "hashes": {"xxh64": digest.hexdigest()}}
+        self.shards.append({"samples": len(self.sizes), "raw_data": raw, "zip_data": None, **self.config})
+        self._clear()
+
+    def _clear(self) -> None:
+        self.parts: list[bytes] = []
+        self.sizes: list[int] = []
+        self.bytes = 4 + 4 + len(self.header)
+
+
+def _encode(encoding: str, value: Any) -> bytes:
+    if encoding == "bytes":
+        return value
+    return (value if encoding == "str" else json.dumps(value)).encode()
+
+
+def _sync(file: BufferedWriter) -> None:
+    with file:
+        os.fsync(file.fileno())

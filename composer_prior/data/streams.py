@@ -1,0 +1,337 @@
+"""Shards from a bucket: they reach the cache whole and checked, or not at all, and what cannot be read is named.
+
+mosaicml-streaming does the rest. Left alone, it moves a shard to its final place before it has checked it, lets every
+process that needs a shard wait for ever for one that failed to download it, and ends the epoch of a loader's worker
+early, without an error, when a download fails.
+"""
+
+import json
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
+from time import sleep, time_ns
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from streaming import Stream, StreamingDataset
+from streaming.base.constant import DEFAULT_TIMEOUT, TICK
+from streaming.base.dataset import _Iterator, _ShardState
+from streaming.base.format import FileInfo, Reader, get_index_basename
+from streaming.base.format.mds import MDSReader
+from streaming.base.format.mds.encodings import is_mds_encoding_safe
+from streaming.base.hashing import get_hash, is_hash
+from streaming.base.storage.download import BOTOCORE_CLIENT_ERROR_CODES
+from streaming.base.world import World
+
+_SHA3 = ("sha3_512", "sha3_384", "sha3_256", "sha3_224")
+_SHA2 = ("sha512", "sha384", "sha256", "sha224")
+STRONGEST_FIRST = (
+    *_SHA3,
+    *_SHA2,
+    "blake2b",
+    "blake2s",
+    "sha1",
+    "md5",
+    "xxh3_128",
+    "xxh128",
+    "xxh3_64",
+    "xxh64",
+    "xxh32",
+)
+FAILED = ".failed"  # a file beside a shard that could not be downloaded, which says why
+_STARTS = 20
+FIRST_PAUSE = 1.0  # seconds between the first two attempts; each pause is twice the one before
+_UNREADABLE = 255  # a state of a shard beside streaming's: its download has failed for good, in any process of the node
+
+
+class OneLineError(Exception):
+    """An error whose message is one line, also where DataLoader has put a worker's traceback around it."""
+
+    def __init__(self, message: str):
+        last = message.rstrip().rpartition("\n")[2]
+        super().__init__(last.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: "))
+
+
+class DataError(OneLineError, OSError):
+    """Data that cannot be read, named: an index, a shard."""
+
+
+class CheckedStream(Stream):
+    """A stream whose files are downloaded under another name, checked, and then put in place.
+
+    Each is checked by its size and by the strongest hash that the index has for it, or by ``validate_hash``. An attempt
+    takes no longer than ``download_timeout``, whatever the server does; between attempts there are 1, 2, 4 … s.
+
+    Args:
+        kwargs: those of :class:`streaming.Stream`.
+    """
+
+    @property
+    def place(self) -> str:
+        """Where the data come from."""
+        return os.path.join(self.remote or self.local, self.split).rstrip("/")
+
+    @property
+    def patience(self) -> float:
+        """The longest time in seconds that a download may take, all attempts together."""
+        return self.download_retry * (self.download_timeout + 1) + FIRST_PAUSE * 2.0**self.download_retry
+
+    def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
+        self._expected: dict[str, FileInfo] = {}
+        index = Path(self.local, self.split, get_index_basename())
+        try:
+            if self.remote and not world.is_local_leader:
+                _wait_for(index, self.patience)
+            shards = super().get_shards(world, allow_unsafe_types=True)  # they are checked here
+        except Exception as error:
+            raise DataError(f"{self.place}/{index.name} cannot be read: {one_line(error)}") from error
+        for shard in shards:
+            self._check_shard(shard)
+            self._expected.update((info.basename, info) for pair in shard.file_pairs for info in pair if info)
+        return shards
+
+    def _check_shard(self, shard: Reader) -> None:
+        """Refuse what could do harm, and a hash that could not be checked."""
+        if not isinstance(shard, MDSReader):
+            raise DataError(f"{self.place} is not of the format MDS.")
+        for name, encoding in zip(shard.column_names, shard.column_encodings, strict=True):
+            if not is_mds_encoding_safe(encoding):
+                raise DataError(
+                    f"{self.place}: the column {name!r} is pickled, and reading it could run code; convert the data "
+                    "without it."
+                )
+        for info in (info for pair in shard.file_pairs for info in pair if info):
+            path = Path(info.basename)
+            if path.is_absolute() or ".." in path.parts:
+                raise DataError(f"{self.place}: the index names a shard outside of its folder, {info.basename!r}.")
+            if self.validate_hash and self.validate_hash not in info.hashes:
+                known = ", ".join(sorted(info.hashes)) or "none"
+                raise DataError(
+                    f"{self.place}: validate_hash={self.validate_hash} is not among the hashes of {info.basename} "
+                    f"({known}); leave it out for the strongest."
+                )
+
+    def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
+        """Remove what a run before left in the cache: parts of files, and what it could not download."""
+        folder = Path(self.local, self.split)
+        for file in folder.rglob("*") if self.remote else ():
+            expected = self._expected.get(str(file.relative_to(folder)))
+            if {".partial", FAILED} & set(file.suffixes) or (expected and file.stat().st_size != expected.bytes):
+                file.unlink(missing_ok=True)
+        super().set_up_local(shards, cache_usage_per_shard)
+
+    def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
+        local = Path(self.local, self.split, to_basename or from_basename)
+        if self.remote is None:
+            raise FileNotFoundError(f"{local} is missing, and there is no remote to download it from")
+        remote = os.path.join(self.remote, self.split, from_basename)
+        for attempt in range(self.download_retry):
+            try:
+                self._attempt(remote, local, self._expected.get(from_basename), attempt)
+                break
+            except Exception as error:
+                self._downloader.clean_up()
+                if _is_final(error) or attempt + 1 == self.download_retry:
+                    times = f"{attempt + 1} attempts, the last: " if attempt else ""
+                    raise DataError(f"{times}{one_line(error)}") from error
+            sleep(FIRST_PAUSE * 2.0**attempt)
+        return str(local)
+
+    def _attempt(self, remote: str, local: Path, expected: FileInfo | None, attempt: int) -> None:
+        partial = local.with_name(f"{local.name}.{os.getpid()}-{threading.get_ident()}-{attempt}.partial")
+        download = in_thread(lambda: self._downloader.download(remote, str(partial), self.download_timeout))
+        try:
+            download.result(self.download_timeout)
+            if expected is not None:
+                check_file(partial, expected, self.validate_hash)
+            else:
+                json.loads(partial.read_bytes())  # an index that arrived in part is none
+            os.replace(partial, local)
+        except FutureTimeoutError:
+            raise TimeoutError(f"no answer, or not all of it, within {self.download_timeout:g} s") from None
+        finally:  # at once, or when the download that nobody waits for has ended
+            download.add_done_callback(lambda _: partial.unlink(missing_ok=True))
+
+
+class CheckedDataset(StreamingDataset):
+    """A data set of checked streams, in which a failed download is an error of every loader that needs the shard.
+
+    Args:
+        streams: several data sets to mix: for each name the arguments of :class:`.CheckedStream`, as ``remote``,
+            ``local``, and one of ``proportion``, ``repeat`` and ``choose``; or None, for the one that the following
+            arguments tell. Default: ``None``.
+        remote, local, split, keep_zip: see :class:`streaming.StreamingDataset`.
+        download_retry: attempts for each file, with 1, 2, 4 … s between them. Default: ``6``, which bears a server
+            that is gone for half a minute.
+        download_timeout: the longest time in seconds of one attempt. Default: ``60``.
+        validate_hash: the hash to check downloaded shards by. Default: the strongest that the index has.
+        kwargs: the others of :class:`streaming.StreamingDataset`.
+
+    Raises:
+        DataError: for what cannot be read, or would run code when it is.
+    """
+
+    def __init__(
+        self,
+        *,
+        streams: Mapping[str, Mapping[str, Any]] | None = None,
+        remote: str | None = None,
+        local: str | None = None,
+        split: str | None = None,
+        download_retry: int = 6,
+        download_timeout: float = DEFAULT_TIMEOUT,
+        validate_hash: str | None = None,
+        keep_zip: bool = False,
+        **kwargs: Any,
+    ):
+        if kwargs.pop("allow_unsafe_types", False):
+            raise ValueError("allow_unsafe_types: pickled columns are never read, they could run code.")
+        if download_retry < 1 or download_timeout <= 0:
+            raise ValueError(f"{download_retry=}, {download_timeout=}: expected at least 1 attempt of more than 0 s.")
+        if validate_hash is not None and not is_hash(validate_hash):
+            raise ValueError(f"validate_hash={validate_hash!r} is not a known hash; leave it out for the strongest.")
+        if bool(streams) == bool(remote or local):
+            raise ValueError("A data set needs either local, with or without remote, or streams.")
+        self._failure: Exception | None = None
+        given: dict[str, Any] = {"split": split, "download_retry": download_retry, "download_timeout": download_timeout}
+        given |= {"validate_hash": validate_hash, "keep_zip": keep_zip, **kwargs}
+        for attempt in reversed(range(_STARTS)):
+            try:
+                places = (streams or {"": {"remote": remote, "local": local}}).values()
+                super().__init__(streams=[CheckedStream(**place) for place in places], **given)
+                break
+            except FileExistsError as error:  # another program took the same number in shared memory meanwhile
+                if not attempt or "_locals" not in str(error):
+                    raise
+
+    def shard_name(self, shard_id: int) -> str:
+        """Where a shard comes from."""
+        stream = cast(CheckedStream, self.streams[self.stream_per_shard[shard_id]])
+        return f"{stream.place}/{cast(MDSReader, self.shards[shard_id]).raw_data.basename}"
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Download a shard if it is missing; once that has failed in a process, it fails in all of them.
+
+        Raises:
+            DataError: naming the shard.
+        """
+        if not blocking and self._is_there(shard_id):  # as nearly always; streaming would take a lock for every sample
+            self._shard_access_times[shard_id] = time_ns()
+            return
+        try:
+            if self._shard_states[shard_id] != _UNREADABLE:
+                super().prepare_shard(shard_id, blocking)
+        except Exception as error:
+            if hasattr(self, "_cache_filelock"):
+                self._cache_filelock.release(force=True)
+            self._give_up(shard_id, one_line(error))
+        if self._shard_states[shard_id] == _UNREADABLE:
+            raise DataError(f"{self.shard_name(shard_id)} cannot be read: {self._failed_file(shard_id).read_text()}")
+
+    def _is_there(self, shard_id: int) -> bool:
+        return self._shard_states[shard_id] == _ShardState.LOCAL and self.shards[shard_id].compression is None
+
+    def _give_up(self, shard_id: int, reason: str) -> None:
+        """Let all processes of the node know that a shard is unreadable, and why."""
+        file = self._failed_file(shard_id)
+        partial = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.partial")
+        partial.write_text(reason)
+        os.replace(partial, file)
+        self._shard_states[shard_id] = _UNREADABLE
+
+    def _failed_file(self, shard_id: int) -> Path:
+        shard = cast(MDSReader, self.shards[shard_id])
+        return Path(shard.dirname, shard.split or "", f"{shard.raw_data.basename}{FAILED}")
+
+    def get_item(self, sample_id: int, retry: int = 7) -> Any:
+        try:
+            self._raise_failure()
+            return super().get_item(sample_id, retry)
+        except RuntimeError as error:
+            self._raise_failure()
+            raise DataError(f"{self.shard_name(self.spanner[sample_id][0])}: {one_line(error)}") from error
+
+    def on_exception(self, future: "Future[None]") -> None:
+        """Keep the error of a background thread for the loop that waits for its samples."""
+        error = future.exception()
+        if isinstance(error, Exception):
+            self._failure = error
+            self._event.set()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise DataError(one_line(self._failure)) from self._failure
+
+    def _ready_thread(self, it: _Iterator) -> None:
+        """Nothing: whoever reads a sample waits for its shard, without another thread that looks 140 times a second."""
+        it.on_exit()
+
+    def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
+        while it.yield_index < it.total and not (it.should_exit() or self._event.is_set()):
+            sample_id = it.sample_ids[it.yield_index]
+            if sample_id != -1:
+                yield sample_id
+            it.yield_index += 1
+            it.ready_index = it.yield_index
+        it.on_exit()
+        self._raise_failure()
+
+
+def check_file(file: Path, expected: FileInfo, algorithm: str | None = None) -> None:
+    """Refuse a file that is not what the index says.
+
+    Args:
+        file: to check.
+        expected: its size and hashes.
+        algorithm: one of the hashes; default: the strongest.
+
+    Raises:
+        ValueError: saying what differs.
+    """
+    size = file.stat().st_size
+    if size != expected.bytes:
+        raise ValueError(f"{size} bytes arrived, {expected.bytes} were expected")
+    algorithm = algorithm or next((name for name in STRONGEST_FIRST if name in expected.hashes), None)
+    if algorithm is None or size == 0:
+        return
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if get_hash(algorithm, cast(bytes, data)) != expected.hashes[algorithm]:
+            raise ValueError(f"what arrived has another {algorithm} than the index says")
+
+
+def in_thread(job: Callable[[], Any]) -> "Future[None]":
+    """Run a job in a thread of its own, for which no end of the program waits."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(job())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error as one line, or its type."""
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another attempt would change nothing: the file is not there, or not for us."""
+    code = str(getattr(error, "response", {}).get("Error", {}).get("Code"))
+    return code in BOTOCORE_CLIENT_ERROR_CODES or isinstance(error, FileNotFoundError | PermissionError)
+
+
+def _wait_for(file: Path, seconds: float) -> None:
+    """Wait for a file that another process downloads."""
+    for _ in range(int(seconds / TICK)):
+        if file.exists():
+            return
+        sleep(TICK)

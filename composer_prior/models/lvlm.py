@@ -1,0 +1,194 @@
+"""The large vision-language model: vision tower -> projector -> causal language model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from composer_prior.models.head import label_mask, labelled_nll
+from composer_prior.models.language import add_image_tokens, bos_id, head_of, last_hidden_states, vocabulary_size
+from composer_prior.models.matmul import use_onednn
+from composer_prior.models.packing import enable_packing, packed_hidden_states
+from composer_prior.models.vision import ImageInputs
+
+
+class LVLM(nn.Module):
+    """A causal LM that reads images, in plain PyTorch.
+
+    Args:
+        vision: an :class:`.OpenCLIPTower`, a :class:`.PatchEmbedding`, or None for a language model on text alone.
+        projector: maps the tower's features to the LM's width; None when they have it.
+        language: a Hugging Face causal LM whose embeddings hold the image tokens.
+        tokenizer: its tokenizer; gets the image tokens if it has none.
+        label_smoothing: share of the uniform distribution over the vocabulary in the target of training, in [0, 1);
+            the outputs then have ``smoothed_nll`` too. Default: ``0.0``.
+        pack: put the samples of a batch into one row for the language model, so that it computes nothing on padding;
+            see :mod:`.packing`. Default: ``False``.
+    """
+
+    def __init__(
+        self,
+        vision: nn.Module | None,
+        projector: nn.Module | None,
+        language: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        label_smoothing: float = 0.0,
+        pack: bool = False,
+    ):
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing={label_smoothing}: expected a share in [0, 1).")
+        self.label_smoothing = label_smoothing
+        self.vision = vision
+        self.projector = projector or nn.Identity()
+        self.language = language
+        self.tokenizer = tokenizer
+        self.image_token_id, self.row_token_id = add_image_tokens(tokenizer)
+        use_onednn(self)
+        self.pack = pack
+        if pack:
+            enable_packing(language)
+        if vision is not None and len(tokenizer) > vocabulary_size(language):
+            raise ValueError(f"The LM embeds {vocabulary_size(language)} of {len(tokenizer)} tokens.")
+
+    def embed(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Input embeddings ``[B, T, D]``, image features in the places of the image tokens."""
+        embeddings = self.language.get_input_embeddings()(batch["input_ids"])  # [B, T, D]
+        if self.vision is None:
+            return embeddings
+        features = self.projector(self.vision(batch))  # [n, D], n image tokens in the batch
+        places = batch["input_ids"] == self.image_token_id
+        if not torch.compiler.is_compiling() and (tokens := int(places.sum())) != len(features):
+            raise ValueError(
+                f"The images have {len(features)} features and input_ids {tokens} image tokens: cut captions alone"
+            )
+        return embeddings.masked_scatter(places[..., None], features.to(embeddings.dtype))
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``nll``: negative log-likelihood per token, ``[B, T]`` float32, 0 where there is no label; ``correct``: bool.
+
+        Sequences are padded at the end, so causal attention needs no mask: no labelled position sees padding.
+        """
+        embeddings = self.embed(batch)
+        if self.pack:
+            hidden = packed_hidden_states(self.language, embeddings, batch["attention_mask"])  # [B, T, D]
+        else:
+            hidden = last_hidden_states(self.language, inputs_embeds=embeddings)
+        nll, correct = labelled_nll(hidden, head_of(self.language), batch["labels"])
+        outputs = {"nll": nll, "correct": correct}
+        if self.label_smoothing and self.training:
+            margin = label_margin(hidden, head_of(self.language), batch["labels"])
+            outputs["smoothed_nll"] = nll + self.label_smoothing * margin
+        return outputs
+
+    @torch.no_grad()
+    def generate(
+        self, images: Sequence[Image.Image], prompt: str = "", max_new_tokens: int = 64, **kwargs: Any
+    ) -> list[str]:
+        """Caption each image, with the KV cache; greedy unless ``kwargs`` of Hugging Face's ``generate`` say otherwise.
+
+        Args:
+            images: at least one PIL image.
+            prompt: text between the image and the caption, the one of training.
+            max_new_tokens: longest caption in tokens.
+        """
+        if self.vision is None:
+            raise ValueError("A language model without a vision tower cannot caption images.")
+        was_training = self.training
+        self.eval()
+        batch, attention_mask = self._generation_batch(images, prompt)
+        eos = self.tokenizer.eos_token_id
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else eos
+        generate: Any = self.language.generate
+        ids = generate(
+            inputs_embeds=self.embed(batch),
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            **{"do_sample": False, "eos_token_id": eos, "pad_token_id": pad, **kwargs},
+        )
+        self.train(was_training)
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def _generation_batch(self, images: Sequence[Image.Image], prompt: str) -> tuple[dict[str, Tensor], Tensor]:
+        device = self.language.device
+        process: Any = self.vision.image_processor  # type: ignore[union-attr]
+        processed = [process(image.convert("RGB")) for image in images]
+        prompt_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        placeholders = (self.image_token_id, self.row_token_id)
+        rows = [[bos_id(self.tokenizer), *(placeholders[kind] for kind in p.layout), *prompt_ids] for p in processed]
+        longest = max(map(len, rows))
+        # Padding goes to the left here: generation continues every row at its right end.
+        input_ids = torch.tensor([[bos_id(self.tokenizer)] * (longest - len(row)) + row for row in rows])
+        attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        batch = {"input_ids": input_ids, **stack_images([p.tensors for p in processed])}
+        return {key: value.to(device) for key, value in batch.items()}, attention_mask.to(device)
+
+
+def label_margin(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
+    """By how much the logit of each label exceeds the mean logit, ``[B, T]`` float32, 0 without a label.
+
+    The cross-entropy with a share ``s`` of the uniform distribution in the target is ``nll + s * margin``: both terms
+    have the same log-sum-exp, and the mean logit is the product with the mean row of the head's weight.
+
+    Args:
+        hidden: ``[B, T, D]`` last hidden states.
+        head: a linear layer.
+        labels: ``[B, T]`` int64, not shifted.
+    """
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"label_smoothing needs a linear LM head, not {type(head).__name__}; leave the head bare.")
+    mask = label_mask(labels)
+    targets = labels[mask]
+    direction = F.embedding(targets, head.weight) - head.weight.mean(0)  # [n, D]
+    margin = (hidden[:, :-1][mask[:, 1:]].float() * direction.float()).sum(-1)
+    if head.bias is not None:
+        margin = margin + head.bias[targets] - head.bias.mean()
+    return margin.new_zeros(labels.shape).masked_scatter(mask, margin)
+
+
+def augmented(
+    image_processor: Callable[[Image.Image], ImageInputs], *transforms: Callable[[Image.Image], Image.Image]
+) -> Callable[[Image.Image], ImageInputs]:
+    """An image processor behind transforms of the image, such as Composer's ``RandAugmentTransform``.
+
+    Args:
+        image_processor: that of the model's vision tower.
+        transforms: picklable callables, RGB image -> image of any size, in their order.
+    """
+    return partial(_augment, image_processor, transforms)
+
+
+def _augment(image_processor: Callable, transforms: Sequence[Callable], image: Image.Image) -> ImageInputs:
+    for transform in transforms:
+        image = transform(image)
+    return image_processor(image)
+
+
+def stack_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Batch the tensors of processed images: ``pixel_values``, or ``pixel_patches`` padded, with ``patch_mask``."""
+    if not images or not images[0]:
+        return {}
+    if "pixel_values" in images[0]:
+        return {"pixel_values": torch.stack([image["pixel_values"] for image in images])}
+    patches = [image["pixel_patches"] for image in images]
+    lengths = torch.tensor([len(p) for p in patches])
+    return {
+        "pixel_patches": nn.utils.rnn.pad_sequence(patches, batch_first=True),
+        "patch_mask": torch.arange(int(lengths.max())) < lengths[:, None],
+    }
+
+
+def build_projector(name: Literal["linear", "mlp"], width_in: int, width_out: int, freeze: bool = False) -> nn.Module:
+    """From the tower's width to the LM's: ``linear``, or ``mlp``, two layers with a GELU between (LLaVA-1.5)."""
+    if name == "linear":
+        projector: nn.Module = nn.Linear(width_in, width_out)
+    elif name == "mlp":
+        projector = nn.Sequential(nn.Linear(width_in, width_out), nn.GELU(), nn.Linear(width_out, width_out))
+    else:
+        raise ValueError(f"model.projector.name={name!r}: expected `linear` or `mlp`.")
+    return projector.requires_grad_(not freeze)

@@ -1,0 +1,270 @@
+"""The run of a recipe: what ``train.py`` calls."""
+
+import os
+import re
+import runpy
+import shutil
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from composer import Trainer
+from composer.utils import dist, get_device, reproducibility
+from omegaconf import OmegaConf
+
+from composer_prior.data.captions import StreamingCaptionDataset
+from composer_prior.data.streams import OneLineError
+from composer_prior.data.tokenizer import tokenizer_fingerprint
+from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.training.builders import (
+    average_over_gloo,
+    build_all,
+    build_loader,
+    build_named,
+    build_parallelism,
+    build_precision,
+    build_tokenizer,
+    per_rank_batch_size,
+)
+from composer_prior.training.checkpoints import (
+    CHECKPOINT_NAME,
+    LATEST_NAME,
+    Preempted,
+    RunIdentity,
+    StopOnSigterm,
+    check_checkpoint,
+    mend_checkpoints,
+)
+from composer_prior.training.config import TrainConfig, check_recipe, load_recipe
+from composer_prior.training.metrics_file import MetricsFile
+from composer_prior.training.prepare import (
+    announce,
+    check_reference,
+    model_folder,
+    prepare_data,
+    read_card,
+    save_reference,
+)
+from composer_prior.training.report import closing_report, composer_model, validation_metrics
+from composer_prior.training.score import ensure_scores
+
+
+def main(arguments: Sequence[str]) -> None:
+    """``train.py RECIPE [key=value ...]``: errors of the recipe and of the data end the program with one line."""
+    if not arguments:
+        sys.exit("usage: composer train.py RECIPE.yaml [key=value ...]")
+    try:
+        recipe = load_recipe(arguments[0], arguments[1:])
+        for path in recipe.code_paths:
+            runpy.run_path(path)
+        check_recipe(recipe)
+        trainer = start(recipe)
+    except (ValueError, FileNotFoundError, OneLineError) as error:
+        sys.exit(f"error: {error}")
+    try:
+        finish(recipe, trainer)
+    except OneLineError as error:
+        sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if not re.search("Connection (closed|reset) by peer", str(error)):
+            raise
+        sys.exit("error: another rank has ended; its own message says why.")
+
+
+def train(recipe: TrainConfig) -> Trainer:
+    """Run a recipe to its end; what it needs and does not find is made first.
+
+    Args:
+        recipe: from :func:`.load_recipe`.
+
+    Raises:
+        ValueError, FileNotFoundError: before training, if the recipe cannot run.
+    """
+    check_recipe(recipe)
+    return finish(recipe, start(recipe))
+
+
+def start(recipe: TrainConfig) -> Trainer:
+    """Everything up to the first step: data, tokenizer, reference, and the Trainer."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
+    dist.initialize_dist(get_device(None), timeout=recipe.dist_timeout)
+    prepare_data(recipe)
+    if recipe.reference is not None:
+        _prepare_reference(recipe)
+    ensure_scores(recipe)
+    return _build_trainer(recipe)
+
+
+def _prepare_reference(recipe: TrainConfig) -> None:
+    assert recipe.reference is not None
+    reference = TrainConfig(**recipe.reference)
+    folder = model_folder(reference)
+    if read_card(reference) is None:
+        resuming = Path(reference.run_folder, "checkpoints").exists()
+        announce(f"Reference: {'resuming' if resuming else 'training'} {reference.run_name}, into {folder}")
+        finish(reference, _build_trainer(reference))
+    else:
+        announce(f"Reference: reusing {folder}")
+    check_reference(recipe)
+
+
+def _build_trainer(recipe: TrainConfig) -> Trainer:
+    reproducibility.seed_all(recipe.seed)
+    tokenizer = build_tokenizer(recipe.tokenizer)
+    model = build_named("model", recipe.model, tokenizer=tokenizer)
+    loaders = _build_loaders(recipe, model)
+    train_data: StreamingCaptionDataset = loaders["train"].dataloader.dataset
+    if isinstance(model, ComposerLVLM):
+        model.image_related_metrics = all(spec.dataloader.dataset.has_spans for spec in loaders.values())
+        check_fit(model, train_data)
+    if recipe.reference is not None:
+        check_reference(recipe, train_data.fingerprint)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("Nothing to train: vision, projector and language are all frozen.")
+    identity = {
+        "model": recipe.model,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "data": train_data.fingerprint,
+        "seed": recipe.seed,
+    }
+    _prepare_checkpoints(recipe, identity)
+    trainer = Trainer(
+        model=model,
+        train_dataloader=loaders["train"],
+        eval_dataloader=loaders.get("eval"),
+        eval_interval=recipe.eval_interval,
+        max_duration=recipe.max_duration,
+        optimizers=build_named("optimizer", recipe.optimizer, params=parameters),
+        schedulers=build_named("scheduler", recipe.scheduler),
+        step_schedulers_every_batch=True,
+        algorithms=build_all("algorithm", _algorithms(recipe, train_data)),
+        callbacks=[RunIdentity(identity), StopOnSigterm(), *build_all("callback", recipe.callbacks)],
+        loggers=[MetricsFile(Path(recipe.run_folder, "metrics.jsonl")), *build_all("logger", recipe.loggers)],
+        run_name=recipe.run_name,
+        seed=recipe.seed,
+        precision=build_precision(recipe.precision),
+        device_train_microbatch_size=recipe.device_train_microbatch_size,
+        accumulate_train_batch_on_tokens=True,
+        parallelism_config=build_parallelism(recipe.parallelism_config),
+        progress_bar=recipe.progress_bar,
+        save_folder=recipe.save_folder,
+        save_interval=recipe.save_interval,
+        save_num_checkpoints_to_keep=recipe.save_num_checkpoints_to_keep,
+        save_filename=CHECKPOINT_NAME,
+        save_latest_filename=LATEST_NAME,
+        save_overwrite=True,
+        load_path=recipe.load_path,
+        autoresume=recipe.autoresume,
+        dist_timeout=recipe.dist_timeout,
+    )
+    average_over_gloo(trainer.state.model)
+    return trainer
+
+
+def _algorithms(recipe: TrainConfig, data: StreamingCaptionDataset) -> dict[str, Any]:
+    """The recipe's algorithms; where samples carry stored scores, PRIOR does not load a reference for nothing."""
+    algorithms = dict(recipe.algorithms)
+    if data.scores is not None and algorithms.get("prior") is not None:
+        algorithms["prior"] = {**algorithms["prior"], "reference": None}
+    return algorithms
+
+
+def _prepare_checkpoints(recipe: TrainConfig, identity: Mapping[str, Any]) -> None:
+    """Find the checkpoint that the run goes on from, and refuse one of another run."""
+    sources = [] if recipe.load_path is None else [Path(recipe.load_path)]
+    if recipe.save_folder is not None and "://" not in recipe.save_folder:
+        folder = Path(recipe.save_folder)
+        if recipe.autoresume:
+            with dist.run_local_rank_zero_first():
+                newest = mend_checkpoints(folder) if dist.get_local_rank() == 0 else None
+            sources = sources if newest is None else [newest]
+        elif dist.get_global_rank() == 0 and not any(folder in source.parents for source in sources):
+            shutil.rmtree(folder, ignore_errors=True)  # a run that starts anew replaces the one before it
+    for source in sources:
+        if source.is_file():
+            check_checkpoint(source, identity)
+    dist.barrier()
+
+
+def _build_loaders(recipe: TrainConfig, model: Any) -> dict[str, Any]:
+    image_processor = getattr(model, "image_processor", None)
+    batch_sizes = {
+        "train": per_rank_batch_size(recipe.global_train_batch_size),
+        "eval": recipe.device_eval_batch_size,
+    }
+    return {
+        name: build_loader(
+            getattr(recipe, f"{name}_loader"),
+            model.tokenizer,
+            image_processor,
+            batch_size,
+            shuffle_seed=recipe.seed,
+            drop_last=name == "train",
+        )
+        for name, batch_size in batch_sizes.items()
+        if getattr(recipe, f"{name}_loader") is not None
+    }
+
+
+def check_fit(model: ComposerLVLM, data: StreamingCaptionDataset) -> None:
+    """Refuse data whose longest sequence the language model has no positions for.
+
+    Raises:
+        ValueError: naming the lengths.
+    """
+    tower: Any = model.model.vision
+    image_tokens = tower.max_image_tokens if tower is not None else 0
+    longest = 1 + image_tokens + len(data.prompt_ids) + data.max_caption_tokens
+    positions = getattr(model.model.language.config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"model.language has {positions} positions, and a sequence may take {longest}: bos, {image_tokens} image, "
+            f"{len(data.prompt_ids)} prompt and {data.max_caption_tokens} caption tokens; lower "
+            "train_loader.dataset.max_caption_tokens or the image's size."
+        )
+
+
+def _fit(recipe: TrainConfig, trainer: Trainer) -> None:
+    """Train; when SIGTERM comes, save, say where the run will resume, and end the program as Composer does then."""
+    try:
+        trainer.fit()
+    except Preempted:
+        batch = trainer.state.timestamp.batch.value
+        if recipe.save_folder is None:
+            announce(f"{recipe.run_name} was stopped by SIGTERM after batch {batch}; it keeps no checkpoints.")
+        else:
+            saved = trainer.save_checkpoint(str(Path(recipe.save_folder, CHECKPOINT_NAME)))
+            announce(
+                f"{recipe.run_name} was stopped by SIGTERM after batch {batch} and saved {saved}; "
+                "the same command with autoresume=true goes on from there."
+            )
+        trainer.close()
+        sys.exit(128 + signal.SIGTERM)
+
+
+def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
+    """Train, write what the run leaves, and report."""
+    folder = Path(recipe.run_folder)
+    if dist.get_global_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.structured(recipe), folder / "config.yaml")
+    try:
+        if trainer.state.timestamp.get(trainer.state.max_duration.unit) < trainer.state.max_duration:
+            _fit(recipe, trainer)
+        else:
+            announce(f"{recipe.run_name} has finished already; set another max_duration or run_name to train on.")
+            trainer.eval()
+        model = composer_model(trainer)
+        if isinstance(model, ComposerLVLM) and model.model.vision is None:
+            data = cast(Any, trainer.state.train_dataloader).dataset
+            save_reference(recipe, model.model, data.fingerprint, validation_metrics(trainer.state))
+        dist.barrier()
+        closing_report(recipe, trainer)
+    except BaseException:
+        trainer.engine.close()  # trainer.close() would wait for the other ranks, and they for this one
+        raise
+    trainer.close()
+    return trainer

@@ -1,0 +1,11 @@
+"""Show a caption data set: ``python scripts/inspect_captions.py DATA [page=samples.html] [tokenizer=…] [limit=…]``.
+
+Prints counts, caption lengths, image sizes and the most frequent captions; ``page=`` writes samples as one HTML file.
+"""
+
+import sys
+
+from composer_prior.data.inspect import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

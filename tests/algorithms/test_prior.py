@@ -1,0 +1,206 @@
+"""PRIOR in Composer's Trainer: the loss, what the reference sees, and what is refused."""
+
+import math
+
+import pytest
+import torch
+from composer import Trainer
+from composer.loggers import InMemoryLogger
+from composer.models import HuggingFaceModel
+from conftest import small_lm, small_lvlm
+
+from composer_prior import PRIOR, ReferenceLM, importance_weights
+from composer_prior.data.tokenizer import train_tokenizer
+from composer_prior.models.head import IGNORE_INDEX
+
+
+def fit(model, spec, algorithms=(), duration="3ba", **changes):
+    """Train a few steps on the CPU and return the trainer and the losses."""
+    memory = InMemoryLogger()
+    trainer = Trainer(
+        model=model,
+        train_dataloader=spec,
+        max_duration=duration,
+        optimizers=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3),
+        algorithms=list(algorithms),
+        loggers=[memory],
+        accumulate_train_batch_on_tokens=True,
+        progress_bar=False,
+        seed=0,
+        device="cpu",
+        **changes,
+    )
+    trainer.fit()
+    return trainer, [value for _, value in memory.data["loss/train/total"]], memory
+
+
+def weighted_loss(nll, weights, labels):
+    """The paper's loss, by hand."""
+    return float((nll.double() * weights.double()).sum() / (labels != IGNORE_INDEX).sum())
+
+
+def test_alpha_zero_is_bitwise_next_token_prediction(tokenizer, make_spec, reference, lvlm):
+    family = "encoder" if lvlm.model.vision.__class__.__name__ == "OpenCLIPTower" else "patches"
+    runs = []
+    for algorithms in ((), (PRIOR(reference, alpha=0.0),)):
+        model = small_lvlm(family, tokenizer)
+        trainer, losses, _ = fit(model, make_spec(model), algorithms, device_train_microbatch_size=3)
+        runs.append((losses, [p.clone() for p in trainer.state.model.parameters()]))
+    (plain, plain_weights), (weighted, weights) = runs
+    assert len(plain) == 3
+    assert plain == weighted
+    assert all(torch.equal(a, b) for a, b in zip(plain_weights, weights, strict=True))
+
+
+@pytest.mark.parametrize("normalization", ["sequence", "none"])
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_first_loss_is_the_formula(lvlm, make_spec, make_batch, reference, normalization, stored):
+    batch = make_batch(lvlm)
+    ref_logprobs = reference.logprobs(
+        batch["input_ids"], batch["attention_mask"], batch["labels"], lvlm.image_token_ids
+    )
+    weights = importance_weights(ref_logprobs, batch["labels"] != IGNORE_INDEX, 1.5, normalization, 0.2)
+    with torch.no_grad():
+        expected = weighted_loss(lvlm.eval()(batch)["nll"], weights, batch["labels"])
+    spec = make_spec(lvlm)
+    if stored:
+        collate = spec.dataloader.collate_fn
+        spec.dataloader.collate_fn = lambda samples: {**collate(samples), "ref_logprobs": ref_logprobs}
+    algorithm = PRIOR(None if stored else reference, alpha=1.5, normalization=normalization, floor=0.2)
+    _, losses, memory = fit(lvlm.train(), spec, [algorithm], duration="1ba")
+    assert losses[0] == pytest.approx(expected, rel=1e-5)
+    logged = {name: values[-1][1] for name, values in memory.data.items() if name.startswith("prior/")}
+    kept = weights[batch["labels"] != IGNORE_INDEX].double()
+    assert logged["prior/loss_weighted"] == pytest.approx(expected, rel=1e-5)
+    assert logged["prior/reference_nll"] == pytest.approx(-float(ref_logprobs.sum()) / len(kept), rel=1e-5)
+    assert logged["prior/effective_sample_size"] == pytest.approx(
+        float(kept.sum() ** 2 / (len(kept) * (kept**2).sum()))
+    )
+    top = kept.sort(descending=True).values[: math.ceil(len(kept) / 10)].sum() / kept.sum()
+    assert logged["prior/top_decile_share"] == pytest.approx(float(top), rel=1e-6)
+    # The train metrics, which do not know of weights, have measured the plain loss.
+    assert logged["prior/loss_unweighted"] == pytest.approx(float(memory.data["metrics/train/loss"][-1][1]), rel=1e-5)
+
+
+def test_tokens_are_weighted_between_start_and_end_only(tokenizer, make_spec, reference):
+    model = small_lvlm("patches", tokenizer)
+    _, _, memory = fit(model, make_spec(model), [PRIOR(reference, start="1ba", end="3ba")], duration="5ba")
+    plain = [value for _, value in memory.data["metrics/train/loss"]]
+    totals = [value for _, value in memory.data["loss/train/total"]]
+    equal = [math.isclose(a, b, rel_tol=1e-6) for a, b in zip(plain, totals, strict=True)]
+    assert equal == [True, False, False, True, True]
+    assert len(memory.data["prior/loss_weighted"]) == 2
+
+
+def test_start_and_end_as_shares_of_the_run(tokenizer, make_spec, reference):
+    model = small_lvlm("patches", tokenizer)
+    _, _, memory = fit(model, make_spec(model), [PRIOR(reference, start="0.5dur")], duration="4ba")
+    assert [int(step.batch) for step, _ in memory.data["prior/loss_weighted"]] == [2, 3]
+
+
+def test_the_reference_sees_text_only_and_learns_nothing(lvlm, make_spec, reference):
+    seen = []
+    embeddings = reference.model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    before = [p.clone() for p in reference.model.parameters()]
+    trainer, _, _ = fit(lvlm, make_spec(lvlm), [PRIOR(reference)], duration="2ba")
+    assert seen
+    assert not any(torch.isin(ids, torch.tensor(lvlm.image_token_ids)).any() for ids in seen)
+    assert all(p.grad is None and not p.requires_grad for p in reference.model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, reference.model.parameters(), strict=True))
+    assert not reference.model.training
+    ours = {id(p) for p in reference.model.parameters()}
+    assert not any(id(p) in ours for p in trainer.state.model.parameters())
+    assert not any(id(p) in ours for group in trainer.state.optimizers[0].param_groups for p in group["params"])
+
+
+def test_the_reference_is_not_in_the_checkpoint(tmp_path, tokenizer, make_spec, reference):
+    model = small_lvlm("patches", tokenizer)
+    sizes = {}
+    for name, algorithms in (("plain", []), ("prior", [PRIOR(reference)])):
+        trainer, _, _ = fit(model, make_spec(model), algorithms, duration="1ba")
+        checkpoint = trainer.save_checkpoint(str(tmp_path / f"{name}.pt"))
+        sizes[name] = (tmp_path / f"{name}.pt").stat().st_size
+        state = torch.load(checkpoint, weights_only=False)["state"]["model"]
+        assert set(state) == set(model.state_dict())
+    reference_bytes = sum(p.numel() * p.element_size() for p in reference.model.parameters())
+    assert sizes["prior"] - sizes["plain"] < reference_bytes / 10
+
+
+def test_weights_leave_the_batch_after_the_loss(tokenizer, make_spec, reference):
+    from composer.core import Callback
+
+    class Spy(Callback):
+        def after_backward(self, state, logger):
+            assert "token_weights" not in state.batch
+
+    model = small_lvlm("patches", tokenizer)
+    fit(model, make_spec(model), [PRIOR(reference)], duration="1ba", callbacks=[Spy()])
+
+
+def test_any_model_with_logits_and_labels(tokenizer, make_spec, make_batch, reference):
+    """A text-only Hugging Face model in Composer's own wrapper, which knows nothing of weights."""
+    model = HuggingFaceModel(small_lm(tokenizer), tokenizer=tokenizer, use_logits=True)
+    batch = make_batch(None)
+    ref_logprobs = reference.logprobs(batch["input_ids"], batch["attention_mask"], batch["labels"])
+    weights = importance_weights(ref_logprobs, batch["labels"] != IGNORE_INDEX)
+    with torch.no_grad():
+        logits = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+    nll = torch.zeros(batch["labels"].shape, dtype=torch.float64)
+    for row, position in (batch["labels"] != IGNORE_INDEX).nonzero().tolist():
+        nll[row, position] = -logits[row, position - 1].log_softmax(-1)[batch["labels"][row, position]]
+    _, losses, _ = fit(model, make_spec(None), [PRIOR(reference)], duration="1ba")
+    assert losses[0] == pytest.approx(weighted_loss(nll, weights, batch["labels"]), rel=1e-5)
+
+
+def test_a_hugging_face_model_is_taken_as_reference(tokenizer, tmp_path):
+    lm = small_lm(tokenizer)
+    assert isinstance(PRIOR(lm).reference, ReferenceLM)
+    lm.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = PRIOR(str(tmp_path)).reference
+    assert all(torch.equal(a, b) for a, b in zip(lm.parameters(), loaded.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("arguments", [{"alpha": -1.0}, {"floor": 1.0}, {"normalization": "x"}])
+def test_impossible_arguments_are_refused(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        PRIOR(**arguments)
+
+
+def test_a_batch_without_scores_is_refused(tokenizer, make_spec):
+    model = small_lvlm("patches", tokenizer)
+    with pytest.raises(ValueError, match="neither `ref_logprobs` in the batch nor a reference"):
+        fit(model, make_spec(model), [PRIOR()])
+
+
+@pytest.mark.parametrize("bad", [math.nan, 0.5])
+def test_bad_scores_are_refused(tokenizer, make_spec, bad):
+    model = small_lvlm("patches", tokenizer)
+    spec = make_spec(model)
+    collate = spec.dataloader.collate_fn
+    spec.dataloader.collate_fn = lambda samples: (
+        lambda batch: {**batch, "ref_logprobs": torch.full(batch["labels"].shape, bad)}
+    )(collate(samples))
+    with pytest.raises(ValueError, match="NaN or positive"):
+        fit(model, spec, [PRIOR()])
+
+
+def test_a_reference_with_another_vocabulary_is_refused(tokenizer, make_spec):
+    model = small_lvlm("patches", tokenizer)
+    other = train_tokenizer(["entirely different words"] * 3, 300)
+    with pytest.raises(ValueError, match=r"another vocabulary than the model: \d+ of its tokens, such as"):
+        fit(model, make_spec(model), [PRIOR(ReferenceLM(small_lm(other), other))])
+    bare = HuggingFaceModel(small_lm(tokenizer), use_logits=True)
+    with pytest.raises(ValueError, match="another vocabulary than the model: 300 and 600 tokens"):
+        fit(bare, make_spec(None), [PRIOR(small_lm(tokenizer, vocab_size=300))])
+
+
+def test_a_model_without_logits_is_refused(tokenizer, make_spec, reference):
+    class NoLogits(HuggingFaceModel):
+        def forward(self, batch):
+            return {"loss": super().forward(batch)["loss"]}
+
+    model = NoLogits(small_lm(tokenizer), tokenizer=tokenizer, use_logits=True)
+    with pytest.raises(ValueError, match="needs the per-token `logits`"):
+        fit(model, make_spec(None), [PRIOR(reference)])

@@ -1,0 +1,145 @@
+"""Small real parts that the tests share: data on disk, a tokenizer, models of both families."""
+
+import os
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the CPU path is the oracle; GPU checks are scripts
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import atexit
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer.utils import reproducibility
+from streaming.base.shared import prefix
+from streaming.base.shared.memory import SharedMemory
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from composer_prior import LVLM, ComposerLVLM, ReferenceLM, StreamingCaptionDataset
+from composer_prior.data.captions import caption_data_spec
+from composer_prior.data.emoji_scenes import make_emoji_scenes, make_sample
+from composer_prior.data.tokenizer import train_tokenizer
+from composer_prior.models.lvlm import build_projector
+from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding
+
+torch.set_num_threads(1)  # the models here are too small to share among cores
+_files, _most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (max(_files, min(_most_files, 16384)), _most_files))  # many data sets
+
+FAMILIES = ("encoder", "patches")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def closed_shared_memory() -> Iterator[None]:
+    """Close what streaming opens to look for free shared memory.
+
+    Each new data set opens that of all others to look at it and never closes it again, so that a few hundred of them
+    in one process run out of file descriptors.
+    """
+    look, opened = prefix._check_and_find, []
+
+    def recorded(*arguments: Any) -> SharedMemory:
+        opened.append(SharedMemory(*arguments))
+        return opened[-1]
+
+    def look_and_close(*arguments: Any, **keywords: Any) -> int:
+        prefix.SharedMemory = recorded
+        try:
+            return look(*arguments, **keywords)
+        finally:
+            prefix.SharedMemory = SharedMemory
+            for memory in opened:
+                atexit.unregister(memory.cleanup)
+                memory.cleanup()
+            opened.clear()
+
+    prefix._check_and_find = look_and_close
+    yield
+    prefix._check_and_find = look
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Emoji scenes on disk: 96 training and 24 validation samples."""
+    out = tmp_path_factory.mktemp("data") / "scenes"
+    make_emoji_scenes(out, train_samples=96, validation_samples=24, num_workers=0, progress=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 600 tokens, with the image tokens."""
+    return train_tokenizer((make_sample("train", i)["caption"] for i in range(200)), 600)
+
+
+def small_lm(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """A Llama of two layers with random weights large enough for its predictions to differ."""
+    reproducibility.seed_all(seed)
+    config = LlamaConfig(
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.2,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            **changes,
+        }
+    )
+    return LlamaForCausalLM(config)
+
+
+def small_lvlm(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) -> ComposerLVLM:
+    """An LVLM of either family around :func:`small_lm`."""
+    lm = small_lm(tokenizer, seed, **changes)
+    width = lm.config.hidden_size
+    if family == "encoder":
+        tower: Any = OpenCLIPTower("prior-vit-tiny", image_size=24, layer=-2)
+        projector = build_projector("mlp", tower.width, width)
+    else:
+        tower, projector = PatchEmbedding(width, patch_size=16, max_side=48), None
+    return ComposerLVLM(LVLM(tower, projector, lm, tokenizer), image_related_metrics=True)
+
+
+@pytest.fixture(params=FAMILIES)
+def lvlm(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> ComposerLVLM:
+    """A small LVLM of each family."""
+    return small_lvlm(request.param, tokenizer)
+
+
+@pytest.fixture
+def reference(tokenizer: PreTrainedTokenizerFast) -> ReferenceLM:
+    """A small text-only reference with the models' tokenizer."""
+    return ReferenceLM(small_lm(tokenizer, seed=1), tokenizer)
+
+
+@pytest.fixture
+def make_spec(scenes: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
+    """A function that loads scenes for a model: ``make_spec(model, batch_size=8, split="train", **dataset)``."""
+
+    def make(model: Any, batch_size: int = 8, split: str = "train", **dataset: Any) -> Any:
+        arguments = {"local": str(scenes / split), "max_caption_tokens": 64, **dataset}
+        processor = model.image_processor if model is not None else None
+        data = StreamingCaptionDataset(
+            tokenizer=tokenizer, image_processor=processor, batch_size=batch_size, **arguments
+        )
+        return caption_data_spec(data, batch_size, drop_last=True)
+
+    return make
+
+
+@pytest.fixture
+def make_batch(make_spec: Callable[..., Any]) -> Callable[..., dict[str, torch.Tensor]]:
+    """The first batch of :func:`make_spec`."""
+
+    def make(model: Any, batch_size: int = 8, **dataset: Any) -> dict[str, torch.Tensor]:
+        return next(iter(make_spec(model, batch_size, **dataset).dataloader))
+
+    return make

@@ -1,0 +1,183 @@
+"""Conversion to a bucket: a real S3 API on loopback, served by the script that users try buckets with."""
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from streaming import StreamingDataset
+from streaming.base.util import clean_stale_shared_memory
+
+from composer_prior.data.convert import ConversionError, convert_captions, main
+from composer_prior.data.inspect import inspect_captions
+
+pytest.importorskip("moto")
+boto3 = pytest.importorskip("boto3")
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), "teal").save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def start_server(bucket: str) -> tuple[subprocess.Popen[str], dict[str, str]]:
+    command = [sys.executable, str(SCRIPTS / "local_s3.py"), f"bucket={bucket}"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    environment: dict[str, str] = {}
+    assert server.stdout is not None
+    while (line := server.stdout.readline()).startswith("export "):
+        name, _, value = line.removeprefix("export ").strip().partition("=")
+        environment[name] = value
+    assert line.startswith("# s3://"), line
+    return server, environment
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[dict[str, str]]:
+    running, environment = start_server("captions")
+    yield environment
+    running.terminate()
+    assert running.wait(10) == 0
+
+
+@pytest.fixture
+def bucket(server, monkeypatch, tmp_path) -> Any:
+    for name, value in {**server, "XDG_CACHE_HOME": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    return boto3.resource("s3", endpoint_url=server["S3_ENDPOINT_URL"]).Bucket("captions")
+
+
+def objects(bucket: Any, prefix: str) -> dict[str, bytes]:
+    found = bucket.objects.filter(Prefix=f"{prefix}/")
+    return {item.key.removeprefix(f"{prefix}/"): item.get()["Body"].read() for item in found}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    with open(folder / "captions.jsonl", "w") as lines:
+        for number in range(120):
+            (folder / f"{number}.jpg").write_bytes(jpeg() if number % 40 else b"bad")
+            lines.write(json.dumps({"image": f"{number}.jpg", "caption": f"picture {number}"}) + "\n")
+    return folder
+
+
+def test_the_bucket_holds_what_a_folder_would(bucket, source, tmp_path):
+    summary = convert_captions(source, "s3://captions/same", unit_samples=30, size_limit="4kb", processes=2)
+    convert_captions(source, tmp_path / "out", unit_samples=30, size_limit="4kb")
+    assert objects(bucket, "same") == files(tmp_path / "out")
+    last = max(bucket.objects.filter(Prefix="same/"), key=lambda item: item.last_modified)
+    assert last.last_modified == bucket.Object("same/index.json").last_modified
+    assert not list((tmp_path / "cache").rglob("*.mds")), "nothing is left behind"
+    # Complete: a second call, also from a machine that knows nothing of the first, does nothing.
+    before = {item.key: item.last_modified for item in bucket.objects.filter(Prefix="same/")}
+    assert convert_captions(source, "s3://captions/same", unit_samples=30, size_limit="4kb") == summary
+    assert {item.key: item.last_modified for item in bucket.objects.filter(Prefix="same/")} == before
+    with pytest.raises(ConversionError, match="s3://captions/same: begun with captions=all"):
+        convert_captions(source, "s3://captions/same", captions="sample", unit_samples=30, size_limit="4kb")
+
+
+def test_streaming_reads_it_with_validated_hashes(bucket, source, tmp_path):
+    convert_captions(source, "s3://captions/read/", size_limit="4kb", processes=1)
+    clean_stale_shared_memory()
+    data = StreamingDataset(
+        local=str(tmp_path / "local"),
+        remote="s3://captions/read",
+        batch_size=1,
+        shuffle=False,
+        validate_hash="xxh64",
+    )
+    assert [data[number]["caption"] for number in range(len(data))] == [f"picture {n}" for n in range(120) if n % 40]
+    assert data[0]["image"] == jpeg()
+    del data
+    report = inspect_captions("s3://captions/read", page=tmp_path / "page.html")
+    assert (report.samples, report.undecodable) == (117, 0)
+
+
+def test_killed_and_resumed_the_bucket_is_the_same(bucket, source, tmp_path):
+    options = ["unit_samples=4", "size_limit=2kb", "check=full"]
+    assert main([str(source), str(tmp_path / "out"), *options, "processes=1"]) == 0
+    command, moments, kills = [str(source), "s3://captions/killed", *options, "processes=2"], random.Random(0), 0
+    for goal in (2, 14):
+        running = get_context("fork").Process(target=main, args=(command,))
+        running.start()
+        while running.is_alive() and len(list((tmp_path / "cache").rglob("units/*.json"))) < goal:
+            time.sleep(0.001)
+        time.sleep(moments.random() * 0.05)
+        kills += running.is_alive()
+        running.kill()
+        running.join()
+    assert kills
+    assert "index.json" not in objects(bucket, "killed")
+    # What the bucket has lost meanwhile is uploaded again.
+    next(iter(bucket.objects.filter(Prefix="killed/shard."))).delete()
+    assert main(command) == 0
+    assert objects(bucket, "killed") == files(tmp_path / "out")
+
+
+def test_too_many_rejected_leave_the_list_and_no_index(bucket, source):
+    with pytest.raises(ConversionError, match="s3://captions/bad: 3 of 120 captions were rejected"):
+        convert_captions(source, "s3://captions/bad", max_rejected=0.01, processes=1)
+    found = objects(bucket, "bad")
+    assert len(found["rejected.jsonl"].splitlines()) == 3
+    assert "index.json" not in found
+
+
+def test_a_bucket_that_fails_is_named_in_one_line(bucket, source, capsys, monkeypatch):
+    assert main([str(source), "s3://no-such-bucket/x"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: s3://no-such-bucket/x: cannot be written to")
+    bucket.put_object(Key="foreign/index.json", Body=b"{}")
+    assert main([str(source), "s3://captions/foreign"]) == 1
+    assert "s3://captions/foreign: holds something else (index.json)" in capsys.readouterr().err
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    assert main([str(source), "s3://captions/x"]) == 1
+    assert "s3://captions/x: cannot be written to" in capsys.readouterr().err
+
+
+def test_the_server_ends_with_its_parent():
+    code = f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, {str(SCRIPTS / 'local_s3.py')!r}]); "
+    parent = subprocess.Popen([sys.executable, "-c", code + "print(p.pid, flush=True); time.sleep(60)"],
+                              stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    while not parent.stdout.readline().startswith("# s3://"):
+        pass
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while _runs(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_credentials_stay_out_of_what_is_written(bucket, source, server):
+    convert_captions(source, "s3://captions/secret", processes=1)
+    written = b"".join(objects(bucket, "secret").values())
+    assert os.environ["S3_ENDPOINT_URL"].encode() not in written
+    assert b"AWS" not in written

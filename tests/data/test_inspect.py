@@ -1,0 +1,164 @@
+"""The report says what is in the data, and the page shows it, in a real browser, whatever is in it."""
+
+import html
+import io
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from streaming import MDSWriter
+
+from composer_prior.data.convert import convert_captions
+from composer_prior.data.inspect import inspect_captions, main, sample_card, samples_page
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = (
+    "<script>document.title='pwned'</script>",
+    '"><img src=x onerror="document.title=\'pwned\'">',
+    "</figcaption></figure><h2>forged</h2>",
+    "&lt;b&gt; stays as written",
+    "left \u202eright to left\u202c again",
+    "\u0633\u0644\u0627\u0645\u200c\u0647\u0627 and \u05e9\u05dc\u05d5\u05dd",
+    "tab\tand\nline\x00\x1b[31m",
+    "👩‍👩‍👧 \U000e0041",
+)
+
+
+def png(colour: str, size=(64, 48)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    source = tmp_path / "in"
+    source.mkdir()
+    colours = ("red", "lime", "blue")
+    with open(source / "captions.jsonl", "w") as lines:
+        for number in range(30):
+            (source / f"{number}.png").write_bytes(png(colours[number % 3], (64 + number % 3, 48)))
+            caption = HOSTILE[number] if number < len(HOSTILE) else f"a picture {'of paint ' * (number % 2)}"
+            lines.write(json.dumps({"image": f"{number}.png", "caption": caption}) + "\n")
+    convert_captions(source, tmp_path / "data", processes=1)
+    return tmp_path / "data"
+
+
+def test_the_report_counts(data):
+    report = inspect_captions(data)
+    assert (report.samples, report.read, report.captions, report.undecodable) == (30, 30, 30, 0)
+    assert report.formats == {"PNG": 30}
+    assert {width for width, _ in report.sizes} == {64, 65, 66}
+    assert report.unit == "words"
+    assert [count for _, count in report.frequent[:3]] == [11, 11, 1]
+    assert len(report.frequent) == 10
+    text = str(report)
+    assert "30 samples in 1 shards" in text
+    assert "64 to 66, median 65" in text
+    assert "[U+202E]" in text
+    assert "\u202e" not in text
+
+
+def test_a_part_is_drawn_by_the_seed(data):
+    first, again, other = (inspect_captions(data, limit=9, seed=seed) for seed in (1, 1, 2))
+    assert first.read == 9
+    assert "figures below are of 9 of them" in str(first)
+    assert first == again
+    assert first.frequent != other.frequent
+
+
+def test_a_tokenizer_counts_tokens(data, tmp_path):
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, "<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>").save_pretrained(tmp_path / "chars")
+    report = inspect_captions(data, tokenizer=str(tmp_path / "chars"))
+    assert report.unit == "tokens"
+    assert max(report.lengths) > max(inspect_captions(data).lengths)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters()))
+def test_any_caption_is_only_text_in_the_page(caption):
+    page = samples_page([sample_card(0, b"no image", [caption])], caption, caption)
+    page.encode("utf-8")
+    shown = re.search(r'<p dir="auto">(.*?)</p>', page, re.DOTALL)
+    assert shown is not None
+    plain = html.unescape(re.sub(r'<span class="control">\[U\+([0-9A-F]+)\]</span>', _control, shown[1]))
+    assert plain == caption
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\x00-\x08]", page)
+    assert page.count("<script") == 0
+
+
+def _control(match: re.Match[str]) -> str:
+    return (
+        f"&#x{match[1]};"
+        if int(match[1], 16) > 0xA0 and not 0xD800 <= int(match[1], 16) < 0xE000
+        else chr(int(match[1], 16))
+    )
+
+
+def test_shades_follow_the_weights():
+    card = sample_card(0, png("red"), ["a <b>"], [[("a ", 0.0), ("<b>", 2.0)]])
+    assert '<mark style="--w:0.000" title="0">a </mark><mark style="--w:1.000" title="2">&lt;b&gt;</mark>' in card
+
+
+def test_unsafe_and_foreign_data_are_refused(tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match=r"no index\.json here"):
+        inspect_captions(tmp_path)
+    for columns in ({"image": "bytes", "caption": "pkl"}, {"image": "bytes", "caption": "str", "more": "pkl"}):
+        with MDSWriter(columns=columns, out=str(tmp_path / "pkl"), exist_ok=True) as writer:
+            writer.write(dict.fromkeys(columns, b"") | {"caption": "x"})
+        assert main([str(tmp_path / "pkl")]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert len(error.splitlines()) == 1
+    assert main([]) == 2
+    assert main([str(tmp_path), "nonsense=1"]) == 2
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
+def test_the_page_in_a_real_browser(data, tmp_path):
+    def shades(number, sample):
+        words = re.findall(r"\S+\s*", sample["caption"])
+        return [[(word, float(index)) for index, word in enumerate(words)]] if number == 20 else None
+
+    page = tmp_path / "page.html"
+    inspect_captions(data, page=page, samples=30, shades=shades)
+    dom, picture = browse(page, tmp_path)
+    assert "pwned" not in re.search("<title>(.*?)</title>", dom)[1]  # type: ignore[index]
+    assert "<h2>" not in dom
+    assert not re.search(r"<script|onerror=(?!&quot;|\")", re.sub(r"<p dir=.*?</p>", "", dom, flags=re.DOTALL))
+    shown = [
+        html.unescape(re.sub("<.*?>", "", text)) for text in re.findall(r'<p dir="auto">(.*?)</p>', dom, re.DOTALL)
+    ]
+    assert len(shown) == 30
+    assert shown[: len(HOSTILE)] == [
+        re.sub(r"[\u202c\u202e\x00\x1b\U000e0041]", lambda c: f"[U+{ord(c[0]):04X}]", text) for text in HOSTILE
+    ]
+    assert dom.count('<mark style="--w:') == 2
+    for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255)):
+        near = (max(map(abs, map(int.__sub__, other, colour))) < 9 for other in picture.convert("RGB").getdata())
+        assert sum(near) >= 5 * 60 * 48, "the images are on the screen"
+
+
+def browse(page: Path, folder: Path) -> tuple[str, Image.Image]:
+    """The page's DOM, and a picture of it, from a browser that starts fresh and asks nobody anything."""
+    flags = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+        "--disable-sync", "--no-first-run", "--window-size=1200,3000",
+    ]  # fmt: skip
+    screen = folder / "page.png"
+    profile = [f"--user-data-dir={folder / 'profile'}"]
+    for wish in (["--dump-dom"], [f"--screenshot={screen}"]):
+        command = [str(BROWSER), *flags, *profile, *wish, page.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        if wish == ["--dump-dom"]:
+            dom = done.stdout
+    return dom, Image.open(screen)

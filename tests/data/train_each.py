@@ -1,0 +1,12 @@
+"""``composer -n 2 train_each.py RECIPE=ENDPOINT ...``: train recipes one after another, each from its own endpoint."""
+
+import os
+import sys
+
+from composer_prior.training.config import load_recipe
+from composer_prior.training.run import train
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        recipe, _, os.environ["S3_ENDPOINT_URL"] = argument.partition("=")
+        train(load_recipe(recipe))

@@ -1,0 +1,229 @@
+"""The head and loss on labelled positions, against the dense float64 oracle."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from composer_prior.models import head as head_module
+from composer_prior.models.head import (
+    IGNORE_INDEX,
+    labelled_nll,
+    linear_nll,
+    logits_nll,
+    target_logprobs,
+    weighted_mean,
+)
+from composer_prior.models.matmul import OneDNNLinear, matmul, use_onednn
+
+WIDTH, VOCABULARY = 16, 1031
+
+
+@pytest.fixture(params=["kept", "computed anew", "partly kept"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Several blocks of the vocabulary, of which the backward pass finds all, none or some."""
+    kept = {"kept": 2**23, "computed anew": 0, "partly kept": 600 * 40}[request.param]
+    monkeypatch.setitem(head_module.BLOCK_ELEMENTS, "cpu", 256)
+    monkeypatch.setitem(head_module.KEPT_ELEMENTS, "cpu", kept)
+    return request.param
+
+
+def make_case(labelled: float, bias: bool = False, scale: float = 1.0) -> tuple[Tensor, nn.Linear, Tensor, Tensor]:
+    torch.manual_seed(17)
+    hidden = torch.randn(4, 12, WIDTH) * scale
+    labels = torch.randint(0, VOCABULARY, (4, 12)).masked_fill(torch.rand(4, 12) >= labelled, IGNORE_INDEX)
+    return hidden, nn.Linear(WIDTH, VOCABULARY, bias=bias), labels, torch.rand(4, 12) * 3
+
+
+def oracle(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """All logits, in float64."""
+    logits = head(hidden.double())[:, :-1]
+    nll = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none", ignore_index=IGNORE_INDEX)
+    correct = (logits.argmax(-1) == labels[:, 1:]) & (labels[:, 1:] != IGNORE_INDEX)
+    return F.pad(nll.unflatten(0, logits.shape[:2]), (1, 0)), F.pad(correct, (1, 0))
+
+
+def gradients(function, hidden: Tensor, head: nn.Linear, labels: Tensor, weights: Tensor) -> list[Tensor]:
+    hidden = hidden.clone().requires_grad_()
+    nll, _ = function(hidden, head, labels)
+    weighted_mean(nll, weights.to(nll.dtype), labels).backward()
+    return [hidden.grad, *(parameter.grad for parameter in head.parameters())]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("labelled", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_loss_and_gradients_are_those_of_the_dense_oracle(blocks: str, labelled: float, bias: bool, scale: float):
+    hidden, head, labels, weights = make_case(labelled, bias, scale)
+    double = copy.deepcopy(head).double()
+    nll, correct = labelled_nll(hidden, head, labels)
+    expected_nll, expected_correct = oracle(hidden, double, labels)
+    assert nll.dtype == torch.float32
+    torch.testing.assert_close(nll.double(), expected_nll, rtol=1e-5, atol=1e-5)
+    assert (correct == expected_correct).all()
+    ours = gradients(labelled_nll, hidden, head, labels, weights)
+    expected = gradients(oracle, hidden.double(), double, labels, weights)
+    for gradient, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-5 * (1 + float(wanted.abs().max())))
+
+
+def test_float64_gradients_are_exact(blocks: str):
+    hidden, head, labels, weights = make_case(0.5, bias=True)
+    head = head.double()
+    assert labelled_nll(hidden.double(), head, labels)[0].dtype == torch.float64
+    ours = gradients(labelled_nll, hidden.double(), copy.deepcopy(head), labels, weights)
+    expected = gradients(oracle, hidden.double(), head, labels, weights)
+    for gradient, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("frozen", ["head", "hidden"])
+def test_what_is_frozen_gets_no_gradient(blocks: str, frozen: str):
+    hidden, head, labels, weights = make_case(0.5)
+    both = gradients(labelled_nll, hidden, copy.deepcopy(head), labels, weights)
+    if frozen == "head":
+        alone = gradients(labelled_nll, hidden, head.requires_grad_(False), labels, weights)
+        assert torch.equal(alone[0], both[0])
+        assert head.weight.grad is None
+    else:
+        weighted_mean(labelled_nll(hidden, head, labels)[0], weights, labels).backward()
+        torch.testing.assert_close(head.weight.grad, both[1])
+
+
+def test_microbatch_without_labels_stays_in_the_graph(blocks: str):
+    hidden, head, labels, weights = make_case(0.0)
+    hidden_gradient, weight_gradient = gradients(labelled_nll, hidden, head, labels, weights)
+    assert not hidden_gradient.any()
+    assert weight_gradient.shape == head.weight.shape
+    assert not weight_gradient.any()
+
+
+def test_logits_of_all_tokens_are_never_held(blocks: str, monkeypatch: pytest.MonkeyPatch):
+    hidden, head, labels, weights = make_case(1.0)
+    widths = []
+    logits = head_module._logits
+    monkeypatch.setattr(head_module, "_logits", lambda *a: widths.append(logits(*a).shape[1]) or logits(*a))
+    gradients(labelled_nll, hidden, head, labels, weights)
+    assert max(widths) <= 256
+    forward, computed_anew = 5, {"kept": 0, "partly kept": 3, "computed anew": 5}[blocks]
+    assert len(widths) == forward + computed_anew
+
+
+def test_logprobs_need_no_graph(blocks: str):
+    hidden, head, labels, _ = make_case(1.0)
+    rows, targets = hidden[:, 0], labels[:, 0]
+    expected = torch.log_softmax(copy.deepcopy(head).double()(rows.double()), -1).gather(1, targets[:, None])[:, 0]
+    logprobs = target_logprobs(rows, head, targets)
+    assert not logprobs.requires_grad
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
+    assert target_logprobs(rows[:0], head, targets[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("target", [-1, VOCABULARY])
+def test_target_outside_of_the_vocabulary_is_refused(target: int):
+    hidden, head, labels, _ = make_case(1.0)
+    with pytest.raises(IndexError, match=f"vocabulary of {VOCABULARY} tokens"):
+        linear_nll(hidden[0], head, labels[0].fill_(target))
+
+
+def test_equally_likely_tokens_count_as_argmax_does(blocks: str):
+    head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+    nn.init.zeros_(head.weight)
+    _, correct = linear_nll(torch.randn(3, WIDTH), head, torch.tensor([0, 1, VOCABULARY - 1]))
+    assert correct.tolist() == [True, False, False]
+
+
+class Adapted(nn.Module):
+    """A head that is more than a linear layer, as LoRA makes it."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.adapter = nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.base(hidden) + self.adapter(hidden)
+
+
+@pytest.mark.parametrize("labelled", [0.0, 0.5])
+def test_any_head_goes_by_chunks_of_tokens(labelled: float, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(head_module, "CHUNK_TOKENS", 5)
+    hidden, base, labels, weights = make_case(labelled)
+    head = Adapted(base)
+    double = copy.deepcopy(head).double()
+    ours = gradients(labelled_nll, hidden, head, labels, weights)
+    expected = gradients(oracle, hidden.double(), double, labels, weights)
+    for gradient, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_hooks_of_the_head_run():
+    hidden, head, labels, _ = make_case(0.5)
+    plain = labelled_nll(hidden, head, labels)[0]
+    calls = []
+    head.register_forward_pre_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(labelled_nll(hidden, head, labels)[0], plain)
+    assert calls
+
+
+def test_autocast_multiplies_in_bfloat16_and_sums_in_float32():
+    hidden, head, labels, weights = make_case(0.5)
+    exact = gradients(labelled_nll, hidden, copy.deepcopy(head), labels, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        nll = labelled_nll(hidden, head, labels)[0]
+        ours = gradients(labelled_nll, hidden, head, labels, weights)
+    assert nll.dtype == torch.float32
+    for gradient, wanted in zip(ours, exact, strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_library_kernel_is_chosen_where_it_gives_exact_losses_per_token(monkeypatch: pytest.MonkeyPatch):
+    head, with_bias = nn.Linear(4, 8, bias=False), nn.Linear(4, 8)
+    on_gpu = SimpleNamespace(
+        is_cuda=True, dtype=torch.bfloat16, device=SimpleNamespace(type="cuda"), __len__=lambda self: 3
+    )
+    monkeypatch.setattr(head_module, "_kernel_takes", lambda hidden: hidden is on_gpu)
+    monkeypatch.setattr(head_module, "linear_cross_entropy", None)
+    assert head_module._implementation(on_gpu, head) is head_module._linear_head
+    monkeypatch.setattr(head_module, "linear_cross_entropy", lambda *_, **__: None)
+    assert head_module._implementation(on_gpu, head) is head_module._cut_cross_entropy
+    assert head_module._implementation(on_gpu, with_bias) is head_module._linear_head
+    assert head_module._implementation(on_gpu, Adapted(with_bias)) is head_module._any_head
+    assert head_module._implementation(torch.randn(2, 4), head) is head_module._linear_head
+
+
+def test_kernel_takes_half_precision_on_cuda_alone():
+    assert not head_module._kernel_takes(torch.randn(2, 4, dtype=torch.bfloat16))
+
+
+def test_logits_nll_refuses_what_is_not_aligned():
+    with pytest.raises(ValueError, match="not aligned"):
+        logits_nll(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.long))
+
+
+def test_logits_nll_is_labelled_nll_on_full_logits():
+    hidden, head, labels, _ = make_case(0.5)
+    torch.testing.assert_close(logits_nll(head(hidden), labels), labelled_nll(hidden, head, labels)[0])
+
+
+def test_onednn_linear_is_linear():
+    torch.manual_seed(17)
+    plain = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8, bias=False))
+    ours = use_onednn(copy.deepcopy(plain))
+    assert all(type(layer) is OneDNNLinear for layer in (ours[0], ours[2]))
+    x = torch.randn(3, 5, 16)
+    results = []
+    for model in (plain, ours):
+        inputs = x.clone().requires_grad_()
+        output = model(inputs)
+        output.square().sum().backward()
+        results.append([output, inputs.grad, *(parameter.grad for parameter in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert ours(x[:0]).shape == (0, 5, 8)
+    assert ours.double()(x.double()).dtype == torch.float64
+    torch.testing.assert_close(matmul(x[0], x[1].T), x[0] @ x[1].T, rtol=1e-4, atol=1e-5)

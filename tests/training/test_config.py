@@ -1,0 +1,150 @@
+"""Recipes: what is read, and what is refused before anything heavy starts."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from composer_prior.registry import register
+from composer_prior.training.components import snake_case
+from composer_prior.training.config import check_recipe, load_recipe
+
+YAMLS = Path(__file__).parents[2] / "yamls"
+RECIPES = sorted(path.stem for path in YAMLS.glob("*.yaml") if path.stem != "emoji_scenes")
+
+
+def load(name, *overrides):
+    return load_recipe(YAMLS / f"{name}.yaml", overrides)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_valid(name):
+    recipe = load(name)
+    check_recipe(recipe)
+    assert recipe.run_name == name
+    assert recipe.run_folder == f"runs/{name}"
+
+
+def test_the_recipes_that_are_promised_are_there():
+    assert {"reference", "prior_vit", "prior_patch", "ntp_vit", "ntp_patch", "prior_vit_l_14_336"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("family", ["vit", "patch"])
+def test_the_baseline_differs_by_prior_alone(family):
+    prior, ntp = asdict(load(f"prior_{family}")), asdict(load(f"ntp_{family}"))
+    assert prior["algorithms"].pop("prior") == {"reference": "runs/reference/model", "alpha": 1.0}
+    assert prior["train_loader"]["dataset"].pop("scores") == "runs/reference/scores"
+    for key in ("run_name", "run_folder", "save_folder"):
+        prior.pop(key), ntp.pop(key)
+    assert prior == ntp
+
+
+def test_overrides_reach_the_recipes_inside():
+    recipe = load(
+        "prior_vit", "max_duration=20ba", "model.vision.freeze=true", "data.out=/x", "reference.run_name=other"
+    )
+    assert recipe.max_duration == "20ba"
+    assert recipe.model["vision"]["freeze"] is True
+    assert recipe.train_loader["dataset"]["local"] == "/x/train"
+    assert recipe.tokenizer["name"] == "/x_tokenizer"
+    assert recipe.reference["train_loader"]["dataset"]["local"] == "/x/train"
+    assert recipe.reference["tokenizer"] == recipe.tokenizer
+    assert recipe.model["language"]["pretrained"] == "runs/other/model"
+    assert recipe.algorithms["prior"]["reference"] == "runs/other/model"
+    assert load("prior_vit", "save_folder=null").save_folder is None
+
+
+REFUSED = [
+    (["max_durations=3ba"], r"max_durations is not a key of a recipe. Did you mean 'max_duration'"),
+    (["global_train_batch_size=many"], r"global_train_batch_size"),
+    (["max_duration=soon"], r"max_duration='soon': expected a time"),
+    (["precision=fp8"], r"precision='fp8'"),
+    (["device_train_microbatch_size=0"], r"device_train_microbatch_size=0: expected"),
+    (["global_train_batch_size=0"], r"global_train_batch_size=0: expected at least 1"),
+    (["model.vision.patch=3"], r"model.vision.patch is not a key of open_clip"),
+    (["model.vision.freeze=perhaps"], r"model.vision.freeze='perhaps': expected bool"),
+    (["model.vision.name=openclip"], r"model.vision.name='openclip' is not a known vision. Did you mean 'open_clip'"),
+    (["model.vision.architecture=ViT-B-33"], r"'ViT-B-33' is not in OpenCLIP. Did you mean 'ViT-B-32"),
+    (["model.vision.image_size=100"], r"image_size=100 is not a multiple"),
+    (["model.projector.name=conv"], r"model.projector.name='conv': expected"),
+    (["model.language.pretrain=x"], r"model.language.pretrain is not a key of causal_lm. Did you mean 'pretrained'"),
+    (["model.vison.name=patches"], r"model.vison is not a key of lvlm. Did you mean 'vision'"),
+    (["train_loader.dataset.locale=x"], r"train_loader.dataset.locale is not a key of captions. Did you mean 'local'"),
+    (["train_loader.dataset.on_bad_sample=ignore"], r"train_loader.dataset.on_bad_sample='ignore': expected"),
+    (["train_loader.num_worker=1"], r"train_loader.num_worker is not a key of captions. Did you mean 'num_workers'"),
+    (["eval_loader.dataset.shuffle=maybe"], r"eval_loader.dataset.shuffle='maybe': expected bool"),
+    (["optimizer.name=adam"], r"optimizer.name='adam' is not a known optimizer. Did you mean 'adamw'"),
+    (["optimizer.learning_rate=1"], r"optimizer.learning_rate is not a key of decoupled_adamw"),
+    (["scheduler.t_warm=1"], r"scheduler.t_warm is not a key of cosine_with_warmup. Did you mean 't_warmup'"),
+    (["algorithms.prior.alfa=1"], r"algorithms.prior.alfa is not a key of prior. Did you mean 'alpha'"),
+    (["algorithms.prior.alpha=-1"], r"alpha=-1"),
+    (["algorithms.prior.floor=1.5"], r"floor=1.5"),
+    (["algorithms.prior.normalization=row"], r"algorithms.prior.normalization='row': expected"),
+    (["algorithms.piror.alpha=1"], r"algorithms.piror.name='piror' is not a known algorithm. Did you mean 'prior'"),
+    (["callbacks.speed_monitr.window_size=1"], r"is not a known callback. Did you mean 'speed_monitor'"),
+    (["loggers.tensorbord.log_dir=x"], r"is not a known logger. Did you mean 'tensorboard'"),
+    (["data.name=emojis"], r"data.name='emojis' is not a known data. Did you mean 'emoji_scenes'"),
+    (["data.train_sample=3"], r"data.train_sample is not a key of emoji_scenes. Did you mean 'train_samples'"),
+    (["tokenizer.trained.vocab_size=3"], r"tokenizer.trained is not a key. Did you mean 'train'"),
+    (["reference.max_durations=3ba"], r"max_durations is not a key of a recipe"),
+    (["reference.optimizer.lrr=1"], r"reference.optimizer.lrr is not a key of decoupled_adamw. Did you mean 'lr'"),
+    (["reference.run_name"], r"'reference.run_name' is not an override; write key=value"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=[" ".join(overrides) for overrides, _ in REFUSED])
+def test_what_cannot_be_meant_is_refused_in_one_line(overrides, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        check_recipe(load("prior_vit", *overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_patch_size_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="max_side=96 is not a multiple of patch_size=10"):
+        check_recipe(load("prior_patch", "model.vision.patch_size=10"))
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.yaml does not exist"):
+        load_recipe(tmp_path / "nowhere.yaml")
+    with pytest.raises(FileNotFoundError, match=r"nowhere.yaml does not exist"):
+        load("prior_vit", "data=nowhere.yaml")
+
+
+@pytest.mark.parametrize("text", ["key: !!python/object/apply:os.system ['touch {marker}']", "a: [1", "- a list"])
+def test_hostile_and_broken_yaml_is_refused(tmp_path, text):
+    marker = tmp_path / "marker"
+    (tmp_path / "recipe.yaml").write_text(text.format(marker=marker))
+    with pytest.raises(ValueError, match=r"recipe.yaml"):
+        load_recipe(tmp_path / "recipe.yaml")
+    assert not marker.exists()
+
+
+def test_missing_keys_are_named(tmp_path):
+    recipe = yaml.safe_load((YAMLS / "reference.yaml").read_text())
+    del recipe["optimizer"], recipe["model"], recipe["data"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe).replace("${data.out}", "x"))
+    with pytest.raises(ValueError, match=r"recipe.yaml lacks model, optimizer"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_component_from_outside():
+    @register("optimizer", "mine")
+    def mine(params, lr: float):
+        return params, lr
+
+    recipe = load("ntp_vit", "optimizer={name: mine, lr: 1.0}")
+    recipe.optimizer = {"name": "mine", "lr": 1.0}
+    check_recipe(recipe)
+    recipe.optimizer["lr"] = "x"
+    with pytest.raises(ValueError, match=r"optimizer.lr='x': expected float"):
+        check_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "snake"),
+    [("SpeedMonitor", "speed_monitor"), ("LRMonitor", "lr_monitor"), ("SAM", "sam"), ("OOMObserver", "oom_observer")],
+)
+def test_names_of_composers_classes(name, snake):
+    assert snake_case(name) == snake

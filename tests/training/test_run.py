@@ -1,0 +1,236 @@
+"""The quick start on shrunken recipes: what is made, what is reused, what is refused, what is printed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from composer.core import Callback
+from safetensors.torch import load_file
+from shrunken import ROOT, SHRUNKEN, VIT, losses, recipe
+
+from composer_prior.registry import register
+from composer_prior.training.config import load_recipe
+from composer_prior.training.run import main, train
+
+
+@pytest.fixture(scope="module")
+def quick_start(tmp_path_factory):
+    """The command of the README, on a shrunken recipe, in an empty folder."""
+    folder = tmp_path_factory.mktemp("quick_start")
+    command = [
+        str(Path(sys.executable).with_name("composer")),
+        str(ROOT / "train.py"),
+        str(ROOT / "yamls/prior_vit.yaml"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the tests: sums in another order differ in the last bit
+    done = subprocess.run(
+        [*command, *SHRUNKEN, *VIT],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+@pytest.fixture
+def finished(quick_start, tmp_path, monkeypatch):
+    """A copy of what the quick start left, to go on from."""
+    shutil.copytree(quick_start[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_what_is_missing_is_made_in_order(quick_start):
+    _, output = quick_start
+    lines = [
+        line.split(",")[0] for line in output.splitlines() if line.startswith(("Data:", "Tokenizer:", "Reference:"))
+    ]
+    assert lines == [
+        "Data: making emoji_scenes in data/emoji_scenes",
+        "Tokenizer: training 400 tokens on the training captions",
+        "Reference: training reference",
+    ]
+
+
+def test_the_closing_table_and_captions(quick_start):
+    folder, output = quick_start
+    rows = [line.split() for line in output.splitlines() if line.startswith(("reference (text only) ", "prior_vit "))]
+    card = json.loads((folder / "runs/reference/model/reference.json").read_text())["validation"]
+    names = [f"{value}{suffix}" for suffix in ("", "_image_related", "_other") for value in ("loss", "accuracy")]
+    assert rows[0][3:] == [f"{card[name]:.4f}" for name in names]
+    assert rows[1][0] == "prior_vit"
+    assert all(float(value) >= 0 for value in rows[1][1:])
+    assert len(rows[1]) == 7
+    assert output.count("true:") == output.count("generated:") == 2
+    assert "config.yaml and metrics.jsonl are in runs/prior_vit, checkpoints in runs/prior_vit/checkpoints." in output
+
+
+def test_what_a_run_leaves(quick_start):
+    folder, _ = quick_start
+    assert [batch for batch, _ in losses(folder / "runs/prior_vit")] == [0, 1, 2, 3]
+    resolved = (folder / "runs/prior_vit/config.yaml").read_text()
+    assert "${" not in resolved
+    again = load_recipe(folder / "runs/prior_vit/config.yaml")
+    assert again.max_duration == "4ba"
+    assert (folder / "runs/prior_vit/checkpoints/latest-rank0.pt").exists()
+    names = {path.name for path in (folder / "runs/reference/model").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "reference.json"} <= names
+
+
+def test_a_run_is_repeated_bitwise_from_what_exists(finished, capsys):
+    first = losses("runs/prior_vit")
+    train(recipe("prior_vit"))
+    assert losses("runs/prior_vit") == first
+    output = capsys.readouterr().out
+    for line in ("Data: reusing", "Tokenizer: reusing", "Reference: reusing runs/reference/model"):
+        assert line in output
+
+
+def test_the_other_recipes_run(finished):
+    for name in ("prior_patch", "ntp_patch", "ntp_vit"):
+        train(recipe(name, "save_folder=null"))
+        assert [batch for batch, _ in losses(f"runs/{name}")] == [0, 1, 2, 3]
+        assert not Path(f"runs/{name}/checkpoints").exists()
+    assert losses("runs/ntp_vit") != losses("runs/prior_vit")
+
+
+def test_packing_and_label_smoothing_from_the_recipe(finished):
+    """Packing changes no loss, label smoothing does."""
+    runs = {"plain": [], "packed": ["model.pack=true"], "smooth": ["model.label_smoothing=0.1"]}
+    found = {}
+    for name, overrides in runs.items():
+        train(recipe("ntp_patch", f"run_name={name}", "max_duration=2ba", *overrides))
+        found[name] = [loss for _, loss in losses(f"runs/{name}")]
+    assert found["packed"] == pytest.approx(found["plain"], abs=1e-4)
+    assert found["smooth"] != pytest.approx(found["plain"], abs=1e-4)
+
+
+def test_overrides_of_the_readme(finished):
+    train(recipe("prior_vit", "max_duration=2ba", "model.vision.freeze=true", "loggers.tensorboard.log_dir=board"))
+    assert [batch for batch, _ in losses("runs/prior_vit")] == [0, 1]
+    assert list(Path("board").rglob("events.out.tfevents.*"))
+
+
+class Interrupted(Exception):
+    pass
+
+
+@register("callback", "interrupt")
+class Interrupt(Callback):
+    """Stop a run as if it had been killed, after its third batch."""
+
+    def __init__(self, batch: int = 3):
+        self.batch = batch
+
+    def batch_end(self, state, logger):
+        if state.timestamp.batch == self.batch:
+            raise Interrupted
+
+
+def test_an_interrupted_reference_is_resumed(finished, capsys):
+    whole = load_file("runs/reference/model/model.safetensors")
+    shutil.rmtree("runs/reference")
+    with pytest.raises(Interrupted):
+        train(recipe("reference", "callbacks.interrupt.batch=3"))
+    assert not Path("runs/reference/model").exists()
+    train(recipe("prior_vit", "max_duration=1ba"))
+    assert "Reference: resuming reference" in capsys.readouterr().out
+    resumed = load_file("runs/reference/model/model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert [batch for batch, _ in losses("runs/reference")] == [0, 1, 2, 3]
+
+
+def test_a_reference_of_another_recipe_is_refused(finished):
+    with pytest.raises(
+        ValueError, match=r"other values of max_duration than the recipe's \(max_duration: 4ba there, 5ba"
+    ):
+        train(recipe("prior_vit", "reference.max_duration=5ba"))
+
+
+def test_a_reference_of_another_tokenizer_is_refused(finished):
+    card = Path("runs/reference/model/reference.json")
+    card.write_text(card.read_text().replace(json.loads(card.read_text())["tokenizer"], "0" * 16))
+    with pytest.raises(ValueError, match="made with another tokenizer than the run's"):
+        train(recipe("prior_vit"))
+
+
+def test_a_reference_of_other_data_is_refused(finished):
+    other = "data/other"
+    train(recipe("reference", f"data.out={other}", "data.seed=3", "run_name=other"))
+    with pytest.raises(ValueError, match="made from other data than the run's"):
+        train(recipe("prior_vit", f"train_loader.dataset.local={other}/train", "train_loader.dataset.scores=null"))
+
+
+def test_data_made_with_other_arguments_are_refused(finished):
+    with pytest.raises(ValueError, match="train_samples"):
+        train(recipe("prior_vit", "data.train_samples=65"))
+
+
+def test_sequences_longer_than_the_model_are_refused(finished):
+    with pytest.raises(
+        ValueError, match=r"has 512 positions, and a sequence may take 605: bos, 4 image, 0 prompt and 600"
+    ):
+        train(recipe("prior_vit", "train_loader.dataset.max_caption_tokens=600", "train_loader.dataset.scores=null"))
+
+
+def test_nothing_to_train_is_refused(finished):
+    frozen = [f"model.{part}.freeze=true" for part in ("vision", "projector", "language")]
+    with pytest.raises(ValueError, match="all frozen"):
+        train(recipe("prior_vit", *frozen))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "usage: composer train.py"),
+        (["nowhere.yaml"], "error: The recipe nowhere.yaml does not exist."),
+        ([str(ROOT / "yamls/prior_vit.yaml"), "algorithms.prior.alfa=2"], "error: algorithms.prior.alfa is not a key"),
+        ([str(ROOT / "yamls/ntp_vit.yaml"), "code_paths=[nowhere.py]"], "error: .*nowhere.py"),
+    ],
+)
+def test_errors_of_the_command_are_one_line(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message) as caught:
+        main(arguments)
+    assert "\n" not in str(caught.value.code)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_recipe_at_real_scale_on_a_shrunken_model(finished):
+    """Its own configuration but for what needs a hub, a bucket or a GPU, and for the size."""
+    overrides = [
+        "tokenizer.name=data/emoji_scenes_tokenizer",
+        "train_loader.dataset.remote=null",
+        "train_loader.dataset.local=data/emoji_scenes/train",
+        "train_loader.dataset.cache_limit=null",
+        "train_loader.dataset.scores=null",
+        "train_loader.dataset.max_caption_tokens=64",
+        "train_loader.num_workers=0",
+        "train_loader.persistent_workers=false",
+        "train_loader.pin_memory=false",
+        "eval_loader=null",
+        "reference=null",
+        "model.vision.architecture=prior-vit-tiny",
+        "model.vision.pretrained=null",
+        "model.language.pretrained=runs/reference/model",
+        "algorithms.prior.reference=runs/reference/model",
+        "callbacks.memory_monitor=null",
+        "parallelism_config=null",
+        "precision=fp32",
+        "device_train_microbatch_size=2",
+        "global_train_batch_size=8",
+        "max_duration=2ba",
+        "progress_bar=false",
+        "autoresume=false",
+    ]
+    train(load_recipe(ROOT / "yamls/prior_vit_l_14_336.yaml", overrides))
+    assert [batch for batch, _ in losses("runs/prior_vit_l_14_336")] == [0, 1]

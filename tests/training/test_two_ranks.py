@@ -1,0 +1,113 @@
+"""Two ranks of Composer's launcher: the losses of one, elastic resumption, and a rank that dies."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from shrunken import ROOT, SHRUNKEN, VIT, losses, recipe
+
+from composer_prior.training.run import train
+
+TOLERANCE = 1e-4
+COMPOSER = str(Path(sys.executable).with_name("composer"))
+
+
+def launch(folder, *command, expect=0, timeout=400):
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tests/training")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(
+        [COMPOSER, "-n", "2", *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert (done.returncode == 0) == (expect == 0), (done.stdout + done.stderr)[-3000:]
+    return done.stdout + done.stderr
+
+
+def launch_recipe(folder, *overrides):
+    return launch(folder, str(ROOT / "train.py"), str(ROOT / "yamls/prior_vit.yaml"), *SHRUNKEN, *VIT, *overrides)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same recipe on one rank and on two, and each gone on from the checkpoint of the other."""
+    folder = tmp_path_factory.mktemp("runs")
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        train(recipe("prior_vit", "run_name=one", "save_interval=2ba"))
+        output = launch_recipe(folder, "run_name=two", "save_interval=2ba")
+        launch_recipe(folder, "run_name=fsdp2", "parallelism_config.fsdp2={}")
+        launch_recipe(folder, "run_name=one_to_two", "load_path=runs/one/checkpoints/ep0-ba2-rank0.pt")
+        train(recipe("prior_vit", "run_name=two_to_one", "load_path=runs/two/checkpoints/ep0-ba2-rank0.pt"))
+    finally:
+        os.chdir(here)
+    return folder, output
+
+
+def assert_close(ours, expected):
+    assert [batch for batch, _ in ours] == [batch for batch, _ in expected]
+    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in expected], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["two", "fsdp2"])
+def test_two_ranks_reach_the_losses_of_one(runs, name):
+    folder, _ = runs
+    one = losses(folder / "runs/one")
+    assert len(one) == 4
+    assert_close(losses(folder / "runs" / name), one)
+
+
+@pytest.mark.parametrize("name", ["two_to_one", "one_to_two"])
+def test_a_run_goes_on_with_another_number_of_ranks(runs, name):
+    folder, _ = runs
+    assert_close(losses(folder / "runs" / name), losses(folder / "runs/one")[2:])
+
+
+def test_only_one_rank_reports(runs):
+    _, output = runs
+    assert output.count("Reference: reusing runs/reference/model") == 1
+    assert output.count("reference (text only)") == 1
+    assert output.count("generated:") == 2
+
+
+def test_the_table_of_two_ranks_is_that_of_one(runs):
+    folder, _ = runs
+
+    def validation(name):
+        lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        return {k: v for line in lines for k, v in json.loads(line).items() if k.startswith("metrics/eval")}
+
+    one, two = validation("one"), validation("two")
+    assert len(one) == 7
+    assert two == pytest.approx(one, rel=TOLERANCE)
+
+
+def test_checkpoints_hold_the_model_and_nothing_that_grows_with_the_data(runs):
+    folder, _ = runs
+    checkpoint = folder / "runs/two/checkpoints/ep0-ba4-rank0.pt"
+    state = torch.load(checkpoint, weights_only=False)["state"]
+    weights = sum(tensor.numel() for tensor in state["model"].values())
+    assert not any("reference" in name for name in state["model"])
+    assert checkpoint.stat().st_size < 3 * 4 * weights + 300_000  # weights and two moments of Adam, and small change
+
+
+def test_a_rank_that_dies_takes_the_others_down(tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import torch\nfrom composer.utils import dist, get_device\n"
+        "dist.initialize_dist(get_device('cpu'))\n"
+        "if dist.get_global_rank() == 1:\n    raise RuntimeError('this rank has died')\n"
+        "dist.barrier()\nimport time\ntime.sleep(600)\n"
+    )
+    output = launch(tmp_path, str(script), expect=1, timeout=120)  # the other rank would sleep for ten minutes
+    assert "RuntimeError: this rank has died" in output
+    assert "Traceback" in output

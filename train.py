@@ -1,0 +1,8 @@
+"""``composer train.py RECIPE.yaml [key=value ...]``: pre-train a model from a recipe."""
+
+import sys
+
+from composer_prior.training.run import main
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
