@@ -1,11 +1,11 @@
 """What grows with the data: ``python scripts/benchmark_scale.py [largest=6] [shards=5] [out=scale.json]``.
 
-Three tables. In the first, data sets of 10^3 … 10^``largest`` samples with tiny images are written, opened, put in order
-for an epoch and read. In the second, there is an index alone, of 10^2 … 10^``shards`` shards with 1,000 samples each,
-up to 10^7 samples: opening and ordering need no more. Each line is measured in a process of its own, so that its memory
-is its own. From the second table follow the costs of one shard and of one sample, and with them those of a billion. The
-third counts, for caches of several sizes, how often a shard is downloaded in an epoch: a cache that evicts the shard
-read least recently, under the order that streaming makes.
+Three tables. In the first, data sets of 10^3 … 10^``largest`` samples with tiny images are written, opened, put in
+order for an epoch and read. In the second, there is an index alone, of 10^2 … 10^``shards`` shards with 1,000 samples
+each: opening and ordering need no more. Each line is measured in a process of its own, so that its memory is its own.
+From the second table follow the costs of one shard and of one sample, and with them those of a billion. The third
+counts, for caches of several sizes, how often a shard is downloaded in an epoch: a cache that evicts the shard read
+least recently, under the order that streaming makes.
 """
 
 from __future__ import annotations
