@@ -39,7 +39,7 @@ from composer_prior.data.captions import caption_data_spec
 from composer_prior.data.emoji_scenes import make_emoji_scenes, make_sample
 from composer_prior.data.tokenizer import train_tokenizer
 from composer_prior.models.head import IGNORE_INDEX
-from composer_prior.models.lvlm import augmented, build_projector
+from composer_prior.models.lvlm import build_projector
 from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding
 
 CARD = Path(__file__).parents[1] / "composer_prior/algorithms/prior/README.md"
@@ -69,7 +69,6 @@ class Case:
     name: str
     build: Callable[[ComposerLVLM], list[Algorithm]] = lambda model: []
     remark: str = ""
-    transform: Callable[[Any], Any] | None = None
     model: Mapping[str, Any] | None = None
 
 
@@ -82,13 +81,11 @@ def cases() -> list[Case]:
     keys = "`**model.selective_backprop_keys()`"
     return [
         Case("Alibi", lambda m: [a.Alibi(max_sequence_length=256)]),
-        Case("AugMix", lambda m: [a.AugMix()]),
-        Case("AugmentAndMixTransform", transform=a.AugmentAndMixTransform(), remark="on the images of the data set"),
+        Case("AugMix", lambda m: [a.AugMix()], "on the images of the data set"),
         Case("BlurPool", lambda m: [a.BlurPool()]),
         Case("ChannelsLast", lambda m: [a.ChannelsLast()]),
         Case("ColOut", lambda m: [a.ColOut(batch=True, **pixels)]),
-        Case("ColOut", lambda m: [a.ColOut(batch=False)], "`batch=False`"),
-        Case("ColOutTransform", transform=a.ColOutTransform(), remark="on the images of the data set"),
+        Case("ColOut", lambda m: [a.ColOut(batch=False)], "`batch=False`, on the images of the data set"),
         Case("CutMix", lambda m: [a.CutMix(**pixels)]),
         Case("CutOut", lambda m: [a.CutOut(input_key="pixel_values")], "`input_key='pixel_values'`"),
         Case("EMA", lambda m: [a.EMA(half_life="1ba", update_interval="1ba")]),
@@ -110,8 +107,7 @@ def cases() -> list[Case]:
         Case("MixUp", lambda m: [a.MixUp(**pixels)]),
         Case("NoOpModel", lambda m: [a.NoOpModel()]),
         Case("ProgressiveResizing", lambda m: [a.ProgressiveResizing(**pixels)]),
-        Case("RandAugment", lambda m: [a.RandAugment()]),
-        Case("RandAugmentTransform", transform=a.RandAugmentTransform(), remark="on the images of the data set"),
+        Case("RandAugment", lambda m: [a.RandAugment()], "on the images of the data set"),
         Case("SAM", lambda m: [a.SAM(rho=0.5)], "both passes of a step"),
         Case("SelectiveBackprop", lambda m: [selective_backprop(**m.selective_backprop_keys())], keys),
         Case("SelectiveBackprop", lambda m: [selective_backprop()]),
@@ -231,8 +227,7 @@ def run(case: Case, family: str, order: str) -> str:
     tokenizer, dataset = prepared()
     model = small_model(family, **(case.model or {}))
     reference = ReferenceLM(reference_lm(), tokenizer)
-    transforms = () if case.transform is None else (case.transform,)
-    dataset.image_processor = augmented(model.image_processor, *transforms)
+    dataset.image_processor, dataset.transform = model.image_processor, None
     check = Check(reference)
     before = structure(model)
     try:

@@ -14,6 +14,7 @@ from PIL import Image
 from streaming import StreamingDataLoader
 from streaming.base.format.mds import MDSReader
 from torch import Tensor
+from torchvision.datasets import VisionDataset
 from transformers import PreTrainedTokenizerBase
 
 from composer_prior.data.image_bytes import ImageError, decode_rgb
@@ -33,7 +34,7 @@ class BadSampleError(OneLineError, ValueError):
     """A sample that cannot be used: an image that does not decode, a caption that is empty."""
 
 
-class StreamingCaptionDataset(CheckedDataset):
+class StreamingCaptionDataset(CheckedDataset, VisionDataset):
     """Samples ``{image: bytes, caption: str}`` of an MDS data set, local or remote, tokenized and preprocessed.
 
     An optional column ``image_related_spans`` (json, ``[[start, end], ...]`` in characters of the caption, null where
@@ -47,6 +48,8 @@ class StreamingCaptionDataset(CheckedDataset):
     Args:
         tokenizer: a fast Hugging Face tokenizer.
         image_processor: the one of the model's vision tower; None reads captions alone and decodes no image.
+        transform: RGB image -> RGB image of any size, before the image processor; Composer's ``RandAugment``,
+            ``AugMix`` and ``ColOut(batch=False)`` put theirs here.
         prompt: text between image and caption; its tokens have no label.
         max_caption_tokens: a longer caption is cut there, and then has no end-of-sequence token. Default: ``128``.
         on_bad_sample: ``"raise"``, or ``"skip"``: the sample stays in its batch without any label, so that it counts
@@ -66,6 +69,7 @@ class StreamingCaptionDataset(CheckedDataset):
         *,
         tokenizer: PreTrainedTokenizerBase,
         image_processor: Callable[[Image.Image], ImageInputs] | None = None,
+        transform: Callable[[Image.Image], Image.Image] | None = None,
         prompt: str = "",
         max_caption_tokens: int = 128,
         on_bad_sample: Literal["raise", "skip"] = "raise",
@@ -74,7 +78,8 @@ class StreamingCaptionDataset(CheckedDataset):
     ):
         if on_bad_sample not in ("raise", "skip"):
             raise ValueError(f"on_bad_sample={on_bad_sample!r}: expected 'raise' or 'skip'.")
-        super().__init__(**kwargs)
+        CheckedDataset.__init__(self, **kwargs)
+        VisionDataset.__init__(self, transform=transform)
         columns = [frozenset(cast(MDSReader, shard).column_names) for shard in self.shards]
         for place, names in zip(self._shard_places(), columns, strict=True):
             if not names & {"caption", "captions"} or (image_processor is not None and "image" not in names):
@@ -156,7 +161,10 @@ class StreamingCaptionDataset(CheckedDataset):
     def _image_inputs(self, sample: Mapping[str, Any]) -> ImageInputs:
         if self.image_processor is None:
             return ImageInputs({}, [])
-        return self.image_processor(decode_image(sample["image"]))
+        image = decode_image(sample["image"])
+        if self.transform is not None:
+            image = self.transform(image.copy())  # a plain Image: Composer's transforms refuse a PngImageFile
+        return self.image_processor(image)
 
     def _item(self, image: ImageInputs, caption_ids: list[int], sample_id: int) -> dict[str, Any]:
         prefix = [self.bos_id, *(self.placeholder_ids[kind] for kind in image.layout), *self.prompt_ids]

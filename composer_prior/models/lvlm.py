@@ -1,7 +1,6 @@
 """The large vision-language model: vision tower -> projector -> causal language model."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +13,6 @@ from composer_prior.models.head import label_mask, labelled_nll
 from composer_prior.models.language import add_image_tokens, bos_id, head_of, last_hidden_states, vocabulary_size
 from composer_prior.models.matmul import use_onednn
 from composer_prior.models.packing import enable_packing, packed_hidden_states
-from composer_prior.models.vision import ImageInputs
 
 
 class LVLM(nn.Module):
@@ -149,24 +147,6 @@ def label_margin(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
     if head.bias is not None:
         margin = margin + head.bias[targets] - head.bias.mean()
     return margin.new_zeros(labels.shape).masked_scatter(mask, margin)
-
-
-def augmented(
-    image_processor: Callable[[Image.Image], ImageInputs], *transforms: Callable[[Image.Image], Image.Image]
-) -> Callable[[Image.Image], ImageInputs]:
-    """An image processor behind transforms of the image, such as Composer's ``RandAugmentTransform``.
-
-    Args:
-        image_processor: that of the model's vision tower.
-        transforms: picklable callables, RGB image -> image of any size, in their order.
-    """
-    return partial(_augment, image_processor, transforms)
-
-
-def _augment(image_processor: Callable, transforms: Sequence[Callable], image: Image.Image) -> ImageInputs:
-    for transform in transforms:
-        image = transform(image)
-    return image_processor(image)
 
 
 def stack_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

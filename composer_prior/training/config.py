@@ -190,7 +190,15 @@ def check_loader(config: Mapping[str, Any], where: str) -> None:
         "captions",
         dataset,
         f"{where}.dataset",
-        given=("tokenizer", "image_processor", "batch_size", "allow_unsafe_types", "stream_name", "stream_config"),
+        given=(
+            "tokenizer",
+            "image_processor",
+            "transform",
+            "batch_size",
+            "allow_unsafe_types",
+            "stream_name",
+            "stream_config",
+        ),
     )
     for name, stream in (dataset.get("streams") or {}).items():
         if not isinstance(stream, Mapping):

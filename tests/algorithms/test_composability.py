@@ -2,7 +2,6 @@
 
 import importlib.util
 import inspect
-import pickle
 from pathlib import Path
 
 import composer.algorithms
@@ -10,7 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from composer import Trainer
-from composer.algorithms import EMA, SAM, SWA, CutOut, GradientClipping, LayerFreezing, LowPrecisionLayerNorm
+from composer.algorithms import (
+    EMA,
+    SAM,
+    SWA,
+    AugMix,
+    ColOut,
+    CutOut,
+    GradientClipping,
+    LayerFreezing,
+    LowPrecisionLayerNorm,
+    RandAugment,
+)
 from composer.algorithms.low_precision_layernorm.low_precision_layernorm import (
     LPLayerNorm,
     apply_low_precision_layernorm,
@@ -18,12 +28,12 @@ from composer.algorithms.low_precision_layernorm.low_precision_layernorm import 
 from composer.core import Algorithm, Callback, Precision
 from composer.loggers import InMemoryLogger
 from conftest import FAMILIES, small_lvlm
-from PIL import Image
 
 from composer_prior import LVLM, PRIOR, importance_weights
 from composer_prior.algorithms.prior.stacking import refusal
+from composer_prior.data.captions import decode_image
+from composer_prior.data.streams import CheckedDataset
 from composer_prior.models.head import IGNORE_INDEX
-from composer_prior.models.lvlm import augmented
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "composability.py"
 
@@ -271,16 +281,23 @@ def test_image_tokens_that_are_cut_are_refused(tokenizer, make_batch, family):
         model({**batch, **cut})
 
 
-def test_images_are_transformed_before_the_image_processor(lvlm):
-    image = Image.linear_gradient("L").resize((48, 32)).convert("RGB")
-    process = pickle.loads(pickle.dumps(augmented(lvlm.image_processor, turn)))
-    expected = lvlm.image_processor(turn(image))
-    assert process(image).layout == expected.layout
-    for key, value in process(image).tensors.items():
-        assert torch.equal(value, expected.tensors[key])
-        assert value.shape != lvlm.image_processor(image).tensors[key].shape or not torch.equal(
-            value, lvlm.image_processor(image).tensors[key]
-        )
+@pytest.mark.parametrize("algorithm", [RandAugment(), AugMix(), ColOut(batch=False)], ids=lambda a: type(a).__name__)
+def test_algorithms_transform_the_images_of_the_data_set(lvlm, make_spec, algorithm):
+    """Beside a transform that is there already, and before the image processor."""
+    spec = make_spec(lvlm, transform=turn)
+    trainer = Trainer(
+        model=lvlm, train_dataloader=spec, algorithms=[algorithm], max_duration="1ba", progress_bar=False, device="cpu"
+    )
+    trainer.fit()
+    data = spec.dataloader.dataset
+    first, added = data.transform.transforms
+    assert first is turn
+    assert type(added).__module__.startswith("composer.algorithms")
+    image = decode_image(CheckedDataset.get_item(data, 3)["image"])
+    key = "pixel_values" if "pixel_values" in data[3] else "pixel_patches"
+    data.transform = turn
+    assert torch.equal(data[3][key], lvlm.image_processor(turn(image)).tensors[key])
+    assert not torch.equal(data[3][key], lvlm.image_processor(image).tensors[key])
 
 
 def turn(image):
