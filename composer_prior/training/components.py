@@ -20,6 +20,7 @@ from composer_prior.data.emoji_scenes import make_emoji_scenes
 from composer_prior.data.streams import CheckedStream
 from composer_prior.registry import register
 from composer_prior.training import builders  # noqa: F401  registers the model
+from composer_prior.training.data_wait import DataWaitMonitor
 
 
 def snake_case(name: str) -> str:
@@ -58,6 +59,7 @@ for _kind, _components in (("logger", _LOGGERS), ("optimizer", _OPTIMIZERS), ("s
         register(_kind, _name)(_component)
 
 register("algorithm", "prior")(PRIOR)
+register("callback", "data_wait_monitor")(DataWaitMonitor)
 register("data", "emoji_scenes")(make_emoji_scenes)
 register("dataset", "captions")(StreamingCaptionDataset)
 register("stream", "stream")(CheckedStream)

@@ -44,6 +44,7 @@ class TrainConfig:
     load_path: str | None = None
     autoresume: bool = False
     parallelism_config: dict[str, Any] | None = None
+    compile_config: dict[str, Any] | None = None  # arguments of torch.compile, such as {dynamic: true}
     code_paths: list[str] = field(default_factory=list)  # Python files to run first, which register components
     progress_bar: bool = True
     sample_captions: int = 4  # validation images captioned at the end

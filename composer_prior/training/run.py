@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from composer_prior.data.captions import StreamingCaptionDataset
 from composer_prior.data.streams import OneLineError
 from composer_prior.data.tokenizer import tokenizer_fingerprint
+from composer_prior.models.compile import prepare_compile
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.training.builders import (
     average_over_gloo,
@@ -131,6 +132,8 @@ def _build_trainer(recipe: TrainConfig) -> Trainer:
         "seed": recipe.seed,
     }
     _prepare_checkpoints(recipe, identity)
+    if recipe.compile_config is not None:
+        prepare_compile()
     trainer = Trainer(
         model=model,
         train_dataloader=loaders["train"],
@@ -149,6 +152,7 @@ def _build_trainer(recipe: TrainConfig) -> Trainer:
         device_train_microbatch_size=recipe.device_train_microbatch_size,
         accumulate_train_batch_on_tokens=True,
         parallelism_config=build_parallelism(recipe.parallelism_config),
+        compile_config=recipe.compile_config,
         progress_bar=recipe.progress_bar,
         save_folder=recipe.save_folder,
         save_interval=recipe.save_interval,

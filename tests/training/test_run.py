@@ -86,6 +86,13 @@ def test_what_a_run_leaves(quick_start):
     assert {"model.safetensors", "config.json", "tokenizer.json", "reference.json"} <= names
 
 
+def test_the_share_of_time_that_steps_wait_for_data_is_logged(quick_start):
+    lines = (quick_start[0] / "runs/prior_vit/metrics.jsonl").read_text().splitlines()
+    shares = [json.loads(line).get("throughput/data_wait_fraction") for line in lines]
+    assert shares[0] is None  # nothing to compare with yet
+    assert all(0 < share < 1 for share in shares[1:4])
+
+
 def test_a_run_is_repeated_bitwise_from_what_exists(finished, capsys):
     first = losses("runs/prior_vit")
     train(recipe("prior_vit"))
@@ -103,14 +110,20 @@ def test_the_other_recipes_run(finished):
     assert losses("runs/ntp_vit") != losses("runs/prior_vit")
 
 
-def test_packing_and_label_smoothing_from_the_recipe(finished):
-    """Packing changes no loss, label smoothing does."""
-    runs = {"plain": [], "packed": ["model.pack=true"], "smooth": ["model.label_smoothing=0.1"]}
+def test_packing_compilation_and_label_smoothing_from_the_recipe(finished):
+    """Packing and torch.compile change no loss, label smoothing does."""
+    runs = {
+        "plain": [],
+        "packed": ["model.pack=true"],
+        "compiled": ["compile_config.backend=aot_eager", "compile_config.dynamic=true"],
+        "smooth": ["model.label_smoothing=0.1"],
+    }
     found = {}
     for name, overrides in runs.items():
         train(recipe("ntp_patch", f"run_name={name}", "max_duration=2ba", *overrides))
         found[name] = [loss for _, loss in losses(f"runs/{name}")]
     assert found["packed"] == pytest.approx(found["plain"], abs=1e-4)
+    assert found["compiled"] == pytest.approx(found["plain"], abs=1e-4)
     assert found["smooth"] != pytest.approx(found["plain"], abs=1e-4)
 
 
