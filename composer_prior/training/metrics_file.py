@@ -1,6 +1,7 @@
 """The metrics of a run as a file that any program can read."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,15 @@ class MetricsFile(LoggerDestination):
             return
         done = int(state.timestamp.batch)
         kept = [record for record in self._read() if record["batch"] <= done] if done else []
-        if kept and kept[-1]["batch"] == done:
-            self._record = {**kept.pop(), **self._record}
+        current = kept.pop() if kept and kept[-1]["batch"] == done else {}
+        self._record = {**current, **self._record}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        self._start = self.path.stat().st_size
+        # In one step, and with the current line: this run may be killed before it has written anything.
+        lines = [json.dumps(record) + "\n" for record in (*kept, self._record) if record]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(lines))
+        os.replace(partial, self.path)
+        self._start = sum(len(line.encode()) for line in lines[: len(kept)])
 
     def _read(self) -> list[dict[str, Any]]:
         """The whole lines of the file; a run that was killed may have left half of one at its end."""
