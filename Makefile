@@ -10,7 +10,7 @@ train: $(ENVIRONMENT)
 	$(BIN)/composer train.py yamls/prior_vit.yaml
 
 test: $(ENVIRONMENT)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .

@@ -270,7 +270,7 @@ def count_tokens(batch: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def read_captions(config: Mapping[str, Any]) -> Iterator[str]:
-    """All captions of a data set, in their order.
+    """All captions of a data set, in their order. Every rank opens the data set; any of them may read.
 
     Args:
         config: arguments of :class:`StreamingCaptionDataset`, of which those that say where the data are count.
@@ -286,9 +286,12 @@ def read_captions(config: Mapping[str, Any]) -> Iterator[str]:
         "validate_hash",
     )
     data = CheckedDataset(batch_size=1, **{key: config[key] for key in places if key in config})
-    for index in range(data.num_samples):
-        sample = data[index]
-        yield from [sample["caption"]] if "caption" in sample else sample["captions"]
+    samples = (data[index] for index in range(data.num_samples))
+    return (
+        caption
+        for sample in samples
+        for caption in ([sample["caption"]] if "caption" in sample else sample["captions"])
+    )
 
 
 def caption_data_spec(dataset: StreamingCaptionDataset, batch_size: int, **kwargs: Any) -> DataSpec:

@@ -33,7 +33,7 @@ def prepare_data(recipe: TrainConfig) -> None:
     with dist.run_local_rank_zero_first():
         if dist.get_local_rank() == 0:
             _make_data(recipe.data)
-            _make_tokenizer(recipe.tokenizer, recipe.train_loader["dataset"])
+    _make_tokenizer(recipe.tokenizer, recipe.train_loader["dataset"])
 
 
 def _make_data(config: Mapping[str, Any] | None) -> None:
@@ -49,13 +49,17 @@ def _make_tokenizer(config: Mapping[str, Any], dataset: Mapping[str, Any]) -> No
     if "train" not in config:
         return
     folder = Path(config["name"])
-    if folder.exists():
+    missing = not folder.exists()
+    if not any(dist.all_gather_object(missing)):  # on every node
         announce(f"Tokenizer: reusing {folder}")
         return
     vocab_size = config["train"]["vocab_size"]
     announce(f"Tokenizer: training {vocab_size} tokens on the training captions, into {folder}")
-    with replacing(folder) as temporary:
-        train_tokenizer(read_captions(dataset), vocab_size).save_pretrained(temporary)
+    captions = read_captions(dataset)
+    with dist.run_local_rank_zero_first():
+        if missing and dist.get_local_rank() == 0:
+            with replacing(folder) as temporary:
+                train_tokenizer(captions, vocab_size).save_pretrained(temporary)
 
 
 class replacing:
