@@ -79,13 +79,14 @@ def cases() -> list[Case]:
     swa: Any = {"swa_start": "0.3dur", "swa_end": "0.9dur", "update_interval": "1ba"}
     narrow: Any = {"min_features": 16, "latent_features": 4}
     keys = "`**model.selective_backprop_keys()`"
+    images = "on the images of the data set"
     return [
         Case("Alibi", lambda m: [a.Alibi(max_sequence_length=256)]),
-        Case("AugMix", lambda m: [a.AugMix()], "on the images of the data set"),
+        Case("AugMix", lambda m: [a.AugMix()], images),
         Case("BlurPool", lambda m: [a.BlurPool()]),
         Case("ChannelsLast", lambda m: [a.ChannelsLast()]),
         Case("ColOut", lambda m: [a.ColOut(batch=True, **pixels)]),
-        Case("ColOut", lambda m: [a.ColOut(batch=False)], "`batch=False`, on the images of the data set"),
+        Case("ColOut", lambda m: [a.ColOut(batch=False)], f"`batch=False`, {images}"),
         Case("CutMix", lambda m: [a.CutMix(**pixels)]),
         Case("CutOut", lambda m: [a.CutOut(input_key="pixel_values")], "`input_key='pixel_values'`"),
         Case("EMA", lambda m: [a.EMA(half_life="1ba", update_interval="1ba")]),
@@ -107,7 +108,7 @@ def cases() -> list[Case]:
         Case("MixUp", lambda m: [a.MixUp(**pixels)]),
         Case("NoOpModel", lambda m: [a.NoOpModel()]),
         Case("ProgressiveResizing", lambda m: [a.ProgressiveResizing(**pixels)]),
-        Case("RandAugment", lambda m: [a.RandAugment()], "on the images of the data set"),
+        Case("RandAugment", lambda m: [a.RandAugment()], images),
         Case("SAM", lambda m: [a.SAM(rho=0.5)], "both passes of a step"),
         Case("SelectiveBackprop", lambda m: [selective_backprop(**m.selective_backprop_keys())], keys),
         Case("SelectiveBackprop", lambda m: [selective_backprop()]),

@@ -23,10 +23,8 @@ from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.vision import PatchEmbedding
 
 _MIXES_TARGETS = "it mixes the targets of two samples, but a caption's tokens are also the model's input"
-_RESIZES = (
-    "it changes the size of the images, but the text already has a token for each of their patches; "
-    "transform images as they are read, StreamingCaptionDataset(transform=...)"
-)
+_INSTEAD = "transform images as they are read, StreamingCaptionDataset(transform=...)"
+_RESIZES = f"it changes the size of the images, but the text already has a token for each of their patches; {_INSTEAD}"
 _REASONS: dict[type[Algorithm], str] = {
     Alibi: "it reshapes all tensors of the batch to other lengths, which cuts images and captions apart",
     CutMix: _MIXES_TARGETS,
@@ -65,10 +63,7 @@ def refusal(algorithm: Algorithm, model: Any) -> str | None:
 
 def _cutout_refusal(algorithm: CutOut, model: Any) -> str | None:
     if isinstance(getattr(getattr(model, "model", None), "vision", None), PatchEmbedding):
-        return (
-            "the batch has patches, not images [B, 3, H, W]; "
-            "transform images as they are read, StreamingCaptionDataset(transform=...)"
-        )
+        return f"the batch has patches, not images [B, 3, H, W]; {_INSTEAD}"
     if isinstance(algorithm.input_key, int):
         return f"input_key={algorithm.input_key}, but batches are dicts; give CutOut(input_key='pixel_values')"
     return None
