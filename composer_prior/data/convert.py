@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import fcntl
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -371,6 +372,7 @@ class Task:
     source: Source
     place: Place
     options: ConversionOptions
+    buffer: io.BytesIO = field(default_factory=io.BytesIO)
 
     @property
     def columns(self) -> dict[str, str]:
@@ -397,7 +399,8 @@ def convert_unit(task: Task, number: int, unit: Any, advance: Callable[[int, int
     """
     folder = task.place.state / f"tmp{os.getpid()}"
     folder.mkdir(exist_ok=True)
-    writer = ShardWriter(folder, f"shard.{number:06}", task.columns, _bytes(task.options.size_limit) or 0)
+    size_limit = _bytes(task.options.size_limit) or 0
+    writer = ShardWriter(folder, f"shard.{number:06}", task.columns, size_limit, task.buffer)
     rejected: list[Rejected] = []
     read = captions = samples = 0
     for item in task.source.read(unit):

@@ -27,7 +27,7 @@ _JPEG_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _JPEG_ALONE = frozenset({0x01, *range(0xD0, 0xDA)})  # markers without a segment
 _JPEG_SCAN = 0xDA
 _JPEG_END = b"\xff\xd9"
-_JPEG_SAMPLE_SIDE = 64
+_JPEG_SAMPLE_SIDE = 16
 _JPEG_SAMPLE_BYTES = 512
 
 
