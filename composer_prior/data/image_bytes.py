@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from functools import lru_cache
 from typing import NoReturn
 
 from PIL import Image, ImageOps
@@ -27,8 +28,7 @@ _JPEG_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _JPEG_ALONE = frozenset({0x01, *range(0xD0, 0xDA)})  # markers without a segment
 _JPEG_SCAN = 0xDA
 _JPEG_END = b"\xff\xd9"
-_JPEG_SAMPLE_SIDE = 16
-_JPEG_SAMPLE_BYTES = 512
+_JPEG_SAMPLE_SIZE = bytes((0, 16, 0, 16))  # height and width
 
 
 class ImageError(ValueError):
@@ -49,8 +49,8 @@ def check_image(data: bytes, check: str = "structure") -> None:
     """Raises unless ``data`` is an image that Pillow can decode.
 
     ``check="full"`` decodes the whole image (a JPEG at an eighth of its size, which reads every entropy-coded bit).
-    ``check="structure"`` is some ten times faster. A JPEG must go on to its end marker, and its tables must decode the
-    first bytes of its scan; a PNG must have the right checksum on every chunk, up to its end chunk; a WebP must be as
+    ``check="structure"`` is many times faster. A JPEG must go on to its end marker, and a tiny image must decode with
+    its headers and tables; a PNG must have the right checksum on every chunk, up to its end chunk; a WebP must be as
     long as it says. Whatever is doubtful, and every other format, is decoded. So an image that decodes is never
     refused, and a cut image or a damaged header is always caught; damage *inside* the compressed pixels of a complete
     JPEG or WebP may pass, and whoever decodes the image later must be ready for it.
@@ -163,10 +163,7 @@ def _structure_is_sound(data: bytes) -> bool:
     try:
         if data.startswith(b"\xff\xd8\xff"):
             sample = _jpeg_sample(data)
-            if sample is None:
-                return False
-            _decode(sample)
-            return True
+            return sample is not None and _decodes(sample)
         if data.startswith(b"\x89PNG"):
             _open(data).verify()
             return True
@@ -178,8 +175,15 @@ def _structure_is_sound(data: bytes) -> bool:
     return False
 
 
+@lru_cache(maxsize=64)
+def _decodes(sample: bytes) -> bool:
+    """Whether Pillow decodes it. The images that one program wrote often have the same tables, and so one sample."""
+    _decode(sample)
+    return True
+
+
 def _jpeg_sample(data: bytes) -> bytes | None:
-    """A tiny JPEG with the tables and the first scan data of a complete one; ``None`` where there is any doubt.
+    """A tiny JPEG with the headers and tables of a complete one, all grey; ``None`` where there is any doubt.
 
     No end marker can occur within entropy-coded data, so a file that ends with one was not cut in the middle of a scan.
     """
@@ -193,8 +197,7 @@ def _jpeg_sample(data: bytes) -> bytes | None:
             height, width = (int.from_bytes(data[frame + at : frame + at + 2], "big") for at in (3, 5))
             if not 0 < height * width <= MAX_IMAGE_PIXELS or not (data.endswith(_JPEG_END) or _ends(data, position)):
                 return None
-            size = b"".join(min(side, _JPEG_SAMPLE_SIDE).to_bytes(2, "big") for side in (height, width))
-            return data[: frame + 3] + size + data[frame + 7 : position + _JPEG_SAMPLE_BYTES] + _JPEG_END
+            return data[: frame + 3] + _JPEG_SAMPLE_SIZE + data[frame + 7 : position] + _JPEG_END
         elif marker in _JPEG_FRAMES or marker in _JPEG_ALONE:
             return None
     return None
