@@ -41,7 +41,8 @@ def photograph(seed: int, own_tables: bool, size: tuple[int, int] = (512, 384)) 
     smooth = np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
     grain = random.normal(0, 14, (size[1], size[0], 1))
     buffer = io.BytesIO()
-    Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90, optimize=own_tables)
+    image = Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
+    image.save(buffer, "JPEG", quality=90, optimize=own_tables)
     return buffer.getvalue()
 
 

@@ -93,8 +93,9 @@ class ShardWriter:
         file = open(self.folder / name, "wb")  # noqa: SIM115 - closed once it is on the disk
         with self._samples.getbuffer() as buffer:
             end = sum(self.sizes)
-            pieces = (buffer[begin : min(begin + _PIECE, end)] for begin in range(0, end, _PIECE))
-            for part in (count, offsets, self.header, *pieces):
+            pieces = [buffer[begin : min(begin + _PIECE, end)] for begin in range(0, end, _PIECE)]
+            parts: list[Any] = [count, offsets, self.header, *pieces]
+            for part in parts:
                 digest.update(part)
                 file.write(part)
         file.flush()

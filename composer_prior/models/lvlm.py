@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from composer_prior.models.head import label_mask, labelled_nll
@@ -153,12 +154,14 @@ def stack_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Batch the tensors of processed images: ``pixel_values``, or ``pixel_patches`` padded, with ``patch_mask``."""
     if not images or not images[0]:
         return {}
+    # In a loader's worker, default_collate writes to memory that the program shares, and so spares a copy.
     if "pixel_values" in images[0]:
-        return {"pixel_values": torch.stack([image["pixel_values"] for image in images])}
+        return {"pixel_values": default_collate([image["pixel_values"] for image in images])}
     patches = [image["pixel_patches"] for image in images]
     lengths = torch.tensor([len(p) for p in patches])
+    same = bool((lengths == lengths[0]).all())
     return {
-        "pixel_patches": nn.utils.rnn.pad_sequence(patches, batch_first=True),
+        "pixel_patches": default_collate(patches) if same else nn.utils.rnn.pad_sequence(patches, batch_first=True),
         "patch_mask": torch.arange(int(lengths.max())) < lengths[:, None],
     }
 
