@@ -1,6 +1,7 @@
-"""Show a caption data set: ``python scripts/inspect_captions.py DATA [page=samples.html] [tokenizer=…] [limit=…]``.
+"""Show a caption data set: ``python scripts/inspect_captions.py DATA [page=samples.html] [scores=…] [tokenizer=…] …``.
 
-Prints counts, caption lengths, image sizes and the most frequent captions; ``page=`` writes samples as one HTML file.
+Prints counts, caption lengths, image sizes and the most frequent captions; ``page=`` writes samples as one HTML file,
+in which ``scores=`` shades each token by its weight.
 """
 
 import sys

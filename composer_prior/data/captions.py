@@ -19,7 +19,7 @@ from torchvision.datasets import VisionDataset
 from transformers import PreTrainedTokenizerBase
 
 from composer_prior.data.image_bytes import ImageError, decode_rgb
-from composer_prior.data.scores import ScoresError, open_scores
+from composer_prior.data.scores import ScoresError, index_fingerprint, open_scores
 from composer_prior.data.streams import CheckedDataset, OneLineError, one_line
 from composer_prior.models.head import IGNORE_INDEX
 from composer_prior.models.language import add_image_tokens, bos_id
@@ -106,7 +106,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
     def fingerprint(self) -> str:
         """Digest of the indices of all streams: of the shards' sizes and hashes, in order."""
         indices = [Path(stream.local, stream.split or "", "index.json") for stream in self.streams]
-        return hashlib.sha256(b"".join(index.read_bytes() for index in indices)).hexdigest()[:16]
+        return index_fingerprint(index.read_bytes() for index in indices)
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         try:

@@ -6,6 +6,7 @@ Reading goes through streaming. A data set with a column that would run code whe
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import io
 import json
@@ -27,8 +28,8 @@ from composer_prior.data.image_bytes import IMAGE_FORMATS, ImageError, decode_rg
 
 __all__ = ["CaptionReport", "Shade", "inspect_captions", "sample_card", "samples_page"]
 
-Shade = tuple[str, float]
-"""A piece of a caption and how strongly to shade it; 1.0 is an average weight."""
+Shade = tuple[str, float | None]
+"""A piece of a caption and how strongly to shade it: 1.0 is an average weight, ``None`` stands for no weight."""
 
 _THUMBNAIL = 320
 _STYLE = """
@@ -56,7 +57,7 @@ class CaptionReport:
         bytes: their size.
         read: samples read for the figures below.
         captions: captions of these samples.
-        unit: what caption lengths are counted in, ``"tokens"`` or ``"words"``.
+        unit: what caption lengths are counted in.
         lengths: the length of each caption.
         sizes: width and height of each image.
         formats: how many images of which format.
@@ -98,22 +99,26 @@ def inspect_captions(
     *,
     page: str | Path | None = None,
     tokenizer: str | None = None,
+    scores: str | None = None,
+    alpha: float = 1.0,
+    floor: float = 0.0,
     limit: int | None = 100_000,
     samples: int = 48,
     seed: int = 0,
-    shades: Callable[[int, Mapping[str, Any]], Sequence[Sequence[Shade]] | None] | None = None,
 ) -> CaptionReport:
     """Reads a caption data set and describes it.
 
     Args:
         data: a folder, or a remote such as ``s3://bucket/captions``.
         page: where to write the page of samples, as one HTML file.
-        tokenizer: a Hugging Face tokenizer to count tokens with; words are counted without one.
+        tokenizer: a Hugging Face tokenizer to count tokens with. Default: the reference's, where there are scores that
+            it belongs to, and OpenCLIP's otherwise, which comes with the package.
+        scores: folder or remote of the reference's stored log-probabilities; the page then shades each token by its
+            weight, normalized as in PRIOR.
+        alpha, floor: of :func:`.importance_weights`.
         limit: how many samples to read for the figures, drawn at random; ``None`` reads all.
         samples: how many samples the page shows.
         seed: what is drawn depends on it alone.
-        shades: called with a sample's number and the sample; for each of its captions the pieces that it is made of,
-            each with a weight to shade it by, or ``None`` to leave the sample as it is.
 
     Returns:
         The figures; as text they are a few lines.
@@ -121,13 +126,17 @@ def inspect_captions(
     Raises:
         FileNotFoundError: there is no ``index.json``.
         ValueError: a column is missing, or one is of an encoding that could run code.
+        ScoresError: the scores belong to other data or another tokenizer, naming what differs.
     """
     if samples < 0 or (limit is not None and limit < 1):
         raise ValueError(f"samples={samples} must be at least 0, and limit={limit} at least 1.")
-    length, unit = _length(tokenizer)
     with tempfile.TemporaryDirectory() as cache:
-        dataset, shards = _open(str(data), cache)
-        count = len(dataset)
+        dataset, index = _open(str(data), cache)
+        shards, count = json.loads(index)["shards"], len(dataset)
+        shades = None
+        if scores is not None:
+            shades, tokenizer = _shades(scores, tokenizer, index, count, Path(cache, "scores"), alpha, floor)
+        length, unit = _length(tokenizer)
         drawn = random.Random(seed)
         numbers = range(count) if limit is None or limit >= count else sorted(drawn.sample(range(count), limit))
         shown = set(drawn.sample(list(numbers), min(samples, len(numbers))))
@@ -157,7 +166,8 @@ def inspect_captions(
         undecodable, found.most_common(10),
     )  # fmt: skip
     if page is not None:
-        Path(page).write_text(samples_page(cards, f"{data}", str(report)), encoding="utf-8")
+        legend = "" if shades is None else "\n\nThe darker a token, the larger its weight, which the pointer shows."
+        Path(page).write_text(samples_page(cards, f"{data}", f"{report}{legend}"), encoding="utf-8")
     return report
 
 
@@ -220,9 +230,11 @@ def sample_card(
 
 
 def _shaded(pieces: Sequence[Shade]) -> str:
-    largest = max((weight for _, weight in pieces), default=0.0) or 1.0
+    largest = max((weight for _, weight in pieces if weight is not None), default=0.0) or 1.0
     return "".join(
-        f'<mark style="--w:{max(0.0, weight) / largest:.3f}" title="{weight:.3g}">{_escape(text)}</mark>'
+        _escape(text)
+        if weight is None
+        else f'<mark style="--w:{max(0.0, weight) / largest:.3f}" title="{weight:.3g}">{_escape(text)}</mark>'
         for text, weight in pieces
     )
 
@@ -269,15 +281,78 @@ def _header(image: bytes) -> tuple[str, tuple[int, int]] | None:
 
 def _length(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
     if tokenizer is None:
-        return lambda caption: len(caption.split()), "words"
-    from transformers import AutoTokenizer
+        from open_clip.tokenizer import SimpleTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+        clip = SimpleTokenizer()
+        return lambda caption: len(clip.encode(caption)), "tokens of OpenCLIP's tokenizer"
+    loaded = _load_tokenizer(tokenizer)
     return lambda caption: len(loaded(caption, add_special_tokens=False)["input_ids"]), "tokens"
 
 
-def _open(data: str, cache: str) -> tuple[Any, list[dict[str, Any]]]:
-    """The data set, and its shards as the index describes them, once they are known to be harmless."""
+def _load_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def _shades(
+    path: str, tokenizer: str | None, index: bytes, samples: int, cache: Path, alpha: float, floor: float
+) -> tuple[Callable[[int, Mapping[str, Any]], list[list[Shade]] | None], str]:
+    """What makes the pieces of a sample's caption, each with its weight, from stored scores; and their tokenizer."""
+    import torch
+
+    from composer_prior.algorithms.prior.weights import importance_weights
+    from composer_prior.data.captions import encode_caption
+    from composer_prior.data.scores import Scores, index_fingerprint
+    from composer_prior.data.tokenizer import tokenizer_fingerprint
+    from composer_prior.models.align import token_edges
+    from composer_prior.models.language import add_image_tokens
+
+    scores = Scores(path, cache)
+    card = scores.card
+    name = card.reference["path"] if tokenizer is None else tokenizer
+    loaded = _load_tokenizer(name)
+    add_image_tokens(loaded)
+    known = tokenizer_fingerprint(loaded)
+    if tokenizer is None and known != card.tokenizer:
+        raise ValueError(
+            f"{path}: the reference has another tokenizer than the model; name the model's with tokenizer=."
+        )
+    card.check(dataclasses.replace(card, data=index_fingerprint([index]), samples=samples, tokenizer=known), path)
+
+    def pieces(number: int, sample: Mapping[str, Any]) -> list[list[Shade]] | None:
+        caption = sample["caption"]
+        encoding = encode_caption(loaded, caption)
+        tokens = min(len(encoding.ids) + 1, card.max_caption_tokens)
+        if not len(scores[number]):
+            return None  # a sample that was skipped
+        logprobs = torch.from_numpy(scores.read(number, tokens))[None]
+        mask = torch.ones_like(logprobs, dtype=torch.bool)
+        weights = importance_weights(logprobs, mask, alpha, floor=floor)[0].tolist()
+        edges = token_edges(encoding.offsets, len(caption)).tolist()
+        return [_pieces(caption, edges, weights, loaded.eos_token)]
+
+    return pieces, name
+
+
+def _pieces(caption: str, edges: Sequence[float], weights: Sequence[float], end: str) -> list[Shade]:
+    """A caption cut at the tokens' edges; tokens that share a character are one piece, of their average weight."""
+    found: list[Shade] = []
+    start, waiting = 0, list[float]()
+    for edge, weight in zip(edges[1:], weights, strict=False):
+        waiting.append(weight)
+        if edge == int(edge):
+            found.append((caption[start : int(edge)], statistics.mean(waiting)))
+            start, waiting = int(edge), []
+    if len(weights) == len(edges):  # the last one is that of the end of the sequence
+        found.append((end, weights[-1]))
+    elif start < len(caption):
+        found.append((caption[start:], None))
+    return found
+
+
+def _open(data: str, cache: str) -> tuple[Any, bytes]:
+    """The data set and its index, once what that describes is known to be harmless."""
     from streaming.base.storage.download import CloudDownloader
 
     remote = "://" in data
@@ -286,16 +361,16 @@ def _open(data: str, cache: str) -> tuple[Any, list[dict[str, Any]]]:
         CloudDownloader.direct_download(f"{data.rstrip('/')}/index.json", str(index))
     if not index.exists():
         raise FileNotFoundError(f"{data}: no index.json here; name a data set made by scripts/convert_captions.py.")
-    shards = json.loads(index.read_bytes())["shards"]
-    for shard in shards:
+    content = index.read_bytes()
+    for shard in json.loads(content)["shards"]:
         _check_columns(data, shard)
     if remote:
         from streaming import StreamingDataset
 
-        return StreamingDataset(local=cache, remote=data, shuffle=False, batch_size=1, validate_hash="xxh64"), shards
+        return StreamingDataset(local=cache, remote=data, shuffle=False, batch_size=1, validate_hash="xxh64"), content
     from streaming.base.local import LocalDataset
 
-    return LocalDataset(data), shards
+    return LocalDataset(data), content
 
 
 def _check_columns(data: str, shard: Mapping[str, Any]) -> None:
@@ -312,7 +387,7 @@ def _check_columns(data: str, shard: Mapping[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line: ``DATA [page=samples.html] [tokenizer=…] [limit=…] [samples=…] [seed=…]``.
+    """The command line: ``DATA [option=value ...]``, where the options are those of :func:`inspect_captions`.
 
     Args:
         arguments: the words of the command line.
@@ -322,7 +397,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     from omegaconf import OmegaConf
 
-    names = ("page", "tokenizer", "limit", "samples", "seed")
+    names = ("page", "tokenizer", "scores", "alpha", "floor", "limit", "samples", "seed")
     words = [word for word in arguments if not re.match(r"\w+=", word)]
     options = {str(k): v for k, v in OmegaConf.from_dotlist([w for w in arguments if w not in words]).items()}
     if len(words) != 1 or words[0].startswith("-") or set(options) - set(names):

@@ -16,7 +16,7 @@ import mmap
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -57,6 +57,11 @@ class CaptionData(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+
+
+def index_fingerprint(indices: Iterable[bytes]) -> str:
+    """Digest of the indices of a data set's streams: of the shards' sizes and hashes, in order."""
+    return hashlib.sha256(b"".join(indices)).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,21 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import small_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from streaming import MDSWriter
 
+from composer_prior import importance_weights
+from composer_prior.data.captions import encode_caption
 from composer_prior.data.convert import convert_captions
 from composer_prior.data.inspect import inspect_captions, main, sample_card, samples_page
+from composer_prior.data.scores import Scores
+from composer_prior.training.score import ScoreJob, score_captions
+
+LONGEST = 24
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = (
@@ -55,7 +63,9 @@ def test_the_report_counts(data):
     assert (report.samples, report.read, report.captions, report.undecodable) == (30, 30, 30, 0)
     assert report.formats == {"PNG": 30}
     assert {width for width, _ in report.sizes} == {64, 65, 66}
-    assert report.unit == "words"
+    assert report.unit == "tokens of OpenCLIP's tokenizer"
+    assert len(report.lengths) == 30
+    assert sorted(report.lengths)[0] == 2, "a picture"
     assert [count for _, count in report.frequent[:3]] == [11, 11, 1]
     assert len(report.frequent) == 10
     text = str(report)
@@ -80,7 +90,7 @@ def test_a_tokenizer_counts_tokens(data, tmp_path):
     transformers.PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>").save_pretrained(tmp_path / "chars")
     report = inspect_captions(data, tokenizer=str(tmp_path / "chars"))
     assert report.unit == "tokens"
-    assert max(report.lengths) > max(inspect_captions(data).lengths)
+    assert max(report.lengths) == max(map(len, HOSTILE))
 
 
 @settings(max_examples=200, deadline=None)
@@ -109,6 +119,76 @@ def test_shades_follow_the_weights():
     assert '<mark style="--w:0.000" title="0">a </mark><mark style="--w:1.000" title="2">&lt;b&gt;</mark>' in card
 
 
+@pytest.fixture
+def scores(data, tokenizer, tmp_path) -> str:
+    """Folder of the scores that a small reference gives the data, the end of long captions cut off."""
+    small_lm(tokenizer).save_pretrained(tmp_path / "reference")
+    tokenizer.save_pretrained(tmp_path / "reference")
+    score_captions(
+        ScoreJob(
+            out=str(tmp_path / "scores"),
+            reference=str(tmp_path / "reference"),
+            tokenizer={"name": str(tmp_path / "reference")},
+            dataset={"local": str(data), "max_caption_tokens": LONGEST},
+            progress_bar=False,
+        )
+    )
+    return str(tmp_path / "scores")
+
+
+def shades_of(page: str) -> list[tuple[str, list[float]]]:
+    """Text and weights of each caption of a page."""
+    captions = re.findall(r'<p dir="auto">(.*?)</p>', page, re.DOTALL)
+    return [
+        (
+            html.unescape(re.sub("<.*?>", "", caption)),
+            [float(w) for w in re.findall(r'<mark [^>]*title="(.*?)"', caption)],
+        )
+        for caption in captions
+    ]
+
+
+def test_stored_scores_shade_each_token(data, scores, tokenizer, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main([str(data), f"scores={scores}", f"page={page}", "samples=30", "floor=0.1"]) == 0
+    assert re.search(r"caption length .* tokens$", capsys.readouterr().out, re.MULTILINE)
+    shown = shades_of(page.read_text())
+    stored, cut = Scores(scores, tmp_path), 0
+    for number, (text, weights) in enumerate(shown):
+        logprobs = torch.from_numpy(stored[number])[None]
+        expected = importance_weights(logprobs, torch.ones_like(logprobs, dtype=torch.bool), floor=0.1)[0]
+        caption = HOSTILE[number] if number < len(HOSTILE) else f"a picture {'of paint ' * (number % 2)}"
+        offsets = encode_caption(tokenizer, caption).offsets
+        whole = len(offsets) < LONGEST
+        cut += not whole
+        plain = re.sub(r"[\u202c\u202e\x00\x1b\U000e0041]", lambda c: f"[U+{ord(c[0]):04X}]", caption)
+        assert text == plain + tokenizer.eos_token * whole
+        assert sum(weights) <= len(expected) + 0.01 * len(expected)
+        if caption.isascii() and whole:  # each token has characters of its own
+            assert weights == pytest.approx(expected.tolist(), rel=5e-3)
+    assert cut
+
+
+def test_scores_of_something_else_are_refused(data, scores, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    other = transformers.AutoTokenizer.from_pretrained(tmp_path / "reference")
+    other.add_tokens(["fox"])
+    other.save_pretrained(tmp_path / "other")
+    assert main([str(data), f"scores={scores}", f"tokenizer={tmp_path / 'other'}"]) == 1
+    assert re.match(
+        r"error: The scores in .* do not belong to this run; what differs: tokenizer", capsys.readouterr().err
+    )
+    index = json.loads((data / "index.json").read_text())
+    (data / "index.json").write_text(json.dumps(index, indent=1))
+    assert main([str(data), f"scores={scores}"]) == 1
+    assert re.match(r"error: The scores in .* do not belong to this run; what differs: data", capsys.readouterr().err)
+    other.save_pretrained(tmp_path / "reference")
+    assert main([str(data), f"scores={scores}"]) == 1
+    assert "the reference has another tokenizer than the model; name the model's" in capsys.readouterr().err
+    assert main([str(data), f"scores={tmp_path / 'none'}"]) == 1
+    assert "holds no whole scores" in capsys.readouterr().err
+
+
 def test_unsafe_and_foreign_data_are_refused(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=r"no index\.json here"):
         inspect_captions(tmp_path)
@@ -124,13 +204,9 @@ def test_unsafe_and_foreign_data_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
-def test_the_page_in_a_real_browser(data, tmp_path):
-    def shades(number, sample):
-        words = re.findall(r"\S+\s*", sample["caption"])
-        return [[(word, float(index)) for index, word in enumerate(words)]] if number == 20 else None
-
+def test_the_page_in_a_real_browser(data, scores, tokenizer, tmp_path):
     page = tmp_path / "page.html"
-    inspect_captions(data, page=page, samples=30, shades=shades)
+    inspect_captions(data, page=page, samples=30, scores=scores)
     dom, picture = browse(page, tmp_path)
     assert "pwned" not in re.search("<title>(.*?)</title>", dom)[1]  # type: ignore[index]
     assert "<h2>" not in dom
@@ -139,10 +215,13 @@ def test_the_page_in_a_real_browser(data, tmp_path):
         html.unescape(re.sub("<.*?>", "", text)) for text in re.findall(r'<p dir="auto">(.*?)</p>', dom, re.DOTALL)
     ]
     assert len(shown) == 30
-    assert shown[: len(HOSTILE)] == [
+    assert [text.removesuffix(tokenizer.eos_token) for text in shown[: len(HOSTILE)]] == [
         re.sub(r"[\u202c\u202e\x00\x1b\U000e0041]", lambda c: f"[U+{ord(c[0]):04X}]", text) for text in HOSTILE
     ]
-    assert dom.count('<mark style="--w:') == 2
+    heaviest = dom.count('<mark style="--w:1.000')
+    assert 30 <= heaviest < dom.count('<mark style="--w:')
+    pixels = picture.convert("RGB").getdata()
+    assert sum(pixel == (255, 140, 0) for pixel in pixels) > 30 * 20, "the heaviest tokens are shaded fully"
     for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255)):
         near = (max(map(abs, map(int.__sub__, other, colour))) < 9 for other in picture.convert("RGB").getdata())
         assert sum(near) >= 5 * 60 * 48, "the images are on the screen"
