@@ -24,7 +24,9 @@ import json
 import lzma
 import os
 import re
+import sqlite3
 import stat
+import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -62,6 +64,7 @@ _KEY_COLUMNS = ("id", "key", "__key__")
 _LINE_LIMIT = 16 << 20
 _PADDING = re.compile(r"[ \t\r\n,]*")
 _ROWS_AT_ONCE = 32
+_SEEN_CACHE_KIB = 64 << 10
 
 
 class SourceError(ValueError):
@@ -617,21 +620,18 @@ def _grouped(entries: Iterable[Record | Rejected]) -> Iterator[Record | Rejected
 
 
 def _unique(items: Iterable[Record | Rejected]) -> Iterator[Record | Rejected]:
-    """Rejects an id that came before, and, where a source has no ids, an image with a caption that it had before.
-
-    It remembers eight bytes of hash for each record (about 80 bytes of memory).
-    """
-    seen: set[int] = set()
+    """Rejects an id that came before, and, where a source has no ids, an image with a caption that it had before."""
+    seen = _Seen()
     for item in items:
         if isinstance(item, Rejected):
             yield item
         elif item.explicit:
-            if _first(seen, item.key):
+            if seen.add(item.key):
                 yield item
             else:
                 yield Rejected(item.key, "duplicate key", item.where)
         else:
-            fresh = [_first(seen, item.image, caption) for caption in item.captions]
+            fresh = [seen.add(item.image, caption) for caption in item.captions]
             if all(fresh):
                 yield item
                 continue
@@ -643,13 +643,22 @@ def _unique(items: Iterable[Record | Rejected]) -> Iterator[Record | Rejected]:
                 yield replace(item, captions=tuple(item.captions[index] for index in kept), spans=spans)
 
 
-def _first(seen: set[int], *identity: Any) -> bool:
-    digest = hashlib.blake2b(repr(identity).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    number = int.from_bytes(digest, "little")
-    if number in seen:
-        return False
-    seen.add(number)
-    return True
+class _Seen:
+    """What was seen before, by eight bytes of hash, in a temporary file of sqlite: memory stays within its cache."""
+
+    def __init__(self) -> None:
+        self._digests = sqlite3.connect("", isolation_level=None)
+        settings = ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{_SEEN_CACHE_KIB}")
+        for setting in settings:
+            self._digests.execute(f"PRAGMA {setting}")
+        self._digests.execute("CREATE TABLE seen (digest INTEGER PRIMARY KEY)")
+        self._digests.execute("BEGIN")
+
+    def add(self, *identity: Any) -> bool:
+        """Whether it is new."""
+        digest = hashlib.blake2b(repr(identity).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        number = int.from_bytes(digest, "little", signed=True)
+        return self._digests.execute("INSERT OR IGNORE INTO seen VALUES (?)", (number,)).rowcount == 1
 
 
 # WebDataset -----------------------------------------------------------------------------------------------------------
@@ -765,13 +774,21 @@ def _split_name(name: str) -> tuple[str, str, str]:
 def _tar_members(path: Path, label: str, options: SourceOptions) -> Iterator[tuple[str, bytes | Rejected]]:
     """Name and bytes of each regular member, in order, never more than one of them in memory.
 
-    ``tarfile`` takes a damaged header within an archive for its end, so the true end is looked for.
+    ``tarfile`` takes a damaged header within an archive for its end, or, told to ignore it, does not say so. Here what
+    lies between two members is rejected unless it is zeros, as between archives that were joined, and reading goes on.
     """
     wanted = {*_IMAGE_SUFFIXES, "json", "txt", "caption", "text", options.image_column, options.caption_column}
     try:
-        with tarfile.open(path, "r:*") as tar:
-            while (member := tar.next()) is not None:
+        with tarfile.open(path, "r:*", ignore_zeros=True) as tar:
+            end = 0
+            while True:
+                member = tar.next()
                 tar.members.clear()  # type: ignore[attr-defined]
+                if lost := _lost(tar, end, None if member is None else member.offset):
+                    yield "", Rejected(label, "broken archive", label, lost)
+                if member is None:
+                    return
+                end = tar.offset
                 if member.isdir():
                     continue
                 name, where = member.name, f"{label}:{member.name}"
@@ -786,12 +803,23 @@ def _tar_members(path: Path, label: str, options: SourceOptions) -> Iterator[tup
                         continue
                     file = tar.extractfile(member)
                     yield name, (file.read() if file else b"")
-            tar.fileobj.seek(tar.offset)  # type: ignore[union-attr]
-            end = tar.fileobj.read(tarfile.BLOCKSIZE)  # type: ignore[union-attr]
-            if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
-                raise tarfile.ReadError("no end of archive where the last readable member ends")
     except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         yield "", Rejected(label, "broken archive", label, f"{str(error)[:160]}; what follows in it is not read")
+
+
+def _lost(tar: tarfile.TarFile, begin: int, end: int | None) -> str:
+    """What is wrong between two places of an archive where one member ends and the next begins, or the archive ends."""
+    if begin == end:
+        return ""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(begin)
+    size, damaged = 0, False
+    while piece := tar.fileobj.read(min(1 << 20, sys.maxsize if end is None else end - begin - size)):
+        size += len(piece)
+        damaged = damaged or bool(piece.strip(b"\0"))
+    if damaged:
+        return f"{size} bytes at {begin} are no members"
+    return "no end of archive where the last readable member ends" if end is None and size < tarfile.BLOCKSIZE else ""
 
 
 # Parquet and Arrow ----------------------------------------------------------------------------------------------------
@@ -829,7 +857,7 @@ class ParquetSource:
 
     def units(self) -> Iterator[FileUnit | Rejected]:
         parquet, arrow = _load("pyarrow.parquet"), _load("pyarrow")
-        seen: set[int] = set()
+        seen = _Seen()
         for file in self.files:
             whole = _file_unit(self.root, file)
             if isinstance(whole, Rejected):
@@ -841,7 +869,7 @@ class ParquetSource:
             except (arrow.ArrowException, OSError, KeyError) as error:
                 yield Rejected(whole.name, "unreadable file", whole.name, _one_line(error))
 
-    def _cut(self, whole: FileUnit, opened: Any, seen: set[int]) -> Iterator[FileUnit]:
+    def _cut(self, whole: FileUnit, opened: Any, seen: _Seen) -> Iterator[FileUnit]:
         first, row, rows = 0, 0, 0
         for group in range(opened.num_row_groups):
             rows += opened.metadata.row_group(group).num_rows
@@ -851,13 +879,13 @@ class ParquetSource:
                 )
                 first, row, rows = group + 1, row + rows, 0
 
-    def _repeated(self, opened: Any, first: int, last: int, seen: set[int]) -> tuple[int, ...]:
+    def _repeated(self, opened: Any, first: int, last: int, seen: _Seen) -> tuple[int, ...]:
         """Rows whose key came before. Only the column of keys is read."""
         if self.options.key_column is None:
             return ()
         table = opened.read_row_groups(range(first, last), columns=[self.options.key_column])
         keys = table.column(0).to_pylist()
-        return tuple(number for number, key in enumerate(keys) if not _first(seen, key))
+        return tuple(number for number, key in enumerate(keys) if not seen.add(key))
 
     def read(self, unit: FileUnit | Rejected) -> Iterator[Record | Rejected]:
         if isinstance(unit, Rejected):
@@ -947,11 +975,11 @@ class HFSource:
         return cls(path, options, image, caption, images.resolve(), len(data), SPANS in data.column_names)
 
     def units(self) -> Iterator[tuple[str, int, int, tuple[int, ...]]]:
-        data, seen = _load_saved(self.path, self.options.split), set[int]()
+        data, seen = _load_saved(self.path, self.options.split), _Seen()
         for start in range(0, len(data), self.options.unit_samples):
             stop = min(start + self.options.unit_samples, len(data))
             keys = data.select_columns(self.options.key_column)[start:stop] if self.options.key_column else {}
-            repeated = [n for n, key in enumerate(next(iter(keys.values()), ())) if not _first(seen, key)]
+            repeated = [n for n, key in enumerate(next(iter(keys.values()), ())) if not seen.add(key)]
             yield data._fingerprint, start, stop, tuple(repeated)
 
     def read(self, unit: tuple[str, int, int, tuple[int, ...]]) -> Iterator[Record | Rejected]:

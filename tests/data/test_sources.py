@@ -1,5 +1,6 @@
 """Every form of source gives the same records, and nothing in one can lead out of it or end the reading."""
 
+import gzip
 import io
 import json
 import os
@@ -429,14 +430,31 @@ def test_a_tar_cut_anywhere_says_so(suffix, tmp_path):
         assert "broken archive" in [item.reason for item in items(path) if isinstance(item, Rejected)], length
 
 
-def test_a_damaged_tar_header_is_not_taken_for_the_end(tmp_path):
-    path = tmp_path / "0.tar"
-    with tarfile.open(path, "w") as tar:
-        for key in "abc":
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_a_damaged_tar_header_loses_no_other_sample(suffix, tmp_path):
+    path = tmp_path / f"0{suffix}"
+    with tarfile.open(path.with_suffix(""), "w") as tar:
+        for key in "abcd":
+            add(tar, f"{key}.png", picture())
+            add(tar, f"{key}.txt", f"caption {key}".encode())
+    data = bytearray(path.with_suffix("").read_bytes())
+    path.with_suffix("").unlink()
+    data[2048:2060] = b"garbage here"  # b.png
+    data[4096 + 1024 : 4096 + 1030] = b"\xff" * 6  # c.txt
+    path.write_bytes(gzip.compress(data) if suffix == ".tar.gz" else data)
+    found = items(path)
+    assert [item.captions for item in found if isinstance(item, Record)] == [("caption a",), (), ("caption d",)]
+    assert [(item.key, item.reason, item.detail) for item in found if isinstance(item, Rejected)] == [
+        (path.name, "broken archive", "1024 bytes at 2048 are no members"),
+        ("b", "missing image", "members: txt"),
+        (path.name, "broken archive", "1024 bytes at 5120 are no members"),
+    ]
+
+
+def test_tars_that_were_joined_are_read_whole(tmp_path):
+    for key in "ab":
+        with tarfile.open(tmp_path / key, "w") as tar:
             add(tar, f"{key}.png", picture())
             add(tar, f"{key}.txt", b"caption")
-    data = bytearray(path.read_bytes())
-    data[2048:2060] = b"garbage here"
-    path.write_bytes(data)
-    found = items(path)
-    assert any(isinstance(item, Rejected) and item.reason == "broken archive" for item in found)
+    (tmp_path / "joined.tar").write_bytes((tmp_path / "a").read_bytes() + (tmp_path / "b").read_bytes())
+    assert [item.key for item in items(tmp_path / "joined.tar")] == ["a", "b"]
