@@ -18,9 +18,10 @@ from torch import Tensor
 from torchvision.datasets import VisionDataset
 from transformers import PreTrainedTokenizerBase
 
+from composer_prior.data.download import OneLineError, one_line
 from composer_prior.data.image_bytes import ImageError, decode_rgb
 from composer_prior.data.scores import ScoresError, index_fingerprint, open_scores
-from composer_prior.data.streams import CheckedDataset, OneLineError, one_line
+from composer_prior.data.streams import CheckedDataset
 from composer_prior.models.head import IGNORE_INDEX
 from composer_prior.models.language import add_image_tokens, bos_id
 from composer_prior.models.lvlm import stack_images
@@ -100,7 +101,10 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         self.on_bad_sample = on_bad_sample
         self.placeholder_ids = add_image_tokens(tokenizer)
         self.bos_id = bos_id(tokenizer)
-        self.scores = open_scores(scores, self, Path(self.streams[0].local, ".scores")) if scores else None
+        self.scores = None
+        if scores:
+            patience = {"attempts": self.streams[0].download_retry, "seconds": self.streams[0].download_timeout}
+            self.scores = open_scores(scores, self, Path(self.streams[0].local, ".scores"), **patience)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -85,7 +85,7 @@ class ConversionOptions(SourceOptions):
         progress: show a progress bar; by default where standard error is a terminal.
         work: where a conversion to a remote keeps its state, in order to be resumed. By default a folder of the user's
             cache, named after the remote.
-        upload_attempts: how often an upload is tried, with a pause that doubles each time.
+        upload_attempts: how often an upload is tried, with 1, 2, 4 … s between.
     """
 
     captions: str = "all"
@@ -98,7 +98,7 @@ class ConversionOptions(SourceOptions):
     processes: int | None = None
     progress: bool | None = None
     work: str | None = None
-    upload_attempts: int = 4
+    upload_attempts: int = 7
 
     def __post_init__(self) -> None:
         super().__post_init__()

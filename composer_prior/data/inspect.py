@@ -353,24 +353,19 @@ def _pieces(caption: str, edges: Sequence[float], weights: Sequence[float], end:
 
 def _open(data: str, cache: str) -> tuple[Any, bytes]:
     """The data set and its index, once what that describes is known to be harmless."""
-    from streaming.base.storage.download import CloudDownloader
+    from streaming.base.local import LocalDataset
+
+    from composer_prior.data.streams import CheckedDataset
 
     remote = "://" in data
+    dataset = CheckedDataset(local=cache, remote=data.rstrip("/"), batch_size=1) if remote else None
     index = Path(cache if remote else data) / "index.json"
-    if remote:
-        CloudDownloader.direct_download(f"{data.rstrip('/')}/index.json", str(index))
     if not index.exists():
         raise FileNotFoundError(f"{data}: no index.json here; name a data set made by scripts/convert_captions.py.")
     content = index.read_bytes()
     for shard in json.loads(content)["shards"]:
         _check_columns(data, shard)
-    if remote:
-        from streaming import StreamingDataset
-
-        return StreamingDataset(local=cache, remote=data, shuffle=False, batch_size=1, validate_hash="xxh64"), content
-    from streaming.base.local import LocalDataset
-
-    return LocalDataset(data), content
+    return dataset or LocalDataset(data), content
 
 
 def _check_columns(data: str, shard: Mapping[str, Any]) -> None:

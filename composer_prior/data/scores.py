@@ -16,7 +16,7 @@ import mmap
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,11 +26,13 @@ import numpy as np
 import xxhash
 from filelock import FileLock
 from numpy.typing import NDArray
+from streaming.base.constant import DEFAULT_TIMEOUT
+from streaming.base.format import FileInfo
 from streaming.base.storage import CloudDownloader
-from streaming.base.util import retry
 from transformers import PreTrainedTokenizerBase
 
 from composer_prior.data.convert import Place
+from composer_prior.data.download import ATTEMPTS, DataError, check_file, download
 from composer_prior.data.mds_shard import ShardWriter
 from composer_prior.data.tokenizer import tokenizer_fingerprint
 
@@ -40,7 +42,6 @@ INDEX = "index.json"
 VERSION = 1
 _LOWEST = -65504.0  # of float16
 _SHARD_BYTES = (1 << 32) - 1  # offsets are uint32
-_ATTEMPTS = 4
 
 
 class ScoresError(ValueError):
@@ -203,7 +204,7 @@ class ScoresWriter:
         self.work = Path(self._temporary.name) if self._temporary else Path(out, ".scoring", str(worker))
         self.work.mkdir(parents=True, exist_ok=True)
         remote = out.rstrip("/") if is_remote(out) else None
-        self.place = Place(None if remote else Path(out), remote, self.work, _ATTEMPTS)
+        self.place = Place(None if remote else Path(out), remote, self.work, ATTEMPTS)
 
     @property
     def units(self) -> list[range]:
@@ -303,15 +304,17 @@ class Scores:
     Args:
         path: folder or remote.
         cache: local folder under which the shards of a remote are kept.
+        attempts, seconds: how often to try a download, and for how long each time; see :func:`.download`.
 
     Raises:
         ScoresError: if they are missing, not whole, or of an unknown form.
     """
 
-    def __init__(self, path: str, cache: Path):
+    def __init__(self, path: str, cache: Path, attempts: int = ATTEMPTS, seconds: float = DEFAULT_TIMEOUT):
         self.path = path
-        self.card = ScoresCard.from_json(_fetch(path, CARD), path)
-        index = _fetch(path, INDEX)
+        self.patience = (attempts, seconds)
+        self.card = ScoresCard.from_json(_fetch(path, CARD, *self.patience), path)
+        index = _fetch(path, INDEX, *self.patience)
         try:
             self.shards = [_parse_entry(entry) for entry in json.loads(index)["shards"]]
         except (ValueError, TypeError, KeyError) as error:
@@ -358,22 +361,24 @@ class Scores:
         except FileNotFoundError:
             if not is_remote(self.path):
                 raise ScoresError(f"{file} is missing; delete {INDEX} beside it and score again") from None
-        _download(f"{self.path.rstrip('/')}/{shard.name}", file)
+        info = FileInfo(shard.name, shard.size, {"xxh64": shard.digest})
+        _download(f"{self.path.rstrip('/')}/{shard.name}", file, lambda file: check_file(file, info), *self.patience)
         return _open_shard(str(file), shard.size, shard.digest)
 
 
-def open_scores(path: str, data: CaptionData, cache: Path) -> Scores:
+def open_scores(path: str, data: CaptionData, cache: Path, **patience: Any) -> Scores:
     """Scores of a data set.
 
     Args:
         path: folder or remote.
         data: whose samples they must belong to.
         cache: local folder under which the shards of a remote are kept.
+        patience: ``attempts`` and ``seconds`` of :class:`.Scores`.
 
     Raises:
         ScoresError: if they are missing or not whole, or belong to something else, naming what differs.
     """
-    scores = Scores(path, cache)
+    scores = Scores(path, cache, **patience)
     scores.card.check(ScoresCard.of(data, {}), path, reference=False)
     return scores
 
@@ -399,41 +404,36 @@ def _open_shard(path: str, size: int, digest: str) -> mmap.mmap:
     raise ScoresError(f"{path} is damaged ({found} of {size} bytes); delete it and {INDEX} beside it, and score again")
 
 
-def _fetch(path: str, name: str) -> bytes:
+def _fetch(path: str, name: str, attempts: int, seconds: float) -> bytes:
     """One small file of a folder or remote, as it is now."""
     try:
         if not is_remote(path):
             return Path(path, name).read_bytes()
         with tempfile.TemporaryDirectory() as folder:
-            _download(f"{path.rstrip('/')}/{name}", Path(folder, name))
-            return Path(folder, name).read_bytes()
+            file = Path(folder, name)
+            _download(f"{path.rstrip('/')}/{name}", file, lambda file: json.loads(file.read_bytes()), attempts, seconds)
+            return file.read_bytes()
     except (OSError, ScoresError) as error:
         raise ScoresError(
             f"{path} holds no whole scores: {name} cannot be read ({error}). Run scripts/score_captions.py."
         ) from error
 
 
-def _download(remote: str, file: Path) -> None:
+def _download(remote: str, file: Path, check: Callable[[Path], Any], attempts: int, seconds: float) -> None:
     """Download a file in one piece; of several processes that want it, one does."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
     with FileLock(f"{file}.lock"):
         if file.exists():
             return
-        partial.unlink(missing_ok=True)
+        for leftover in file.parent.glob(f"{file.name}.*.partial"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
         try:
-            found = retry(num_attempts=_ATTEMPTS)(lambda: _attempt(remote, partial))()
-        except Exception as error:
-            raise ScoresError(f"{remote} cannot be downloaded ({' '.join(str(error).split())[:200]})") from error
-        if not found:
-            raise ScoresError(f"{remote} is missing")
-        os.replace(partial, file)
-
-
-def _attempt(remote: str, file: Path) -> bool:
-    """Download a file; False if there is none, which trying again does not change."""
-    try:
-        CloudDownloader.direct_download(remote, str(file))
-    except FileNotFoundError:
-        return False
-    return True
+            download(
+                lambda partial: CloudDownloader.direct_download(remote, str(partial), seconds),
+                file,
+                check,
+                attempts,
+                seconds,
+            )
+        except DataError as error:
+            raise ScoresError(f"{remote} cannot be downloaded ({error})") from error

@@ -6,12 +6,10 @@ early, without an error, when a download fails.
 """
 
 import json
-import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import cached_property
 from pathlib import Path
 from time import sleep, time_ns
@@ -26,49 +24,23 @@ from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.format import FileInfo, Reader, get_index_basename
 from streaming.base.format.mds import MDSReader
 from streaming.base.format.mds.encodings import is_mds_encoding_safe
-from streaming.base.hashing import get_hash, is_hash
-from streaming.base.storage.download import BOTOCORE_CLIENT_ERROR_CODES
+from streaming.base.hashing import is_hash
 from streaming.base.world import World
 
-_SHA3 = ("sha3_512", "sha3_384", "sha3_256", "sha3_224")
-_SHA2 = ("sha512", "sha384", "sha256", "sha224")
-STRONGEST_FIRST = (
-    *_SHA3,
-    *_SHA2,
-    "blake2b",
-    "blake2s",
-    "sha1",
-    "md5",
-    "xxh3_128",
-    "xxh128",
-    "xxh3_64",
-    "xxh64",
-    "xxh32",
-)
+from composer_prior.data import download as downloading
+from composer_prior.data.download import ATTEMPTS, DataError, check_file, download, one_line
+
 FAILED = ".failed"  # a file beside a shard that could not be downloaded, which says why
 _STARTS = 20
 _LOCK_TICK = 0.001  # seconds between looks at the lock of the workers' barrier, which is held for microseconds
-FIRST_PAUSE = 1.0  # seconds between the first two attempts; each pause is twice the one before
 _UNREADABLE = 255  # a state of a shard beside streaming's: its download has failed for good, in any process of the node
-
-
-class OneLineError(Exception):
-    """An error whose message is one line, also where DataLoader has put a worker's traceback around it."""
-
-    def __init__(self, message: str):
-        last = message.rstrip().rpartition("\n")[2]
-        super().__init__(last.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: "))
-
-
-class DataError(OneLineError, OSError):
-    """Data that cannot be read, named: an index, a shard."""
 
 
 class CheckedStream(Stream):
     """A stream whose files are downloaded under another name, checked, and then put in place.
 
-    Each is checked by its size and by the strongest hash that the index has for it, or by ``validate_hash``. An attempt
-    takes no longer than ``download_timeout``, whatever the server does; between attempts there are 1, 2, 4 … s.
+    Each is checked by its size and by the strongest hash that the index has for it, or by ``validate_hash``; see
+    :func:`.download`.
 
     Args:
         kwargs: those of :class:`streaming.Stream`.
@@ -82,7 +54,7 @@ class CheckedStream(Stream):
     @property
     def patience(self) -> float:
         """The longest time in seconds that a download may take, all attempts together."""
-        return self.download_retry * (self.download_timeout + 1) + FIRST_PAUSE * 2.0**self.download_retry
+        return self.download_retry * (self.download_timeout + 1) + downloading.FIRST_PAUSE * 2.0**self.download_retry
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
         self._expected: dict[str, FileInfo] = {}
@@ -133,32 +105,23 @@ class CheckedStream(Stream):
         if self.remote is None:
             raise FileNotFoundError(f"{local} is missing, and there is no remote to download it from")
         remote = os.path.join(self.remote, self.split, from_basename)
-        for attempt in range(self.download_retry):
-            try:
-                self._attempt(remote, local, self._expected.get(from_basename), attempt)
-                break
-            except Exception as error:
-                self._downloader.clean_up()
-                if _is_final(error) or attempt + 1 == self.download_retry:
-                    times = f"{attempt + 1} attempts, the last: " if attempt else ""
-                    raise DataError(f"{times}{one_line(error)}") from error
-            sleep(FIRST_PAUSE * 2.0**attempt)
-        return str(local)
+        expected = self._expected.get(from_basename)
 
-    def _attempt(self, remote: str, local: Path, expected: FileInfo | None, attempt: int) -> None:
-        partial = local.with_name(f"{local.name}.{os.getpid()}-{threading.get_ident()}-{attempt}.partial")
-        download = in_thread(lambda: self._downloader.download(remote, str(partial), self.download_timeout))
-        try:
-            download.result(self.download_timeout)
+        def check(file: Path) -> None:
             if expected is not None:
-                check_file(partial, expected, self.validate_hash)
+                check_file(file, expected, self.validate_hash)
             else:
-                json.loads(partial.read_bytes())  # an index that arrived in part is none
-            os.replace(partial, local)
-        except FutureTimeoutError:
-            raise TimeoutError(f"no answer, or not all of it, within {self.download_timeout:g} s") from None
-        finally:  # at once, or when the download that nobody waits for has ended
-            download.add_done_callback(lambda _: partial.unlink(missing_ok=True))
+                json.loads(file.read_bytes())  # an index that arrived in part is none
+
+        download(
+            lambda file: self._downloader.download(remote, str(file), self.download_timeout),
+            local,
+            check,
+            self.download_retry,
+            self.download_timeout,
+            self._downloader.clean_up,
+        )
+        return str(local)
 
 
 class CheckedDataset(StreamingDataset):
@@ -169,8 +132,8 @@ class CheckedDataset(StreamingDataset):
             ``local``, and one of ``proportion``, ``repeat`` and ``choose``; or None, for the one that the following
             arguments tell. Default: ``None``.
         remote, local, split, keep_zip: see :class:`streaming.StreamingDataset`.
-        download_retry: attempts for each file, with 1, 2, 4 … s between them. Default: ``6``, which bears a server
-            that is gone for half a minute.
+        download_retry: attempts for each file, with 1, 2, 4 … s between them. Default: ``7``, which bears a server
+            that is gone for a minute.
         download_timeout: the longest time in seconds of one attempt. Default: ``60``.
         validate_hash: the hash to check downloaded shards by. Default: the strongest that the index has.
         kwargs: the others of :class:`streaming.StreamingDataset`.
@@ -186,7 +149,7 @@ class CheckedDataset(StreamingDataset):
         remote: str | None = None,
         local: str | None = None,
         split: str | None = None,
-        download_retry: int = 6,
+        download_retry: int = ATTEMPTS,
         download_timeout: float = DEFAULT_TIMEOUT,
         validate_hash: str | None = None,
         keep_zip: bool = False,
@@ -301,53 +264,6 @@ class CheckedDataset(StreamingDataset):
             it.ready_index = it.yield_index
         it.on_exit()
         self._raise_failure()
-
-
-def check_file(file: Path, expected: FileInfo, algorithm: str | None = None) -> None:
-    """Refuse a file that is not what the index says.
-
-    Args:
-        file: to check.
-        expected: its size and hashes.
-        algorithm: one of the hashes; default: the strongest.
-
-    Raises:
-        ValueError: saying what differs.
-    """
-    size = file.stat().st_size
-    if size != expected.bytes:
-        raise ValueError(f"{size} bytes arrived, {expected.bytes} were expected")
-    algorithm = algorithm or next((name for name in STRONGEST_FIRST if name in expected.hashes), None)
-    if algorithm is None or size == 0:
-        return
-    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if get_hash(algorithm, cast(bytes, data)) != expected.hashes[algorithm]:
-            raise ValueError(f"what arrived has another {algorithm} than the index says")
-
-
-def in_thread(job: Callable[[], Any]) -> "Future[None]":
-    """Run a job in a thread of its own, for which no end of the program waits."""
-    future: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(job())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error as one line, or its type."""
-    return " ".join(str(error).split())[:500] or type(error).__name__
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether another attempt would change nothing: the file is not there, or not for us."""
-    code = str(getattr(error, "response", {}).get("Error", {}).get("Code"))
-    return code in BOTOCORE_CLIENT_ERROR_CODES or isinstance(error, FileNotFoundError | PermissionError)
 
 
 def _wait_for(file: Path, seconds: float) -> None:

@@ -15,7 +15,7 @@ from composer.utils import dist, get_device, reproducibility
 from omegaconf import OmegaConf
 
 from composer_prior.data.captions import StreamingCaptionDataset
-from composer_prior.data.streams import OneLineError
+from composer_prior.data.download import OneLineError
 from composer_prior.data.tokenizer import tokenizer_fingerprint
 from composer_prior.models.compile import prepare_compile
 from composer_prior.models.composer_lvlm import ComposerLVLM

@@ -353,7 +353,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server_module = pytest.importorskip("moto.server")
     import boto3
 
-    server = server_module.ThreadedMotoServer(port=0)
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
