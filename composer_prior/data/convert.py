@@ -60,7 +60,7 @@ REMOTES = ("s3", "gs", "oci", "azure", "azure-dl", "hf", "dbfs", "alipan")
 _VERSION = 1
 _LOCK_ATTEMPTS = 30
 _REPORT_EVERY = 32
-_WITHOUT_EFFECT_ON_OUTPUT = ("processes", "max_rejected", "progress", "work", "upload_attempts")
+_WITHOUT_EFFECT_ON_OUTPUT = ("processes", "max_rejected", "progress", "work", "upload_attempts", "download_timeout")
 
 
 class ConversionError(RuntimeError):
@@ -163,7 +163,7 @@ def convert_captions(
     it returns the summary and does nothing.
 
     Args:
-        source: a file or folder, see :mod:`composer_prior.data.sources`.
+        source: a file, folder or remote, see :func:`composer_prior.data.sources.open_source`.
         out: a folder, or a remote (``s3://``, ``gs://``, ``oci://``, ``azure://``, ``hf://`` …). Credentials come from
             the environment, as everywhere in streaming.
         options: how to read and convert.
@@ -179,7 +179,8 @@ def convert_captions(
     """
     options = replace(options or ConversionOptions(), **overrides)
     opened = open_source(source, **{f.name: getattr(options, f.name) for f in dataclasses.fields(SourceOptions)})
-    identity = hashlib.blake2b(os.path.realpath(source).encode(errors="surrogateescape"), digest_size=8).hexdigest()
+    place_of_source = str(source).rstrip("/") if "://" in str(source) else os.path.realpath(source)
+    identity = hashlib.blake2b(place_of_source.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     settings = {**options.settings, "form": opened.form, "source": identity}
     place = _place(str(out), options)
     with _locked(place):

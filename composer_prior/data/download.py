@@ -138,5 +138,6 @@ def one_line(error: BaseException) -> str:
 
 def _is_final(error: Exception) -> bool:
     """Whether another attempt would change nothing: the file is not there, or not for us."""
-    code = str(getattr(error, "response", {}).get("Error", {}).get("Code"))
+    response = getattr(error, "response", None) or {}  # None where botocore had no answer at all
+    code = str(response.get("Error", {}).get("Code"))
     return code in BOTOCORE_CLIENT_ERROR_CODES or isinstance(error, FileNotFoundError | PermissionError)

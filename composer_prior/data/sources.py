@@ -122,6 +122,7 @@ class SourceOptions:
         split: which split of a Hugging Face dataset.
         unit_samples: records in one unit of work, where the form does not dictate it.
         max_image_bytes: larger images are rejected without being read.
+        download_timeout: the longest time in seconds of one attempt to download a file of a remote source.
     """
 
     form: str | None = None
@@ -132,11 +133,12 @@ class SourceOptions:
     split: str | None = None
     unit_samples: int = 2048
     max_image_bytes: int = 64 << 20
+    download_timeout: float = 600.0
 
     def __post_init__(self) -> None:
         if self.form is not None and self.form not in FORMS:
             raise SourceError(f"form={self.form!r} is unknown: use one of {', '.join(FORMS)}.")
-        for name in ("unit_samples", "max_image_bytes"):
+        for name in ("unit_samples", "max_image_bytes", "download_timeout"):
             if getattr(self, name) < 1:
                 raise SourceError(f"{name}={getattr(self, name)} must be at least 1.")
 
@@ -171,7 +173,7 @@ def open_source(path: str | Path, options: SourceOptions | None = None, **overri
     """Recognises the form of a source and opens it.
 
     Args:
-        path: a file or a folder; see the module's table.
+        path: a file or a folder, see the module's table; or a remote (``s3://`` …) with tar shards or Parquet files.
         options: how to read it.
         overrides: fields of :class:`SourceOptions`.
 
@@ -183,6 +185,10 @@ def open_source(path: str | Path, options: SourceOptions | None = None, **overri
             package is.
     """
     options = replace(options or SourceOptions(), **overrides)
+    if "://" in str(path):
+        from composer_prior.data.remote_source import RemoteSource  # imports streaming, which takes its time
+
+        return RemoteSource.open(str(path), options)
     path = Path(path).expanduser()
     form, files = _recognise(path, options.form)
     if form in ("webdataset", "parquet"):
@@ -306,12 +312,20 @@ def _folder_forms(path: Path) -> dict[str, list[Path]]:
     named = [path / f"captions{suffix}" for suffix in _SUFFIXES if f"captions{suffix}" in names]
     if named:
         return _merge(_file_forms(file) for file in named)
-    archives = sorted(file for file in path.rglob("*") if _suffix_form(file) in ("webdataset", "parquet"))
+    if archives := archives_of(path.rglob("*")):
+        return archives
+    return _merge(_file_forms(file) for file in sorted(path.iterdir()) if file.is_file() and _suffix_form(file))
+
+
+def archives_of(files: Iterable[Path]) -> dict[str, list[Path]]:
+    """The tar shards and the Parquet files among some, in order, by form."""
+    found = _merge(
+        {form: [file]} for file in sorted(files) if (form := _suffix_form(file)) in ("webdataset", "parquet")
+    )
     # img2dataset lays its metadata beside each tar, as 00000.parquet; it is not a second source.
-    stems = {file.with_suffix("") for file in archives if _suffix_form(file) == "webdataset"}
-    archives = [file for file in archives if _suffix_form(file) == "webdataset" or file.with_suffix("") not in stems]
-    lists = [] if archives else sorted(file for file in path.iterdir() if file.is_file() and _suffix_form(file))
-    return _merge(_file_forms(file) for file in archives + lists)
+    stems = {file.with_suffix("") for file in found.get("webdataset", [])}
+    own = [file for file in found.pop("parquet", []) if file.with_suffix("") not in stems]
+    return {**found, **({"parquet": own} if own else {})}
 
 
 def _merge(forms: Iterable[dict[str, list[Path]]]) -> dict[str, list[Path]]:

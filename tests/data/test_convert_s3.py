@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_proxy import Fault, FaultProxy
 from PIL import Image
 from streaming import StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
@@ -130,6 +131,99 @@ def test_killed_and_resumed_the_bucket_is_the_same(bucket, source, tmp_path):
     next(iter(bucket.objects.filter(Prefix="killed/shard."))).delete()
     assert main(command) == 0
     assert objects(bucket, "killed") == files(tmp_path / "out")
+
+
+def upload(bucket: Any, folder: Path, prefix: str) -> str:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            bucket.upload_file(str(path), f"{prefix}/{path.relative_to(folder).as_posix()}")
+    return f"s3://captions/{prefix}"
+
+
+@pytest.fixture
+def tars(tmp_path) -> Path:
+    """Tar shards in two folders, one of them broken, with what img2dataset leaves beside them."""
+    webdataset = pytest.importorskip("webdataset")
+    folder = tmp_path / "tars"
+    for number, name in enumerate(("a/00000.tar", "a/00001.tar", "b/00000.tar")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with webdataset.TarWriter(str(folder / name)) as tar:
+            for index in range(20):
+                tar.write(
+                    {"__key__": f"{number}{index:04}", "jpg": jpeg() if index else b"bad", "txt": f"{name} {index}"}
+                )
+    (folder / "a/00000.parquet").write_bytes(b"metadata")
+    (folder / "a/00001.tar").write_bytes((folder / "a/00001.tar").read_bytes()[:-12_000])
+    return folder
+
+
+def test_tar_shards_in_a_bucket_are_read_as_those_in_a_folder(bucket, tars, server, tmp_path, monkeypatch):
+    remote = upload(bucket, tars, "tars")
+    options = {"max_rejected": 0.5, "size_limit": "8kb"}
+    summary = convert_captions(tars, tmp_path / "local", processes=1, **options)
+    assert summary.reasons == {"broken archive": 1, "missing caption": 1, "undecodable image": 3}
+
+    def plan(path: str, n: int) -> Fault | None:
+        return (Fault(status=503), Fault(cut=True), Fault(gone=0.3), None)[min(n, 3)] if path.endswith(".tar") else None
+
+    monkeypatch.setattr("composer_prior.data.download.FIRST_PAUSE", 0.1)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # only our own attempts
+    assert convert_captions(remote, tmp_path / "parallel", processes=2, **options) == summary
+    with FaultProxy(server["S3_ENDPOINT_URL"], plan) as proxy:
+        monkeypatch.setenv("S3_ENDPOINT_URL", proxy.address)
+        # In one process: a forked one would hold the proxy's port open while it is gone.
+        assert convert_captions(remote, tmp_path / "remote", processes=1, **options) == summary
+        monkeypatch.setenv("S3_ENDPOINT_URL", server["S3_ENDPOINT_URL"])
+    assert sum(proxy.injected.values()) == 9
+    assert files(tmp_path / "parallel") == files(tmp_path / "remote")
+    local, read = files(tmp_path / "local"), files(tmp_path / "remote")
+    assert {**read, "conversion.json": b"", "rejected.jsonl": b""} == {
+        **local,
+        "conversion.json": b"",
+        "rejected.jsonl": b"",
+    }
+    sources = [[json.loads(line)["source"] for line in f["rejected.jsonl"].splitlines()] for f in (local, read)]
+    assert sources[0] == sources[1]
+    assert convert_captions(f"{remote}/b/00000.tar", tmp_path / "one", processes=1).samples == 19
+
+
+def test_parquet_files_in_a_bucket(bucket, tmp_path):
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    (tmp_path / "parquet").mkdir()
+    for number in range(2):
+        table = arrow.table({"image": [jpeg()] * 5, "text": [f"picture {number} {row}" for row in range(5)]})
+        parquet.write_table(table, tmp_path / f"parquet/{number}.parquet", row_group_size=2)
+    (tmp_path / "parquet/2.parquet").write_bytes(b"damaged")
+    remote = upload(bucket, tmp_path / "parquet", "parquet")
+    summary = convert_captions(remote, tmp_path / "out", processes=1)
+    assert (summary.samples, summary.reasons) == (10, {"unreadable file": 1})
+    line = json.loads((tmp_path / "out/rejected.jsonl").read_text())
+    assert (line["id"], line["source"]) == ("2.parquet", "2.parquet")
+    assert str(tmp_path) not in line["detail"]
+
+
+def test_a_remote_source_that_cannot_be_read_is_named_in_one_line(bucket, source, tars, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("composer_prior.data.download.FIRST_PAUSE", 0.01)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    lists, both = upload(bucket, source, "lists"), upload(bucket, tars, "both")
+    bucket.put_object(Key="both/other.parquet", Body=b"")
+    out, messages = (
+        str(tmp_path / "out"),
+        {
+            lists: "no .tar or .parquet found here. Of a remote, these two are read; copy other forms to a disk first.",
+            both: "it holds webdataset and parquet, choose with form=.",
+            "s3://no-such-bucket/x": "s3://no-such-bucket/x cannot be listed: ",
+            "s3://captions/none/0.tar": "cannot be read: Object s3://captions/none/0.tar not found",
+            "ftp://host/x": "ftp://host/x cannot be listed: ",
+        },
+    )
+    for remote, message in messages.items():
+        assert main([remote, out]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert message in error
+        assert len(error.splitlines()) == 1
+    assert main([both, out, "form=webdataset", "max_rejected=0.5"]) == 0
 
 
 def test_too_many_rejected_leave_the_list_and_no_index(bucket, source):

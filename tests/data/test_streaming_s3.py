@@ -140,6 +140,7 @@ EXPECTED = [make_sample("train", index)["caption"] for index in range(SAMPLES)]
 
 def test_each_fault_is_outlived(bucket, proxied, tmp_path):
     faults = [Fault(status=500), Fault(status=503), Fault(cut=True), Fault(corrupt=True), Fault(delay=0.2), None]
+    faults.append(Fault(gone=0.1))  # the first answer is none at all
     proxy = proxied(of_shards(*faults, first=2))
     data = CheckedDataset(remote=REMOTE, local=str(tmp_path), batch_size=1, download_timeout=20)
     assert captions_of(data) == EXPECTED

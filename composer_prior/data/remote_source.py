@@ -1,0 +1,114 @@
+"""Archives in a bucket as a source: each is a unit of work, on the disk only while a process reads it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlparse
+
+from streaming.base.storage.download import CloudDownloader
+from streaming.base.storage.upload import CloudUploader
+
+from composer_prior.data.download import ATTEMPTS, DataError, download, one_line
+from composer_prior.data.sources import Record, Rejected, SourceError, SourceOptions, archives_of, open_source
+
+__all__ = ["RemoteSource"]
+
+
+@dataclass(frozen=True)
+class RemoteSource:
+    """Tar shards or Parquet files in a bucket, read as :class:`.TarSource` and :class:`.ParquetSource` read them.
+
+    Args:
+        remote: the folder's address.
+        files: names below it.
+        options: how to read them.
+        form: ``"webdataset"`` or ``"parquet"``.
+        has_spans: whether the first records have ``image_related_spans``.
+    """
+
+    remote: str
+    files: tuple[str, ...]
+    options: SourceOptions
+    form: str
+    has_spans: bool = False
+    total: int | None = None
+
+    @property
+    def images(self) -> Path:
+        """Where Parquet files without the images' bytes find them: a folder on the disk, named by an option."""
+        return Path(self.options.images or ".").expanduser().resolve()
+
+    @classmethod
+    def open(cls, remote: str, options: SourceOptions) -> RemoteSource:
+        """Lists the archives of a remote, or takes the one that it names.
+
+        Raises:
+            SourceError: if it cannot be listed, or holds none or both kinds.
+        """
+        folder, _, last = remote.rstrip("/").rpartition("/")
+        found = archives_of([Path(last)])
+        if not found:
+            folder = remote.rstrip("/")
+            found = archives_of(Path(name) for name in _names(folder))
+        if options.form is not None:
+            found = {form: files for form, files in found.items() if form == options.form}
+        if len(found) != 1:
+            problem = (
+                f"it holds {' and '.join(found)}, choose with form=" if found else "no .tar or .parquet found here"
+            )
+            raise SourceError(
+                f"{remote}: {problem}. Of a remote, these two are read; copy other forms to a disk first."
+            )
+        ((form, files),) = found.items()
+        source = cls(folder, tuple(file.as_posix() for file in files), options, form)
+        with source._downloaded(source.files[0]) as file:
+            return cls(folder, source.files, options, form, open_source(file, options).has_spans)
+
+    def units(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def read(self, unit: str) -> Iterator[Record | Rejected]:
+        above = unit.removesuffix(PurePosixPath(unit).name)
+        with self._downloaded(unit) as file:
+            try:
+                source = open_source(file, self.options)
+            except SourceError as error:
+                yield Rejected(unit, "unreadable file", unit, str(error).replace(str(file), unit))
+                return
+            for part in source.units():
+                yield from (replace(item, where=above + item.where) for item in source.read(part))
+
+    @contextmanager
+    def _downloaded(self, name: str) -> Iterator[Path]:
+        """A copy of a file on the disk."""
+        remote, seconds = f"{self.remote}/{name}", self.options.download_timeout
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, PurePosixPath(name).name)
+            try:
+                download(
+                    lambda partial: CloudDownloader.direct_download(remote, str(partial), seconds),
+                    file,
+                    lambda partial: None,
+                    ATTEMPTS,
+                    seconds,
+                )
+            except DataError as error:
+                raise SourceError(f"{remote} cannot be read: {error}; run the same command again to go on.") from error
+            yield file
+
+
+def _names(remote: str) -> list[str]:
+    """Names of all files below a remote, in order."""
+    prefix = urlparse(remote).path.strip("/")
+    with tempfile.TemporaryDirectory() as empty:
+        try:
+            keys = CloudUploader.get((empty, remote), keep_local=True, retry=ATTEMPTS).list_objects() or []
+        except NotImplementedError:
+            raise SourceError(f"{remote}: a remote of this kind cannot be listed; name one of its files.") from None
+        except Exception as error:
+            raise SourceError(f"{remote} cannot be listed: {one_line(error)}.") from error
+    return sorted(key.removeprefix(f"{prefix}/") for key in keys)
