@@ -258,20 +258,36 @@ class Place:
             return None
         return None if listed is None else {name.rpartition("/")[2] for name in listed}
 
-    def read(self, name: str) -> bytes | None:
-        """One small file of the output, or ``None`` if it is not there."""
+    def read(self, name: str, listed: bool = False) -> bytes | None:
+        """One small file of the output, or ``None`` if it is not there.
+
+        Args:
+            name: of the file.
+            listed: whether it is known to be there, so that not to get it from a remote is an error.
+        """
         if self.out is not None:
             path = self.out / name
             return path.read_bytes() if path.exists() else None
+        from streaming.base.constant import DEFAULT_TIMEOUT
         from streaming.base.storage.download import CloudDownloader
+
+        from composer_prior.data.download import DataError, download
 
         with tempfile.TemporaryDirectory(dir=self.state) as folder:
             local = Path(folder) / name
             try:
-                CloudDownloader.direct_download(f"{self.remote}/{name}", str(local))
+                download(
+                    lambda partial: CloudDownloader.direct_download(f"{self.remote}/{name}", str(partial)),
+                    local,
+                    lambda partial: None,
+                    self.attempts if listed else 1,
+                    DEFAULT_TIMEOUT,
+                )
                 return local.read_bytes()
-            except Exception:
-                return None
+            except DataError as error:
+                if listed:
+                    raise ConversionError(f"{self.remote}/{name} cannot be read: {error}.") from error
+                return None  # remotes say in many ways that a file is missing
 
 
 _UPLOADERS: dict[tuple[str | None, str, int], Any] = {}
@@ -318,7 +334,9 @@ def _locked(place: Place) -> Iterator[None]:
 def _begin(place: Place, settings: dict[str, Any]) -> ConversionSummary | None:
     """Prepares the state; the summary, if the output is complete already."""
     names = place.names()
-    finished = place.read("conversion.json") if names is None or "conversion.json" in names else None
+    finished = None
+    if names is None or "conversion.json" in names:
+        finished = place.read("conversion.json", listed=names is not None)
     if finished is not None and (names is None or "index.json" in names):
         known = json.loads(finished)
         _same_settings(place, known["settings"], settings)

@@ -219,12 +219,16 @@ class ScoresWriter:
             ScoresError: if scores of something else, or something else altogether, are there.
         """
         names = self.place.names()
-        known = self.place.read(CARD)
+
+        def read(name: str) -> bytes | None:
+            return self.place.read(name, listed=names is not None) if names is None or name in names else None
+
+        known = read(CARD)
         if known is not None:
             ScoresCard.from_json(known, self.place.label).check(self.card, self.place.label)
-            if self.place.read(INDEX) is not None:
+            if read(INDEX) is not None:
                 return None
-        elif set(names or ()) - {".scoring"} or self.place.read(INDEX) is not None:
+        elif set(names or ()) - {".scoring"} or read(INDEX) is not None:
             raise ScoresError(f"{self.place.label} holds something else than scores; name an empty place.")
         else:
             self._put(CARD, self.card.to_json())
@@ -254,7 +258,7 @@ class ScoresWriter:
 
     def _read_entry(self, unit: int) -> dict[str, Any] | None:
         """The index entry of a shard that is there, or None if it is not whole or of another size."""
-        data = self.place.read(_shard(unit))
+        data = self.place.read(_shard(unit), listed=True)
         config = ShardWriter(self.work, "", {COLUMN: "bytes"}, _SHARD_BYTES).config
         samples = len(self.units[unit])
         if data is None or len(data) < 4 * (samples + 2):

@@ -138,6 +138,22 @@ def test_weights_leave_the_batch_after_the_loss(tokenizer, make_spec, reference)
     fit(model, make_spec(model), [PRIOR(reference)], duration="1ba", callbacks=[Spy()])
 
 
+def test_the_batch_that_a_loader_made_stays_as_it_is(lvlm, make_spec, make_batch, reference, monkeypatch):
+    spec, batch, scored = make_spec(lvlm), make_batch(lvlm), 0
+    spec.dataloader.collate_fn = lambda samples: batch  # the same dict in every step
+    keys, really = set(batch), reference.logprobs
+
+    def logprobs(*arguments):
+        nonlocal scored
+        scored += 1
+        return really(*arguments)
+
+    monkeypatch.setattr(reference, "logprobs", logprobs)
+    fit(lvlm, spec, [PRIOR(reference)], duration="3ba")
+    assert set(batch) == keys
+    assert scored == 3
+
+
 def test_any_model_with_logits_and_labels(tokenizer, make_spec, make_batch, reference):
     """A text-only Hugging Face model in Composer's own wrapper, which knows nothing of weights."""
     model = HuggingFaceModel(small_lm(tokenizer), tokenizer=tokenizer, use_logits=True)

@@ -158,8 +158,9 @@ class PRIOR(Algorithm):
                 if "attention_mask" in batch:
                     is_text &= batch["attention_mask"].bool()
                 ref_logprobs = self.reference.logprobs(batch["input_ids"], is_text, batch["labels"])
-            batch["ref_logprobs"] = ref_logprobs.to(batch["labels"].device)
-        return batch["ref_logprobs"]
+            # The dict that the loader made stays as it is: a loader may yield it again.
+            state.batch = {**batch, "ref_logprobs": ref_logprobs.to(batch["labels"].device)}
+        return state.batch["ref_logprobs"]
 
     def _insert_weights(self, state: State) -> None:
         mask = _loss_mask(state.batch)
