@@ -77,6 +77,15 @@ def test_a_caption_cannot_spell_an_image_token(tmp_path, tokenizer):
     assert tokenizer.decode(caption[:-1]) == "<image> of <row> <bos><eos><pad>"
 
 
+def test_how_the_tokenizer_is_used_elsewhere_changes_no_sample(tmp_path, tokenizer):
+    data = open_data(write(tmp_path / "data", [{"image": png(), "caption": "a <bos> fox on a hill"}]), tokenizer)
+    before = data[0]["labels"]
+    tokenizer("a fox", padding="max_length", truncation=True, max_length=2)
+    assert torch.equal(data[0]["labels"], before)
+    ids = tokenizer("a <bos> fox on a hill", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert before[before != IGNORE_INDEX].tolist() == [*ids, tokenizer.eos_token_id]
+
+
 def test_a_long_caption_is_cut_without_an_end(tmp_path, tokenizer):
     folder = write(
         tmp_path / "data", [{"image": png(), "caption": "snail " * 50}, {"image": png(), "caption": "a fox"}]
