@@ -29,6 +29,7 @@ _JPEG_ALONE = frozenset({0x01, *range(0xD0, 0xDA)})  # markers without a segment
 _JPEG_SCAN = 0xDA
 _JPEG_END = b"\xff\xd9"
 _JPEG_SAMPLE_SIZE = bytes((0, 16, 0, 16))  # height and width
+_JPEG_SAMPLE_KEPT = 16 << 10  # bytes of the largest headers that are remembered
 
 
 class ImageError(ValueError):
@@ -163,7 +164,9 @@ def _structure_is_sound(data: bytes) -> bool:
     try:
         if data.startswith(b"\xff\xd8\xff"):
             sample = _jpeg_sample(data)
-            return sample is not None and _decodes(sample)
+            if sample is None:
+                return False
+            return (_decodes if len(sample) <= _JPEG_SAMPLE_KEPT else _decodes.__wrapped__)(sample)
         if data.startswith(b"\x89PNG"):
             _open(data).verify()
             return True

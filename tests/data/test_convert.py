@@ -22,7 +22,7 @@ from streaming import MDSWriter
 from streaming.base.hashing import get_hash
 from streaming.base.local import LocalDataset
 
-from composer_prior.data import convert
+from composer_prior.data import convert, image_bytes
 from composer_prior.data.convert import ConversionError, ConversionOptions, ConversionSummary, convert_captions, main
 from composer_prior.data.image_bytes import ImageError, check_image, decode_rgb, reencode_image
 from composer_prior.data.mds_shard import ShardWriter
@@ -433,6 +433,18 @@ def test_damaged_tables_of_a_jpeg_are_caught_without_decoding_it():
     for start in range(20, 600, 13):
         damaged = data[:start] + bytes(b ^ 0xFF for b in data[start : start + 4]) + data[start + 4 :]
         assert accepted(damaged, "structure") == accepted(damaged, "full"), start
+
+
+def test_tables_are_remembered_and_large_headers_are_not():
+    image_bytes._decodes.cache_clear()
+    for seed in range(3):
+        assert accepted(encoded(seed=seed), "structure")
+    large = encoded(comment=bytes(40_000))
+    assert accepted(large, "structure")
+    found = image_bytes._decodes.cache_info()
+    assert (found.misses, found.hits, found.currsize) == (1, 2, 1)
+    damaged = large.replace(b"\xff\xc4", b"\xff\xc5", 1)  # a Huffman table that is none
+    assert not accepted(damaged, "structure")
 
 
 def test_bombs_are_refused_from_their_header(monkeypatch):
