@@ -50,6 +50,7 @@ from composer_prior.data.sources import (
     Source,
     SourceError,
     SourceOptions,
+    is_remote,
     open_source,
     read_image,
 )
@@ -179,7 +180,7 @@ def convert_captions(
     """
     options = replace(options or ConversionOptions(), **overrides)
     opened = open_source(source, **{f.name: getattr(options, f.name) for f in dataclasses.fields(SourceOptions)})
-    place_of_source = str(source).rstrip("/") if "://" in str(source) else os.path.realpath(source)
+    place_of_source = str(source).rstrip("/") if is_remote(source) else os.path.realpath(source)
     identity = hashlib.blake2b(place_of_source.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     settings = {**options.settings, "form": opened.form, "source": identity}
     place = _place(str(out), options)
@@ -258,34 +259,27 @@ class Place:
             return None
         return None if listed is None else {name.rpartition("/")[2] for name in listed}
 
-    def read(self, name: str, listed: bool = False) -> bytes | None:
+    def read(self, name: str, names: set[str] | None) -> bytes | None:
         """One small file of the output, or ``None`` if it is not there.
 
         Args:
             name: of the file.
-            listed: whether it is known to be there, so that not to get it from a remote is an error.
+            names: of all files, see :meth:`names`; not to get one of them from a remote is an error.
         """
+        if names is not None and name not in names:
+            return None
         if self.out is not None:
             path = self.out / name
             return path.read_bytes() if path.exists() else None
-        from streaming.base.constant import DEFAULT_TIMEOUT
-        from streaming.base.storage.download import CloudDownloader
-
-        from composer_prior.data.download import DataError, download
+        from composer_prior.data.download import DataError, download_from
 
         with tempfile.TemporaryDirectory(dir=self.state) as folder:
             local = Path(folder) / name
             try:
-                download(
-                    lambda partial: CloudDownloader.direct_download(f"{self.remote}/{name}", str(partial)),
-                    local,
-                    lambda partial: None,
-                    self.attempts if listed else 1,
-                    DEFAULT_TIMEOUT,
-                )
+                download_from(f"{self.remote}/{name}", local, attempts=1 if names is None else self.attempts)
                 return local.read_bytes()
             except DataError as error:
-                if listed:
+                if names is not None:
                     raise ConversionError(f"{self.remote}/{name} cannot be read: {error}.") from error
                 return None  # remotes say in many ways that a file is missing
 
@@ -295,7 +289,7 @@ _UPLOADERS: dict[tuple[str | None, str, int], Any] = {}
 
 def _place(out: str, options: ConversionOptions) -> Place:
     scheme = urlparse(out).scheme
-    if "://" not in out and scheme != "dbfs":
+    if not is_remote(out):
         folder = Path(out).expanduser()
         if folder.exists() and not folder.is_dir():
             raise ConversionError(f"{out}: this is a file; name a folder or a remote.")
@@ -334,9 +328,7 @@ def _locked(place: Place) -> Iterator[None]:
 def _begin(place: Place, settings: dict[str, Any]) -> ConversionSummary | None:
     """Prepares the state; the summary, if the output is complete already."""
     names = place.names()
-    finished = None
-    if names is None or "conversion.json" in names:
-        finished = place.read("conversion.json", listed=names is not None)
+    finished = place.read("conversion.json", names)
     if finished is not None and (names is None or "index.json" in names):
         known = json.loads(finished)
         _same_settings(place, known["settings"], settings)

@@ -10,9 +10,10 @@ from pathlib import Path
 from time import sleep
 from typing import Any, cast
 
+from streaming.base.constant import DEFAULT_TIMEOUT
 from streaming.base.format import FileInfo
 from streaming.base.hashing import get_hash
-from streaming.base.storage.download import BOTOCORE_CLIENT_ERROR_CODES
+from streaming.base.storage.download import BOTOCORE_CLIENT_ERROR_CODES, CloudDownloader
 
 _SHA3 = ("sha3_512", "sha3_384", "sha3_256", "sha3_224")
 _SHA2 = ("sha512", "sha384", "sha256", "sha224")
@@ -48,7 +49,7 @@ class DataError(OneLineError, OSError):
 def download(
     fetch: Callable[[Path], None],
     file: Path,
-    check: Callable[[Path], None],
+    check: Callable[[Path], Any],
     attempts: int,
     seconds: float,
     clean_up: Callable[[], None] = lambda: None,
@@ -80,8 +81,26 @@ def download(
         sleep(FIRST_PAUSE * 2.0**attempt)
 
 
+def download_from(
+    remote: str,
+    file: Path,
+    check: Callable[[Path], Any] = lambda file: None,
+    attempts: int = ATTEMPTS,
+    seconds: float = DEFAULT_TIMEOUT,
+) -> None:
+    """:func:`download` from the address of one file of a remote."""
+    download(
+        lambda partial: CloudDownloader.direct_download(remote, str(partial), seconds), file, check, attempts, seconds
+    )
+
+
+def patience(attempts: int, seconds: float) -> float:
+    """The longest time in seconds that a download may take, all attempts together."""
+    return attempts * (seconds + 1) + FIRST_PAUSE * 2.0**attempts
+
+
 def _attempt(
-    fetch: Callable[[Path], None], file: Path, check: Callable[[Path], None], seconds: float, attempt: int
+    fetch: Callable[[Path], None], file: Path, check: Callable[[Path], Any], seconds: float, attempt: int
 ) -> None:
     partial = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}-{attempt}.partial")
     fetched = in_thread(lambda: fetch(partial))

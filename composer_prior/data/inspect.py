@@ -25,6 +25,7 @@ from typing import Any
 from PIL import Image
 
 from composer_prior.data.image_bytes import IMAGE_FORMATS, ImageError, decode_rgb
+from composer_prior.data.sources import is_remote
 
 __all__ = ["CaptionReport", "Shade", "inspect_captions", "sample_card", "samples_page"]
 
@@ -357,15 +358,14 @@ def _open(data: str, cache: str) -> tuple[Any, bytes]:
 
     from composer_prior.data.streams import CheckedDataset
 
-    remote = "://" in data
-    dataset = CheckedDataset(local=cache, remote=data.rstrip("/"), batch_size=1) if remote else None
-    index = Path(cache if remote else data) / "index.json"
+    remote: Any = CheckedDataset(local=cache, remote=data.rstrip("/"), batch_size=1) if is_remote(data) else None
+    index = Path(data if remote is None else cache) / "index.json"
     if not index.exists():
         raise FileNotFoundError(f"{data}: no index.json here; name a data set made by scripts/convert_captions.py.")
     content = index.read_bytes()
     for shard in json.loads(content)["shards"]:
         _check_columns(data, shard)
-    return dataset or LocalDataset(data), content
+    return LocalDataset(data) if remote is None else remote, content
 
 
 def _check_columns(data: str, shard: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlparse
 
-from streaming.base.storage.download import CloudDownloader
 from streaming.base.storage.upload import CloudUploader
 
-from composer_prior.data.download import ATTEMPTS, DataError, download, one_line
+from composer_prior.data.download import ATTEMPTS, DataError, download_from, one_line
 from composer_prior.data.sources import Record, Rejected, SourceError, SourceOptions, archives_of, open_source
 
 __all__ = ["RemoteSource"]
@@ -39,8 +39,8 @@ class RemoteSource:
 
     @property
     def images(self) -> Path:
-        """Where Parquet files without the images' bytes find them: a folder on the disk, named by an option."""
-        return Path(self.options.images or ".").expanduser().resolve()
+        """Where Parquet files without the images' bytes find them: a folder on the disk, if an option names one."""
+        return Path(self.options.images or os.devnull).expanduser().resolve()
 
     @classmethod
     def open(cls, remote: str, options: SourceOptions) -> RemoteSource:
@@ -85,17 +85,11 @@ class RemoteSource:
     @contextmanager
     def _downloaded(self, name: str) -> Iterator[Path]:
         """A copy of a file on the disk."""
-        remote, seconds = f"{self.remote}/{name}", self.options.download_timeout
+        remote = f"{self.remote}/{name}"
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, PurePosixPath(name).name)
             try:
-                download(
-                    lambda partial: CloudDownloader.direct_download(remote, str(partial), seconds),
-                    file,
-                    lambda partial: None,
-                    ATTEMPTS,
-                    seconds,
-                )
+                download_from(remote, file, seconds=self.options.download_timeout)
             except DataError as error:
                 raise SourceError(f"{remote} cannot be read: {error}; run the same command again to go on.") from error
             yield file

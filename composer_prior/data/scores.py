@@ -28,12 +28,12 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from streaming.base.constant import DEFAULT_TIMEOUT
 from streaming.base.format import FileInfo
-from streaming.base.storage import CloudDownloader
 from transformers import PreTrainedTokenizerBase
 
 from composer_prior.data.convert import Place
-from composer_prior.data.download import ATTEMPTS, DataError, check_file, download
+from composer_prior.data.download import ATTEMPTS, DataError, check_file, download_from
 from composer_prior.data.mds_shard import ShardWriter
+from composer_prior.data.sources import is_remote
 from composer_prior.data.tokenizer import tokenizer_fingerprint
 
 COLUMN = "ref_logprobs"
@@ -219,21 +219,17 @@ class ScoresWriter:
             ScoresError: if scores of something else, or something else altogether, are there.
         """
         names = self.place.names()
-
-        def read(name: str) -> bytes | None:
-            return self.place.read(name, listed=names is not None) if names is None or name in names else None
-
-        known = read(CARD)
+        known = self.place.read(CARD, names)
         if known is not None:
             ScoresCard.from_json(known, self.place.label).check(self.card, self.place.label)
-            if read(INDEX) is not None:
+            if self.place.read(INDEX, names) is not None:
                 return None
-        elif set(names or ()) - {".scoring"} or read(INDEX) is not None:
+        elif set(names or ()) - {".scoring"} or self.place.read(INDEX, names) is not None:
             raise ScoresError(f"{self.place.label} holds something else than scores; name an empty place.")
         else:
             self._put(CARD, self.card.to_json())
         present = {name for name in names or () if re.fullmatch(r"shard\.\d+\.000\.mds", name)}
-        wanted = ((unit, self._read_entry(unit)) for unit in range(len(self.units)) if _shard(unit) in present)
+        wanted = ((unit, self._read_entry(unit, names)) for unit in range(len(self.units)) if _shard(unit) in present)
         return {unit: entry for unit, entry in wanted if entry is not None}
 
     def write(self, unit: int, logprobs: Sequence[NDArray[np.floating]]) -> dict[str, Any]:
@@ -256,9 +252,9 @@ class ScoresWriter:
         shards = [entries[unit] for unit in range(len(self.units))]
         self._put(INDEX, json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
 
-    def _read_entry(self, unit: int) -> dict[str, Any] | None:
+    def _read_entry(self, unit: int, names: set[str] | None) -> dict[str, Any] | None:
         """The index entry of a shard that is there, or None if it is not whole or of another size."""
-        data = self.place.read(_shard(unit), listed=True)
+        data = self.place.read(_shard(unit), names)
         config = ShardWriter(self.work, "", {COLUMN: "bytes"}, _SHARD_BYTES).config
         samples = len(self.units[unit])
         if data is None or len(data) < 4 * (samples + 2):
@@ -279,11 +275,6 @@ class ScoresWriter:
 
 def _shard(unit: int) -> str:
     return f"shard.{unit:05}.000.mds"
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path names a remote of streaming rather than a local folder."""
-    return "://" in path or path.startswith("dbfs:")
 
 
 # reading --------------------------------------------------------------------------------------------------------------
@@ -432,12 +423,6 @@ def _download(remote: str, file: Path, check: Callable[[Path], Any], attempts: i
         for leftover in file.parent.glob(f"{file.name}.*.partial"):  # of a process that was killed
             leftover.unlink(missing_ok=True)
         try:
-            download(
-                lambda partial: CloudDownloader.direct_download(remote, str(partial), seconds),
-                file,
-                check,
-                attempts,
-                seconds,
-            )
+            download_from(remote, file, check, attempts, seconds)
         except DataError as error:
             raise ScoresError(f"{remote} cannot be downloaded ({error})") from error

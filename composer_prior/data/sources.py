@@ -185,7 +185,7 @@ def open_source(path: str | Path, options: SourceOptions | None = None, **overri
             package is.
     """
     options = replace(options or SourceOptions(), **overrides)
-    if "://" in str(path):
+    if is_remote(path):
         from composer_prior.data.remote_source import RemoteSource  # imports streaming, which takes its time
 
         return RemoteSource.open(str(path), options)
@@ -199,6 +199,11 @@ def open_source(path: str | Path, options: SourceOptions | None = None, **overri
     if form == "hf":
         return HFSource.open(path, options)
     return ListSource.open(files[0], form, options)
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path names a remote of streaming rather than a file or folder of this machine."""
+    return "://" in str(path) or str(path).startswith("dbfs:")
 
 
 def read_image(root: Path, name: str, limit: int) -> bytes:

@@ -27,8 +27,7 @@ from streaming.base.format.mds.encodings import is_mds_encoding_safe
 from streaming.base.hashing import is_hash
 from streaming.base.world import World
 
-from composer_prior.data import download as downloading
-from composer_prior.data.download import ATTEMPTS, DataError, check_file, download, one_line
+from composer_prior.data.download import ATTEMPTS, DataError, check_file, download, one_line, patience
 
 FAILED = ".failed"  # a file beside a shard that could not be downloaded, which says why
 _STARTS = 20
@@ -54,7 +53,7 @@ class CheckedStream(Stream):
     @property
     def patience(self) -> float:
         """The longest time in seconds that a download may take, all attempts together."""
-        return self.download_retry * (self.download_timeout + 1) + downloading.FIRST_PAUSE * 2.0**self.download_retry
+        return patience(self.download_retry, self.download_timeout)
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
         self._expected: dict[str, FileInfo] = {}

@@ -33,7 +33,8 @@ from transformers.utils import cached_file
 
 from composer_prior.data.captions import BadSampleError, StreamingCaptionDataset
 from composer_prior.data.convert import ConversionError
-from composer_prior.data.scores import Scores, ScoresCard, ScoresError, ScoresWriter, is_remote
+from composer_prior.data.scores import Scores, ScoresCard, ScoresError, ScoresWriter
+from composer_prior.data.sources import is_remote
 from composer_prior.data.tokenizer import tokenizer_fingerprint
 from composer_prior.models.align import align_logprobs, token_edges
 from composer_prior.models.language import bos_id

@@ -202,21 +202,31 @@ def test_parquet_files_in_a_bucket(bucket, tmp_path):
     assert str(tmp_path) not in line["detail"]
 
 
+def test_a_file_in_a_bucket_names_no_images_of_this_machine_unasked(bucket, tmp_path, monkeypatch):
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    (tmp_path / "own.jpg").write_bytes(jpeg())
+    (tmp_path / "paths").mkdir()
+    parquet.write_table(arrow.table({"image": ["own.jpg"], "text": ["mine"]}), tmp_path / "paths/0.parquet")
+    remote = upload(bucket, tmp_path / "paths", "paths")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConversionError, match="1 missing file"):
+        convert_captions(remote, tmp_path / "out", processes=1)
+    assert convert_captions(remote, tmp_path / "asked", processes=1, images=str(tmp_path)).samples == 1
+
+
 def test_a_remote_source_that_cannot_be_read_is_named_in_one_line(bucket, source, tars, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("composer_prior.data.download.FIRST_PAUSE", 0.01)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     lists, both = upload(bucket, source, "lists"), upload(bucket, tars, "both")
     bucket.put_object(Key="both/other.parquet", Body=b"")
-    out, messages = (
-        str(tmp_path / "out"),
-        {
-            lists: "no .tar or .parquet found here. Of a remote, these two are read; copy other forms to a disk first.",
-            both: "it holds webdataset and parquet, choose with form=.",
-            "s3://no-such-bucket/x": "s3://no-such-bucket/x cannot be listed: ",
-            "s3://captions/none/0.tar": "cannot be read: Object s3://captions/none/0.tar not found",
-            "ftp://host/x": "ftp://host/x cannot be listed: ",
-        },
-    )
+    out = str(tmp_path / "out")
+    messages = {
+        lists: "no .tar or .parquet found here. Of a remote, these two are read; copy other forms to a disk first.",
+        both: "it holds webdataset and parquet, choose with form=.",
+        "s3://no-such-bucket/x": "s3://no-such-bucket/x cannot be listed: ",
+        "s3://captions/none/0.tar": "cannot be read: Object s3://captions/none/0.tar not found",
+        "ftp://host/x": "ftp://host/x cannot be listed: ",
+    }
     for remote, message in messages.items():
         assert main([remote, out]) == 1
         error = capsys.readouterr().err
