@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.datasets import VisionDataset
 from transformers import PreTrainedTokenizerBase
 
-from composer_prior.data.download import OneLineError, one_line
+from composer_prior.data.download import ATTEMPTS, OneLineError, one_line
 from composer_prior.data.image_bytes import ImageError, decode_rgb
 from composer_prior.data.scores import ScoresError, index_fingerprint, open_scores
 from composer_prior.data.streams import CheckedDataset
@@ -86,11 +86,9 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         for place, names in zip(self._shard_places(), columns, strict=True):
             if not names & {"caption", "captions"} or (image_processor is not None and "image" not in names):
                 raise ValueError(f"{place} has the columns {', '.join(sorted(names))}; expected image and caption.")
-        if scores and any("captions" in names for names in columns):
-            raise ValueError(
-                f"dataset.scores={scores!r}: there are no stored scores of samples with several captions each. Convert "
-                "them with captions=all, or give the algorithm a live reference."
-            )
+        self.has_several_captions = any("captions" in names for names in columns)
+        if scores:
+            check_scorable(self, scores)
         self.has_spans = all(SPANS_COLUMN in names for names in columns)  # it says which words the image determines
         self.epoch = 0
         self.tokenizer = tokenizer
@@ -121,6 +119,18 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
                 raise BadSampleError(f"{message} (on_bad_sample=skip goes on without it)") from error
             log.warning("Skipped %s", message)
             return self._without_labels(sample_id)
+
+    def image_and_caption(self, sample_id: int) -> tuple[Image.Image, str]:
+        """One sample as a person sees it; of several captions the one of this epoch.
+
+        Raises:
+            BadSampleError: naming the sample.
+        """
+        try:
+            sample = self._read(sample_id, ATTEMPTS)
+            return decode_image(sample["image"]), self._draw(sample, sample_id)[0]
+        except BadSampleError as error:
+            raise BadSampleError(f"{self._place(sample_id)}: {error}") from error
 
     def _read(self, sample_id: int, retry: int) -> Mapping[str, Any]:
         try:
@@ -207,6 +217,19 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         return (self.shard_name(shard_id) for shard_id in range(self.num_shards))
 
 
+def check_scorable(data: StreamingCaptionDataset, scores: str) -> None:
+    """Refuse to store scores of samples that draw one of several captions.
+
+    Raises:
+        ValueError: naming the key of the recipe.
+    """
+    if data.has_several_captions:
+        raise ValueError(
+            f"dataset.scores={scores!r}: there are no stored scores of samples with several captions each. Convert "
+            "them with captions=all, or give the algorithm a live reference."
+        )
+
+
 def decode_image(data: bytes) -> Image.Image:
     """An RGB image from the bytes of a file, see :mod:`composer_prior.data.image_bytes`.
 
@@ -276,11 +299,19 @@ class CaptionCollator:
         return batch
 
 
-def count_tokens(batch: Mapping[str, Tensor]) -> dict[str, int]:
-    """Tokens of a batch: ``total`` without padding, and ``loss_generating``."""
+# Composer divides by the tokens of a step over all ranks. Where no sample could be used, this lets the loss be 0 and
+# not 0 / 0; beside any real token it is lost in rounding.
+NO_TOKENS = 1e-9
+
+
+def count_tokens(batch: Mapping[str, Tensor]) -> dict[str, float]:
+    """Tokens of a batch: ``total`` without padding, and ``loss_generating``, which is never quite 0.
+
+    The latter is a float always, since the ranks add theirs up as tensors of one type.
+    """
     return {
         "total": int(batch["attention_mask"].sum()),
-        "loss_generating": int((batch["labels"] != IGNORE_INDEX).sum()),
+        "loss_generating": float((batch["labels"] != IGNORE_INDEX).sum()) or NO_TOKENS,
     }
 
 
@@ -323,5 +354,5 @@ def caption_data_spec(dataset: StreamingCaptionDataset, batch_size: int, **kwarg
     return DataSpec(
         loader,
         get_num_samples_in_batch=lambda batch: len(batch["input_ids"]),
-        get_num_tokens_in_batch=count_tokens,
+        get_num_tokens_in_batch=cast(Any, count_tokens),
     )

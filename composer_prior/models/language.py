@@ -4,7 +4,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 IMAGE_TOKEN = "<image>"
 ROW_TOKEN = "<row>"
@@ -30,19 +36,50 @@ def build_language_model(
         ValueError: unless exactly one of ``pretrained`` and ``config`` is given, or for an LM whose logits are not
             its head applied to its last hidden states.
     """
-    if (pretrained is None) == (config is None):
-        raise ValueError("model.language needs either `pretrained` (a hub id or folder) or `config` (a new model).")
-    if pretrained is not None:
+    if pretrained is not None and config is None:
         model = AutoModelForCausalLM.from_pretrained(
             pretrained, trust_remote_code=trust_remote_code, dtype=torch.float32
         )
     else:
-        settings = {"vocab_size": len(tokenizer), **dict(config or {})}
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type", None), **settings))
+        model = AutoModelForCausalLM.from_config(_configuration(tokenizer, pretrained, config, trust_remote_code))
     if len(tokenizer) > vocabulary_size(model):
         model.resize_token_embeddings(len(tokenizer))
     check_head(model)
     return model.requires_grad_(not freeze)
+
+
+def language_skeleton(
+    tokenizer: PreTrainedTokenizerBase,
+    pretrained: str | None = None,
+    config: dict[str, Any] | None = None,
+    freeze: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """What :func:`build_language_model` builds, without its weights: call it on the meta device.
+
+    Raises:
+        ValueError, OSError: as there, but for what only weights can show.
+    """
+    settings = _configuration(tokenizer, pretrained, config, trust_remote_code)
+    text = settings.get_text_config(decoder=True)
+    text.vocab_size = max(text.vocab_size, len(tokenizer))
+    model = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
+    return model.requires_grad_(not freeze)
+
+
+def _configuration(
+    tokenizer: PreTrainedTokenizerBase,
+    pretrained: str | None,
+    config: dict[str, Any] | None,
+    trust_remote_code: bool,
+) -> PretrainedConfig:
+    """The Hugging Face configuration of a pretrained model or of a new one."""
+    if (pretrained is None) == (config is None):
+        raise ValueError("model.language needs either `pretrained` (a hub id or folder) or `config` (a new model).")
+    if pretrained is not None:
+        return AutoConfig.from_pretrained(pretrained, trust_remote_code=trust_remote_code)
+    settings = {"vocab_size": len(tokenizer), **dict(config or {})}
+    return AutoConfig.for_model(settings.pop("model_type", None), **settings)
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:

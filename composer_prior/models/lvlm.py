@@ -60,13 +60,18 @@ class LVLM(nn.Module):
         embeddings = self.language.get_input_embeddings()(batch["input_ids"])  # [B, T, D]
         if self.vision is None:
             return embeddings
-        features = self.projector(self.vision(batch))  # [n, D], n image tokens in the batch
+        features = self.projector(self.vision(self._in_precision(batch)))  # [n, D], n image tokens in the batch
         places = batch["input_ids"] == self.image_token_id
         if not torch.compiler.is_compiling() and (tokens := int(places.sum())) != len(features):
             raise ValueError(
                 f"The images have {len(features)} features and input_ids {tokens} image tokens: cut captions alone"
             )
         return embeddings.masked_scatter(places[..., None], features.to(embeddings.dtype))
+
+    def _in_precision(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with its images in the type of the tower's weights, which FSDP2 or the user may have lowered."""
+        dtype = next((p.dtype for p in self.vision.parameters()), torch.float32)  # type: ignore[union-attr]
+        return {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``nll``: negative log-likelihood per token, ``[B, T]`` float32, 0 where there is no label; ``correct``: bool.
@@ -101,17 +106,31 @@ class LVLM(nn.Module):
         was_training = self.training
         self.eval()
         batch, attention_mask = self._generation_batch(images, prompt)
+        try:
+            ids = self.generate_ids(batch, attention_mask, max_new_tokens=max_new_tokens, **kwargs)
+        finally:
+            self.train(was_training)
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def generate_ids(self, batch: Mapping[str, Tensor], attention_mask: Tensor, **kwargs: Any) -> Tensor:
+        """Ids ``[B, S]`` int64 that continue the rows of a batch.
+
+        A forward pass of its own: under FSDP2, torch's ``register_fsdp_forward_method`` lets it gather the weights.
+
+        Args:
+            batch: ``input_ids`` ``[B, T]``, padded to the left, and the image's tensors.
+            attention_mask: ``[B, T]``, 1 on real positions.
+            kwargs: of Hugging Face's ``generate``.
+        """
         eos = self.tokenizer.eos_token_id
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else eos
         generate: Any = self.language.generate
-        ids = generate(
+        return generate(
             inputs_embeds=self.embed(batch),
             attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens,
             **{"do_sample": False, "eos_token_id": eos, "pad_token_id": pad, **kwargs},
         )
-        self.train(was_training)
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def _generation_batch(self, images: Sequence[Image.Image], prompt: str) -> tuple[dict[str, Tensor], Tensor]:
         device = self.language.device

@@ -29,7 +29,7 @@ def enable_packing(model: PreTrainedModel) -> None:
     before = model.config._attn_implementation
     try:
         model.set_attn_implementation(ATTENTION)
-        works = _is_exact(model)
+        works = model.device.type == "meta" or _is_exact(model)  # a skeleton has nothing to compute with
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError):
         works = False
     if not works:

@@ -70,6 +70,7 @@ class OpenCLIPTower(nn.Module):
             pretrained=pretrained,
             force_image_size=image_size,
             image_resize_mode=resize_mode,
+            device=torch.empty(0).device,  # meta, where only shapes are wanted
             pretrained_text=False,
         )
         self.encoder = clip.visual

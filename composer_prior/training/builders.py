@@ -5,21 +5,29 @@ from typing import Any
 
 import torch
 from composer.core import DataSpec, Precision
-from composer.utils import FSDPConfig, ParallelismConfig, TPConfig, dist
+from composer.utils import ParallelismConfig, dist
 from composer.utils.parallelism import FSDP2Config
-from torch.distributed.fsdp import FSDPModule
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from composer_prior import registry
 from composer_prior.data.captions import StreamingCaptionDataset, caption_data_spec
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.models.language import add_image_tokens, build_language_model, hidden_size
+from composer_prior.models.language import (
+    add_image_tokens,
+    build_language_model,
+    hidden_size,
+    language_skeleton,
+)
 from composer_prior.models.lvlm import LVLM, build_projector
 from composer_prior.registry import register
 
 
 def build_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer ``name`` (a folder or hub id), with ``kwargs`` of ``AutoTokenizer.from_pretrained``."""
+    """The tokenizer ``name`` (a folder or hub id), with ``kwargs`` of ``AutoTokenizer.from_pretrained``.
+
+    It gets the image tokens here, if it has none, so that every run, reference and score of a recipe sees the same one.
+    """
     tokenizer = AutoTokenizer.from_pretrained(config["name"], **config.get("kwargs", {}))
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer.name={config['name']!r} has no fast version, which knows a token's characters.")
@@ -27,6 +35,7 @@ def build_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"tokenizer.name={config['name']!r} has no end-of-sequence token: set tokenizer.kwargs.eos_token."
         )
+    add_image_tokens(tokenizer)
     return tokenizer
 
 
@@ -43,16 +52,39 @@ def build_lvlm(
     """An LVLM; without ``vision``, a language model on the captions alone, such as the reference.
 
     Args:
-        tokenizer: gets the image tokens if it has none and there is a vision tower.
+        tokenizer: of :func:`build_tokenizer`.
         language: arguments of :func:`.build_language_model`.
         vision: ``name`` of a vision tower and its arguments.
         projector: ``name`` (``linear`` or ``mlp``) and ``freeze``; for towers of another width than the LM's.
         label_smoothing, pack: see :class:`.LVLM`.
         image_related_metrics: see :class:`.ComposerLVLM`.
     """
-    if vision is not None:
-        add_image_tokens(tokenizer)
     lm = build_language_model(tokenizer, **language)
+    return _assemble(lm, tokenizer, vision, projector, label_smoothing, pack, image_related_metrics)
+
+
+def lvlm_skeleton(tokenizer: PreTrainedTokenizerBase, language: dict[str, Any], **config: Any) -> ComposerLVLM:
+    """What :func:`build_lvlm` builds, on the meta device: every shape and no weight, in seconds for any size.
+
+    Raises:
+        ValueError: as :func:`build_lvlm`, but for what only weights can show.
+    """
+    vision = config.pop("vision", None)
+    if vision is not None and registry.takes(registry.look_up("vision", vision["name"], "model.vision"), "pretrained"):
+        vision = {**vision, "pretrained": None}
+    with torch.device("meta"):
+        return _assemble(language_skeleton(tokenizer, **language), tokenizer, vision, **config)
+
+
+def _assemble(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    vision: dict[str, Any] | None = None,
+    projector: dict[str, Any] | None = None,
+    label_smoothing: float = 0.0,
+    pack: bool = False,
+    image_related_metrics: bool = False,
+) -> ComposerLVLM:
     width = hidden_size(lm)
     tower = projection = None
     if vision is not None:
@@ -137,7 +169,7 @@ def build_precision(name: str) -> Precision:
 
 
 def build_parallelism(config: Mapping[str, Any] | None) -> ParallelismConfig | None:
-    """Composer's configuration of sharding, from ``{fsdp2: {...}}``, ``{fsdp: {...}}`` or ``{tp: {...}}``.
+    """Composer's configuration of sharding, from ``{fsdp2: {...}}``.
 
     Composer itself would ignore ``fsdp2`` in a dict without a word and train with DDP.
     """
@@ -147,8 +179,15 @@ def build_parallelism(config: Mapping[str, Any] | None) -> ParallelismConfig | N
     return ParallelismConfig(**parts)
 
 
-for _name, _config in (("fsdp2", FSDP2Config), ("fsdp", FSDPConfig), ("tp", TPConfig)):
-    register("parallelism", _name)(_config)
+register("parallelism", "fsdp2")(FSDP2Config)
+
+
+def prepare_sharded(model: torch.nn.Module) -> None:
+    """What a model that FSDP2 may have sharded still needs: its captions, and gradients that are averages."""
+    average_over_gloo(model)
+    for module in model.modules():
+        if isinstance(module, LVLM):
+            register_fsdp_forward_method(module, "generate_ids")
 
 
 def average_over_gloo(model: torch.nn.Module) -> None:
@@ -167,11 +206,13 @@ def _divide_by_ranks(gradient: torch.Tensor) -> None:
     gradient.div_(dist.get_world_size())
 
 
-def per_rank_batch_size(global_batch_size: int) -> int:
+def per_rank_batch_size(global_batch_size: int, where: str = "") -> int:
     """Samples per rank of a step; the ranks must share them evenly."""
     ranks = dist.get_world_size()
     if global_batch_size % ranks:
-        raise ValueError(f"global_train_batch_size={global_batch_size} cannot be shared evenly by {ranks} ranks.")
+        raise ValueError(
+            f"{where}global_train_batch_size={global_batch_size} cannot be shared evenly by {ranks} ranks."
+        )
     return global_batch_size // ranks
 
 

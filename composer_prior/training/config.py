@@ -23,7 +23,7 @@ class TrainConfig:
     seed: int = 17
     max_duration: str = MISSING
     global_train_batch_size: int = MISSING  # samples of one optimizer step, over all ranks
-    device_train_microbatch_size: Any = None  # samples; null: those of the rank at once; auto: CUDA only
+    device_train_microbatch_size: Any = None  # samples; null: those of the rank at once; auto: CUDA without fsdp2
     device_eval_batch_size: int = 64
     precision: str = "auto"  # amp_bf16 on CUDA, fp32 on the CPU
     data: dict[str, Any] | None = None  # what makes the data if they are missing: a `name` and its arguments, or a file
@@ -41,7 +41,8 @@ class TrainConfig:
     save_folder: str | None = "${run_folder}/checkpoints"  # null: no checkpoints
     save_interval: str = "1000ba"
     save_num_checkpoints_to_keep: int = 2
-    load_path: str | None = None
+    load_path: str | None = None  # a checkpoint of this run, to go on from
+    init_from: str | None = None  # a run folder, checkpoint or model folder whose weights a new run starts from
     autoresume: bool = False
     parallelism_config: dict[str, Any] | None = None
     compile_config: dict[str, Any] | None = None  # arguments of torch.compile, such as {dynamic: true}
@@ -143,6 +144,20 @@ def check_recipe(recipe: TrainConfig, where: str = "") -> None:
     microbatch = recipe.device_train_microbatch_size
     if not (microbatch in (None, "auto") or (isinstance(microbatch, int) and microbatch > 0)):
         raise ValueError(f"{where}device_train_microbatch_size={microbatch!r}: expected a number of samples or auto.")
+    if microbatch == "auto" and recipe.parallelism_config is not None:
+        raise ValueError(
+            f"{where}device_train_microbatch_size=auto: Composer finds no size by itself under "
+            f"{where}parallelism_config; give a number of samples."
+        )
+    if "fsdp" in (recipe.parallelism_config or {}):
+        raise ValueError(f"{where}parallelism_config.fsdp: FSDP1 is not supported; use fsdp2.")
+    if recipe.init_from is not None and recipe.load_path is not None:
+        raise ValueError(
+            f"{where}init_from and {where}load_path are both given: load_path goes on with a run, init_from starts "
+            "another from its weights."
+        )
+    if recipe.autoresume and recipe.save_folder is None:
+        raise ValueError(f"{where}autoresume=true needs {where}save_folder, where the checkpoints are.")
     for key in ("global_train_batch_size", "device_eval_batch_size"):
         if getattr(recipe, key) < 1:
             raise ValueError(f"{where}{key}={getattr(recipe, key)}: expected at least 1.")

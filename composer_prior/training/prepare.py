@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,28 @@ from composer_prior.training.config import TrainConfig
 
 REFERENCE_CARD = "reference.json"
 # What decides which model a recipe makes; a reference made with other values is not the one that a recipe asks for.
-_IDENTITY = ("seed", "max_duration", "global_train_batch_size", "data", "tokenizer", "model", "optimizer", "scheduler")
+_IDENTITY = (
+    "seed",
+    "max_duration",
+    "global_train_batch_size",
+    "data",
+    "tokenizer",
+    "model",
+    "optimizer",
+    "scheduler",
+    "init_from",
+)
 
 
 def announce(message: str) -> None:
-    """Print one line on rank 0."""
-    if dist.get_global_rank() == 0:
-        print(message, flush=True)
+    """Print on rank 0, whatever characters the terminal knows, and also when nobody reads any more."""
+    if dist.get_global_rank() != 0:
+        return
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(message.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer goes there too
 
 
 def prepare_data(recipe: TrainConfig) -> None:
@@ -46,7 +62,7 @@ def _make_data(config: Mapping[str, Any] | None) -> None:
 
 
 def _make_tokenizer(config: Mapping[str, Any], dataset: Mapping[str, Any]) -> None:
-    if "train" not in config:
+    if config.get("train") is None:
         return
     folder = Path(config["name"])
     missing = not folder.exists()

@@ -1,21 +1,25 @@
 """What a run prints at its end."""
 
+import logging
 import textwrap
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from composer import Trainer
-from composer.core import State
-from streaming import StreamingDataset
-from torch.distributed.fsdp import FSDPModule
+from composer.core import State, get_precision_context
+from composer.utils import dist
+from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
-from composer_prior.data.captions import StreamingCaptionDataset, decode_image
+from composer_prior.data.captions import StreamingCaptionDataset
+from composer_prior.data.download import one_line
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.training.config import TrainConfig
 from composer_prior.training.prepare import announce, model_folder, read_card
+
+log = logging.getLogger(__name__)
 
 _COLUMNS = {"all": "", "image-related": "_image_related", "other": "_other"}
 
@@ -27,38 +31,43 @@ def validation_metrics(state: State) -> dict[str, float]:
 
 
 def closing_report(recipe: TrainConfig, trainer: Trainer) -> None:
-    """Print validation loss and accuracy beside the reference's, captions of a few images, and where things are."""
+    """Print validation loss and accuracy beside the reference's, captions of a few images, and where things are.
+
+    What goes wrong in it is said and takes no finished run down.
+    """
+    for part in (_metrics, _captions, _places):
+        try:
+            text = part(recipe, trainer)
+            if text:
+                announce(text)
+        except Exception as error:
+            log.debug("The closing report", exc_info=True)
+            announce(f"\nThe closing report lacks a part: {type(error).__name__}: {one_line(error)}")
+
+
+def _metrics(recipe: TrainConfig, trainer: Trainer) -> str:
     rows = {recipe.run_name: validation_metrics(trainer.state)}  # on every rank: it adds up what the ranks counted
     reference = TrainConfig(**recipe.reference) if recipe.reference is not None else None
     card = read_card(reference) if reference is not None else None
     if reference is not None and card is not None:
         rows = {f"{reference.run_name} (text only)": card["validation"], **rows}
-    announce(metrics_table(rows))
-    model = composer_model(trainer)
-    if isinstance(model, ComposerLVLM) and model.model.vision is not None and trainer.state.evaluators:
-        data = trainer.state.evaluators[0].dataloader.dataloader.dataset  # type: ignore[union-attr]
-        with unsharded(model):  # on every rank: gathering the weights takes all of them
-            announce(caption_samples(model, data, recipe.sample_captions))
-    announce(_places(recipe, trainer))
+    return metrics_table(rows)
+
+
+def _captions(recipe: TrainConfig, trainer: Trainer) -> str:
+    """On every rank: where the weights are sharded, generation takes all of them."""
+    state, model = trainer.state, composer_model(trainer)
+    if not (isinstance(model, ComposerLVLM) and model.model.vision is not None and state.evaluators):
+        return ""
+    data = state.evaluators[0].dataloader.dataloader.dataset  # type: ignore[union-attr]
+    with get_precision_context(state.precision, state.precision_config):
+        return caption_samples(model, data, recipe.sample_captions)
 
 
 def composer_model(trainer: Trainer) -> torch.nn.Module:
     """The model that was given to the Trainer, without DDP around it."""
     model = trainer.state.model
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-@contextmanager
-def unsharded(model: torch.nn.Module) -> Iterator[None]:
-    """Hold the whole weights of a model that FSDP2 shards, to use it outside its forward pass."""
-    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in shards:
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in shards:
-            module.reshard()
 
 
 def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -76,16 +85,37 @@ def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def caption_samples(model: ComposerLVLM, data: StreamingCaptionDataset, count: int) -> str:
-    """Captions that the model generates for the first images of a data set, beside the true ones."""
-    samples = [StreamingDataset.get_item(data, index) for index in range(min(count, data.num_samples))]
-    if not samples:
-        return ""
-    prompt = data.tokenizer.decode(data.prompt_ids)
-    generated = model.model.generate([decode_image(sample["image"]) for sample in samples], prompt)
-    pairs = zip(samples, generated, strict=True)
-    return "\n" + "\n\n".join(
-        textwrap.indent(f"true:      {sample['caption']}\ngenerated: {caption}", "  ") for sample, caption in pairs
-    )
+    """Captions that the model generates for the first images of a data set, beside the true ones.
+
+    Every rank calls it. Samples that cannot be used are named and left out.
+    """
+    found: list[Any] = [None]
+    if dist.get_global_rank() == 0:
+        found[0] = _first_samples(data, count)
+    dist.broadcast_object_list(found)  # what one rank cannot read, the others must not wait for
+    images, captions, skipped = found[0]
+    generated = model.model.generate(images, data.prompt) if images else []
+    pairs = [f"true:      {true}\ngenerated: {own}" for true, own in zip(captions, generated, strict=True)]
+    left_out = [f"left out:  {reason}" for reason in skipped]
+    blocks = [textwrap.indent(block, "  ") for block in (*pairs, *left_out)]
+    return "\n" + "\n\n".join(blocks) if blocks else ""
+
+
+def _first_samples(data: StreamingCaptionDataset, count: int) -> tuple[list[Image.Image], list[str], list[str]]:
+    """The first images with their captions, and what was wrong with those between them."""
+    images: list[Image.Image] = []
+    captions: list[str] = []
+    skipped: list[str] = []
+    for sample_id in range(min(data.num_samples, 4 * count)):
+        if len(images) == count:
+            break
+        try:
+            image, caption = data.image_and_caption(sample_id)
+            images.append(image)
+            captions.append(caption)
+        except Exception as error:
+            skipped.append(one_line(error))
+    return images, captions, skipped
 
 
 def _places(recipe: TrainConfig, trainer: Trainer) -> str:

@@ -15,19 +15,17 @@ from composer.utils import dist, get_device, reproducibility
 from omegaconf import OmegaConf
 
 from composer_prior.data.captions import StreamingCaptionDataset
-from composer_prior.data.download import OneLineError
+from composer_prior.data.download import OneLineError, one_line
 from composer_prior.data.tokenizer import tokenizer_fingerprint
 from composer_prior.models.compile import prepare_compile
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.training.builders import (
-    average_over_gloo,
     build_all,
-    build_loader,
     build_named,
     build_parallelism,
     build_precision,
     build_tokenizer,
-    per_rank_batch_size,
+    prepare_sharded,
 )
 from composer_prior.training.checkpoints import (
     CHECKPOINT_NAME,
@@ -36,10 +34,21 @@ from composer_prior.training.checkpoints import (
     RunIdentity,
     StopOnSigterm,
     check_checkpoint,
+    load_weights,
     mend_checkpoints,
 )
 from composer_prior.training.config import TrainConfig, check_recipe, load_recipe
+from composer_prior.training.empty_steps import SkipEmptySteps
 from composer_prior.training.metrics_file import MetricsFile
+from composer_prior.training.preflight import (
+    build_loaders,
+    check_fit,
+    check_parts,
+    check_trainable,
+    check_whole,
+    one_line_errors,
+    trained_recipes,
+)
 from composer_prior.training.prepare import (
     announce,
     check_reference,
@@ -62,8 +71,8 @@ def main(arguments: Sequence[str]) -> None:
             runpy.run_path(path)
         check_recipe(recipe)
         trainer = start(recipe)
-    except (ValueError, FileNotFoundError, OneLineError) as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError, OneLineError) as error:
+        sys.exit(f"error: {one_line(error)}")
     try:
         finish(recipe, trainer)
     except OneLineError as error:
@@ -90,12 +99,29 @@ def train(recipe: TrainConfig) -> Trainer:
 def start(recipe: TrainConfig) -> Trainer:
     """Everything up to the first step: data, tokenizer, reference, and the Trainer."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
-    dist.initialize_dist(get_device(None), timeout=recipe.dist_timeout)
-    prepare_data(recipe)
-    if recipe.reference is not None:
-        _prepare_reference(recipe)
+    prepare(recipe, trained_recipes(recipe))
     ensure_scores(recipe)
     return _build_trainer(recipe)
+
+
+def prepare(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> None:
+    """Make the data, tokenizer and reference that a recipe needs and does not find.
+
+    Args:
+        recipe: of the run.
+        stages: of :func:`.trained_recipes`, those that will be trained; all that can be known of them is checked first.
+
+    Raises:
+        ValueError, OSError: naming what cannot work.
+    """
+    for stage, where in stages:
+        check_parts(stage, where)
+    dist.initialize_dist(get_device(None), timeout=recipe.dist_timeout)
+    prepare_data(recipe)
+    for stage, where in stages:
+        check_whole(stage, where)
+    if recipe.reference is not None:
+        _prepare_reference(recipe)
 
 
 def _prepare_reference(recipe: TrainConfig) -> None:
@@ -111,29 +137,31 @@ def _prepare_reference(recipe: TrainConfig) -> None:
     check_reference(recipe)
 
 
+@one_line_errors()
 def _build_trainer(recipe: TrainConfig) -> Trainer:
     reproducibility.seed_all(recipe.seed)
     tokenizer = build_tokenizer(recipe.tokenizer)
     model = build_named("model", recipe.model, tokenizer=tokenizer)
-    loaders = _build_loaders(recipe, model)
+    loaders = build_loaders(recipe, model)
     train_data: StreamingCaptionDataset = loaders["train"].dataloader.dataset
     if isinstance(model, ComposerLVLM):
         model.image_related_metrics = all(spec.dataloader.dataset.has_spans for spec in loaders.values())
         check_fit(model, train_data)
     if recipe.reference is not None:
         check_reference(recipe, train_data.fingerprint)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError("Nothing to train: vision, projector and language are all frozen.")
+    parameters = check_trainable(model)
     identity = {
         "model": recipe.model,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": train_data.fingerprint,
         "seed": recipe.seed,
     }
-    _prepare_checkpoints(recipe, identity)
+    resumes = _prepare_checkpoints(recipe, identity)
+    if recipe.init_from is not None and not resumes:
+        announce(load_weights(recipe.init_from, model, tokenizer))
     if recipe.compile_config is not None:
         prepare_compile()
+    skips = [SkipEmptySteps()] if train_data.on_bad_sample == "skip" else []
     trainer = Trainer(
         model=model,
         train_dataloader=loaders["train"],
@@ -144,7 +172,7 @@ def _build_trainer(recipe: TrainConfig) -> Trainer:
         schedulers=build_named("scheduler", recipe.scheduler),
         step_schedulers_every_batch=True,
         algorithms=build_all("algorithm", _algorithms(recipe, train_data)),
-        callbacks=[RunIdentity(identity), StopOnSigterm(), *build_all("callback", recipe.callbacks)],
+        callbacks=[RunIdentity(identity), StopOnSigterm(), *skips, *build_all("callback", recipe.callbacks)],
         loggers=[MetricsFile(Path(recipe.run_folder, "metrics.jsonl")), *build_all("logger", recipe.loggers)],
         run_name=recipe.run_name,
         seed=recipe.seed,
@@ -164,7 +192,7 @@ def _build_trainer(recipe: TrainConfig) -> Trainer:
         autoresume=recipe.autoresume,
         dist_timeout=recipe.dist_timeout,
     )
-    average_over_gloo(trainer.state.model)
+    prepare_sharded(trainer.state.model)
     return trainer
 
 
@@ -176,8 +204,8 @@ def _algorithms(recipe: TrainConfig, data: StreamingCaptionDataset) -> dict[str,
     return algorithms
 
 
-def _prepare_checkpoints(recipe: TrainConfig, identity: Mapping[str, Any]) -> None:
-    """Find the checkpoint that the run goes on from, and refuse one of another run."""
+def _prepare_checkpoints(recipe: TrainConfig, identity: Mapping[str, Any]) -> bool:
+    """Find the checkpoint that the run goes on from, and refuse one of another run; whether there is one."""
     sources = [] if recipe.load_path is None else [Path(recipe.load_path)]
     if recipe.save_folder is not None and "://" not in recipe.save_folder:
         folder = Path(recipe.save_folder)
@@ -188,47 +216,10 @@ def _prepare_checkpoints(recipe: TrainConfig, identity: Mapping[str, Any]) -> No
         elif dist.get_global_rank() == 0 and not any(folder in source.parents for source in sources):
             shutil.rmtree(folder, ignore_errors=True)  # a run that starts anew replaces the one before it
     for source in sources:
-        if source.is_file():
+        if source.exists():
             check_checkpoint(source, identity)
     dist.barrier()
-
-
-def _build_loaders(recipe: TrainConfig, model: Any) -> dict[str, Any]:
-    image_processor = getattr(model, "image_processor", None)
-    batch_sizes = {
-        "train": per_rank_batch_size(recipe.global_train_batch_size),
-        "eval": recipe.device_eval_batch_size,
-    }
-    return {
-        name: build_loader(
-            getattr(recipe, f"{name}_loader"),
-            model.tokenizer,
-            image_processor,
-            batch_size,
-            shuffle_seed=recipe.seed,
-            drop_last=name == "train",
-        )
-        for name, batch_size in batch_sizes.items()
-        if getattr(recipe, f"{name}_loader") is not None
-    }
-
-
-def check_fit(model: ComposerLVLM, data: StreamingCaptionDataset) -> None:
-    """Refuse data whose longest sequence the language model has no positions for.
-
-    Raises:
-        ValueError: naming the lengths.
-    """
-    tower: Any = model.model.vision
-    image_tokens = tower.max_image_tokens if tower is not None else 0
-    longest = 1 + image_tokens + len(data.prompt_ids) + data.max_caption_tokens
-    positions = getattr(model.model.language.config, "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise ValueError(
-            f"model.language has {positions} positions, and a sequence may take {longest}: bos, {image_tokens} image, "
-            f"{len(data.prompt_ids)} prompt and {data.max_caption_tokens} caption tokens; lower "
-            "train_loader.dataset.max_caption_tokens or the image's size."
-        )
+    return bool(sources)
 
 
 def _fit(recipe: TrainConfig, trainer: Trainer) -> None:

@@ -42,7 +42,8 @@ from composer_prior.models.reference import ReferenceLM
 from composer_prior.registry import did_you_mean
 from composer_prior.training.builders import build_tokenizer
 from composer_prior.training.config import TrainConfig, check_recipe, load_recipe
-from composer_prior.training.prepare import announce, model_folder, prepare_data
+from composer_prior.training.preflight import trained_recipes
+from composer_prior.training.prepare import announce, model_folder
 
 UNIT_SAMPLES = 4096
 
@@ -445,9 +446,7 @@ def _recipe_job(arguments: Sequence[str]) -> ScoreJob:
     if config is None:
         raise ValueError(f"The recipe has no {loader}_loader.")
     job = job_of(recipe, config["dataset"], **options)
-    dist.initialize_dist(get_device(None), timeout=recipe.dist_timeout)
-    prepare_data(recipe)
-    run._prepare_reference(recipe)
+    run.prepare(recipe, [(stage, where) for stage, where in trained_recipes(recipe) if stage is not recipe])
     return job
 
 
