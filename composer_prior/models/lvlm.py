@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from composer_prior.models.head import label_mask, labelled_nll
+from composer_prior.models.head import Head, TransformedHead, label_mask, labelled_nll
 from composer_prior.models.language import add_image_tokens, bos_id, head_of, last_hidden_states, vocabulary_size
 from composer_prior.models.matmul import use_onednn
 from composer_prior.models.packing import enable_packing, packed_hidden_states
@@ -42,6 +42,8 @@ class LVLM(nn.Module):
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing={label_smoothing}: expected a share in [0, 1).")
+        if label_smoothing:
+            _linear_part(head_of(language))  # or refuse it before training
         self.label_smoothing = label_smoothing
         self.vision = vision
         self.projector = projector or nn.Identity()
@@ -128,7 +130,7 @@ class LVLM(nn.Module):
         return {key: value.to(device) for key, value in batch.items()}, attention_mask.to(device)
 
 
-def label_margin(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
+def label_margin(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     """By how much the logit of each label exceeds the mean logit, ``[B, T]`` float32, 0 without a label.
 
     The cross-entropy with a share ``s`` of the uniform distribution in the target is ``nll + s * margin``: both terms
@@ -136,18 +138,34 @@ def label_margin(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
 
     Args:
         hidden: ``[B, T, D]`` last hidden states.
-        head: a linear layer.
+        head: a linear layer, whose logits may be scaled.
         labels: ``[B, T]`` int64, not shifted.
+
+    Raises:
+        ValueError: for a head of which that does not hold.
     """
-    if not isinstance(head, nn.Linear):
-        raise ValueError(f"label_smoothing needs a linear LM head, not {type(head).__name__}; leave the head bare.")
+    linear, scale = _linear_part(head)
     mask = label_mask(labels)
     targets = labels[mask]
-    direction = F.embedding(targets, head.weight) - head.weight.mean(0)  # [n, D]
+    direction = F.embedding(targets, linear.weight) - linear.weight.mean(0)  # [n, D]
     margin = (hidden[:, :-1][mask[:, 1:]].float() * direction.float()).sum(-1)
-    if head.bias is not None:
-        margin = margin + head.bias[targets] - head.bias.mean()
-    return margin.new_zeros(labels.shape).masked_scatter(mask, margin)
+    if linear.bias is not None:
+        margin = margin + linear.bias[targets] - linear.bias.mean()
+    return margin.new_zeros(labels.shape).masked_scatter(mask, margin * scale)
+
+
+def _linear_part(head: Head) -> tuple[nn.Linear, float]:
+    """The linear layer of a head and the factor of its logits; label smoothing needs no more of either."""
+    given = TransformedHead.of(head)
+    if given.softcap is not None:
+        raise ValueError(
+            f"label_smoothing and an LM that caps its logits at {given.softcap} do not combine; set it to 0."
+        )
+    if not isinstance(given.module, nn.Linear):
+        raise ValueError(
+            f"label_smoothing needs a linear LM head, not {type(given.module).__name__}; leave the head bare."
+        )
+    return given.module, given.scale
 
 
 def stack_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
