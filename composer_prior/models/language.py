@@ -59,11 +59,31 @@ def build_language_model(
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Ids of the image and row-separator tokens, added to the tokenizer when it has none."""
-    missing = [token for token in (IMAGE_TOKEN, ROW_TOKEN) if token not in tokenizer.get_vocab()]
-    if missing:
-        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_additional_special_tokens=False)
+    """Ids of the image and row-separator tokens, which the tokenizer gets unless it has them.
+
+    They become special tokens, which text can be kept from spelling, where they were ordinary ones.
+    """
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    missing = [token for token in (IMAGE_TOKEN, ROW_TOKEN) if token not in special]
+    if missing:  # False: beside the special tokens that there are; transformers 4 and 5 name the argument differently
+        tokenizer.add_special_tokens({"additional_special_tokens": missing}, False)
     return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.convert_tokens_to_ids(ROW_TOKEN)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Tokens of the text between image and caption. Whoever writes a special token there means it, as in a chat's form.
+
+    Raises:
+        ValueError: for a prompt that spells the image, whose place is fixed.
+    """
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    read = tokenizer.convert_ids_to_tokens(ids)
+    for token in (IMAGE_TOKEN, ROW_TOKEN):
+        if token in prompt or token in read:
+            raise ValueError(
+                f"prompt={prompt!r} spells {token}: the image stands before the prompt; leave {token} out."
+            )
+    return ids
 
 
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -11,7 +11,14 @@ from torch.utils.data import default_collate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from composer_prior.models.head import Head, TransformedHead, label_mask, labelled_nll
-from composer_prior.models.language import add_image_tokens, bos_id, head_of, last_hidden_states, vocabulary_size
+from composer_prior.models.language import (
+    add_image_tokens,
+    bos_id,
+    head_of,
+    last_hidden_states,
+    prompt_ids,
+    vocabulary_size,
+)
 from composer_prior.models.matmul import use_onednn
 from composer_prior.models.packing import enable_packing, packed_hidden_states
 
@@ -119,9 +126,9 @@ class LVLM(nn.Module):
         device = self.language.device
         process: Any = self.vision.image_processor  # type: ignore[union-attr]
         processed = [process(image.convert("RGB")) for image in images]
-        prompt_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        text = prompt_ids(self.tokenizer, prompt)
         placeholders = (self.image_token_id, self.row_token_id)
-        rows = [[bos_id(self.tokenizer), *(placeholders[kind] for kind in p.layout), *prompt_ids] for p in processed]
+        rows = [[bos_id(self.tokenizer), *(placeholders[kind] for kind in p.layout), *text] for p in processed]
         longest = max(map(len, rows))
         # Padding goes to the left here: generation continues every row at its right end.
         input_ids = torch.tensor([[bos_id(self.tokenizer)] * (longest - len(row)) + row for row in rows])
