@@ -23,7 +23,7 @@ from composer_prior.data.image_bytes import ImageError, decode_rgb
 from composer_prior.data.scores import ScoresError, index_fingerprint, open_scores
 from composer_prior.data.streams import CheckedDataset
 from composer_prior.models.head import IGNORE_INDEX
-from composer_prior.models.language import add_image_tokens, bos_id
+from composer_prior.models.language import add_image_tokens, bos_id, prompt_ids
 from composer_prior.models.lvlm import stack_images
 from composer_prior.models.vision import ImageInputs
 
@@ -94,11 +94,13 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.prompt = prompt
-        self.prompt_ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        self.prompt_ids = prompt_ids(tokenizer, prompt)
         self.max_caption_tokens = max_caption_tokens
         self.on_bad_sample = on_bad_sample
         self.placeholder_ids = add_image_tokens(tokenizer)
         self.bos_id = bos_id(tokenizer)
+        # No caption may spell them, as it can where they are words of the vocabulary; an unknown word may be one.
+        self.reserved_ids = {*self.placeholder_ids, self.bos_id, tokenizer.eos_token_id} - {tokenizer.unk_token_id}
         self.scores = None
         if scores:
             patience = {"attempts": self.streams[0].download_retry, "seconds": self.streams[0].download_timeout}
@@ -147,6 +149,11 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         if not caption.strip():
             raise BadSampleError("the caption is empty")
         encoding = encode_caption(self.tokenizer, caption)
+        if not self.reserved_ids.isdisjoint(encoding.ids):
+            token = next(
+                token for token, i in zip(encoding.tokens, encoding.ids, strict=True) if i in self.reserved_ids
+            )
+            raise BadSampleError(f"the caption spells {token}, which the tokenizer takes for its own")
         caption_ids = [*encoding.ids, self.tokenizer.eos_token_id][: self.max_caption_tokens]
         image = self._image_inputs(sample)
         item = self._item(image, caption_ids, sample_id)
@@ -243,7 +250,7 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def encode_caption(tokenizer: PreTrainedTokenizerBase, caption: str) -> Encoding:
-    """Tokens of a caption and their offsets, with no special token among them, whatever the caption spells out.
+    """Tokens of a caption and their offsets, with no special token among them unless it is a word of the vocabulary.
 
     They are those of ``tokenizer(caption, add_special_tokens=False, split_special_tokens=True)``, in a fifth of the
     time: that call spends the rest around this one.

@@ -9,7 +9,8 @@ gradient written once, and what is held of the logits stays under a constant.
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,38 @@ KEPT_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 CHUNK_TOKENS = 256
 
 
-def labelled_nll(hidden: Tensor, head: nn.Module, labels: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass  # frozen, torch.compile could not make one
+class TransformedHead:
+    """A head whose logits the language model changes, as Cohere, Granite and Gemma 2 do.
+
+    Args:
+        module: maps ``[n, D]`` hidden states to ``[n, V]`` logits.
+        scale: factor of the logits.
+        softcap: the scaled logits ``x`` become ``softcap * tanh(x / softcap)``; None leaves them.
+    """
+
+    module: Any
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, head: "Head") -> "TransformedHead":
+        """The same head; a bare module leaves its logits as they are."""
+        return head if isinstance(head, cls) else cls(head)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.transform(self.module(hidden))
+
+    def transform(self, logits: Tensor) -> Tensor:
+        """What becomes of the module's logits."""
+        logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+Head: TypeAlias = nn.Module | TransformedHead  # maps ``[n, D]`` hidden states to ``[n, V]`` logits
+
+
+def labelled_nll(hidden: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of the labels, applying the head where there is a label and nowhere else.
 
     Args:
@@ -51,7 +83,7 @@ def labelled_nll(hidden: Tensor, head: nn.Module, labels: Tensor) -> tuple[Tenso
 
 
 @torch.compiler.disable  # the number of labelled tokens differs from batch to batch
-def linear_nll(hidden: Tensor, head: nn.Module, targets: Tensor) -> tuple[Tensor, Tensor]:
+def linear_nll(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of a target per hidden state, never holding the logits of all.
 
     Call it inside the forward pass of the model: there FSDP has the head's weight together.
@@ -69,7 +101,7 @@ def linear_nll(hidden: Tensor, head: nn.Module, targets: Tensor) -> tuple[Tensor
 
 
 @torch.no_grad()
-def target_logprobs(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+def target_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     """Log-probability of each target, ``[n]`` float32, without ever holding the logits of all.
 
     Args:
@@ -109,10 +141,11 @@ def label_mask(labels: Tensor) -> Tensor:
     return mask
 
 
-def _implementation(hidden: Tensor, head: nn.Module) -> Callable[[Tensor, Any, Tensor], tuple[Tensor, Tensor]]:
-    if not _is_plain_linear(head):
+def _implementation(hidden: Tensor, head: Head) -> Callable[[Tensor, Any, Tensor], tuple[Tensor, Tensor]]:
+    module = TransformedHead.of(head).module
+    if not _is_plain_linear(module):
         return _any_head
-    if linear_cross_entropy is not None and head.bias is None and _kernel_takes(hidden):
+    if linear_cross_entropy is not None and module.bias is None and _kernel_takes(hidden):
         return _cut_cross_entropy
     return _linear_head
 
@@ -131,7 +164,7 @@ def _is_plain_linear(head: nn.Module) -> bool:
     )
 
 
-def _any_head(hidden: Tensor, head: nn.Module, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _any_head(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
     """By chunks of tokens, whose logits the backward pass computes anew."""
     chunks = zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
     parts = [checkpoint(_dense, h, head, t, use_reentrant=False) for h, t in chunks]
@@ -139,51 +172,60 @@ def _any_head(hidden: Tensor, head: nn.Module, targets: Tensor) -> tuple[Tensor,
     return torch.cat(nll), torch.cat(correct)
 
 
-def _dense(hidden: Tensor, head: nn.Module, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _dense(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
     logits = _at_least_float32(head(hidden))
     return F.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(-1) == targets
 
 
-def _cut_cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _cut_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The kernel of the library, and another pass for the most likely token, which it does not give."""
-    hidden, weight, _ = _cast(hidden, head)
+    hidden, weight, _, softcap = _cast(hidden, head)
     assert linear_cross_entropy is not None
-    nll = linear_cross_entropy(hidden, weight, targets, reduction="none")
+    nll = linear_cross_entropy(hidden, weight, targets, softcap=softcap, reduction="none")
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        return nll.float(), _blockwise(hidden, weight, None, targets, kept_elements=0)[1]
+        return nll.float(), _blockwise(hidden, weight, None, targets, softcap, kept_elements=0)[1]
 
 
-def _linear_head(hidden: Tensor, head: nn.Linear, targets: Tensor) -> tuple[Tensor, Tensor]:
-    hidden, weight, bias = _cast(hidden, head)
+def _linear_head(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
+    hidden, weight, bias, softcap = _cast(hidden, head)
     if hidden.device.type == "cpu" and len(targets) and not 0 <= targets.min() <= targets.max() < len(weight):
         raise IndexError(f"A target lies outside of the vocabulary of {len(weight)} tokens.")
     if torch.is_grad_enabled():
-        return _LinearNLL.apply(hidden, weight, bias, targets)
+        return _LinearNLL.apply(hidden, weight, bias, targets, softcap)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _blockwise(hidden, weight, bias, targets, kept_elements=0)[:2]
+        return _blockwise(hidden, weight, bias, targets, softcap, kept_elements=0)[:2]
 
 
 class _LinearNLL(torch.autograd.Function):
     """Cross-entropy of a linear head. One product forward; backward two, and one for what was not kept."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Any:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None
+    ) -> Any:
         ctx.set_materialize_grads(False)
         kept_elements = KEPT_ELEMENTS.get(hidden.device.type, 0)
         with torch.autocast(hidden.device.type, enabled=False):
-            nll, correct, shares, kept = _blockwise(hidden, weight, bias, targets, kept_elements)
-        ctx.save_for_backward(hidden, weight, bias, targets, shares, *kept)
+            nll, correct, shares, slopes, kept = _blockwise(hidden, weight, bias, targets, softcap, kept_elements)
+        ctx.softcap = softcap
+        ctx.save_for_backward(hidden, weight, bias, targets, shares, slopes, *kept)
         ctx.mark_non_differentiable(correct)
         return nll, correct
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:  # type: ignore[override]
-        """With ``p`` the probabilities: ``grad * (p - onehot) @ W`` and ``(p - onehot).T @ (grad * hidden)``."""
+        """With ``p`` the probabilities: ``grad * (p - onehot) @ W`` and ``(p - onehot).T @ (grad * hidden)``.
+
+        Under a soft cap each of ``p - onehot`` is times the cap's slope there.
+        """
         if grad is None:
-            return None, None, None, None
-        hidden, weight, bias, targets, shares, *kept = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+            return None, None, None, None, None
+        hidden, weight, bias, targets, shares, slopes, *kept = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        target_grad = grad if slopes is None else grad * slopes  # [n]
         grad_hidden = -_at_least_float32(weight[targets]) if needs_hidden else None  # [n, D]
+        if grad_hidden is not None and slopes is not None:
+            grad_hidden.mul_(slopes[:, None])
         grad_weight = torch.empty_like(weight) if needs_weight else None  # [V, D]
         grad_bias = torch.empty_like(bias) if needs_bias else None  # [V]
         with torch.autocast(hidden.device.type, enabled=False):
@@ -191,9 +233,10 @@ class _LinearNLL(torch.autograd.Function):
                 if number < len(kept):
                     p = kept[number]
                 else:
-                    p = _logits(hidden, weight, bias, block)
-                    torch.softmax(p, 1, out=p)
-                p = p.to(hidden.dtype)  # [n, v], the probabilities within the block
+                    p = _logits(hidden, weight, bias, ctx.softcap, block)
+                    slope = _slope(p, ctx.softcap)
+                    p = _times(torch.softmax(p, 1, out=p), slope)
+                p = p.to(hidden.dtype)  # [n, v], the probabilities within the block, times the cap's slopes
                 share = shares[number, :, None]  # [n, 1], the probability of the block
                 if grad_hidden is not None:
                     grad_hidden.addcmul_(matmul(p, weight[block]).to(grad_hidden.dtype), share)
@@ -206,39 +249,42 @@ class _LinearNLL(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(grad[:, None]).to(hidden.dtype)
         if grad_weight is not None:
-            grad_weight.index_add_(0, targets, -(hidden * grad[:, None]).to(weight.dtype))
+            grad_weight.index_add_(0, targets, -(hidden * target_grad[:, None]).to(weight.dtype))
         if grad_bias is not None:
-            grad_bias.index_add_(0, targets, -grad.to(grad_bias.dtype))
-        return grad_hidden, grad_weight, grad_bias, None
+            grad_bias.index_add_(0, targets, -target_grad.to(grad_bias.dtype))
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def _blockwise(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, kept_elements: int
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None, kept_elements: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor]]:
     """Negative log-likelihood ``[n]``, ``[n]`` whether the target is the most likely token, the probability of each
-    block ``[blocks, n]``, and the probabilities within the first blocks ``[n, v]``, as many as may be kept."""
+    block ``[blocks, n]``, the cap's slope at the targets ``[n]``, and the probabilities within the first blocks
+    ``[n, v]`` times the cap's slopes, as many as may be kept."""
     tops, top_tokens, sums, kept = [], [], [], []
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     target_logits = torch.full(targets.shape, torch.nan, dtype=dtype, device=hidden.device)
     for block in _blocks(len(hidden), len(weight), hidden.device):
-        logits = _logits(hidden, weight, bias, block)  # [n, v]
+        logits = _logits(hidden, weight, bias, softcap, block)  # [n, v]
         local = (targets - block.start)[:, None]
         inside = (local >= 0) & (local < logits.shape[1])
         values = logits.gather(1, local.clamp(0, logits.shape[1] - 1))
         target_logits = torch.where(inside, values, target_logits[:, None])[:, 0]
         top, index = logits.max(1, keepdim=True)
+        kept_elements -= logits.numel()
+        slope = _slope(logits, softcap) if kept_elements >= 0 else None
         torch.softmax(logits, 1, out=logits)
         tops.append(top[:, 0])
         top_tokens.append(index[:, 0] + block.start)
         sums.append(logits.gather(1, index)[:, 0].reciprocal())  # of exp(logits - top): the top's own term is 1
-        kept_elements -= logits.numel()
         if kept_elements >= 0:
-            kept.append(logits)
+            kept.append(_times(logits, slope))
     top, best = torch.stack(tops).max(0)  # [n], relative to which the sums are exact however large the logits are
     block_sums = torch.stack(sums) * (torch.stack(tops) - top).exp()  # [blocks, n]
     total = block_sums.sum(0)
     correct = torch.stack(top_tokens).gather(0, best[None])[0] == targets
-    return (top - target_logits) + total.log(), correct, block_sums / total, kept
+    nll = (top - target_logits) + total.log()
+    return nll, correct, block_sums / total, _slope(target_logits, softcap), kept
 
 
 def _blocks(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
@@ -249,9 +295,20 @@ def _blocks(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
     return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, block: slice) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, block: slice) -> Tensor:
     logits = _at_least_float32(matmul(hidden, weight[block].T))
-    return logits if bias is None else logits.add_(bias[block])
+    if bias is not None:
+        logits.add_(bias[block])
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def _slope(capped: Tensor, softcap: float | None) -> Tensor | None:
+    """Derivative of the cap by what it was given, from what came out; None without a cap."""
+    return None if softcap is None else 1 - (capped / softcap).square_()
+
+
+def _times(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else x.mul_(factor)
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
@@ -259,10 +316,13 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def _cast(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What ``head(hidden)`` would multiply, under autocast too."""
-    dtype = _product_dtype(hidden)
-    return hidden.to(dtype), head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+def _cast(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor | None, float | None]:
+    """What ``head(hidden)`` would multiply, under autocast too, with its scale in the hidden states; its soft cap."""
+    given = TransformedHead.of(head)
+    weight, bias, dtype = given.module.weight, given.module.bias, _product_dtype(hidden)
+    if given.scale != 1:
+        hidden, bias = hidden * given.scale, None if bias is None else bias * given.scale
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), given.softcap
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The language model: any Hugging Face causal LM, and the tokens that stand for an image in its input."""
 
+import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -12,8 +14,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from composer_prior.models.head import Head, TransformedHead
+
 IMAGE_TOKEN = "<image>"
 ROW_TOKEN = "<row>"
+
+# Names by which configurations say that the logits are scaled after the head, with the factor that each means, ...
+_SCALES: dict[str, Callable[[float], float]] = {
+    "logit_scale": float,  # Cohere
+    "logits_scaling": lambda divisor: 1 / divisor,  # Granite
+    "lm_head_multiplier": float,  # Falcon H1
+}
+# ... and softly capped: Gemma 2 and 3, RecurrentGemma, xLSTM.
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def build_language_model(
@@ -33,8 +46,8 @@ def build_language_model(
         trust_remote_code: run code that comes with the pretrained model.
 
     Raises:
-        ValueError: unless exactly one of ``pretrained`` and ``config`` is given, or for an LM whose logits are not
-            its head applied to its last hidden states.
+        ValueError: unless exactly one of ``pretrained`` and ``config`` is given, or for an LM that :func:`check_head`
+            refuses.
     """
     if pretrained is not None and config is None:
         model = AutoModelForCausalLM.from_pretrained(
@@ -44,7 +57,7 @@ def build_language_model(
         model = AutoModelForCausalLM.from_config(_configuration(tokenizer, pretrained, config, trust_remote_code))
     if len(tokenizer) > vocabulary_size(model):
         model.resize_token_embeddings(len(tokenizer))
-    check_head(model)
+    check_head(model, reads_embeddings=True)
     return model.requires_grad_(not freeze)
 
 
@@ -83,11 +96,31 @@ def _configuration(
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Ids of the image and row-separator tokens, added to the tokenizer when it has none."""
-    missing = [token for token in (IMAGE_TOKEN, ROW_TOKEN) if token not in tokenizer.get_vocab()]
-    if missing:
-        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_additional_special_tokens=False)
+    """Ids of the image and row-separator tokens, which the tokenizer gets unless it has them.
+
+    They become special tokens, which text can be kept from spelling, where they were ordinary ones.
+    """
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    missing = [token for token in (IMAGE_TOKEN, ROW_TOKEN) if token not in special]
+    if missing:  # False: beside the special tokens that there are; transformers 4 and 5 name the argument differently
+        tokenizer.add_special_tokens({"additional_special_tokens": missing}, False)
     return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.convert_tokens_to_ids(ROW_TOKEN)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Tokens of the text between image and caption. Whoever writes a special token there means it, as in a chat's form.
+
+    Raises:
+        ValueError: for a prompt that spells the image, whose place is fixed.
+    """
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    read = tokenizer.convert_ids_to_tokens(ids)
+    for token in (IMAGE_TOKEN, ROW_TOKEN):
+        if token in prompt or token in read:
+            raise ValueError(
+                f"prompt={prompt!r} spells {token}: the image stands before the prompt; leave {token} out."
+            )
+    return ids
 
 
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -116,30 +149,106 @@ def last_hidden_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
     Raises:
         ValueError: for a method of PEFT that adds virtual tokens to the input.
     """
-    causal_lm: Any = model
     if hasattr(model, "get_base_model"):
         config = cast(Any, model).active_peft_config
         if config.is_prompt_learning:
             raise ValueError(
                 f"{config.peft_type.value} adds virtual tokens to the text, which have no place; use LoRA."
             )
-        causal_lm = cast(Any, model).get_base_model()
-    return causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
+    return _decoder(_causal_lm(model))(**inputs, use_cache=False).last_hidden_state
 
 
-def head_of(model: PreTrainedModel) -> nn.Module:
-    """The module that maps hidden states to logits."""
-    return model.get_output_embeddings()
+def head_of(model: PreTrainedModel) -> Head:
+    """What maps hidden states to logits: the module, and what the model's configuration does to the logits after it."""
+    module = model.get_output_embeddings()
+    config = _causal_lm(model).config.get_text_config()
+    scales = [factor(value) for name, factor in _SCALES.items() if (value := getattr(config, name, None)) is not None]
+    softcaps = [value for name in _SOFTCAPS if (value := getattr(config, name, None)) is not None]
+    if not scales and not softcaps:
+        return module
+    return TransformedHead(module, math.prod(scales), softcaps[0] if softcaps else None)
+
+
+def _causal_lm(model: PreTrainedModel) -> PreTrainedModel:
+    """The Hugging Face model inside one of PEFT."""
+    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _decoder(causal_lm: PreTrainedModel) -> nn.Module:
+    """What stands under the head: the part that holds the embeddings, for names differ and some classes lack one."""
+    embeddings = causal_lm.get_input_embeddings()
+    return next(part for part in causal_lm.children() if any(module is embeddings for module in part.modules()))
 
 
 @torch.no_grad()
-def check_head(model: PreTrainedModel) -> None:
-    """Refuse an LM that changes its logits after the head (scaling, soft-capping), which we would leave out."""
-    was_training = model.training
+def check_head(model: PreTrainedModel, reads_embeddings: bool = False) -> None:
+    """Refuse an LM whose logits are not what we make of its hidden states.
+
+    A few short passes. What the model does to its logits shows on others in their place, large whatever the weights
+    are. A model on the meta device, where few can run, is taken at its configuration's word.
+
+    Args:
+        model: a causal LM, or one of PEFT around it.
+        reads_embeddings: it is to read embeddings in the place of token ids, as an LVLM's does: check that it can.
+
+    Raises:
+        ValueError: one line, naming the model's class and what is not supported.
+    """
+    if model.device.type == "meta":
+        return
+    name, was_training = type(_causal_lm(model)).__name__, model.training
     model.eval()
-    ids = torch.arange(2, device=model.device)[None]
-    logits = model(input_ids=ids, use_cache=False).logits
-    ours = head_of(model)(last_hidden_states(model, input_ids=ids))
-    model.train(was_training)
-    if not torch.allclose(logits.float(), ours.float(), atol=1e-4, rtol=1e-3):
-        raise ValueError(f"{type(model).__name__} changes its logits after the LM head, which is not supported.")
+    try:
+        complaint = _complaint(model, reads_embeddings)
+    except Exception as error:  # whatever the code of some model raises
+        line = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{name} cannot be used as a language model: {type(error).__name__}: {line}") from error
+    finally:
+        model.train(was_training)
+    if complaint:
+        raise ValueError(f"{name} {complaint}, which is not supported.")
+
+
+def _complaint(model: PreTrainedModel, reads_embeddings: bool) -> str | None:
+    """What about an LM is not as we take it to be; None where all is."""
+    if reads_embeddings and model.config.get_text_config() is not model.config:
+        return "has a vision or audio tower of its own (give its text model, saved alone)"
+    head, embeddings = TransformedHead.of(head_of(model)), model.get_input_embeddings()
+    ids = torch.arange(4, device=model.device)[None] * (vocabulary_size(model) // 4)
+    seen: list[tuple[Tensor, Tensor]] = []
+    readers: list[nn.Module] = []
+
+    def replace(_: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
+        large = torch.linspace(-100, 100, logits.shape[-1], device=logits.device).expand(logits.shape)
+        seen.append((inputs[0], large))
+        return large.clone()
+
+    def look(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        if torch.equal(inputs[0], ids):
+            readers.append(module)
+
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    hooks = [head.module.register_forward_hook(replace), *(table.register_forward_pre_hook(look) for table in tables)]
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not seen:
+        return "makes its logits without its output embeddings"
+    hidden, replaced = seen[0]
+    if not _same(logits, head.transform(replaced)):
+        return "changes its logits after the LM head"
+    if not _same(hidden, last_hidden_states(model, input_ids=ids)):
+        return "changes its hidden states before the LM head"
+    if reads_embeddings and (
+        len(readers) > 1 or not _same(hidden, last_hidden_states(model, inputs_embeds=embeddings(ids)))
+    ):
+        return "makes more of token ids than the embeddings in whose place images stand"
+    return None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors differ by rounding alone."""
+    tolerance = 1e-3 if a.dtype == torch.float32 else 2e-2
+    return a.shape == b.shape and bool((a.float() - b.float()).norm() <= tolerance * b.float().norm())

@@ -10,8 +10,15 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from composer_prior.models.head import label_mask, labelled_nll
-from composer_prior.models.language import add_image_tokens, bos_id, head_of, last_hidden_states, vocabulary_size
+from composer_prior.models.head import Head, TransformedHead, label_mask, labelled_nll
+from composer_prior.models.language import (
+    add_image_tokens,
+    bos_id,
+    head_of,
+    last_hidden_states,
+    prompt_ids,
+    vocabulary_size,
+)
 from composer_prior.models.matmul import use_onednn
 from composer_prior.models.packing import enable_packing, packed_hidden_states
 
@@ -42,6 +49,8 @@ class LVLM(nn.Module):
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing={label_smoothing}: expected a share in [0, 1).")
+        if label_smoothing:
+            _linear_part(head_of(language))  # or refuse it before training
         self.label_smoothing = label_smoothing
         self.vision = vision
         self.projector = projector or nn.Identity()
@@ -136,9 +145,9 @@ class LVLM(nn.Module):
         device = self.language.device
         process: Any = self.vision.image_processor  # type: ignore[union-attr]
         processed = [process(image.convert("RGB")) for image in images]
-        prompt_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        text = prompt_ids(self.tokenizer, prompt)
         placeholders = (self.image_token_id, self.row_token_id)
-        rows = [[bos_id(self.tokenizer), *(placeholders[kind] for kind in p.layout), *prompt_ids] for p in processed]
+        rows = [[bos_id(self.tokenizer), *(placeholders[kind] for kind in p.layout), *text] for p in processed]
         longest = max(map(len, rows))
         # Padding goes to the left here: generation continues every row at its right end.
         input_ids = torch.tensor([[bos_id(self.tokenizer)] * (longest - len(row)) + row for row in rows])
@@ -147,7 +156,7 @@ class LVLM(nn.Module):
         return {key: value.to(device) for key, value in batch.items()}, attention_mask.to(device)
 
 
-def label_margin(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
+def label_margin(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     """By how much the logit of each label exceeds the mean logit, ``[B, T]`` float32, 0 without a label.
 
     The cross-entropy with a share ``s`` of the uniform distribution in the target is ``nll + s * margin``: both terms
@@ -155,18 +164,34 @@ def label_margin(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
 
     Args:
         hidden: ``[B, T, D]`` last hidden states.
-        head: a linear layer.
+        head: a linear layer, whose logits may be scaled.
         labels: ``[B, T]`` int64, not shifted.
+
+    Raises:
+        ValueError: for a head of which that does not hold.
     """
-    if not isinstance(head, nn.Linear):
-        raise ValueError(f"label_smoothing needs a linear LM head, not {type(head).__name__}; leave the head bare.")
+    linear, scale = _linear_part(head)
     mask = label_mask(labels)
     targets = labels[mask]
-    direction = F.embedding(targets, head.weight) - head.weight.mean(0)  # [n, D]
+    direction = F.embedding(targets, linear.weight) - linear.weight.mean(0)  # [n, D]
     margin = (hidden[:, :-1][mask[:, 1:]].float() * direction.float()).sum(-1)
-    if head.bias is not None:
-        margin = margin + head.bias[targets] - head.bias.mean()
-    return margin.new_zeros(labels.shape).masked_scatter(mask, margin)
+    if linear.bias is not None:
+        margin = margin + linear.bias[targets] - linear.bias.mean()
+    return margin.new_zeros(labels.shape).masked_scatter(mask, margin * scale)
+
+
+def _linear_part(head: Head) -> tuple[nn.Linear, float]:
+    """The linear layer of a head and the factor of its logits; label smoothing needs no more of either."""
+    given = TransformedHead.of(head)
+    if given.softcap is not None:
+        raise ValueError(
+            f"label_smoothing and an LM that caps its logits at {given.softcap} do not combine; set it to 0."
+        )
+    if not isinstance(given.module, nn.Linear):
+        raise ValueError(
+            f"label_smoothing needs a linear LM head, not {type(given.module).__name__}; leave the head bare."
+        )
+    return given.module, given.scale
 
 
 def stack_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -27,6 +27,9 @@ def enable_packing(model: PreTrainedModel) -> None:
         ValueError: for an LM in whose attention sequences cannot be kept apart this way.
     """
     before = model.config._attn_implementation
+    refusal = f"{type(model).__name__} cannot keep packed sequences apart"
+    if before not in ("sdpa", ATTENTION):  # others know caps and sinks, which this one would leave out
+        raise ValueError(f"{refusal}, its attention being {before!r} and not 'sdpa': leave model.pack false.")
     try:
         model.set_attn_implementation(ATTENTION)
         works = model.device.type == "meta" or _is_exact(model)  # a skeleton has nothing to compute with
@@ -34,7 +37,7 @@ def enable_packing(model: PreTrainedModel) -> None:
         works = False
     if not works:
         model.set_attn_implementation(before)
-        raise ValueError(f"{type(model).__name__} cannot keep packed sequences apart: leave model.pack false.")
+        raise ValueError(f"{refusal}: leave model.pack false.")
 
 
 def packed_hidden_states(model: PreTrainedModel, embeddings: Tensor, attention_mask: Tensor) -> Tensor:

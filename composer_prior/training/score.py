@@ -37,7 +37,7 @@ from composer_prior.data.scores import Scores, ScoresCard, ScoresError, ScoresWr
 from composer_prior.data.sources import is_remote
 from composer_prior.data.tokenizer import tokenizer_fingerprint
 from composer_prior.models.align import align_logprobs, token_edges
-from composer_prior.models.language import bos_id
+from composer_prior.models.language import bos_id, prompt_ids
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.registry import did_you_mean
 from composer_prior.training.builders import build_tokenizer
@@ -276,7 +276,7 @@ def _score_characters(
             "The reference has another tokenizer than the model; it must be a fast one with an end-of-sequence token."
         )
     options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
-    prefix = [bos_id(theirs), *theirs(data.prompt, add_special_tokens=False)["input_ids"]]
+    prefix = [bos_id(theirs), *prompt_ids(theirs, data.prompt)]
     read, encoded = theirs(captions, **options), data.tokenizer(captions, **options)
     texts, cuts = [], []
     for i, caption in enumerate(captions):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from composer_prior.models import head as head_module
 from composer_prior.models.head import (
     IGNORE_INDEX,
+    TransformedHead,
     labelled_nll,
     linear_nll,
     logits_nll,
@@ -158,6 +159,78 @@ def test_any_head_goes_by_chunks_of_tokens(labelled: float, monkeypatch: pytest.
     expected = gradients(oracle, hidden.double(), double, labels, weights)
     for gradient, wanted in zip(ours, expected, strict=True):
         torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+TRANSFORMS = {"capped": {"softcap": 4.0}, "scaled": {"scale": 0.3}, "both": {"scale": 3.0, "softcap": 2.0}}
+
+
+def transformed(head: nn.Module, scale: float = 1.0, softcap: float | None = None):
+    """Losses and gradients from all logits, in the words of transformers' models."""
+
+    def function(hidden: Tensor, _: nn.Module, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(hidden) * scale
+        if softcap is not None:
+            logits = logits / softcap
+            logits = torch.tanh(logits)
+            logits = logits * softcap
+        return oracle(hidden, lambda _: logits, labels)
+
+    return function
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_scaled_and_capped_logits(blocks: str, transform: str, bias: bool, adapted: bool):
+    hidden, head, labels, weights = make_case(0.5, bias, scale=10.0)
+    module = (Adapted(head) if adapted else head).double()
+    hidden, weights = hidden.double(), weights.double()
+    assert float(module(hidden).abs().max()) > 10
+
+    def ours(hidden: Tensor, module: nn.Module, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return labelled_nll(hidden, TransformedHead(module, **TRANSFORMS[transform]), labels)
+
+    theirs = transformed(module, **TRANSFORMS[transform])
+    for value, wanted in zip(ours(hidden, module, labels), theirs(hidden, module, labels), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+    results = []
+    for function in (ours, theirs):
+        module.zero_grad()
+        results.append(gradients(function, hidden, module, labels, weights))
+        module.zero_grad()
+    for gradient, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-13)
+
+
+def test_a_cap_in_float32_is_float64s(blocks: str):
+    hidden, head, labels, weights = make_case(0.5, scale=30.0)
+    double = copy.deepcopy(head).double()
+    ours = gradients(lambda h, m, t: labelled_nll(h, TransformedHead(m, 1.0, 30.0), t), hidden, head, labels, weights)
+    expected = gradients(transformed(double, softcap=30.0), hidden.double(), double, labels, weights)
+    for gradient, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-5 * (1 + float(wanted.abs().max())))
+
+
+def test_logprobs_under_a_cap():
+    hidden, head, labels, _ = make_case(1.0, scale=30.0)
+    head = TransformedHead(head, softcap=5.0)
+    expected = head(hidden[:, 0]).log_softmax(-1).gather(1, labels[:, :1])[:, 0]
+    torch.testing.assert_close(target_logprobs(hidden[:, 0], head, labels[:, 0]), expected)
+
+
+def test_library_kernel_gets_the_scale_and_the_cap(monkeypatch: pytest.MonkeyPatch):
+    def kernel(e: Tensor, c: Tensor, targets: Tensor, softcap: float | None = None, reduction: str = "mean") -> Tensor:
+        logits = e @ c.T if softcap is None else softcap * torch.tanh(e @ c.T / softcap)
+        return F.cross_entropy(logits, targets, reduction=reduction)
+
+    hidden, head, labels, _ = make_case(0.5, scale=10.0)
+    given = TransformedHead(head, 0.5, 3.0)
+    expected = labelled_nll(hidden, given, labels)
+    monkeypatch.setattr(head_module, "_kernel_takes", lambda _: True)
+    monkeypatch.setattr(head_module, "linear_cross_entropy", kernel)
+    assert head_module._implementation(hidden, given) is head_module._cut_cross_entropy
+    for value, wanted in zip(labelled_nll(hidden, given, labels), expected, strict=True):
+        torch.testing.assert_close(value, wanted)
 
 
 def test_hooks_of_the_head_run():

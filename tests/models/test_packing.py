@@ -81,6 +81,14 @@ def test_language_model_that_cannot_is_refused():
     assert model.config._attn_implementation != "packed_sdpa"
 
 
+def test_attention_that_may_do_more_than_sdpa_is_refused():
+    """Sinks and caps of the eager attention, which packing would leave out without a word."""
+    config = AutoConfig.for_model("gemma2", **SIZES, head_dim=8, num_key_value_heads=2, attn_logit_softcapping=5.0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with pytest.raises(ValueError, match=r"its attention being 'eager' and not 'sdpa': leave model\.pack false"):
+        enable_packing(model)
+
+
 def test_window_of_attention_is_respected():
     model = build("qwen2")
     enable_packing(model)
