@@ -38,10 +38,18 @@ MAX_IMAGE_PIXELS = 89_478_485
 """Pillow's own limit, at which Pillow only warns; here it is an error."""
 MAX_ASPECT_RATIO = 50
 """Long side to short side. Panoramas reach 10, receipts 20, screenshots of whole pages 50; a tower that fits the short
-side to its square and then crops makes that many squares: 23 MB at 336 pixels, 210 MB at 1,024."""
+side to its square and then crops makes that many squares: 20 MB and 0.1 s at 336 pixels, 170 MB and 0.6 s at 1,024."""
 
+_MAGIC = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG",
+    "WEBP": rb"RIFF.{4}WEBP",
+    "GIF": rb"GIF8",
+    "BMP": rb"BM.{4}\x00{4}",
+    "TIFF": rb"II[*+]\x00|MM\x00[*+]",
+}
 _OTHER_KINDS = (  # what often stands where an image should
-    ("HTML page", rb"\s*(<!--.*?-->\s*)*<(!doctype\s+html|html|head|body|script)\b", "a failed download?"),
+    ("HTML page", rb"\s*(?><!--.*?-->\s*)*+<(!doctype\s+html|html|head|body|script)\b", "a failed download?"),
     ("SVG image", rb".{,4096}<svg", "SVG is not decoded; render it to PNG first"),
     ("XML document", rb"\s*<\?xml", "a failed download?"),
     ("JSON document", rb"\s*[{[]\s*[\"{}[\]]", "a failed download?"),
@@ -113,9 +121,9 @@ def check_image(data: bytes, check: str = "structure") -> None:
 def decode_rgb(data: bytes) -> Image.Image:
     """The first frame of an encoded image as RGB: upright (EXIF orientation), transparency laid on white.
 
-    Grey of more than 8 bits is scaled, black to white over the range of its file. Up to 16 bits, the bits say the range;
-    for integers of 32 bits it is the least of 255, 65535 and 2^31 - 1 that holds the largest value, and for floats the
-    least of 1, 255 and 65535. An image with values outside, such as negative ones, is refused.
+    Grey of more than 8 bits is scaled, black to white over the range of its file. Up to 16 bits, the bits say it; for
+    integers of 32 bits it is the least of 255, 65535 and 2^31 - 1 that holds the largest value, for floats the least of
+    1, 255 and 65535. An image with values outside, such as negative ones, is refused.
 
     Args:
         data: the encoded image.
@@ -311,9 +319,7 @@ def _refuse(data: bytes, error: Exception) -> NoReturn:
 
 def _format(data: bytes) -> str | None:
     """The accepted format that these bytes begin as."""
-    Image.init()
-    accepts = {form: Image.OPEN[form][1] for form in IMAGE_FORMATS}
-    return next((form for form, accept in accepts.items() if accept is not None and accept(data[:16])), None)
+    return next((form for form, magic in _MAGIC.items() if re.match(magic, data, re.DOTALL)), None)
 
 
 def _why_not_opened(data: bytes, form: str) -> Exception | None:
