@@ -52,7 +52,7 @@ _OTHER_KINDS = (  # what often stands where an image should
     ("HTML page", rb"\s*(?><!--.*?-->\s*)*+<(!doctype\s+html|html|head|body|script)\b", "a failed download?"),
     ("SVG image", rb".{,4096}<svg", "SVG is not decoded; render it to PNG first"),
     ("XML document", rb"\s*<\?xml", "a failed download?"),
-    ("JSON document", rb"\s*[{[]\s*[\"{}[\]]", "a failed download?"),
+    ("JSON document", rb"\s*({\s*[\"}]|\[\s*[\"{[\]])", "a failed download?"),
     ("Git LFS pointer", rb"version https://git-lfs", "the image itself is not there; run git lfs pull"),
     ("AVIF image", rb".{4}ftypavi[fs]", ""),
     ("HEIC image", rb".{4}ftyp(hei|hev|mif|msf)", ""),
