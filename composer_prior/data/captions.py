@@ -181,9 +181,14 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         if self.image_processor is None:
             return ImageInputs({}, [])
         image = decode_image(sample["image"])
-        if self.transform is not None:
-            image = self.transform(image.copy())  # a plain Image: Composer's transforms refuse a PngImageFile
-        return self.image_processor(image)
+        try:
+            if self.transform is not None:
+                image = self.transform(image.copy())  # a plain Image: Composer's transforms refuse a PngImageFile
+            return self.image_processor(image)
+        except (ValueError, OSError) as error:  # what Pillow and torchvision raise for an image they cannot handle
+            raise BadSampleError(
+                f"the image of {image.width} x {image.height} pixels cannot be processed: {one_line(error)}"
+            ) from error
 
     def _item(self, image: ImageInputs, caption_ids: list[int], sample_id: int) -> dict[str, Any]:
         prefix = [self.bos_id, *(self.placeholder_ids[kind] for kind in image.layout), *self.prompt_ids]
