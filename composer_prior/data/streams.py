@@ -64,6 +64,8 @@ class CheckedStream(Stream):
             shards = super().get_shards(world, allow_unsafe_types=True)  # they are checked here
         except Exception as error:
             raise DataError(f"{self.place}/{index.name} cannot be read: {one_line(error)}") from error
+        if not sum(shard.samples for shard in shards):
+            raise DataError(f"{self.place} holds no samples.")
         for shard in shards:
             self._check_shard(shard)
             self._expected.update((info.basename, info) for pair in shard.file_pairs for info in pair if info)

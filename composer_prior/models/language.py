@@ -77,6 +77,7 @@ def language_skeleton(
     text = settings.get_text_config(decoder=True)
     text.vocab_size = max(text.vocab_size, len(tokenizer))
     model = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
+    check_head(model, reads_embeddings=True)
     return model.requires_grad_(not freeze)
 
 
@@ -194,9 +195,11 @@ def check_head(model: PreTrainedModel, reads_embeddings: bool = False) -> None:
     Raises:
         ValueError: one line, naming the model's class and what is not supported.
     """
+    name, was_training = type(_causal_lm(model)).__name__, model.training
+    if reads_embeddings and model.config.get_text_config() is not model.config:
+        raise ValueError(f"{name} has a vision or audio tower of its own; give its text model, saved alone.")
     if model.device.type == "meta":
         return
-    name, was_training = type(_causal_lm(model)).__name__, model.training
     model.eval()
     try:
         complaint = _complaint(model, reads_embeddings)
@@ -211,8 +214,6 @@ def check_head(model: PreTrainedModel, reads_embeddings: bool = False) -> None:
 
 def _complaint(model: PreTrainedModel, reads_embeddings: bool) -> str | None:
     """What about an LM is not as we take it to be; None where all is."""
-    if reads_embeddings and model.config.get_text_config() is not model.config:
-        return "has a vision or audio tower of its own (give its text model, saved alone)"
     head, embeddings = TransformedHead.of(head_of(model)), model.get_input_embeddings()
     ids = torch.arange(4, device=model.device)[None] * (vocabulary_size(model) // 4)
     seen: list[tuple[Tensor, Tensor]] = []

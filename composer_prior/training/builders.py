@@ -1,5 +1,6 @@
 """From the parts of a recipe to the objects of a run."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,8 +73,12 @@ def lvlm_skeleton(tokenizer: PreTrainedTokenizerBase, language: dict[str, Any], 
     vision = config.pop("vision", None)
     if vision is not None and registry.takes(registry.look_up("vision", vision["name"], "model.vision"), "pretrained"):
         vision = {**vision, "pretrained": None}
-    with torch.device("meta"):
-        return _assemble(language_skeleton(tokenizer, **language), tokenizer, vision, **config)
+    logging.disable(logging.WARNING)  # OpenCLIP says that there are no weights, and not that none are wanted
+    try:
+        with torch.device("meta"):
+            return _assemble(language_skeleton(tokenizer, **language), tokenizer, vision, **config)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _assemble(

@@ -1,6 +1,7 @@
 """The metrics of a run as a file that any program can read."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from composer.utils import dist
 
 class MetricsFile(LoggerDestination):
     """Write ``metrics.jsonl``: one JSON object per step, ``batch`` and then Composer's metric names.
+
+    What is no finite number, as the mean over no token, is ``null``: JSON has no NaN.
 
     A run that is resumed drops the steps behind its checkpoint and goes on from there.
 
@@ -50,8 +53,7 @@ class MetricsFile(LoggerDestination):
         if self._record and step != self._record["batch"]:
             self._start = self._write()
             self._record = {}
-        values = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
-        self._record = {"batch": step, **self._record, **values}
+        self._record = {"batch": step, **self._record, **{name: _number(value) for name, value in metrics.items()}}
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         self._write()  # before the checkpoint, so that what it has behind it is on disk
@@ -68,3 +70,8 @@ class MetricsFile(LoggerDestination):
             file.write(json.dumps(self._record) + "\n")
             file.truncate()
             return file.tell()
+
+
+def _number(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

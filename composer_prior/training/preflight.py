@@ -108,7 +108,7 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
     model = _skeleton(recipe, tokenizer, where)
     loaders = build_loaders(recipe, model, scores=False)
     for name, spec in loaders.items():
-        _check_samples(recipe, f"{where}{name}_loader", spec.dataloader)
+        _check_samples(f"{where}{name}_loader", spec.dataloader)
         scores = getattr(recipe, f"{name}_loader")["dataset"].get("scores")
         if scores:
             check_scorable(spec.dataloader.dataset, scores)
@@ -165,16 +165,13 @@ def _language_of(recipe: TrainConfig) -> dict[str, Any]:
     return language
 
 
-def _check_samples(recipe: TrainConfig, where: str, loader: Any) -> None:
+def _check_samples(where: str, loader: Any) -> None:
     """Refuse a data set that gives no batch: Composer would then wait for one for ever, or train on nothing."""
-    samples = loader.dataset.num_samples
     if len(loader) == 0:
-        per_rank = loader.batch_size
+        remedy = "lower global_train_batch_size" if where.endswith("train_loader") else "set drop_last=false"
         raise ValueError(
-            f"{where}: {samples} samples give each rank {len(loader.dataset)}, fewer than the {per_rank} of one batch "
-            f"({recipe.global_train_batch_size} over all ranks); lower global_train_batch_size."
-            if where.endswith("train_loader")
-            else f"{where}: {samples} samples give no batch of {per_rank}; set drop_last=false."
+            f"{where}: of {loader.dataset.num_samples} samples each rank gets {len(loader.dataset)}, fewer than the "
+            f"{loader.batch_size} of its first batch; {remedy}, or give more samples."
         )
 
 
