@@ -83,7 +83,7 @@ def test_a_step_without_any_usable_sample_changes_nothing(name, caplog):
         "train_loader.num_workers=0",
     )
     if name == "prior_vit":
-        train(recipe("reference", "data=emoji_scenes.yaml", "max_duration=1ba", "autoresume=false"))
+        train(recipe("reference", "max_duration=1ba", "autoresume=false"))
         data += ["train_loader.dataset.scores=null", "algorithms.prior.reference=runs/reference/model"]
     train(recipe(name, *data))
     found = losses(f"runs/{name}")
