@@ -76,6 +76,7 @@ class OpenCLIPTower(nn.Module):
         self.encoder = clip.visual
         self.image_size = _square(self.encoder.image_size)
         depth = len(_blocks(self.encoder))
+        _check_layer(architecture, layer, depth)
         prunable = getattr(self.encoder, "trunk", self.encoder)  # timm's model inside OpenCLIP's wrapper
         prunable.prune_intermediate_layers(indices=[layer % depth], prune_norm=True, prune_head=True)
         self.frozen = freeze
@@ -107,8 +108,8 @@ class OpenCLIPTower(nn.Module):
                 f"model.vision.image_size={size} is not a multiple of {architecture}'s patch size {patch}."
             )
         depth = vision.get("layers")
-        if isinstance(depth, int) and not -depth <= layer < depth:
-            raise ValueError(f"model.vision.layer={layer}: {architecture} has {depth} layers.")
+        if isinstance(depth, int):
+            _check_layer(architecture, layer, depth)
 
     def train(self, mode: bool = True) -> "OpenCLIPTower":
         return super().train(mode and not self.frozen)
@@ -185,6 +186,11 @@ def patch_grid(height: int, width: int, patch_size: int, max_side: int) -> tuple
 
 def _encoder_inputs(transform: Any, num_tokens: int, image: Image.Image) -> ImageInputs:
     return ImageInputs({"pixel_values": transform(image)}, [IMAGE] * num_tokens)
+
+
+def _check_layer(architecture: str, layer: int, depth: int) -> None:
+    if not -depth <= layer < depth:
+        raise ValueError(f"model.vision.layer={layer}: {architecture} has {depth} layers.")
 
 
 def _square(size: int | tuple[int, int]) -> int:

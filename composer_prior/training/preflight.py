@@ -39,12 +39,13 @@ class StartError(ValueError):
 @contextmanager
 def one_line_errors(where: str = "") -> Iterator[None]:
     """Let what the libraries below raise at a run's start be one line that says where it comes from."""
+    kinds = (ValueError, OSError, RuntimeError, ImportError)
     try:
         yield
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (*kinds, TypeError) if where else kinds as error:
         if isinstance(error, ValueError) and not where:
             raise
-        kind = "" if isinstance(error, ValueError | OSError | ImportError) else f"{type(error).__name__}: "
+        kind = f"{type(error).__name__}: " if isinstance(error, RuntimeError) else ""
         raise StartError(f"{where}: {kind}{one_line(error)}".removeprefix(": ")) from error
 
 
@@ -78,7 +79,10 @@ def check_parts(recipe: TrainConfig, where: str = "") -> None:
             with one_line_errors(f"{where}{name}"):
                 DataLoader(_NoSamples(), batch_size=1, **arguments)
     with one_line_errors(f"{where}parallelism_config"):
-        build_parallelism(recipe.parallelism_config)
+        check_parallelism(recipe)
+    if recipe.compile_config is not None:
+        with one_line_errors(f"{where}compile_config"):
+            torch.compile(nn.Identity(), **recipe.compile_config)
     with one_line_errors(f"{where}optimizer"):
         build_named("optimizer", recipe.optimizer, params=[nn.Parameter(torch.zeros(1))])
     with one_line_errors(f"{where}scheduler"):
@@ -91,6 +95,23 @@ def check_parts(recipe: TrainConfig, where: str = "") -> None:
     if recipe.init_from is not None:
         with one_line_errors(f"{where}init_from={recipe.init_from}"):
             find_weights(recipe.init_from)
+    if recipe.load_path is not None and "://" not in recipe.load_path and not Path(recipe.load_path).exists():
+        raise ValueError(f"{where}load_path={recipe.load_path}: there is no such checkpoint.")
+
+
+def check_parallelism(recipe: TrainConfig) -> None:
+    """Refuse values of FSDP2's configuration that Composer would stumble over, or pass over in silence.
+
+    Raises:
+        ValueError: naming what is accepted.
+    """
+    config = build_parallelism(recipe.parallelism_config)
+    if config is None or config.fsdp2 is None:
+        return
+    for name, accepted in (("mixed_precision", ("DEFAULT", "PURE", "FULL")), ("state_dict_type", ("sharded", "full"))):
+        value = getattr(config.fsdp2, name)
+        if value not in accepted:
+            raise ValueError(f"fsdp2.{name}={value!r}: expected {' or '.join(accepted)}")
 
 
 def check_whole(recipe: TrainConfig, where: str = "") -> None:

@@ -1,0 +1,136 @@
+"""What can be known before the reference is trained is refused before it, in one line that names the key."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from composer.utils import dist
+from shrunken import ROOT, SHRUNKEN, VIT, recipe
+from small_data import write_tiles
+
+from composer_prior.training.preflight import check_parts
+from composer_prior.training.run import main
+
+PACKAGES = {"wandb": "wandb", "comet_ml": "comet_ml", "mlflow": "mlflow", "neptune": "neptune"}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for package in PACKAGES.values():
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+
+
+def refused(name, *overrides):
+    """What the command says; nothing has been trained when it does."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(ROOT / f"yamls/{name}.yaml"), *SHRUNKEN, *VIT, *overrides])
+    assert not Path("runs").exists()
+    message = str(caught.value.code)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["precision=amp_bf16"], "precision=amp_bf16: .* not supported for CPU"),
+        (["reference.precision=amp_fp16"], "reference.precision=amp_fp16: .* not supported for CPU"),
+        (["train_loader.persistent_workers=true"], "train_loader: persistent_workers option needs num_workers > 0"),
+        (["reference.eval_loader.prefetch_factor=2"], "reference.eval_loader: prefetch_factor"),
+        (["device_train_microbatch_size=auto"], "device_train_microbatch_size=auto needs a GPU"),
+        (["device_train_microbatch_size=auto", "parallelism_config.fsdp2={}"], "auto: Composer finds no size"),
+        (["parallelism_config.fsdp={}"], "parallelism_config.fsdp: FSDP1 is not supported; use fsdp2"),
+        (["parallelism_config.fsdp2.mixed_precision=half"], "fsdp2.mixed_precision='half': expected DEFAULT or PURE"),
+        (["parallelism_config.fsdp2.state_dict_type=whole"], "fsdp2.state_dict_type='whole': expected sharded or full"),
+        (["compile_config.backend=none_such"], "compile_config: .*none_such"),
+        (["compile_config.bogus=1"], "compile_config: .*bogus"),
+        (["optimizer.lr=-1.0"], "optimizer: Invalid learning rate"),
+        (["scheduler.t_warmup=soon"], "scheduler: .*soon"),
+        (["algorithms.prior.alpha=-1.0"], "alpha"),
+        (["algorithms.prior.start=soon"], "algorithms.prior: .*soon"),
+        (["callbacks.early_stopper={monitor: loss, dataloader_label: eval, comp: less}"], "callbacks.early_stopper"),
+        (["load_path=nowhere.pt"], "load_path=nowhere.pt: there is no such checkpoint"),
+        (["init_from=nowhere"], "init_from=nowhere: expected a run folder with a checkpoint"),
+        (["load_path=a.pt", "init_from=b.pt"], "init_from and load_path are both given"),
+        (["autoresume=true", "save_folder=null"], "autoresume=true needs save_folder"),
+        *(([f"loggers.{name}={{}}"], f"loggers.{name}: .*{package}") for name, package in PACKAGES.items()),
+    ],
+)
+def test_before_anything_is_made(overrides, expected):
+    assert_matches(refused("prior_vit", *overrides), expected)
+    assert not Path("data").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.vision.architecture=RN50", "model.vision.image_size=null"], "has no list of transformer blocks"),
+        (["model.vision={name: open_clip, architecture: convnext_base}"], "has no list of transformer blocks"),
+        (["model.vision={name: open_clip, architecture: ViT-B-16-SigLIP, layer: 40}"], "layer=40: .* has 12 layers"),
+        (["reference.model.language.config.max_position_embeddings=100"], "100 positions, and a sequence may take 129"),
+        (["model.vision.image_size=336"], "512 positions, and a sequence may take 913: bos, 784 image"),
+        (["model.projector=null"], "model.projector is missing"),
+        (["model.label_smoothing=2.0"], "label_smoothing=2.0"),
+        (["model.language={pretrained: nowhere/model}"], "nowhere/model"),
+        (["reference.model.language.config.model_type=lama"], "lama"),
+        (["algorithms.mixup={}"], "MixUp does not stack with PRIOR"),
+        ([f"model.{part}.freeze=true" for part in ("vision", "projector", "language")], "all frozen"),
+        (["train_loader.dataset.local=nowhere"], "nowhere/index.json cannot be read"),
+        (["train_loader.dataset.shuffle_algo=none_such"], "none_such"),
+        (["reference.global_train_batch_size=80"], "reference.train_loader: of 64 samples each rank gets 64, fewer"),
+        (["train_loader.dataset.prompt='<image> says'"], "prompt='<image> says' spells <image>"),
+    ],
+)
+def test_before_the_reference_is_trained(overrides, expected):
+    assert_matches(refused("prior_vit", *overrides), expected)
+
+
+def assert_matches(message, expected):
+    import re
+
+    assert re.search(expected, message), message
+
+
+def test_data_of_another_kind_than_the_recipe_needs():
+    several = write_tiles(Path("several"), 16, several=True)
+    data = [f"{prefix}train_loader.dataset.local={several}" for prefix in ("", "reference.")]
+    assert "there are no stored scores of samples with several captions" in refused("prior_vit", *data)
+
+
+def test_a_reference_that_would_learn_other_captions():
+    other = write_tiles(Path("other"), 16)
+    message = refused("prior_vit", f"reference.train_loader.dataset.local={other}")
+    assert "reference.train_loader.dataset holds other data than train_loader.dataset" in message
+
+
+def test_scores_of_other_data():
+    folder = Path("scores")
+    folder.mkdir()
+    card = '{"data": "0", "samples": 0, "tokenizer": "0", "prompt": "", "max_caption_tokens": 128, "reference": {}, '
+    (folder / "scores.json").write_text(card + '"version": 1}')
+    (folder / "index.json").write_text('{"version": 2, "shards": []}')
+    message = refused("prior_vit", "train_loader.dataset.scores=scores")
+    assert "The scores in scores do not belong to this run; what differs: data" in message
+
+
+@pytest.mark.parametrize("key", ["", "reference."])
+def test_ranks_that_cannot_share_a_batch(monkeypatch, key):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    with pytest.raises(ValueError, match=f"^{key}global_train_batch_size=8 cannot be shared evenly by 3 ranks"):
+        check_parts(recipe("reference"), key)
+
+
+def test_a_library_that_is_missing_or_fails_at_the_start_is_one_line(monkeypatch, capsys):
+    """The reference is there; what then goes wrong while the Trainer is made is no traceback either."""
+    import composer_prior.training.run as run
+
+    def fail(*_, **__):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(run, "Trainer", fail)
+    assert refused("ntp_patch", "reference=null", "model.language=" + NEW_LANGUAGE) == "error: RuntimeError: two lines"
+
+
+NEW_LANGUAGE = "{config: {model_type: llama, hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}}"
