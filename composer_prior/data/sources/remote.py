@@ -13,7 +13,8 @@ from urllib.parse import urlparse
 from streaming.base.storage.upload import CloudUploader
 
 from composer_prior.data.download import ATTEMPTS, DataError, download_from, one_line
-from composer_prior.data.sources import Record, Rejected, SourceError, SourceOptions, archives_of, open_source
+from composer_prior.data.sources.base import Record, Rejected, SourceError, SourceOptions
+from composer_prior.data.sources.recognition import archives_of, open_source
 
 __all__ = ["RemoteSource"]
 
