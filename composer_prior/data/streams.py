@@ -42,8 +42,12 @@ class CheckedStream(Stream):
     :func:`.download`.
 
     Args:
+        local: a folder, which may begin with ``~``.
         kwargs: those of :class:`streaming.Stream`.
     """
+
+    def __init__(self, *, local: str | None = None, **kwargs: Any):
+        super().__init__(local=local and os.path.expanduser(local), **kwargs)
 
     @property
     def place(self) -> str:
