@@ -21,25 +21,33 @@ from __future__ import annotations
 from composer_prior.data.sources.base import (
     FORMS,
     SPANS,
+    BadFile,
     Record,
     Rejected,
     Source,
     SourceError,
     SourceOptions,
+    expect_number,
+    file_of,
     is_remote,
 )
+from composer_prior.data.sources.files import describe
 from composer_prior.data.sources.images import RejectedImage, read_image
 from composer_prior.data.sources.recognition import open_source
 
 __all__ = [
     "FORMS",
     "SPANS",
+    "BadFile",
     "Record",
     "Rejected",
     "RejectedImage",
     "Source",
     "SourceError",
     "SourceOptions",
+    "describe",
+    "expect_number",
+    "file_of",
     "is_remote",
     "open_source",
     "read_image",

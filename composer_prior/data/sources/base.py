@@ -12,14 +12,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from composer_prior.data.sources.images import RejectedImage, inside
-
 FORMS = ("jsonl", "csv", "tsv", "json", "coco", "webdataset", "parquet", "hf")
 SPANS = "image_related_spans"
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "svg", "avif", "jxl", "heic")
-IMAGE_COLUMNS = ("image", "image_path", "image_file", "file_name", "filename", "filepath", "path", "img", "jpg", "png")
-CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "sentence", "sentences", "description")
+IMAGE_COLUMNS = (
+    *("image", "image_path", "image_file", "file_name", "filename", "filepath", "path", "img", "jpg", "png"),
+    "images",
+)
+CAPTION_COLUMNS = (
+    *("conversations", "messages"),
+    *("caption", "captions", "text", "txt", "sentence", "sentences", "description"),
+)
 KEY_COLUMNS = ("id", "key", "__key__")
 _SEEN_CACHE_KIB = 64 << 10
 
@@ -39,6 +43,7 @@ class Record:
         where: file and place, for messages.
         spans: for each caption its ``image_related_spans``, where the source has them.
         explicit: whether ``key`` is the source's own id, which may not come twice.
+        note: what to say where it has no caption.
     """
 
     key: str
@@ -47,6 +52,7 @@ class Record:
     where: str
     spans: tuple[Any, ...] | None = None
     explicit: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,28 @@ class Rejected:
         reason: a short fixed phrase, to count by.
         where: file and place.
         detail: what exactly is wrong.
+        count: how many captions it stands for; 0 for what is no sample at all, ``None`` where nobody knows.
+        estimated: whether ``count`` is an estimate.
     """
 
     key: str
     reason: str
     where: str
     detail: str = ""
+    count: int | None = 1
+    estimated: bool = False
+
+
+@dataclass(frozen=True)
+class BadFile(Rejected):
+    """A file that cannot be read, or not to its end; ``where`` is its name, ``count`` what it is known to have held."""
+
+    count: int | None = None
+
+    @classmethod
+    def of(cls, name: str, detail: str, count: int | None = None) -> BadFile:
+        """One that cannot be read at all."""
+        return cls(name, "unreadable file", name, detail, count)
 
 
 @dataclass(frozen=True)
@@ -74,7 +96,7 @@ class SourceOptions:
         form: one of :data:`FORMS`; recognised from the source by default.
         images: the folder that image paths are relative to; found beside the captions by default.
         image_column: column, field or tar suffix that holds the image, as bytes or as a path.
-        caption_column: column, field or tar suffix that holds one caption or a list of them.
+        caption_column: column, field or tar suffix that holds one caption, a list of them, or a conversation.
         key_column: column or field that names a record; ``id`` and ``key`` are recognised.
         split: which split of a Hugging Face dataset.
         unit_samples: records in one unit of work, where the form does not dictate it.
@@ -93,11 +115,29 @@ class SourceOptions:
     download_timeout: float = 600.0
 
     def __post_init__(self) -> None:
+        for name in ("form", "images", "image_column", "caption_column", "key_column", "split"):
+            self._as_text(name)
         if self.form is not None and self.form not in FORMS:
             raise SourceError(f"form={self.form!r} is unknown: use one of {', '.join(FORMS)}.")
-        for name in ("unit_samples", "max_image_bytes", "download_timeout"):
-            if getattr(self, name) < 1:
-                raise SourceError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("unit_samples", "max_image_bytes"):
+            expect_number(name, getattr(self, name), 1)
+        expect_number("download_timeout", self.download_timeout, 1, whole=False)
+
+    def _as_text(self, name: str) -> None:
+        """An option that is text, also where a number or a path was given, as ``images=2017`` may be."""
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, (str, int, os.PathLike)) or not str(value):
+            raise SourceError(f"{name}={value!r} is not accepted: expected a name, or leave it out.")
+        object.__setattr__(self, name, os.fspath(value) if isinstance(value, os.PathLike) else str(value))
+
+
+def expect_number(name: str, value: Any, least: float, whole: bool = True) -> None:
+    """Refuses an option that is no number of at least so much."""
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
+        raise SourceError(f"{name}={value!r} is not accepted: expected a {'whole ' * whole}number of at least {least}.")
 
 
 class Source(Protocol):
@@ -112,12 +152,19 @@ class Source(Protocol):
         """The folder that image paths are relative to, resolved."""
 
     @property
+    def folder(self) -> Path:
+        """The folder that the source lies in, resolved; absolute paths of images below it are read, too."""
+
+    @property
     def total(self) -> int | None:
         """How many records there are, where that is known beforehand."""
 
     @property
     def has_spans(self) -> bool:
         """Whether its first records have ``image_related_spans``."""
+
+    def bad_files(self) -> Iterator[BadFile]:
+        """Files that can be told to be unreadable without reading them through."""
 
     def units(self) -> Iterator[Any]:
         """Units of work in a fixed order; each is small, picklable, and its ``repr`` says all that it is."""
@@ -152,19 +199,6 @@ def load(module: str) -> Any:
         ) from error
 
 
-def value_of(entry: dict[str, Any], wanted: str | None, usual: Sequence[str]) -> Any:
-    return entry.get(wanted) if wanted else next((entry[name] for name in usual if name in entry), None)
-
-
-def several(caption: Any, spans: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """One caption or a list of them, with as many lists of spans."""
-    if not isinstance(caption, (list, tuple)):
-        return (() if caption is None else (caption,)), (spans,)
-    return tuple(caption), tuple(spans) if isinstance(spans, list) and len(spans) == len(caption) else (spans,) * len(
-        caption
-    )
-
-
 class Seen:
     """What was seen before, by eight bytes of hash, in a temporary file of sqlite: memory stays within its cache."""
 
@@ -196,15 +230,19 @@ class FileUnit:
     repeated: tuple[int, ...] = ()
 
 
-def file_unit(root: Path, file: Path) -> FileUnit | Rejected:
-    name = file.relative_to(root).as_posix()
-    try:
-        status = os.stat(inside(root.resolve(), name))
-    except RejectedImage as error:
-        return Rejected(name, error.reason, name, error.detail)
-    except OSError as error:
-        return Rejected(name, "unreadable file", name, error.strerror or str(error))
-    return FileUnit(name, status.st_size, status.st_mtime_ns)
+def file_of(unit: Any) -> str | None:
+    """The file that a unit of work belongs to, if it is all of its file or a part of it."""
+    if isinstance(unit, (FileUnit, BadFile)):
+        return unit.name if isinstance(unit, FileUnit) else unit.where
+    return unit if isinstance(unit, str) else None
+
+
+def asked_folder(images: str) -> Path:
+    """The folder that ``images=`` names, resolved."""
+    folder = Path(images).expanduser()
+    if not folder.is_dir():
+        raise SourceError(f"images={images}: no such folder.")
+    return folder.resolve()
 
 
 def one_line(error: BaseException) -> str:

@@ -11,15 +11,18 @@ from composer_prior.data.sources.base import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     SPANS,
+    BadFile,
     Record,
     Rejected,
     Seen,
     SourceError,
     SourceOptions,
+    asked_folder,
     load,
     one_line,
     pick,
 )
+from composer_prior.data.sources.files import beginning, describe, file_unit, kind_of
 from composer_prior.data.sources.parquet import ROWS_AT_ONCE, batch_rows, row_record
 
 
@@ -43,8 +46,15 @@ class HFSource:
         caption = pick(data.column_names, options.caption_column, CAPTION_COLUMNS, "caption_column", str(path))
         if options.key_column:
             pick(data.column_names, options.key_column, (), "key_column", str(path))
-        images = Path(options.images).expanduser() if options.images else path
-        return cls(path, options, image, caption, images.resolve(), len(data), SPANS in data.column_names)
+        images = asked_folder(options.images) if options.images else path.resolve()
+        return cls(path, options, image, caption, images, len(data), SPANS in data.column_names)
+
+    @property
+    def folder(self) -> Path:
+        return self.path.resolve()
+
+    def bad_files(self) -> Iterator[BadFile]:
+        return iter(())  # it is read as one, or not at all
 
     def units(self) -> Iterator[tuple[str, int, int, tuple[int, ...]]]:
         data, seen = _load_saved(self.path, self.options.split), Seen()
@@ -75,10 +85,18 @@ def _load_saved(path: Path, split: str | None) -> Any:
     try:
         data = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise SourceError(f"{path}: not a readable Hugging Face dataset ({one_line(error)}).") from error
+        units = (file_unit(path, file, _arrow_problem) for file in sorted(path.rglob("*.arrow")))
+        bad = [unit for unit in units if isinstance(unit, BadFile)]
+        reason = describe(bad) if bad else one_line(error)
+        raise SourceError(f"{path}: not a readable Hugging Face dataset ({reason}).") from error
     if not isinstance(data, datasets.DatasetDict):
         return data
     name = split or (next(iter(data)) if len(data) == 1 else None)
     if name not in data:
         raise SourceError(f"{path}: choose one of its splits ({', '.join(data)}) with split=.")
     return data[name]
+
+
+def _arrow_problem(path: Path) -> str | None:
+    head, size = beginning(path)
+    return kind_of(head) if size else "empty"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -17,18 +16,20 @@ from composer_prior.data.sources.base import (
     IMAGE_COLUMNS,
     KEY_COLUMNS,
     SPANS,
+    BadFile,
     Record,
     Rejected,
     Seen,
     SourceError,
     SourceOptions,
+    asked_folder,
     pick,
-    several,
-    value_of,
 )
+from composer_prior.data.sources.files import beginning, kind_of
 from composer_prior.data.sources.images import RejectedImage, inside
+from composer_prior.data.sources.lines import LINE_LIMIT, encoding_of, header_of, lines, open_text, rows
+from composer_prior.data.sources.records import record_of, value_of
 
-_LINE_LIMIT = 16 << 20
 _PADDING = re.compile(r"[ \t\r\n,]*")
 
 
@@ -48,11 +49,22 @@ class ListSource:
 
     @classmethod
     def open(cls, file: Path, form: str, options: SourceOptions) -> ListSource:
+        problem = _problem(file)
+        if problem:
+            raise SourceError(f"{file}: {problem}.")
         source = cls(file, form, file.parent, options)
         first = [item for item, _ in zip(source._entries(), range(1000), strict=False)]
         records = [item for item in first if isinstance(item, Record)]
-        images = _images_folder(file, options.images, [str(record.image) for record in records[:20]])
+        names = [record.image for record in records[:20] if isinstance(record.image, str)]
+        images = _images_folder(file, options.images, names)
         return replace(source, images=images, has_spans=any(record.spans is not None for record in records))
+
+    @property
+    def folder(self) -> Path:
+        return self.file.parent.resolve()
+
+    def bad_files(self) -> Iterator[BadFile]:
+        return iter(())  # without its list a source cannot be opened
 
     def units(self) -> Iterator[tuple[Record | Rejected, ...]]:
         unit: list[Record | Rejected] = []
@@ -78,22 +90,29 @@ class ListSource:
         return readers[self.form](self.file, self.options)
 
 
+def _problem(file: Path) -> str | None:
+    """What a list is instead of text, if that can be told."""
+    try:
+        head, _ = beginning(file)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror or error})"
+    if encoding_of(file) == "utf-8-sig" and b"\0" in head[:4]:
+        return "UTF-16 without a byte order mark, or no text at all; save it as UTF-8"
+    return kind_of(head)
+
+
 def _images_folder(file: Path, asked: str | None, names: list[str]) -> Path:
     """The folder that image paths are relative to: the one asked for, or the first likely one that has an image."""
     if asked is not None:
-        folder = Path(asked).expanduser()
-        if not folder.is_dir():
-            raise SourceError(f"images={asked}: no such folder.")
-        return folder.resolve()
+        return asked_folder(asked)
     # captions_train2017.json of COCO lies in annotations/, beside train2017/.
     split = file.stem.removeprefix("captions_")
-    here = file.parent
-    likely = [here, here / "images", here / split, here.parent / split, here.parent / "images"]
-    for folder in likely:
-        root = folder.resolve()
-        if any(_exists(root, name) for name in names):
-            return root
-    return here.resolve()
+    for here in dict.fromkeys((file.parent, file.resolve().parent)):
+        for folder in (here, here / "images", here / split, here.parent / split, here.parent / "images"):
+            root = folder.resolve()
+            if any(_exists(root, name) for name in names):
+                return root
+    return file.parent.resolve()
 
 
 def _exists(root: Path, name: str) -> bool:
@@ -103,27 +122,11 @@ def _exists(root: Path, name: str) -> bool:
         return False
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """Numbered lines; ``None`` stands for one that is too long to be held."""
-    with open(path, "rb") as file:
-        number = 0
-        while line := file.readline(_LINE_LIMIT):
-            number += 1
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if len(line) == _LINE_LIMIT and not line.endswith(b"\n"):
-                while (rest := file.readline(_LINE_LIMIT)) and not rest.endswith(b"\n"):
-                    pass
-                yield number, None
-            else:
-                yield number, line
-
-
 def _read_jsonl(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:
-    for number, line in _lines(path):
+    for number, line in lines(path):
         where, key = f"{path.name}:{number}", f"line {number}"
         if line is None:
-            yield Rejected(key, "line too long", where, f"at most {_LINE_LIMIT} bytes are accepted")
+            yield Rejected(key, "line too long", where, f"at most {LINE_LIMIT} bytes are accepted")
             continue
         if not line.strip():
             continue
@@ -138,27 +141,19 @@ def _read_jsonl(path: Path, options: SourceOptions) -> Iterator[Record | Rejecte
 
 
 def _read_table(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:
-    csv.field_size_limit(max(csv.field_size_limit(), _LINE_LIMIT))
-    lines = (("\ufffd" if line is None else line.decode("utf-8", "surrogateescape")) for _, line in _lines(path))
-    tabs = path.suffix.lower() == ".tsv" or options.form == "tsv"
-    rows = csv.reader(lines, delimiter="\t" if tabs else ",")
-    header = next(rows, [])
+    delimiter = "\t" if path.suffix.lower() == ".tsv" or options.form == "tsv" else ","
+    header = header_of(path, delimiter)
     image = pick(header, options.image_column, IMAGE_COLUMNS, "image_column", path.name)
     caption = pick(header, options.caption_column, CAPTION_COLUMNS, "caption_column", path.name)
     chosen = replace(options, image_column=image, caption_column=caption)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield Rejected(f"line {rows.line_num}", "malformed row", f"{path.name}:{rows.line_num}", str(error))
-            continue
-        where, key = f"{path.name}:{rows.line_num}", f"line {rows.line_num}"
-        if not row:
+    for number, row, quotes in rows(path, delimiter, len(header), header.index(image)):
+        where, key = f"{path.name}:{number}", f"line {number}"
+        if row is None:
+            yield Rejected(key, "line too long", where, f"at most {LINE_LIMIT} bytes are accepted")
             continue
         if len(row) != len(header):
-            yield Rejected(key, "malformed row", where, f"{len(row)} cells where the header has {len(header)}")
+            detail = f"{len(row)} cells where the header has {len(header)}, {quotes}"
+            yield Rejected(key, "malformed row", where, detail)
             continue
         entry: dict[str, Any] = dict(zip(header, row, strict=True))
         if SPANS in entry:
@@ -173,15 +168,13 @@ def _read_table(path: Path, options: SourceOptions) -> Iterator[Record | Rejecte
 def _read_json_array(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:
     for number, entry in enumerate(_json_array(path)):
         where, key = f"{path.name}[{number}]", f"item {number}"
-        if isinstance(entry, dict) and "conversations" in entry:
-            entry = _conversation(entry)
-        yield entry if isinstance(entry, Rejected) else entry_record(entry, key, where, options)
+        yield entry_record(entry, key, where, options)
 
 
 def _json_array(path: Path, chunk: int = 1 << 20) -> Iterator[dict[str, Any]]:
     """The items of a JSON array of objects, read a piece at a time."""
     decoder, number, position = json.JSONDecoder(), 0, 0
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+    with open_text(path) as file:
         buffer = file.read(chunk).lstrip().removeprefix("[")
         while True:
             position = _PADDING.match(buffer, position).end()  # type: ignore[union-attr]
@@ -193,7 +186,7 @@ def _json_array(path: Path, chunk: int = 1 << 20) -> Iterator[dict[str, Any]]:
                 item, position = decoder.raw_decode(buffer, position)
             except (json.JSONDecodeError, RecursionError) as error:
                 held = len(buffer) - position
-                more = file.read(max(chunk, held)) if held < _LINE_LIMIT else ""
+                more = file.read(max(chunk, held)) if held < LINE_LIMIT else ""
                 if not more:
                     raise SourceError(f"{path}: malformed JSON in item {number}; mend the file.") from error
                 buffer, position = buffer[position:] + more, 0
@@ -202,21 +195,9 @@ def _json_array(path: Path, chunk: int = 1 << 20) -> Iterator[dict[str, Any]]:
             number += 1
 
 
-def _conversation(entry: dict[str, Any]) -> dict[str, Any]:
-    """A LLaVA pre-training conversation as an entry with a caption; what is not one image and one answer has none."""
-    turns = entry["conversations"]
-    try:
-        (human, asked), (model, answer) = [(turn["from"], turn["value"]) for turn in turns]
-        if human == "human" and model == "gpt" and "<image>" in asked:
-            return {**entry, "caption": answer}
-    except (TypeError, KeyError, ValueError):
-        pass
-    return {**entry, "caption": None}
-
-
 def _read_coco(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        with open_text(path) as file:
             data = json.load(file)
         images, annotations = data["images"], data["annotations"]
         by_image: dict[Any, list[dict[str, Any]]] = {}
@@ -247,16 +228,17 @@ def _read_coco(path: Path, options: SourceOptions) -> Iterator[Record | Rejected
 
 
 def entry_record(entry: Any, key: str, where: str, options: SourceOptions) -> Record | Rejected:
-    """A record from one JSON object or one row of a table."""
+    """A record from one JSON object or one row of a table; without an id, its image's path names it."""
     if not isinstance(entry, dict):
         return Rejected(key, "malformed record", where, "not an object")
-    image = value_of(entry, options.image_column, IMAGE_COLUMNS)
     own = value_of(entry, options.key_column, KEY_COLUMNS)
     name = str(own) if isinstance(own, (str, int)) and str(own) else None
-    if not isinstance(image, str) or not image:
-        return Rejected(name or key, "missing image", where, "no path of an image")
-    captions, spans = several(value_of(entry, options.caption_column, CAPTION_COLUMNS), entry.get(SPANS))
-    return Record(name or image, image, captions, where, spans if SPANS in entry else None, name is not None)
+    image = value_of(entry, options.image_column, IMAGE_COLUMNS)
+    caption = value_of(entry, options.caption_column, CAPTION_COLUMNS)
+    record = record_of(image, caption, entry.get(SPANS), name or key, where, name is not None, SPANS in entry)
+    if name is None and isinstance(record, Record) and isinstance(record.image, str):
+        return replace(record, key=record.image)
+    return record
 
 
 def _grouped(entries: Iterable[Record | Rejected]) -> Iterator[Record | Rejected]:

@@ -11,18 +11,20 @@ from composer_prior.data.sources.base import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     SPANS,
+    BadFile,
     FileUnit,
     Record,
     Rejected,
     Seen,
     SourceError,
     SourceOptions,
-    file_unit,
+    asked_folder,
     load,
     one_line,
     pick,
-    several,
 )
+from composer_prior.data.sources.files import describe, file_unit, parquet_problem
+from composer_prior.data.sources.records import record_of
 
 ROWS_AT_ONCE = 32
 
@@ -41,35 +43,54 @@ class ParquetSource:
     total: int | None = None
     form: str = field(default="parquet", init=False)
 
+    @property
+    def folder(self) -> Path:
+        return self.root.resolve()
+
     @classmethod
     def open(cls, root: Path, files: list[Path], options: SourceOptions) -> ParquetSource:
         parquet, arrow = load("pyarrow.parquet"), load("pyarrow")
+        bad: list[BadFile] = []
         for file in files:
+            unit = file_unit(root, file, parquet_problem)
             try:
+                if isinstance(unit, BadFile):
+                    bad.append(unit)
+                    continue
                 names = parquet.read_schema(file).names
-            except (arrow.ArrowException, OSError):
+            except (arrow.ArrowException, OSError) as error:
+                bad.append(BadFile.of(file.relative_to(root).as_posix(), one_line(error)))
                 continue
             image = pick(names, options.image_column, IMAGE_COLUMNS, "image_column", file.name)
             caption = pick(names, options.caption_column, CAPTION_COLUMNS, "caption_column", file.name)
             if options.key_column:
                 pick(names, options.key_column, (), "key_column", file.name)
-            images = Path(options.images).expanduser() if options.images else root
-            return cls(root, tuple(files), options, image, caption, images.resolve(), SPANS in names)
-        raise SourceError(f"{root}: none of its {len(files)} Parquet files can be read.")
+            images = asked_folder(options.images) if options.images else root.resolve()
+            return cls(root, tuple(files), options, image, caption, images, SPANS in names)
+        raise SourceError(f"{root}: none of its {len(files)} Parquet files can be read: {describe(bad)}.")
 
-    def units(self) -> Iterator[FileUnit | Rejected]:
+    def bad_files(self) -> Iterator[BadFile]:
+        units = (file_unit(self.root, file, parquet_problem) for file in self.files)
+        return (unit for unit in units if isinstance(unit, BadFile))
+
+    def units(self) -> Iterator[FileUnit | BadFile]:
         parquet, arrow = load("pyarrow.parquet"), load("pyarrow")
         seen = Seen()
         for file in self.files:
-            whole = file_unit(self.root, file)
-            if isinstance(whole, Rejected):
+            whole = file_unit(self.root, file, parquet_problem)
+            if isinstance(whole, BadFile):
                 yield whole
                 continue
+            rows, done = None, 0
             try:
                 with parquet.ParquetFile(file) as opened:
-                    yield from self._cut(whole, opened, seen)
+                    rows = opened.metadata.num_rows
+                    for unit in self._cut(whole, opened, seen):
+                        yield unit
+                        groups = range(unit.first, unit.last)
+                        done = unit.row + sum(opened.metadata.row_group(group).num_rows for group in groups)
             except (arrow.ArrowException, OSError, KeyError) as error:
-                yield Rejected(whole.name, "unreadable file", whole.name, one_line(error))
+                yield BadFile.of(whole.name, one_line(error), None if rows is None else rows - done)
 
     def _cut(self, whole: FileUnit, opened: Any, seen: Seen) -> Iterator[FileUnit]:
         first, row, rows = 0, 0, 0
@@ -85,12 +106,14 @@ class ParquetSource:
         """Rows whose key came before. Only the column of keys is read."""
         if self.options.key_column is None:
             return ()
+        if self.options.key_column not in opened.schema_arrow.names:
+            raise KeyError(f"no column {self.options.key_column!r}")
         table = opened.read_row_groups(range(first, last), columns=[self.options.key_column])
         keys = table.column(0).to_pylist()
         return tuple(number for number, key in enumerate(keys) if not seen.add(key))
 
-    def read(self, unit: FileUnit | Rejected) -> Iterator[Record | Rejected]:
-        if isinstance(unit, Rejected):
+    def read(self, unit: FileUnit | BadFile) -> Iterator[Record | Rejected]:
+        if isinstance(unit, BadFile):
             yield unit
             return
         parquet, arrow = load("pyarrow.parquet"), load("pyarrow")
@@ -125,6 +148,8 @@ def _scalar(arrow: Any, value: Any) -> Any:
     try:
         return value.as_py()
     except UnicodeDecodeError:
+        if arrow.types.is_struct(value.type):
+            return {name: _scalar(arrow, value[name]) for name in value}
         if arrow.types.is_list(value.type) or arrow.types.is_large_list(value.type):
             return [_scalar(arrow, item) for item in value.values]
         return (
@@ -140,10 +165,4 @@ def row_record(
     key = number if own is None else str(own)
     if repeated:
         return Rejected(key, "duplicate key", where)
-    value = entry.get(image)
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if not isinstance(value, (bytes, str)) or not value:
-        return Rejected(key, "missing image", where)
-    captions, spans = several(entry.get(caption), entry.get(SPANS))
-    return Record(key, value, captions, where, spans if SPANS in entry else None)
+    return record_of(entry.get(image), entry.get(caption), entry.get(SPANS), key, where, has_spans=SPANS in entry)

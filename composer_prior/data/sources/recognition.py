@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from composer_prior.data.sources.base import Source, SourceError, SourceOptions, is_remote
 from composer_prior.data.sources.hf import HFSource
+from composer_prior.data.sources.lines import open_text
 from composer_prior.data.sources.lists import ListSource
 from composer_prior.data.sources.parquet import ParquetSource
 from composer_prior.data.sources.tar import TarSource
@@ -104,9 +106,22 @@ def _folder_forms(path: Path) -> dict[str, list[Path]]:
     named = [path / f"captions{suffix}" for suffix in _SUFFIXES if f"captions{suffix}" in names]
     if named:
         return _merge(_file_forms(file) for file in named)
-    if archives := archives_of(path.rglob("*")):
+    if archives := archives_of(_files_below(path)):
         return archives
     return _merge(_file_forms(file) for file in sorted(path.iterdir()) if file.is_file() and _suffix_form(file))
+
+
+def _files_below(path: Path) -> Iterator[Path]:
+    """All files of a folder, also those in folders that links lead to, each real folder once; hidden ones are not."""
+    seen = set[tuple[int, int]]()
+    for folder, folders, files in os.walk(path, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
+        yield from (Path(folder, name) for name in files if not name.startswith("."))
 
 
 def archives_of(files: Iterable[Path]) -> dict[str, list[Path]]:
@@ -129,6 +144,6 @@ def _merge(forms: Iterable[dict[str, list[Path]]]) -> dict[str, list[Path]]:
 
 
 def _json_form(path: Path) -> str | None:
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+    with open_text(path) as file:
         head = file.read(4096).lstrip()
     return {"[": "json", "{": "coco"}.get(head[:1])
