@@ -180,6 +180,36 @@ def test_a_large_hole_in_a_tar_counts_as_the_samples_that_fit_in_it(tmp_path):
     ]
 
 
+def test_rows_of_a_parquet_file_that_is_unlike_the_first_are_counted(tmp_path):
+    more = parquet_bytes(image=[IMAGE] * 3, caption=["x"] * 3, uid=["a", "b", "c"])
+    source = write(tmp_path / "in", {"0.parquet": more, "1.parquet": parquet_bytes(4)})
+    with pytest.raises(ConversionError, match=r"1\.parquet cannot be read.*no column 'uid'"):
+        convert_captions(source, tmp_path / "out", processes=1, key_column="uid")
+    options = {"key_column": "uid", "on_bad_file": "skip", "max_rejected": 0.6}
+    summary = convert_captions(source, tmp_path / "out", processes=1, **options)
+    assert (summary.read, summary.samples, summary.rejected, summary.estimated) == (7, 3, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "samples"),
+    [(gzip.compress(tar_bytes(pairs(*"abc")))[:-60], 1), (tar_bytes(pairs(*"abc"))[: 6 * 1024], 3)],
+)
+def test_one_archive_that_was_cut_has_lost_at_least_one(data, samples, tmp_path):
+    source = write(tmp_path / "in", {"0.tar": data})
+    with pytest.raises((SourceError, ConversionError), match=r"0\.tar .*cut"):
+        convert_captions(source, tmp_path / "out", processes=1)
+    summary = convert_captions(source, tmp_path / "out", processes=1, on_bad_file="skip", max_rejected=0.9)
+    assert summary.samples == samples
+    assert summary.reasons["broken archive"] == summary.estimated == 1
+
+
+def test_a_download_that_left_only_zeros_counts(tmp_path):
+    whole = tar_bytes(pairs(*"abcd"))
+    source = write(tmp_path / "in", {"0.tar": whole[: 4 * 1024] + bytes(2 << 20), "1.tar": whole})
+    with pytest.raises(ConversionError, match=r"1024 broken archive\).*0\.tar: 2097152 bytes at 4096 are only zeros"):
+        convert_captions(source, tmp_path / "out", processes=1)
+
+
 def test_a_list_that_is_something_else_says_what(tmp_path):
     for name, data, message in (
         ("captions.jsonl", POINTER, "a Git LFS pointer"),
@@ -668,6 +698,12 @@ def test_names_in_an_archive_that_are_not_text(tmp_path):
     convert_captions(write(tmp_path / "in", {"0.tar": archive}), tmp_path / "out", processes=2, max_rejected=0.5)
     assert captions(tmp_path / "out") == ["x\0y"]
     assert [(line["id"], line["reason"]) for line in rejections(tmp_path / "out")] == [("a\udcff", "invalid UTF-8")]
+
+
+def test_a_number_that_is_too_long_ends_no_array(tmp_path):
+    entries = '[{"image": "0.png", "caption": "x", "n": ' + "9" * 5000 + '}, {"image": "1.png", "caption": "y"}]'
+    found = items(write(tmp_path, {"captions.json": entries.encode()}))
+    assert [item.captions for item in found] == [("x",), ("y",)]
 
 
 def test_nul_bytes_are_no_end(tmp_path):

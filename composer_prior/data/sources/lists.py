@@ -30,6 +30,7 @@ from composer_prior.data.sources.images import RejectedImage, inside
 from composer_prior.data.sources.lines import LINE_LIMIT, encoding_of, header_of, lines, open_text, rows
 from composer_prior.data.sources.records import record_of, value_of
 
+_MOST_DIGITS = 4000
 _PADDING = re.compile(r"[ \t\r\n,]*")
 
 
@@ -173,7 +174,7 @@ def _read_json_array(path: Path, options: SourceOptions) -> Iterator[Record | Re
 
 def _json_array(path: Path, chunk: int = 1 << 20) -> Iterator[dict[str, Any]]:
     """The items of a JSON array of objects, read a piece at a time."""
-    decoder, number, position = json.JSONDecoder(), 0, 0
+    decoder, number, position = json.JSONDecoder(parse_int=_whole_number), 0, 0
     with open_text(path) as file:
         buffer = file.read(chunk).lstrip().removeprefix("[")
         while True:
@@ -193,6 +194,11 @@ def _json_array(path: Path, chunk: int = 1 << 20) -> Iterator[dict[str, Any]]:
                 continue
             yield item
             number += 1
+
+
+def _whole_number(digits: str) -> int | None:
+    """A number of an array, unless it has more digits than Python reads; none of ours has so many."""
+    return int(digits) if len(digits) < _MOST_DIGITS else None
 
 
 def _read_coco(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:

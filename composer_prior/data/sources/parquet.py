@@ -89,7 +89,7 @@ class ParquetSource:
                         yield unit
                         groups = range(unit.first, unit.last)
                         done = unit.row + sum(opened.metadata.row_group(group).num_rows for group in groups)
-            except (arrow.ArrowException, OSError, KeyError) as error:
+            except (arrow.ArrowException, OSError, LookupError) as error:
                 yield BadFile.of(whole.name, one_line(error), None if rows is None else rows - done)
 
     def _cut(self, whole: FileUnit, opened: Any, seen: Seen) -> Iterator[FileUnit]:
@@ -107,7 +107,7 @@ class ParquetSource:
         if self.options.key_column is None:
             return ()
         if self.options.key_column not in opened.schema_arrow.names:
-            raise KeyError(f"no column {self.options.key_column!r}")
+            raise LookupError(f"no column {self.options.key_column!r}")
         table = opened.read_row_groups(range(first, last), columns=[self.options.key_column])
         keys = table.column(0).to_pylist()
         return tuple(number for number, key in enumerate(keys) if not seen.add(key))

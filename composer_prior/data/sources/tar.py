@@ -79,11 +79,12 @@ class TarSource:
     def _cut(self, unit: FileUnit) -> BadFile | None:
         """What is wrong with an archive that does not end as one; only the headers of such a one are read."""
         path = self.root / unit.name
+        if beginning(path)[0][257:262] != b"ustar":
+            return None  # it is compressed, and has to be read
         with open(path, "rb") as file:
             file.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
-            ends = not file.read().strip(b"\0")
-        if ends or beginning(path)[0][257:262] != b"ustar":
-            return None
+            if not file.read().strip(b"\0"):
+                return None
         members = (item for _, item in _tar_members(path, unit.name, (), self.options.max_image_bytes))
         return next((item for item in members if isinstance(item, BadFile)), None)
 
@@ -246,7 +247,7 @@ def _tar_members(
                         bad = BadFile(label, "broken archive", label, f"not a tar archive: {first[1]}")
                         yield damaged(*first) if stems else ("", bad)
                     if size < tarfile.BLOCKSIZE:
-                        cut = f"cut after {end + size} bytes, without an end of archive; what it has is read"
+                        cut = f"cut after {end + size} bytes, without an end of archive"
                         yield "", BadFile(label, "broken archive", label, cut)
                     return
                 end = tar.offset
