@@ -7,7 +7,7 @@ import csv
 import io
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -106,12 +106,15 @@ def _body(path: Path) -> Iterator[tuple[int, str | None]]:
 
 def _cells(line: str, delimiter: str) -> list[str]:
     """The cells of a line with well-formed quotes, or those between its delimiters."""
-    if '"' in line:
-        try:
-            return next(csv.reader([line], delimiter=delimiter, strict=True))
-        except csv.Error:
-            pass
-    return line.rstrip("\r\n").split(delimiter)
+    return _well_formed([line], delimiter) or line.rstrip("\r\n").split(delimiter)
+
+
+def _well_formed(pieces: Iterable[str], delimiter: str) -> list[str] | None:
+    """The cells of one row, if its quotes are as they should be."""
+    try:
+        return next(csv.reader(pieces, delimiter=delimiter, strict=True), None)
+    except csv.Error:
+        return None
 
 
 class _Table:
@@ -139,13 +142,23 @@ class _Table:
                 continue
             elif '"' not in line or not self.quoted:
                 yield number, line.rstrip("\r\n").split(self.delimiter), _PLAIN
+            elif cells := _well_formed([line], self.delimiter):
+                yield number, cells, self._kind(line, cells)
             else:
-                yield number, *self._quoted(line, ahead, numbered)
+                yield number, *self._several_lines(line, ahead, numbered)
 
-    def _quoted(
+    def _kind(self, line: str, cells: list[str]) -> str:
+        """How a line of well-formed cells uses its quotes; only a table with tabs has to know."""
+        if self.delimiter != "\t":
+            return _PLAIN
+        needed = any('"' in cell or self.delimiter in cell for cell in cells)
+        return _STRAY if self.stray.search(line) else _NEEDED if needed else _PLAIN
+
+    def _several_lines(
         self, line: str, ahead: deque[tuple[int, str | None]], numbered: Iterator[tuple[int, str | None]]
     ) -> tuple[list[str], str]:
-        """The cells of a row that begins with a line, and may go on in those ahead, which are taken if it does."""
+        """The cells of a row whose first line ends within quotes, if those ahead close them well, which are then taken;
+        or else those of that line alone, with its quotes as text."""
         taken: list[str] = [line]
 
         def more() -> Iterator[str]:
@@ -163,16 +176,10 @@ class _Table:
                 size += len(following)
                 yield following
 
-        plain = line.rstrip("\r\n").split(self.delimiter)
-        try:
-            cells = next(csv.reader(more(), delimiter=self.delimiter, strict=True))
-        except csv.Error:
-            return plain, _STRAY
-        if len(taken) == 1:
-            needed = any('"' in cell or self.delimiter in cell for cell in cells)
-            return cells, _STRAY if self.stray.search(line) else _NEEDED if needed else _PLAIN
-        if len(cells) != self.columns or (self._is_row(line, line) and self._is_row(taken[-1], line)):
-            return plain, _STRAY
+        cells = _well_formed(more(), self.delimiter)
+        own = self._is_row(line, line) and self._is_row(taken[-1], line)
+        if cells is None or len(cells) != self.columns or own:
+            return line.rstrip("\r\n").split(self.delimiter), _STRAY
         for _ in taken[1:]:
             ahead.popleft()
         return cells, _NEEDED

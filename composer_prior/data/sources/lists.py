@@ -241,10 +241,8 @@ def entry_record(entry: Any, key: str, where: str, options: SourceOptions) -> Re
     name = str(own) if isinstance(own, (str, int)) and str(own) else None
     image = value_of(entry, options.image_column, IMAGE_COLUMNS)
     caption = value_of(entry, options.caption_column, CAPTION_COLUMNS)
-    record = record_of(image, caption, entry.get(SPANS), name or key, where, name is not None, SPANS in entry)
-    if name is None and isinstance(record, Record) and isinstance(record.image, str):
-        return replace(record, key=record.image)
-    return record
+    key = name or (image if isinstance(image, str) and image else key)
+    return record_of(image, caption, entry.get(SPANS), key, where, name is not None, SPANS in entry)
 
 
 def _grouped(entries: Iterable[Record | Rejected]) -> Iterator[Record | Rejected]:

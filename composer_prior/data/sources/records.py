@@ -24,8 +24,10 @@ def value_of(entry: dict[str, Any], wanted: str | None, usual: Sequence[str]) ->
     """The field asked for, or the first of the usual ones that holds anything."""
     if wanted:
         return entry.get(wanted)
-    found = [entry[name] for name in usual if name in entry]
-    return next((value for value in found if value not in (None, "", [])), found[0] if found else None)
+    for name in usual:
+        if value := entry.get(name):
+            return value
+    return next((entry[name] for name in usual if name in entry), None)
 
 
 def record_of(
@@ -102,7 +104,9 @@ def decode_text(data: bytes) -> str:
 
 def _turns(value: Any) -> list[Turn] | None:
     """The turns of a conversation; ``None`` for what is none."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
+    if isinstance(value, str):
+        if not value.startswith("["):
+            return None
         try:
             return _turns(json.loads(value))
         except (ValueError, RecursionError):
