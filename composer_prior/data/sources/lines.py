@@ -15,7 +15,7 @@ LINE_LIMIT = 16 << 20
 _RECORD_LIMIT = 1 << 20  # characters of one row of several lines
 _DIALECT_ROWS = 1000
 _MARK = "composer_prior.mark"
-_PLAIN, _NEEDED, _STRAY = "without quotes that matter", "quotes that are needed", "stray quotes"
+_PLAIN, _NEEDED, _STRAY = "", "needed quotes", "stray quotes"
 _FILE_NAME = re.compile(r".*\.\w{2,5}", re.DOTALL)
 
 Row = tuple[int, list[str] | None, str]

@@ -153,7 +153,7 @@ def _read_table(path: Path, options: SourceOptions) -> Iterator[Record | Rejecte
             yield Rejected(key, "line too long", where, f"at most {LINE_LIMIT} bytes are accepted")
             continue
         if len(row) != len(header):
-            detail = f"{len(row)} cells where the header has {len(header)}, {quotes}"
+            detail = f"{len(row)} cells where the header has {len(header)}" + (f", {quotes}" if quotes else "")
             yield Rejected(key, "malformed row", where, detail)
             continue
         entry: dict[str, Any] = dict(zip(header, row, strict=True))
