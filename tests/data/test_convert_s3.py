@@ -213,7 +213,7 @@ def test_parquet_files_in_a_bucket(bucket, tmp_path):
 def test_the_first_files_of_a_bucket_may_be_bad(bucket, tars, tmp_path):
     (tars / "a/00000.tar").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     remote = upload(bucket, tars, "first")
-    with pytest.raises(ConversionError, match=r"a/00000\.tar cannot be read.*a Git LFS pointer"):
+    with pytest.raises(SourceError, match=r"first: a file cannot be read: a/00000\.tar \(a Git LFS pointer"):
         convert_captions(remote, tmp_path / "out", processes=2)
     summary = convert_captions(remote, tmp_path / "out", processes=2, on_bad_file="skip", max_rejected=0.9)
     assert (summary.samples, summary.reasons["broken archive"], summary.estimated) == (37, 20 + 1, 20 + 1)

@@ -34,6 +34,7 @@ class RemoteSource:
         options: how to read them.
         form: ``"webdataset"`` or ``"parquet"``.
         has_spans: whether the first records have ``image_related_spans``.
+        known_bad: files before the first that could be read.
     """
 
     remote: str
@@ -41,6 +42,7 @@ class RemoteSource:
     options: SourceOptions
     form: str
     has_spans: bool = False
+    known_bad: tuple[BadFile, ...] = ()
     total: int | None = None
 
     @property
@@ -81,14 +83,14 @@ class RemoteSource:
                 with source._downloaded(name) as file:
                     fault = source._problem(name, file)
                     if fault is None:
-                        return replace(source, has_spans=open_source(file, options).has_spans)
+                        return replace(source, has_spans=open_source(file, options).has_spans, known_bad=tuple(bad))
                     bad.append(fault)
             except _NotThereError as error:
                 bad.append(BadFile.of(name, str(error)))
         raise SourceError(f"{remote}: none of its {len(files)} files can be read: {describe(bad)}.")
 
     def bad_files(self) -> Iterator[BadFile]:
-        return iter(())  # that they are bad shows when they are downloaded
+        return iter(self.known_bad)  # of the others it shows when they are downloaded
 
     def _problem(self, name: str, file: Path) -> BadFile | None:
         """Why a file that was downloaded cannot be read at all."""
