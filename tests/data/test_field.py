@@ -461,6 +461,20 @@ def test_links_in_the_folder_that_is_named_are_followed(tmp_path):
         convert_captions(tmp_path / "in", tmp_path / "out", processes=1)
 
 
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write(tmp_path, {"a/0.tar": tar_bytes(pairs("a")), "b/1.tar": tar_bytes(pairs("b"))})
+    really = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return really(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(SourceError, match=r"b: this folder cannot be read \(Permission denied\)"):
+        open_source(tmp_path)
+
+
 def hub_snapshot(cache: Path, files: dict[str, bytes]) -> Path:
     """A snapshot as huggingface_hub lays it down: links to blobs."""
     repository = cache / "datasets--me--tiles"

@@ -114,7 +114,7 @@ def _folder_forms(path: Path) -> dict[str, list[Path]]:
 def _files_below(path: Path) -> Iterator[Path]:
     """All files of a folder, also those in folders that links lead to, each real folder once; hidden ones are not."""
     seen = set[tuple[int, int]]()
-    for folder, folders, files in os.walk(path, followlinks=True):
+    for folder, folders, files in os.walk(path, onerror=_refuse_folder, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
@@ -122,6 +122,10 @@ def _files_below(path: Path) -> Iterator[Path]:
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
         yield from (Path(folder, name) for name in files if not name.startswith("."))
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise SourceError(f"{error.filename}: this folder cannot be read ({error.strerror}).") from error
 
 
 def archives_of(files: Iterable[Path]) -> dict[str, list[Path]]:
