@@ -44,12 +44,16 @@ from composer_prior.data.image_bytes import ImageError, check_image, reencode_im
 from composer_prior.data.mds_shard import ShardWriter
 from composer_prior.data.sources import (
     SPANS,
+    BadFile,
     Record,
     Rejected,
     RejectedImage,
     Source,
     SourceError,
     SourceOptions,
+    describe,
+    expect_number,
+    file_of,
     is_remote,
     open_source,
     read_image,
@@ -58,10 +62,14 @@ from composer_prior.data.sources import (
 __all__ = ["ConversionError", "ConversionOptions", "ConversionSummary", "convert_captions"]
 
 REMOTES = ("s3", "gs", "oci", "azure", "azure-dl", "hf", "dbfs", "alipan")
-_VERSION = 1
+_VERSION = 2
+_WHAT_TO_DO = "mend the source, or leave them out with on_bad_file=skip"
 _LOCK_ATTEMPTS = 30
 _REPORT_EVERY = 32
-_WITHOUT_EFFECT_ON_OUTPUT = ("processes", "max_rejected", "progress", "work", "upload_attempts", "download_timeout")
+_WITHOUT_EFFECT_ON_OUTPUT = (
+    *("processes", "max_rejected", "on_bad_file", "progress", "work"),
+    *("upload_attempts", "download_timeout"),
+)
 
 
 class ConversionError(RuntimeError):
@@ -82,6 +90,10 @@ class ConversionOptions(SourceOptions):
         reencode: ``"jpeg"``, ``"png"`` or ``"webp"``, with an optional quality as in ``"jpeg:90"``.
         size_limit: the largest shard, in bytes or as in ``"64mb"``.
         max_rejected: the largest share of the captions read that may be rejected.
+        on_bad_file: what becomes of a file that cannot be read, or not to its end: an empty one, a Git LFS pointer, one
+            that was cut. ``"raise"``: an error that names it. ``"skip"``: it is left out, what was read of it is kept,
+            and what it held counts as rejected: what its footer says, or else what the readable files hold on average.
+            Samples that are damaged within a file that goes on behind them are rejected one by one in any case.
         processes: how many processes; one per CPU by default. The output does not depend on it.
         progress: show a progress bar; by default where standard error is a terminal.
         work: where a conversion to a remote keeps its state, in order to be resumed. By default a folder of the user's
@@ -96,6 +108,7 @@ class ConversionOptions(SourceOptions):
     reencode: str | None = None
     size_limit: int | str = 64 << 20
     max_rejected: float = 0.1
+    on_bad_file: str = "raise"
     processes: int | None = None
     progress: bool | None = None
     work: str | None = None
@@ -106,10 +119,12 @@ class ConversionOptions(SourceOptions):
         _expect("captions", self.captions, self.captions in ("all", "sample"), "all or sample")
         _expect("check", self.check, self.check in ("structure", "full"), "structure or full")
         _expect("max_rejected", self.max_rejected, _number(self.max_rejected) and 0 <= self.max_rejected <= 1, "0 to 1")
+        _expect("on_bad_file", self.on_bad_file, self.on_bad_file in ("raise", "skip"), "raise or skip")
+        _expect("progress", self.progress, self.progress in (None, True, False), "true or false")
+        self._as_text("work")
         for name in ("max_caption_chars", "upload_attempts", "resize", "processes"):
-            value = getattr(self, name)
-            optional = name in ("resize", "processes") and value is None
-            _expect(name, value, optional or (_number(value) and value >= 1), "a number of at least 1")
+            if getattr(self, name) is not None or name not in ("resize", "processes"):
+                expect_number(name, getattr(self, name), 1)
         known = self.reencode is None or re.fullmatch(r"png|(jpeg|webp)(:([1-9]\d?|100))?", str(self.reencode))
         _expect("reencode", self.reencode, bool(known), "jpeg, png or webp, with a quality as in jpeg:90")
         size = _bytes(self.size_limit)
@@ -130,7 +145,9 @@ class ConversionSummary:
         read: captions read.
         captions: captions written.
         samples: samples written; as many as captions, unless several captions share a sample.
-        rejected: captions rejected, each with a line in ``rejected.jsonl``.
+        rejected: captions rejected; each has a line in ``rejected.jsonl``, or shares that of the file it was lost with.
+        estimated: how many of them are an estimate, because nobody knows what a file held that cannot be read.
+        ignored: members of archives that are no samples; they have a line, and do not count.
         reasons: how many of them for which reason, the most frequent first.
         shards: shard files written.
         bytes: their size.
@@ -143,10 +160,15 @@ class ConversionSummary:
     reasons: dict[str, int] = field(default_factory=dict)
     shards: int = 0
     bytes: int = 0
+    estimated: int = 0
+    ignored: int = 0
 
     def __str__(self) -> str:
         reasons = "".join(f"\n  {count:>9,} {reason}" for reason, count in self.reasons.items())
         share = f"{self.rejected / self.read:.2%}" if self.read else "none"
+        share += f", {self.estimated:,} of them estimated from what the readable files hold" if self.estimated else ""
+        if self.ignored:
+            reasons += f"\n  {self.ignored:>9,} members of archives that are no samples, not counted"
         return (
             f"{self.read:,} captions read, {self.captions:,} written as {self.samples:,} samples in {self.shards:,} "
             f"shards ({self.bytes / 1e6:,.1f} MB), {self.rejected:,} rejected ({share}){reasons}"
@@ -180,7 +202,7 @@ def convert_captions(
     """
     options = replace(options or ConversionOptions(), **overrides)
     opened = open_source(source, **{f.name: getattr(options, f.name) for f in dataclasses.fields(SourceOptions)})
-    place_of_source = str(source).rstrip("/") if is_remote(source) else os.path.realpath(source)
+    place_of_source = str(source).rstrip("/") if is_remote(source) else os.path.realpath(Path(source).expanduser())
     identity = hashlib.blake2b(place_of_source.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     settings = {**options.settings, "form": opened.form, "source": identity}
     place = _place(str(out), options)
@@ -189,8 +211,21 @@ def convert_captions(
         if complete is not None:
             shutil.rmtree(place.state, ignore_errors=True)
             return complete
+        if options.on_bad_file == "raise":
+            _refuse_bad_files(source, opened, place)
         units = _run(opened, place, options)
         return _finish(place, settings, units, options.max_rejected)
+
+
+def _refuse_bad_files(source: str | Path, opened: Source, place: Place) -> None:
+    """An error that names the files that cannot be read, before any other is."""
+    bad = list(opened.bad_files())
+    if not bad:
+        return
+    if not any((place.state / "units").iterdir()):
+        shutil.rmtree(place.state, ignore_errors=True)
+    files = "a file" if len(bad) == 1 else f"{len(bad)} files"
+    raise SourceError(f"{source}: {files} cannot be read: {describe(bad)}; {_WHAT_TO_DO}.")
 
 
 # places and state -----------------------------------------------------------------------------------------------------
@@ -383,6 +418,7 @@ class Task:
     source: Source
     place: Place
     options: ConversionOptions
+    folder: Path
     buffer: io.BytesIO = field(default_factory=io.BytesIO)
 
     @property
@@ -415,6 +451,8 @@ def convert_unit(task: Task, number: int, unit: Any, advance: Callable[[int, int
     rejected: list[Rejected] = []
     read = captions = samples = 0
     for item in task.source.read(unit):
+        if isinstance(item, BadFile) and task.options.on_bad_file == "raise":
+            raise ConversionError(f"{item.where} cannot be read, or not to its end: {item.detail}; {_WHAT_TO_DO}.")
         kept, problems, size = _convert(item, task)
         for sample in kept:
             writer.write(sample)
@@ -422,14 +460,34 @@ def convert_unit(task: Task, number: int, unit: Any, advance: Callable[[int, int
         written = sum(len(sample.get("captions", "?")) if "captions" in sample else 1 for sample in kept)
         samples += len(kept)
         captions += written
-        read += written + len(problems)
-        advance(written + len(problems), size)
+        lost = sum(problem.count or 0 for problem in problems)
+        read += written + lost
+        advance(written + lost, size)
     writer.finish()
     task.place.publish(folder, [shard["raw_data"]["basename"] for shard in writer.shards])
-    lines = [{"id": r.key, "reason": r.reason, "source": r.where, "detail": r.detail} for r in rejected]
     counts = {"read": read, "captions": captions, "samples": samples}
-    result = {"unit": _digest(unit), **counts, "shards": writer.shards, "rejected": lines}
+    result = {
+        "unit": _digest(unit),
+        "file": file_of(unit),
+        **counts,
+        "shards": writer.shards,
+        "rejected": [_line(problem) for problem in rejected],
+        "cut": any(isinstance(problem, BadFile) for problem in rejected),
+    }
     _write(_unit_file(task.place.state, number), _json(result))
+
+
+def _line(problem: Rejected) -> dict[str, Any]:
+    """The line of a rejection, which says for how many captions it stands if not for one."""
+    line: dict[str, Any] = {
+        "id": problem.key,
+        "reason": problem.reason,
+        "source": problem.where,
+        "detail": problem.detail,
+    }
+    if problem.count != 1:
+        line.update(captions=problem.count, estimated=problem.estimated)
+    return line
 
 
 def _convert(item: Record | Rejected, task: Task) -> tuple[list[dict[str, Any]], list[Rejected], int]:
@@ -442,7 +500,7 @@ def _convert(item: Record | Rejected, task: Task) -> tuple[list[dict[str, Any]],
     try:
         image = item.image
         if isinstance(image, str):
-            image = read_image(task.source.images, image, options.max_image_bytes)
+            image = read_image(task.source.images, image, options.max_image_bytes, task.folder)
         elif len(image) > options.max_image_bytes:
             raise RejectedImage("image too large", f"{len(image)} bytes")
         if options.resize is not None or options.reencode is not None:
@@ -452,7 +510,7 @@ def _convert(item: Record | Rejected, task: Task) -> tuple[list[dict[str, Any]],
     except (ImageError, RejectedImage) as error:
         return [], [Rejected(key, error.reason, item.where, error.detail) for key in keys], 0
     if not item.captions:
-        return [], [Rejected(item.key, "missing caption", item.where)], len(image)
+        return [], [Rejected(item.key, "missing caption", item.where, item.note)], len(image)
     spans = item.spans if item.spans is not None else (None,) * len(item.captions)
     kept, problems = [], []
     for key, caption, span in zip(keys, item.captions, spans, strict=True):
@@ -503,7 +561,7 @@ def _spans_problem(spans: Any, caption: str, expected: bool) -> tuple[str, str] 
 
 def _run(source: Source, place: Place, options: ConversionOptions) -> int:
     """Converts every unit that is not done yet; how many units there are."""
-    task = Task(source, place, options)
+    task = Task(source, place, options, source.folder)
     count = 0
 
     def missing() -> Iterator[tuple[int, Any]]:
@@ -650,30 +708,51 @@ def _finish(place: Place, settings: dict[str, Any], units: int, max_rejected: fl
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     shards: list[dict[str, Any]] = []
+    example = ""
     folder = place.state / f"tmp{os.getpid()}"
     folder.mkdir(exist_ok=True)
+    lost_in = _losses(place, units)
     with open(folder / "rejected.jsonl", "wb") as lines:
         for number in range(units):
             unit = json.loads(_unit_file(place.state, number).read_bytes())
             counts.update({name: unit[name] for name in ("read", "captions", "samples")})
-            reasons.update(line["reason"] for line in unit["rejected"])
             shards += unit["shards"]
             for line in unit["rejected"]:
+                if line.get("captions", 1) is None:
+                    line.update(captions=lost_in[line["source"]], estimated=True)
+                    counts["read"] += line["captions"]
+                lost = line.get("captions", 1)
+                counts["rejected"] += lost
+                counts["estimated"] += lost * line.get("estimated", False)
+                counts["ignored"] += not lost
+                reasons[line["reason"]] += lost
+                example = example or (f" ({line['source']}: {line['detail']})" if lost and line["detail"] else "")
                 lines.write(_json(line))
-    ordered = dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
+    ordered = dict(sorted(((k, n) for k, n in reasons.items() if n), key=lambda item: (-item[1], item[0])))
     size = sum(shard["raw_data"]["bytes"] for shard in shards)
-    rejected = sum(reasons.values())
+    rejected = counts["rejected"]
     summary = ConversionSummary(
-        counts["read"], counts["captions"], counts["samples"], rejected, ordered, len(shards), size
+        counts["read"],
+        counts["captions"],
+        counts["samples"],
+        rejected,
+        ordered,
+        len(shards),
+        size,
+        counts["estimated"],
+        counts["ignored"],
     )
     place.publish(folder, ["rejected.jsonl"])
     if not summary.samples and not rejected:
-        raise ConversionError(f"{place.label}: the source holds no captions.")
+        others = f", but {summary.ignored} members that are no samples; see rejected.jsonl there" * bool(
+            summary.ignored
+        )
+        raise ConversionError(f"{place.label}: the source holds no captions{others}.")
     if not summary.samples or rejected > max_rejected * summary.read:
         most = ", ".join(f"{count} {reason}" for reason, count in list(ordered.items())[:3])
         raise ConversionError(
             f"{place.label}: {rejected} of {summary.read} captions were rejected ({most}), more than "
-            f"max_rejected={max_rejected}; see rejected.jsonl there, and mend the source or allow more."
+            f"max_rejected={max_rejected}; see rejected.jsonl there{example}, and mend the source or allow more."
         )
     _write(folder / "conversion.json", _json({"settings": settings, "summary": asdict(summary)}))
     _write(folder / "index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
@@ -685,6 +764,21 @@ def _finish(place: Place, settings: dict[str, Any], units: int, max_rejected: fl
                 stray.unlink()
     shutil.rmtree(place.state, ignore_errors=True)
     return summary
+
+
+def _losses(place: Place, units: int) -> dict[str, int]:
+    """How many captions each file has lost that cannot be read, or not to its end: what the whole ones have on average,
+    less what was read of it, and at least one."""
+    read: Counter[str] = Counter()
+    cut = set[str]()
+    for number in range(units):
+        unit = json.loads(_unit_file(place.state, number).read_bytes())
+        if unit["file"] is not None:
+            read[unit["file"]] += unit["read"]
+            cut |= {unit["file"]} if unit["cut"] else set()
+    whole = [count for file, count in read.items() if file not in cut]
+    mean = sum(whole) / len(whole) if whole else 0.0
+    return {file: max(1, round(mean - read[file])) for file in cut}
 
 
 # small helpers --------------------------------------------------------------------------------------------------------
@@ -709,6 +803,24 @@ def _one_line(error: BaseException) -> str:
     return re.sub(r"\s+", " ", str(error))[:200]
 
 
+def _option(word: str) -> tuple[str, Any]:
+    """Name and value of ``name=value``; text stays as it was written, so that a folder may be named 2017."""
+    from omegaconf import OmegaConf
+
+    fields = {f.name: str(f.type) for f in dataclasses.fields(ConversionOptions)}
+    name, _, text = word.partition("=")
+    if name not in fields:
+        nearest = difflib.get_close_matches(name, fields, 1, 0)[0]
+        raise ValueError(f"{name} is not an option; did you mean {nearest}? Options: {', '.join(fields)}.")
+    if text == "null" or (fields[name].startswith("str") and text):
+        return name, None if text == "null" else text
+    try:
+        value = OmegaConf.from_dotlist([word])[name]
+    except Exception:
+        value = text
+    return name, "" if value is None else value
+
+
 def main(arguments: Sequence[str]) -> int:
     """The command line: ``SOURCE OUT [option=value ...]``, where the options are :class:`ConversionOptions`.
 
@@ -718,20 +830,13 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit status: 0 if the conversion is complete.
     """
-    from omegaconf import OmegaConf
-
     names = [f.name for f in dataclasses.fields(ConversionOptions)]
     try:
         words = [word for word in arguments if not re.match(r"\w+=", word)]
         if len(words) != 2 or any(word.startswith("-") for word in words):
             print(f"usage: SOURCE OUT [option=value ...], with the options {', '.join(names)}", file=sys.stderr)
             return 2
-        dotlist = OmegaConf.from_dotlist([word for word in arguments if word not in words])
-        chosen = {str(name): value for name, value in dotlist.items()}
-        for name in chosen:
-            if name not in names:
-                nearest = difflib.get_close_matches(name, names, 1, 0)[0]
-                raise ValueError(f"{name} is not an option; did you mean {nearest}? Options: {', '.join(names)}.")
+        chosen = dict(_option(word) for word in arguments if word not in words)
         print(convert_captions(words[0], words[1], **chosen))
     except KeyboardInterrupt:
         print("Stopped. Run the same command again to go on.", file=sys.stderr)

@@ -75,7 +75,7 @@ def download(
             return
         except Exception as error:
             clean_up()
-            if _is_final(error) or attempt + 1 == attempts:
+            if is_final(error) or attempt + 1 == attempts:
                 times = f"{attempt + 1} attempts, the last: " if attempt else ""
                 raise DataError(f"{times}{one_line(error)}") from error
         sleep(FIRST_PAUSE * 2.0**attempt)
@@ -155,7 +155,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
-def _is_final(error: Exception) -> bool:
+def is_final(error: BaseException | None) -> bool:
     """Whether another attempt would change nothing: the file is not there, or not for us."""
     response = getattr(error, "response", None) or {}  # None where botocore had no answer at all
     code = str(response.get("Error", {}).get("Code"))

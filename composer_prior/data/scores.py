@@ -200,6 +200,7 @@ class ScoresWriter:
     def __init__(self, out: str, card: ScoresCard, unit_samples: int, worker: int = 0):
         self.card = card
         self.unit_samples = unit_samples
+        out = os.path.expanduser(out)
         self._temporary = tempfile.TemporaryDirectory() if is_remote(out) else None
         self.work = Path(self._temporary.name) if self._temporary else Path(out, ".scoring", str(worker))
         self.work.mkdir(parents=True, exist_ok=True)
@@ -306,7 +307,7 @@ class Scores:
     """
 
     def __init__(self, path: str, cache: Path, attempts: int = ATTEMPTS, seconds: float = DEFAULT_TIMEOUT):
-        self.path = path
+        self.path = path = os.path.expanduser(path)
         self.patience = (attempts, seconds)
         self.card = ScoresCard.from_json(_fetch(path, CARD, *self.patience), path)
         index = _fetch(path, INDEX, *self.patience)

@@ -25,6 +25,7 @@ from streaming.base.format import FileInfo, Reader, get_index_basename
 from streaming.base.format.mds import MDSReader
 from streaming.base.format.mds.encodings import is_mds_encoding_safe
 from streaming.base.hashing import is_hash
+from streaming.base.shuffle import algos as SHUFFLES
 from streaming.base.world import World
 
 from composer_prior.data.download import ATTEMPTS, DataError, check_file, download, one_line, patience
@@ -42,8 +43,12 @@ class CheckedStream(Stream):
     :func:`.download`.
 
     Args:
+        local: a folder, which may begin with ``~``.
         kwargs: those of :class:`streaming.Stream`.
     """
+
+    def __init__(self, *, local: str | None = None, **kwargs: Any):
+        super().__init__(local=local and os.path.expanduser(local), **kwargs)
 
     @property
     def place(self) -> str:
@@ -162,6 +167,9 @@ class CheckedDataset(StreamingDataset):
             raise ValueError(f"{download_retry=}, {download_timeout=}: expected at least 1 attempt of more than 0 s.")
         if validate_hash is not None and not is_hash(validate_hash):
             raise ValueError(f"validate_hash={validate_hash!r} is not a known hash; leave it out for the strongest.")
+        algorithm = kwargs.get("shuffle_algo")
+        if algorithm is not None and algorithm not in SHUFFLES:  # streaming would say so at the first epoch's start
+            raise ValueError(f"shuffle_algo={algorithm!r} is unknown: expected {', '.join(SHUFFLES)}.")
         if bool(streams) == bool(remote or local):
             raise ValueError("A data set needs either local, with or without remote, or streams.")
         self._failure: Exception | None = None

@@ -91,7 +91,13 @@ def _configuration(
     if (pretrained is None) == (config is None):
         raise ValueError("model.language needs either `pretrained` (a hub id or folder) or `config` (a new model).")
     if pretrained is not None:
-        return AutoConfig.from_pretrained(pretrained, trust_remote_code=trust_remote_code)
+        try:
+            return AutoConfig.from_pretrained(pretrained, trust_remote_code=trust_remote_code)
+        except OSError as error:
+            raise OSError(
+                f"model.language.pretrained={pretrained!r} is neither a folder with a model, nor a model of a hub that "
+                "can be reached."
+            ) from error
     settings = {"vocab_size": len(tokenizer), **dict(config or {})}
     return AutoConfig.for_model(settings.pop("model_type", None), **settings)
 

@@ -29,7 +29,13 @@ def build_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 
     It gets the image tokens here, if it has none, so that every run, reference and score of a recipe sees the same one.
     """
-    tokenizer = AutoTokenizer.from_pretrained(config["name"], **config.get("kwargs", {}))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config["name"], **config.get("kwargs", {}))
+    except OSError as error:
+        raise OSError(
+            f"tokenizer.name={config['name']!r} is neither a folder with a tokenizer, nor one of a hub that can be "
+            "reached."
+        ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer.name={config['name']!r} has no fast version, which knows a token's characters.")
     if tokenizer.eos_token_id is None:

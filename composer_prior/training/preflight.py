@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from composer_prior.algorithms.prior.prior import PRIOR
 from composer_prior.algorithms.prior.stacking import check_stack
 from composer_prior.data.captions import StreamingCaptionDataset, check_scorable
-from composer_prior.data.download import one_line
+from composer_prior.data.download import OneLineError, one_line
 from composer_prior.data.scores import Scores, ScoresCard, ScoresError
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.training.builders import (
@@ -39,13 +39,14 @@ class StartError(ValueError):
 @contextmanager
 def one_line_errors(where: str = "") -> Iterator[None]:
     """Let what the libraries below raise at a run's start be one line that says where it comes from."""
-    kinds = (ValueError, OSError, RuntimeError, ImportError)
     try:
         yield
-    except (*kinds, TypeError) if where else kinds as error:
-        if isinstance(error, ValueError) and not where:
-            raise
-        kind = f"{type(error).__name__}: " if isinstance(error, RuntimeError) else ""
+    except OneLineError:
+        raise
+    except (ValueError, OSError, RuntimeError, ImportError, TypeError, LookupError) as error:
+        if not where and isinstance(error, ValueError | TypeError | LookupError):
+            raise  # a line of ours, or a fault of ours, which needs its traceback
+        kind = f"{type(error).__name__}: " if isinstance(error, RuntimeError | LookupError) else ""
         raise StartError(f"{where}: {kind}{one_line(error)}".removeprefix(": ")) from error
 
 
@@ -127,7 +128,7 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
     with one_line_errors(f"{where}tokenizer" if where else ""):
         tokenizer = build_tokenizer(recipe.tokenizer)
     model = _skeleton(recipe, tokenizer, where)
-    loaders = build_loaders(recipe, model, scores=False)
+    loaders = build_loaders(recipe, model, scores=False, where=where)
     for name, spec in loaders.items():
         _check_samples(f"{where}{name}_loader", spec.dataloader)
         scores = getattr(recipe, f"{name}_loader")["dataset"].get("scores")
@@ -220,13 +221,14 @@ def _check_same_data(recipe: TrainConfig, data: StreamingCaptionDataset) -> None
         )
 
 
-def build_loaders(recipe: TrainConfig, model: Any, scores: bool = True) -> dict[str, Any]:
+def build_loaders(recipe: TrainConfig, model: Any, scores: bool = True, where: str = "") -> dict[str, Any]:
     """The loaders of a recipe, ``train`` and, where it has one, ``eval``.
 
     Args:
         recipe: of the run.
         model: whose tokenizer and image processor they use.
         scores: let samples carry the stored scores that the recipe names.
+        where: prefix of the recipe's keys, for messages.
     """
     batch_sizes = {
         "train": per_rank_batch_size(recipe.global_train_batch_size),
@@ -237,14 +239,15 @@ def build_loaders(recipe: TrainConfig, model: Any, scores: bool = True) -> dict[
         config = getattr(recipe, f"{name}_loader")
         if config is not None:
             dataset = config["dataset"] if scores else {**config["dataset"], "scores": None}
-            loaders[name] = build_loader(
-                {**config, "dataset": dataset},
-                model.tokenizer,
-                getattr(model, "image_processor", None),
-                batch_size,
-                shuffle_seed=recipe.seed,
-                drop_last=name == "train",
-            )
+            with one_line_errors(f"{where}{name}_loader"):
+                loaders[name] = build_loader(
+                    {**config, "dataset": dataset},
+                    model.tokenizer,
+                    getattr(model, "image_processor", None),
+                    batch_size,
+                    shuffle_seed=recipe.seed,
+                    drop_last=name == "train",
+                )
     return loaders
 
 

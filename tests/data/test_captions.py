@@ -11,6 +11,7 @@ from streaming import MDSWriter
 
 from composer_prior import StreamingCaptionDataset
 from composer_prior.data.captions import BadSampleError, caption_data_spec, count_tokens, decode_image, draw, overlaps
+from composer_prior.data.scores import ScoresError
 from composer_prior.models.head import IGNORE_INDEX
 from composer_prior.models.vision import patch_inputs
 
@@ -67,6 +68,20 @@ def test_image_related_tokens_are_those_of_the_spans(scenes, tokenizer, make_spe
 def test_overlaps():
     assert overlaps([(0, 3), (3, 5), (5, 9)], [(4, 6)]) == [False, True, True]
     assert overlaps([(0, 3)], []) == [False]
+
+
+def test_a_local_folder_may_begin_with_a_tilde(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "data", [{"image": png(8, 8), "caption": "a fox"}])
+    write(tmp_path / "other", [{"image": png(8, 8), "caption": "a fox"}])
+    assert len(open_data("~/data", tokenizer)) == 1
+    streams = {"a": {"local": "~/data"}, "b": {"local": "~/other"}}
+    mixed = StreamingCaptionDataset(
+        streams=streams, tokenizer=tokenizer, image_processor=None, batch_size=1, shuffle=False
+    )
+    assert mixed.num_samples == 2
+    with pytest.raises(ScoresError, match=f"{tmp_path}/scores holds no whole scores"):
+        open_data("~/data", tokenizer, scores="~/scores")
 
 
 def test_a_caption_cannot_spell_an_image_token(tmp_path, tokenizer):

@@ -20,6 +20,7 @@ from streaming.base.util import clean_stale_shared_memory
 
 from composer_prior.data.convert import ConversionError, convert_captions, main
 from composer_prior.data.inspect import inspect_captions
+from composer_prior.data.sources import SourceError
 
 pytest.importorskip("moto")
 boto3 = pytest.importorskip("boto3")
@@ -160,8 +161,13 @@ def tars(tmp_path) -> Path:
 def test_tar_shards_in_a_bucket_are_read_as_those_in_a_folder(bucket, tars, server, tmp_path, monkeypatch):
     remote = upload(bucket, tars, "tars")
     options = {"max_rejected": 0.5, "size_limit": "8kb"}
+    for source in (str(tars), remote):
+        with pytest.raises((SourceError, ConversionError), match=r"a/00001\.tar.*on_bad_file=skip"):
+            convert_captions(source, tmp_path / f"refused{len(source)}", processes=1, **options)
+    options["on_bad_file"] = "skip"
     summary = convert_captions(tars, tmp_path / "local", processes=1, **options)
     assert summary.reasons == {"broken archive": 1, "missing caption": 1, "undecodable image": 3}
+    assert (summary.samples, summary.estimated) == (56, 1), "at least one is lost in a file that was cut"
 
     def plan(path: str, n: int) -> Fault | None:
         return (Fault(status=503), Fault(cut=True), Fault(gone=0.3), None)[min(n, 3)] if path.endswith(".tar") else None
@@ -195,11 +201,24 @@ def test_parquet_files_in_a_bucket(bucket, tmp_path):
         parquet.write_table(table, tmp_path / f"parquet/{number}.parquet", row_group_size=2)
     (tmp_path / "parquet/2.parquet").write_bytes(b"damaged")
     remote = upload(bucket, tmp_path / "parquet", "parquet")
-    summary = convert_captions(remote, tmp_path / "out", processes=1)
-    assert (summary.samples, summary.reasons) == (10, {"unreadable file": 1})
+    with pytest.raises(ConversionError, match=r"2\.parquet cannot be read.*not a Parquet file"):
+        convert_captions(remote, tmp_path / "out", processes=1)
+    summary = convert_captions(remote, tmp_path / "out", processes=1, on_bad_file="skip", max_rejected=0.4)
+    assert (summary.samples, summary.reasons, summary.estimated) == (10, {"unreadable file": 5}, 5)
     line = json.loads((tmp_path / "out/rejected.jsonl").read_text())
     assert (line["id"], line["source"]) == ("2.parquet", "2.parquet")
     assert str(tmp_path) not in line["detail"]
+
+
+def test_the_first_files_of_a_bucket_may_be_bad(bucket, tars, tmp_path):
+    (tars / "a/00000.tar").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    remote = upload(bucket, tars, "first")
+    with pytest.raises(SourceError, match=r"first: a file cannot be read: a/00000\.tar \(a Git LFS pointer"):
+        convert_captions(remote, tmp_path / "out", processes=2)
+    summary = convert_captions(remote, tmp_path / "out", processes=2, on_bad_file="skip", max_rejected=0.9)
+    assert (summary.samples, summary.reasons["broken archive"], summary.estimated) == (37, 20 + 1, 20 + 1)
+    with pytest.raises(SourceError, match=r"none of its 1 files can be read: 00000\.tar \(a Git LFS pointer"):
+        convert_captions(f"{remote}/a/00000.tar", tmp_path / "one", processes=1)
 
 
 def test_a_file_in_a_bucket_names_no_images_of_this_machine_unasked(bucket, tmp_path, monkeypatch):
@@ -233,7 +252,7 @@ def test_a_remote_source_that_cannot_be_read_is_named_in_one_line(bucket, source
         assert error.startswith("error: ")
         assert message in error
         assert len(error.splitlines()) == 1
-    assert main([both, out, "form=webdataset", "max_rejected=0.5"]) == 0
+    assert main([both, out, "form=webdataset", "max_rejected=0.5", "on_bad_file=skip"]) == 0
 
 
 def test_too_many_rejected_leave_the_list_and_no_index(bucket, source):

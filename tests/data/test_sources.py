@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from composer_prior.data import sources
-from composer_prior.data.sources import Record, Rejected, SourceError, open_source, read_image
+from composer_prior.data.sources import Record, Rejected, SourceError, lines, lists, open_source, read_image
 
 COLOURS = ("red", "green", "blue")
 
@@ -214,7 +214,7 @@ def test_a_bad_line_is_rejected_and_the_next_is_read(line, reason, tmp_path):
 
 
 def test_an_endless_line_is_never_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_LINE_LIMIT", 1000)
+    monkeypatch.setattr(lines, "LINE_LIMIT", 1000)
     (tmp_path / "captions.jsonl").write_bytes(b"x" * 5500 + b'\n{"image": "b.png", "caption": "fine"}\n')
     bad, good = items(tmp_path)
     assert bad.reason == "line too long"
@@ -228,7 +228,7 @@ def test_csv_survives_its_own_pitfalls(tmp_path):
     assert two.captions == ("two\nlines, one cell",)
     assert wide.reason == "malformed row"
     assert bad.captions == ("\udcff",)  # rejected as invalid UTF-8 by the conversion
-    assert last.captions == ("never closed\n",)
+    assert last.captions == ('"never closed',)
 
 
 ENTRIES = st.lists(st.dictionaries(st.text(), st.text() | st.integers() | st.none() | st.lists(st.text())))
@@ -239,7 +239,7 @@ ENTRIES = st.lists(st.dictionaries(st.text(), st.text() | st.integers() | st.non
 def test_a_json_array_is_read_in_pieces_of_any_size(tmp_path_factory, data, chunk):
     path = tmp_path_factory.getbasetemp() / "array.json"
     path.write_text(json.dumps(data, indent=chunk % 3 or None), encoding="utf-8")
-    assert list(sources._json_array(path, chunk)) == data
+    assert list(lists._json_array(path, chunk)) == data
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", '[{"image": "a"', '[{"a": 1} {]'])
@@ -412,6 +412,7 @@ def test_hostile_tar_members_are_rejected(tmp_path):
         ("c", "duplicate key"),
         ("d", "several images"),
         ("e", "missing image"),
+        ("readme", "not a sample"),
         ("f", "malformed JSON"),
     ]
     assert [item.key for item in found if isinstance(item, Record)] == ["a", "b"]

@@ -12,10 +12,16 @@ from urllib.parse import urlparse
 
 from streaming.base.storage.upload import CloudUploader
 
-from composer_prior.data.download import ATTEMPTS, DataError, download_from, one_line
-from composer_prior.data.sources import Record, Rejected, SourceError, SourceOptions, archives_of, open_source
+from composer_prior.data.download import ATTEMPTS, DataError, download_from, is_final, one_line
+from composer_prior.data.sources.base import BadFile, Record, Rejected, SourceError, SourceOptions, asked_folder
+from composer_prior.data.sources.files import describe, file_unit, parquet_problem, tar_problem
+from composer_prior.data.sources.recognition import archives_of, open_source
 
 __all__ = ["RemoteSource"]
+
+
+class _NotThereError(Exception):
+    """A file of a remote that no other attempt would get: it is not there any more, or not for us."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class RemoteSource:
         options: how to read them.
         form: ``"webdataset"`` or ``"parquet"``.
         has_spans: whether the first records have ``image_related_spans``.
+        known_bad: files before the first that could be read.
     """
 
     remote: str
@@ -35,12 +42,17 @@ class RemoteSource:
     options: SourceOptions
     form: str
     has_spans: bool = False
+    known_bad: tuple[BadFile, ...] = ()
     total: int | None = None
 
     @property
     def images(self) -> Path:
         """Where Parquet files without the images' bytes find them: a folder on the disk, if an option names one."""
-        return Path(self.options.images or os.devnull).expanduser().resolve()
+        return asked_folder(self.options.images) if self.options.images else Path(os.devnull)
+
+    @property
+    def folder(self) -> Path:
+        return Path(os.devnull)
 
     @classmethod
     def open(cls, remote: str, options: SourceOptions) -> RemoteSource:
@@ -65,22 +77,49 @@ class RemoteSource:
             )
         ((form, files),) = found.items()
         source = cls(folder, tuple(file.as_posix() for file in files), options, form)
-        with source._downloaded(source.files[0]) as file:
-            return cls(folder, source.files, options, form, open_source(file, options).has_spans)
+        bad: list[BadFile] = []
+        for name in source.files:
+            try:
+                with source._downloaded(name) as file:
+                    fault = source._problem(name, file)
+                    if fault is None:
+                        return replace(source, has_spans=open_source(file, options).has_spans, known_bad=tuple(bad))
+                    bad.append(fault)
+            except _NotThereError as error:
+                bad.append(BadFile.of(name, str(error)))
+        raise SourceError(f"{remote}: none of its {len(files)} files can be read: {describe(bad)}.")
+
+    def bad_files(self) -> Iterator[BadFile]:
+        return iter(self.known_bad)  # of the others it shows when they are downloaded
+
+    def _problem(self, name: str, file: Path) -> BadFile | None:
+        """Why a file that was downloaded cannot be read at all."""
+        problem_of, reason = (
+            (parquet_problem, "unreadable file") if self.form == "parquet" else (tar_problem, "broken archive")
+        )
+        unit = file_unit(file.parent, file, problem_of, reason)
+        return replace(unit, key=name, where=name) if isinstance(unit, BadFile) else None
 
     def units(self) -> Iterator[str]:
         return iter(self.files)
 
     def read(self, unit: str) -> Iterator[Record | Rejected]:
         above = unit.removesuffix(PurePosixPath(unit).name)
-        with self._downloaded(unit) as file:
-            try:
-                source = open_source(file, self.options)
-            except SourceError as error:
-                yield Rejected(unit, "unreadable file", unit, str(error).replace(str(file), unit))
-                return
-            for part in source.units():
-                yield from (replace(item, where=above + item.where) for item in source.read(part))
+        try:
+            with self._downloaded(unit) as file:
+                problem = self._problem(unit, file)
+                if problem is not None:
+                    yield problem
+                    return
+                try:
+                    source = open_source(file, self.options)
+                except SourceError as error:
+                    yield BadFile.of(unit, str(error).replace(str(file), unit).replace(str(file.parent), unit))
+                    return
+                for part in source.units():
+                    yield from (replace(item, where=above + item.where) for item in source.read(part))
+        except _NotThereError as error:
+            yield BadFile.of(unit, str(error))
 
     @contextmanager
     def _downloaded(self, name: str) -> Iterator[Path]:
@@ -91,6 +130,8 @@ class RemoteSource:
             try:
                 download_from(remote, file, seconds=self.options.download_timeout)
             except DataError as error:
+                if is_final(error.__cause__):
+                    raise _NotThereError(f"{remote} cannot be read: {error}") from error
                 raise SourceError(f"{remote} cannot be read: {error}; run the same command again to go on.") from error
             yield file
 
