@@ -1,6 +1,9 @@
 """The recipes of the repository, made small: what the tests of whole runs start from."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from composer_prior.training.config import load_recipe
@@ -42,3 +45,21 @@ def recipe(name, *overrides):
 def losses(folder):
     lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     return [(line["batch"], line["loss/train/total"]) for line in lines if "loss/train/total" in line]
+
+
+def launch(folder, *command, expect=0, timeout=400):
+    """What the command prints under Composer's launcher, on two ranks, in a folder."""
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tests/training")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    composer = str(Path(sys.executable).with_name("composer"))
+    done = subprocess.run(
+        [composer, "-n", "2", *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert (done.returncode == 0) == (expect == 0), (done.stdout + done.stderr)[-3000:]
+    return done.stdout + done.stderr

@@ -2,34 +2,15 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from shrunken import ROOT, SHRUNKEN, VIT, losses, recipe
+from shrunken import ROOT, SHRUNKEN, VIT, launch, losses, recipe
 
 from composer_prior.training.run import train
 
 TOLERANCE = 1e-4
-COMPOSER = str(Path(sys.executable).with_name("composer"))
-
-
-def launch(folder, *command, expect=0, timeout=400):
-    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tests/training")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(
-        [COMPOSER, "-n", "2", *command],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert (done.returncode == 0) == (expect == 0), (done.stdout + done.stderr)[-3000:]
-    return done.stdout + done.stderr
 
 
 def launch_recipe(folder, *overrides):

@@ -1,0 +1,155 @@
+"""Weights of one run as the start of another: what may differ, and what is refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from common_tokenizers import plain_tokenizer
+from shrunken import ROOT, SHRUNKEN, VIT, launch, losses, recipe
+from small_data import write_tiles
+
+from composer_prior.training.checkpoints import (
+    RunIdentity,
+    _read_identity,
+    check_checkpoint,
+    find_weights,
+    load_weights,
+)
+from composer_prior.training.run import main, train
+
+PROJECTOR_ALONE = ["model.vision.freeze=true", "model.language.freeze=true"]
+
+
+@pytest.fixture(scope="module")
+def stage_one(tmp_path_factory):
+    """A run that trained its projector alone, on one rank, and the same on two with FSDP2."""
+    folder = tmp_path_factory.mktemp("stages")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(recipe("ntp_vit", *PROJECTOR_ALONE, "run_name=stage1"))
+    command = [str(ROOT / "train.py"), str(ROOT / "yamls/ntp_vit.yaml"), *SHRUNKEN, *VIT, *PROJECTOR_ALONE]
+    launch(folder, *command, "run_name=sharded", "parallelism_config.fsdp2={}")
+    return folder
+
+
+@pytest.fixture
+def here(stage_one, tmp_path, monkeypatch):
+    shutil.copytree(stage_one, tmp_path, dirs_exist_ok=True, symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def final_weights(run):
+    return torch.load(f"runs/{run}/checkpoints/latest-rank0.pt", weights_only=False)["state"]["model"]
+
+
+def stage_two(*overrides):
+    """Everything trained, on other data, with another seed and optimizer; stopped before it has changed anything."""
+    other = write_tiles(Path("other"), 16) if not Path("other").exists() else "other"
+    data = ["reference=null", "model.language.pretrained=runs/reference/model", f"train_loader.dataset.local={other}"]
+    changes = [*data, "run_name=stage2", "seed=5", "optimizer={name: adamw, lr: 0.0}", "max_duration=1ba"]
+    return recipe("ntp_vit", *changes, *overrides)
+
+
+@pytest.mark.parametrize(
+    "source", ["runs/stage1", "runs/stage1/checkpoints", "runs/stage1/checkpoints/ep0-ba4-rank0.pt", "runs/sharded"]
+)
+def test_weights_alone_are_taken_over(here, source, capsys):
+    """Of one file or sharded: the weights are those at the end of the first stage, whatever else differs."""
+    train(stage_two(f"init_from={source}", "optimizer.weight_decay=0.0"))
+    expected, found = final_weights("stage1"), final_weights("stage2")
+    tolerance = 1e-5 if source == "runs/sharded" else 0  # two ranks add up in another order
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=tolerance, rtol=0, msg=name)
+    assert "Weights: language, projector, vision from runs/" in capsys.readouterr().out
+    assert [batch for batch, _ in losses("runs/stage2")] == [0]
+
+
+def test_the_second_stage_is_resumed_as_itself(here):
+    """A resumed run goes on from its own checkpoint, not from the first stage's weights, and keeps its identity."""
+    changes = ["init_from=runs/stage1", "optimizer.lr=0.01", "save_interval=1ba"]
+    train(stage_two(*changes, "max_duration=2ba"))
+    whole = losses("runs/stage2")
+    shutil.rmtree("runs/stage2")
+    train(stage_two(*changes, "max_duration=1ba"))
+    train(stage_two(*changes, "max_duration=2ba", "autoresume=true"))
+    assert [batch for batch, _ in losses("runs/stage2")] == [0, 1]
+    assert losses("runs/stage2")[0] == whole[0]
+    with pytest.raises(ValueError, match=r"is of another run: seed differ .*init_from=.* and a run_name of its own"):
+        train(stage_two(*changes, "seed=6", "max_duration=3ba", "autoresume=true"))
+
+
+def test_load_path_of_another_stage_names_the_way(here):
+    with pytest.raises(
+        ValueError, match=r"model.vision.freeze.* load_path and autoresume go on with the same run; to st"
+    ):
+        train(stage_two("load_path=runs/stage1/checkpoints/ep0-ba4-rank0.pt"))
+
+
+def test_a_sharded_checkpoint_is_resumed_and_a_foreign_one_refused(here):
+    checkpoint = find_weights("runs/sharded")
+    identity = RunIdentity(_read_identity(checkpoint)).state_dict()
+    with pytest.raises(ValueError, match=r"ep0-ba4 is of another run: seed differ \(seed: 17 there, 3 here\)"):
+        check_checkpoint(checkpoint, {**identity, "seed": 3})
+    arguments = [str(ROOT / "train.py"), str(ROOT / "yamls/ntp_vit.yaml"), *SHRUNKEN, *VIT, *PROJECTOR_ALONE]
+    again = ["run_name=sharded", "parallelism_config.fsdp2={}", "autoresume=true", "max_duration=5ba"]
+    launch(here, *arguments, *again)
+    assert [batch for batch, _ in losses("runs/sharded")] == [0, 1, 2, 3, 4]
+
+
+def test_a_model_folder_gives_the_language_model(here, capsys):
+    train(stage_two("init_from=runs/reference/model", "optimizer.weight_decay=0.0"))
+    assert "Weights: language from runs/reference/model; projector, vision stay as the recipe says" in (
+        capsys.readouterr().out
+    )
+    reference = torch.load("runs/reference/checkpoints/latest-rank0.pt", weights_only=False)["state"]["model"]
+    found = final_weights("stage2")
+    assert all(torch.equal(found[name], tensor) for name, tensor in reference.items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.vision.layer=-1"], r"weights do not fit, such as .*resblocks.* \(none there and \["),
+        (["model.projector.name=linear"], "weights do not fit, such as model.projector"),
+        (
+            ["init_from=runs/nowhere"],
+            "init_from=runs/nowhere: expected a run folder with a checkpoint, a checkpoint, or",
+        ),
+        (["init_from=pickled.pt"], "holds Python objects .* and is not loaded"),
+        (["init_from=half.pt"], "half.pt is not a whole checkpoint"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(here, overrides, message):
+    checkpoint = Path("runs/stage1/checkpoints/ep0-ba4-rank0.pt")
+    Path("half.pt").write_bytes(checkpoint.read_bytes()[:-1000])
+    torch.save({"state": {"model": Path("x")}}, "pickled.pt")
+    arguments = [str(ROOT / "yamls/ntp_vit.yaml"), *SHRUNKEN, *VIT, "run_name=stage2", "init_from=runs/stage1"]
+    with pytest.raises(SystemExit, match=message) as caught:
+        main([*arguments, *overrides])
+    assert "\n" not in caught.value.code
+    assert not Path("runs/stage2/metrics.jsonl").exists()
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(here, tokenizer):
+    class Model(torch.nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match="trained with another tokenizer than"):
+        load_weights("runs/stage1", Model(), plain_tokenizer("gpt2", ["a tile"] * 9, 400))
+
+
+def test_code_in_a_sharded_checkpoint_is_not_run(here):
+    metadata = next(Path("runs/sharded/checkpoints").glob("ep0-ba4*/.metadata"))
+    metadata.write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
+    with pytest.raises(ValueError, match=r"holds Python objects \(os.system\) and is not loaded"):
+        load_weights("runs/sharded", torch.nn.Module(), None)
+    assert not Path("owned").exists()
+
+
+def test_the_newest_checkpoint_of_a_run_folder_is_meant(here):
+    assert find_weights("runs/stage1") == Path("runs/stage1/checkpoints/ep0-ba4-rank0.pt")
+    assert find_weights("runs/reference/model") == Path("runs/reference/model")
+    shutil.rmtree("runs/reference/checkpoints")
+    assert find_weights("runs/reference") == Path("runs/reference/model")
