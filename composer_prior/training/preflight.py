@@ -1,5 +1,6 @@
 """Everything that can be checked before anything expensive starts, for a run and for the reference it has to train."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,8 +69,10 @@ def check_parts(recipe: TrainConfig, where: str = "") -> None:
         ValueError: naming the key.
     """
     device = get_device(None)
-    with one_line_errors(f"{where}precision={recipe.precision}"):
+    try:
         precision._validate_precision(build_precision(recipe.precision), device)
+    except ValueError as error:
+        raise ValueError(f"{where}precision={recipe.precision} needs a GPU; set it to auto or fp32.") from error
     if recipe.device_train_microbatch_size == "auto" and device.name != "gpu":
         raise ValueError(f"{where}device_train_microbatch_size=auto needs a GPU; give a number of samples.")
     per_rank_batch_size(recipe.global_train_batch_size, where)
@@ -125,6 +128,13 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
     Raises:
         ValueError, OSError: naming the key.
     """
+    try:
+        _check_whole(recipe, where)
+    finally:
+        gc.collect()  # streaming refuses to open a remote data set again while it is open
+
+
+def _check_whole(recipe: TrainConfig, where: str) -> None:
     with one_line_errors(f"{where}tokenizer" if where else ""):
         tokenizer = build_tokenizer(recipe.tokenizer)
     model = _skeleton(recipe, tokenizer, where)
@@ -213,6 +223,9 @@ def _check_same_data(recipe: TrainConfig, data: StreamingCaptionDataset) -> None
         check_reference(recipe, data.fingerprint)
         return
     dataset = {**reference.train_loader["dataset"], "scores": None}
+    ours = recipe.train_loader["dataset"]
+    if all(dataset.get(key) == ours.get(key) for key in ("remote", "local", "split", "streams")):
+        return
     theirs = StreamingCaptionDataset(tokenizer=data.tokenizer, batch_size=1, **dataset)
     if theirs.fingerprint != data.fingerprint:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The run of a recipe: what ``train.py`` calls."""
 
+import gc
 import os
 import re
 import runpy
@@ -132,6 +133,7 @@ def _prepare_reference(recipe: TrainConfig) -> None:
         resuming = Path(reference.run_folder, "checkpoints").exists()
         announce(f"Reference: {'resuming' if resuming else 'training'} {reference.run_name}, into {folder}")
         finish(reference, _build_trainer(reference))
+        gc.collect()  # streaming refuses to open a remote data set again while it is open
     else:
         announce(f"Reference: reusing {folder}")
     check_reference(recipe)
