@@ -61,6 +61,9 @@ class MetricsFile(LoggerDestination):
     def fit_end(self, state: State, logger: Logger) -> None:
         self._write()
 
+    def close(self, state: State, logger: Logger) -> None:
+        self._write()  # the last evaluation may come after the end of training
+
     def _write(self) -> int:
         """Write the line of the current step, again if it was there, and return where the next one begins."""
         if not self._record or not self.path.is_file():
