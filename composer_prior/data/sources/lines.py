@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -193,7 +194,9 @@ class _Table:
             return False
         image, other = self._image_cell(cells), self._image_cell(first.rstrip("\r\n").split(self.delimiter))
         numbered = _shape(image) == _shape(other) and re.search(r"\d", image) is not None
-        return numbered or _FILE_NAME.fullmatch(image) is not None
+        folder = os.path.dirname(image)
+        beside = folder != "" and folder == os.path.dirname(other)
+        return numbered or beside or _FILE_NAME.fullmatch(image) is not None
 
     def _image_cell(self, cells: list[str]) -> str:
         """The cell of the image, counted from the nearer end: a caption may have delimiters."""
