@@ -581,6 +581,7 @@ def _run(source: Source, place: Place, options: ConversionOptions) -> int:
                 shown.skip(done)
 
     disable = None if options.progress is None else not options.progress
+    disable = True if sys.stderr is None else disable
     processes = options.processes or len(os.sched_getaffinity(0))
     with tqdm(total=source.total, unit=" samples", smoothing=0.1, disable=disable, dynamic_ncols=True) as bar:
         shown = _Bar(bar)

@@ -1,5 +1,6 @@
 """Data sets as they are downloaded or exported, and what the programs that read them say, to whomever it may be."""
 
+import csv
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -105,6 +107,34 @@ def test_tables_as_programs_export_them(case, tmp_path):
     )
 
 
+WORDS = [
+    *("a", "b c", 'say "hi"', 'q"', '"q', '5" x 7"', '"all"', '""', "it's", "é", "1990", "by 2 men"),
+    *("x, y", "semi; 3", "tab\there", "pipe | p", "line 1\nline 2", "a\r\nb", "", "  "),
+]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("quoted", [True, False])
+def test_rows_of_any_captions_are_read_as_they_were_written(delimiter, quoted, tmp_path):
+    """With quotes, all of them are; without, among words that have no delimiter, no row is lost or joined to another."""
+    random = Random(0)
+    words = WORDS if quoted else WORDS[:12]
+    for _ in range(150):
+        rows = [(f"{n}.png", " ".join(random.choices(words, k=3))) for n in range(random.randint(1, 6))]
+        order = random.choice([1, -1])
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, delimiter=delimiter, lineterminator=random.choice(["\n", "\r\n"]))
+        table = [("image", "caption")[::order], *(row[::order] for row in rows)]
+        text = "\n".join(map(delimiter.join, table))
+        if quoted:
+            writer.writerows(table)
+            text = buffer.getvalue()
+        found = items(write(tmp_path, {"captions.csv": text.encode()}))
+        if quoted:
+            assert [(item.image, *item.captions) for item in found if isinstance(item, Record)] == rows
+        assert [item.image for item in found if isinstance(item, Record)] == [image for image, _ in rows]
+
+
 # JSON -----------------------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +227,18 @@ def test_compressed_archives_are_read_or_named_and_never_passed_over(tmp_path):
     write(source, {"1.tar.zst": b"\x28\xb5\x2f\xfd" + bytes(800)})
     with pytest.raises(SourceError, match=r"1\.tar\.zst \(zstd data; unpack it"):
         convert_captions(source, tmp_path / "out", processes=1)
+
+
+def test_no_member_of_any_name_vanishes(tmp_path):
+    random = Random(0)
+    stems = ["a", "b", "d/a", "v1.0/a", "a.v1", "a.v2", "d.x/a.v1", ".h", "A", "a b"]
+    suffixes = [".png", ".txt", ".json", ".PNG", ".npy", ".seg.png", "", ".v1.txt", ".caption.txt"]
+    for _ in range(300):
+        names = [stem + suffix for stem in random.choices(stems, k=4) for suffix in random.sample(suffixes, 2)]
+        data = {"g": IMAGE, "G": IMAGE, "n": b'{"caption": "x"}'}
+        source = write(tmp_path, {"0.tar": tar_bytes([(name, data.get(name[-1], b"x")) for name in names])})
+        keys = [item.key for item in items(source)]
+        assert all(any(name == key or name.startswith(f"{key}.") for key in keys) for name in names)
 
 
 def test_members_without_a_caption_say_what_there_is_instead(tmp_path):

@@ -185,6 +185,9 @@ class _Group:
             yield record
             if isinstance(record, Record) or record.reason not in _WITHOUT_IMAGE:
                 return  # members of longer names are parts of this sample
+        elif self.members:
+            listed = f"members: {', '.join(self.members)}"[:200]
+            yield Rejected(self.key, _NO_SAMPLE, f"{self.file}:{self.key}", listed, count=0)
         yield from self.kept
 
     def _end_inner(self) -> Iterator[Record | Rejected]:
