@@ -116,7 +116,7 @@ WORDS = [
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("quoted", [True, False])
 def test_rows_of_any_captions_are_read_as_they_were_written(delimiter, quoted, tmp_path):
-    """With quotes, all of them are; without, among words that have no delimiter, no row is lost or joined to another."""
+    """With quotes, all of it; without, where no word has a delimiter, no row is lost or joined to another."""
     random = Random(0)
     words = WORDS if quoted else WORDS[:12]
     for _ in range(150):
