@@ -58,6 +58,7 @@ from composer_prior.data.sources import (
     open_source,
     read_image,
 )
+from composer_prior.data.terminal import say
 
 __all__ = ["ConversionError", "ConversionOptions", "ConversionSummary", "convert_captions"]
 
@@ -366,7 +367,7 @@ def _begin(place: Place, settings: dict[str, Any]) -> ConversionSummary | None:
     finished = place.read("conversion.json", names)
     if finished is not None and (names is None or "index.json" in names):
         known = json.loads(finished)
-        _same_settings(place, known["settings"], settings)
+        _same_settings(place, {**known["settings"], "version": _VERSION}, settings)  # it is whole, whoever made it
         return ConversionSummary(**known["summary"])
     started = place.state / "settings.json"
     if started.exists():
@@ -385,6 +386,10 @@ def _begin(place: Place, settings: dict[str, Any]) -> ConversionSummary | None:
 
 
 def _same_settings(place: Place, known: dict[str, Any], settings: dict[str, Any]) -> None:
+    if known.get("version") != settings["version"]:
+        raise ConversionError(
+            f"{place.label}: begun by another version of composer-prior; delete it, or choose another place."
+        )
     for name in sorted({*known, *settings}):
         if known.get(name) != settings.get(name):
             was, now = ("another source", "this one") if name == "source" else (known.get(name), settings.get(name))
@@ -485,7 +490,7 @@ def _line(problem: Rejected) -> dict[str, Any]:
         "source": problem.where,
         "detail": problem.detail,
     }
-    if problem.count != 1:
+    if problem.count != 1 or problem.estimated:
         line.update(captions=problem.count, estimated=problem.estimated)
     return line
 
@@ -576,6 +581,7 @@ def _run(source: Source, place: Place, options: ConversionOptions) -> int:
                 shown.skip(done)
 
     disable = None if options.progress is None else not options.progress
+    disable = True if sys.stderr is None else disable
     processes = options.processes or len(os.sched_getaffinity(0))
     with tqdm(total=source.total, unit=" samples", smoothing=0.1, disable=disable, dynamic_ncols=True) as bar:
         shown = _Bar(bar)
@@ -837,7 +843,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"usage: SOURCE OUT [option=value ...], with the options {', '.join(names)}", file=sys.stderr)
             return 2
         chosen = dict(_option(word) for word in arguments if word not in words)
-        print(convert_captions(words[0], words[1], **chosen))
+        say(convert_captions(words[0], words[1], **chosen))
     except KeyboardInterrupt:
         print("Stopped. Run the same command again to go on.", file=sys.stderr)
         return 130

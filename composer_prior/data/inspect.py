@@ -18,6 +18,7 @@ import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from typing import Any
 from PIL import Image
 
 from composer_prior.data.image_bytes import IMAGE_FORMATS, ImageError, decode_rgb
-from composer_prior.data.sources import is_remote
+from composer_prior.data.sources import expect_number, is_remote
+from composer_prior.data.sources.base import one_line
+from composer_prior.data.terminal import say
 
 __all__ = ["CaptionReport", "Shade", "inspect_captions", "sample_card", "samples_page"]
 
@@ -129,8 +132,11 @@ def inspect_captions(
         ValueError: a column is missing, or one is of an encoding that could run code.
         ScoresError: the scores belong to other data or another tokenizer, naming what differs.
     """
-    if samples < 0 or (limit is not None and limit < 1):
-        raise ValueError(f"samples={samples} must be at least 0, and limit={limit} at least 1.")
+    expect_number("samples", samples, 0)
+    if limit is not None:
+        expect_number("limit", limit, 1)
+    for name, value in (("alpha", alpha), ("floor", floor)):
+        expect_number(name, value, 0, whole=False)
     with tempfile.TemporaryDirectory() as cache:
         dataset, index = _open(str(data), cache)
         shards, count = json.loads(index)["shards"], len(dataset)
@@ -148,7 +154,10 @@ def inspect_captions(
         sizes: list[tuple[int, int]] = []
         undecodable = 0
         for number in numbers:
-            sample = dataset[number]
+            try:
+                sample = dataset[number]
+            except (LookupError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{data}: sample {number} cannot be read ({one_line(error)}).") from error
             captions = sample_captions(sample)
             found.update(captions)
             lengths += map(length, captions)
@@ -168,7 +177,7 @@ def inspect_captions(
     )  # fmt: skip
     if page is not None:
         legend = "" if shades is None else "\n\nThe darker a token, the larger its weight, which the pointer shows."
-        Path(page).write_text(samples_page(cards, f"{data}", f"{report}{legend}"), encoding="utf-8")
+        Path(page).expanduser().write_text(samples_page(cards, f"{data}", f"{report}{legend}"), encoding="utf-8")
     return report
 
 
@@ -358,18 +367,22 @@ def _open(data: str, cache: str) -> tuple[Any, bytes]:
 
     from composer_prior.data.streams import CheckedDataset
 
+    data = data if is_remote(data) else str(Path(data).expanduser())
     remote: Any = CheckedDataset(local=cache, remote=data.rstrip("/"), batch_size=1) if is_remote(data) else None
     index = Path(data if remote is None else cache) / "index.json"
     if not index.exists():
         raise FileNotFoundError(f"{data}: no index.json here; name a data set made by scripts/convert_captions.py.")
     content = index.read_bytes()
-    for shard in json.loads(content)["shards"]:
-        _check_columns(data, shard)
-    return LocalDataset(data) if remote is None else remote, content
+    try:
+        for shard in json.loads(content)["shards"]:
+            _check_columns(data, shard)
+        return LocalDataset(data) if remote is None else remote, content
+    except (LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{data}: its index.json is no index of a data set ({type(error).__name__}).") from error
 
 
 def _check_columns(data: str, shard: Mapping[str, Any]) -> None:
-    columns = dict(zip(shard.get("column_names", ()), shard.get("column_encodings", ()), strict=True))
+    columns = dict(zip(shard.get("column_names", ()), shard.get("column_encodings", ()), strict=False))
     name = shard.get("raw_data", {}).get("basename", "")
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{data}: its index names {name!r}, which leaves the data set; refused.")
@@ -381,6 +394,17 @@ def _check_columns(data: str, shard: Mapping[str, Any]) -> None:
         raise ValueError(f"{data}: column {unsafe[0]!r} is {columns[unsafe[0]]}, which is not read here; drop it.")
 
 
+def _option(word: str) -> tuple[str, Any]:
+    """Name and value of ``name=value``; what names something stays text, so that a page may be named 2017."""
+    name, _, text = word.partition("=")
+    if text in ("", "null"):
+        return name, None
+    for number in (int, float) if name not in ("page", "tokenizer", "scores") else ():
+        with suppress(ValueError):
+            return name, number(text)
+    return name, text
+
+
 def main(arguments: Sequence[str]) -> int:
     """The command line: ``DATA [option=value ...]``, where the options are those of :func:`inspect_captions`.
 
@@ -390,16 +414,14 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit status.
     """
-    from omegaconf import OmegaConf
-
     names = ("page", "tokenizer", "scores", "alpha", "floor", "limit", "samples", "seed")
     words = [word for word in arguments if not re.match(r"\w+=", word)]
-    options = {str(k): v for k, v in OmegaConf.from_dotlist([w for w in arguments if w not in words]).items()}
+    options = dict(map(_option, (word for word in arguments if word not in words)))
     if len(words) != 1 or words[0].startswith("-") or set(options) - set(names):
         print(f"usage: DATA [option=value ...], with the options {', '.join(names)}", file=sys.stderr)
         return 2
     try:
-        print(inspect_captions(words[0], **options))
+        say(inspect_captions(words[0], **options))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from composer_prior import registry
 from composer_prior.data.captions import read_captions
+from composer_prior.data.terminal import say
 from composer_prior.data.tokenizer import tokenizer_fingerprint, train_tokenizer
 from composer_prior.models.lvlm import LVLM
 from composer_prior.training.builders import build_tokenizer
@@ -34,14 +34,9 @@ _IDENTITY = (
 
 
 def announce(message: str) -> None:
-    """Print on rank 0, whatever characters the terminal knows, and also when nobody reads any more."""
-    if dist.get_global_rank() != 0:
-        return
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        print(message.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer goes there too
+    """Say something on rank 0."""
+    if dist.get_global_rank() == 0:
+        say(message)
 
 
 def prepare_data(recipe: TrainConfig) -> None:

@@ -55,7 +55,7 @@ class ScoreJob:
     """What to score with what.
 
     Args:
-        out: folder or remote for the scores.
+        out: folder, which may begin with ``~``, or remote for the scores.
         reference: folder or hub id of a causal LM in Hugging Face form.
         tokenizer: of the model to be trained, ``name`` and ``kwargs`` as in a recipe.
         dataset: arguments of :class:`.StreamingCaptionDataset`, as in a recipe's ``train_loader.dataset``.
@@ -81,6 +81,7 @@ class ScoreJob:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1.")
+        object.__setattr__(self, "out", os.path.expanduser(self.out))
 
 
 @dataclass

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from composer_prior.data import sources
+from composer_prior.data.convert import ConversionError, convert_captions
 from composer_prior.data.sources import Record, Rejected, SourceError, lines, lists, open_source, read_image
 
 COLOURS = ("red", "green", "blue")
@@ -246,8 +247,8 @@ def test_a_json_array_is_read_in_pieces_of_any_size(tmp_path_factory, data, chun
 def test_a_broken_json_array_is_named(text, tmp_path):
     path = tmp_path / "captions.json"
     path.write_text(text)
-    with pytest.raises(SourceError, match=r"captions\.json"):
-        items(path)
+    with pytest.raises(ConversionError, match=r"captions\.json"):
+        convert_captions(path, tmp_path / "out", processes=1)
 
 
 @pytest.mark.parametrize("text", ['{"images": []}', '{"images": [{}], "annotations": []}', "{"])

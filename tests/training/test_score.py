@@ -64,7 +64,7 @@ def job(folders: tuple[str, str], scenes: Path, tmp_path: Path) -> Callable[...,
         dataset = {"local": str(scenes / "train"), "max_caption_tokens": 20, **changes.pop("dataset", {})}
         return ScoreJob(
             **{
-                "out": str(tmp_path / out),
+                "out": out if out.startswith("~") else str(tmp_path / out),
                 "reference": reference,
                 "tokenizer": {"name": folders[1]},
                 "dataset": dataset,
@@ -292,6 +292,16 @@ def test_scores_that_are_there_are_not_touched(job: Any, monkeypatch: pytest.Mon
     assert again.reused
     assert str(again) == f"Scores: reusing {done.out}"
     assert sorted(Path(done.out).rglob("*")) == before
+
+
+def test_scores_in_the_home_folder(job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    summary = score_captions(job(out="~/mine"))
+    assert summary.out == str(tmp_path / "mine")
+    assert (tmp_path / "mine" / "scores.json").exists()
+    assert not (tmp_path / "~").exists()
+    assert score_captions(job(out="~/mine")).reused
 
 
 def test_of_two_jobs_at_once_one_scores(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ which has to be joined, is read whole).
 | ``parquet`` | Parquet files with image bytes or paths |
 | ``hf`` | a Hugging Face dataset saved with ``save_to_disk`` |
 
+A table's delimiter is the one of comma, semicolon, tab and ``|`` by which its first line names the columns.
+
 What cannot be read never stops a reader: it yields a :class:`Rejected` in its place. A file that cannot be opened as
 what it should be, or ends before its end, is a :class:`BadFile`, which may stand for many captions; a sample that is
 damaged in a file that goes on behind it is rejected by itself. Links in the folder that is named are followed, each

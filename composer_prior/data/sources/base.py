@@ -24,6 +24,7 @@ CAPTION_COLUMNS = (
     *("conversations", "messages"),
     *("caption", "captions", "text", "txt", "sentence", "sentences", "description"),
 )
+_URL_COLUMNS = ("url", "image_url", "img_url", "urls")
 KEY_COLUMNS = ("id", "key", "__key__")
 _SEEN_CACHE_KIB = 64 << 10
 
@@ -182,9 +183,11 @@ def pick(names: Sequence[str], wanted: str | None, usual: Sequence[str], option:
     """The column to use: the one asked for, or the first of the usual names that is there."""
     chosen = wanted or next((name for name in usual if name in names), None)
     if chosen is None or chosen not in names:
-        listed = ", ".join(map(str, names)) or "none"
+        listed = " ".join(", ".join(map(str, names)).split())[:300] or "none"
         problem = f"no column {wanted!r}" if wanted else f"no column named {' or '.join(usual[:3])}"
-        raise SourceError(f"{where}: {problem}; choose one of its columns ({listed}) with {option}=.")
+        urls = option == "image_column" and not wanted and any(name.lower() in _URL_COLUMNS for name in names)
+        hint = "; where it lists URLs, download the images first, with img2dataset for example" if urls else ""
+        raise SourceError(f"{where}: {problem}{hint}; choose one of its columns ({listed}) with {option}=.")
     return chosen
 
 

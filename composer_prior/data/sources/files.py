@@ -17,8 +17,8 @@ from composer_prior.data.sources.base import BadFile, FileUnit
 _KINDS = (
     (b"version https://git-lfs", "a Git LFS pointer; fetch the file itself with git lfs pull"),
     (b"/annex/objects", "a git-annex pointer; fetch the file itself with git annex get"),
-    (b"PK\x03\x04", "a zip archive"),
-    (b"\x28\xb5\x2f\xfd", "zstd data"),
+    (b"PK\x03\x04", "a zip archive; unpack it"),
+    (b"\x28\xb5\x2f\xfd", "zstd data; unpack it with zstd -d"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
     (b"Rar!", "a RAR archive"),
     (b"PAR1", "a Parquet file"),

@@ -48,7 +48,7 @@ def read_image(root: Path, name: str, limit: int, *also: Path) -> bytes:
                 raise RejectedImage("image too large", f"{status.st_size} bytes, at most {limit} are accepted")
             return file.read() or b""
     except (FileNotFoundError, NotADirectoryError):
-        raise RejectedImage("missing file") from None
+        raise RejectedImage("missing file", "not in the folder of images, which images= names") from None
     except IsADirectoryError:
         raise RejectedImage("not a regular file") from None
     except OSError as error:

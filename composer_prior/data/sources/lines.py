@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -187,13 +188,17 @@ class _Table:
     def _is_row(self, line: str, first: str) -> bool:
         """Whether a line looks like a whole row if its quotes are taken as text, beside the first line of one."""
         cells = line.rstrip("\r\n").split(self.delimiter)
-        if self.delimiter == "\t":  # text has hardly any
-            return len(cells) == self.columns
-        if len(cells) < self.columns:
+        tabs = self.delimiter == "\t"  # text has hardly any
+        if len(cells) < self.columns or (tabs and len(cells) > self.columns):
             return False
         image, other = self._image_cell(cells), self._image_cell(first.rstrip("\r\n").split(self.delimiter))
+        if _FILE_NAME.fullmatch(image):
+            return True
+        if re.search(r"\s", image):  # rather text
+            return False
         numbered = _shape(image) == _shape(other) and re.search(r"\d", image) is not None
-        return numbered or _FILE_NAME.fullmatch(image) is not None
+        folder = os.path.dirname(image)
+        return tabs or numbered or (folder != "" and folder == os.path.dirname(other))
 
     def _image_cell(self, cells: list[str]) -> str:
         """The cell of the image, counted from the nearer end: a caption may have delimiters."""

@@ -32,6 +32,7 @@ from composer_prior.data.sources.records import record_of, value_of
 
 _MOST_DIGITS = 4000
 _PADDING = re.compile(r"[ \t\r\n,]*")
+_BEHIND = re.compile(r"[ \t\r\n,\]]")
 
 
 @dataclass(frozen=True)
@@ -142,12 +143,9 @@ def _read_jsonl(path: Path, options: SourceOptions) -> Iterator[Record | Rejecte
 
 
 def _read_table(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" or options.form == "tsv" else ","
-    header = header_of(path, delimiter)
-    image = pick(header, options.image_column, IMAGE_COLUMNS, "image_column", path.name)
-    caption = pick(header, options.caption_column, CAPTION_COLUMNS, "caption_column", path.name)
-    chosen = replace(options, image_column=image, caption_column=caption)
-    for number, row, quotes in rows(path, delimiter, len(header), header.index(image)):
+    delimiter, padded, chosen = _columns(path, options)
+    header = [cell.strip() for cell in padded]
+    for number, row, quotes in rows(path, delimiter, len(header), header.index(chosen.image_column or "")):
         where, key = f"{path.name}:{number}", f"line {number}"
         if row is None:
             yield Rejected(key, "line too long", where, f"at most {LINE_LIMIT} bytes are accepted")
@@ -156,7 +154,7 @@ def _read_table(path: Path, options: SourceOptions) -> Iterator[Record | Rejecte
             detail = f"{len(row)} cells where the header has {len(header)}" + (f", {quotes}" if quotes else "")
             yield Rejected(key, "malformed row", where, detail)
             continue
-        entry: dict[str, Any] = dict(zip(header, row, strict=True))
+        entry: dict[str, Any] = dict(zip(header, row if header == padded else map(str.strip, row), strict=True))
         if SPANS in entry:
             try:
                 entry[SPANS] = json.loads(entry[SPANS] or "null")
@@ -166,33 +164,65 @@ def _read_table(path: Path, options: SourceOptions) -> Iterator[Record | Rejecte
         yield entry_record(entry, key, where, chosen)
 
 
+def _columns(path: Path, options: SourceOptions) -> tuple[str, list[str], SourceOptions]:
+    """The delimiter by which the first line of a table names the columns that are needed, the cells of that line, and
+    the options with these columns."""
+    usual = "\t,;|" if path.suffix.lower() == ".tsv" or options.form == "tsv" else ",;\t|"
+    problems: list[tuple[bool, SourceError]] = []
+    for delimiter in usual:
+        cells = header_of(path, delimiter)
+        header, where = [cell.strip() for cell in cells], f"{path.name}, whose first line has to name the columns"
+        try:
+            image = pick(header, options.image_column, IMAGE_COLUMNS, "image_column", where)
+            caption = pick(header, options.caption_column, CAPTION_COLUMNS, "caption_column", where)
+            return delimiter, cells, replace(options, image_column=image, caption_column=caption)
+        except SourceError as error:
+            problems.append((len(cells) > 1, error))
+    raise max(problems, key=lambda problem: problem[0])[1]
+
+
 def _read_json_array(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:
     for number, entry in enumerate(_json_array(path)):
         where, key = f"{path.name}[{number}]", f"item {number}"
-        yield entry_record(entry, key, where, options)
+        yield entry if isinstance(entry, BadFile) else entry_record(entry, key, where, options)
 
 
-def _json_array(path: Path, chunk: int = 1 << 20) -> Iterator[dict[str, Any]]:
-    """The items of a JSON array of objects, read a piece at a time."""
+def _json_array(path: Path, chunk: int = 1 << 20) -> Iterator[Any]:
+    """The items of a JSON array, read a piece at a time; a bad file where it ends as none, or goes on behind its end,
+    which counts as so many items as what is left would hold of the size of those before."""
+
+    def bad(detail: str) -> BadFile:
+        read = file.buffer.tell() - len(buffer) + position  # type: ignore[attr-defined]
+        count = max(1, round((path.stat().st_size - read) * number / max(1, read)))
+        return BadFile(path.name, "malformed JSON", path.name, detail, count, estimated=True)
+
     decoder, number, position = json.JSONDecoder(parse_int=_whole_number), 0, 0
     with open_text(path) as file:
         buffer = file.read(chunk).lstrip().removeprefix("[")
         while True:
             position = _PADDING.match(buffer, position).end()  # type: ignore[union-attr]
             if buffer.startswith("]", position):
+                more = buffer[position + 1 :].strip()
+                while not more and (buffer := file.read(chunk)):
+                    more, position = buffer.strip(), 0
+                if more:
+                    yield bad(f"text behind the end of the array, which has {number} items")
                 return
             try:
-                if position < len(buffer) and not buffer.startswith("{", position):
-                    raise SourceError(f"{path}: item {number} is not an object; a JSON array of objects is accepted.")
-                item, position = decoder.raw_decode(buffer, position)
-            except (json.JSONDecodeError, RecursionError) as error:
+                item, end = decoder.raw_decode(buffer, position)
+                whole = isinstance(item, dict) or _BEHIND.match(buffer, end) is not None  # a number may go on
+            except (json.JSONDecodeError, RecursionError):
+                whole = False
+            if not whole:
                 held = len(buffer) - position
                 more = file.read(max(chunk, held)) if held < LINE_LIMIT else ""
                 if not more:
-                    raise SourceError(f"{path}: malformed JSON in item {number}; mend the file.") from error
+                    yield bad(f"malformed or cut in item {number}")
+                    return
                 buffer, position = buffer[position:] + more, 0
                 continue
             yield item
+            position = end
             number += 1
 
 
@@ -210,6 +240,7 @@ def _read_coco(path: Path, options: SourceOptions) -> Iterator[Record | Rejected
         for annotation in annotations:
             by_image.setdefault(annotation["image_id"], []).append(annotation)
         entries = [(image["id"], image["file_name"]) for image in images]
+        known = {image_id for image_id, _ in entries}
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise SourceError(
             f"{path}: not COCO captions, which need 'images' (id, file_name) and 'annotations' (image_id, caption): "
@@ -220,12 +251,12 @@ def _read_coco(path: Path, options: SourceOptions) -> Iterator[Record | Rejected
         where = f"{path.name}:images[{number}]"
         found = by_image.pop(image_id, [])
         if not isinstance(file_name, str):
-            yield Rejected(str(image_id), "missing image", where, "file_name is not text")
+            detail = "file_name is not text"
+            yield Rejected(str(image_id), "missing image", where, detail, max(1, len(found)))
             continue
         captions = tuple(annotation.get(name) for annotation in found)
         spans = tuple(a.get(SPANS) for a in found) if any(SPANS in a for a in found) else None
         yield Record(str(image_id), file_name, captions, where, spans, explicit=True)
-    known = {image_id for image_id, _ in entries}
     for image_id, orphans in by_image.items():
         if image_id not in known:
             for orphan in orphans:
@@ -262,7 +293,8 @@ def _grouped(entries: Iterable[Record | Rejected]) -> Iterator[Record | Rejected
             if not isinstance(item, Record):
                 continue
             if first.explicit and any(item.captions == record.captions for record in records):
-                yield Rejected(item.key, "duplicate key", item.where, "with the same caption")
+                same_caption, count = "with the same caption", max(1, len(item.captions))
+                yield Rejected(item.key, "duplicate key", item.where, same_caption, count)
             else:
                 records.append(item)
         captions = tuple(caption for record in records for caption in (record.captions or (None,)))
@@ -282,7 +314,7 @@ def _unique(items: Iterable[Record | Rejected]) -> Iterator[Record | Rejected]:
             if seen.add(item.key):
                 yield item
             else:
-                yield Rejected(item.key, "duplicate key", item.where)
+                yield Rejected(item.key, "duplicate key", item.where, count=max(1, len(item.captions)))
         else:
             fresh = [seen.add(item.image, caption) for caption in item.captions]
             if all(fresh):

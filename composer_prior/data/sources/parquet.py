@@ -163,6 +163,7 @@ def row_record(
     """A record from one row of a table that may hold image bytes."""
     own = entry.get(options.key_column) if options.key_column else None
     key = number if own is None else str(own)
-    if repeated:
-        return Rejected(key, "duplicate key", where)
-    return record_of(entry.get(image), entry.get(caption), entry.get(SPANS), key, where, has_spans=SPANS in entry)
+    record = record_of(entry.get(image), entry.get(caption), entry.get(SPANS), key, where, has_spans=SPANS in entry)
+    if repeated and isinstance(record, Record):
+        return Rejected(key, "duplicate key", where, count=max(1, len(record.captions)))
+    return record

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from composer_prior.data.sources.base import Source, SourceError, SourceOptions, is_remote
+from composer_prior.data.sources.base import FORMS, IMAGE_SUFFIXES, Source, SourceError, SourceOptions, is_remote
 from composer_prior.data.sources.hf import HFSource
 from composer_prior.data.sources.lines import open_text
 from composer_prior.data.sources.lists import ListSource
@@ -19,6 +21,7 @@ _ACCEPTED = (
     "a folder with captions.jsonl, captions.csv, captions.tsv or captions.json, such a file itself, COCO captions or "
     "LLaVA JSON, .tar shards, .parquet files, or a Hugging Face dataset saved to disk"
 )
+_LOOKED_AT = 1 << 16  # files, or characters
 _SUFFIXES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -27,7 +30,9 @@ _SUFFIXES = {
     ".json": "json",
     ".tar": "webdataset",
     ".tgz": "webdataset",
-    ".tar.gz": "webdataset",
+    ".tbz2": "webdataset",
+    ".txz": "webdataset",
+    **{f".tar.{packed}": "webdataset" for packed in ("gz", "bz2", "xz", "zst")},
     ".parquet": "parquet",
 }
 
@@ -80,7 +85,8 @@ def _recognise(path: Path, wanted: str | None) -> tuple[str, list[Path]]:
             return wanted, [path]
         found = {form: files for form, files in found.items() if form == wanted}
     if not found:
-        raise SourceError(f"{path}: no {wanted or 'captions'} found here. Accepted: {_ACCEPTED}.")
+        hint = _what_to_do(path)
+        raise SourceError(f"{path}: no {wanted or 'captions'} found here{hint}. Accepted: {_ACCEPTED}.")
     if len(found) > 1:
         raise SourceError(f"{path}: ambiguous, it holds {', '.join(found)}: choose with form=, or name the file.")
     form, files = next(iter(found.items()))
@@ -88,6 +94,25 @@ def _recognise(path: Path, wanted: str | None) -> tuple[str, list[Path]]:
         names = ", ".join(file.name for file in files[:4])
         raise SourceError(f"{path}: ambiguous, it holds {len(files)} {form} files ({names}): name the one to convert.")
     return form, files
+
+
+def _what_to_do(path: Path) -> str:
+    """With what is often found in place of a source."""
+    if path.suffix.lower() == ".zip":
+        return "; unpack it first"
+    if not path.is_dir():
+        return f"; if it is of such a form, say so with form= ({', '.join(FORMS)})"
+    stems: dict[str, set[Path]] = {}
+    for file in islice(_files_below(path), _LOOKED_AT):
+        stems.setdefault(file.suffix.lower()[1:], set()).add(file.with_suffix(""))
+    images, texts = (
+        set().union(*(stems.get(name, ()) for name in names)) for names in (IMAGE_SUFFIXES, ("txt", "caption", "json"))
+    )
+    if images & texts:
+        return "; images with a file of text each are read from tar archives: pack them with tar --sort=name"
+    if "zip" in stems:
+        return "; unpack the .zip files first"
+    return "; name the file that holds them, with form= where its suffix is unusual"
 
 
 def _file_forms(path: Path) -> dict[str, list[Path]]:
@@ -149,5 +174,15 @@ def _merge(forms: Iterable[dict[str, list[Path]]]) -> dict[str, list[Path]]:
 
 def _json_form(path: Path) -> str | None:
     with open_text(path) as file:
-        head = file.read(4096).lstrip()
+        head = file.read(_LOOKED_AT).lstrip()
+    first, _, more = head.partition("\n")
+    if head.startswith("{") and more.strip() and _is_json(first):
+        return "jsonl"
     return {"[": "json", "{": "coco"}.get(head[:1])
+
+
+def _is_json(line: str) -> bool:
+    try:
+        return bool(json.loads(line))
+    except (ValueError, RecursionError):
+        return False

@@ -45,16 +45,17 @@ def record_of(
         has_spans: whether the record has a field of spans.
     """
     turns = _turns(caption)
+    count = max(1, len(several(caption, spans)[0])) if turns is None else 1
     try:
         found = image_of(image)
         if found is None and turns:
             found = image_of([part for _, _, images in turns for part in images if part != _PLACEHOLDER])
     except RejectedImage as error:
-        return Rejected(key, error.reason, where, error.detail)
+        return Rejected(key, error.reason, where, error.detail, count)
     if found is None:
         if turns and not any(images for _, _, images in turns):
             return Rejected(key, "no image: a text-only conversation", where)
-        return Rejected(key, "missing image", where, "neither a path nor the bytes of an image")
+        return Rejected(key, "missing image", where, "neither a path nor the bytes of an image", count)
     if turns is not None:
         caption = _answer(turns)
         if caption is None:

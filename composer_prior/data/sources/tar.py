@@ -135,7 +135,10 @@ class TarSource:
         record = record_of(
             members[images[0]], self._caption(members, entry), entry.get(SPANS), key, where, has_spans=SPANS in entry
         )
-        return replace(record, note=_TOGETHER) if isinstance(record, Record) and not record.captions else record
+        if isinstance(record, Rejected) or record.captions:
+            return record
+        others = ", ".join(name for name in {**members, **entry} if name not in (images[0], "json"))[:200]
+        return replace(record, note=f"choose one of {others} with caption_column=" if others else _TOGETHER)
 
     def _caption(self, members: dict[str, bytes | None], entry: dict[str, Any]) -> Any:
         """The caption of the member of text, unless that is empty, and otherwise that of the JSON."""
@@ -182,6 +185,9 @@ class _Group:
             yield record
             if isinstance(record, Record) or record.reason not in _WITHOUT_IMAGE:
                 return  # members of longer names are parts of this sample
+        elif self.members:
+            listed = f"members: {', '.join(self.members)}"[:200]
+            yield Rejected(self.key, _NO_SAMPLE, f"{self.file}:{self.key}", listed, count=0)
         yield from self.kept
 
     def _end_inner(self) -> Iterator[Record | Rejected]:
@@ -257,7 +263,8 @@ def _tar_members(
                 stem, suffix = name.rpartition(".")[0], _split_name(name)[1]
                 stems, last = stems + (stem != last), stem
                 if not member.isfile():
-                    yield name, Rejected(name, "not a regular file", where)
+                    detail = "a link; pack the archive with tar -h --hard-dereference" if member.linkname else ""
+                    yield name, Rejected(name, "not a regular file", where, detail)
                 elif name.startswith("/") or ".." in PurePosixPath(name).parts:
                     detail = "absolute paths and '..' are refused"
                     yield name, Rejected(name, "path leaves the source", where, detail)
