@@ -110,7 +110,7 @@ def whole_file(name: str) -> bytes:
     return tar_bytes(pairs(*(f"{n:03}" for n in range(20))), "w:gz" if name.endswith("gz") else "w")
 
 
-@pytest.mark.parametrize(("name", "kind", "data"), BAD_FILES)
+@pytest.mark.parametrize(("name", "kind", "data"), BAD_FILES, ids=[f"{name}-{kind}" for name, kind, _ in BAD_FILES])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_file_that_cannot_be_read_is_an_error_or_counts_for_what_it_held(name, kind, data, processes, tmp_path):
     source = write(tmp_path / "in", {name: data, f"1{name[1:]}": whole_file(name), f"2{name[1:]}": whole_file(name)})
