@@ -5,7 +5,6 @@ import os
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the CPU path is the oracle; GPU checks are scripts
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import atexit
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,13 +13,12 @@ from typing import Any
 import pytest
 import torch
 from composer.utils import reproducibility
-from streaming.base.shared import prefix
-from streaming.base.shared.memory import SharedMemory
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from composer_prior import LVLM, ComposerLVLM, ReferenceLM, StreamingCaptionDataset
 from composer_prior.data.captions import caption_data_spec
 from composer_prior.data.emoji_scenes import make_emoji_scenes, make_sample
+from composer_prior.data.streams import closed_after_looking
 from composer_prior.data.tokenizer import train_tokenizer
 from composer_prior.models.lvlm import build_projector
 from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding
@@ -34,31 +32,9 @@ FAMILIES = ("encoder", "patches")
 
 @pytest.fixture(autouse=True, scope="session")
 def closed_shared_memory() -> Iterator[None]:
-    """Close what streaming opens to look for free shared memory.
-
-    Each new data set opens that of all others to look at it and never closes it again, so that a few hundred of them
-    in one process run out of file descriptors.
-    """
-    look, opened = prefix._check_and_find, []
-
-    def recorded(*arguments: Any) -> SharedMemory:
-        opened.append(SharedMemory(*arguments))
-        return opened[-1]
-
-    def look_and_close(*arguments: Any, **keywords: Any) -> int:
-        prefix.SharedMemory = recorded
-        try:
-            return look(*arguments, **keywords)
-        finally:
-            prefix.SharedMemory = SharedMemory
-            for memory in opened:
-                atexit.unregister(memory.cleanup)
-                memory.cleanup()
-            opened.clear()
-
-    prefix._check_and_find = look_and_close
-    yield
-    prefix._check_and_find = look
+    """For the data sets of plain streaming too: a few hundred in one process run out of file descriptors."""
+    with closed_after_looking():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,13 @@ process that needs a shard wait for ever for one that failed to download it, and
 early, without an error, when a download fails.
 """
 
+import atexit
 import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from time import sleep, time_ns
@@ -25,6 +27,8 @@ from streaming.base.format import FileInfo, Reader, get_index_basename
 from streaming.base.format.mds import MDSReader
 from streaming.base.format.mds.encodings import is_mds_encoding_safe
 from streaming.base.hashing import is_hash
+from streaming.base.shared import prefix
+from streaming.base.shared.memory import SharedMemory
 from streaming.base.shuffle import algos as SHUFFLES
 from streaming.base.world import World
 
@@ -178,7 +182,8 @@ class CheckedDataset(StreamingDataset):
         for attempt in reversed(range(_STARTS)):
             try:
                 places = (streams or {"": {"remote": remote, "local": local}}).values()
-                super().__init__(streams=[CheckedStream(**place) for place in places], **given)
+                with closed_after_looking():
+                    super().__init__(streams=[CheckedStream(**place) for place in places], **given)
                 break
             except FileExistsError as error:  # another program took the same number in shared memory meanwhile
                 if not attempt or "_locals" not in str(error):
@@ -273,6 +278,38 @@ class CheckedDataset(StreamingDataset):
             it.ready_index = it.yield_index
         it.on_exit()
         self._raise_failure()
+
+
+@contextmanager
+def closed_after_looking() -> Iterator[None]:
+    """Close what streaming opens to find free shared memory.
+
+    A new data set opens that of all others on the node and never closes it again: where there are many, or a process
+    opens many, it runs out of file descriptors.
+    """
+    look = prefix._check_and_find
+
+    def look_and_close(*arguments: Any, **keywords: Any) -> int:
+        opened: list[SharedMemory] = []
+
+        def recorded(*which: Any) -> SharedMemory:
+            opened.append(SharedMemory(*which))
+            return opened[-1]
+
+        prefix.SharedMemory = recorded  # type: ignore[assignment, misc]
+        try:
+            return look(*arguments, **keywords)
+        finally:
+            prefix.SharedMemory = SharedMemory  # type: ignore[misc]
+            for memory in opened:
+                atexit.unregister(memory.cleanup)
+                memory.cleanup()
+
+    prefix._check_and_find = look_and_close
+    try:
+        yield
+    finally:
+        prefix._check_and_find = look
 
 
 def _wait_for(file: Path, seconds: float) -> None:

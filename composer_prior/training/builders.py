@@ -59,13 +59,15 @@ def build_lvlm(
     """An LVLM; without ``vision``, a language model on the captions alone, such as the reference.
 
     Args:
-        tokenizer: of :func:`build_tokenizer`.
+        tokenizer: gets the image tokens if it has none and there is a vision tower.
         language: arguments of :func:`.build_language_model`.
         vision: ``name`` of a vision tower and its arguments.
         projector: ``name`` (``linear`` or ``mlp``) and ``freeze``; for towers of another width than the LM's.
         label_smoothing, pack: see :class:`.LVLM`.
         image_related_metrics: see :class:`.ComposerLVLM`.
     """
+    if vision is not None:
+        add_image_tokens(tokenizer)
     lm = build_language_model(tokenizer, **language)
     return _assemble(lm, tokenizer, vision, projector, label_smoothing, pack, image_related_metrics)
 
