@@ -18,10 +18,12 @@ from time import sleep, time_ns
 from typing import Any, cast
 
 import numpy as np
+import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
-from streaming.base.constant import DEFAULT_TIMEOUT, TICK
+from streaming.base import dataset as streaming_dataset
+from streaming.base.constant import DEFAULT_TIMEOUT, LOCALS, SHM_TO_CLEAN, TICK
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.format import FileInfo, Reader, get_index_basename
 from streaming.base.format.mds import MDSReader
@@ -35,7 +37,7 @@ from streaming.base.world import World
 from composer_prior.data.download import ATTEMPTS, DataError, check_file, download, one_line, patience
 
 FAILED = ".failed"  # a file beside a shard that could not be downloaded, which says why
-_STARTS = 20
+_CLAIMS = 20
 _LOCK_TICK = 0.001  # seconds between looks at the lock of the workers' barrier, which is held for microseconds
 _UNREADABLE = 255  # a state of a shard beside streaming's: its download has failed for good, in any process of the node
 
@@ -179,15 +181,9 @@ class CheckedDataset(StreamingDataset):
         self._failure: Exception | None = None
         given: dict[str, Any] = {"split": split, "download_retry": download_retry, "download_timeout": download_timeout}
         given |= {"validate_hash": validate_hash, "keep_zip": keep_zip, **kwargs}
-        for attempt in reversed(range(_STARTS)):
-            try:
-                places = (streams or {"": {"remote": remote, "local": local}}).values()
-                with closed_after_looking():
-                    super().__init__(streams=[CheckedStream(**place) for place in places], **given)
-                break
-            except FileExistsError as error:  # another program took the same number in shared memory meanwhile
-                if not attempt or "_locals" not in str(error):
-                    raise
+        places = (streams or {"": {"remote": remote, "local": local}}).values()
+        with shared_numbers():
+            super().__init__(streams=[CheckedStream(**place) for place in places], **given)
 
     def shard_name(self, shard_id: int) -> str:
         """Where a shard comes from."""
@@ -278,6 +274,59 @@ class CheckedDataset(StreamingDataset):
             it.ready_index = it.yield_index
         it.on_exit()
         self._raise_failure()
+
+
+@contextmanager
+def shared_numbers() -> Iterator[None]:
+    """Let data sets that are opened meanwhile get their number in shared memory from :func:`_claim_number`."""
+    theirs = streaming_dataset.get_shm_prefix
+    streaming_dataset.get_shm_prefix = _claim_number
+    try:
+        yield
+    finally:
+        streaming_dataset.get_shm_prefix = theirs
+
+
+def _claim_number(
+    streams_local: list[str], streams_remote: list[str | None], world: World, retry: int = 100
+) -> tuple[int, SharedMemory]:
+    """A number in shared memory that no other data set of the node has, and the memory that says so.
+
+    Streaming lets each rank look for one by itself. When another program takes it meanwhile, one rank fails and the
+    others wait for it for ever. Here the first rank of a node takes one, and all ranks learn of it, or of its failure.
+    """
+    prefix._check_self(streams_local)
+    number, memory, failure = -1, None, None
+    if world.is_local_leader:
+        try:
+            number, memory = _take_number(streams_local, streams_remote, retry)
+        except (ValueError, OSError) as error:
+            failure = one_line(error)
+    mine = (world.node if world.is_local_leader else None, number, failure)
+    found = [mine]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        found = [mine] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, mine)
+    failures = [failure for _, _, failure in found if failure is not None]
+    if failures:
+        raise DataError(failures[0])
+    number = next(number for node, number, _ in found if node == world.node)
+    return number, memory or SharedMemory(prefix._get_path(number, LOCALS), False)
+
+
+def _take_number(streams_local: list[str], streams_remote: list[str | None], retry: int) -> tuple[int, SharedMemory]:
+    with closed_after_looking():
+        for _ in range(_CLAIMS):
+            looks = (prefix._check_and_find_retrying(streams_local, streams_remote, n, retry) for n in SHM_TO_CLEAN)
+            number = max(looks)
+            data = prefix._pack_locals(streams_local, number)
+            try:
+                memory = SharedMemory(prefix._get_path(number, LOCALS), True, len(data))
+            except FileExistsError:  # another program took it meanwhile
+                continue
+            memory.buf[: len(data)] = data
+            return number, memory
+    raise FileExistsError(f"no number in shared memory could be had in {_CLAIMS} attempts")
 
 
 @contextmanager

@@ -99,8 +99,10 @@ def check_parts(recipe: TrainConfig, where: str = "") -> None:
     if recipe.init_from is not None:
         with one_line_errors(f"{where}init_from={recipe.init_from}"):
             find_weights(recipe.init_from)
-    if recipe.load_path is not None and "://" not in recipe.load_path and not Path(recipe.load_path).exists():
-        raise ValueError(f"{where}load_path={recipe.load_path}: there is no such checkpoint.")
+    if recipe.load_path is not None:
+        is_plain = "://" not in recipe.load_path and "{" not in recipe.load_path  # Composer fills in {rank}
+        if is_plain and not Path(recipe.load_path).exists():
+            raise ValueError(f"{where}load_path={recipe.load_path}: there is no such checkpoint.")
 
 
 def check_parallelism(recipe: TrainConfig) -> None:

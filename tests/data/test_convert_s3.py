@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from fault_proxy import Fault, FaultProxy
 from PIL import Image
+from s3_server import s3_server
 from streaming import StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
 
@@ -34,24 +35,10 @@ def jpeg() -> bytes:
     return buffer.getvalue()
 
 
-def start_server(bucket: str) -> tuple[subprocess.Popen[str], dict[str, str]]:
-    command = [sys.executable, str(SCRIPTS / "local_s3.py"), f"bucket={bucket}"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    environment: dict[str, str] = {}
-    assert server.stdout is not None
-    while (line := server.stdout.readline()).startswith("export "):
-        name, _, value = line.removeprefix("export ").strip().partition("=")
-        environment[name] = value
-    assert line.startswith("# s3://"), line
-    return server, environment
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[dict[str, str]]:
-    running, environment = start_server("captions")
-    yield environment
-    running.terminate()
-    assert running.wait(10) == 0
+    with s3_server("captions") as environment:
+        yield environment
 
 
 @pytest.fixture

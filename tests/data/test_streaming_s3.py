@@ -14,6 +14,7 @@ import pytest
 from conftest import small_lm
 from fault_proxy import Fault, FaultProxy
 from omegaconf import OmegaConf
+from s3_server import s3_server
 from shrunken import ROOT, losses
 from streaming import MDSWriter
 
@@ -42,19 +43,10 @@ SECRETS = {
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """Address of an S3 server with a bucket ``captions``; the environment says how to reach it."""
-    command = [sys.executable, str(ROOT / "scripts/local_s3.py"), "bucket=captions"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert running.stdout is not None
-    values = {}
-    while (line := running.stdout.readline()).startswith("export "):
-        name, value = line.removeprefix("export ").strip().split("=", 1)
-        values[name] = value
-    with pytest.MonkeyPatch.context() as patch:
+    with s3_server("captions") as values, pytest.MonkeyPatch.context() as patch:
         for name, value in {**values, **SECRETS}.items():
             patch.setenv(name, value)
         yield values["S3_ENDPOINT_URL"]
-    running.terminate()
-    running.wait(10)
 
 
 @pytest.fixture(scope="module")
