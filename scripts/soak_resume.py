@@ -18,6 +18,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 300  # seconds for a run that takes 30 on two cores
 TIMED = ("time/", "throughput/")  # the metrics that are not the same twice
 RECIPE = [
     "data.train_samples=64",
@@ -91,7 +92,7 @@ def soak(folder: Path, kills: int, seed: int) -> int:
     process = start(undisturbed)
     _wait_for_output(undisturbed, 0)
     began = time.monotonic()
-    _finish(process, undisturbed)
+    _finish(process, undisturbed, PATIENCE)
     work = time.monotonic() - began
     expected = metrics(undisturbed)
     moments = random.Random(seed)
@@ -105,7 +106,7 @@ def soak(folder: Path, kills: int, seed: int) -> int:
             if killed < kills:
                 _wait_for_output(run, written)
                 process.wait(moments.random() * work)
-            _finish(process, run)
+            _finish(process, run, PATIENCE + 10 * work)
         except subprocess.TimeoutExpired:
             kill(process)
             killed += 1
@@ -124,11 +125,14 @@ def _wait_for_output(folder: Path, written: int) -> None:
         time.sleep(0.05)
 
 
-def _finish(process: subprocess.Popen[bytes], folder: Path) -> None:
-    if process.wait() != 0:
-        raise RuntimeError(
-            f"the run in {folder} ended with {process.returncode}: {_last_line(folder)}; see log.txt there"
-        )
+def _finish(process: subprocess.Popen[bytes], folder: Path, seconds: float) -> None:
+    try:
+        code: int | str = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        code = f"nothing after {seconds:.0f} s, and was killed"
+    if code != 0:
+        raise RuntimeError(f"the run in {folder} ended with {code}: {_last_line(folder)}; see log.txt there")
 
 
 def _last_line(folder: Path) -> str:

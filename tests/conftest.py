@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from composer.utils import reproducibility
+from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from composer_prior import LVLM, ComposerLVLM, ReferenceLM, StreamingCaptionDataset
 from composer_prior.data.captions import caption_data_spec
 from composer_prior.data.emoji_scenes import make_emoji_scenes, make_sample
-from composer_prior.data.streams import closed_after_looking
+from composer_prior.data.streams import closed_after_looking, shared_numbers
 from composer_prior.data.tokenizer import train_tokenizer
 from composer_prior.models.lvlm import build_projector
 from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding
@@ -27,13 +28,17 @@ torch.set_num_threads(1)  # the models here are too small to share among cores
 _files, _most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (max(_files, min(_most_files, 16384)), _most_files))  # many data sets
 
+settings.register_profile("repeatable", derandomize=True)  # pytest --hypothesis-profile=default draws others each time
+settings.load_profile("repeatable")
+
 FAMILIES = ("encoder", "patches")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def closed_shared_memory() -> Iterator[None]:
-    """For the data sets of plain streaming too: a few hundred in one process run out of file descriptors."""
-    with closed_after_looking():
+def shared_memory() -> Iterator[None]:
+    """For the data sets of plain streaming too: a few hundred in one process run out of file descriptors, and those of
+    two processes take each other's number."""
+    with shared_numbers(), closed_after_looking():
         yield
 
 

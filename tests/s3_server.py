@@ -13,13 +13,18 @@ SCRIPT = Path(__file__).parents[1] / "scripts/local_s3.py"
 def s3_server(bucket: str) -> Iterator[dict[str, str]]:
     """Run a server with an empty bucket; the environment that leads to it."""
     command = [sys.executable, str(SCRIPT), f"bucket={bucket}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as running:
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert running.stdout is not None
+    try:
         environment = {}
-        assert running.stdout is not None
         while (line := running.stdout.readline()).startswith("export "):
             name, value = line.removeprefix("export ").strip().split("=", 1)
             environment[name] = value
         assert line.startswith("# s3://"), line
         yield environment
         running.terminate()
-        assert running.wait(10) == 0
+        assert running.wait(60) == 0
+    finally:  # of a test that failed, too: it would wait for the server, and the server for it
+        running.kill()
+        running.wait()
+        running.stdout.close()

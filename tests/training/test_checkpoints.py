@@ -16,7 +16,7 @@ from composer_prior.training.checkpoints import LATEST_NAME, check_checkpoint, m
 from composer_prior.training.run import train
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from soak_resume import soak
+from soak_resume import kill, soak
 
 
 @pytest.fixture(scope="module")
@@ -123,17 +123,19 @@ def test_sigterm_saves_and_says_where_the_run_resumes(copied):
     composer = str(Path(sys.executable).with_name("composer"))
     command = [composer, str(ROOT / "train.py"), str(ROOT / "yamls/prior_vit.yaml"), *SHRUNKEN, *VIT]
     command += ["max_duration=100000ba", "save_interval=100000ba", "autoresume=true"]
-    process = subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    metrics = Path("runs/prior_vit/metrics.jsonl")
-    for _ in range(1200):
-        if metrics.exists() and metrics.read_text().count("\n") > 3:
-            break
-        time.sleep(0.1)
-        assert process.poll() is None, process.stdout.read()
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    printed, metrics = Path("printed.txt"), Path("runs/prior_vit/metrics.jsonl")
+    with printed.open("w") as out:
+        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=out, stderr=out)
+    try:
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            assert process.poll() is None, printed.read_text()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        process.wait(120)
+    finally:
+        if process.poll() is None:
+            kill(process)
+    output = printed.read_text()
     assert "was stopped by SIGTERM after batch" in output
     assert "goes on from there" in output
     assert "[rank0]: Traceback" not in output  # the launcher prints one of its own
