@@ -29,7 +29,7 @@ import xxhash
 from omegaconf import OmegaConf
 from PIL import Image
 
-from composer_prior.data.convert import convert_captions
+from composer_prior.conversion.convert import convert_captions
 
 DEFAULTS = {"images": 8192, "rounds": 7, "processes": 2, "own_tables": False, "folder": None, "out": None}
 

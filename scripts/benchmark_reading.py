@@ -29,11 +29,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from composer_prior.data.captions import CaptionCollator, StreamingCaptionDataset, caption_data_spec
-from composer_prior.data.convert import convert_captions
+from composer_prior.conversion.convert import convert_captions
+from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, ImageInputs
+from composer_prior.data.captions import StreamingCaptionDataset, caption_data_spec
 from composer_prior.data.tokenizer import train_tokenizer
-from composer_prior.models.head import IGNORE_INDEX
-from composer_prior.models.vision import ImageInputs, patch_inputs
+from composer_prior.models.vision import patch_inputs
 
 DEFAULTS = {"images": 2048, "rounds": 15, "workers": 2, "batch": 64, "side": 224, "folder": None, "out": None}
 

@@ -25,7 +25,7 @@ import numpy as np
 from omegaconf import OmegaConf
 from streaming.base.batching import generate_work
 
-from composer_prior.data.mds_shard import ShardWriter
+from composer_prior.data.mds import ShardWriter
 from composer_prior.data.streams import CheckedDataset
 
 DEFAULTS = {"largest": 6, "shards": 5, "image_bytes": 200, "caption_tokens": 40, "out": None}

@@ -13,9 +13,10 @@ import torch
 from tokenizers import decoders, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from composer_prior.data.captions import encode_caption
-from composer_prior.models.head import IGNORE_INDEX, labelled_nll
-from composer_prior.models.language import bos_id, build_language_model, head_of, last_hidden_states
+from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.data.tokenizer import bos_id, encode_caption
+from composer_prior.models.head import labelled_nll
+from composer_prior.models.language import build_language_model, head_of, last_hidden_states
 
 CAPTIONS = (
     "A brown dog runs across a green field with a red ball in its mouth.",

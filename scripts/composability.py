@@ -35,11 +35,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from composer_prior import LVLM, PRIOR, ComposerLVLM, ReferenceLM, StreamingCaptionDataset
+from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.captions import caption_data_spec
-from composer_prior.data.emoji_scenes import make_emoji_scenes, make_sample
 from composer_prior.data.tokenizer import train_tokenizer
-from composer_prior.models.head import IGNORE_INDEX
-from composer_prior.models.lvlm import build_projector
+from composer_prior.emoji_scenes.writing import make_emoji_scenes, make_sample
+from composer_prior.models.projector import build_projector
 from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding
 
 CARD = Path(__file__).parents[1] / "composer_prior/algorithms/prior/README.md"

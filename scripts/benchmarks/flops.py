@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.models.head import IGNORE_INDEX
 
 
 def lm_forward(lm: PreTrainedModel, lengths: Tensor) -> float:

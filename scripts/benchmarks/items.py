@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from composer_prior.algorithms.prior import PRIOR
-from composer_prior.data.captions import CaptionCollator, StreamingCaptionDataset, caption_data_spec
+from composer_prior.data.batch import CaptionCollator
+from composer_prior.data.captions import StreamingCaptionDataset, caption_data_spec
 from composer_prior.models.head import labelled_nll, weighted_mean
 from composer_prior.models.language import head_of, last_hidden_states
 from composer_prior.models.reference import ReferenceLM

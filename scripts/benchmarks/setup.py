@@ -22,10 +22,10 @@ from transformers import (
 )
 from transformers import Trainer as HuggingFaceTrainer
 
-from composer_prior.data.captions import count_tokens
+from composer_prior.data.batch import IGNORE_INDEX, count_tokens
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.models.head import IGNORE_INDEX
-from composer_prior.models.lvlm import LVLM, build_projector
+from composer_prior.models.lvlm import LVLM
+from composer_prior.models.projector import build_projector
 from composer_prior.models.vision import OpenCLIPTower
 
 from .measure import Stamps

@@ -17,18 +17,11 @@ from streaming import StreamingDataset
 from torch.utils.data import DataLoader
 
 from composer_prior import StreamingCaptionDataset
-from composer_prior.data.captions import BadSampleError, CaptionCollator
-from composer_prior.data.scores import (
-    Scores,
-    ScoresCard,
-    ScoresError,
-    ScoresWriter,
-    decode_logprobs,
-    encode_logprobs,
-    open_scores,
-)
+from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator
+from composer_prior.data.captions import BadSampleError
+from composer_prior.data.scores import Scores, ScoresCard, ScoresError, decode_logprobs, encode_logprobs, open_scores
 from composer_prior.data.tokenizer import train_tokenizer
-from composer_prior.models.head import IGNORE_INDEX
+from composer_prior.scoring.writer import ScoresWriter
 
 # A process never gives back what a StreamingDataset takes of it, so that the tests share one where they can.
 REFERENCE = {"path": "there", "config": "c0", "weights": "w0", "tokenizer": "t0"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from shrunken import ROOT, SHRUNKEN, VIT, losses, recipe
+from common.recipes import ROOT, SHRUNKEN, VIT, losses, recipe
 
 from composer_prior.training.checkpoints import LATEST_NAME, check_checkpoint, mend_checkpoints
 from composer_prior.training.run import train

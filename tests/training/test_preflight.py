@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from common.data import write_tiles
+from common.recipes import ROOT, SHRUNKEN, VIT, recipe
 from composer.utils import dist
-from shrunken import ROOT, SHRUNKEN, VIT, recipe
-from small_data import write_tiles
 
 from composer_prior.training import run
 from composer_prior.training.preflight import check_parts

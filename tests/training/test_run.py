@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.recipes import ROOT, SHRUNKEN, VIT, losses, recipe
 from composer.core import Callback
 from safetensors.torch import load_file
-from shrunken import ROOT, SHRUNKEN, VIT, losses, recipe
 
 from composer_prior.registry import register
 from composer_prior.training.config import load_recipe
