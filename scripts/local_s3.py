@@ -4,8 +4,6 @@ It listens on the loopback interface only, keeps everything in memory, prints th
 it, and ends with Ctrl-C or when the process that started it has ended.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -9,8 +9,6 @@ A full check and decoding are one function, so they agree on every image. What a
 the image: where orientation, transparency or other metadata make no sense, the pixels are taken as they stand.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re
@@ -22,16 +20,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image, ImageOps
-
-__all__ = [
-    "IMAGE_FORMATS",
-    "MAX_ASPECT_RATIO",
-    "MAX_IMAGE_PIXELS",
-    "ImageError",
-    "check_image",
-    "decode_rgb",
-    "reencode_image",
-]
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_IMAGE_PIXELS = 89_478_485

@@ -3,8 +3,6 @@
 Reading goes through streaming. A data set with a column that would run code when decoded (``pkl``) is refused.
 """
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import html
@@ -28,8 +26,6 @@ from composer_prior.data.images import IMAGE_FORMATS, ImageError, decode_rgb
 from composer_prior.data.messages import one_line, say
 from composer_prior.data.storage import is_remote
 from composer_prior.options import options_of, parse_options
-
-__all__ = ["CaptionReport", "Shade", "inspect_captions", "sample_card", "samples_page"]
 
 Shade = tuple[str, float | None]
 """A piece of a caption and how strongly to shade it: 1.0 is an average weight, ``None`` stands for no weight."""

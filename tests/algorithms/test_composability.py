@@ -35,7 +35,7 @@ from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.captions import decode_image
 from composer_prior.data.streams import CheckedDataset
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "composability.py"
+SCRIPT = Path(__file__).parents[2] / "tools" / "composability.py"
 
 
 def load_script():

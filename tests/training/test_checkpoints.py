@@ -15,7 +15,7 @@ from common.recipes import ROOT, SHRUNKEN, VIT, losses, recipe
 from composer_prior.training.checkpoints import LATEST_NAME, check_checkpoint, mend_checkpoints
 from composer_prior.training.run import train
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "tools"))
 from soak_resume import kill, soak
 
 
@@ -115,7 +115,7 @@ def test_a_finished_run_is_reported_again(copied, capsys):
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
-    """A short soak; scripts/soak_resume.py kills 20 times."""
+    """A short soak; tools/soak_resume.py kills 20 times."""
     assert soak(tmp_path, kills=2, seed=1) == 0
 
 

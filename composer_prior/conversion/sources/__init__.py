@@ -21,8 +21,6 @@ damaged in a file that goes on behind it is rejected by itself. Links in the fol
 real folder once; a path that a list names must lead to a file below the source or below ``images=``.
 """
 
-from __future__ import annotations
-
 from composer_prior.conversion.sources.base import (
     FORMS,
     SPANS,

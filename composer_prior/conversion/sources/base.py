@@ -1,7 +1,5 @@
 """What all sources have in common: their records, their options, and how columns are found."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -84,7 +82,7 @@ class BadFile(Rejected):
     count: int | None = None
 
     @classmethod
-    def of(cls, name: str, detail: str, count: int | None = None) -> BadFile:
+    def of(cls, name: str, detail: str, count: int | None = None) -> "BadFile":
         """One that cannot be read at all."""
         return cls(name, "unreadable file", name, detail, count)
 

@@ -1,7 +1,5 @@
 """Files that are not what they should be, told by their first and last bytes."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import lzma

@@ -1,7 +1,5 @@
 """A Hugging Face dataset saved with ``save_to_disk``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +38,7 @@ class HFSource:
     form: str = field(default="hf", init=False)
 
     @classmethod
-    def open(cls, path: Path, options: SourceOptions) -> HFSource:
+    def open(cls, path: Path, options: SourceOptions) -> "HFSource":
         data = _load_saved(path, options.split)
         image = pick(data.column_names, options.image_column, IMAGE_COLUMNS, "image_column", str(path))
         caption = pick(data.column_names, options.caption_column, CAPTION_COLUMNS, "caption_column", str(path))

@@ -1,7 +1,5 @@
 """Image files that really lie within the folders they may be read from."""
 
-from __future__ import annotations
-
 import os
 import re
 import stat

@@ -1,7 +1,5 @@
 """Lines and rows of text files as people have them: any line ends, marked UTF-16, quotes that never close."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 import io

@@ -1,7 +1,5 @@
 """A file of captions beside a folder of images: JSONL, CSV, TSV, a JSON array (LLaVA's too), COCO captions."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -50,7 +48,7 @@ class ListSource:
     total: int | None = None
 
     @classmethod
-    def open(cls, file: Path, form: str, options: SourceOptions) -> ListSource:
+    def open(cls, file: Path, form: str, options: SourceOptions) -> "ListSource":
         problem = _problem(file)
         if problem:
             raise SourceError(f"{file}: {problem}.")
@@ -191,7 +189,7 @@ def _json_array(path: Path, chunk: int = 1 << 20) -> Iterator[Any]:
     """The items of a JSON array, read a piece at a time; a bad file where it ends as none, or goes on behind its end,
     which counts as so many items as what is left would hold of the size of those before."""
 
-    def bad(detail: str) -> BadFile:
+    def bad(detail: str) -> "BadFile":
         read = file.buffer.tell() - len(buffer) + position  # type: ignore[attr-defined]
         count = max(1, round((path.stat().st_size - read) * number / max(1, read)))
         return BadFile(path.name, "malformed JSON", path.name, detail, count, estimated=True)

@@ -1,7 +1,5 @@
 """Parquet files, and what they share with saved Hugging Face datasets: rows of Arrow."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,7 +46,7 @@ class ParquetSource:
         return self.root.resolve()
 
     @classmethod
-    def open(cls, root: Path, files: list[Path], options: SourceOptions) -> ParquetSource:
+    def open(cls, root: Path, files: list[Path], options: SourceOptions) -> "ParquetSource":
         parquet, arrow = load("pyarrow.parquet"), load("pyarrow")
         bad: list[BadFile] = []
         for file in files:

@@ -1,7 +1,5 @@
 """What form a source has, from the names and beginnings of its files."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Iterator

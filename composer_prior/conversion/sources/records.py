@@ -1,7 +1,5 @@
 """What the fields of an entry mean, in whichever form it came: its one image, its captions, LLaVA's conversations."""
 
-from __future__ import annotations
-
 import base64
 import codecs
 import json

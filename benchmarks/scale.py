@@ -1,4 +1,4 @@
-"""What grows with the data: ``python scripts/benchmark_scale.py [largest=6] [shards=5] [out=scale.json]``.
+"""What grows with the data: ``python -m benchmarks.scale [largest=6] [shards=5] [out=scale.json]``.
 
 Three tables. In the first, data sets of 10^3 … 10^``largest`` samples with tiny images are written, opened, put in
 order for an epoch and read. In the second, there is an index alone, of 10^2 … 10^``shards`` shards with 1,000 samples
@@ -7,8 +7,6 @@ From the second table follow the costs of one shard and of one sample, and with 
 counts, for caches of several sizes, how often a shard is downloaded in an epoch: a cache that evicts the shard read
 least recently, under the order that streaming makes.
 """
-
-from __future__ import annotations
 
 import json
 import resource

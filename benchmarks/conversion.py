@@ -1,4 +1,4 @@
-"""Conversion speed against copying: ``python scripts/benchmark_convert.py [images=8192] [rounds=7] [processes=2] …``.
+"""Conversion speed against copying: ``python -m benchmarks.conversion [images=8192] [rounds=7] [processes=2] …``.
 
 Four things take turns on the same synthetic photographs of about 100 kB, on the same disk: a conversion with the
 default check, one with ``check=full``, a copy of the files with a checksum of each, and the same copy into files of
@@ -8,8 +8,6 @@ that one program made share their tables, which the default check decodes once; 
 own. Nothing is deleted before the end (ext4 is several times slower at making files where it has just deleted some), so
 the disk has to hold the images 4 * rounds + 1 times.
 """
-
-from __future__ import annotations
 
 import io
 import json

@@ -1,6 +1,6 @@
 """Kill a run with SIGKILL at random moments until it has finished, and compare its metrics with a run never killed.
 
-``python scripts/soak_resume.py [kills=20] [seed=0] [folder=...]`` runs ``prior_vit.yaml``, shrunken, from nothing:
+``python tools/soak_resume.py [kills=20] [seed=0] [folder=...]`` runs ``prior_vit.yaml``, shrunken, from nothing:
 data, tokenizer, reference, scores and LVLM, with a checkpoint after each batch. Kills fall at random moments of it all.
 """
 

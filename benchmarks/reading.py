@@ -1,4 +1,4 @@
-"""Reading with decoding against plain PyTorch: ``python scripts/benchmark_reading.py [images=2048] [workers=2] …``.
+"""Reading with decoding against plain PyTorch: ``python -m benchmarks.reading [images=2048] [workers=2] …``.
 
 Two loaders take turns on the same synthetic photographs of about 100 kB: ours, from MDS shards, and a plain PyTorch
 ``Dataset`` with Pillow, from one file for each image. Both shuffle, decode, tokenize the caption, resize to the same
@@ -6,8 +6,6 @@ size and collate to the same batches, with as many worker processes; only where 
 start before the clock does, and a warm page cache serves all reading. The processor time of the program and its workers
 stands beside the speed: other programs on the machine disturb it less.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -24,11 +22,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import psutil
 import torch
-from benchmark_convert import make_source
 from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.conversion import make_source
 from composer_prior.conversion.convert import convert_captions
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, ImageInputs
 from composer_prior.data.captions import StreamingCaptionDataset, caption_data_spec

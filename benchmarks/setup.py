@@ -22,13 +22,13 @@ from transformers import (
 )
 from transformers import Trainer as HuggingFaceTrainer
 
+from benchmarks.measure import Stamps
 from composer_prior.data.batch import IGNORE_INDEX, count_tokens
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.lvlm import LVLM
+from composer_prior.models.matmul import use_onednn
 from composer_prior.models.projector import build_projector
 from composer_prior.models.vision import OpenCLIPTower
-
-from .measure import Stamps
 
 HIDDEN, LAYERS, VOCABULARY, BATCH, MEDIAN_CAPTION = 256, 6, 49152, 16, 25
 IMAGE_TOKENS, FIRST_WORD = 64, 16  # ids below are special
@@ -65,7 +65,7 @@ def build_ours(vocabulary: int = VOCABULARY) -> ComposerLVLM:
     torch.manual_seed(17)
     tower = OpenCLIPTower("prior-vit-tiny", layer=-1)
     lm = build_lm(vocabulary)
-    return ComposerLVLM(LVLM(tower, build_projector("mlp", tower.width, HIDDEN), lm, build_tokenizer()))
+    return use_onednn(ComposerLVLM(LVLM(tower, build_projector("mlp", tower.width, HIDDEN), lm, build_tokenizer())))
 
 
 def build_llava(ours: ComposerLVLM) -> LlavaForConditionalGeneration:
