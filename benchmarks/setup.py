@@ -24,6 +24,7 @@ from transformers import Trainer as HuggingFaceTrainer
 
 from benchmarks.measure import Stamps
 from composer_prior.data.batch import IGNORE_INDEX, count_tokens
+from composer_prior.data.tokenizer import add_image_tokens
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.lvlm import LVLM
 from composer_prior.models.matmul import use_onednn
@@ -39,7 +40,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """Special tokens alone: the captions of the benchmarks are ids."""
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
     vocabulary = {token: i for i, token in enumerate(special.values())}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "<unk>")), **special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "<unk>")), **special)
+    add_image_tokens(tokenizer)
+    return tokenizer
 
 
 def build_lm(vocabulary: int = VOCABULARY, layers: int = LAYERS) -> PreTrainedModel:

@@ -26,8 +26,18 @@ class MetricsFile(LoggerDestination):
         self.path = Path(path)
         self._record: dict[str, Any] = {}  # of the current step
         self._start = 0  # where its line begins in the file
+        self._found = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        self._find_place(state)
+
+    def eval_standalone_start(self, state: State, logger: Logger) -> None:
+        if not self._found:  # a finished run that is evaluated again
+            self._find_place(state)
+
+    def _find_place(self, state: State) -> None:
+        """Where the file goes on; what lies behind is dropped."""
+        self._found = True
         if dist.get_global_rank() != 0:
             return
         done = int(state.timestamp.batch)
@@ -66,7 +76,7 @@ class MetricsFile(LoggerDestination):
 
     def _write(self) -> int:
         """Write the line of the current step, again if it was there, and return where the next one begins."""
-        if not self._record or not self.path.is_file():
+        if not self._record or not self._found or not self.path.is_file():
             return self._start
         with self.path.open("r+") as file:
             file.seek(self._start)

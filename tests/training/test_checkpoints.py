@@ -1,5 +1,6 @@
 """Killed, preempted and foreign runs: what is taken for a checkpoint, and what is refused."""
 
+import json
 import os
 import shutil
 import signal
@@ -110,7 +111,11 @@ def test_a_run_that_starts_anew_replaces_the_one_before(copied):
 
 
 def test_a_finished_run_is_reported_again(copied, capsys):
+    metrics = (copied.parent / "metrics.jsonl").read_text().splitlines()
     train(recipe("reference", "autoresume=true"))
+    again = (copied.parent / "metrics.jsonl").read_text().splitlines()
+    assert again[:-1] == metrics[:-1]
+    assert json.loads(again[-1])["metrics/eval/loss"] == json.loads(metrics[-1])["metrics/eval/loss"]
     assert "reference has finished already" in capsys.readouterr().out
 
 

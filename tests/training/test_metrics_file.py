@@ -53,3 +53,24 @@ def test_half_a_line_is_none(tmp_path):
     path.write_text('{"batch": 0, "loss": 1.0}\n{"batch": 1, "lo')
     MetricsFile(path).fit_start(at(1), None)
     assert lines(path) == [{"batch": 0, "loss": 1.0}]
+
+
+def test_a_finished_run_that_is_evaluated_again_keeps_its_steps(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first_run(path)
+    before = lines(path)
+    metrics = MetricsFile(path)
+    metrics.eval_standalone_start(at(4), None)
+    metrics.log_metrics({"metrics/eval/loss": 2.0}, 4)
+    metrics.close(at(4), None)
+    assert lines(path) == [*before[:4], {**before[4], "metrics/eval/loss": 2.0}]
+
+
+def test_what_never_began_writes_nothing(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first_run(path)
+    before = path.read_text()
+    metrics = MetricsFile(path)
+    metrics.log_metrics({"loss": 9.0}, 0)
+    metrics.close(at(0), None)
+    assert path.read_text() == before
