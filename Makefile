@@ -16,6 +16,7 @@ lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # uv installs what pip would, several times faster; constraints.txt holds versions that are known to work together.
 $(ENVIRONMENT): pyproject.toml constraints.txt

@@ -50,8 +50,7 @@ RECIPE = [
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
     """The same command every time, in a process group of its own, writing to ``log.txt``."""
-    composer = str(Path(sys.executable).with_name("composer"))
-    command = [composer, str(ROOT / "train.py"), str(ROOT / "yamls/prior_vit.yaml"), *RECIPE]
+    command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "yamls/prior_vit.yaml"), *RECIPE]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = (folder / "log.txt").open("ab")
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -69,7 +68,7 @@ def metrics(folder: Path) -> dict[str, list[dict[str, float]]]:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL the launcher and all it has started; each rank leads a group of its own."""
+    """SIGKILL a program and all it has started; under the launcher each rank leads a group of its own."""
     import psutil
 
     family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]

@@ -37,13 +37,19 @@ def locked(file: Path, seconds: float = -1, waiting: Callable[[], None] = lambda
     Raises:
         TimeoutError: if another process holds it for longer.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        waiting()
-        lock.acquire(timeout=seconds)
+    patience: float = 0
+    while not lock.is_locked:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=patience)
+        except FileNotFoundError:  # who held it has removed the folder
+            continue
+        except Timeout:
+            if patience == seconds:
+                raise
+            waiting()
+            patience = seconds
     try:
         yield
     finally:

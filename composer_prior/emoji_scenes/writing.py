@@ -4,6 +4,7 @@ Each caption knows which of its characters the image determines, so that a model
 image-related and on other tokens. Sample ``i`` of a split depends on nothing but ``(seed, split, i)``.
 """
 
+import fcntl
 import io
 import itertools
 import json
@@ -12,13 +13,12 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from composer_prior.emoji_scenes.captions import write_caption
@@ -77,8 +77,7 @@ def make_emoji_scenes(
     check_drawings(CLASSES)
 
     partial = out.parent / f".{out.name}.partial"
-    partial.mkdir(parents=True, exist_ok=True)
-    with FileLock(partial / ".lock"):  # the system takes it back from a process that is killed
+    with _exclusive(partial):
         if _is_made(out, arguments):  # another process finished it while this one waited
             shutil.rmtree(partial, ignore_errors=True)
             return
@@ -129,6 +128,18 @@ def _is_made(out: Path, arguments: dict[str, int]) -> bool:
     if differing:
         raise ValueError(f"{out} was made with other arguments ({'; '.join(differing)}): {remedy}, or ask for the same")
     return True
+
+
+@contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Make a folder and hold it until the block ends or this process dies; wait while another process holds it.
+
+    The lock goes with the folder when that takes its final name, so it is one of the system and not of a path.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _write_splits(

@@ -19,7 +19,7 @@ from composer_prior.training.trainer import build_trainer, finish
 def main(arguments: Sequence[str]) -> None:
     """``train.py RECIPE [key=value ...]``: errors of the recipe and of the data end the program with one line."""
     if not arguments:
-        sys.exit("usage: composer train.py RECIPE.yaml [key=value ...]")
+        sys.exit("usage: composer-prior train RECIPE.yaml [key=value ...]; --help lists the keys")
     try:
         recipe = load_recipe(arguments[0], arguments[1:])
         for path in recipe.code_paths:

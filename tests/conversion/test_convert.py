@@ -509,7 +509,7 @@ def test_the_command_line(tmp_path, capsys):
     assert main([str(source)]) == 2
     assert "usage: SOURCE OUT [option=value ...]" in capsys.readouterr().err
     for word, message in {
-        "caption=all": "caption is not an option; did you mean captions?",
+        "caption=all": "caption is not an option. Did you mean 'captions'?",
         "captions=some": "captions='some' is not accepted: expected all or sample",
         "max_rejected=2": "max_rejected=2 is not accepted",
         "size_limit=64tb": "size_limit='64tb' is not accepted",

@@ -84,6 +84,7 @@ def write(out, captions) -> str:
 
 
 def open_data(folder: str, tokenizer: PreTrainedTokenizerFast, **arguments) -> StreamingCaptionDataset:
+    add_image_tokens(tokenizer)
     return StreamingCaptionDataset(
         local=folder,
         tokenizer=tokenizer,

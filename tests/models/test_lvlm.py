@@ -210,11 +210,15 @@ def test_embeddings_grow_for_the_image_tokens():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
+    from composer_prior.data.tokenizer import add_image_tokens
     from composer_prior.training.builders import build_lvlm
 
     plain = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>")
     config = small_lm(tokenizer_of_size(3)).config.to_dict() | {"vocab_size": 3}
+    with pytest.raises(ValueError, match=r"lacks <image> and <row>: call .*add_image_tokens"):
+        build_lvlm(tokenizer, language={"config": config}, vision={"name": "patches", "patch_size": 8, "max_side": 32})
+    add_image_tokens(tokenizer)
     model = build_lvlm(
         tokenizer, language={"config": config}, vision={"name": "patches", "patch_size": 8, "max_side": 32}
     )

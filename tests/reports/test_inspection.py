@@ -200,7 +200,8 @@ def test_unsafe_and_foreign_data_are_refused(tmp_path, capsys):
         assert error.startswith("error: ")
         assert len(error.splitlines()) == 1
     assert main([]) == 2
-    assert main([str(tmp_path), "nonsense=1"]) == 2
+    assert main([str(tmp_path), "nonsense=1"]) == 1
+    assert "nonsense is not an option. Did you mean 'seed'? Accepted: alpha" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
