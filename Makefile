@@ -7,7 +7,7 @@ ENVIRONMENT := $(VENV)/.installed
 .PHONY: train test lint clean
 
 train: $(ENVIRONMENT)
-	$(BIN)/composer train.py yamls/prior_vit.yaml
+	$(BIN)/composer-prior train yamls/prior_vit.yaml
 
 test: $(ENVIRONMENT)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -16,7 +16,7 @@ HOST = "127.0.0.1"
 
 
 def main(arguments: list[str]) -> None:
-    """Serves until told to stop.
+    """Serve until told to stop.
 
     Args:
         arguments: ``bucket=`` names a bucket to create, ``port=`` a port; 0 takes a free one.

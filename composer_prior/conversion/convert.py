@@ -39,7 +39,7 @@ _LOCK_SECONDS = 3  # the system takes a lock back when the last process of a kil
 def convert_captions(
     source: str | Path, out: str | Path, options: ConversionOptions | None = None, **overrides: Any
 ) -> ConversionSummary:
-    """Converts image-caption pairs into an MDS data set.
+    """Convert image-caption pairs into an MDS data set.
 
     The columns are ``image`` (bytes), ``caption`` (str) or ``captions`` (json, a list), and, where the source has it,
     ``image_related_spans`` (json: ``[start, end)`` character spans of the caption, or one such list for each caption;
@@ -121,7 +121,7 @@ def _sole_writer(place: Place) -> Iterator[None]:
 
 
 def _begin(place: Place, settings: dict[str, Any]) -> ConversionSummary | None:
-    """Prepares the state; the summary, if the output is complete already."""
+    """Prepare the state; the summary, if the output is complete already."""
     names = place.names()
     finished = place.read("conversion.json", names)
     if finished is not None and (names is None or "index.json" in names):
@@ -159,7 +159,7 @@ def _same_settings(place: Place, known: dict[str, Any], settings: dict[str, Any]
 
 
 def _finish(place: Place, settings: dict[str, Any], units: int, max_rejected: float) -> ConversionSummary:
-    """Puts the results of all units together; the index comes last."""
+    """Put the results of all units together; the index comes last."""
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     shards: list[dict[str, Any]] = []

@@ -24,7 +24,7 @@ _REPORT_EVERY = 32
 
 
 def convert_units(source: Source, place: Place, options: ConversionOptions) -> int:
-    """Converts every unit that is not done yet; how many units there are."""
+    """Convert every unit that is not done yet, and return how many units there are."""
     task = Task(source, place, options, source.folder)
     count = 0
 

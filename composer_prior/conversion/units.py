@@ -59,7 +59,7 @@ def digest(unit: Any) -> str:
 
 
 def convert_unit(task: Task, number: int, unit: Any, advance: Callable[[int, int], None]) -> None:
-    """Converts one unit of work: its shards go to their place, then its unit file says that they are there.
+    """Convert one unit of work: its shards go to their place, then its unit file says that they are there.
 
     Args:
         task: what is converted, and how.

@@ -257,7 +257,7 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def draw(count: int, *key: int) -> int:
-    """One of so many, a function of the key alone."""
+    """Draw a number below ``count``; the same key always draws the same one."""
     digest = hashlib.blake2b(repr(tuple(map(int, key))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % count
 

@@ -81,7 +81,7 @@ class ImageError(ValueError):
 
 
 def check_image(data: bytes, check: str = "structure") -> None:
-    """Raises unless ``data`` is an image that Pillow can decode.
+    """Raise unless ``data`` is an image that Pillow can decode.
 
     ``check="full"`` does what :func:`decode_rgb` does, and so accepts exactly what that decodes (a JPEG at an eighth of
     its size, which reads every entropy-coded bit).
@@ -128,7 +128,7 @@ def decode_rgb(data: bytes) -> Image.Image:
 
 
 def reencode_image(data: bytes, resize: int | None, reencode: str | None) -> bytes:
-    """Shrinks and encodes an image anew; returns ``data`` itself where nothing has to change.
+    """Shrink and encode an image anew; return ``data`` itself where nothing has to change.
 
     Args:
         data: the encoded image.
@@ -195,7 +195,7 @@ def _decode_once(data: bytes, shrink: bool) -> Image.Image:
 
 
 def _open(data: bytes) -> Image.Image:
-    """Reads the header, and refuses a bomb before any pixel is decoded."""
+    """Read the header, and refuses a bomb before any pixel is decoded."""
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except Exception as error:

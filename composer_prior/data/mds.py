@@ -62,7 +62,7 @@ class ShardWriter:
         self._clear()
 
     def write(self, sample: dict[str, Any]) -> None:
-        """Adds one sample, and writes the shard before it if that is full.
+        """Add one sample, and write the shard before it if that is full.
 
         Args:
             sample: a value for each column.
@@ -77,7 +77,7 @@ class ShardWriter:
         self.bytes += size + 4
 
     def finish(self) -> None:
-        """Writes the last shard; all shards are safely on the disk when this returns."""
+        """Write the last shard; all shards are safely on the disk when this returns."""
         if self.sizes:
             self._flush()
         for syncing in self._syncing:

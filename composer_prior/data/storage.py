@@ -100,7 +100,7 @@ class Place:
         return self.remote or str(self.out)
 
     def publish(self, folder: Path, names: Sequence[str]) -> None:
-        """Moves finished files from a local folder to where the output goes."""
+        """Move finished files from a local folder to where the output goes."""
         if self.out is not None:
             for name in names:
                 os.replace(folder / name, self.out / name)

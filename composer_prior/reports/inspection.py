@@ -105,7 +105,7 @@ def inspect_captions(
     samples: int = 48,
     seed: int = 0,
 ) -> CaptionReport:
-    """Reads a caption data set and describes it.
+    """Read a caption data set and describe it.
 
     Args:
         data: a folder, or a remote such as ``s3://bucket/captions``.

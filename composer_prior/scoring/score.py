@@ -54,7 +54,7 @@ class ScoreSummary:
 
 
 def score_captions(job: ScoreJob) -> ScoreSummary:
-    """Run a job to its end, on all ranks together; returns at once if its scores are there already.
+    """Run a job to its end, on all ranks together; return at once if its scores are there already.
 
     Raises:
         ScoresError: if ``out`` holds something else, or scores of something else, naming what differs.
@@ -160,7 +160,7 @@ def _score_units(
 def _without_bad(
     scores: list[NDArray[np.float32]], captions: Sequence[str], samples: range, data: StreamingCaptionDataset
 ) -> list[NDArray[np.float32]]:
-    """Empties the scores of samples that cannot be used; the loader knows them by that.
+    """Empty the scores of samples that cannot be used; the loader knows them by that.
 
     Raises:
         BadSampleError: instead of skipping, if the data set says so.

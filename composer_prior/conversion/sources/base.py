@@ -133,7 +133,7 @@ class SourceOptions:
 
 
 def expect_number(name: str, value: Any, least: float, whole: bool = True) -> None:
-    """Refuses an option that is no number of at least so much."""
+    """Refuse an option that is no number of at least so much."""
     kinds = int if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
         raise SourceError(f"{name}={value!r} is not accepted: expected a {'whole ' * whole}number of at least {least}.")

@@ -54,7 +54,7 @@ def read_image(root: Path, name: str, limit: int, *also: Path) -> bytes:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """Opens a file; a named pipe would otherwise wait for a writer."""
+    """Open a file; a named pipe would otherwise wait for a writer."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 

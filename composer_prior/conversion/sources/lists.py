@@ -275,7 +275,7 @@ def entry_record(entry: Any, key: str, where: str, options: SourceOptions) -> Re
 
 
 def _grouped(entries: Iterable[Record | Rejected]) -> Iterator[Record | Rejected]:
-    """Joins neighbouring records of the same key and image into one record with all their captions."""
+    """Join neighbouring records of the same key and image into one record with all their captions."""
 
     def same(item: Record | Rejected) -> Any:
         return (item.key, item.image) if isinstance(item, Record) else object()

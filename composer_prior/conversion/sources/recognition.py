@@ -37,7 +37,7 @@ _SUFFIXES = {
 
 
 def open_source(path: str | Path, options: SourceOptions | None = None, **overrides: Any) -> Source:
-    """Recognises the form of a source and opens it.
+    """Recognise the form of a source and open it.
 
     Args:
         path: a file or a folder, see the module's table; or a remote (``s3://`` …) with tar shards or Parquet files.

@@ -53,7 +53,7 @@ class RemoteSource:
 
     @classmethod
     def open(cls, remote: str, options: SourceOptions) -> "RemoteSource":
-        """Lists the archives of a remote, or takes the one that it names.
+        """List the archives of a remote, or take the one that it names.
 
         Raises:
             SourceError: if it cannot be listed, or holds none or both kinds.

@@ -163,7 +163,7 @@ class _Group:
         self.has_pairs = False
 
     def add(self, name: str, suffix: str, data: bytes | None, plain: bool) -> Iterator[Record | Rejected]:
-        """Takes one member in; a pair of a longer name is complete when the next name begins."""
+        """Take one member in; a pair of a longer name is complete when the next name begins."""
         key, _, last = name.rpartition(".")
         if plain or "." not in suffix:
             self.twice = self.twice or (name if suffix in self.members else "")
