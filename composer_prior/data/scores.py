@@ -313,7 +313,7 @@ def _fetch(path: str, name: str, attempts: int, seconds: float) -> bytes:
             return file.read_bytes()
     except (OSError, ScoresError) as error:
         raise ScoresError(
-            f"{path} holds no whole scores: {name} cannot be read ({error}). Run scripts/score_captions.py."
+            f"{path} holds no whole scores: {name} cannot be read ({error}). Run composer-prior score."
         ) from error
 
 

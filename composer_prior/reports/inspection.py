@@ -364,7 +364,7 @@ def _open(data: str, cache: str) -> tuple[Any, bytes]:
     remote: Any = CheckedDataset(local=cache, remote=data.rstrip("/"), batch_size=1) if is_remote(data) else None
     index = Path(data if remote is None else cache) / "index.json"
     if not index.exists():
-        raise FileNotFoundError(f"{data}: no index.json here; name a data set made by scripts/convert_captions.py.")
+        raise FileNotFoundError(f"{data}: no index.json here; name a data set made by composer-prior convert.")
     content = index.read_bytes()
     try:
         for shard in json.loads(content)["shards"]:

@@ -21,9 +21,9 @@ from composer_prior.training.prepare import job_of, prepare
 
 _OPTIONS = ("out", "loader", "batch_tokens", "unit_samples", "amp")
 _USAGE = (
-    "usage: [composer] scripts/score_captions.py RECIPE.yaml [out=...] [loader=train|eval] [batch_tokens=...] "
+    "usage: composer-prior score RECIPE.yaml [out=...] [loader=train|eval] [batch_tokens=...] "
     "[unit_samples=...] [amp=true] [key=value of the recipe ...]\n"
-    "   or: [composer] scripts/score_captions.py out=... reference=... tokenizer.name=... dataset.local=... [...]"
+    "   or: composer-prior score out=... reference=... tokenizer.name=... dataset.local=... [...]"
 )
 
 

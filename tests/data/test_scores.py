@@ -220,7 +220,7 @@ def test_unfinished_scores_are_refused(
     stored: Stored, scored: Callable[..., StreamingCaptionDataset], name: str
 ) -> None:
     (stored[0] / name).unlink()
-    with pytest.raises(ScoresError, match=rf"holds no whole scores: {name}.*Run scripts/score_captions.py"):
+    with pytest.raises(ScoresError, match=rf"holds no whole scores: {name}.*Run composer-prior score"):
         scored(stored[0])
 
 
