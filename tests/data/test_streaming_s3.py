@@ -434,7 +434,7 @@ def runs(bucket: Path, server: str, stopped: Path) -> Path:
     recipes = recipe_file(bucket, "local", local=str(bucket / "data")), recipe_file(bucket, "faults", **remote), stopped
     with FaultProxy(server, plan) as proxy:
         steps = [f"{recipe}={at}" for recipe, at in zip(recipes, (server, proxy.address, server), strict=True)]
-        code, output = launch(bucket, proxy.address, str(ROOT / "tests/common/train_each.py"), *steps)
+        code, output = launch(bucket, proxy.address, str(ROOT / "tests/common/programs/train_each.py"), *steps)
         assert code == 0, output[-3000:]
         assert_no_secrets(bucket, "faults", output, proxy.address)
     assert set(proxy.injected) == {*faults, Fault(gone=GONE)}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from common.models import FAMILIES, small_lm, small_lvlm
-from common.one_step import NORMALIZATIONS, STRATEGIES, make_samples, step_gradients
+from common.programs.one_step import NORMALIZATIONS, STRATEGIES, make_samples, step_gradients
 
 from composer_prior import ReferenceLM, importance_weights
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator
@@ -51,7 +51,7 @@ def two_ranks(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
     tokenizer.save_pretrained(folder / "tokenizer")
     tests = Path(__file__).parents[1]
-    command = [str(Path(sys.executable).with_name("composer")), "-n", "2", str(tests / "common/one_step.py")]
+    command = [str(Path(sys.executable).with_name("composer")), "-n", "2", str(tests / "common/programs/one_step.py")]
     done = subprocess.run(
         [*command, str(folder / "tokenizer"), str(folder / "gradients.pt")],
         env={**os.environ, "PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1"},

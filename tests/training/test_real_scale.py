@@ -141,6 +141,6 @@ def test_on_two_ranks_sharded(here):
 def test_on_two_ranks_sharded_in_bf16(here):
     """The precision that ships: FSDP2 lowers the weights, and captions at the end are made with them."""
     pretrained("llama2", captions_of(here))
-    check(launch(here, str(ROOT / "tests/common/bf16_train.py"), str(RECIPE), *smaller()))
+    check(launch(here, str(ROOT / "tests/common/programs/bf16_train.py"), str(RECIPE), *smaller()))
     weights, _ = _read_weights(find_weights("runs/prior_vit_l_14_336"))
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights.values())
