@@ -7,7 +7,7 @@ ENVIRONMENT := $(VENV)/.installed
 .PHONY: train test lint clean
 
 train: $(ENVIRONMENT)
-	$(BIN)/composer train.py yamls/prior_vit.yaml
+	$(BIN)/composer-prior train yamls/prior_vit.yaml
 
 test: $(ENVIRONMENT)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -16,6 +16,7 @@ lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # uv installs what pip would, several times faster; constraints.txt holds versions that are known to work together.
 $(ENVIRONMENT): pyproject.toml constraints.txt

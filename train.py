@@ -2,7 +2,7 @@
 
 import sys
 
-from composer_prior.training.run import main
+from composer_prior.cli import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(["train", *sys.argv[1:]])

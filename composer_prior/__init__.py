@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from composer_prior.models.lvlm import LVLM
     from composer_prior.models.reference import ReferenceLM
 
+__version__ = "0.1.0"
+
 _MODULES = {
     "PRIOR": "composer_prior.algorithms.prior.prior",
     "importance_weights": "composer_prior.algorithms.prior.weights",

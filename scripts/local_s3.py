@@ -4,8 +4,6 @@ It listens on the loopback interface only, keeps everything in memory, prints th
 it, and ends with Ctrl-C or when the process that started it has ended.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -18,7 +16,7 @@ HOST = "127.0.0.1"
 
 
 def main(arguments: list[str]) -> None:
-    """Serves until told to stop.
+    """Serve until told to stop.
 
     Args:
         arguments: ``bucket=`` names a bucket to create, ``port=`` a port; 0 takes a free one.

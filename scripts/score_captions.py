@@ -6,7 +6,7 @@ give ``out=… reference=… tokenizer.name=… dataset.local=…``. Killed and 
 
 import sys
 
-from composer_prior.training.score import main
+from composer_prior.cli import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(["score", *sys.argv[1:]])

@@ -12,17 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from composer.utils import reproducibility
+from common.models import FAMILIES, small_lm, small_lvlm
 from hypothesis import settings
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from composer_prior import LVLM, ComposerLVLM, ReferenceLM, StreamingCaptionDataset
+from composer_prior import ComposerLVLM, ReferenceLM, StreamingCaptionDataset
 from composer_prior.data.captions import caption_data_spec
-from composer_prior.data.emoji_scenes import make_emoji_scenes, make_sample
 from composer_prior.data.streams import closed_after_looking, shared_numbers
 from composer_prior.data.tokenizer import train_tokenizer
-from composer_prior.models.lvlm import build_projector
-from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding
+from composer_prior.emoji_scenes.writing import make_emoji_scenes, make_sample
 
 torch.set_num_threads(1)  # the models here are too small to share among cores
 _files, _most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -30,8 +28,6 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (max(_files, min(_most_files, 16384))
 
 settings.register_profile("repeatable", derandomize=True)  # pytest --hypothesis-profile=default draws others each time
 settings.load_profile("repeatable")
-
-FAMILIES = ("encoder", "patches")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -54,39 +50,6 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 600 tokens, with the image tokens."""
     return train_tokenizer((make_sample("train", i)["caption"] for i in range(200)), 600)
-
-
-def small_lm(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """A Llama of two layers with random weights large enough for its predictions to differ."""
-    reproducibility.seed_all(seed)
-    config = LlamaConfig(
-        **{
-            "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 256,
-            "initializer_range": 0.2,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            **changes,
-        }
-    )
-    return LlamaForCausalLM(config)
-
-
-def small_lvlm(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) -> ComposerLVLM:
-    """An LVLM of either family around :func:`small_lm`."""
-    lm = small_lm(tokenizer, seed, **changes)
-    width = lm.config.hidden_size
-    if family == "encoder":
-        tower: Any = OpenCLIPTower("prior-vit-tiny", image_size=24, layer=-2)
-        projector = build_projector("mlp", tower.width, width)
-    else:
-        tower, projector = PatchEmbedding(width, patch_size=16, max_side=48), None
-    return ComposerLVLM(LVLM(tower, projector, lm, tokenizer), image_related_metrics=True)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -1,1 +1,1 @@
-"""Image-caption data: streaming data sets, tokenization, the embedded data set, conversion."""
+"""What training reads: captions, streams, batches, images, tokenizers, MDS, and where files lie."""

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,19 +12,17 @@ from composer.core import DataSpec
 from PIL import Image
 from streaming import StreamingDataLoader
 from streaming.base.format.mds import MDSReader
-from tokenizers import Encoding
 from torch import Tensor
 from torchvision.datasets import VisionDataset
 from transformers import PreTrainedTokenizerBase
 
-from composer_prior.data.download import ATTEMPTS, OneLineError, one_line
-from composer_prior.data.image_bytes import ImageError, decode_rgb
+from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, ImageInputs, count_tokens
+from composer_prior.data.download import ATTEMPTS
+from composer_prior.data.images import ImageError, decode_rgb
+from composer_prior.data.messages import OneLineError, one_line
 from composer_prior.data.scores import ScoresError, index_fingerprint, open_scores
 from composer_prior.data.streams import CheckedDataset
-from composer_prior.models.head import IGNORE_INDEX
-from composer_prior.models.language import add_image_tokens, bos_id, prompt_ids
-from composer_prior.models.lvlm import stack_images
-from composer_prior.models.vision import ImageInputs
+from composer_prior.data.tokenizer import CaptionFormat, bos_id, encode_caption, image_token_ids, prompt_ids
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +45,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
     shuffled, as for validation, always draws the same.
 
     Args:
-        tokenizer: a fast Hugging Face tokenizer.
+        tokenizer: a fast Hugging Face tokenizer with the image tokens (:func:`.add_image_tokens`).
         image_processor: the one of the model's vision tower; None reads captions alone and decodes no image.
         transform: RGB image -> RGB image of any size, before the image processor; Composer's ``RandAugment``,
             ``AugMix`` and ``ColOut(batch=False)`` put theirs here.
@@ -97,7 +94,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         self.prompt_ids = prompt_ids(tokenizer, prompt)
         self.max_caption_tokens = max_caption_tokens
         self.on_bad_sample = on_bad_sample
-        self.placeholder_ids = add_image_tokens(tokenizer)
+        self.placeholder_ids = image_token_ids(tokenizer)
         self.bos_id = bos_id(tokenizer)
         # No caption may spell them, as it can where they are words of the vocabulary; an unknown word may be one.
         self.reserved_ids = {*self.placeholder_ids, self.bos_id, tokenizer.eos_token_id} - {tokenizer.unk_token_id}
@@ -105,6 +102,11 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         if scores:
             patience = {"attempts": self.streams[0].download_retry, "seconds": self.streams[0].download_timeout}
             self.scores = open_scores(scores, self, Path(self.streams[0].local, ".scores"), **patience)
+
+    @property
+    def format(self) -> CaptionFormat:
+        """How its captions become tokens."""
+        return CaptionFormat(self.tokenizer, self.prompt, self.max_caption_tokens)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -243,7 +245,7 @@ def check_scorable(data: StreamingCaptionDataset, scores: str) -> None:
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """An RGB image from the bytes of a file, see :mod:`composer_prior.data.image_bytes`.
+    """An RGB image from the bytes of a file, see :mod:`composer_prior.data.images`.
 
     Raises:
         BadSampleError: if it is of a format that is not decoded, damaged, or larger than the limit against bombs.
@@ -254,21 +256,8 @@ def decode_image(data: bytes) -> Image.Image:
         raise BadSampleError(f"the image cannot be decoded: {one_line(error)}") from error
 
 
-def encode_caption(tokenizer: PreTrainedTokenizerBase, caption: str) -> Encoding:
-    """Tokens of a caption and their offsets, with no special token among them unless it is a word of the vocabulary.
-
-    They are those of ``tokenizer(caption, add_special_tokens=False, split_special_tokens=True)``, in a fifth of the
-    time: that call spends the rest around this one.
-    """
-    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-    return backend.encode(caption, add_special_tokens=False)
-
-
 def draw(count: int, *key: int) -> int:
-    """One of so many, a function of the key alone."""
+    """Draw a number below ``count``; the same key always draws the same one."""
     digest = hashlib.blake2b(repr(tuple(map(int, key))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % count
 
@@ -284,47 +273,6 @@ def _checked_spans(spans: Any) -> Sequence[Sequence[int]]:
 def overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[Sequence[int]]) -> list[bool]:
     """Whether each token, given by its characters, shares one with a span."""
     return [any(start < span_end and span_start < end for span_start, span_end in spans) for start, end in offsets]
-
-
-@dataclass(frozen=True)
-class CaptionCollator:
-    """Make a batch of samples: sequences padded at the end, images stacked.
-
-    Args:
-        pad_token_id: fills ``input_ids``; attention and loss ignore it.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        fills = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "image_related": 0, "ref_logprobs": 0}
-        lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-        batch = {
-            key: torch.nn.utils.rnn.pad_sequence([s[key] for s in samples], batch_first=True, padding_value=fill)
-            for key, fill in fills.items()
-            if key in samples[0]
-        }
-        batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-        image_keys = [key for key in ("pixel_values", "pixel_patches") if key in samples[0]]
-        batch.update(stack_images([{key: sample[key] for key in image_keys} for sample in samples]))
-        batch["sample_id"] = torch.tensor([sample["sample_id"] for sample in samples])
-        return batch
-
-
-# Composer divides by the tokens of a step over all ranks. Where no sample could be used, this lets the loss be 0 and
-# not 0 / 0; beside any real token it is lost in rounding.
-NO_TOKENS = 1e-9
-
-
-def count_tokens(batch: Mapping[str, Tensor]) -> dict[str, float]:
-    """Tokens of a batch: ``total`` without padding, and ``loss_generating``, which is never quite 0.
-
-    The latter is a float always, since the ranks add theirs up as tensors of one type.
-    """
-    return {
-        "total": int(batch["attention_mask"].sum()),
-        "loss_generating": float((batch["labels"] != IGNORE_INDEX).sum()) or NO_TOKENS,
-    }
 
 
 def read_captions(config: Mapping[str, Any]) -> Iterator[str]:

@@ -15,6 +15,8 @@ from streaming.base.format import FileInfo
 from streaming.base.hashing import get_hash
 from streaming.base.storage.download import BOTOCORE_CLIENT_ERROR_CODES, CloudDownloader
 
+from composer_prior.data.messages import DataError, one_line
+
 _SHA3 = ("sha3_512", "sha3_384", "sha3_256", "sha3_224")
 _SHA2 = ("sha512", "sha384", "sha256", "sha224")
 STRONGEST_FIRST = (
@@ -32,18 +34,6 @@ STRONGEST_FIRST = (
 )
 ATTEMPTS = 7
 FIRST_PAUSE = 1.0  # seconds between the first two attempts; each pause is twice the one before
-
-
-class OneLineError(Exception):
-    """An error whose message is one line, also where DataLoader has put a worker's traceback around it."""
-
-    def __init__(self, message: str):
-        last = message.rstrip().rpartition("\n")[2]
-        super().__init__(last.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: "))
-
-
-class DataError(OneLineError, OSError):
-    """Data that cannot be read, named: an index, a shard."""
 
 
 def download(
@@ -148,11 +138,6 @@ def in_thread(job: Callable[[], Any]) -> "Future[None]":
 
     threading.Thread(target=run, daemon=True).start()
     return future
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error as one line, or its type."""
-    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def is_final(error: BaseException | None) -> bool:

@@ -14,9 +14,8 @@ import hashlib
 import json
 import mmap
 import os
-import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,10 +29,10 @@ from streaming.base.constant import DEFAULT_TIMEOUT
 from streaming.base.format import FileInfo
 from transformers import PreTrainedTokenizerBase
 
-from composer_prior.data.convert import Place
-from composer_prior.data.download import ATTEMPTS, DataError, check_file, download_from
-from composer_prior.data.mds_shard import ShardWriter
-from composer_prior.data.sources import is_remote
+from composer_prior.data.download import ATTEMPTS, check_file, download_from
+from composer_prior.data.mds import sample_extent
+from composer_prior.data.messages import DataError
+from composer_prior.data.storage import is_remote
 from composer_prior.data.tokenizer import tokenizer_fingerprint
 
 COLUMN = "ref_logprobs"
@@ -184,103 +183,6 @@ def _check(logprobs: NDArray[np.floating]) -> None:
         )
 
 
-# writing --------------------------------------------------------------------------------------------------------------
-
-
-class ScoresWriter:
-    """Writes scores by units of consecutive samples, in any order and from any process, to a folder or a remote.
-
-    Args:
-        out: folder, or remote such as ``s3://bucket/scores``.
-        card: what the scores belong to.
-        unit_samples: samples of a unit.
-        worker: a number of its own for each process that writes.
-    """
-
-    def __init__(self, out: str, card: ScoresCard, unit_samples: int, worker: int = 0):
-        self.card = card
-        self.unit_samples = unit_samples
-        out = os.path.expanduser(out)
-        self._temporary = tempfile.TemporaryDirectory() if is_remote(out) else None
-        self.work = Path(self._temporary.name) if self._temporary else Path(out, ".scoring", str(worker))
-        self.work.mkdir(parents=True, exist_ok=True)
-        remote = out.rstrip("/") if is_remote(out) else None
-        self.place = Place(None if remote else Path(out), remote, self.work, ATTEMPTS)
-
-    @property
-    def units(self) -> list[range]:
-        """The samples of each unit."""
-        starts = range(0, self.card.samples, self.unit_samples)
-        return [range(start, min(start + self.unit_samples, self.card.samples)) for start in starts]
-
-    def begin(self) -> dict[int, dict[str, Any]] | None:
-        """Claim the place; index entries of the units that are there already, or None if all is done.
-
-        Raises:
-            ScoresError: if scores of something else, or something else altogether, are there.
-        """
-        names = self.place.names()
-        known = self.place.read(CARD, names)
-        if known is not None:
-            ScoresCard.from_json(known, self.place.label).check(self.card, self.place.label)
-            if self.place.read(INDEX, names) is not None:
-                return None
-        elif set(names or ()) - {".scoring"} or self.place.read(INDEX, names) is not None:
-            raise ScoresError(f"{self.place.label} holds something else than scores; name an empty place.")
-        else:
-            self._put(CARD, self.card.to_json())
-        present = {name for name in names or () if re.fullmatch(r"shard\.\d+\.000\.mds", name)}
-        wanted = ((unit, self._read_entry(unit, names)) for unit in range(len(self.units)) if _shard(unit) in present)
-        return {unit: entry for unit, entry in wanted if entry is not None}
-
-    def write(self, unit: int, logprobs: Sequence[NDArray[np.floating]]) -> dict[str, Any]:
-        """Put one unit in place, whole or not at all; its entry of the index.
-
-        Args:
-            unit: number of the unit.
-            logprobs: of each of its samples, ``[tokens]``; none for a sample that cannot be used.
-        """
-        writer = ShardWriter(self.work, f"shard.{unit:05}", {COLUMN: "bytes"}, _SHARD_BYTES)
-        for values in logprobs:
-            writer.write({COLUMN: encode_logprobs(values)})
-        writer.finish()
-        (entry,) = writer.shards
-        self.place.publish(self.work, [_shard(unit)])
-        return entry
-
-    def finish(self, entries: Mapping[int, dict[str, Any]]) -> None:
-        """Write the index, from the entries of all units."""
-        shards = [entries[unit] for unit in range(len(self.units))]
-        self._put(INDEX, json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
-
-    def _read_entry(self, unit: int, names: set[str] | None) -> dict[str, Any] | None:
-        """The index entry of a shard that is there, or None if it is not whole or of another size."""
-        data = self.place.read(_shard(unit), names)
-        config = ShardWriter(self.work, "", {COLUMN: "bytes"}, _SHARD_BYTES).config
-        samples = len(self.units[unit])
-        if data is None or len(data) < 4 * (samples + 2):
-            return None
-        count, *_, end = np.frombuffer(data, np.uint32, samples + 2)
-        if count != samples or end != len(data):
-            return None
-        raw = {"basename": _shard(unit), "bytes": len(data), "hashes": {"xxh64": xxhash.xxh64(data).hexdigest()}}
-        return {"samples": samples, "raw_data": raw, "zip_data": None, **config}
-
-    def _put(self, name: str, data: bytes) -> None:
-        with open(self.work / name, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        self.place.publish(self.work, [name])
-
-
-def _shard(unit: int) -> str:
-    return f"shard.{unit:05}.000.mds"
-
-
-# reading --------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Shard:
     """One file of scores: how many samples it has, and what it must be."""
@@ -333,7 +235,7 @@ class Scores:
         """
         number = int(np.searchsorted(self.bounds, sample_id, "right")) - 1
         data = self._open(self.shards[number])
-        begin, end = np.frombuffer(data, np.uint32, 2, 4 * (1 + sample_id - int(self.bounds[number])))
+        begin, end = sample_extent(data, sample_id - int(self.bounds[number]))
         try:
             return decode_logprobs(data[begin + 4 : end])  # behind the size of the column
         except ScoresError as error:
@@ -411,7 +313,7 @@ def _fetch(path: str, name: str, attempts: int, seconds: float) -> bytes:
             return file.read_bytes()
     except (OSError, ScoresError) as error:
         raise ScoresError(
-            f"{path} holds no whole scores: {name} cannot be read ({error}). Run scripts/score_captions.py."
+            f"{path} holds no whole scores: {name} cannot be read ({error}). Run composer-prior score."
         ) from error
 
 

@@ -34,7 +34,8 @@ from streaming.base.shared.memory import SharedMemory
 from streaming.base.shuffle import algos as SHUFFLES
 from streaming.base.world import World
 
-from composer_prior.data.download import ATTEMPTS, DataError, check_file, download, one_line, patience
+from composer_prior.data.download import ATTEMPTS, check_file, download, patience
+from composer_prior.data.messages import DataError, one_line
 
 FAILED = ".failed"  # a file beside a shard that could not be downloaded, which says why
 _CLAIMS = 20

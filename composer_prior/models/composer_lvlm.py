@@ -8,7 +8,8 @@ from composer.models import ComposerModel
 from torch import Tensor
 from torchmetrics import Metric
 
-from composer_prior.models.head import IGNORE_INDEX, weighted_mean
+from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.models.head import weighted_mean
 from composer_prior.models.lvlm import LVLM
 from composer_prior.models.metrics import TokenMetric, caption_metrics
 

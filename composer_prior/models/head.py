@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.models.matmul import OneDNNLinear, matmul
 
 try:  # the extra `cuda`
     from cut_cross_entropy import linear_cross_entropy
 except ImportError:
     linear_cross_entropy = None
-
-IGNORE_INDEX = -100
 
 # Logits held at once. On a CPU a block stays in the cache and below malloc's threshold for fresh pages from the system.
 BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}

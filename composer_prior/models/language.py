@@ -1,4 +1,4 @@
-"""The language model: any Hugging Face causal LM, and the tokens that stand for an image in its input."""
+"""The language model: any Hugging Face causal LM."""
 
 import math
 from collections.abc import Callable
@@ -15,9 +15,6 @@ from transformers import (
 )
 
 from composer_prior.models.head import Head, TransformedHead
-
-IMAGE_TOKEN = "<image>"
-ROW_TOKEN = "<row>"
 
 # Names by which configurations say that the logits are scaled after the head, with the factor that each means, ...
 _SCALES: dict[str, Callable[[float], float]] = {
@@ -100,42 +97,6 @@ def _configuration(
             ) from error
     settings = {"vocab_size": len(tokenizer), **dict(config or {})}
     return AutoConfig.for_model(settings.pop("model_type", None), **settings)
-
-
-def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Ids of the image and row-separator tokens, which the tokenizer gets unless it has them.
-
-    They become special tokens, which text can be kept from spelling, where they were ordinary ones.
-    """
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    missing = [token for token in (IMAGE_TOKEN, ROW_TOKEN) if token not in special]
-    if missing:  # False: beside the special tokens that there are; transformers 4 and 5 name the argument differently
-        tokenizer.add_special_tokens({"additional_special_tokens": missing}, False)
-    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.convert_tokens_to_ids(ROW_TOKEN)
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Tokens of the text between image and caption. Whoever writes a special token there means it, as in a chat's form.
-
-    Raises:
-        ValueError: for a prompt that spells the image, whose place is fixed.
-    """
-    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    read = tokenizer.convert_ids_to_tokens(ids)
-    for token in (IMAGE_TOKEN, ROW_TOKEN):
-        if token in prompt or token in read:
-            raise ValueError(
-                f"prompt={prompt!r} spells {token}: the image stands before the prompt; leave {token} out."
-            )
-    return ids
-
-
-def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that starts every sequence: the tokenizer's own, or its end-of-sequence token."""
-    token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if token_id is None:
-        raise ValueError("The tokenizer has neither a beginning- nor an end-of-sequence token; set its eos_token.")
-    return token_id
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -1,25 +1,18 @@
 """The large vision-language model: vision tower -> projector -> causal language model."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from composer_prior.data.batch import stack_images
+from composer_prior.data.tokenizer import bos_id, image_token_ids, prompt_ids
 from composer_prior.models.head import Head, TransformedHead, label_mask, labelled_nll
-from composer_prior.models.language import (
-    add_image_tokens,
-    bos_id,
-    head_of,
-    last_hidden_states,
-    prompt_ids,
-    vocabulary_size,
-)
-from composer_prior.models.matmul import use_onednn
+from composer_prior.models.language import head_of, last_hidden_states, vocabulary_size
 from composer_prior.models.packing import enable_packing, packed_hidden_states
 
 
@@ -30,7 +23,7 @@ class LVLM(nn.Module):
         vision: an :class:`.OpenCLIPTower`, a :class:`.PatchEmbedding`, or None for a language model on text alone.
         projector: maps the tower's features to the LM's width; None when they have it.
         language: a Hugging Face causal LM whose embeddings hold the image tokens.
-        tokenizer: its tokenizer; gets the image tokens if it has none.
+        tokenizer: its tokenizer, with the image tokens (:func:`.add_image_tokens`).
         label_smoothing: share of the uniform distribution over the vocabulary in the target of training, in [0, 1);
             the outputs then have ``smoothed_nll`` too. Default: ``0.0``.
         pack: put the samples of a batch into one row for the language model, so that it computes nothing on padding;
@@ -56,8 +49,7 @@ class LVLM(nn.Module):
         self.projector = projector or nn.Identity()
         self.language = language
         self.tokenizer = tokenizer
-        self.image_token_id, self.row_token_id = add_image_tokens(tokenizer)
-        use_onednn(self)
+        self.image_token_id, self.row_token_id = image_token_ids(tokenizer)
         self.pack = pack
         if pack:
             enable_packing(language)
@@ -192,30 +184,3 @@ def _linear_part(head: Head) -> tuple[nn.Linear, float]:
             f"label_smoothing needs a linear LM head, not {type(given.module).__name__}; leave the head bare."
         )
     return given.module, given.scale
-
-
-def stack_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Batch the tensors of processed images: ``pixel_values``, or ``pixel_patches`` padded, with ``patch_mask``."""
-    if not images or not images[0]:
-        return {}
-    # In a loader's worker, default_collate writes to memory that the program shares, and so spares a copy.
-    if "pixel_values" in images[0]:
-        return {"pixel_values": default_collate([image["pixel_values"] for image in images])}
-    patches = [image["pixel_patches"] for image in images]
-    lengths = torch.tensor([len(p) for p in patches])
-    same = bool((lengths == lengths[0]).all())
-    return {
-        "pixel_patches": default_collate(patches) if same else nn.utils.rnn.pad_sequence(patches, batch_first=True),
-        "patch_mask": torch.arange(int(lengths.max())) < lengths[:, None],
-    }
-
-
-def build_projector(name: Literal["linear", "mlp"], width_in: int, width_out: int, freeze: bool = False) -> nn.Module:
-    """From the tower's width to the LM's: ``linear``, or ``mlp``, two layers with a GELU between (LLaVA-1.5)."""
-    if name == "linear":
-        projector: nn.Module = nn.Linear(width_in, width_out)
-    elif name == "mlp":
-        projector = nn.Sequential(nn.Linear(width_in, width_out), nn.GELU(), nn.Linear(width_out, width_out))
-    else:
-        raise ValueError(f"model.projector.name={name!r}: expected `linear` or `mlp`.")
-    return projector.requires_grad_(not freeze)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from composer_prior.models.head import IGNORE_INDEX
+from composer_prior.data.batch import IGNORE_INDEX
 
 Tokens = Literal["all", "image_related", "other"]
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from composer_prior.models.head import IGNORE_INDEX, target_logprobs
+from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.models.head import target_logprobs
 from composer_prior.models.language import check_head, head_of, last_hidden_states, vocabulary_size
 from composer_prior.models.matmul import use_onednn
 
@@ -27,7 +28,7 @@ class ReferenceLM:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, batch_size: int = 64):
         check_head(model)
-        self.model = use_onednn(model.eval().requires_grad_(False))
+        self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
 
@@ -35,7 +36,7 @@ class ReferenceLM:
     def from_pretrained(cls, path: str, trust_remote_code: bool = False) -> "ReferenceLM":
         """Load model and tokenizer from a folder or hub id in Hugging Face form."""
         model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code)
-        return cls(model, AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code))
+        return cls(use_onednn(model), AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code))
 
     def to(self, device: torch.device | str) -> "ReferenceLM":
         """Move the model's weights; does nothing when they are there already."""

@@ -8,7 +8,6 @@ A tower is a module with
 - ``forward(batch) -> [n, width]``: the features of every image token of the batch, in reading order.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
+from composer_prior.data.batch import IMAGE, ROW_SEPARATOR, ImageInputs
 from composer_prior.registry import did_you_mean, register
 
 open_clip.add_model_config(Path(__file__).parent / "open_clip_configs")
-
-IMAGE, ROW_SEPARATOR = 0, 1
-
-
-@dataclass(frozen=True)
-class ImageInputs:
-    """A processed image: the tensors of its batch entry, and what each of its positions in the text sequence is."""
-
-    tensors: dict[str, Tensor]
-    layout: list[int]  # IMAGE or ROW_SEPARATOR, one per position
 
 
 @register("vision", "open_clip")

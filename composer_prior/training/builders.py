@@ -9,41 +9,15 @@ from composer.core import DataSpec, Precision
 from composer.utils import ParallelismConfig, dist
 from composer.utils.parallelism import FSDP2Config
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from composer_prior import registry
 from composer_prior.data.captions import StreamingCaptionDataset, caption_data_spec
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.models.language import (
-    add_image_tokens,
-    build_language_model,
-    hidden_size,
-    language_skeleton,
-)
-from composer_prior.models.lvlm import LVLM, build_projector
+from composer_prior.models.language import build_language_model, hidden_size, language_skeleton
+from composer_prior.models.lvlm import LVLM
+from composer_prior.models.projector import build_projector
 from composer_prior.registry import register
-
-
-def build_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer ``name`` (a folder or hub id), with ``kwargs`` of ``AutoTokenizer.from_pretrained``.
-
-    It gets the image tokens here, if it has none, so that every run, reference and score of a recipe sees the same one.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config["name"], **config.get("kwargs", {}))
-    except OSError as error:
-        raise OSError(
-            f"tokenizer.name={config['name']!r} is neither a folder with a tokenizer, nor one of a hub that can be "
-            "reached."
-        ) from error
-    if not tokenizer.is_fast:
-        raise ValueError(f"tokenizer.name={config['name']!r} has no fast version, which knows a token's characters.")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"tokenizer.name={config['name']!r} has no end-of-sequence token: set tokenizer.kwargs.eos_token."
-        )
-    add_image_tokens(tokenizer)
-    return tokenizer
 
 
 @register("model", "lvlm")
@@ -59,15 +33,13 @@ def build_lvlm(
     """An LVLM; without ``vision``, a language model on the captions alone, such as the reference.
 
     Args:
-        tokenizer: gets the image tokens if it has none and there is a vision tower.
+        tokenizer: with the image tokens, as of :func:`.build_tokenizer`.
         language: arguments of :func:`.build_language_model`.
         vision: ``name`` of a vision tower and its arguments.
         projector: ``name`` (``linear`` or ``mlp``) and ``freeze``; for towers of another width than the LM's.
         label_smoothing, pack: see :class:`.LVLM`.
         image_related_metrics: see :class:`.ComposerLVLM`.
     """
-    if vision is not None:
-        add_image_tokens(tokenizer)
     lm = build_language_model(tokenizer, **language)
     return _assemble(lm, tokenizer, vision, projector, label_smoothing, pack, image_related_metrics)
 

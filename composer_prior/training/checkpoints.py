@@ -21,8 +21,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from composer_prior.data.tokenizer import tokenizer_fingerprint
-from composer_prior.models.language import add_image_tokens
+from composer_prior.data.tokenizer import add_image_tokens, tokenizer_fingerprint
 
 CHECKPOINT_NAME = "ep{epoch}-ba{batch}-rank{rank}.pt"
 LATEST_NAME = "latest-rank0.pt"

@@ -16,8 +16,8 @@ from streaming import StreamingDataLoader
 
 from composer_prior.algorithms.prior.prior import PRIOR
 from composer_prior.data.captions import StreamingCaptionDataset
-from composer_prior.data.emoji_scenes import make_emoji_scenes
 from composer_prior.data.streams import CheckedStream
+from composer_prior.emoji_scenes.writing import make_emoji_scenes
 from composer_prior.registry import register
 from composer_prior.training import builders  # noqa: F401  registers the model
 from composer_prior.training.data_wait import DataWaitMonitor

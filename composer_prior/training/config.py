@@ -1,55 +1,101 @@
-"""Recipes: YAML files with dot-list overrides, checked before anything heavy starts."""
+"""Recipes: YAML files with dot-list overrides.
 
-from collections.abc import Mapping, Sequence
+Reading one needs neither Composer nor torch, so that a key that does not exist is answered at once.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
-from composer.core import Precision, Time
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from composer_prior import registry
+from composer_prior.data.storage import is_remote
 from composer_prior.registry import did_you_mean
-from composer_prior.training import components  # noqa: F401  registers them
+
+SHIPPED = Path(__file__).parents[1] / "yamls"  # found by name where the working folder has no file of that name
+OWN_DATA = ("train", "validation")
 
 
 @dataclass
 class TrainConfig:
-    """The keys of a recipe; those that LLM Foundry has are named and mean what they do there."""
+    """The keys of a recipe; those that LLM Foundry has are named and mean what they do there.
 
+    Args:
+        train: your own captions in the place of the recipe's, a folder or remote; everything made from them follows:
+            reference, tokenizer, scores. The loaders of run and reference read them.
+        validation: likewise for validation; without it, a run on ``train`` has none.
+        run_name: names the run.
+        run_folder: where everything goes that the run writes.
+        seed: decides everything random.
+        max_duration: how long to train, such as 600ba (batches) or 2ep (epochs).
+        global_train_batch_size: samples of one optimizer step, over all ranks.
+        device_train_microbatch_size: samples; null: those of the rank at once; auto: what fits, on CUDA without fsdp2.
+        device_eval_batch_size: samples that a rank evaluates at once.
+        precision: auto is amp_bf16 on CUDA and fp32 on the CPU.
+        data: what makes the data if they are missing: a ``name`` and its arguments, or a file with them.
+        tokenizer: ``name``, a hub id or folder; ``kwargs``; ``train: {vocab_size}`` makes it if it is missing.
+        reference: the recipe of the text-only reference, which is trained first if it is missing.
+        model: a ``name`` and its arguments.
+        train_loader: ``dataset`` and the arguments of torch's DataLoader.
+        eval_loader: likewise; null: no validation.
+        eval_interval: how often to evaluate; 1dur is at the end.
+        optimizer: a ``name`` and its arguments.
+        scheduler: a ``name`` and its arguments.
+        algorithms: name: arguments, in their order; null leaves one out.
+        callbacks: name: arguments; null leaves one out.
+        loggers: name: arguments; null leaves one out.
+        save_folder: where checkpoints go; null: none are saved.
+        save_interval: how often to save a checkpoint.
+        save_num_checkpoints_to_keep: how many checkpoints stay; -1: all.
+        load_path: a checkpoint of this run, to go on from.
+        init_from: a run folder, checkpoint or model folder whose weights a new run starts from.
+        autoresume: go on from the newest whole checkpoint, if there is one.
+        parallelism_config: ``fsdp2``: its arguments; null: every rank has the whole model.
+        compile_config: arguments of torch.compile, such as {dynamic: true}.
+        code_paths: Python files to run first, which register components.
+        progress_bar: show one.
+        sample_captions: validation images captioned at the end.
+        dist_timeout: seconds that ranks wait for each other, also while data are being made.
+    """
+
+    train: str | None = None
+    validation: str | None = None
     run_name: str = MISSING
-    run_folder: str = "runs/${run_name}"  # everything the run writes
+    run_folder: str = "runs/${run_name}"
     seed: int = 17
     max_duration: str = MISSING
-    global_train_batch_size: int = MISSING  # samples of one optimizer step, over all ranks
-    device_train_microbatch_size: Any = None  # samples; null: those of the rank at once; auto: CUDA without fsdp2
+    global_train_batch_size: int = MISSING
+    device_train_microbatch_size: Any = None
     device_eval_batch_size: int = 64
-    precision: str = "auto"  # amp_bf16 on CUDA, fp32 on the CPU
-    data: dict[str, Any] | None = None  # what makes the data if they are missing: a `name` and its arguments, or a file
-    tokenizer: dict[str, Any] = MISSING  # name: hub id or folder; train: {vocab_size} makes it if missing
-    reference: dict[str, Any] | None = None  # the recipe of the text-only reference, trained first if missing
+    precision: str = "auto"
+    data: dict[str, Any] | None = None
+    tokenizer: dict[str, Any] = MISSING
+    reference: dict[str, Any] | None = None
     model: dict[str, Any] = MISSING
     train_loader: dict[str, Any] = MISSING
     eval_loader: dict[str, Any] | None = None
     eval_interval: str = "1dur"
     optimizer: dict[str, Any] = MISSING
     scheduler: dict[str, Any] = MISSING
-    algorithms: dict[str, Any] = field(default_factory=dict)  # name: arguments, in their order; null leaves one out
+    algorithms: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, Any] = field(default_factory=dict)
     loggers: dict[str, Any] = field(default_factory=dict)
-    save_folder: str | None = "${run_folder}/checkpoints"  # null: no checkpoints
+    save_folder: str | None = "${run_folder}/checkpoints"
     save_interval: str = "1000ba"
     save_num_checkpoints_to_keep: int = 2
-    load_path: str | None = None  # a checkpoint of this run, to go on from
-    init_from: str | None = None  # a run folder, checkpoint or model folder whose weights a new run starts from
+    load_path: str | None = None
+    init_from: str | None = None
     autoresume: bool = False
     parallelism_config: dict[str, Any] | None = None
-    compile_config: dict[str, Any] | None = None  # arguments of torch.compile, such as {dynamic: true}
-    code_paths: list[str] = field(default_factory=list)  # Python files to run first, which register components
+    compile_config: dict[str, Any] | None = None
+    code_paths: list[str] = field(default_factory=list)
     progress_bar: bool = True
-    sample_captions: int = 4  # validation images captioned at the end
-    dist_timeout: float = 3600.0  # seconds that ranks wait for each other, also while data are being made
+    sample_captions: int = 4
+    dist_timeout: float = 3600.0
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -58,15 +104,28 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     The reference's ``data`` and ``tokenizer`` are those of the run. Paths of recipes are relative to the file that
     names them; ``reference.key=value`` overrides the reference's recipe.
 
+    Args:
+        path: of the recipe, or the name of one that is shipped.
+        overrides: ``key=value``, with dots in the key.
+
     Raises:
         FileNotFoundError: if a recipe is missing.
         ValueError: for an unknown key or a value of the wrong type, naming the key.
     """
-    path = Path(path)
+    path = _find(Path(path))
     recipe = _read(path)
     changes = _parse_overrides(overrides)
-    data = _included(recipe.pop("data", None), changes.pop("data", {}), path)
-    reference = _included(recipe.pop("reference", None), changes.pop("reference", {}), path)
+    data_changes, reference_changes = changes.pop("data", {}), changes.pop("reference", {})
+    data, reference = (_part(recipe.pop(key, None), path) for key in ("data", "reference"))
+    own = {key: changes.pop(key, None) or recipe.get(key) for key in OWN_DATA}
+    for key in OWN_DATA:
+        recipe.pop(key, None)
+    if own["train"]:
+        data = None
+        _read_own_data(recipe, reference, own["train"], own["validation"])
+    elif own["validation"]:
+        raise ValueError("validation= is given without train=: give both, or change eval_loader.dataset alone.")
+    data, reference = _changed(data, data_changes, path), _changed(reference, reference_changes, path)
     recipe = cast(DictConfig, OmegaConf.merge(recipe, changes, {"data": data}))
     if reference is not None:
         nested = OmegaConf.merge(reference, {"data": data, "tokenizer": recipe.get("tokenizer")})
@@ -74,13 +133,60 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return _typed(recipe, path)
 
 
-def _included(value: Any, changes: Any, path: Path) -> Any:
-    """A part of a recipe that may stand in a file of its own, with the overrides; null leaves it out."""
+def _find(path: Path) -> Path:
+    """A recipe: the file, or else the one of that name that comes with the package."""
+    shipped = SHIPPED / path.name
+    return shipped if not path.exists() and len(path.parts) == 1 and shipped.exists() else path
+
+
+def _part(value: Any, path: Path) -> DictConfig | None:
+    """A part of a recipe, which may stand in a file of its own."""
+    return _read(path.parent / value) if isinstance(value, str) else value
+
+
+def _changed(part: DictConfig | None, changes: Any, path: Path) -> Any:
+    """A part with its overrides, of which one may name another file, and null leaves the part out."""
     if isinstance(changes, str):
-        value, changes = changes, {}
-    if value is None or changes is None:
-        return None
-    return OmegaConf.merge(_read(path.parent / value) if isinstance(value, str) else value, changes)
+        part, changes = _part(changes, path), {}
+    return None if part is None or changes is None else OmegaConf.merge(part, changes)
+
+
+def _read_own_data(recipe: DictConfig, reference: DictConfig | None, train: str, validation: str | None) -> None:
+    """Let run and reference read data of the user's, and name what is made from them after them."""
+    folder = "${run_folder}"
+    if reference is not None:
+        reference.run_name = f"reference-{_name_of(train)}"
+        folder = f"runs/{reference.run_name}"
+    for part in (recipe, reference):
+        if part is None:
+            continue
+        if "train" in (part.get("tokenizer") or {}):
+            part.tokenizer.name = f"{folder}/tokenizer"
+        if validation is None:
+            part.eval_loader = None
+        for key, place in (("train_loader", train), ("eval_loader", validation)):
+            if place is not None:
+                loader = part.setdefault(key, OmegaConf.create({})) if key == "eval_loader" else part[key]
+                dataset = OmegaConf.to_container(loader.get("dataset") or OmegaConf.create({}))
+                loader.dataset = _dataset_in(place, cast(dict[str, Any], dataset), folder)
+
+
+def _dataset_in(place: str, dataset: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The arguments of a data set that lies elsewhere."""
+    rest = {key: value for key, value in dataset.items() if key not in ("local", "remote", "split", "streams")}
+    if rest.get("scores"):
+        rest["scores"] = f"{place.rstrip('/')}-scores" if is_remote(place) else f"{folder}/scores"
+    if not is_remote(place):
+        return {**rest, "local": place}
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "composer-prior/captions"
+    return {**rest, "remote": place, "local": str(cache / _name_of(place))}
+
+
+def _name_of(place: str) -> str:
+    """A name for a data set: the end of its place, and a digest of the whole of it."""
+    whole = place.rstrip("/") if is_remote(place) else os.path.realpath(os.path.expanduser(place))
+    end = "-".join(part for part in whole.split("/")[-2:] if part.isidentifier())
+    return f"{end or 'captions'}-{hashlib.blake2b(whole.encode(), digest_size=4).hexdigest()}"
 
 
 def _read(path: Path) -> DictConfig:
@@ -122,101 +228,3 @@ def _typed(recipe: DictConfig, path: Path) -> TrainConfig:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split("\n    full_key")[0].split())
-
-
-def check_recipe(recipe: TrainConfig, where: str = "") -> None:
-    """Refuse components that do not exist, arguments they do not have, and impossible values, naming the key.
-
-    Args:
-        recipe: a loaded recipe.
-        where: prefix of its keys, for the recipe of a reference.
-    """
-    for key in ("max_duration", "eval_interval", "save_interval"):
-        try:
-            Time.from_timestring(getattr(recipe, key))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{where}{key}={getattr(recipe, key)!r}: expected a time such as 500ba, 2ep or 1dur."
-            ) from error
-    precisions = ["auto", *(p.value for p in Precision)]
-    if recipe.precision not in precisions:
-        raise ValueError(f"{where}precision={recipe.precision!r}. {did_you_mean(recipe.precision, precisions)}")
-    microbatch = recipe.device_train_microbatch_size
-    if not (microbatch in (None, "auto") or (isinstance(microbatch, int) and microbatch > 0)):
-        raise ValueError(f"{where}device_train_microbatch_size={microbatch!r}: expected a number of samples or auto.")
-    if microbatch == "auto" and recipe.parallelism_config is not None:
-        raise ValueError(
-            f"{where}device_train_microbatch_size=auto: Composer finds no size by itself under "
-            f"{where}parallelism_config; give a number of samples."
-        )
-    if "fsdp" in (recipe.parallelism_config or {}):
-        raise ValueError(f"{where}parallelism_config.fsdp: FSDP1 is not supported; use fsdp2.")
-    if recipe.init_from is not None and recipe.load_path is not None:
-        raise ValueError(
-            f"{where}init_from and {where}load_path are both given: load_path goes on with a run, init_from starts "
-            "another from its weights."
-        )
-    if recipe.autoresume and recipe.save_folder is None:
-        raise ValueError(f"{where}autoresume=true needs {where}save_folder, where the checkpoints are.")
-    for key in ("global_train_batch_size", "device_eval_batch_size"):
-        if getattr(recipe, key) < 1:
-            raise ValueError(f"{where}{key}={getattr(recipe, key)}: expected at least 1.")
-    if recipe.data is not None:
-        check_named("data", recipe.data, f"{where}data")
-    tokenizer_keys = ("name", "kwargs", "train")
-    for key in recipe.tokenizer:
-        if key not in tokenizer_keys:
-            raise ValueError(f"{where}tokenizer.{key} is not a key. {did_you_mean(key, tokenizer_keys)}")
-    check_named("model", recipe.model, f"{where}model", given=("tokenizer", "image_related_metrics"))
-    for key in ("train_loader", "eval_loader"):
-        if getattr(recipe, key) is not None:
-            check_loader(getattr(recipe, key), f"{where}{key}")
-    check_named("optimizer", recipe.optimizer, f"{where}optimizer", given=("params",))
-    check_named("scheduler", recipe.scheduler, f"{where}scheduler")
-    for kind in ("algorithm", "callback", "logger"):
-        for name, arguments in getattr(recipe, f"{kind}s").items():
-            if arguments is not None:
-                registry.check(kind, name, arguments, f"{where}{kind}s.{name}")
-    for name, arguments in (recipe.parallelism_config or {}).items():
-        registry.check("parallelism", name, arguments, f"{where}parallelism_config.{name}")
-    if recipe.reference is not None:
-        check_recipe(TrainConfig(**recipe.reference), "reference.")
-
-
-def check_named(kind: str, config: Mapping[str, Any], where: str, given: Sequence[str] = ()) -> None:
-    """Check a component given as ``{name: ..., argument: ...}``."""
-    if "name" not in config:
-        raise ValueError(f"{where} needs a name.")
-    registry.check(kind, config["name"], {k: v for k, v in config.items() if k != "name"}, where, given)
-
-
-def check_loader(config: Mapping[str, Any], where: str) -> None:
-    """Check a loader: ``dataset`` and the arguments of torch's DataLoader."""
-    arguments = {key: value for key, value in config.items() if key != "dataset"}
-    registry.check(
-        "loader",
-        "captions",
-        arguments,
-        where,
-        given=("dataset", "batch_size", "collate_fn", "sampler", "batch_sampler"),
-    )
-    dataset = config.get("dataset") or {}
-    registry.check(
-        "dataset",
-        "captions",
-        dataset,
-        f"{where}.dataset",
-        given=(
-            "tokenizer",
-            "image_processor",
-            "transform",
-            "batch_size",
-            "allow_unsafe_types",
-            "stream_name",
-            "stream_config",
-        ),
-    )
-    for name, stream in (dataset.get("streams") or {}).items():
-        if not isinstance(stream, Mapping):
-            raise ValueError(f"{where}.dataset.streams.{name}={stream!r}: expected keys such as remote and local.")
-        registry.check("stream", "stream", stream, f"{where}.dataset.streams.{name}")

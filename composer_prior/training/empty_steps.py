@@ -7,7 +7,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from composer_prior.data.captions import IGNORE_INDEX
+from composer_prior.data.batch import IGNORE_INDEX
 
 log = logging.getLogger(__name__)
 

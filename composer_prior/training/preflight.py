@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from composer_prior.algorithms.prior.prior import PRIOR
 from composer_prior.algorithms.prior.stacking import check_stack
 from composer_prior.data.captions import StreamingCaptionDataset, check_scorable
-from composer_prior.data.download import OneLineError, one_line
+from composer_prior.data.messages import OneLineError, one_line
 from composer_prior.data.scores import Scores, ScoresCard, ScoresError
+from composer_prior.data.tokenizer import build_tokenizer
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.training.builders import (
     build_all,
@@ -24,13 +25,12 @@ from composer_prior.training.builders import (
     build_named,
     build_parallelism,
     build_precision,
-    build_tokenizer,
     lvlm_skeleton,
     per_rank_batch_size,
 )
 from composer_prior.training.checkpoints import find_weights
 from composer_prior.training.config import TrainConfig
-from composer_prior.training.prepare import check_reference, model_folder, read_card
+from composer_prior.training.reference import check_reference, model_folder, read_card
 
 
 class StartError(ValueError):

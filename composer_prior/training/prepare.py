@@ -1,42 +1,57 @@
-"""Make what a recipe needs and does not find: data, tokenizer, reference, in this order."""
+"""Make what a recipe needs and does not find: data, tokenizer, reference, scores, in this order."""
 
-import json
-import os
-import shutil
-from collections.abc import Mapping
+import gc
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from composer.utils import dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from composer.utils import dist, get_device
 
 from composer_prior import registry
 from composer_prior.data.captions import read_captions
-from composer_prior.data.terminal import say
-from composer_prior.data.tokenizer import tokenizer_fingerprint, train_tokenizer
-from composer_prior.models.lvlm import LVLM
-from composer_prior.training.builders import build_tokenizer
+from composer_prior.data.messages import announce
+from composer_prior.data.storage import whole_folder
+from composer_prior.data.tokenizer import train_tokenizer
+from composer_prior.scoring.job import ScoreJob
+from composer_prior.scoring.score import score_captions
 from composer_prior.training.config import TrainConfig
-
-REFERENCE_CARD = "reference.json"
-# What decides which model a recipe makes; a reference made with other values is not the one that a recipe asks for.
-_IDENTITY = (
-    "seed",
-    "max_duration",
-    "global_train_batch_size",
-    "data",
-    "tokenizer",
-    "model",
-    "optimizer",
-    "scheduler",
-    "init_from",
-)
+from composer_prior.training.preflight import check_parts, check_whole
+from composer_prior.training.reference import check_reference, model_folder, read_card
+from composer_prior.training.trainer import build_trainer, finish
 
 
-def announce(message: str) -> None:
-    """Say something on rank 0."""
-    if dist.get_global_rank() == 0:
-        say(message)
+def prepare(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> None:
+    """Make the data, tokenizer and reference that a recipe needs and does not find.
+
+    Args:
+        recipe: of the run.
+        stages: of :func:`.trained_recipes`, those that will be trained; all that can be known of them is checked first.
+
+    Raises:
+        ValueError, OSError: naming what cannot work.
+    """
+    for stage, where in stages:
+        check_parts(stage, where)
+    dist.initialize_dist(get_device(None), timeout=recipe.dist_timeout)
+    prepare_data(recipe)
+    for stage, where in stages:
+        check_whole(stage, where)
+    if recipe.reference is not None:
+        _prepare_reference(recipe)
+
+
+def _prepare_reference(recipe: TrainConfig) -> None:
+    assert recipe.reference is not None
+    reference = TrainConfig(**recipe.reference)
+    folder = model_folder(reference)
+    if read_card(reference) is None:
+        resuming = Path(reference.run_folder, "checkpoints").exists()
+        announce(f"Reference: {'resuming' if resuming else 'training'} {reference.run_name}, into {folder}")
+        finish(reference, build_trainer(reference))
+        gc.collect()  # streaming refuses to open a remote data set again while it is open
+    else:
+        announce(f"Reference: reusing {folder}")
+    check_reference(recipe)
 
 
 def prepare_data(recipe: TrainConfig) -> None:
@@ -69,95 +84,40 @@ def _make_tokenizer(config: Mapping[str, Any], dataset: Mapping[str, Any]) -> No
     captions = read_captions(dataset)
     with dist.run_local_rank_zero_first():
         if missing and dist.get_local_rank() == 0:
-            with replacing(folder) as temporary:
+            with whole_folder(folder) as temporary:
                 train_tokenizer(captions, vocab_size).save_pretrained(temporary)
 
 
-class replacing:
-    """Context of a temporary folder that takes its final name in one step when its writing has succeeded."""
+def ensure_scores(recipe: TrainConfig) -> None:
+    """Make the scores that a recipe's loaders name (``dataset.scores``), unless they are there; its reference must be.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.temporary = folder.with_name(f".{folder.name}.partial")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir(parents=True)
-        return self.temporary
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
-            os.replace(self.temporary, self.folder)
-        else:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-
-
-def model_folder(recipe: TrainConfig) -> Path:
-    """Where a run on text alone leaves its language model in Hugging Face form."""
-    return Path(recipe.run_folder) / "model"
-
-
-def save_reference(recipe: TrainConfig, model: LVLM, data: str, validation: Mapping[str, float]) -> None:
-    """Write model, tokenizer and a card of what they were made from; the folder exists only when it is whole.
-
-    Every rank calls it, since the weights may be sharded among them; rank 0 writes.
-
-    Args:
-        recipe: of the run.
-        model: without a vision tower.
-        data: fingerprint of the training data.
-        validation: final metrics.
-    """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, submodules={model.language}, options=options)
-    if dist.get_global_rank() != 0:
-        return
-    card = {
-        "data": data,
-        "tokenizer": tokenizer_fingerprint(model.tokenizer),
-        "recipe": {key: getattr(recipe, key) for key in _IDENTITY},
-        "validation": validation,
-    }
-    folder = model_folder(recipe)
-    shutil.rmtree(folder, ignore_errors=True)
-    with replacing(folder) as temporary:
-        prefix = "language."
-        language: Any = model.language
-        language.save_pretrained(temporary, state_dict={k.removeprefix(prefix): v for k, v in weights.items()})
-        model.tokenizer.save_pretrained(temporary)
-        (temporary / REFERENCE_CARD).write_text(json.dumps(card, indent=2))
-
-
-def read_card(reference: TrainConfig) -> dict[str, Any] | None:
-    """The card of the reference that a recipe names, or None if it has not been trained to its end."""
-    path = model_folder(reference) / REFERENCE_CARD
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def check_reference(recipe: TrainConfig, data: str | None = None) -> None:
-    """Refuse a reference that was made from other data, another tokenizer or another recipe than the run's.
-
-    Args:
-        recipe: of the run.
-        data: fingerprint of the run's training data, once it is known.
+    Scores that are there are checked against the recipe's reference; without one in the recipe, only the loader checks
+    them.
 
     Raises:
-        ValueError: naming what differs.
+        ScoresError: if they belong to something else, naming what differs.
     """
-    assert recipe.reference is not None
-    reference = TrainConfig(**recipe.reference)
-    card = read_card(reference)
-    assert card is not None
-    folder = model_folder(reference)
-    remedy = f"Delete {folder.parent} to train it again, or set reference.run_name."
-    changed = [key for key in _IDENTITY if card["recipe"].get(key) != getattr(reference, key)]
-    if changed:
-        key = changed[0]
-        raise ValueError(
-            f"The reference in {folder} was made with other values of {', '.join(changed)} than the recipe's "
-            f"({key}: {card['recipe'].get(key)} there, {getattr(reference, key)} here). {remedy}"
-        )
-    if card["tokenizer"] != tokenizer_fingerprint(build_tokenizer(recipe.tokenizer)):
-        raise ValueError(f"The reference in {folder} was made with another tokenizer than the run's. {remedy}")
-    if data is not None and card["data"] != data:
-        raise ValueError(f"The reference in {folder} was made from other data than the run's. {remedy}")
+    for loader in (recipe.train_loader, recipe.eval_loader):
+        if recipe.reference is not None and loader is not None and loader["dataset"].get("scores"):
+            announce(str(score_captions(job_of(recipe, loader["dataset"]))))
+
+
+def job_of(recipe: TrainConfig, dataset: Mapping[str, Any], **changes: Any) -> ScoreJob:
+    """The job that makes the scores of one of a recipe's data sets.
+
+    Args:
+        recipe: with a reference.
+        dataset: of its ``train_loader`` or ``eval_loader``.
+        changes: fields of :class:`ScoreJob`.
+
+    Raises:
+        ValueError: if the recipe has no reference, or nothing says where the scores go.
+    """
+    if recipe.reference is None:
+        raise ValueError("The recipe has no reference. Score without a recipe: dataset.local=... reference=... out=...")
+    out = changes.pop("out", None) or dataset.get("scores")
+    if not out:
+        raise ValueError("Where do the scores go? Give out=..., or dataset.scores in the recipe.")
+    folder = model_folder(TrainConfig(**recipe.reference))
+    given = {"tokenizer": recipe.tokenizer, "dataset": dict(dataset), "progress_bar": recipe.progress_bar, **changes}
+    return ScoreJob(out=str(out), reference=str(folder), **given)

@@ -1,71 +1,25 @@
 """The run of a recipe: what ``train.py`` calls."""
 
-import gc
 import os
 import re
 import runpy
-import shutil
-import signal
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Sequence
 
 from composer import Trainer
-from composer.utils import dist, get_device, reproducibility
-from omegaconf import OmegaConf
 
-from composer_prior.data.captions import StreamingCaptionDataset
-from composer_prior.data.download import OneLineError, one_line
-from composer_prior.data.tokenizer import tokenizer_fingerprint
-from composer_prior.models.compile import prepare_compile
-from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.training.builders import (
-    build_all,
-    build_named,
-    build_parallelism,
-    build_precision,
-    build_tokenizer,
-    prepare_sharded,
-)
-from composer_prior.training.checkpoints import (
-    CHECKPOINT_NAME,
-    LATEST_NAME,
-    Preempted,
-    RunIdentity,
-    StopOnSigterm,
-    check_checkpoint,
-    load_weights,
-    mend_checkpoints,
-)
-from composer_prior.training.config import TrainConfig, check_recipe, load_recipe
-from composer_prior.training.empty_steps import SkipEmptySteps
-from composer_prior.training.metrics_file import MetricsFile
-from composer_prior.training.preflight import (
-    build_loaders,
-    check_fit,
-    check_parts,
-    check_trainable,
-    check_whole,
-    one_line_errors,
-    trained_recipes,
-)
-from composer_prior.training.prepare import (
-    announce,
-    check_reference,
-    model_folder,
-    prepare_data,
-    read_card,
-    save_reference,
-)
-from composer_prior.training.report import closing_report, composer_model, validation_metrics
-from composer_prior.training.score import ensure_scores
+from composer_prior.data.messages import OneLineError, one_line
+from composer_prior.training.checks import check_recipe
+from composer_prior.training.config import TrainConfig, load_recipe
+from composer_prior.training.preflight import trained_recipes
+from composer_prior.training.prepare import ensure_scores, prepare
+from composer_prior.training.trainer import build_trainer, finish
 
 
 def main(arguments: Sequence[str]) -> None:
     """``train.py RECIPE [key=value ...]``: errors of the recipe and of the data end the program with one line."""
     if not arguments:
-        sys.exit("usage: composer train.py RECIPE.yaml [key=value ...]")
+        sys.exit("usage: composer-prior train RECIPE.yaml [key=value ...]; --help lists the keys")
     try:
         recipe = load_recipe(arguments[0], arguments[1:])
         for path in recipe.code_paths:
@@ -102,166 +56,4 @@ def start(recipe: TrainConfig) -> Trainer:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
     prepare(recipe, trained_recipes(recipe))
     ensure_scores(recipe)
-    return _build_trainer(recipe)
-
-
-def prepare(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> None:
-    """Make the data, tokenizer and reference that a recipe needs and does not find.
-
-    Args:
-        recipe: of the run.
-        stages: of :func:`.trained_recipes`, those that will be trained; all that can be known of them is checked first.
-
-    Raises:
-        ValueError, OSError: naming what cannot work.
-    """
-    for stage, where in stages:
-        check_parts(stage, where)
-    dist.initialize_dist(get_device(None), timeout=recipe.dist_timeout)
-    prepare_data(recipe)
-    for stage, where in stages:
-        check_whole(stage, where)
-    if recipe.reference is not None:
-        _prepare_reference(recipe)
-
-
-def _prepare_reference(recipe: TrainConfig) -> None:
-    assert recipe.reference is not None
-    reference = TrainConfig(**recipe.reference)
-    folder = model_folder(reference)
-    if read_card(reference) is None:
-        resuming = Path(reference.run_folder, "checkpoints").exists()
-        announce(f"Reference: {'resuming' if resuming else 'training'} {reference.run_name}, into {folder}")
-        finish(reference, _build_trainer(reference))
-        gc.collect()  # streaming refuses to open a remote data set again while it is open
-    else:
-        announce(f"Reference: reusing {folder}")
-    check_reference(recipe)
-
-
-@one_line_errors()
-def _build_trainer(recipe: TrainConfig) -> Trainer:
-    reproducibility.seed_all(recipe.seed)
-    tokenizer = build_tokenizer(recipe.tokenizer)
-    model = build_named("model", recipe.model, tokenizer=tokenizer)
-    loaders = build_loaders(recipe, model)
-    train_data: StreamingCaptionDataset = loaders["train"].dataloader.dataset
-    if isinstance(model, ComposerLVLM):
-        model.image_related_metrics = all(spec.dataloader.dataset.has_spans for spec in loaders.values())
-        check_fit(model, train_data)
-    if recipe.reference is not None:
-        check_reference(recipe, train_data.fingerprint)
-    parameters = check_trainable(model)
-    identity = {
-        "model": recipe.model,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "data": train_data.fingerprint,
-        "seed": recipe.seed,
-    }
-    resumes = _prepare_checkpoints(recipe, identity)
-    if recipe.init_from is not None and not resumes:
-        announce(load_weights(recipe.init_from, model, tokenizer))
-    if recipe.compile_config is not None:
-        prepare_compile()
-    skips = [SkipEmptySteps()] if train_data.on_bad_sample == "skip" else []
-    trainer = Trainer(
-        model=model,
-        train_dataloader=loaders["train"],
-        eval_dataloader=loaders.get("eval"),
-        eval_interval=recipe.eval_interval,
-        max_duration=recipe.max_duration,
-        optimizers=build_named("optimizer", recipe.optimizer, params=parameters),
-        schedulers=build_named("scheduler", recipe.scheduler),
-        step_schedulers_every_batch=True,
-        algorithms=build_all("algorithm", _algorithms(recipe, train_data)),
-        callbacks=[RunIdentity(identity), StopOnSigterm(), *skips, *build_all("callback", recipe.callbacks)],
-        loggers=[MetricsFile(Path(recipe.run_folder, "metrics.jsonl")), *build_all("logger", recipe.loggers)],
-        run_name=recipe.run_name,
-        seed=recipe.seed,
-        precision=build_precision(recipe.precision),
-        device_train_microbatch_size=recipe.device_train_microbatch_size,
-        accumulate_train_batch_on_tokens=True,
-        parallelism_config=build_parallelism(recipe.parallelism_config),
-        compile_config=recipe.compile_config,
-        progress_bar=recipe.progress_bar,
-        save_folder=recipe.save_folder,
-        save_interval=recipe.save_interval,
-        save_num_checkpoints_to_keep=recipe.save_num_checkpoints_to_keep,
-        save_filename=CHECKPOINT_NAME,
-        save_latest_filename=LATEST_NAME,
-        save_overwrite=True,
-        load_path=recipe.load_path,
-        autoresume=recipe.autoresume,
-        dist_timeout=recipe.dist_timeout,
-    )
-    prepare_sharded(trainer.state.model)
-    return trainer
-
-
-def _algorithms(recipe: TrainConfig, data: StreamingCaptionDataset) -> dict[str, Any]:
-    """The recipe's algorithms; where samples carry stored scores, PRIOR does not load a reference for nothing."""
-    algorithms = dict(recipe.algorithms)
-    if data.scores is not None and algorithms.get("prior") is not None:
-        algorithms["prior"] = {**algorithms["prior"], "reference": None}
-    return algorithms
-
-
-def _prepare_checkpoints(recipe: TrainConfig, identity: Mapping[str, Any]) -> bool:
-    """Find the checkpoint that the run goes on from, and refuse one of another run; whether there is one."""
-    sources = [] if recipe.load_path is None else [Path(recipe.load_path)]
-    if recipe.save_folder is not None and "://" not in recipe.save_folder:
-        folder = Path(recipe.save_folder)
-        if recipe.autoresume:
-            with dist.run_local_rank_zero_first():
-                newest = mend_checkpoints(folder) if dist.get_local_rank() == 0 else None
-            sources = sources if newest is None else [newest]
-        elif dist.get_global_rank() == 0 and not any(folder in source.parents for source in sources):
-            shutil.rmtree(folder, ignore_errors=True)  # a run that starts anew replaces the one before it
-    for source in sources:
-        if source.exists():
-            check_checkpoint(source, identity)
-    dist.barrier()
-    return bool(sources)
-
-
-def _fit(recipe: TrainConfig, trainer: Trainer) -> None:
-    """Train; when SIGTERM comes, save, say where the run will resume, and end the program as Composer does then."""
-    try:
-        trainer.fit()
-    except Preempted:
-        batch = trainer.state.timestamp.batch.value
-        if recipe.save_folder is None:
-            announce(f"{recipe.run_name} was stopped by SIGTERM after batch {batch}; it keeps no checkpoints.")
-        else:
-            saved = trainer.save_checkpoint(str(Path(recipe.save_folder, CHECKPOINT_NAME)))
-            announce(
-                f"{recipe.run_name} was stopped by SIGTERM after batch {batch} and saved {saved}; "
-                "the same command with autoresume=true goes on from there."
-            )
-        trainer.close()
-        sys.exit(128 + signal.SIGTERM)
-
-
-def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
-    """Train, write what the run leaves, and report."""
-    folder = Path(recipe.run_folder)
-    if dist.get_global_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.structured(recipe), folder / "config.yaml")
-    try:
-        if trainer.state.timestamp.get(trainer.state.max_duration.unit) < trainer.state.max_duration:
-            _fit(recipe, trainer)
-        else:
-            announce(f"{recipe.run_name} has finished already; set another max_duration or run_name to train on.")
-            trainer.eval()
-        model = composer_model(trainer)
-        if isinstance(model, ComposerLVLM) and model.model.vision is None:
-            data = cast(Any, trainer.state.train_dataloader).dataset
-            save_reference(recipe, model.model, data.fingerprint, validation_metrics(trainer.state))
-        dist.barrier()
-        closing_report(recipe, trainer)
-    except BaseException:
-        trainer.engine.close()  # trainer.close() would wait for the other ranks, and they for this one
-        raise
-    trainer.close()
-    return trainer
+    return build_trainer(recipe)

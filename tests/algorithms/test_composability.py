@@ -8,6 +8,7 @@ import composer.algorithms
 import pytest
 import torch
 import torch.nn.functional as F
+from common.models import FAMILIES, small_lvlm
 from composer import Trainer
 from composer.algorithms import (
     EMA,
@@ -27,15 +28,14 @@ from composer.algorithms.low_precision_layernorm.low_precision_layernorm import 
 )
 from composer.core import Algorithm, Callback, Precision
 from composer.loggers import InMemoryLogger
-from conftest import FAMILIES, small_lvlm
 
 from composer_prior import LVLM, PRIOR, importance_weights
 from composer_prior.algorithms.prior.stacking import refusal
+from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.captions import decode_image
 from composer_prior.data.streams import CheckedDataset
-from composer_prior.models.head import IGNORE_INDEX
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "composability.py"
+SCRIPT = Path(__file__).parents[2] / "tools" / "composability.py"
 
 
 def load_script():

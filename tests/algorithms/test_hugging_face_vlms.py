@@ -4,12 +4,12 @@ from functools import cache, partial
 
 import pytest
 import torch
+from common.models import small_lm
 from composer import Trainer
 from composer.algorithms import SeqLengthWarmup
 from composer.core import Callback, DataSpec
 from composer.models import HuggingFaceModel
 from composer.utils import reproducibility
-from conftest import small_lm
 from torch.utils.data import DataLoader
 from transformers import (
     CLIPVisionConfig,
@@ -25,9 +25,7 @@ from transformers import (
 
 from composer_prior import PRIOR, ReferenceLM
 from composer_prior.algorithms.prior.image_tokens import image_positions, image_token_ids
-from composer_prior.data.captions import count_tokens
-from composer_prior.data.split import split_packed_images
-from composer_prior.models.head import IGNORE_INDEX
+from composer_prior.data.batch import IGNORE_INDEX, count_tokens, split_packed_images
 
 TOLERANCE = 1e-5
 KINDS = ("llava", "qwen2_vl", "idefics3")

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from common.models import FAMILIES, small_lm, small_lvlm
 from composer import Trainer
 from composer.core import Callback
 from composer.models import HuggingFaceModel
-from conftest import FAMILIES, small_lm, small_lvlm
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from composer_prior import LVLM, PRIOR, ComposerLVLM, ReferenceLM, importance_weights
-from composer_prior.models.head import IGNORE_INDEX
+from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.models.language import head_of, last_hidden_states
 
 TOLERANCE = 1e-5

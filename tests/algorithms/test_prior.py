@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
+from common.models import small_lm, small_lvlm
 from composer import Trainer
 from composer.loggers import InMemoryLogger
 from composer.models import HuggingFaceModel
-from conftest import small_lm, small_lvlm
 
 from composer_prior import PRIOR, ReferenceLM, importance_weights
+from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.tokenizer import train_tokenizer
-from composer_prior.models.head import IGNORE_INDEX
 
 
 def fit(model, spec, algorithms=(), duration="3ba", **changes):

@@ -5,14 +5,14 @@ import logging
 
 import pytest
 import torch
-from conftest import small_lvlm
+from common.models import small_lvlm
 from PIL import Image
 from streaming import MDSWriter
 
 from composer_prior import StreamingCaptionDataset
-from composer_prior.data.captions import BadSampleError, caption_data_spec, count_tokens, decode_image, draw, overlaps
+from composer_prior.data.batch import IGNORE_INDEX, count_tokens
+from composer_prior.data.captions import BadSampleError, caption_data_spec, decode_image, draw, overlaps
 from composer_prior.data.scores import ScoresError
-from composer_prior.models.head import IGNORE_INDEX
 from composer_prior.models.vision import patch_inputs
 
 
@@ -264,7 +264,7 @@ def test_bad_samples_are_skipped_on_request(tmp_path, tokenizer, caplog):
 
 
 def test_an_image_over_the_pixel_limit_is_bad(monkeypatch):
-    monkeypatch.setattr("composer_prior.data.image_bytes.MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr("composer_prior.data.images.MAX_IMAGE_PIXELS", 100)
     with pytest.raises(BadSampleError, match="20 x 10 pixels, at most 100"):
         decode_image(png())
 

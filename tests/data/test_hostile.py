@@ -17,11 +17,12 @@ from PIL import Image
 from streaming import MDSWriter
 
 from composer_prior import StreamingCaptionDataset
+from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.captions import BadSampleError, decode_image
-from composer_prior.data.image_bytes import IMAGE_FORMATS
-from composer_prior.data.scores import ScoresCard, ScoresWriter
-from composer_prior.models.head import IGNORE_INDEX
+from composer_prior.data.images import IMAGE_FORMATS
+from composer_prior.data.scores import ScoresCard
 from composer_prior.models.vision import patch_inputs
+from composer_prior.scoring.writer import ScoresWriter
 
 LONGEST = 40
 IMAGE = io.BytesIO()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from common_tokenizers import KINDS, plain_tokenizer
+from common.tokenizers import KINDS, plain_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -14,10 +14,10 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from composer_prior import LVLM, StreamingCaptionDataset
-from composer_prior.data.captions import BadSampleError, encode_caption
-from composer_prior.data.emoji_scenes import make_sample
-from composer_prior.data.tokenizer import tokenizer_fingerprint
-from composer_prior.models.language import add_image_tokens, build_language_model, prompt_ids
+from composer_prior.data.captions import BadSampleError
+from composer_prior.data.tokenizer import add_image_tokens, encode_caption, prompt_ids, tokenizer_fingerprint
+from composer_prior.emoji_scenes.writing import make_sample
+from composer_prior.models.language import build_language_model
 from composer_prior.models.vision import PatchEmbedding, patch_inputs
 
 CAPTIONS = [make_sample("train", i)["caption"] for i in range(60)]
@@ -84,6 +84,7 @@ def write(out, captions) -> str:
 
 
 def open_data(folder: str, tokenizer: PreTrainedTokenizerFast, **arguments) -> StreamingCaptionDataset:
+    add_image_tokens(tokenizer)
     return StreamingCaptionDataset(
         local=folder,
         tokenizer=tokenizer,

@@ -17,18 +17,11 @@ from streaming import StreamingDataset
 from torch.utils.data import DataLoader
 
 from composer_prior import StreamingCaptionDataset
-from composer_prior.data.captions import BadSampleError, CaptionCollator
-from composer_prior.data.scores import (
-    Scores,
-    ScoresCard,
-    ScoresError,
-    ScoresWriter,
-    decode_logprobs,
-    encode_logprobs,
-    open_scores,
-)
+from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator
+from composer_prior.data.captions import BadSampleError
+from composer_prior.data.scores import Scores, ScoresCard, ScoresError, decode_logprobs, encode_logprobs, open_scores
 from composer_prior.data.tokenizer import train_tokenizer
-from composer_prior.models.head import IGNORE_INDEX
+from composer_prior.scoring.writer import ScoresWriter
 
 # A process never gives back what a StreamingDataset takes of it, so that the tests share one where they can.
 REFERENCE = {"path": "there", "config": "c0", "weights": "w0", "tokenizer": "t0"}
@@ -227,7 +220,7 @@ def test_unfinished_scores_are_refused(
     stored: Stored, scored: Callable[..., StreamingCaptionDataset], name: str
 ) -> None:
     (stored[0] / name).unlink()
-    with pytest.raises(ScoresError, match=rf"holds no whole scores: {name}.*Run scripts/score_captions.py"):
+    with pytest.raises(ScoresError, match=rf"holds no whole scores: {name}.*Run composer-prior score"):
         scored(stored[0])
 
 

@@ -11,21 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_lm
-from fault_proxy import Fault, FaultProxy
+from common.fault_proxy import Fault, FaultProxy
+from common.models import small_lm
+from common.recipes import ROOT, losses
+from common.s3_server import s3_server
 from omegaconf import OmegaConf
-from s3_server import s3_server
-from shrunken import ROOT, losses
 from streaming import MDSWriter
 
 from composer_prior import StreamingCaptionDataset
+from composer_prior.conversion.convert import convert_captions
 from composer_prior.data.captions import caption_data_spec, read_captions
-from composer_prior.data.convert import convert_captions
-from composer_prior.data.download import STRONGEST_FIRST, DataError, OneLineError
-from composer_prior.data.emoji_scenes import make_sample
+from composer_prior.data.download import STRONGEST_FIRST
+from composer_prior.data.messages import DataError, OneLineError
 from composer_prior.data.streams import CheckedDataset
-from composer_prior.training.config import check_recipe, load_recipe
-from composer_prior.training.score import ScoreJob, score_captions
+from composer_prior.emoji_scenes.writing import make_sample
+from composer_prior.scoring.score import ScoreJob, score_captions
+from composer_prior.training.checks import check_recipe
+from composer_prior.training.config import load_recipe
 
 pytest.importorskip("moto")
 
@@ -432,7 +434,7 @@ def runs(bucket: Path, server: str, stopped: Path) -> Path:
     recipes = recipe_file(bucket, "local", local=str(bucket / "data")), recipe_file(bucket, "faults", **remote), stopped
     with FaultProxy(server, plan) as proxy:
         steps = [f"{recipe}={at}" for recipe, at in zip(recipes, (server, proxy.address, server), strict=True)]
-        code, output = launch(bucket, proxy.address, str(ROOT / "tests/data/train_each.py"), *steps)
+        code, output = launch(bucket, proxy.address, str(ROOT / "tests/common/programs/train_each.py"), *steps)
         assert code == 0, output[-3000:]
         assert_no_secrets(bucket, "faults", output, proxy.address)
     assert set(proxy.injected) == {*faults, Fault(gone=GONE)}

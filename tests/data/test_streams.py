@@ -1,12 +1,12 @@
 """Data sets of one node side by side: each has a number of its own in shared memory, whoever looks at the same time."""
 
 import pytest
-from small_data import write_tiles
+from common.data import write_tiles
 from streaming.base.constant import LOCALS, SHM_TO_CLEAN
 from streaming.base.shared import prefix
 from streaming.base.shared.memory import SharedMemory
 
-from composer_prior.data.download import DataError
+from composer_prior.data.messages import DataError
 from composer_prior.data.streams import CheckedDataset
 
 

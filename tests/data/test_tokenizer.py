@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from composer_prior.data.emoji_scenes import make_sample
 from composer_prior.data.tokenizer import tokenizer_fingerprint, train_tokenizer
+from composer_prior.emoji_scenes.writing import make_sample
 
 
 def test_any_text_comes_back(tokenizer):

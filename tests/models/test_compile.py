@@ -8,8 +8,10 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from composer_prior.data.tokenizer import add_image_tokens
 from composer_prior.models.compile import prepare_compile
 from composer_prior.models.lvlm import LVLM
+from composer_prior.models.matmul import use_onednn
 
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>"}
 
@@ -18,12 +20,13 @@ SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>"}
 def model():
     words = {token: i for i, token in enumerate(SPECIAL.values())}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "<eos>")), **SPECIAL)
+    add_image_tokens(tokenizer)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(17)
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=64, **sizes))
     prepare_compile()
     prepare_compile()  # once is enough
-    return LVLM(None, None, lm, tokenizer)
+    return use_onednn(LVLM(None, None, lm, tokenizer))
 
 
 def make_batches():

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.models import head as head_module
 from composer_prior.models.head import (
-    IGNORE_INDEX,
     TransformedHead,
     labelled_nll,
     linear_nll,

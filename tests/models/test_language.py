@@ -3,14 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_lvlm
+from common.models import small_lvlm
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2ForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from composer_prior import LVLM, ReferenceLM
+from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.models import language
 from composer_prior.models.compile import prepare_compile
-from composer_prior.models.head import IGNORE_INDEX, TransformedHead, labelled_nll
+from composer_prior.models.head import TransformedHead, labelled_nll
 from composer_prior.models.language import build_language_model, check_head, head_of, last_hidden_states
 
 VOCABULARY = 96

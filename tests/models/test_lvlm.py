@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, small_lm, small_lvlm
+from common.models import FAMILIES, small_lm, small_lvlm
 from PIL import Image
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
+from composer_prior.data.batch import IGNORE_INDEX, IMAGE, ROW_SEPARATOR
 from composer_prior.data.captions import decode_image
-from composer_prior.data.emoji_scenes import make_sample
-from composer_prior.models.head import IGNORE_INDEX
-from composer_prior.models.vision import IMAGE, ROW_SEPARATOR, OpenCLIPTower, PatchEmbedding, patch_grid, patch_inputs
+from composer_prior.emoji_scenes.writing import make_sample
+from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding, patch_grid, patch_inputs
 
 
 def full_nll(logits, labels):
@@ -210,11 +210,15 @@ def test_embeddings_grow_for_the_image_tokens():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
+    from composer_prior.data.tokenizer import add_image_tokens
     from composer_prior.training.builders import build_lvlm
 
     plain = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>")
     config = small_lm(tokenizer_of_size(3)).config.to_dict() | {"vocab_size": 3}
+    with pytest.raises(ValueError, match=r"lacks <image> and <row>: call .*add_image_tokens"):
+        build_lvlm(tokenizer, language={"config": config}, vision={"name": "patches", "patch_size": 8, "max_side": 32})
+    add_image_tokens(tokenizer)
     model = build_lvlm(
         tokenizer, language={"config": config}, vision={"name": "patches", "patch_size": 8, "max_side": 32}
     )
@@ -236,8 +240,8 @@ def tokenizer_of_size(size):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_images_are_learned_by_heart(tokenizer, family):
     """After overfitting, generation with the KV cache brings the captions of all eight images back verbatim."""
-    from composer_prior.data.captions import CaptionCollator
-    from composer_prior.models.language import bos_id
+    from composer_prior.data.batch import CaptionCollator
+    from composer_prior.data.tokenizer import bos_id
 
     model = small_lvlm(family, tokenizer, hidden_size=64, initializer_range=0.02)
     samples = [make_sample("train", i, canvas=48) for i in range(8)]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import small_lm
+from common.models import small_lm
 
 from composer_prior import ReferenceLM
-from composer_prior.models.head import IGNORE_INDEX
+from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.models.reference import left_pack
 
 

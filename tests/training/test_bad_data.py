@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from shrunken import ROOT, SHRUNKEN, VIT, losses, recipe
-from small_data import write_tiles
+from common.data import write_tiles
+from common.recipes import ROOT, SHRUNKEN, VIT, losses, recipe
 
 from composer_prior.training.run import main, train
 

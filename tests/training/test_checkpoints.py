@@ -1,5 +1,6 @@
 """Killed, preempted and foreign runs: what is taken for a checkpoint, and what is refused."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from shrunken import ROOT, SHRUNKEN, VIT, losses, recipe
+from common.recipes import ROOT, SHRUNKEN, VIT, losses, recipe
 
 from composer_prior.training.checkpoints import LATEST_NAME, check_checkpoint, mend_checkpoints
 from composer_prior.training.run import train
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "tools"))
 from soak_resume import kill, soak
 
 
@@ -110,12 +111,16 @@ def test_a_run_that_starts_anew_replaces_the_one_before(copied):
 
 
 def test_a_finished_run_is_reported_again(copied, capsys):
+    metrics = (copied.parent / "metrics.jsonl").read_text().splitlines()
     train(recipe("reference", "autoresume=true"))
+    again = (copied.parent / "metrics.jsonl").read_text().splitlines()
+    assert again[:-1] == metrics[:-1]
+    assert json.loads(again[-1])["metrics/eval/loss"] == json.loads(metrics[-1])["metrics/eval/loss"]
     assert "reference has finished already" in capsys.readouterr().out
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
-    """A short soak; scripts/soak_resume.py kills 20 times."""
+    """A short soak; tools/soak_resume.py kills 20 times."""
     assert soak(tmp_path, kills=2, seed=1) == 0
 
 

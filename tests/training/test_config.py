@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from composer_prior.registry import register
+from composer_prior.training.checks import check_recipe
 from composer_prior.training.components import snake_case
-from composer_prior.training.config import check_recipe, load_recipe
+from composer_prior.training.config import load_recipe
 
 YAMLS = Path(__file__).parents[2] / "yamls"
 RECIPES = sorted(path.stem for path in YAMLS.glob("*.yaml") if path.stem != "emoji_scenes")

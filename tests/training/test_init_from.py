@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from common_tokenizers import plain_tokenizer
-from shrunken import ROOT, SHRUNKEN, VIT, launch, losses, recipe
-from small_data import write_tiles
+from common.data import write_tiles
+from common.recipes import ROOT, SHRUNKEN, VIT, launch, losses, recipe
+from common.tokenizers import plain_tokenizer
 
 from composer_prior.training.checkpoints import (
     RunIdentity,

@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from common.data import write_tiles
+from common.recipes import ROOT, SHRUNKEN, VIT, recipe
 from composer.utils import dist
-from shrunken import ROOT, SHRUNKEN, VIT, recipe
-from small_data import write_tiles
 
-from composer_prior.training import run
+from composer_prior.training import trainer
 from composer_prior.training.preflight import check_parts
 from composer_prior.training.run import main
 
@@ -132,5 +132,5 @@ def test_a_library_that_is_missing_or_fails_at_the_start_is_one_line(monkeypatch
     def fail(*_, **__):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr(run, "Trainer", fail)
+    monkeypatch.setattr(trainer, "Trainer", fail)
     assert refused("prior_vit") == "error: RuntimeError: two lines"

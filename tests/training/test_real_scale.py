@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from common_tokenizers import KINDS, plain_tokenizer
-from conftest import small_lm
-from s3_server import s3_server
+from common.models import small_lm
+from common.recipes import ROOT, launch, losses
+from common.s3_server import s3_server
+from common.tokenizers import KINDS, plain_tokenizer
 from safetensors.torch import load_file
-from shrunken import ROOT, launch, losses
 from transformers import AutoTokenizer
 
-from composer_prior.data.convert import convert_captions
-from composer_prior.data.emoji_scenes import make_emoji_scenes
+from composer_prior.conversion.convert import convert_captions
+from composer_prior.emoji_scenes.writing import make_emoji_scenes
 from composer_prior.training.checkpoints import _read_weights, find_weights
 from composer_prior.training.config import load_recipe
 from composer_prior.training.run import train
@@ -141,6 +141,6 @@ def test_on_two_ranks_sharded(here):
 def test_on_two_ranks_sharded_in_bf16(here):
     """The precision that ships: FSDP2 lowers the weights, and captions at the end are made with them."""
     pretrained("llama2", captions_of(here))
-    check(launch(here, str(ROOT / "tests/bf16_train.py"), str(RECIPE), *smaller()))
+    check(launch(here, str(ROOT / "tests/common/programs/bf16_train.py"), str(RECIPE), *smaller()))
     weights, _ = _read_weights(find_weights("runs/prior_vit_l_14_336"))
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights.values())

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.recipes import ROOT, SHRUNKEN, VIT, losses, recipe
 from composer.core import Callback
 from safetensors.torch import load_file
-from shrunken import ROOT, SHRUNKEN, VIT, losses, recipe
 
 from composer_prior.registry import register
 from composer_prior.training.config import load_recipe
@@ -204,7 +204,7 @@ def test_nothing_to_train_is_refused(finished):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "usage: composer train.py"),
+        ([], "usage: composer-prior train RECIPE.yaml"),
         (["nowhere.yaml"], "error: The recipe nowhere.yaml does not exist."),
         ([str(ROOT / "yamls/prior_vit.yaml"), "algorithms.prior.alfa=2"], "error: algorithms.prior.alfa is not a key"),
         ([str(ROOT / "yamls/ntp_vit.yaml"), "code_paths=[nowhere.py]"], "error: .*nowhere.py"),

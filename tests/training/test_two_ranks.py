@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from shrunken import ROOT, SHRUNKEN, VIT, launch, losses, recipe
+from common.recipes import ROOT, SHRUNKEN, VIT, launch, losses, recipe
 
 from composer_prior.training.run import train
 

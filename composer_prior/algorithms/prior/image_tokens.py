@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composer_prior.models.head import IGNORE_INDEX
+from composer_prior.data.batch import IGNORE_INDEX
 
 # Attributes of Hugging Face configurations that hold the id of a token of the image.
 _CONFIG_NAMES = (

@@ -20,7 +20,8 @@ from composer_prior.algorithms.prior.weights import (
     normalize,
     raw_weights,
 )
-from composer_prior.models.head import IGNORE_INDEX, logits_nll, weighted_mean
+from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.models.head import logits_nll, weighted_mean
 from composer_prior.models.reference import ReferenceLM
 
 _STEP_EVENTS = (

@@ -1,0 +1,53 @@
+"""Floating-point operations that the models must do, by count. A backward pass is twice the forward pass."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.models.composer_lvlm import ComposerLVLM
+
+
+def lm_forward(lm: PreTrainedModel, lengths: Tensor) -> float:
+    """Of sequences of these lengths, without padding, without the head: linear layers, and causal attention."""
+    linear = 2 * _linear_parameters(lm.base_model) * int(lengths.sum())
+    config: Any = lm.config
+    attention = 4 * config.hidden_size * config.num_hidden_layers * float((lengths.double() ** 2).sum()) / 2
+    return linear + attention
+
+
+def head_forward(lm: PreTrainedModel, tokens: int) -> float:
+    """Of the logits of so many tokens."""
+    config: Any = lm.config
+    return 2 * config.hidden_size * config.vocab_size * tokens
+
+
+def training_parts(model: ComposerLVLM, batch: Mapping[str, Tensor]) -> dict[str, float]:
+    """Of one training step on a batch: forward and backward, nothing computed twice."""
+    lvlm: Any = model.model
+    encoder = lvlm.vision.encoder
+    images, width = len(batch["input_ids"]), encoder.conv1.out_channels
+    patches = lvlm.vision.max_image_tokens + 1
+    blocks = encoder.transformer.resblocks
+    attention = 4 * width * len(blocks) * patches**2
+    tower = images * (2 * sum(p.numel() for p in blocks.parameters() if p.ndim == 2) * patches + attention)
+    tower += images * 2 * encoder.conv1.weight.numel() * (patches - 1)
+    projector = 2 * _linear_parameters(lvlm.projector) * images * (patches - 1)
+    labelled = int((batch["labels"] != IGNORE_INDEX).sum())
+    return {
+        "tower and projector": 3 * float(tower + projector),
+        "LM": 3 * lm_forward(lvlm.language, batch["attention_mask"].sum(1)),
+        "head": 3 * head_forward(lvlm.language, labelled),
+    }
+
+
+def reference_forward(lm: PreTrainedModel, batch: Mapping[str, Tensor], image_tokens: int) -> float:
+    """Of scoring the captions of a batch."""
+    labelled = int((batch["labels"] != IGNORE_INDEX).sum())
+    return lm_forward(lm, batch["attention_mask"].sum(1) - image_tokens) + head_forward(lm, labelled)
+
+
+def _linear_parameters(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))

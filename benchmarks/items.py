@@ -1,0 +1,353 @@
+"""The seven measurements. Each returns what goes to the JSON file, and prints its lines of the table."""
+
+import copy
+import io
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from PIL import Image
+from streaming import MDSWriter
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks import flops
+from benchmarks.measure import (
+    PRODUCT_FLOPS,
+    Stamps,
+    in_process,
+    interleaved,
+    interleaved_steps,
+    matrix_product,
+    peak_bytes,
+    ratio,
+    resident_bytes,
+)
+from benchmarks.setup import (
+    CLIPPING,
+    FIRST_WORD,
+    IMAGE_TOKENS,
+    VOCABULARY,
+    adamw,
+    build_llava,
+    build_lm,
+    build_ours,
+    build_tokenizer,
+    caption_lengths,
+    hugging_face_trainer,
+    our_trainer,
+    training_batches,
+)
+from composer_prior.algorithms.prior import PRIOR
+from composer_prior.data.batch import CaptionCollator
+from composer_prior.data.captions import StreamingCaptionDataset, caption_data_spec
+from composer_prior.models.head import labelled_nll, weighted_mean
+from composer_prior.models.language import head_of, last_hidden_states
+from composer_prior.models.matmul import use_onednn
+from composer_prior.models.reference import ReferenceLM
+
+Row = dict[str, Any]
+
+
+def row(item: int, what: str, value: float, unit: str = "x", goal: str = "", **more: Any) -> Row:
+    """One line of the table, printed as soon as it is known."""
+    print(f"| {item} | {what} | {value:.4g} {unit} | {goal} |", flush=True)
+    return {"item": item, "what": what, "value": value, "unit": unit, "goal": goal, **more}
+
+
+def note(text: str) -> None:
+    """A line below the table, such as the losses."""
+    print(f"<!-- {text} -->", flush=True)
+
+
+def prior_over_ntp(repetitions: int) -> list[Row]:
+    """1 and 2: next-token prediction, PRIOR with stored scores, PRIOR with a live reference; one model each."""
+    batches = training_batches(8)
+    without_scores = [{key: value for key, value in b.items() if key != "ref_logprobs"} for b in batches]
+    ours = build_ours()
+    torch.manual_seed(5)
+    lm = build_lm()
+    reference = PRIOR(ReferenceLM(use_onednn(lm), build_tokenizer()))
+    stamps = {name: Stamps() for name in ("ntp", "stored", "live")}
+    runs = {
+        "ntp": (our_trainer(copy.deepcopy(ours), without_scores, stamps["ntp"]), stamps["ntp"]),
+        "stored": (our_trainer(copy.deepcopy(ours), batches, stamps["stored"], [PRIOR()]), stamps["stored"]),
+        "live": (our_trainer(ours, without_scores, stamps["live"], [reference]), stamps["live"]),
+    }
+    seconds = interleaved_steps(runs, repetitions, steps=4)
+    note(f"NTP, PRIOR stored, PRIOR live: first losses {[round(s.losses[0], 5) for s in stamps.values()]}")
+    needed = 1 + sum(flops.reference_forward(lm, b, IMAGE_TOKENS) for b in batches) / sum(
+        sum(flops.training_parts(ours, b).values()) for b in batches
+    )
+    stored, live = ratio(seconds["stored"], seconds["ntp"]), ratio(seconds["live"], seconds["ntp"])
+    return [
+        row(1, "step, PRIOR with stored scores / NTP", stored, goal="<= 1.01", seconds=seconds),
+        row(2, "step, PRIOR with a live reference / NTP", live, seconds=seconds),
+        row(2, "the same by count of operations", needed),
+        row(2, "measured / counted", live / needed, goal="<= 1.05"),
+    ]
+
+
+def over_hugging_face(repetitions: int) -> list[Row]:
+    """3: Composer's Trainer and our model against transformers' Trainer and LLaVA, with either AdamW of torch's."""
+    batches = training_batches(8)
+    ours = build_ours()
+    names = {"adamw_torch": "its default AdamW", "adamw_torch_fused": "AdamW fused"}
+    stamps = {name: Stamps() for name in ("ours", *names)}
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {
+            name: (hugging_face_trainer(build_llava(ours), batches, stamps[name], folder, name), stamps[name])
+            for name in names
+        }
+        runs["ours"] = (our_trainer(ours, batches, stamps["ours"]), stamps["ours"])
+        seconds = interleaved_steps(runs, repetitions)
+    for name, stamp in stamps.items():
+        note(f"losses of {name}: {[round(loss, 4) for loss in stamp.losses[:4]]} ... {stamp.losses[-1]:.4f}")
+    return [
+        row(3, f"training throughput / Hugging Face, {text}", ratio(seconds[name], seconds["ours"]), "x", ">= 2.0")
+        for name, text in names.items()
+    ] + [row(3, "step, ours", median(seconds["ours"]), "s", seconds=seconds)]
+
+
+def memory(vocabularies: Sequence[int] = (2_000, 16_384, VOCABULARY, 151_936)) -> list[Row]:
+    """4: peak of one step above what the process holds before it, each in a process of its own."""
+    rows = []
+    for vocabulary in vocabularies:
+        ours, theirs = (in_process(_step_memory, name, vocabulary) for name in ("ours", "hf"))
+        note(f"V = {vocabulary}: losses {ours[1]:.5f} and {theirs[1]:.5f}")
+        goal = "<= 0.5" if vocabulary == VOCABULARY else ""
+        rows += [
+            row(4, f"peak memory of a step, V = {vocabulary}, ours", ours[0] / 2**20, "MiB"),
+            row(4, f"peak memory of a step, V = {vocabulary}, Hugging Face", theirs[0] / 2**20, "MiB"),
+            row(4, f"ours / Hugging Face, V = {vocabulary}", ours[0] / theirs[0], goal=goal),
+        ]
+    return rows
+
+
+def _step_memory(name: str, vocabulary: int) -> tuple[int, float]:
+    batches = training_batches(3, vocabulary=vocabulary)
+    ours = build_ours(vocabulary)
+    model: Any = ours if name == "ours" else build_llava(ours)
+    keys = ("input_ids", "attention_mask", "labels", "pixel_values")
+    del ours
+    optimizer = adamw(model)
+
+    def step(batch: Mapping[str, Tensor]) -> float:
+        optimizer.zero_grad()
+        loss = model.loss(model(batch), batch) if name == "ours" else model(**{key: batch[key] for key in keys}).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+    losses = [step(batch) for batch in batches]
+    return peak_bytes(lambda: step(batches[0])), losses[0]
+
+
+def scoring(repetitions: int) -> list[Row]:
+    """5: captions of log-normal length, mean 28, longest 154; every token but the first is scored."""
+    torch.manual_seed(17)
+    lm = build_lm().eval()
+    lengths = caption_lengths(512, 3.13, 0.65, 154)
+    texts = [[1, *torch.randint(FIRST_WORD, VOCABULARY, (n,)).tolist()] for n in lengths.tolist()]
+    reference = ReferenceLM(use_onednn(copy.deepcopy(lm)), build_tokenizer())
+    results: dict[str, list[Tensor]] = {}
+    seconds = interleaved(
+        {
+            "usual": lambda: results.update(usual=_usual_scores(lm, texts)),
+            "ours": lambda: results.update(ours=reference.score_texts(texts, 1)),
+            "product": matrix_product(),
+        },
+        repetitions,
+    )
+    sums = {name: float(torch.cat(values).double().sum()) for name, values in results.items()}
+    largest = max(float((a - b).abs().max()) for a, b in zip(results["usual"], results["ours"], strict=True))
+    note(f"sums of log-probabilities {sums}, largest difference {largest:.2g}")
+    tokens = int(lengths.sum())
+    operations = flops.lm_forward(lm, lengths + 1) + flops.head_forward(lm, tokens)
+    note(f"{len(texts)} captions, mean {tokens / len(texts):.1f}, longest {int(lengths.max())}")
+    reached = [operations / PRODUCT_FLOPS * p / s for p, s in zip(seconds["product"], seconds["ours"], strict=True)]
+    return [
+        row(5, "scoring, tokens/s", tokens / median(seconds["ours"]), "tokens/s", seconds=seconds),
+        row(5, "scoring throughput / the usual loop", ratio(seconds["usual"], seconds["ours"]), goal=">= 3.0"),
+        row(5, "scoring rate / matrix product of 2,048 cubed", 100 * median(reached), "%", ">= 60 %"),
+    ]
+
+
+@torch.no_grad()
+def _usual_scores(lm: PreTrainedModel, texts: Sequence[Sequence[int]], batch_size: int = 16) -> list[Tensor]:
+    """Batches in file order, padded; log_softmax over everything; gather."""
+    scores: list[Tensor] = []
+    for start in range(0, len(texts), batch_size):
+        rows = [torch.tensor(text) for text in texts[start : start + batch_size]]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
+        logprobs = lm(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+        picked = logprobs[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+        scores += [picked[i, : len(r) - 1] for i, r in enumerate(rows)]
+    return scores
+
+
+def utilization(repetitions: int) -> list[Row]:
+    """6: each part of a step by itself, forward and backward, and its rate over that of the matrix product."""
+    model = build_ours()
+    lvlm: Any = model.model
+    batch = training_batches(1)[0]
+    optimizer = adamw(model)
+    state: dict[str, Tensor] = {}
+
+    def tower_forward() -> None:
+        state["features"] = lvlm.projector(lvlm.vision(batch))
+        state["leaf"] = state["features"].detach().requires_grad_()
+
+    def lm_forward() -> None:
+        embeddings = lvlm.language.get_input_embeddings()(batch["input_ids"])
+        places = (batch["input_ids"] == lvlm.image_token_id)[..., None]
+        state["hidden"] = last_hidden_states(
+            lvlm.language, inputs_embeds=embeddings.masked_scatter(places, state["leaf"])
+        )
+        state["hidden leaf"] = state["hidden"].detach().requires_grad_()
+
+    def head() -> None:
+        nll, _ = labelled_nll(state["hidden leaf"], head_of(lvlm.language), batch["labels"])
+        state["nll leaf"] = nll.detach().requires_grad_()
+        loss()
+        nll.backward(state["nll leaf"].grad)
+
+    def loss() -> None:
+        weighted_mean(state["nll leaf"], torch.ones_like(state["nll leaf"]), batch["labels"]).backward()
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = _caption_data(folder, 64, lvlm.vision.image_processor)
+        collate = CaptionCollator(0)
+        seconds = interleaved(
+            {
+                "data (one process, on the step's own cores)": lambda: collate([data[i] for i in range(16)]),
+                "tower forward": tower_forward,
+                "LM forward": lm_forward,
+                "head": head,
+                "loss": loss,
+                "LM backward": lambda: state["hidden"].backward(state["hidden leaf"].grad),
+                "tower backward": lambda: state["features"].backward(state["leaf"].grad),
+                "optimizer": update,
+                "product": matrix_product(),
+            },
+            repetitions,
+        )
+    needed = flops.training_parts(model, batch)
+    parts = {
+        "tower and projector": _added(seconds["tower forward"], seconds["tower backward"]),
+        "LM": _added(seconds["LM forward"], seconds["LM backward"]),
+        **{name: seconds[name] for name in ("head", "loss", "optimizer")},
+    }
+    rows = []
+    for name, times in parts.items():
+        rows.append(row(6, f"{name}, time", median(times) * 1e3, "ms"))
+        if name in needed:
+            rows.append(
+                row(6, f"{name}, rate / matrix product", _reached(needed[name], times, seconds["product"]), "%")
+            )
+    step = _added(*parts.values())
+    rows.append(
+        row(6, "whole step, rate / matrix product", _reached(sum(needed.values()), step, seconds["product"]), "%")
+    )
+    name = next(name for name in seconds if name.startswith("data"))
+    rows.append(row(6, f"{name}, time", median(seconds[name]) * 1e3, "ms", seconds=seconds))
+    rows.append(row(6, "matrix product", PRODUCT_FLOPS / median(seconds["product"]) / 1e9, "GFLOP/s"))
+    return rows
+
+
+def _added(*seconds: list[float]) -> list[float]:
+    return [sum(turn) for turn in zip(*seconds, strict=True)]
+
+
+def _reached(operations: float, seconds: list[float], product: list[float]) -> float:
+    return 100 * median(operations / PRODUCT_FLOPS * p / s for s, p in zip(seconds, product, strict=True))
+
+
+def growth(repetitions: int) -> list[Row]:
+    """7: with caption length, vocabulary, batch, and data set size."""
+    rows = []
+    cases: dict[str, dict[str, Any]] = {
+        "usual": {},
+        **{f"median caption {n}": {"median": n} for n in (12, 50, 100)},
+        **{f"V = {v}": {"vocabulary": v} for v in (2_000, 16_384, 151_936)},
+        **{f"batch {n}": {"batch_size": n} for n in (4, 64)},
+    }
+    for name, arguments in cases.items():
+        train, score, loss = _growth_case(**arguments)
+        seconds = interleaved({"train": train, "score": score}, repetitions)
+        note(f"{name}: loss {loss():.4f}")
+        rows.append(row(7, f"step, {name}", median(seconds["train"]) * 1e3, "ms", seconds=seconds))
+        rows.append(row(7, f"scoring of a batch, {name}", median(seconds["score"]) * 1e3, "ms"))
+    with tempfile.TemporaryDirectory() as folder:
+        _caption_data(f"{folder}/thousand", 1000)
+        for thousands in (1, 10, 100, 1000):
+            _repeat_shard(Path(folder, "thousand"), Path(folder, str(thousands)), thousands)
+            seconds_taken, held = in_process(_start_up, str(Path(folder, str(thousands))))
+            rows.append(row(7, f"start-up to the first batch, {thousands * 1000:,} samples", seconds_taken, "s"))
+            rows.append(row(7, f"memory of the data set, {thousands * 1000:,} samples", held / 2**20, "MiB"))
+    return rows
+
+
+def _growth_case(**arguments: Any) -> tuple[Callable[[], None], Callable[[], Any], Callable[[], float]]:
+    batch = training_batches(1, **arguments)[0]
+    model = build_ours(arguments.get("vocabulary", VOCABULARY))
+    reference = ReferenceLM(use_onednn(build_lm(arguments.get("vocabulary", VOCABULARY))), build_tokenizer())
+    optimizer = adamw(model)
+    losses: list[float] = []
+
+    def train() -> None:
+        loss = model.loss(model(batch), batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+
+    score = partial(
+        reference.logprobs, batch["input_ids"], batch["attention_mask"], batch["labels"], model.image_token_ids
+    )
+    return train, score, lambda: losses[0]
+
+
+def _caption_data(folder: str, samples: int, image_processor: Any = None) -> StreamingCaptionDataset:
+    """Random pictures of 256 x 192 as JPEG, and captions of words that the tokenizer does not know."""
+    pixels = torch.randint(0, 255, (12, 16, 3), dtype=torch.uint8).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((256, 192), Image.Resampling.BICUBIC).save(buffer, "JPEG")
+    words = caption_lengths(samples, 3.2, 0.5, 150).tolist()
+    with MDSWriter(out=folder, columns={"image": "bytes", "caption": "str"}) as writer:
+        for count in words:
+            writer.write({"image": buffer.getvalue(), "caption": " ".join(["snail"] * count)})
+    return StreamingCaptionDataset(
+        tokenizer=build_tokenizer(), image_processor=image_processor, local=folder, batch_size=16
+    )
+
+
+def _repeat_shard(source: Path, folder: Path, times: int) -> None:
+    """A data set whose index names the same shards many times: as large as it says, without the disk space."""
+    folder.mkdir()
+    index = json.loads((source / "index.json").read_text())
+    for shard in index["shards"]:
+        (folder / shard["raw_data"]["basename"]).symlink_to(source / shard["raw_data"]["basename"])
+    (folder / "index.json").write_text(json.dumps({**index, "shards": index["shards"] * times}))
+
+
+def _start_up(folder: str) -> tuple[float, int]:
+    before, start = resident_bytes(), time.perf_counter()
+    dataset = StreamingCaptionDataset(tokenizer=build_tokenizer(), local=folder, batch_size=16, shuffle=True)
+    next(iter(caption_data_spec(dataset, 16).dataloader))
+    return time.perf_counter() - start, resident_bytes() - before

@@ -1,0 +1,33 @@
+"""PRIOR, token-prioritized vision-language pre-training, for MosaicML Composer.
+
+The public names load their module on first use, so the weighting can be used without importing Composer.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from composer_prior.algorithms.prior import PRIOR, importance_weights
+    from composer_prior.data.captions import StreamingCaptionDataset
+    from composer_prior.models.composer_lvlm import ComposerLVLM
+    from composer_prior.models.lvlm import LVLM
+    from composer_prior.models.reference import ReferenceLM
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "PRIOR": "composer_prior.algorithms.prior.prior",
+    "importance_weights": "composer_prior.algorithms.prior.weights",
+    "ComposerLVLM": "composer_prior.models.composer_lvlm",
+    "LVLM": "composer_prior.models.lvlm",
+    "ReferenceLM": "composer_prior.models.reference",
+    "StreamingCaptionDataset": "composer_prior.data.captions",
+}
+
+__all__ = ["LVLM", "PRIOR", "ComposerLVLM", "ReferenceLM", "StreamingCaptionDataset", "importance_weights"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
+    raise AttributeError(f"module 'composer_prior' has no attribute '{name}'")

@@ -1,0 +1,1 @@
+"""Training methods as Composer algorithms: one folder each, with its method card beside it."""

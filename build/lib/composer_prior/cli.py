@@ -1,0 +1,86 @@
+"""The installed command, ``composer-prior``: one line per job.
+
+A job's module is imported when the job begins: Composer's import takes seconds, and a misspelt key is answered before.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from composer_prior.data.messages import one_line
+from composer_prior.options import options_of, show_options
+
+
+class Job(NamedTuple):
+    """What a job does, what its command line looks like, whose arguments are its options, and what runs it."""
+
+    summary: str
+    usage: str
+    options: str
+    run: str
+
+
+JOBS = {
+    "train": Job(
+        "train a model from a recipe",
+        "RECIPE.yaml [train=DATA validation=DATA] [key=value ...]",
+        "composer_prior.training.config:TrainConfig",
+        "composer_prior.training.run:main",
+    ),
+    "score": Job(
+        "store the reference's log-probabilities beside the captions",
+        "RECIPE.yaml [loader=train|eval] [option=value ...] [key=value of the recipe ...]",
+        "composer_prior.scoring.job:ScoreJob",
+        "composer_prior.training.score:main",
+    ),
+    "convert": Job(
+        "make an MDS data set from image-caption pairs of any usual form",
+        "SOURCE OUT [option=value ...]",
+        "composer_prior.conversion.options:ConversionOptions",
+        "composer_prior.conversion.convert:main",
+    ),
+    "inspect": Job(
+        "show what is in a caption data set",
+        "DATA [option=value ...]",
+        "composer_prior.reports.inspection:inspect_captions",
+        "composer_prior.reports.inspection:main",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a job and end the program: ``composer-prior JOB ...``.
+
+    Args:
+        arguments: the words of the command line. Default: those of the program.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] not in JOBS:
+        asked = words[:1] in (["--help"], ["-h"])
+        lines = [f"  {name:8} {job.summary}" for name, job in JOBS.items()]
+        text = "\n".join(["usage: composer-prior JOB ...; composer-prior JOB --help lists its options", *lines])
+        print(text, file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
+    name, job = words[0], JOBS[words[0]]
+    if {"--help", "-h"} & set(words[1:]):
+        print(f"usage: composer-prior {name} {job.usage}\n\n{show_options(options_of(_load(job.options)))}")
+        sys.exit(0)
+    if name == "train" and words[1:]:
+        _check_recipe(words[1:])
+    sys.exit(_load(job.run)(words[1:]))
+
+
+def _check_recipe(words: Sequence[str]) -> None:
+    """Answer a key that no recipe has without Composer."""
+    from composer_prior.training.config import load_recipe  # here: other jobs do without it
+
+    try:
+        load_recipe(words[0], words[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")
+
+
+def _load(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)

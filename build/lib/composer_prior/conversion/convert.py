@@ -1,0 +1,261 @@
+"""Turns image-caption pairs of any usual form into an MDS data set, in parallel and resumably.
+
+A source is cut into fixed units of work. Each unit becomes its own shards, in any process; when they are in place, one
+small file, written atomically, says so. ``index.json`` is put together from these files and written last. So the output
+is a function of the source and the options alone: not of the number of processes, nor of how often the conversion was
+killed and started again, and what has no index is not whole.
+
+    OUT/index.json                      the data set, written last
+    OUT/shard.<unit>.<number>.mds
+    OUT/rejected.jsonl                  one line for each rejected sample: id, reason, source, detail
+    OUT/conversion.json                 the options and the summary
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from composer_prior.conversion.options import VERSION, ConversionError, ConversionOptions, ConversionSummary
+from composer_prior.conversion.processes import convert_units
+from composer_prior.conversion.sources import Source, SourceError, SourceOptions, describe, open_source
+from composer_prior.conversion.units import WHAT_TO_DO, json_line, unit_file
+from composer_prior.data.messages import say
+from composer_prior.data.storage import REMOTES, Place, StorageError, is_remote, locked, write_whole
+from composer_prior.options import options_of, parse_options
+
+_LOCK_SECONDS = 3  # the system takes a lock back when the last process of a killed conversion has ended
+
+
+def convert_captions(
+    source: str | Path, out: str | Path, options: ConversionOptions | None = None, **overrides: Any
+) -> ConversionSummary:
+    """Converts image-caption pairs into an MDS data set.
+
+    The columns are ``image`` (bytes), ``caption`` (str) or ``captions`` (json, a list), and, where the source has it,
+    ``image_related_spans`` (json: ``[start, end)`` character spans of the caption, or one such list for each caption;
+    ``null`` for a caption without). Killed and called again, it goes on where it was. Called again when it is complete,
+    it returns the summary and does nothing.
+
+    Args:
+        source: a file, folder or remote, see :func:`composer_prior.conversion.sources.open_source`.
+        out: a folder, or a remote (``s3://``, ``gs://``, ``oci://``, ``azure://``, ``hf://`` …). Credentials come from
+            the environment, as everywhere in streaming.
+        options: how to read and convert.
+        overrides: fields of :class:`ConversionOptions`.
+
+    Returns:
+        What was read, written and rejected.
+
+    Raises:
+        SourceError: the source has an unknown or ambiguous form, or cannot be read at all.
+        ConversionError: ``out`` holds something else, too many samples were rejected (``rejected.jsonl`` is in place,
+            and there is no index), a process died, or an upload failed for good.
+    """
+    options = replace(options or ConversionOptions(), **overrides)
+    opened = open_source(source, **{f.name: getattr(options, f.name) for f in dataclasses.fields(SourceOptions)})
+    place_of_source = str(source).rstrip("/") if is_remote(source) else os.path.realpath(Path(source).expanduser())
+    identity = hashlib.blake2b(place_of_source.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+    settings = {**options.settings, "form": opened.form, "source": identity}
+    place = _place(str(out), options)
+    with _sole_writer(place):
+        complete = _begin(place, settings)
+        if complete is not None:
+            shutil.rmtree(place.state, ignore_errors=True)
+            return complete
+        if options.on_bad_file == "raise":
+            _refuse_bad_files(source, opened, place)
+        units = convert_units(opened, place, options)
+        return _finish(place, settings, units, options.max_rejected)
+
+
+def _refuse_bad_files(source: str | Path, opened: Source, place: Place) -> None:
+    """An error that names the files that cannot be read, before any other is."""
+    bad = list(opened.bad_files())
+    if not bad:
+        return
+    if not any((place.state / "units").iterdir()):
+        shutil.rmtree(place.state, ignore_errors=True)
+    files = "a file" if len(bad) == 1 else f"{len(bad)} files"
+    raise SourceError(f"{source}: {files} cannot be read: {describe(bad)}; {WHAT_TO_DO}.")
+
+
+def _place(out: str, options: ConversionOptions) -> Place:
+    scheme = urlparse(out).scheme
+    if not is_remote(out):
+        folder = Path(out).expanduser()
+        if folder.exists() and not folder.is_dir():
+            raise ConversionError(f"{out}: this is a file; name a folder or a remote.")
+        state = folder / ".convert"
+        state.mkdir(parents=True, exist_ok=True)
+        return Place(folder, None, state)
+    if scheme not in REMOTES:
+        raise ConversionError(f"{out}: {scheme}:// is unknown; name a folder or a remote ({', '.join(REMOTES)}).")
+    remote = out.rstrip("/")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "composer-prior" / "convert"
+    digest = hashlib.blake2b(remote.encode(), digest_size=8).hexdigest()
+    state = Path(options.work).expanduser() if options.work else cache / digest
+    state.mkdir(parents=True, exist_ok=True)
+    return Place(None, remote, state, options.upload_attempts)
+
+
+@contextmanager
+def _sole_writer(place: Place) -> Iterator[None]:
+    """Hold the only right to write to a place, and let what goes wrong there be an error of the conversion."""
+    try:
+        with locked(place.state / "lock", _LOCK_SECONDS):
+            yield
+    except TimeoutError:
+        raise ConversionError(f"{place.label}: another conversion is writing here; let it end first.") from None
+    except StorageError as error:
+        raise ConversionError(str(error)) from error.__cause__
+
+
+def _begin(place: Place, settings: dict[str, Any]) -> ConversionSummary | None:
+    """Prepares the state; the summary, if the output is complete already."""
+    names = place.names()
+    finished = place.read("conversion.json", names)
+    if finished is not None and (names is None or "index.json" in names):
+        known = json.loads(finished)
+        _same_settings(place, {**known["settings"], "version": VERSION}, settings)  # it is whole, whoever made it
+        return ConversionSummary(**known["summary"])
+    started = place.state / "settings.json"
+    if started.exists():
+        _same_settings(place, json.loads(started.read_bytes()), settings)
+    else:
+        other = (names or set()) - {".convert"}
+        if (place.out is not None and other) or "index.json" in other:
+            shutil.rmtree(place.state, ignore_errors=True)
+            some = ", ".join(sorted(other)[:3])
+            raise ConversionError(f"{place.label}: holds something else ({some}); choose an empty place.")
+        write_whole(started, json_line(settings))
+    for leftover in place.state.glob("tmp*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    (place.state / "units").mkdir(exist_ok=True)
+    return None
+
+
+def _same_settings(place: Place, known: dict[str, Any], settings: dict[str, Any]) -> None:
+    if known.get("version") != settings["version"]:
+        raise ConversionError(
+            f"{place.label}: begun by another version of composer-prior; delete it, or choose another place."
+        )
+    for name in sorted({*known, *settings}):
+        if known.get(name) != settings.get(name):
+            was, now = ("another source", "this one") if name == "source" else (known.get(name), settings.get(name))
+            raise ConversionError(
+                f"{place.label}: begun with {name}={was}, not {now}; give the same options, or delete it, or choose "
+                "another place."
+            )
+
+
+def _finish(place: Place, settings: dict[str, Any], units: int, max_rejected: float) -> ConversionSummary:
+    """Puts the results of all units together; the index comes last."""
+    counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    shards: list[dict[str, Any]] = []
+    example = ""
+    folder = place.state / f"tmp{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    lost_in = _losses(place, units)
+    with open(folder / "rejected.jsonl", "wb") as lines:
+        for number in range(units):
+            unit = json.loads(unit_file(place.state, number).read_bytes())
+            counts.update({name: unit[name] for name in ("read", "captions", "samples")})
+            shards += unit["shards"]
+            for line in unit["rejected"]:
+                if line.get("captions", 1) is None:
+                    line.update(captions=lost_in[line["source"]], estimated=True)
+                    counts["read"] += line["captions"]
+                lost = line.get("captions", 1)
+                counts["rejected"] += lost
+                counts["estimated"] += lost * line.get("estimated", False)
+                counts["ignored"] += not lost
+                reasons[line["reason"]] += lost
+                example = example or (f" ({line['source']}: {line['detail']})" if lost and line["detail"] else "")
+                lines.write(json_line(line))
+    ordered = dict(sorted(((k, n) for k, n in reasons.items() if n), key=lambda item: (-item[1], item[0])))
+    size = sum(shard["raw_data"]["bytes"] for shard in shards)
+    rejected = counts["rejected"]
+    summary = ConversionSummary(
+        counts["read"],
+        counts["captions"],
+        counts["samples"],
+        rejected,
+        ordered,
+        len(shards),
+        size,
+        counts["estimated"],
+        counts["ignored"],
+    )
+    place.publish(folder, ["rejected.jsonl"])
+    if not summary.samples and not rejected:
+        others = f", but {summary.ignored} members that are no samples; see rejected.jsonl there" * bool(
+            summary.ignored
+        )
+        raise ConversionError(f"{place.label}: the source holds no captions{others}.")
+    if not summary.samples or rejected > max_rejected * summary.read:
+        most = ", ".join(f"{count} {reason}" for reason, count in list(ordered.items())[:3])
+        raise ConversionError(
+            f"{place.label}: {rejected} of {summary.read} captions were rejected ({most}), more than "
+            f"max_rejected={max_rejected}; see rejected.jsonl there{example}, and mend the source or allow more."
+        )
+    write_whole(folder / "conversion.json", json_line({"settings": settings, "summary": asdict(summary)}))
+    write_whole(folder / "index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
+    place.publish(folder, ["conversion.json", "index.json"])
+    if place.out is not None:
+        expected = {shard["raw_data"]["basename"] for shard in shards}
+        for stray in place.out.glob("shard.*.mds"):
+            if stray.name not in expected:
+                stray.unlink()
+    shutil.rmtree(place.state, ignore_errors=True)
+    return summary
+
+
+def _losses(place: Place, units: int) -> dict[str, int]:
+    """How many captions each file has lost that cannot be read, or not to its end: what the whole ones have on average,
+    less what was read of it, and at least one."""
+    read: Counter[str] = Counter()
+    cut = set[str]()
+    for number in range(units):
+        unit = json.loads(unit_file(place.state, number).read_bytes())
+        if unit["file"] is not None:
+            read[unit["file"]] += unit["read"]
+            cut |= {unit["file"]} if unit["cut"] else set()
+    whole = [count for file, count in read.items() if file not in cut]
+    mean = sum(whole) / len(whole) if whole else 0.0
+    return {file: max(1, round(mean - read[file])) for file in cut}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line ``SOURCE OUT [option=value ...]``, where the options are :class:`ConversionOptions`.
+
+    Args:
+        arguments: the words of the command line.
+
+    Returns:
+        The exit status: 0 if the conversion is complete.
+    """
+    options = options_of(ConversionOptions)
+    try:
+        words, chosen = parse_options(arguments, options)
+        if len(words) != 2 or any(word.startswith("-") for word in words):
+            print(f"usage: SOURCE OUT [option=value ...], with the options {', '.join(options)}", file=sys.stderr)
+            return 2
+        say(convert_captions(words[0], words[1], **chosen))
+    except KeyboardInterrupt:
+        print("Stopped. Run the same command again to go on.", file=sys.stderr)
+        return 130
+    except (SourceError, ConversionError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,131 @@
+"""How to convert, and what a conversion did."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from composer_prior.conversion.sources import SourceOptions, expect_number
+
+VERSION = 2  # of the output
+_WITHOUT_EFFECT_ON_OUTPUT = (
+    *("processes", "max_rejected", "on_bad_file", "progress", "work"),
+    *("upload_attempts", "download_timeout"),
+)
+
+
+class ConversionError(RuntimeError):
+    """A conversion that cannot start, cannot go on, or rejected too much."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionOptions(SourceOptions):
+    """How to convert; the fields of :class:`SourceOptions` say how to read.
+
+    Args:
+        captions: what becomes of several captions of one image. ``"all"``: one sample each, in the column ``caption``.
+            ``"sample"``: one sample with all of them, in the column ``captions``, of which the loader draws one in each
+            epoch.
+        max_caption_chars: longer captions are rejected.
+        check: ``"structure"`` or ``"full"``, see :func:`composer_prior.data.images.check_image`.
+        resize: shrink images to this longest side. Images pass through unchanged by default.
+        reencode: ``"jpeg"``, ``"png"`` or ``"webp"``, with an optional quality as in ``"jpeg:90"``.
+        size_limit: the largest shard, in bytes or as in ``"64mb"``.
+        max_rejected: the largest share of the captions read that may be rejected.
+        on_bad_file: what becomes of a file that cannot be read, or not to its end: an empty one, a Git LFS pointer, one
+            that was cut. ``"raise"``: an error that names it. ``"skip"``: it is left out, what was read of it is kept,
+            and what it held counts as rejected: what its footer says, or else what the readable files hold on average.
+            Samples that are damaged within a file that goes on behind them are rejected one by one in any case.
+        processes: how many processes; one per CPU by default. The output does not depend on it.
+        progress: show a progress bar; by default where standard error is a terminal.
+        work: where a conversion to a remote keeps its state, in order to be resumed. By default a folder of the user's
+            cache, named after the remote.
+        upload_attempts: how often an upload is tried, with 1, 2, 4 … s between.
+    """
+
+    captions: str = "all"
+    max_caption_chars: int = 32_768
+    check: str = "structure"
+    resize: int | None = None
+    reencode: str | None = None
+    size_limit: int | str = 64 << 20
+    max_rejected: float = 0.1
+    on_bad_file: str = "raise"
+    processes: int | None = None
+    progress: bool | None = None
+    work: str | None = None
+    upload_attempts: int = 7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _expect("captions", self.captions, self.captions in ("all", "sample"), "all or sample")
+        _expect("check", self.check, self.check in ("structure", "full"), "structure or full")
+        _expect("max_rejected", self.max_rejected, _number(self.max_rejected) and 0 <= self.max_rejected <= 1, "0 to 1")
+        _expect("on_bad_file", self.on_bad_file, self.on_bad_file in ("raise", "skip"), "raise or skip")
+        _expect("progress", self.progress, self.progress in (None, True, False), "true or false")
+        self._as_text("work")
+        for name in ("max_caption_chars", "upload_attempts", "resize", "processes"):
+            if getattr(self, name) is not None or name not in ("resize", "processes"):
+                expect_number(name, getattr(self, name), 1)
+        known = self.reencode is None or re.fullmatch(r"png|(jpeg|webp)(:([1-9]\d?|100))?", str(self.reencode))
+        _expect("reencode", self.reencode, bool(known), "jpeg, png or webp, with a quality as in jpeg:90")
+        size = size_in_bytes(self.size_limit)
+        _expect("size_limit", self.size_limit, size is not None and 0 < size < 1 << 32, "below 4gb, as in 64mb")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the output depends on."""
+        settings = {**asdict(self), "size_limit": size_in_bytes(self.size_limit), "version": VERSION}
+        return {name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT_ON_OUTPUT}
+
+
+@dataclass(frozen=True)
+class ConversionSummary:
+    """What a conversion did. ``read = captions + rejected``, where an image without any caption reads as one.
+
+    Args:
+        read: captions read.
+        captions: captions written.
+        samples: samples written; as many as captions, unless several captions share a sample.
+        rejected: captions rejected; each has a line in ``rejected.jsonl``, or shares that of the file it was lost with.
+        estimated: how many of them are an estimate, because nobody knows what a file held that cannot be read.
+        ignored: members of archives that are no samples; they have a line, and do not count.
+        reasons: how many of them for which reason, the most frequent first.
+        shards: shard files written.
+        bytes: their size.
+    """
+
+    read: int = 0
+    captions: int = 0
+    samples: int = 0
+    rejected: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    shards: int = 0
+    bytes: int = 0
+    estimated: int = 0
+    ignored: int = 0
+
+    def __str__(self) -> str:
+        reasons = "".join(f"\n  {count:>9,} {reason}" for reason, count in self.reasons.items())
+        share = f"{self.rejected / self.read:.2%}" if self.read else "none"
+        share += f", {self.estimated:,} of them estimated from what the readable files hold" if self.estimated else ""
+        if self.ignored:
+            reasons += f"\n  {self.ignored:>9,} members of archives that are no samples, not counted"
+        return (
+            f"{self.read:,} captions read, {self.captions:,} written as {self.samples:,} samples in {self.shards:,} "
+            f"shards ({self.bytes / 1e6:,.1f} MB), {self.rejected:,} rejected ({share}){reasons}"
+        )
+
+
+def _expect(name: str, value: Any, ok: bool, accepted: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r} is not accepted: expected {accepted}.")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def size_in_bytes(size: int | str) -> int | None:
+    """A size in bytes, from a number or from text such as ``64mb`` (of 1024 * 1024 bytes, as in streaming)."""
+    match = re.fullmatch(r"(\d+)([kmg]?)b?", str(size).lower())
+    return int(match[1]) * 1024 ** " kmg".index(match[2] or " ") if match else None

@@ -1,0 +1,100 @@
+"""A Hugging Face dataset saved with ``save_to_disk``."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from composer_prior.conversion.sources.base import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    SPANS,
+    BadFile,
+    Record,
+    Rejected,
+    Seen,
+    SourceError,
+    SourceOptions,
+    asked_folder,
+    load,
+    pick,
+)
+from composer_prior.conversion.sources.files import beginning, describe, file_unit, kind_of
+from composer_prior.conversion.sources.parquet import ROWS_AT_ONCE, batch_rows, row_record
+from composer_prior.data.messages import one_line
+
+
+@dataclass(frozen=True)
+class HFSource:
+    """A Hugging Face dataset saved with ``save_to_disk``; a unit is a run of rows."""
+
+    path: Path
+    options: SourceOptions
+    image: str
+    caption: str
+    images: Path
+    total: int | None
+    has_spans: bool
+    form: str = field(default="hf", init=False)
+
+    @classmethod
+    def open(cls, path: Path, options: SourceOptions) -> "HFSource":
+        data = _load_saved(path, options.split)
+        image = pick(data.column_names, options.image_column, IMAGE_COLUMNS, "image_column", str(path))
+        caption = pick(data.column_names, options.caption_column, CAPTION_COLUMNS, "caption_column", str(path))
+        if options.key_column:
+            pick(data.column_names, options.key_column, (), "key_column", str(path))
+        images = asked_folder(options.images) if options.images else path.resolve()
+        return cls(path, options, image, caption, images, len(data), SPANS in data.column_names)
+
+    @property
+    def folder(self) -> Path:
+        return self.path.resolve()
+
+    def bad_files(self) -> Iterator[BadFile]:
+        return iter(())  # it is read as one, or not at all
+
+    def units(self) -> Iterator[tuple[str, int, int, tuple[int, ...]]]:
+        data, seen = _load_saved(self.path, self.options.split), Seen()
+        for start in range(0, len(data), self.options.unit_samples):
+            stop = min(start + self.options.unit_samples, len(data))
+            keys = data.select_columns(self.options.key_column)[start:stop] if self.options.key_column else {}
+            repeated = [n for n, key in enumerate(next(iter(keys.values()), ())) if not seen.add(key)]
+            yield data._fingerprint, start, stop, tuple(repeated)
+
+    def read(self, unit: tuple[str, int, int, tuple[int, ...]]) -> Iterator[Record | Rejected]:
+        _, start, stop, again = unit
+        repeated = set(again)
+        data = _load_saved(self.path, self.options.split).with_format("arrow")
+        names = [self.image, self.caption, *filter(None, [self.options.key_column]), *[SPANS] * self.has_spans]
+        data, number = data.select_columns(list(dict.fromkeys(names))), start
+        for begin in range(start, stop, ROWS_AT_ONCE):
+            for batch in data[begin : min(begin + ROWS_AT_ONCE, stop)].to_batches():
+                for entry in batch_rows(batch):
+                    where = f"row {number}"
+                    is_repeated = number - start in repeated
+                    yield row_record(entry, self.image, self.caption, self.options, str(number), where, is_repeated)
+                    number += 1
+
+
+def _load_saved(path: Path, split: str | None) -> Any:
+    """The one split of a saved dataset that is meant. Nothing in it is executed."""
+    datasets = load("datasets")
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:
+        units = (file_unit(path, file, _arrow_problem) for file in sorted(path.rglob("*.arrow")))
+        bad = [unit for unit in units if isinstance(unit, BadFile)]
+        reason = describe(bad) if bad else one_line(error, 200)
+        raise SourceError(f"{path}: not a readable Hugging Face dataset ({reason}).") from error
+    if not isinstance(data, datasets.DatasetDict):
+        return data
+    name = split or (next(iter(data)) if len(data) == 1 else None)
+    if name not in data:
+        raise SourceError(f"{path}: choose one of its splits ({', '.join(data)}) with split=.")
+    return data[name]
+
+
+def _arrow_problem(path: Path) -> str | None:
+    head, size = beginning(path)
+    return kind_of(head) if size else "empty"

@@ -1,0 +1,326 @@
+"""A file of captions beside a folder of images: JSONL, CSV, TSV, a JSON array (LLaVA's too), COCO captions."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from composer_prior.conversion.sources.base import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    KEY_COLUMNS,
+    SPANS,
+    BadFile,
+    Record,
+    Rejected,
+    Seen,
+    SourceError,
+    SourceOptions,
+    asked_folder,
+    pick,
+)
+from composer_prior.conversion.sources.files import beginning, kind_of
+from composer_prior.conversion.sources.images import RejectedImage, inside
+from composer_prior.conversion.sources.lines import LINE_LIMIT, encoding_of, header_of, lines, open_text, rows
+from composer_prior.conversion.sources.records import record_of, value_of
+
+_MOST_DIGITS = 4000
+_PADDING = re.compile(r"[ \t\r\n,]*")
+_BEHIND = re.compile(r"[ \t\r\n,\]]")
+
+
+@dataclass(frozen=True)
+class ListSource:
+    """A file that lists images by path: JSONL, CSV, TSV, a JSON array (LLaVA's too), COCO captions.
+
+    Lines that follow each other and name the same image are the captions of one record.
+    """
+
+    file: Path
+    form: str
+    images: Path
+    options: SourceOptions
+    has_spans: bool = False
+    total: int | None = None
+
+    @classmethod
+    def open(cls, file: Path, form: str, options: SourceOptions) -> "ListSource":
+        problem = _problem(file)
+        if problem:
+            raise SourceError(f"{file}: {problem}.")
+        source = cls(file, form, file.parent, options)
+        first = [item for item, _ in zip(source._entries(), range(1000), strict=False)]
+        records = [item for item in first if isinstance(item, Record)]
+        names = [record.image for record in records[:20] if isinstance(record.image, str)]
+        images = _images_folder(file, options.images, names)
+        return replace(source, images=images, has_spans=any(record.spans is not None for record in records))
+
+    @property
+    def folder(self) -> Path:
+        return self.file.parent.resolve()
+
+    def bad_files(self) -> Iterator[BadFile]:
+        return iter(())  # without its list a source cannot be opened
+
+    def units(self) -> Iterator[tuple[Record | Rejected, ...]]:
+        unit: list[Record | Rejected] = []
+        for item in _unique(_grouped(self._entries())):
+            unit.append(item)
+            if len(unit) >= self.options.unit_samples:
+                yield tuple(unit)
+                unit = []
+        if unit:
+            yield tuple(unit)
+
+    def read(self, unit: tuple[Record | Rejected, ...]) -> Iterator[Record | Rejected]:
+        return iter(unit)
+
+    def _entries(self) -> Iterator[Record | Rejected]:
+        readers: dict[str, Callable[[Path, SourceOptions], Iterator[Record | Rejected]]] = {
+            "jsonl": _read_jsonl,
+            "csv": _read_table,
+            "tsv": _read_table,
+            "json": _read_json_array,
+            "coco": _read_coco,
+        }
+        return readers[self.form](self.file, self.options)
+
+
+def _problem(file: Path) -> str | None:
+    """What a list is instead of text, if that can be told."""
+    try:
+        head, _ = beginning(file)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror or error})"
+    if encoding_of(file) == "utf-8-sig" and b"\0" in head[:4]:
+        return "UTF-16 without a byte order mark, or no text at all; save it as UTF-8"
+    return kind_of(head)
+
+
+def _images_folder(file: Path, asked: str | None, names: list[str]) -> Path:
+    """The folder that image paths are relative to: the one asked for, or the first likely one that has an image."""
+    if asked is not None:
+        return asked_folder(asked)
+    # captions_train2017.json of COCO lies in annotations/, beside train2017/.
+    split = file.stem.removeprefix("captions_")
+    for here in dict.fromkeys((file.parent, file.resolve().parent)):
+        for folder in (here, here / "images", here / split, here.parent / split, here.parent / "images"):
+            root = folder.resolve()
+            if any(_exists(root, name) for name in names):
+                return root
+    return file.parent.resolve()
+
+
+def _exists(root: Path, name: str) -> bool:
+    try:
+        return os.path.exists(inside(root, name))
+    except (RejectedImage, OSError, ValueError):
+        return False
+
+
+def _read_jsonl(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:
+    for number, line in lines(path):
+        where, key = f"{path.name}:{number}", f"line {number}"
+        if line is None:
+            yield Rejected(key, "line too long", where, f"at most {LINE_LIMIT} bytes are accepted")
+            continue
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            yield Rejected(key, "invalid UTF-8", where, f"byte {error.start} of the line")
+        except (ValueError, RecursionError) as error:
+            yield Rejected(key, "malformed JSON", where, str(error)[:200])
+        else:
+            yield entry_record(entry, key, where, options)
+
+
+def _read_table(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:
+    delimiter, padded, chosen = _columns(path, options)
+    header = [cell.strip() for cell in padded]
+    for number, row, quotes in rows(path, delimiter, len(header), header.index(chosen.image_column or "")):
+        where, key = f"{path.name}:{number}", f"line {number}"
+        if row is None:
+            yield Rejected(key, "line too long", where, f"at most {LINE_LIMIT} bytes are accepted")
+            continue
+        if len(row) != len(header):
+            detail = f"{len(row)} cells where the header has {len(header)}" + (f", {quotes}" if quotes else "")
+            yield Rejected(key, "malformed row", where, detail)
+            continue
+        entry: dict[str, Any] = dict(zip(header, row if header == padded else map(str.strip, row), strict=True))
+        if SPANS in entry:
+            try:
+                entry[SPANS] = json.loads(entry[SPANS] or "null")
+            except (ValueError, RecursionError):
+                yield Rejected(key, "bad spans", where, "not JSON")
+                continue
+        yield entry_record(entry, key, where, chosen)
+
+
+def _columns(path: Path, options: SourceOptions) -> tuple[str, list[str], SourceOptions]:
+    """The delimiter by which the first line of a table names the columns that are needed, the cells of that line, and
+    the options with these columns."""
+    usual = "\t,;|" if path.suffix.lower() == ".tsv" or options.form == "tsv" else ",;\t|"
+    problems: list[tuple[bool, SourceError]] = []
+    for delimiter in usual:
+        cells = header_of(path, delimiter)
+        header, where = [cell.strip() for cell in cells], f"{path.name}, whose first line has to name the columns"
+        try:
+            image = pick(header, options.image_column, IMAGE_COLUMNS, "image_column", where)
+            caption = pick(header, options.caption_column, CAPTION_COLUMNS, "caption_column", where)
+            return delimiter, cells, replace(options, image_column=image, caption_column=caption)
+        except SourceError as error:
+            problems.append((len(cells) > 1, error))
+    raise max(problems, key=lambda problem: problem[0])[1]
+
+
+def _read_json_array(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:
+    for number, entry in enumerate(_json_array(path)):
+        where, key = f"{path.name}[{number}]", f"item {number}"
+        yield entry if isinstance(entry, BadFile) else entry_record(entry, key, where, options)
+
+
+def _json_array(path: Path, chunk: int = 1 << 20) -> Iterator[Any]:
+    """The items of a JSON array, read a piece at a time; a bad file where it ends as none, or goes on behind its end,
+    which counts as so many items as what is left would hold of the size of those before."""
+
+    def bad(detail: str) -> "BadFile":
+        read = file.buffer.tell() - len(buffer) + position  # type: ignore[attr-defined]
+        count = max(1, round((path.stat().st_size - read) * number / max(1, read)))
+        return BadFile(path.name, "malformed JSON", path.name, detail, count, estimated=True)
+
+    decoder, number, position = json.JSONDecoder(parse_int=_whole_number), 0, 0
+    with open_text(path) as file:
+        buffer = file.read(chunk).lstrip().removeprefix("[")
+        while True:
+            position = _PADDING.match(buffer, position).end()  # type: ignore[union-attr]
+            if buffer.startswith("]", position):
+                more = buffer[position + 1 :].strip()
+                while not more and (buffer := file.read(chunk)):
+                    more, position = buffer.strip(), 0
+                if more:
+                    yield bad(f"text behind the end of the array, which has {number} items")
+                return
+            try:
+                item, end = decoder.raw_decode(buffer, position)
+                whole = isinstance(item, dict) or _BEHIND.match(buffer, end) is not None  # a number may go on
+            except (json.JSONDecodeError, RecursionError):
+                whole = False
+            if not whole:
+                held = len(buffer) - position
+                more = file.read(max(chunk, held)) if held < LINE_LIMIT else ""
+                if not more:
+                    yield bad(f"malformed or cut in item {number}")
+                    return
+                buffer, position = buffer[position:] + more, 0
+                continue
+            yield item
+            position = end
+            number += 1
+
+
+def _whole_number(digits: str) -> int | None:
+    """A number of an array, unless it has more digits than Python reads; none of ours has so many."""
+    return int(digits) if len(digits) < _MOST_DIGITS else None
+
+
+def _read_coco(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:
+    try:
+        with open_text(path) as file:
+            data = json.load(file)
+        images, annotations = data["images"], data["annotations"]
+        by_image: dict[Any, list[dict[str, Any]]] = {}
+        for annotation in annotations:
+            by_image.setdefault(annotation["image_id"], []).append(annotation)
+        entries = [(image["id"], image["file_name"]) for image in images]
+        known = {image_id for image_id, _ in entries}
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise SourceError(
+            f"{path}: not COCO captions, which need 'images' (id, file_name) and 'annotations' (image_id, caption): "
+            f"{type(error).__name__} {error}."
+        ) from error
+    name = options.caption_column or "caption"
+    for number, (image_id, file_name) in enumerate(entries):
+        where = f"{path.name}:images[{number}]"
+        found = by_image.pop(image_id, [])
+        if not isinstance(file_name, str):
+            detail = "file_name is not text"
+            yield Rejected(str(image_id), "missing image", where, detail, max(1, len(found)))
+            continue
+        captions = tuple(annotation.get(name) for annotation in found)
+        spans = tuple(a.get(SPANS) for a in found) if any(SPANS in a for a in found) else None
+        yield Record(str(image_id), file_name, captions, where, spans, explicit=True)
+    for image_id, orphans in by_image.items():
+        if image_id not in known:
+            for orphan in orphans:
+                key = str(orphan.get("id", image_id))
+                yield Rejected(key, "unknown image id", f"{path.name}:annotations", f"image_id {image_id!r}")
+
+
+def entry_record(entry: Any, key: str, where: str, options: SourceOptions) -> Record | Rejected:
+    """A record from one JSON object or one row of a table; without an id, its image's path names it."""
+    if not isinstance(entry, dict):
+        return Rejected(key, "malformed record", where, "not an object")
+    own = value_of(entry, options.key_column, KEY_COLUMNS)
+    name = str(own) if isinstance(own, (str, int)) and str(own) else None
+    image = value_of(entry, options.image_column, IMAGE_COLUMNS)
+    caption = value_of(entry, options.caption_column, CAPTION_COLUMNS)
+    key = name or (image if isinstance(image, str) and image else key)
+    return record_of(image, caption, entry.get(SPANS), key, where, name is not None, SPANS in entry)
+
+
+def _grouped(entries: Iterable[Record | Rejected]) -> Iterator[Record | Rejected]:
+    """Joins neighbouring records of the same key and image into one record with all their captions."""
+
+    def same(item: Record | Rejected) -> Any:
+        return (item.key, item.image) if isinstance(item, Record) else object()
+
+    for _, group in groupby(entries, same):
+        items = list(group)
+        first = items[0]
+        if len(items) == 1 or isinstance(first, Rejected):
+            yield from items
+            continue
+        records: list[Record] = []
+        for item in items:
+            if not isinstance(item, Record):
+                continue
+            if first.explicit and any(item.captions == record.captions for record in records):
+                same_caption, count = "with the same caption", max(1, len(item.captions))
+                yield Rejected(item.key, "duplicate key", item.where, same_caption, count)
+            else:
+                records.append(item)
+        captions = tuple(caption for record in records for caption in (record.captions or (None,)))
+        spans = [span for r in records for span in (r.spans or (None,) * max(len(r.captions), 1))]
+        yield replace(
+            first, captions=captions, spans=tuple(spans) if any(r.spans is not None for r in records) else None
+        )
+
+
+def _unique(items: Iterable[Record | Rejected]) -> Iterator[Record | Rejected]:
+    """Rejects an id that came before, and, where a source has no ids, an image with a caption that it had before."""
+    seen = Seen()
+    for item in items:
+        if isinstance(item, Rejected):
+            yield item
+        elif item.explicit:
+            if seen.add(item.key):
+                yield item
+            else:
+                yield Rejected(item.key, "duplicate key", item.where, count=max(1, len(item.captions)))
+        else:
+            fresh = [seen.add(item.image, caption) for caption in item.captions]
+            if all(fresh):
+                yield item
+                continue
+            kept = [index for index, new in enumerate(fresh) if new]
+            for _ in range(len(fresh) - len(kept)):
+                yield Rejected(item.key, "duplicate key", item.where, "this image had this caption before")
+            if kept:
+                spans = None if item.spans is None else tuple(item.spans[index] for index in kept)
+                yield replace(item, captions=tuple(item.captions[index] for index in kept), spans=spans)

@@ -1,0 +1,167 @@
+"""Parquet files, and what they share with saved Hugging Face datasets: rows of Arrow."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from composer_prior.conversion.sources.base import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    SPANS,
+    BadFile,
+    FileUnit,
+    Record,
+    Rejected,
+    Seen,
+    SourceError,
+    SourceOptions,
+    asked_folder,
+    load,
+    pick,
+)
+from composer_prior.conversion.sources.files import describe, file_unit, parquet_problem
+from composer_prior.conversion.sources.records import record_of
+from composer_prior.data.messages import one_line
+
+ROWS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """Parquet files; a unit is a run of row groups."""
+
+    root: Path
+    files: tuple[Path, ...]
+    options: SourceOptions
+    image: str
+    caption: str
+    images: Path
+    has_spans: bool = False
+    total: int | None = None
+    form: str = field(default="parquet", init=False)
+
+    @property
+    def folder(self) -> Path:
+        return self.root.resolve()
+
+    @classmethod
+    def open(cls, root: Path, files: list[Path], options: SourceOptions) -> "ParquetSource":
+        parquet, arrow = load("pyarrow.parquet"), load("pyarrow")
+        bad: list[BadFile] = []
+        for file in files:
+            unit = file_unit(root, file, parquet_problem)
+            try:
+                if isinstance(unit, BadFile):
+                    bad.append(unit)
+                    continue
+                names = parquet.read_schema(file).names
+            except (arrow.ArrowException, OSError) as error:
+                bad.append(BadFile.of(file.relative_to(root).as_posix(), one_line(error, 200)))
+                continue
+            image = pick(names, options.image_column, IMAGE_COLUMNS, "image_column", file.name)
+            caption = pick(names, options.caption_column, CAPTION_COLUMNS, "caption_column", file.name)
+            if options.key_column:
+                pick(names, options.key_column, (), "key_column", file.name)
+            images = asked_folder(options.images) if options.images else root.resolve()
+            return cls(root, tuple(files), options, image, caption, images, SPANS in names)
+        raise SourceError(f"{root}: none of its {len(files)} Parquet files can be read: {describe(bad)}.")
+
+    def bad_files(self) -> Iterator[BadFile]:
+        units = (file_unit(self.root, file, parquet_problem) for file in self.files)
+        return (unit for unit in units if isinstance(unit, BadFile))
+
+    def units(self) -> Iterator[FileUnit | BadFile]:
+        parquet, arrow = load("pyarrow.parquet"), load("pyarrow")
+        seen = Seen()
+        for file in self.files:
+            whole = file_unit(self.root, file, parquet_problem)
+            if isinstance(whole, BadFile):
+                yield whole
+                continue
+            rows, done = None, 0
+            try:
+                with parquet.ParquetFile(file) as opened:
+                    rows = opened.metadata.num_rows
+                    for unit in self._cut(whole, opened, seen):
+                        yield unit
+                        groups = range(unit.first, unit.last)
+                        done = unit.row + sum(opened.metadata.row_group(group).num_rows for group in groups)
+            except (arrow.ArrowException, OSError, LookupError) as error:
+                yield BadFile.of(whole.name, one_line(error, 200), None if rows is None else rows - done)
+
+    def _cut(self, whole: FileUnit, opened: Any, seen: Seen) -> Iterator[FileUnit]:
+        first, row, rows = 0, 0, 0
+        for group in range(opened.num_row_groups):
+            rows += opened.metadata.row_group(group).num_rows
+            if rows >= self.options.unit_samples or group == opened.num_row_groups - 1:
+                yield replace(
+                    whole, first=first, last=group + 1, row=row, repeated=self._repeated(opened, first, group + 1, seen)
+                )
+                first, row, rows = group + 1, row + rows, 0
+
+    def _repeated(self, opened: Any, first: int, last: int, seen: Seen) -> tuple[int, ...]:
+        """Rows whose key came before. Only the column of keys is read."""
+        if self.options.key_column is None:
+            return ()
+        if self.options.key_column not in opened.schema_arrow.names:
+            raise LookupError(f"no column {self.options.key_column!r}")
+        table = opened.read_row_groups(range(first, last), columns=[self.options.key_column])
+        keys = table.column(0).to_pylist()
+        return tuple(number for number, key in enumerate(keys) if not seen.add(key))
+
+    def read(self, unit: FileUnit | BadFile) -> Iterator[Record | Rejected]:
+        if isinstance(unit, BadFile):
+            yield unit
+            return
+        parquet, arrow = load("pyarrow.parquet"), load("pyarrow")
+        columns = [self.image, self.caption, *filter(None, [self.options.key_column]), *[SPANS] * self.has_spans]
+        repeated, number, rows = set(unit.repeated), 0, 0
+        try:
+            with parquet.ParquetFile(self.root / unit.name, buffer_size=1 << 20) as file:
+                rows = sum(file.metadata.row_group(group).num_rows for group in range(unit.first, unit.last))
+                groups = range(unit.first, unit.last)
+                for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=columns, use_threads=False):
+                    for entry in batch_rows(batch):
+                        key, where = str(unit.row + number), f"{unit.name}:{unit.row + number}"
+                        yield row_record(entry, self.image, self.caption, self.options, key, where, number in repeated)
+                        number += 1
+        except (arrow.ArrowException, OSError) as error:
+            for lost in range(unit.row + number, unit.row + max(rows, number + 1)):
+                yield Rejected(str(lost), "unreadable row", f"{unit.name}:{lost}", one_line(error, 200))
+
+
+def batch_rows(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of an Arrow batch; text that is not UTF-8 keeps its bad bytes as surrogates instead of failing."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        arrow = load("pyarrow")
+        for index in range(batch.num_rows):
+            row = batch.slice(index, 1)
+            yield {name: _scalar(arrow, column[0]) for name, column in zip(row.schema.names, row.columns, strict=True)}
+
+
+def _scalar(arrow: Any, value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        if arrow.types.is_struct(value.type):
+            return {name: _scalar(arrow, value[name]) for name in value}
+        if arrow.types.is_list(value.type) or arrow.types.is_large_list(value.type):
+            return [_scalar(arrow, item) for item in value.values]
+        return (
+            value.as_buffer().to_pybytes().decode("utf-8", "surrogateescape") if hasattr(value, "as_buffer") else None
+        )
+
+
+def row_record(
+    entry: dict[str, Any], image: str, caption: str, options: SourceOptions, number: str, where: str, repeated: bool
+) -> Record | Rejected:
+    """A record from one row of a table that may hold image bytes."""
+    own = entry.get(options.key_column) if options.key_column else None
+    key = number if own is None else str(own)
+    record = record_of(entry.get(image), entry.get(caption), entry.get(SPANS), key, where, has_spans=SPANS in entry)
+    if repeated and isinstance(record, Record):
+        return Rejected(key, "duplicate key", where, count=max(1, len(record.captions)))
+    return record

@@ -1,0 +1,187 @@
+"""What form a source has, from the names and beginnings of its files."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from composer_prior.conversion.sources.base import FORMS, IMAGE_SUFFIXES, Source, SourceError, SourceOptions
+from composer_prior.conversion.sources.hf import HFSource
+from composer_prior.conversion.sources.lines import open_text
+from composer_prior.conversion.sources.lists import ListSource
+from composer_prior.conversion.sources.parquet import ParquetSource
+from composer_prior.conversion.sources.tar import TarSource
+from composer_prior.data.storage import is_remote
+
+_ACCEPTED = (
+    "a folder with captions.jsonl, captions.csv, captions.tsv or captions.json, such a file itself, COCO captions or "
+    "LLaVA JSON, .tar shards, .parquet files, or a Hugging Face dataset saved to disk"
+)
+_LOOKED_AT = 1 << 16  # files, or characters
+_SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".json": "json",
+    ".tar": "webdataset",
+    ".tgz": "webdataset",
+    ".tbz2": "webdataset",
+    ".txz": "webdataset",
+    **{f".tar.{packed}": "webdataset" for packed in ("gz", "bz2", "xz", "zst")},
+    ".parquet": "parquet",
+}
+
+
+def open_source(path: str | Path, options: SourceOptions | None = None, **overrides: Any) -> Source:
+    """Recognises the form of a source and opens it.
+
+    Args:
+        path: a file or a folder, see the module's table; or a remote (``s3://`` …) with tar shards or Parquet files.
+        options: how to read it.
+        overrides: fields of :class:`SourceOptions`.
+
+    Returns:
+        The source.
+
+    Raises:
+        SourceError: naming what is accepted, if the form is unknown or ambiguous, a column is missing, or an optional
+            package is.
+    """
+    options = replace(options or SourceOptions(), **overrides)
+    if is_remote(path):
+        from composer_prior.conversion.sources.remote import RemoteSource  # imports streaming, which takes its time
+
+        return RemoteSource.open(str(path), options)
+    path = Path(path).expanduser()
+    form, files = _recognise(path, options.form)
+    if form in ("webdataset", "parquet"):
+        root = path if path.is_dir() else path.parent
+        if form == "webdataset":
+            return TarSource.open(root, files, options)
+        return ParquetSource.open(root, files, options)
+    if form == "hf":
+        return HFSource.open(path, options)
+    return ListSource.open(files[0], form, options)
+
+
+def _suffix_form(path: Path) -> str | None:
+    name = path.name.lower()
+    return next((form for suffix, form in _SUFFIXES.items() if name.endswith(suffix)), None)
+
+
+def _recognise(path: Path, wanted: str | None) -> tuple[str, list[Path]]:
+    """The form of a source and the files that make it up."""
+    if not path.exists():
+        raise SourceError(f"{path}: no such file or folder. Accepted: {_ACCEPTED}.")
+    found = _folder_forms(path) if path.is_dir() else _file_forms(path)
+    if wanted is not None:
+        # A file of unusual name is taken at its word; in a folder the form picks among what is there.
+        if not path.is_dir():
+            return wanted, [path]
+        found = {form: files for form, files in found.items() if form == wanted}
+    if not found:
+        hint = _what_to_do(path)
+        raise SourceError(f"{path}: no {wanted or 'captions'} found here{hint}. Accepted: {_ACCEPTED}.")
+    if len(found) > 1:
+        raise SourceError(f"{path}: ambiguous, it holds {', '.join(found)}: choose with form=, or name the file.")
+    form, files = next(iter(found.items()))
+    if form not in ("webdataset", "parquet", "hf") and len(files) > 1:
+        names = ", ".join(file.name for file in files[:4])
+        raise SourceError(f"{path}: ambiguous, it holds {len(files)} {form} files ({names}): name the one to convert.")
+    return form, files
+
+
+def _what_to_do(path: Path) -> str:
+    """With what is often found in place of a source."""
+    if path.suffix.lower() == ".zip":
+        return "; unpack it first"
+    if not path.is_dir():
+        return f"; if it is of such a form, say so with form= ({', '.join(FORMS)})"
+    stems: dict[str, set[Path]] = {}
+    for file in islice(_files_below(path), _LOOKED_AT):
+        stems.setdefault(file.suffix.lower()[1:], set()).add(file.with_suffix(""))
+    images, texts = (
+        set().union(*(stems.get(name, ()) for name in names)) for names in (IMAGE_SUFFIXES, ("txt", "caption", "json"))
+    )
+    if images & texts:
+        return "; images with a file of text each are read from tar archives: pack them with tar --sort=name"
+    if "zip" in stems:
+        return "; unpack the .zip files first"
+    return "; name the file that holds them, with form= where its suffix is unusual"
+
+
+def _file_forms(path: Path) -> dict[str, list[Path]]:
+    form = _suffix_form(path)
+    if form == "json":
+        form = _json_form(path)
+    return {form: [path]} if form else {}
+
+
+def _folder_forms(path: Path) -> dict[str, list[Path]]:
+    names = {file.name for file in path.iterdir()}
+    if {"dataset_dict.json"} & names or {"dataset_info.json", "state.json"} <= names:
+        return {"hf": [path]}
+    if "index.json" in names and any(name.endswith(".mds") for name in names):
+        raise SourceError(f"{path}: this is an MDS data set already; train on it as it is. Accepted: {_ACCEPTED}.")
+    named = [path / f"captions{suffix}" for suffix in _SUFFIXES if f"captions{suffix}" in names]
+    if named:
+        return _merge(_file_forms(file) for file in named)
+    if archives := archives_of(_files_below(path)):
+        return archives
+    return _merge(_file_forms(file) for file in sorted(path.iterdir()) if file.is_file() and _suffix_form(file))
+
+
+def _files_below(path: Path) -> Iterator[Path]:
+    """All files of a folder, also those in folders that links lead to, each real folder once; hidden ones are not."""
+    seen = set[tuple[int, int]]()
+    for folder, folders, files in os.walk(path, onerror=_refuse_folder, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
+        yield from (Path(folder, name) for name in files if not name.startswith("."))
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise SourceError(f"{error.filename}: this folder cannot be read ({error.strerror}).") from error
+
+
+def archives_of(files: Iterable[Path]) -> dict[str, list[Path]]:
+    """The tar shards and the Parquet files among some, in order, by form."""
+    found = _merge(
+        {form: [file]} for file in sorted(files) if (form := _suffix_form(file)) in ("webdataset", "parquet")
+    )
+    # img2dataset lays its metadata beside each tar, as 00000.parquet; it is not a second source.
+    stems = {file.with_suffix("") for file in found.get("webdataset", [])}
+    own = [file for file in found.pop("parquet", []) if file.with_suffix("") not in stems]
+    return {**found, **({"parquet": own} if own else {})}
+
+
+def _merge(forms: Iterable[dict[str, list[Path]]]) -> dict[str, list[Path]]:
+    merged: dict[str, list[Path]] = {}
+    for found in forms:
+        for form, files in found.items():
+            merged.setdefault(form, []).extend(files)
+    return merged
+
+
+def _json_form(path: Path) -> str | None:
+    with open_text(path) as file:
+        head = file.read(_LOOKED_AT).lstrip()
+    first, _, more = head.partition("\n")
+    if head.startswith("{") and more.strip() and _is_json(first):
+        return "jsonl"
+    return {"[": "json", "{": "coco"}.get(head[:1])
+
+
+def _is_json(line: str) -> bool:
+    try:
+        return bool(json.loads(line))
+    except (ValueError, RecursionError):
+        return False

@@ -1,0 +1,147 @@
+"""What the fields of an entry mean, in whichever form it came: its one image, its captions, LLaVA's conversations."""
+
+import base64
+import codecs
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from composer_prior.conversion.sources.base import Record, Rejected
+from composer_prior.conversion.sources.images import RejectedImage
+
+_HUMAN = ("human", "user")
+_MODEL = ("gpt", "assistant", "model", "chatgpt", "bot")
+_PLACEHOLDER = "<image>"
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+Turn = tuple[str, str, list[Any]]
+"""Who speaks, the text, and what stands for images in it."""
+
+
+def value_of(entry: dict[str, Any], wanted: str | None, usual: Sequence[str]) -> Any:
+    """The field asked for, or the first of the usual ones that holds anything."""
+    if wanted:
+        return entry.get(wanted)
+    for name in usual:
+        if value := entry.get(name):
+            return value
+    return next((entry[name] for name in usual if name in entry), None)
+
+
+def record_of(
+    image: Any, caption: Any, spans: Any, key: str, where: str, explicit: bool = False, has_spans: bool = False
+) -> Record | Rejected:
+    """A record from the values of its fields.
+
+    Args:
+        image: bytes, a path, a dict of one of them, or a list of one of these.
+        caption: a text, a list of texts, or a conversation, of which the answer about the image is the caption.
+        spans: the spans of the caption, or of each.
+        key: what names the record; the path of its image if that is empty.
+        where: file and place.
+        explicit: whether ``key`` is the source's own id.
+        has_spans: whether the record has a field of spans.
+    """
+    turns = _turns(caption)
+    count = max(1, len(several(caption, spans)[0])) if turns is None else 1
+    try:
+        found = image_of(image)
+        if found is None and turns:
+            found = image_of([part for _, _, images in turns for part in images if part != _PLACEHOLDER])
+    except RejectedImage as error:
+        return Rejected(key, error.reason, where, error.detail, count)
+    if found is None:
+        if turns and not any(images for _, _, images in turns):
+            return Rejected(key, "no image: a text-only conversation", where)
+        return Rejected(key, "missing image", where, "neither a path nor the bytes of an image", count)
+    if turns is not None:
+        caption = _answer(turns)
+        if caption is None:
+            return Rejected(key, "no answer", where, f"none about the image in a conversation of {len(turns)} turns")
+    captions, each = several(caption, spans)
+    return Record(key, found, captions, where, each if has_spans else None, explicit)
+
+
+def image_of(value: Any) -> bytes | str | None:
+    """The one image that a field holds, as bytes or as a path; ``None`` where there is none.
+
+    Raises:
+        RejectedImage: for several images.
+    """
+    if isinstance(value, (list, tuple)):
+        if len(value) > 1:
+            raise RejectedImage("several images", f"{len(value)} of them; a record has one")
+        return image_of(value[0]) if value else None
+    if isinstance(value, dict):
+        data = value.get("bytes")
+        if isinstance(data, str):  # JSON has no bytes
+            try:
+                data = base64.b64decode(data, validate=True)
+            except ValueError:
+                raise RejectedImage("undecodable image", "its bytes are not base64") from None
+        return image_of(data or value.get("path") or value.get("url"))
+    return value if isinstance(value, (bytes, str)) and value else None
+
+
+def several(caption: Any, spans: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """One caption or a list of them, with as many lists of spans."""
+    if not isinstance(caption, (list, tuple)):
+        return (() if caption is None else (caption,)), (spans,)
+    each = tuple(spans) if isinstance(spans, list) and len(spans) == len(caption) else (spans,) * len(caption)
+    return tuple(caption), each
+
+
+def decode_text(data: bytes) -> str:
+    """Text of a file, without a byte order mark; what is neither UTF-8 nor marked UTF-16 keeps surrogates."""
+    if data.startswith(_UTF16):
+        try:
+            return data.decode("utf-16")
+        except UnicodeDecodeError:
+            pass
+    return data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+
+
+def _turns(value: Any) -> list[Turn] | None:
+    """The turns of a conversation; ``None`` for what is none."""
+    if isinstance(value, str):
+        if not value.startswith("["):
+            return None
+        try:
+            return _turns(json.loads(value))
+        except (ValueError, RecursionError):
+            return None
+    if not (isinstance(value, (list, tuple)) and value and all(isinstance(turn, dict) for turn in value)):
+        return None
+    if not any("from" in turn or "role" in turn for turn in value):
+        return None
+    return [_turn(turn) for turn in value]
+
+
+def _turn(turn: dict[str, Any]) -> Turn:
+    role = turn.get("from") or turn.get("role")
+    content = turn["value"] if turn.get("value") is not None else turn.get("content")
+    texts, images = list[str](), list[Any]()
+    for part in content if isinstance(content, (list, tuple)) else [content]:
+        if isinstance(part, dict):
+            images += _part_images(part)
+            part = part.get("text")
+        if isinstance(part, str):
+            texts.append(part)
+            images += [_PLACEHOLDER] * (_PLACEHOLDER in part)
+    return role.lower() if isinstance(role, str) else "", "\n".join(texts), images
+
+
+def _part_images(part: dict[str, Any]) -> Iterator[Any]:
+    if "image" in str(part.get("type")):
+        named = (part.get(name) for name in ("image", "image_url", "path", "url"))
+        yield next((image for image in named if image), _PLACEHOLDER)
+
+
+def _answer(turns: Sequence[Turn]) -> str | None:
+    """What the model says first after it was shown the image, or at all."""
+    shown = [index for index, (role, _, images) in enumerate(turns) if role in _HUMAN and images]
+    later = turns[shown[0] :] if shown else turns
+    text = next((text for role, text, _ in later if role in _MODEL), "")
+    if _PLACEHOLDER in text:
+        text = text.replace(_PLACEHOLDER, "").strip()
+    return text if text.strip() else None

@@ -1,0 +1,295 @@
+"""WebDataset shards: tar archives of images and captions."""
+
+import json
+import lzma
+import os
+import re
+import sys
+import tarfile
+import zlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from composer_prior.conversion.sources.base import (
+    CAPTION_COLUMNS,
+    IMAGE_SUFFIXES,
+    SPANS,
+    BadFile,
+    FileUnit,
+    Record,
+    Rejected,
+    SourceOptions,
+)
+from composer_prior.conversion.sources.files import beginning, file_unit, tar_problem
+from composer_prior.conversion.sources.records import decode_text, record_of, value_of
+
+_TEXT_SUFFIXES = ("txt", "caption", "text")
+_DOCUMENT = re.compile(r"readme|licen[cs]e|notice|changelog|copying|thumbs|desktop", re.IGNORECASE)
+_ZEROS_BETWEEN = 1 << 20  # bytes of zeros that may lie behind an archive; more are a file that never came
+_NO_SAMPLE, _NO_IMAGE, _NEITHER = "not a sample", "missing image", "neither image nor caption"
+_WITHOUT_IMAGE = (_NO_SAMPLE, _NO_IMAGE, _NEITHER)
+_TOGETHER = "the members of a sample must stand together: pack the archive again, with tar --sort=name"
+
+
+@dataclass(frozen=True)
+class TarSource:
+    """WebDataset shards: members that follow each other and share a name up to its first dot are one sample.
+
+    Where those have no image of their own (``photo.v1.jpg``, ``photo.v1.txt``, ``photo.v2.jpg`` …), and for an image
+    and a caption that are a pair in their own right, the name goes on up to its last dot. Every member is a sample, a
+    part of one, or rejected; what is no sample by its name (hidden, without a suffix, a readme) is listed and does not
+    count.
+    """
+
+    root: Path
+    files: tuple[Path, ...]
+    options: SourceOptions
+    has_spans: bool = False
+    total: int | None = None
+    form: str = field(default="webdataset", init=False)
+
+    @property
+    def images(self) -> Path:
+        return self.root
+
+    @property
+    def folder(self) -> Path:
+        return self.root
+
+    @classmethod
+    def open(cls, root: Path, files: list[Path], options: SourceOptions) -> "TarSource":
+        source = cls(root, tuple(files), options)
+        for unit in source.units():
+            first = [item for item, _ in zip(source.read(unit), range(100), strict=False)]
+            records = [item for item in first if isinstance(item, Record)]
+            if records:
+                return replace(source, has_spans=any(record.spans is not None for record in records))
+        return source
+
+    def bad_files(self) -> Iterator[BadFile]:
+        for unit in self.units():
+            bad = unit if isinstance(unit, BadFile) else self._cut(unit)
+            if bad is not None:
+                yield bad
+
+    def _cut(self, unit: FileUnit) -> "BadFile | None":
+        """What is wrong with an archive that does not end as one; only the headers of such a one are read."""
+        path = self.root / unit.name
+        if beginning(path)[0][257:262] != b"ustar":
+            return None  # it is compressed, and has to be read
+        with open(path, "rb") as file:
+            file.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
+            if not file.read().strip(b"\0"):
+                return None
+        members = (item for _, item in _tar_members(path, unit.name, (), self.options.max_image_bytes))
+        return next((item for item in members if isinstance(item, BadFile)), None)
+
+    def units(self) -> Iterator[FileUnit | BadFile]:
+        return (file_unit(self.root, file, tar_problem, "broken archive") for file in self.files)
+
+    def read(self, unit: FileUnit | BadFile) -> Iterator[Record | Rejected]:
+        if isinstance(unit, BadFile):
+            yield unit
+            return
+        wanted = {*IMAGE_SUFFIXES, "json", *_TEXT_SUFFIXES, self.options.image_column, self.options.caption_column}
+        members = _tar_members(self.root / unit.name, unit.name, wanted, self.options.max_image_bytes)
+        group, seen = _Group(self, unit.name, "", set()), set[str]()
+        for name, data in members:
+            if isinstance(data, Rejected):
+                yield data
+                continue
+            key, suffix = _split_name(name)
+            if not suffix:
+                yield Rejected(name, _NO_SAMPLE, f"{unit.name}:{name}", "hidden, or without a suffix", count=0)
+                continue
+            if key != group.key:
+                yield from group.end()
+                group = _Group(self, unit.name, key, seen)
+            yield from group.add(name, suffix, data, suffix in wanted)
+        yield from group.end()
+
+    def record(self, key: str, members: dict[str, bytes | None], where: str) -> Record | Rejected:
+        """The sample that the members of a name make, by their suffixes."""
+        options = self.options
+        images = [options.image_column] if options.image_column else [s for s in members if s in IMAGE_SUFFIXES]
+        images = [suffix for suffix in images if members.get(suffix) is not None]
+        if len(images) != 1:
+            listed = f"members: {', '.join(members)}"[:200]
+            if images:
+                return Rejected(key, "several images", where, f"{listed}; choose one with image_column=")
+            if _DOCUMENT.fullmatch(key.rpartition("/")[2]):
+                return Rejected(key, _NO_SAMPLE, where, listed, count=0)
+            known = any(data is not None for data in members.values())
+            return Rejected(key, _NO_IMAGE if known else _NEITHER, where, listed)
+        entry: dict[str, Any] = {}
+        if members.get("json"):
+            try:
+                parsed = json.loads(decode_text(members["json"] or b""))
+                entry = parsed if isinstance(parsed, dict) else {}
+            except (ValueError, RecursionError) as error:
+                return Rejected(key, "malformed JSON", where, str(error)[:200])
+        record = record_of(
+            members[images[0]], self._caption(members, entry), entry.get(SPANS), key, where, has_spans=SPANS in entry
+        )
+        if isinstance(record, Rejected) or record.captions:
+            return record
+        others = ", ".join(name for name in {**members, **entry} if name not in (images[0], "json"))[:200]
+        return replace(record, note=f"choose one of {others} with caption_column=" if others else _TOGETHER)
+
+    def _caption(self, members: dict[str, bytes | None], entry: dict[str, Any]) -> Any:
+        """The caption of the member of text, unless that is empty, and otherwise that of the JSON."""
+        column = self.options.caption_column
+        suffixes = (column,) if column else _TEXT_SUFFIXES
+        texts = [decode_text(members[suffix] or b"").rstrip("\r\n") for suffix in suffixes if suffix in members]
+        text = next((text for text in texts if text.strip()), None)
+        caption = value_of(entry, column, CAPTION_COLUMNS) if text is None else text
+        return texts[0] if caption is None and texts else caption
+
+
+class _Group:
+    """Members that follow each other and share a name up to its first dot.
+
+    Of those with more dots, only what makes an image with a caption is held as bytes, and only until it is complete.
+    """
+
+    def __init__(self, source: TarSource, file: str, key: str, seen: set[str]):
+        self.source, self.file, self.key, self.seen = source, file, key, seen
+        self.members: dict[str, bytes | None] = {}
+        self.twice = ""
+        self.inner: _Group | None = None
+        self.kept: list[Rejected] = []
+        self.has_pairs = False
+
+    def add(self, name: str, suffix: str, data: bytes | None, plain: bool) -> Iterator[Record | Rejected]:
+        """Takes one member in; a pair of a longer name is complete when the next name begins."""
+        key, _, last = name.rpartition(".")
+        if plain or "." not in suffix:
+            self.twice = self.twice or (name if suffix in self.members else "")
+            self.members[suffix] = data
+            return
+        if self.inner is None or self.inner.key != key:
+            yield from self._end_inner()
+            self.inner = _Group(self.source, self.file, key, self.seen)
+        yield from self.inner.add(name, last.lower(), data, True)
+
+    def end(self) -> Iterator[Record | Rejected]:
+        """What is left when a member of another name comes."""
+        yield from self._end_inner()
+        known = any(data is not None for data in self.members.values())
+        if self.members and (known or not self.has_pairs):
+            record = self._record()
+            yield record
+            if isinstance(record, Record) or record.reason not in _WITHOUT_IMAGE:
+                return  # members of longer names are parts of this sample
+        elif self.members:
+            listed = f"members: {', '.join(self.members)}"[:200]
+            yield Rejected(self.key, _NO_SAMPLE, f"{self.file}:{self.key}", listed, count=0)
+        yield from self.kept
+
+    def _end_inner(self) -> Iterator[Record | Rejected]:
+        if self.inner is None:
+            return
+        record, self.inner = self.inner._record(), None
+        if isinstance(record, Rejected):
+            self.kept.append(record)
+        elif not record.captions:
+            self.kept.append(Rejected(record.key, "missing caption", record.where, record.note))
+        else:
+            self.has_pairs = True
+            yield record
+
+    def _record(self) -> Record | Rejected:
+        where = f"{self.file}:{self.key}"
+        if self.key in self.seen:
+            return Rejected(self.key, "duplicate key", where, _TOGETHER)
+        self.seen.add(self.key)
+        if self.twice:
+            return Rejected(self.key, "duplicate key", where, f"several members {self.twice}")
+        return self.source.record(self.key, self.members, where)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """A member's name up to its first dot, and its suffix in small letters; no suffix for what is no sample."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    if not stem or "__MACOSX" in folder.split("/"):
+        return name, ""
+    return folder + slash + stem, suffix.lower()
+
+
+def _tar_members(
+    path: Path, label: str, wanted: Collection[str | None], limit: int
+) -> Iterator[tuple[str, bytes | Rejected | None]]:
+    """Name and bytes of each regular member, in order, never more than one of them in memory; no bytes of others.
+
+    ``tarfile`` takes a damaged header within an archive for its end, or, told to ignore it, does not say so. Here what
+    lies between two members is rejected unless it is zeros, as between archives that were joined, and reading goes on.
+    It stands for as many samples as its size says; an archive without a member, or without an end, is a bad file.
+    """
+    end, stems, last = 0, 0, ""
+    first: tuple[int, str] | None = None  # what stands before the first member
+
+    def damaged(size: int, problem: str) -> tuple[str, Rejected]:
+        """Lost bytes, as so many samples as the others of the archive need bytes for."""
+        count = max(1, round(size * stems / max(1, end - (first[0] if first else 0))))
+        return "", Rejected(label, "broken archive", label, problem, count, estimated=count > 1)
+
+    try:
+        with tarfile.open(path, "r:*", ignore_zeros=True) as tar:
+            while True:
+                member = tar.next()
+                tar.members.clear()  # type: ignore[attr-defined]
+                size, problem = _lost(tar, end, None if member is None else member.offset)
+                if problem and not stems:
+                    first = size, problem
+                elif problem and (member or size >= tarfile.BLOCKSIZE):
+                    yield damaged(size, problem)
+                if member is None:
+                    if first:
+                        bad = BadFile(label, "broken archive", label, f"not a tar archive: {first[1]}")
+                        yield damaged(*first) if stems else ("", bad)
+                    if size < tarfile.BLOCKSIZE:
+                        cut = f"cut after {end + size} bytes, without an end of archive"
+                        yield "", BadFile(label, "broken archive", label, cut)
+                    return
+                end = tar.offset
+                if member.isdir():
+                    continue
+                name, where = member.name, f"{label}:{member.name}"
+                stem, suffix = name.rpartition(".")[0], _split_name(name)[1]
+                stems, last = stems + (stem != last), stem
+                if not member.isfile():
+                    detail = "a link; pack the archive with tar -h --hard-dereference" if member.linkname else ""
+                    yield name, Rejected(name, "not a regular file", where, detail)
+                elif name.startswith("/") or ".." in PurePosixPath(name).parts:
+                    detail = "absolute paths and '..' are refused"
+                    yield name, Rejected(name, "path leaves the source", where, detail)
+                elif suffix in wanted or suffix.rpartition(".")[2] in wanted:
+                    if member.size > limit:
+                        yield name, Rejected(name, "image too large", where, f"{member.size} bytes")
+                        continue
+                    file = tar.extractfile(member)
+                    yield name, (file.read() if file else b"")
+                else:
+                    yield name, None
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        if first and stems:
+            yield damaged(*first)
+        yield "", BadFile(label, "broken archive", label, f"cut or damaged behind byte {end} ({str(error)[:160]})")
+
+
+def _lost(tar: tarfile.TarFile, begin: int, end: int | None) -> tuple[int, str]:
+    """The size of what lies between two members, or behind the last one, and what is wrong with it."""
+    if begin == end:
+        return 0, ""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(begin)
+    size, damaged = 0, False
+    while piece := tar.fileobj.read(min(1 << 20, sys.maxsize if end is None else end - begin - size)):
+        size += len(piece)
+        damaged = damaged or bool(piece.strip(b"\0"))
+    if damaged:
+        return size, f"{size} bytes at {begin} are no members"
+    return size, f"{size} bytes at {begin} are only zeros" if size > _ZEROS_BETWEEN else ""

@@ -1,0 +1,1 @@
+"""Image-caption data: streaming data sets, tokenization, the embedded data set, conversion."""

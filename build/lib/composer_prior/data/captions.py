@@ -1,0 +1,318 @@
+"""Image-caption pairs from mosaicml-streaming, as the batches that the models read."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from composer.core import DataSpec
+from PIL import Image
+from streaming import StreamingDataLoader
+from streaming.base.format.mds import MDSReader
+from torch import Tensor
+from torchvision.datasets import VisionDataset
+from transformers import PreTrainedTokenizerBase
+
+from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, ImageInputs, count_tokens
+from composer_prior.data.download import ATTEMPTS
+from composer_prior.data.images import ImageError, decode_rgb
+from composer_prior.data.messages import OneLineError, one_line
+from composer_prior.data.scores import ScoresError, index_fingerprint, open_scores
+from composer_prior.data.streams import CheckedDataset
+from composer_prior.data.tokenizer import CaptionFormat, bos_id, encode_caption, image_token_ids, prompt_ids
+
+log = logging.getLogger(__name__)
+
+SPANS_COLUMN = "image_related_spans"
+
+
+class BadSampleError(OneLineError, ValueError):
+    """A sample that cannot be used: an image that does not decode, a caption that is empty."""
+
+
+class StreamingCaptionDataset(CheckedDataset, VisionDataset):
+    """Samples ``{image: bytes, caption: str}`` of an MDS data set, local or remote, tokenized and preprocessed.
+
+    An optional column ``image_related_spans`` (json, ``[[start, end], ...]`` in characters of the caption, null where
+    nobody knows) says which words the image determines. Sample ``i`` is a dict of tensors: ``input_ids``, ``labels``
+    ``[T]`` int64, ``image_related`` ``[T]`` bool where the data knows it, the image's tensors, and ``sample_id``.
+
+    With a column ``captions`` (json, a list) in the place of ``caption``, and spans for each of them, every epoch of a
+    shuffled data set draws one, a function of ``shuffle_seed``, epoch and ``sample_id`` alone; a data set that is not
+    shuffled, as for validation, always draws the same.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer with the image tokens (:func:`.add_image_tokens`).
+        image_processor: the one of the model's vision tower; None reads captions alone and decodes no image.
+        transform: RGB image -> RGB image of any size, before the image processor; Composer's ``RandAugment``,
+            ``AugMix`` and ``ColOut(batch=False)`` put theirs here.
+        prompt: text between image and caption; its tokens have no label.
+        max_caption_tokens: a longer caption is cut there, and then has no end-of-sequence token. Default: ``128``.
+        on_bad_sample: ``"raise"``, or ``"skip"``: the sample stays in its batch without any label, so that it counts
+            for nothing, and a warning names it. Default: ``"raise"``.
+        scores: folder or remote of the reference's stored log-probabilities; samples then have ``ref_logprobs``
+            (``[T]`` float32, aligned with ``labels``, 0 where there is none).
+        kwargs: those of :class:`.CheckedDataset`, which are those of :class:`streaming.StreamingDataset`.
+
+    Raises:
+        DataError: for an index or a shard that cannot be read.
+        ScoresError: for scores that are missing or belong to something else, naming what differs.
+        BadSampleError: naming the sample and its shard.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: Callable[[Image.Image], ImageInputs] | None = None,
+        transform: Callable[[Image.Image], Image.Image] | None = None,
+        prompt: str = "",
+        max_caption_tokens: int = 128,
+        on_bad_sample: Literal["raise", "skip"] = "raise",
+        scores: str | None = None,
+        **kwargs: Any,
+    ):
+        if on_bad_sample not in ("raise", "skip"):
+            raise ValueError(f"on_bad_sample={on_bad_sample!r}: expected 'raise' or 'skip'.")
+        CheckedDataset.__init__(self, **kwargs)
+        VisionDataset.__init__(self, transform=transform)
+        columns = [frozenset(cast(MDSReader, shard).column_names) for shard in self.shards]
+        for place, names in zip(self._shard_places(), columns, strict=True):
+            if not names & {"caption", "captions"} or (image_processor is not None and "image" not in names):
+                raise ValueError(f"{place} has the columns {', '.join(sorted(names))}; expected image and caption.")
+        self.has_several_captions = any("captions" in names for names in columns)
+        if scores:
+            check_scorable(self, scores)
+        self.has_spans = all(SPANS_COLUMN in names for names in columns)  # it says which words the image determines
+        self.epoch = 0
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.prompt = prompt
+        self.prompt_ids = prompt_ids(tokenizer, prompt)
+        self.max_caption_tokens = max_caption_tokens
+        self.on_bad_sample = on_bad_sample
+        self.placeholder_ids = image_token_ids(tokenizer)
+        self.bos_id = bos_id(tokenizer)
+        # No caption may spell them, as it can where they are words of the vocabulary; an unknown word may be one.
+        self.reserved_ids = {*self.placeholder_ids, self.bos_id, tokenizer.eos_token_id} - {tokenizer.unk_token_id}
+        self.scores = None
+        if scores:
+            patience = {"attempts": self.streams[0].download_retry, "seconds": self.streams[0].download_timeout}
+            self.scores = open_scores(scores, self, Path(self.streams[0].local, ".scores"), **patience)
+
+    @property
+    def format(self) -> CaptionFormat:
+        """How its captions become tokens."""
+        return CaptionFormat(self.tokenizer, self.prompt, self.max_caption_tokens)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the indices of all streams: of the shards' sizes and hashes, in order."""
+        indices = [Path(stream.local, stream.split or "", "index.json") for stream in self.streams]
+        return index_fingerprint(index.read_bytes() for index in indices)
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        try:
+            return self._encode(self._read(sample_id, retry), sample_id)
+        except BadSampleError as error:
+            message = f"{self._place(sample_id)}: {error}"
+            if self.on_bad_sample == "raise":
+                raise BadSampleError(f"{message} (on_bad_sample=skip goes on without it)") from error
+            log.warning("Skipped %s", message)
+            return self._without_labels(sample_id)
+
+    def image_and_caption(self, sample_id: int) -> tuple[Image.Image, str]:
+        """One sample as a person sees it; of several captions the one of this epoch.
+
+        Raises:
+            BadSampleError: naming the sample.
+        """
+        try:
+            sample = self._read(sample_id, ATTEMPTS)
+            return decode_image(sample["image"]), self._draw(sample, sample_id)[0]
+        except BadSampleError as error:
+            raise BadSampleError(f"{self._place(sample_id)}: {error}") from error
+
+    def _read(self, sample_id: int, retry: int) -> Mapping[str, Any]:
+        try:
+            return super().get_item(sample_id, retry)
+        except (ValueError, IndexError) as error:
+            raise BadSampleError(f"its bytes in the shard are damaged ({one_line(error)})") from error
+
+    def _resume_incr_epoch(self) -> tuple[int, int]:
+        self.epoch, sample_in_epoch = super()._resume_incr_epoch()
+        return self.epoch, sample_in_epoch
+
+    def _encode(self, sample: Mapping[str, Any], sample_id: int) -> dict[str, Any]:
+        caption, spans = self._draw(sample, sample_id)
+        if not caption.strip():
+            raise BadSampleError("the caption is empty")
+        encoding = encode_caption(self.tokenizer, caption)
+        if not self.reserved_ids.isdisjoint(encoding.ids):
+            token = next(
+                token for token, i in zip(encoding.tokens, encoding.ids, strict=True) if i in self.reserved_ids
+            )
+            raise BadSampleError(f"the caption spells {token}, which the tokenizer takes for its own")
+        caption_ids = [*encoding.ids, self.tokenizer.eos_token_id][: self.max_caption_tokens]
+        image = self._image_inputs(sample)
+        item = self._item(image, caption_ids, sample_id)
+        if self.has_spans:
+            related = overlaps(encoding.offsets[: len(caption_ids)], _checked_spans(spans))
+            item["image_related"] = torch.zeros(len(item["labels"]), dtype=torch.bool)
+            start = len(item["labels"]) - len(caption_ids)
+            item["image_related"][start : start + len(related)] = torch.tensor(related, dtype=torch.bool)
+        return item
+
+    def _draw(self, sample: Mapping[str, Any], sample_id: int) -> tuple[str, Any]:
+        """The caption of a sample in this epoch, and its spans."""
+        if "captions" not in sample:
+            return sample["caption"], sample.get(SPANS_COLUMN)
+        captions, spans = sample["captions"], sample.get(SPANS_COLUMN)
+        if not (isinstance(captions, list) and captions and all(isinstance(caption, str) for caption in captions)):
+            raise BadSampleError("captions is not a list of texts")
+        if not (spans is None or (isinstance(spans, list) and len(spans) == len(captions))):
+            raise BadSampleError(f"{SPANS_COLUMN} is not a list with spans for each of the {len(captions)} captions")
+        key = (self.shuffle_seed, self.epoch if self.shuffle else 0, sample_id)
+        chosen = draw(len(captions), *key)
+        return captions[chosen], None if spans is None else spans[chosen]
+
+    def _image_inputs(self, sample: Mapping[str, Any]) -> ImageInputs:
+        if self.image_processor is None:
+            return ImageInputs({}, [])
+        image = decode_image(sample["image"])
+        try:
+            if self.transform is not None:
+                image = self.transform(image.copy())  # a plain Image: Composer's transforms refuse a PngImageFile
+            return self.image_processor(image)
+        except (ValueError, OSError) as error:  # what Pillow and torchvision raise for an image they cannot handle
+            raise BadSampleError(
+                f"the image of {image.width} x {image.height} pixels cannot be processed: {one_line(error)}"
+            ) from error
+
+    def _item(self, image: ImageInputs, caption_ids: list[int], sample_id: int) -> dict[str, Any]:
+        prefix = [self.bos_id, *(self.placeholder_ids[kind] for kind in image.layout), *self.prompt_ids]
+        item: dict[str, Any] = {
+            "input_ids": torch.tensor(prefix + caption_ids),
+            "labels": torch.tensor([IGNORE_INDEX] * len(prefix) + caption_ids),
+            **image.tensors,
+            "sample_id": sample_id,
+        }
+        if self.scores is not None:
+            item["ref_logprobs"] = torch.zeros(len(prefix) + len(caption_ids))
+            if caption_ids:
+                item["ref_logprobs"][len(prefix) :] = self._ref_logprobs(sample_id, len(caption_ids))
+        return item
+
+    def _ref_logprobs(self, sample_id: int, tokens: int) -> Tensor:
+        assert self.scores is not None
+        try:
+            return torch.from_numpy(self.scores.read(sample_id, tokens))
+        except ScoresError as error:
+            raise BadSampleError(str(error)) from error
+
+    def _without_labels(self, sample_id: int) -> dict[str, Any]:
+        """A blank image without a caption, in the place of a sample that cannot be used."""
+        blank = Image.new("RGB", (1, 1))
+        image = self.image_processor(blank) if self.image_processor else ImageInputs({}, [])
+        item = self._item(image, [], sample_id)
+        if self.has_spans:
+            item["image_related"] = torch.zeros(len(item["labels"]), dtype=torch.bool)
+        return item
+
+    def _place(self, sample_id: int) -> str:
+        shard_id, index = self.spanner[sample_id]
+        shard = cast(MDSReader, self.shards[shard_id])
+        return f"sample {sample_id} (number {index} of {shard.split or '.'}/{shard.raw_data.basename})"
+
+    def _shard_places(self) -> Iterator[str]:
+        return (self.shard_name(shard_id) for shard_id in range(self.num_shards))
+
+
+def check_scorable(data: StreamingCaptionDataset, scores: str) -> None:
+    """Refuse to store scores of samples that draw one of several captions.
+
+    Raises:
+        ValueError: naming the key of the recipe.
+    """
+    if data.has_several_captions:
+        raise ValueError(
+            f"dataset.scores={scores!r}: there are no stored scores of samples with several captions each. Convert "
+            "them with captions=all, or give the algorithm a live reference."
+        )
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """An RGB image from the bytes of a file, see :mod:`composer_prior.data.images`.
+
+    Raises:
+        BadSampleError: if it is of a format that is not decoded, damaged, or larger than the limit against bombs.
+    """
+    try:
+        return decode_rgb(data)
+    except ImageError as error:
+        raise BadSampleError(f"the image cannot be decoded: {one_line(error)}") from error
+
+
+def draw(count: int, *key: int) -> int:
+    """One of so many, a function of the key alone."""
+    digest = hashlib.blake2b(repr(tuple(map(int, key))).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % count
+
+
+def _checked_spans(spans: Any) -> Sequence[Sequence[int]]:
+    """The spans of a caption; none where nobody knows any."""
+    try:
+        return [(int(start), int(end)) for start, end in spans or () if start < end]
+    except (TypeError, ValueError) as error:
+        raise BadSampleError(f"{SPANS_COLUMN} is not a list of [start, end) characters") from error
+
+
+def overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[Sequence[int]]) -> list[bool]:
+    """Whether each token, given by its characters, shares one with a span."""
+    return [any(start < span_end and span_start < end for span_start, span_end in spans) for start, end in offsets]
+
+
+def read_captions(config: Mapping[str, Any]) -> Iterator[str]:
+    """All captions of a data set, in their order. Every rank opens the data set; any of them may read.
+
+    Args:
+        config: arguments of :class:`StreamingCaptionDataset`, of which those that say where the data are count.
+    """
+    places = (
+        "local",
+        "remote",
+        "split",
+        "streams",
+        "cache_limit",
+        "download_retry",
+        "download_timeout",
+        "validate_hash",
+    )
+    data = CheckedDataset(batch_size=1, **{key: config[key] for key in places if key in config})
+    samples = (data[index] for index in range(data.num_samples))
+    return (
+        caption
+        for sample in samples
+        for caption in ([sample["caption"]] if "caption" in sample else sample["captions"])
+    )
+
+
+def caption_data_spec(dataset: StreamingCaptionDataset, batch_size: int, **kwargs: Any) -> DataSpec:
+    """A resumable loader of a caption data set, with its token counts.
+
+    Args:
+        dataset: built with the same ``batch_size``.
+        batch_size: samples per rank.
+        kwargs: those of :class:`torch.utils.data.DataLoader`.
+    """
+    tokenizer = dataset.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    loader = StreamingDataLoader(dataset, batch_size=batch_size, collate_fn=CaptionCollator(pad), **kwargs)
+    return DataSpec(
+        loader,
+        get_num_samples_in_batch=lambda batch: len(batch["input_ids"]),
+        get_num_tokens_in_batch=cast(Any, count_tokens),
+    )

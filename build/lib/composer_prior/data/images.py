@@ -1,0 +1,376 @@
+"""What composer-prior accepts as an image: encoded bytes that Pillow can decode, checked as cheaply as possible.
+
+Nothing here trusts its input. Only the raster formats in :data:`IMAGE_FORMATS` are ever handed to Pillow (so no PDF,
+EPS or SVG interpreter is reachable), and an image with more than :data:`MAX_IMAGE_PIXELS` pixels, or with one side more
+than :data:`MAX_ASPECT_RATIO` times the other, is refused from its header. An animated image stands for its first frame,
+and :func:`decode_rgb` turns every kind of pixel into RGB.
+
+A full check and decoding are one function, so they agree on every image. What a file says about its pixels never costs
+the image: where orientation, transparency or other metadata make no sense, the pixels are taken as they stand.
+"""
+
+import io
+import math
+import re
+import warnings
+import zlib
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import numpy as np
+from PIL import Image, ImageOps
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_IMAGE_PIXELS = 89_478_485
+"""Pillow's own limit, at which Pillow only warns; here it is an error."""
+MAX_ASPECT_RATIO = 50
+"""Long side to short side. Panoramas reach 10, receipts 20, screenshots of whole pages 50; a tower that fits the short
+side to its square and then crops makes that many squares: 20 MB and 0.1 s at 336 pixels, 170 MB and 0.6 s at 1,024."""
+
+_MAGIC = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG",
+    "WEBP": rb"RIFF.{4}WEBP",
+    "GIF": rb"GIF8",
+    "BMP": rb"BM.{4}\x00{4}",
+    "TIFF": rb"II[*+]\x00|MM\x00[*+]",
+}
+_OTHER_KINDS = (  # what often stands where an image should
+    ("HTML page", rb"\s*(?><!--.*?-->\s*)*+<(!doctype\s+html|html|head|body|script)\b", "a failed download?"),
+    ("SVG image", rb".{,4096}<svg", "SVG is not decoded; render it to PNG first"),
+    ("XML document", rb"\s*<\?xml", "a failed download?"),
+    ("JSON document", rb"\s*({\s*[\"}]|\[\s*[\"{[\]])", "a failed download?"),
+    ("Git LFS pointer", rb"version https://git-lfs", "the image itself is not there; run git lfs pull"),
+    ("AVIF image", rb".{4}ftypavi[fs]", ""),
+    ("HEIC image", rb".{4}ftyp(hei|hev|mif|msf)", ""),
+    ("video", rb".{4}ftyp|\x1a\x45\xdf\xa3", ""),
+    ("JPEG XL image", rb"\xff\x0a|\x00{3}\x0cJXL ", ""),
+    ("JPEG 2000 image", rb"\xff\x4f\xff\x51|\x00{3}\x0cjP  ", ""),
+    ("PDF document", rb"%PDF-", ""),
+    ("PostScript document", rb"%!PS", ""),
+    ("Photoshop image", rb"8BPS", ""),
+    ("archive", rb"PK\x03\x04|\x1f\x8b|BZh|7z\xbc\xaf|\xfd7zXZ", ""),
+)
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_KEY_BYTES = {0: range(2, 3), 2: range(6, 7), 3: range(1, 257)}  # length of tRNS, by colour type
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
+_JPEG_MARKER = re.compile(rb"\xff+[^\x00\xff]")
+_JPEG_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # not a stuffed zero, a restart or fill
+_JPEG_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
+_JPEG_ALONE = frozenset({0x01, *range(0xD0, 0xDA)})  # markers without a segment
+_JPEG_SCAN = 0xDA
+_JPEG_END = b"\xff\xd9"
+_JPEG_SAMPLE_SIZE = bytes((0, 16, 0, 16))  # height and width
+_JPEG_SAMPLE_KEPT = 16 << 10  # bytes of the largest headers that are remembered
+
+
+class ImageError(ValueError):
+    """Bytes that are not an acceptable image.
+
+    Args:
+        reason: a short fixed phrase, the same for every image that fails in the same way.
+        detail: what exactly is wrong.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+def check_image(data: bytes, check: str = "structure") -> None:
+    """Raises unless ``data`` is an image that Pillow can decode.
+
+    ``check="full"`` does what :func:`decode_rgb` does, and so accepts exactly what that decodes (a JPEG at an eighth of
+    its size, which reads every entropy-coded bit).
+    ``check="structure"`` is many times faster. A JPEG must go on to its end marker, and a tiny image must decode with
+    its headers and tables; a PNG must have the right checksum on every chunk, up to its end chunk; a WebP must be as
+    long as it says. Whatever is doubtful, and every other format, is decoded. So an image that decodes is never
+    refused, and a cut image or a damaged header is always caught; damage *inside* the compressed pixels of a complete
+    JPEG or WebP may pass, and whoever decodes the image later must be ready for it.
+
+    Args:
+        data: the encoded image.
+        check: ``"structure"`` or ``"full"``.
+
+    Raises:
+        ImageError: the image is empty, truncated, damaged, of another format or none, a decompression bomb, of an
+            extreme aspect ratio, or has pixel values of an unknown range.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if check == "structure" and _structure_is_sound(data):
+            return
+        _decode(data, shrink=True)
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """The first frame of an encoded image as RGB: upright (EXIF orientation), transparency laid on white.
+
+    Grey of more than 8 bits is scaled, black to white over the range of its file. Up to 16 bits, the bits say it; for
+    integers of 32 bits it is the least of 255, 65535 and 2^31 - 1 that holds the largest value, for floats the least of
+    1, 255 and 65535. An image with values outside, such as negative ones, is refused.
+
+    Args:
+        data: the encoded image.
+
+    Returns:
+        A loaded Pillow image of mode ``RGB`` without metadata.
+
+    Raises:
+        ImageError: as for :func:`check_image`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _decode(data)
+
+
+def reencode_image(data: bytes, resize: int | None, reencode: str | None) -> bytes:
+    """Shrinks and encodes an image anew; returns ``data`` itself where nothing has to change.
+
+    Args:
+        data: the encoded image.
+        resize: the longest side allowed, in pixels; the aspect ratio is kept and nothing is enlarged.
+        reencode: ``"jpeg"``, ``"png"`` or ``"webp"``, with an optional quality as in ``"jpeg:90"``. Without it, an
+            image that has to shrink becomes a JPEG of quality 95, and any other stays as it is.
+
+    Returns:
+        The encoded image.
+
+    Raises:
+        ImageError: as for :func:`check_image`, or the image is longer than the new format allows.
+    """
+    image = decode_rgb(data)
+    too_large = resize is not None and max(image.size) > resize
+    if not too_large and reencode is None:
+        return data
+    if too_large and resize is not None:
+        image = image.resize(_shrunk(image.size, resize), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    form, _, quality = (reencode or "jpeg:95").partition(":")
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, form.upper(), **({} if form == "png" else {"quality": int(quality or 95)}))
+    except (OSError, ValueError) as error:
+        raise ImageError("too long for the new format", f"{image.width} x {image.height}, {form}: {error}") from error
+    return buffer.getvalue()
+
+
+def _shrunk(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """A smaller size of the same aspect ratio, where rounding makes none that is extreme."""
+    least = math.ceil(longest / MAX_ASPECT_RATIO)
+    width, height = (max(least, round(side * longest / max(size))) for side in size)
+    return width, height
+
+
+def _decode(data: bytes, shrink: bool = False) -> Image.Image:
+    """The one way to decode: what it refuses, every check refuses. ``shrink`` reads all of a JPEG for fewer pixels."""
+    try:
+        return _decode_once(data, shrink)
+    except ImageError:
+        plain = _without_metadata(data)
+        if plain == data:
+            raise
+        with suppress(ImageError):
+            return _decode_once(plain, shrink)
+        raise
+
+
+def _decode_once(data: bytes, shrink: bool) -> Image.Image:
+    image = _open(data)
+    try:
+        if shrink:
+            image.draft("RGB", (1, 1))
+        image.load()
+        with suppress(Exception):  # an orientation that nobody can read is none
+            ImageOps.exif_transpose(image, in_place=True)
+        image = _on_white(_eight_bits(image, data))
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+    except Exception as error:
+        _refuse(data, error)
+    image.info = {}
+    return image
+
+
+def _open(data: bytes) -> Image.Image:
+    """Reads the header, and refuses a bomb before any pixel is decoded."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except Exception as error:
+        _refuse(data, error)
+    problem = _size_problem(*image.size)
+    if problem is not None:
+        raise ImageError(*problem)
+    return image
+
+
+def _size_problem(width: int, height: int) -> tuple[str, str] | None:
+    """Reason and detail, where an image of this size is not accepted."""
+    if min(width, height) < 1:
+        return "empty image", f"{width} x {height} pixels"
+    if width * height > MAX_IMAGE_PIXELS:
+        return "decompression bomb", f"{width} x {height} pixels, at most {MAX_IMAGE_PIXELS} are accepted"
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        return "extreme aspect ratio", f"{width} x {height} pixels, at most {MAX_ASPECT_RATIO} to 1 is accepted"
+    return None
+
+
+def _eight_bits(image: Image.Image, data: bytes) -> Image.Image:
+    """Grey of more than 8 bits with 8, where Pillow would clip it; the transparent colour follows the pixels."""
+    key = image.info.get("transparency")
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
+        tags = getattr(image, "tag_v2", {})
+        white = _white(values, tags)
+        if tags.get(_TIFF_PHOTOMETRIC) == 0:  # the other way round, which Pillow minds only up to 8 bits
+            values = white - values
+        grey = Image.fromarray(np.multiply(values, 255 / white, dtype=np.float32).round().astype(np.uint8))
+        if key is None:
+            return grey
+        return Image.merge("LA", (grey, Image.fromarray(np.uint8(255) * (values != key))))
+    if key is not None and image.format == "PNG" and image.mode in ("1", "L", "RGB"):
+        depth = data[24]
+        eight = [part >> 8 if depth == 16 else part * 255 // ((1 << depth) - 1) for part in np.atleast_1d(key).tolist()]
+        image.info["transparency"] = tuple(eight) if image.mode == "RGB" else eight[0]
+    return image
+
+
+def _white(values: np.ndarray, tags: Any) -> float:
+    """The value of white."""
+    low, high = float(values.min()), float(values.max())  # nan where any value is
+    bits, signed = tags.get(_TIFF_BITS, (16,))[0], tags.get(_TIFF_SAMPLE_FORMAT, (1,))[0] == 2
+    if values.dtype.kind == "f":
+        ranges = [1, 255, 65535]
+    elif bits > 16:
+        ranges = [255, 65535, 2**31 - 1]
+    else:
+        ranges = [2 ** (bits - signed) - 1]
+    for white in ranges:
+        if low >= 0 and high <= white:
+            return white
+    raise ImageError("unknown range of values", f"{low:g} to {high:g}, expected 0 to {' or '.join(map(str, ranges))}")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """The image on white, as it stands where its transparency makes no sense."""
+    with suppress(Exception):
+        if image.has_transparency_data:
+            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image.info.pop("transparency", None)
+    return image
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG without the chunks that a decoder may ignore, among which Pillow forgives none; else the same bytes.
+
+    Transparency and orientation stay where their chunks are sound.
+    """
+    if not data.startswith(_PNG) or len(data) < 26:
+        return data
+    kept, position = [_PNG], len(_PNG)
+    while position < len(data):
+        length = int.from_bytes(data[position : position + 4], "big")
+        chunk = data[position : position + 12 + length]
+        kind = chunk[4:8]
+        sound = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        meant = kind == b"eXIf" or (kind == b"tRNS" and length in _PNG_KEY_BYTES.get(data[25], ()))
+        if kind[:1].isupper() or (sound and meant):
+            kept.append(chunk)
+        position += len(chunk)
+    return b"".join(kept)
+
+
+def _refuse(data: bytes, error: Exception) -> NoReturn:
+    """Turns whatever Pillow raised into an ImageError whose text is the same in every run."""
+    if isinstance(error, ImageError):
+        raise error
+    if not data:
+        raise ImageError("empty image") from error
+    if isinstance(error, Image.DecompressionBombError):
+        raise ImageError("decompression bomb", str(error)) from error
+    form = _format(data)
+    if form is None:
+        for kind, pattern, hint in _OTHER_KINDS:
+            if re.match(rb"(?:\xef\xbb\xbf)?(?:%s)" % pattern, data[:8192], re.DOTALL | re.IGNORECASE):
+                raise ImageError(kind, hint or f"not one of {', '.join(IMAGE_FORMATS)}") from error
+        raise ImageError("undecodable image", f"not one of {', '.join(IMAGE_FORMATS)}") from error
+    if isinstance(error, Image.UnidentifiedImageError):
+        error = _why_not_opened(data, form) or error
+    message = re.sub(r" at 0x[0-9a-f]+", "", str(error))[:200] or type(error).__name__
+    if "truncated" in message.lower():
+        raise ImageError("truncated image", f"{form}: {message}") from error
+    kind = "unsupported" if re.search("unknown|not supported|unsupported", message, re.IGNORECASE) else "damaged"
+    raise ImageError(f"{kind} {form}", message) from error
+
+
+def _format(data: bytes) -> str | None:
+    """The accepted format that these bytes begin as."""
+    return next((form for form, magic in _MAGIC.items() if re.match(magic, data, re.DOTALL)), None)
+
+
+def _why_not_opened(data: bytes, form: str) -> Exception | None:
+    """The error that ``Image.open`` kept for itself when it went on to the next format."""
+    try:
+        Image.OPEN[form][0](io.BytesIO(data), "")
+    except Exception as error:
+        return error
+    return None
+
+
+def _structure_is_sound(data: bytes) -> bool:
+    """Whether the cheap checks are enough to accept; ``False`` means doubt, and the image has to be decoded."""
+    try:
+        if data.startswith(b"\xff\xd8\xff"):
+            sample = _jpeg_sample(data)
+            if sample is None:
+                return False
+            return (_decodes if len(sample) <= _JPEG_SAMPLE_KEPT else _decodes.__wrapped__)(sample)
+        if data.startswith(b"\x89PNG"):
+            _open(data).verify()
+            return True
+        if data.startswith(b"RIFF"):
+            _open(data)
+            return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    except Exception:
+        return False
+    return False
+
+
+@lru_cache(maxsize=64)
+def _decodes(sample: bytes) -> bool:
+    """Whether Pillow decodes it. The images that one program wrote often have the same tables, and so one sample."""
+    _decode(sample)
+    return True
+
+
+def _jpeg_sample(data: bytes) -> bytes | None:
+    """A tiny JPEG with the headers and tables of a complete one, all grey; ``None`` where there is any doubt.
+
+    No end marker can occur within entropy-coded data, so a file that ends with one was not cut in the middle of a scan.
+    """
+    position, frame = 2, None
+    while (found := _JPEG_MARKER.match(data, position)) is not None:
+        marker, start = data[found.end() - 1], found.end()
+        position = start + int.from_bytes(data[start : start + 2], "big")
+        if marker in _JPEG_FRAMES and frame is None:
+            frame = start
+        elif marker == _JPEG_SCAN and frame is not None:
+            height, width = (int.from_bytes(data[frame + at : frame + at + 2], "big") for at in (3, 5))
+            if _size_problem(width, height) or not (data.endswith(_JPEG_END) or _ends(data, position)):
+                return None
+            return data[: frame + 3] + _JPEG_SAMPLE_SIZE + data[frame + 7 : position] + _JPEG_END
+        elif marker in _JPEG_FRAMES or marker in _JPEG_ALONE:
+            return None
+    return None
+
+
+def _ends(data: bytes, position: int) -> bool:
+    """Whether the scans of a JPEG follow each other up to an end marker; whatever follows that does not matter."""
+    while (found := _JPEG_AFTER_SCAN.search(data, position)) is not None:
+        marker, start = data[found.end() - 1], found.end()
+        if marker == _JPEG_END[1] or marker in _JPEG_FRAMES or marker in _JPEG_ALONE:
+            return marker == _JPEG_END[1]
+        position = start + int.from_bytes(data[start : start + 2], "big")
+    return False

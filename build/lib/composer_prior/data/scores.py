@@ -1,0 +1,331 @@
+"""The reference's log-probabilities of caption tokens, computed once and stored beside the data.
+
+Scores are an MDS data set of their own, whose sample ``i`` belongs to sample ``i`` of the captions. Its one column,
+``ref_logprobs`` (bytes), holds the log-probability of each caption token, the end of sequence included, as
+little-endian float16: 2 bytes for each token, and 8 for each sample. The weight ``1 - P`` that results is within
+2^-11 of the exact one, relatively, or within 2^-25 absolutely.
+
+    OUT/scores.json             what the scores belong to
+    OUT/shard.<unit>.000.mds    one file for each unit of work, put in place when it is whole
+    OUT/index.json              written last: without it, the scores are not whole
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+from filelock import FileLock
+from numpy.typing import NDArray
+from streaming.base.constant import DEFAULT_TIMEOUT
+from streaming.base.format import FileInfo
+from transformers import PreTrainedTokenizerBase
+
+from composer_prior.data.download import ATTEMPTS, check_file, download_from
+from composer_prior.data.mds import sample_extent
+from composer_prior.data.messages import DataError
+from composer_prior.data.storage import is_remote
+from composer_prior.data.tokenizer import tokenizer_fingerprint
+
+COLUMN = "ref_logprobs"
+CARD = "scores.json"
+INDEX = "index.json"
+VERSION = 1
+_LOWEST = -65504.0  # of float16
+_SHARD_BYTES = (1 << 32) - 1  # offsets are uint32
+
+
+class ScoresError(ValueError):
+    """Scores that are missing, damaged, or belong to something else."""
+
+
+class CaptionData(Protocol):
+    """What scores need to know of a :class:`.StreamingCaptionDataset`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompt: str
+    max_caption_tokens: int
+    num_samples: int
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+def index_fingerprint(indices: Iterable[bytes]) -> str:
+    """Digest of the indices of a data set's streams: of the shards' sizes and hashes, in order."""
+    return hashlib.sha256(b"".join(indices)).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class ScoresCard:
+    """What scores belong to.
+
+    Args:
+        data: fingerprint of the data set's index.
+        samples: how many it has.
+        tokenizer: fingerprint of the model's tokenizer, whose tokens the scores are of.
+        prompt: text before the caption.
+        max_caption_tokens: where captions are cut.
+        reference: ``path``, and fingerprints ``config``, ``weights`` and ``tokenizer`` of the language model.
+        version: of the format.
+    """
+
+    data: str
+    samples: int
+    tokenizer: str
+    prompt: str
+    max_caption_tokens: int
+    reference: dict[str, str]
+    version: int = VERSION
+
+    @classmethod
+    def of(cls, data: CaptionData, reference: Mapping[str, str]) -> "ScoresCard":
+        """The card of the scores that a reference gives a data set."""
+        return cls(
+            data.fingerprint,
+            data.num_samples,
+            tokenizer_fingerprint(data.tokenizer),
+            data.prompt,
+            data.max_caption_tokens,
+            dict(reference),
+        )
+
+    @classmethod
+    def from_json(cls, text: bytes, where: str) -> "ScoresCard":
+        """Read a card.
+
+        Raises:
+            ScoresError: if it is not one, or one of another version.
+        """
+        try:
+            known = json.loads(text)
+            if known["version"] != VERSION:
+                raise ScoresError(f"{where}: scores of version {known['version']}, {VERSION} is read. Score again.")
+            return cls(**known)
+        except (ValueError, TypeError, KeyError) as error:
+            if isinstance(error, ScoresError):
+                raise
+            raise ScoresError(f"{where}/{CARD} does not describe scores ({error}).") from error
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=2).encode()
+
+    def check(self, other: "ScoresCard", where: str, reference: bool = True) -> None:
+        """Refuse scores, described by this card, for what another card describes.
+
+        Args:
+            other: of what the scores are wanted for.
+            where: they are.
+            reference: compare the references too.
+
+        Raises:
+            ScoresError: naming all that differs.
+        """
+        ours, theirs = _flat(self, reference), _flat(other, reference)
+        differing = [
+            f"{name} ({ours[name]!r} there, {theirs[name]!r} here)" for name in ours if ours[name] != theirs[name]
+        ]
+        if differing:
+            raise ScoresError(
+                f"The scores in {where} do not belong to this run; what differs: {', '.join(differing)}. Delete them "
+                "to score again, or name another place."
+            )
+
+
+def _flat(card: ScoresCard, reference: bool) -> dict[str, Any]:
+    """The fields to compare; where a reference lies makes no difference."""
+    fields = {**asdict(card), **{f"the reference's {key}": value for key, value in card.reference.items()}}
+    ignored = {"reference", "the reference's path"}
+    return {
+        name: value
+        for name, value in fields.items()
+        if name not in ignored and (reference or not name.startswith("the reference"))
+    }
+
+
+def encode_logprobs(logprobs: NDArray[np.floating]) -> bytes:
+    """Log-probabilities as little-endian float16; those below its range become its lowest, of weight 1 all the same.
+
+    Raises:
+        ScoresError: if one is NaN or positive.
+    """
+    _check(logprobs)
+    return np.maximum(logprobs, _LOWEST).astype("<f2").tobytes()
+
+
+def decode_logprobs(data: bytes) -> NDArray[np.float32]:
+    """Float32 log-probabilities, of :func:`encode_logprobs`.
+
+    Raises:
+        ScoresError: if one is NaN or positive, or the bytes are not whole numbers.
+    """
+    if len(data) % 2:
+        raise ScoresError(f"{len(data)} bytes are not float16 values")
+    logprobs = np.frombuffer(data, "<f2").astype(np.float32)
+    _check(logprobs)
+    return logprobs
+
+
+def _check(logprobs: NDArray[np.floating]) -> None:
+    bad = ~(logprobs <= 0)  # not (x <= 0) is true of NaN too
+    if bad.any():
+        raise ScoresError(
+            f"{int(bad.sum())} of {len(logprobs)} reference log-probabilities are NaN or positive, the first "
+            f"{float(logprobs[bad][0])}"
+        )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of scores: how many samples it has, and what it must be."""
+
+    name: str
+    samples: int
+    size: int
+    digest: str
+
+
+class Scores:
+    """Scores by random access, from a folder or a remote; shards of a remote are downloaded when they are needed.
+
+    It is no ``StreamingDataset``: it has no shared memory and no epochs, so that any process can open it any number of
+    times. A cached remote is never evicted; it takes a few bytes for each token.
+
+    Args:
+        path: folder or remote.
+        cache: local folder under which the shards of a remote are kept.
+        attempts, seconds: how often to try a download, and for how long each time; see :func:`.download`.
+
+    Raises:
+        ScoresError: if they are missing, not whole, or of an unknown form.
+    """
+
+    def __init__(self, path: str, cache: Path, attempts: int = ATTEMPTS, seconds: float = DEFAULT_TIMEOUT):
+        self.path = path = os.path.expanduser(path)
+        self.patience = (attempts, seconds)
+        self.card = ScoresCard.from_json(_fetch(path, CARD, *self.patience), path)
+        index = _fetch(path, INDEX, *self.patience)
+        try:
+            self.shards = [_parse_entry(entry) for entry in json.loads(index)["shards"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ScoresError(f"{path}/{INDEX} is not an index of scores ({error}).") from error
+        self.bounds = np.cumsum([0, *(shard.samples for shard in self.shards)])  # [shards + 1]
+        if len(self) != self.card.samples:
+            raise ScoresError(f"{path}/{INDEX} has {len(self)} samples, {self.card.samples} were scored.")
+        # A remote that has been written anew has another index, and so another cache.
+        digest = hashlib.sha256(index).hexdigest()[:16]
+        self.folder = cache / digest if is_remote(path) else Path(path)
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1])
+
+    def __getitem__(self, sample_id: int) -> NDArray[np.float32]:
+        """Log-probabilities ``[tokens]`` of the caption tokens of a sample.
+
+        Raises:
+            ScoresError: if its shard is missing or damaged, or a value is none.
+        """
+        number = int(np.searchsorted(self.bounds, sample_id, "right")) - 1
+        data = self._open(self.shards[number])
+        begin, end = sample_extent(data, sample_id - int(self.bounds[number]))
+        try:
+            return decode_logprobs(data[begin + 4 : end])  # behind the size of the column
+        except ScoresError as error:
+            raise ScoresError(f"{self.path}, scores of sample {sample_id}: {error}") from error
+
+    def read(self, sample_id: int, tokens: int) -> NDArray[np.float32]:
+        """Those of a sample that has so many caption tokens.
+
+        Raises:
+            ScoresError: as above, or if there are more or fewer.
+        """
+        logprobs = self[sample_id]
+        if len(logprobs) != tokens:
+            raise ScoresError(f"{self.path} has {len(logprobs)} scores of sample {sample_id} for {tokens} tokens")
+        return logprobs
+
+    def _open(self, shard: Shard) -> mmap.mmap:
+        file = self.folder / shard.name
+        try:
+            return _open_shard(str(file), shard.size, shard.digest)
+        except FileNotFoundError:
+            if not is_remote(self.path):
+                raise ScoresError(f"{file} is missing; delete {INDEX} beside it and score again") from None
+        info = FileInfo(shard.name, shard.size, {"xxh64": shard.digest})
+        _download(f"{self.path.rstrip('/')}/{shard.name}", file, lambda file: check_file(file, info), *self.patience)
+        return _open_shard(str(file), shard.size, shard.digest)
+
+
+def open_scores(path: str, data: CaptionData, cache: Path, **patience: Any) -> Scores:
+    """Scores of a data set.
+
+    Args:
+        path: folder or remote.
+        data: whose samples they must belong to.
+        cache: local folder under which the shards of a remote are kept.
+        patience: ``attempts`` and ``seconds`` of :class:`.Scores`.
+
+    Raises:
+        ScoresError: if they are missing or not whole, or belong to something else, naming what differs.
+    """
+    scores = Scores(path, cache, **patience)
+    scores.card.check(ScoresCard.of(data, {}), path, reference=False)
+    return scores
+
+
+def _parse_entry(entry: Mapping[str, Any]) -> Shard:
+    raw = entry["raw_data"]
+    if entry["format"] != "mds" or entry["compression"] or entry["column_names"] != [COLUMN]:
+        raise ValueError(f"expected uncompressed MDS with the column {COLUMN}")
+    if Path(raw["basename"]).name != raw["basename"]:
+        raise ValueError(f"a shard outside of its folder: {raw['basename']}")
+    return Shard(raw["basename"], int(entry["samples"]), int(raw["bytes"]), raw["hashes"]["xxh64"])
+
+
+@lru_cache(maxsize=64)
+def _open_shard(path: str, size: int, digest: str) -> mmap.mmap:
+    """A shard's bytes, checked once. The cache bounds the open files of a process."""
+    with open(path, "rb") as file:
+        found = os.fstat(file.fileno()).st_size
+        if found == size:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if xxhash.xxh64(data).hexdigest() == digest:
+                return data
+    raise ScoresError(f"{path} is damaged ({found} of {size} bytes); delete it and {INDEX} beside it, and score again")
+
+
+def _fetch(path: str, name: str, attempts: int, seconds: float) -> bytes:
+    """One small file of a folder or remote, as it is now."""
+    try:
+        if not is_remote(path):
+            return Path(path, name).read_bytes()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, name)
+            _download(f"{path.rstrip('/')}/{name}", file, lambda file: json.loads(file.read_bytes()), attempts, seconds)
+            return file.read_bytes()
+    except (OSError, ScoresError) as error:
+        raise ScoresError(
+            f"{path} holds no whole scores: {name} cannot be read ({error}). Run scripts/score_captions.py."
+        ) from error
+
+
+def _download(remote: str, file: Path, check: Callable[[Path], Any], attempts: int, seconds: float) -> None:
+    """Download a file in one piece; of several processes that want it, one does."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        if file.exists():
+            return
+        for leftover in file.parent.glob(f"{file.name}.*.partial"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
+        try:
+            download_from(remote, file, check, attempts, seconds)
+        except DataError as error:
+            raise ScoresError(f"{remote} cannot be downloaded ({error})") from error

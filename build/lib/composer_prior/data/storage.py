@@ -1,0 +1,170 @@
+"""Where files go: folders and remotes, one writer at a time, and what is written is whole or not there."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from composer_prior.data.messages import DataError, one_line
+
+REMOTES = ("s3", "gs", "oci", "azure", "azure-dl", "hf", "dbfs", "alipan")
+
+
+class StorageError(RuntimeError):
+    """A place that cannot be written to, or not be read."""
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path names a remote of streaming rather than a file or folder of this machine."""
+    return "://" in str(path) or str(path).startswith("dbfs:")
+
+
+@contextmanager
+def locked(file: Path, seconds: float = -1, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold a lock, which the system takes back from a process that is killed.
+
+    Args:
+        file: stands for it; made if it is missing, with its folder.
+        seconds: the longest wait for another process; -1 is as long as it takes.
+        waiting: called once if another process holds it.
+
+    Raises:
+        TimeoutError: if another process holds it for longer.
+    """
+    lock = FileLock(file)
+    patience: float = 0
+    while not lock.is_locked:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=patience)
+        except FileNotFoundError:  # who held it has removed the folder
+            continue
+        except Timeout:
+            if patience == seconds:
+                raise
+            waiting()
+            patience = seconds
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write a whole file or none of it, also if the power fails."""
+    temporary = file.with_name(f"{file.name}.tmp{os.getpid()}")
+    with open(temporary, "wb") as opened:
+        opened.write(data)
+        opened.flush()
+        os.fsync(opened.fileno())
+    os.replace(temporary, file)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes its final name in one step when its writing has succeeded."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the output goes, and where the state is kept until it is complete.
+
+    Args:
+        out: a local folder, or ``None``.
+        remote: the address of a remote, or ``None``.
+        state: a local folder.
+        attempts: how often an upload is tried.
+    """
+
+    out: Path | None
+    remote: str | None
+    state: Path
+    attempts: int = 1
+
+    @property
+    def label(self) -> str:
+        return self.remote or str(self.out)
+
+    def publish(self, folder: Path, names: Sequence[str]) -> None:
+        """Moves finished files from a local folder to where the output goes."""
+        if self.out is not None:
+            for name in names:
+                os.replace(folder / name, self.out / name)
+            return
+        for name in names:
+            try:
+                self.uploader(folder).upload_file(name)
+            except Exception as error:
+                raise StorageError(
+                    f"{self.remote}/{name}: the upload failed {self.attempts} times ({one_line(error, 200)}); "
+                    "run the same command again to go on."
+                ) from error
+            (folder / name).unlink(missing_ok=True)
+
+    def uploader(self, folder: Path) -> Any:
+        """Streaming's uploader from a local folder."""
+        key = (self.remote, str(folder), os.getpid())
+        if key not in _UPLOADERS:
+            from streaming.base.storage.upload import CloudUploader  # here, for the same reason
+
+            empty = Path(tempfile.mkdtemp(dir=self.state))
+            try:
+                uploader = CloudUploader.get((str(empty), self.remote or ""), keep_local=True, retry=self.attempts)
+            except Exception as error:
+                raise StorageError(f"{self.remote}: cannot be written to ({one_line(error, 200)}).") from error
+            finally:
+                empty.rmdir()
+            uploader.local = str(folder)
+            _UPLOADERS[key] = uploader
+        return _UPLOADERS[key]
+
+    def names(self) -> set[str] | None:
+        """The names of the files in the output, or ``None`` where a remote cannot list them."""
+        if self.out is not None:
+            return {entry.name for entry in os.scandir(self.out)}
+        try:
+            listed = self.uploader(self.state).list_objects()
+        except (NotImplementedError, FileNotFoundError):
+            return None
+        return None if listed is None else {name.rpartition("/")[2] for name in listed}
+
+    def read(self, name: str, names: set[str] | None) -> bytes | None:
+        """One small file of the output, or ``None`` if it is not there.
+
+        Args:
+            name: of the file.
+            names: of all files, see :meth:`names`; not to get one of them from a remote is an error.
+        """
+        if names is not None and name not in names:
+            return None
+        if self.out is not None:
+            path = self.out / name
+            return path.read_bytes() if path.exists() else None
+        from composer_prior.data.download import download_from
+
+        with tempfile.TemporaryDirectory(dir=self.state) as folder:
+            local = Path(folder) / name
+            try:
+                download_from(f"{self.remote}/{name}", local, attempts=1 if names is None else self.attempts)
+                return local.read_bytes()
+            except DataError as error:
+                if names is not None:
+                    raise StorageError(f"{self.remote}/{name} cannot be read: {error}.") from error
+                return None  # remotes say in many ways that a file is missing
+
+
+_UPLOADERS: dict[tuple[str | None, str, int], Any] = {}

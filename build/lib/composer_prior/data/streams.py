@@ -1,0 +1,370 @@
+"""Shards from a bucket: they reach the cache whole and checked, or not at all, and what cannot be read is named.
+
+mosaicml-streaming does the rest. Left alone, it moves a shard to its final place before it has checked it, lets every
+process that needs a shard wait for ever for one that failed to download it, and ends the epoch of a loader's worker
+early, without an error, when a download fails.
+"""
+
+import atexit
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from time import sleep, time_ns
+from typing import Any, cast
+
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from streaming import Stream, StreamingDataset
+from streaming.base import dataset as streaming_dataset
+from streaming.base.constant import DEFAULT_TIMEOUT, LOCALS, SHM_TO_CLEAN, TICK
+from streaming.base.dataset import _Iterator, _ShardState
+from streaming.base.format import FileInfo, Reader, get_index_basename
+from streaming.base.format.mds import MDSReader
+from streaming.base.format.mds.encodings import is_mds_encoding_safe
+from streaming.base.hashing import is_hash
+from streaming.base.shared import prefix
+from streaming.base.shared.memory import SharedMemory
+from streaming.base.shuffle import algos as SHUFFLES
+from streaming.base.world import World
+
+from composer_prior.data.download import ATTEMPTS, check_file, download, patience
+from composer_prior.data.messages import DataError, one_line
+
+FAILED = ".failed"  # a file beside a shard that could not be downloaded, which says why
+_CLAIMS = 20
+_LOCK_TICK = 0.001  # seconds between looks at the lock of the workers' barrier, which is held for microseconds
+_UNREADABLE = 255  # a state of a shard beside streaming's: its download has failed for good, in any process of the node
+
+
+class CheckedStream(Stream):
+    """A stream whose files are downloaded under another name, checked, and then put in place.
+
+    Each is checked by its size and by the strongest hash that the index has for it, or by ``validate_hash``; see
+    :func:`.download`.
+
+    Args:
+        local: a folder, which may begin with ``~``.
+        kwargs: those of :class:`streaming.Stream`.
+    """
+
+    def __init__(self, *, local: str | None = None, **kwargs: Any):
+        super().__init__(local=local and os.path.expanduser(local), **kwargs)
+
+    @property
+    def place(self) -> str:
+        """Where the data come from."""
+        return os.path.join(self.remote or self.local, self.split).rstrip("/")
+
+    @property
+    def patience(self) -> float:
+        """The longest time in seconds that a download may take, all attempts together."""
+        return patience(self.download_retry, self.download_timeout)
+
+    def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
+        self._expected: dict[str, FileInfo] = {}
+        index = Path(self.local, self.split, get_index_basename())
+        try:
+            if self.remote and not world.is_local_leader:
+                _wait_for(index, self.patience)
+            shards = super().get_shards(world, allow_unsafe_types=True)  # they are checked here
+        except Exception as error:
+            raise DataError(f"{self.place}/{index.name} cannot be read: {one_line(error)}") from error
+        if not sum(shard.samples for shard in shards):
+            raise DataError(f"{self.place} holds no samples.")
+        for shard in shards:
+            self._check_shard(shard)
+            self._expected.update((info.basename, info) for pair in shard.file_pairs for info in pair if info)
+        return shards
+
+    def _check_shard(self, shard: Reader) -> None:
+        """Refuse what could do harm, and a hash that could not be checked."""
+        if not isinstance(shard, MDSReader):
+            raise DataError(f"{self.place} is not of the format MDS.")
+        for name, encoding in zip(shard.column_names, shard.column_encodings, strict=True):
+            if not is_mds_encoding_safe(encoding):
+                raise DataError(
+                    f"{self.place}: the column {name!r} is pickled, and reading it could run code; convert the data "
+                    "without it."
+                )
+        for info in (info for pair in shard.file_pairs for info in pair if info):
+            path = Path(info.basename)
+            if path.is_absolute() or ".." in path.parts:
+                raise DataError(f"{self.place}: the index names a shard outside of its folder, {info.basename!r}.")
+            if self.validate_hash and self.validate_hash not in info.hashes:
+                known = ", ".join(sorted(info.hashes)) or "none"
+                raise DataError(
+                    f"{self.place}: validate_hash={self.validate_hash} is not among the hashes of {info.basename} "
+                    f"({known}); leave it out for the strongest."
+                )
+
+    def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
+        """Remove what a run before left in the cache: parts of files, and what it could not download."""
+        folder = Path(self.local, self.split)
+        for file in folder.rglob("*") if self.remote else ():
+            expected = self._expected.get(str(file.relative_to(folder)))
+            if {".partial", FAILED} & set(file.suffixes) or (expected and file.stat().st_size != expected.bytes):
+                file.unlink(missing_ok=True)
+        super().set_up_local(shards, cache_usage_per_shard)
+
+    def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
+        local = Path(self.local, self.split, to_basename or from_basename)
+        if self.remote is None:
+            raise FileNotFoundError(f"{local} is missing, and there is no remote to download it from")
+        remote = os.path.join(self.remote, self.split, from_basename)
+        expected = self._expected.get(from_basename)
+
+        def check(file: Path) -> None:
+            if expected is not None:
+                check_file(file, expected, self.validate_hash)
+            else:
+                json.loads(file.read_bytes())  # an index that arrived in part is none
+
+        download(
+            lambda file: self._downloader.download(remote, str(file), self.download_timeout),
+            local,
+            check,
+            self.download_retry,
+            self.download_timeout,
+            self._downloader.clean_up,
+        )
+        return str(local)
+
+
+class CheckedDataset(StreamingDataset):
+    """A data set of checked streams, in which a failed download is an error of every loader that needs the shard.
+
+    Args:
+        streams: several data sets to mix: for each name the arguments of :class:`.CheckedStream`, as ``remote``,
+            ``local``, and one of ``proportion``, ``repeat`` and ``choose``; or None, for the one that the following
+            arguments tell. Default: ``None``.
+        remote, local, split, keep_zip: see :class:`streaming.StreamingDataset`.
+        download_retry: attempts for each file, with 1, 2, 4 … s between them. Default: ``7``, which bears a server
+            that is gone for a minute.
+        download_timeout: the longest time in seconds of one attempt. Default: ``60``.
+        validate_hash: the hash to check downloaded shards by. Default: the strongest that the index has.
+        kwargs: the others of :class:`streaming.StreamingDataset`.
+
+    Raises:
+        DataError: for what cannot be read, or would run code when it is.
+    """
+
+    def __init__(
+        self,
+        *,
+        streams: Mapping[str, Mapping[str, Any]] | None = None,
+        remote: str | None = None,
+        local: str | None = None,
+        split: str | None = None,
+        download_retry: int = ATTEMPTS,
+        download_timeout: float = DEFAULT_TIMEOUT,
+        validate_hash: str | None = None,
+        keep_zip: bool = False,
+        **kwargs: Any,
+    ):
+        if kwargs.pop("allow_unsafe_types", False):
+            raise ValueError("allow_unsafe_types: pickled columns are never read, they could run code.")
+        if download_retry < 1 or download_timeout <= 0:
+            raise ValueError(f"{download_retry=}, {download_timeout=}: expected at least 1 attempt of more than 0 s.")
+        if validate_hash is not None and not is_hash(validate_hash):
+            raise ValueError(f"validate_hash={validate_hash!r} is not a known hash; leave it out for the strongest.")
+        algorithm = kwargs.get("shuffle_algo")
+        if algorithm is not None and algorithm not in SHUFFLES:  # streaming would say so at the first epoch's start
+            raise ValueError(f"shuffle_algo={algorithm!r} is unknown: expected {', '.join(SHUFFLES)}.")
+        if bool(streams) == bool(remote or local):
+            raise ValueError("A data set needs either local, with or without remote, or streams.")
+        self._failure: Exception | None = None
+        given: dict[str, Any] = {"split": split, "download_retry": download_retry, "download_timeout": download_timeout}
+        given |= {"validate_hash": validate_hash, "keep_zip": keep_zip, **kwargs}
+        places = (streams or {"": {"remote": remote, "local": local}}).values()
+        with shared_numbers():
+            super().__init__(streams=[CheckedStream(**place) for place in places], **given)
+
+    def shard_name(self, shard_id: int) -> str:
+        """Where a shard comes from."""
+        stream = cast(CheckedStream, self.streams[self.stream_per_shard[shard_id]])
+        return f"{stream.place}/{cast(MDSReader, self.shards[shard_id]).raw_data.basename}"
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Download a shard if it is missing; once that has failed in a process, it fails in all of them.
+
+        Raises:
+            DataError: naming the shard.
+        """
+        if not blocking and self._is_there(shard_id):  # as nearly always; streaming would take a lock for every sample
+            self._shard_access_times[shard_id] = time_ns()
+            return
+        try:
+            if self._shard_states[shard_id] != _UNREADABLE:
+                super().prepare_shard(shard_id, blocking)
+        except Exception as error:
+            if hasattr(self, "_cache_filelock"):
+                self._cache_filelock.release(force=True)
+            self._give_up(shard_id, one_line(error))
+        if self._shard_states[shard_id] == _UNREADABLE:
+            raise DataError(f"{self.shard_name(shard_id)} cannot be read: {self._failed_file(shard_id).read_text()}")
+
+    @cached_property
+    def _all_is_there(self) -> bool:
+        """Whether nothing has ever to be downloaded or decompressed."""
+        return not any(stream.remote for stream in self.streams) and not any(shard.compression for shard in self.shards)
+
+    def _is_there(self, shard_id: int) -> bool:
+        return self._shard_states[shard_id] == _ShardState.LOCAL and self.shards[shard_id].compression is None
+
+    def _give_up(self, shard_id: int, reason: str) -> None:
+        """Let all processes of the node know that a shard is unreadable, and why."""
+        file = self._failed_file(shard_id)
+        partial = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.partial")
+        partial.write_text(reason)
+        os.replace(partial, file)
+        self._shard_states[shard_id] = _UNREADABLE
+
+    def _failed_file(self, shard_id: int) -> Path:
+        shard = cast(MDSReader, self.shards[shard_id])
+        return Path(shard.dirname, shard.split or "", f"{shard.raw_data.basename}{FAILED}")
+
+    def get_item(self, sample_id: int, retry: int = 7) -> Any:
+        try:
+            self._raise_failure()
+            return super().get_item(sample_id, retry)
+        except RuntimeError as error:
+            self._raise_failure()
+            raise DataError(f"{self.shard_name(self.spanner[sample_id][0])}: {one_line(error)}") from error
+
+    def on_exception(self, future: "Future[None]") -> None:
+        """Keep the error of a background thread for the loop that waits for its samples."""
+        error = future.exception()
+        if isinstance(error, Exception):
+            self._failure = error
+            self._event.set()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise DataError(one_line(self._failure)) from self._failure
+
+    def __iter__(self) -> Iterator[Any]:
+        if not hasattr(self._shared_barrier, "lock"):  # streaming's own looks only 20 times a second
+            self._shared_barrier.lock = FileLock(self._shared_barrier.filelock_path, poll_interval=_LOCK_TICK)
+        return super().__iter__()
+
+    def _prepare_thread(self, it: _Iterator) -> None:
+        """Download ahead, where there is anything to download: it looks 140 times a second whether it should."""
+        if self._all_is_there:
+            it.prepare_index = it.total
+            it.on_exit()
+        else:
+            super()._prepare_thread(it)
+
+    def _ready_thread(self, it: _Iterator) -> None:
+        """Nothing: whoever reads a sample waits for its shard, without another thread that looks 140 times a second."""
+        it.on_exit()
+
+    def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
+        while it.yield_index < it.total and not (it.should_exit() or self._event.is_set()):
+            sample_id = it.sample_ids[it.yield_index]
+            if sample_id != -1:
+                yield sample_id
+            it.yield_index += 1
+            it.ready_index = it.yield_index
+        it.on_exit()
+        self._raise_failure()
+
+
+@contextmanager
+def shared_numbers() -> Iterator[None]:
+    """Let data sets that are opened meanwhile get their number in shared memory from :func:`_claim_number`."""
+    theirs = streaming_dataset.get_shm_prefix
+    streaming_dataset.get_shm_prefix = _claim_number
+    try:
+        yield
+    finally:
+        streaming_dataset.get_shm_prefix = theirs
+
+
+def _claim_number(
+    streams_local: list[str], streams_remote: list[str | None], world: World, retry: int = 100
+) -> tuple[int, SharedMemory]:
+    """A number in shared memory that no other data set of the node has, and the memory that says so.
+
+    Streaming lets each rank look for one by itself. When another program takes it meanwhile, one rank fails and the
+    others wait for it for ever. Here the first rank of a node takes one, and all ranks learn of it, or of its failure.
+    """
+    prefix._check_self(streams_local)
+    number, memory, failure = -1, None, None
+    if world.is_local_leader:
+        try:
+            number, memory = _take_number(streams_local, streams_remote, retry)
+        except (ValueError, OSError) as error:
+            failure = one_line(error)
+    mine = (world.node if world.is_local_leader else None, number, failure)
+    found = [mine]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        found = [mine] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, mine)
+    failures = [failure for _, _, failure in found if failure is not None]
+    if failures:
+        raise DataError(failures[0])
+    number = next(number for node, number, _ in found if node == world.node)
+    return number, memory or SharedMemory(prefix._get_path(number, LOCALS), False)
+
+
+def _take_number(streams_local: list[str], streams_remote: list[str | None], retry: int) -> tuple[int, SharedMemory]:
+    with closed_after_looking():
+        for _ in range(_CLAIMS):
+            looks = (prefix._check_and_find_retrying(streams_local, streams_remote, n, retry) for n in SHM_TO_CLEAN)
+            number = max(looks)
+            data = prefix._pack_locals(streams_local, number)
+            try:
+                memory = SharedMemory(prefix._get_path(number, LOCALS), True, len(data))
+            except FileExistsError:  # another program took it meanwhile
+                continue
+            memory.buf[: len(data)] = data
+            return number, memory
+    raise FileExistsError(f"no number in shared memory could be had in {_CLAIMS} attempts")
+
+
+@contextmanager
+def closed_after_looking() -> Iterator[None]:
+    """Close what streaming opens to find free shared memory.
+
+    A new data set opens that of all others on the node and never closes it again: where there are many, or a process
+    opens many, it runs out of file descriptors.
+    """
+    look = prefix._check_and_find
+
+    def look_and_close(*arguments: Any, **keywords: Any) -> int:
+        opened: list[SharedMemory] = []
+
+        def recorded(*which: Any) -> SharedMemory:
+            opened.append(SharedMemory(*which))
+            return opened[-1]
+
+        prefix.SharedMemory = recorded  # type: ignore[assignment, misc]
+        try:
+            return look(*arguments, **keywords)
+        finally:
+            prefix.SharedMemory = SharedMemory  # type: ignore[misc]
+            for memory in opened:
+                atexit.unregister(memory.cleanup)
+                memory.cleanup()
+
+    prefix._check_and_find = look_and_close
+    try:
+        yield
+    finally:
+        prefix._check_and_find = look
+
+
+def _wait_for(file: Path, seconds: float) -> None:
+    """Wait for a file that another process downloads."""
+    for _ in range(int(seconds / TICK)):
+        if file.exists():
+            return
+        sleep(TICK)

@@ -1,0 +1,160 @@
+"""Tokenizers: loaded or trained on captions, the tokens that stand for an image, and fingerprints."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+IMAGE_TOKEN = "<image>"
+ROW_TOKEN = "<row>"
+SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", IMAGE_TOKEN, ROW_TOKEN]
+
+
+def build_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer ``name`` (a folder or hub id), with ``kwargs`` of ``AutoTokenizer.from_pretrained``.
+
+    It gets the image tokens here, if it has none, so that every run, reference and score of a recipe sees the same one.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config["name"], **config.get("kwargs", {}))
+    except OSError as error:
+        raise OSError(
+            f"tokenizer.name={config['name']!r} is neither a folder with a tokenizer, nor one of a hub that can be "
+            "reached."
+        ) from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer.name={config['name']!r} has no fast version, which knows a token's characters.")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer.name={config['name']!r} has no end-of-sequence token: set tokenizer.kwargs.eos_token."
+        )
+    add_image_tokens(tokenizer)
+    return tokenizer
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer in Hugging Face form, with the image tokens in its vocabulary.
+
+    Args:
+        captions: what to learn the merges from.
+        vocab_size: number of tokens, special tokens and the 256 bytes included.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.post_processor = processors.ByteLevel(trim_offsets=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(captions, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=[IMAGE_TOKEN, ROW_TOKEN],
+    )
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of the vocabulary, the merges and the special tokens: what decides how text becomes ids."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    backend.pop("padding", None)
+    backend.pop("truncation", None)
+    text = json.dumps([backend, tokenizer.special_tokens_map], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Ids of the image and row-separator tokens, which the tokenizer gets unless it has them.
+
+    They become special tokens, which text can be kept from spelling, where they were ordinary ones.
+    """
+    missing = _missing_image_tokens(tokenizer)
+    if missing:  # False: beside the special tokens that there are; transformers 4 and 5 name the argument differently
+        tokenizer.add_special_tokens({"additional_special_tokens": missing}, False)
+    return image_token_ids(tokenizer)
+
+
+def image_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Ids of the image and row-separator tokens.
+
+    Raises:
+        ValueError: if the tokenizer lacks them.
+    """
+    missing = _missing_image_tokens(tokenizer)
+    if missing:
+        raise ValueError(
+            f"The tokenizer lacks {' and '.join(missing)}: call composer_prior.data.tokenizer.add_image_tokens on it "
+            "before the model and its data are made."
+        )
+    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.convert_tokens_to_ids(ROW_TOKEN)
+
+
+def _missing_image_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return [token for token in (IMAGE_TOKEN, ROW_TOKEN) if token not in special]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Tokens of the text between image and caption. Whoever writes a special token there means it, as in a chat's form.
+
+    Raises:
+        ValueError: for a prompt that spells the image, whose place is fixed.
+    """
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    read = tokenizer.convert_ids_to_tokens(ids)
+    for token in (IMAGE_TOKEN, ROW_TOKEN):
+        if token in prompt or token in read:
+            raise ValueError(
+                f"prompt={prompt!r} spells {token}: the image stands before the prompt; leave {token} out."
+            )
+    return ids
+
+
+def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that starts every sequence: the tokenizer's own, or its end-of-sequence token."""
+    token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if token_id is None:
+        raise ValueError("The tokenizer has neither a beginning- nor an end-of-sequence token; set its eos_token.")
+    return token_id
+
+
+def encode_caption(tokenizer: PreTrainedTokenizerBase, caption: str) -> Encoding:
+    """Tokens of a caption and their offsets, with no special token among them unless it is a word of the vocabulary.
+
+    They are those of ``tokenizer(caption, add_special_tokens=False, split_special_tokens=True)``, in a fifth of the
+    time: that call spends the rest around this one.
+    """
+    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return backend.encode(caption, add_special_tokens=False)
+
+
+@dataclass(frozen=True)
+class CaptionFormat:
+    """How a caption becomes a sequence of tokens: beginning of sequence, prompt, caption, end of sequence.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        prompt: text between image and caption.
+        max_caption_tokens: a longer caption is cut there, and then has no end-of-sequence token.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prompt: str = ""
+    max_caption_tokens: int = 128
+
+    def prefix_ids(self, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
+        """What stands before the caption, but for the image; in the ids of another tokenizer, if one is given."""
+        tokenizer = tokenizer or self.tokenizer
+        return [bos_id(tokenizer), *prompt_ids(tokenizer, self.prompt)]

@@ -1,0 +1,1 @@
+"""Large vision-language models: vision towers, projector, language model, and the text-only reference."""

@@ -1,0 +1,222 @@
+"""The language model: any Hugging Face causal LM."""
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from composer_prior.models.head import Head, TransformedHead
+
+# Names by which configurations say that the logits are scaled after the head, with the factor that each means, ...
+_SCALES: dict[str, Callable[[float], float]] = {
+    "logit_scale": float,  # Cohere
+    "logits_scaling": lambda divisor: 1 / divisor,  # Granite
+    "lm_head_multiplier": float,  # Falcon H1
+}
+# ... and softly capped: Gemma 2 and 3, RecurrentGemma, xLSTM.
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def build_language_model(
+    tokenizer: PreTrainedTokenizerBase,
+    pretrained: str | None = None,
+    config: dict[str, Any] | None = None,
+    freeze: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal LM, pretrained or new, whose embeddings hold every token of the tokenizer.
+
+    Args:
+        tokenizer: its length is the vocabulary of a new model.
+        pretrained: hub id or folder of a Hugging Face causal LM.
+        config: for a new model, ``model_type`` and the arguments of its Hugging Face configuration.
+        freeze: keep its weights as they are, the embeddings of added tokens included.
+        trust_remote_code: run code that comes with the pretrained model.
+
+    Raises:
+        ValueError: unless exactly one of ``pretrained`` and ``config`` is given, or for an LM that :func:`check_head`
+            refuses.
+    """
+    if pretrained is not None and config is None:
+        model = AutoModelForCausalLM.from_pretrained(
+            pretrained, trust_remote_code=trust_remote_code, dtype=torch.float32
+        )
+    else:
+        model = AutoModelForCausalLM.from_config(_configuration(tokenizer, pretrained, config, trust_remote_code))
+    if len(tokenizer) > vocabulary_size(model):
+        model.resize_token_embeddings(len(tokenizer))
+    check_head(model, reads_embeddings=True)
+    return model.requires_grad_(not freeze)
+
+
+def language_skeleton(
+    tokenizer: PreTrainedTokenizerBase,
+    pretrained: str | None = None,
+    config: dict[str, Any] | None = None,
+    freeze: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """What :func:`build_language_model` builds, without its weights: call it on the meta device.
+
+    Raises:
+        ValueError, OSError: as there, but for what only weights can show.
+    """
+    settings = _configuration(tokenizer, pretrained, config, trust_remote_code)
+    text = settings.get_text_config(decoder=True)
+    text.vocab_size = max(text.vocab_size, len(tokenizer))
+    model = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
+    check_head(model, reads_embeddings=True)
+    return model.requires_grad_(not freeze)
+
+
+def _configuration(
+    tokenizer: PreTrainedTokenizerBase,
+    pretrained: str | None,
+    config: dict[str, Any] | None,
+    trust_remote_code: bool,
+) -> PretrainedConfig:
+    """The Hugging Face configuration of a pretrained model or of a new one."""
+    if (pretrained is None) == (config is None):
+        raise ValueError("model.language needs either `pretrained` (a hub id or folder) or `config` (a new model).")
+    if pretrained is not None:
+        try:
+            return AutoConfig.from_pretrained(pretrained, trust_remote_code=trust_remote_code)
+        except OSError as error:
+            raise OSError(
+                f"model.language.pretrained={pretrained!r} is neither a folder with a model, nor a model of a hub that "
+                "can be reached."
+            ) from error
+    settings = {"vocab_size": len(tokenizer), **dict(config or {})}
+    return AutoConfig.for_model(settings.pop("model_type", None), **settings)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Number of tokens that the model embeds."""
+    return cast(Tensor, model.get_input_embeddings().weight).shape[0]
+
+
+def hidden_size(model: PreTrainedModel) -> int:
+    """Size of the model's input embeddings."""
+    return cast(Tensor, model.get_input_embeddings().weight).shape[1]
+
+
+def last_hidden_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
+    """``[B, T, D]`` hidden states that the head maps to logits.
+
+    The model may be one of PEFT around a causal LM, whose decoder holds the adapters.
+
+    Raises:
+        ValueError: for a method of PEFT that adds virtual tokens to the input.
+    """
+    if hasattr(model, "get_base_model"):
+        config = cast(Any, model).active_peft_config
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"{config.peft_type.value} adds virtual tokens to the text, which have no place; use LoRA."
+            )
+    return _decoder(_causal_lm(model))(**inputs, use_cache=False).last_hidden_state
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """What maps hidden states to logits: the module, and what the model's configuration does to the logits after it."""
+    module = model.get_output_embeddings()
+    config = _causal_lm(model).config.get_text_config()
+    scales = [factor(value) for name, factor in _SCALES.items() if (value := getattr(config, name, None)) is not None]
+    softcaps = [value for name in _SOFTCAPS if (value := getattr(config, name, None)) is not None]
+    if not scales and not softcaps:
+        return module
+    return TransformedHead(module, math.prod(scales), softcaps[0] if softcaps else None)
+
+
+def _causal_lm(model: PreTrainedModel) -> PreTrainedModel:
+    """The Hugging Face model inside one of PEFT."""
+    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _decoder(causal_lm: PreTrainedModel) -> nn.Module:
+    """What stands under the head: the part that holds the embeddings, for names differ and some classes lack one."""
+    embeddings = causal_lm.get_input_embeddings()
+    return next(part for part in causal_lm.children() if any(module is embeddings for module in part.modules()))
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, reads_embeddings: bool = False) -> None:
+    """Refuse an LM whose logits are not what we make of its hidden states.
+
+    A few short passes. What the model does to its logits shows on others in their place, large whatever the weights
+    are. A model on the meta device, where few can run, is taken at its configuration's word.
+
+    Args:
+        model: a causal LM, or one of PEFT around it.
+        reads_embeddings: it is to read embeddings in the place of token ids, as an LVLM's does: check that it can.
+
+    Raises:
+        ValueError: one line, naming the model's class and what is not supported.
+    """
+    name, was_training = type(_causal_lm(model)).__name__, model.training
+    if reads_embeddings and model.config.get_text_config() is not model.config:
+        raise ValueError(f"{name} has a vision or audio tower of its own; give its text model, saved alone.")
+    if model.device.type == "meta":
+        return
+    model.eval()
+    try:
+        complaint = _complaint(model, reads_embeddings)
+    except Exception as error:  # whatever the code of some model raises
+        line = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{name} cannot be used as a language model: {type(error).__name__}: {line}") from error
+    finally:
+        model.train(was_training)
+    if complaint:
+        raise ValueError(f"{name} {complaint}, which is not supported.")
+
+
+def _complaint(model: PreTrainedModel, reads_embeddings: bool) -> str | None:
+    """What about an LM is not as we take it to be; None where all is."""
+    head, embeddings = TransformedHead.of(head_of(model)), model.get_input_embeddings()
+    ids = torch.arange(4, device=model.device)[None] * (vocabulary_size(model) // 4)
+    seen: list[tuple[Tensor, Tensor]] = []
+    readers: list[nn.Module] = []
+
+    def replace(_: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
+        large = torch.linspace(-100, 100, logits.shape[-1], device=logits.device).expand(logits.shape)
+        seen.append((inputs[0], large))
+        return large.clone()
+
+    def look(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        if torch.equal(inputs[0], ids):
+            readers.append(module)
+
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    hooks = [head.module.register_forward_hook(replace), *(table.register_forward_pre_hook(look) for table in tables)]
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not seen:
+        return "makes its logits without its output embeddings"
+    hidden, replaced = seen[0]
+    if not _same(logits, head.transform(replaced)):
+        return "changes its logits after the LM head"
+    if not _same(hidden, last_hidden_states(model, input_ids=ids)):
+        return "changes its hidden states before the LM head"
+    if reads_embeddings and (
+        len(readers) > 1 or not _same(hidden, last_hidden_states(model, inputs_embeds=embeddings(ids)))
+    ):
+        return "makes more of token ids than the embeddings in whose place images stand"
+    return None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors differ by rounding alone."""
+    tolerance = 1e-3 if a.dtype == torch.float32 else 2e-2
+    return a.shape == b.shape and bool((a.float() - b.float()).norm() <= tolerance * b.float().norm())

@@ -1,0 +1,186 @@
+"""The large vision-language model: vision tower -> projector -> causal language model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from composer_prior.data.batch import stack_images
+from composer_prior.data.tokenizer import bos_id, image_token_ids, prompt_ids
+from composer_prior.models.head import Head, TransformedHead, label_mask, labelled_nll
+from composer_prior.models.language import head_of, last_hidden_states, vocabulary_size
+from composer_prior.models.packing import enable_packing, packed_hidden_states
+
+
+class LVLM(nn.Module):
+    """A causal LM that reads images, in plain PyTorch.
+
+    Args:
+        vision: an :class:`.OpenCLIPTower`, a :class:`.PatchEmbedding`, or None for a language model on text alone.
+        projector: maps the tower's features to the LM's width; None when they have it.
+        language: a Hugging Face causal LM whose embeddings hold the image tokens.
+        tokenizer: its tokenizer, with the image tokens (:func:`.add_image_tokens`).
+        label_smoothing: share of the uniform distribution over the vocabulary in the target of training, in [0, 1);
+            the outputs then have ``smoothed_nll`` too. Default: ``0.0``.
+        pack: put the samples of a batch into one row for the language model, so that it computes nothing on padding;
+            see :mod:`.packing`. Default: ``False``.
+    """
+
+    def __init__(
+        self,
+        vision: nn.Module | None,
+        projector: nn.Module | None,
+        language: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        label_smoothing: float = 0.0,
+        pack: bool = False,
+    ):
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing={label_smoothing}: expected a share in [0, 1).")
+        if label_smoothing:
+            _linear_part(head_of(language))  # or refuse it before training
+        self.label_smoothing = label_smoothing
+        self.vision = vision
+        self.projector = projector or nn.Identity()
+        self.language = language
+        self.tokenizer = tokenizer
+        self.image_token_id, self.row_token_id = image_token_ids(tokenizer)
+        self.pack = pack
+        if pack:
+            enable_packing(language)
+        if vision is not None and len(tokenizer) > vocabulary_size(language):
+            raise ValueError(f"The LM embeds {vocabulary_size(language)} of {len(tokenizer)} tokens.")
+
+    def embed(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Input embeddings ``[B, T, D]``, image features in the places of the image tokens."""
+        embeddings = self.language.get_input_embeddings()(batch["input_ids"])  # [B, T, D]
+        if self.vision is None:
+            return embeddings
+        features = self.projector(self.vision(self._in_precision(batch)))  # [n, D], n image tokens in the batch
+        places = batch["input_ids"] == self.image_token_id
+        if not torch.compiler.is_compiling() and (tokens := int(places.sum())) != len(features):
+            raise ValueError(
+                f"The images have {len(features)} features and input_ids {tokens} image tokens: cut captions alone"
+            )
+        return embeddings.masked_scatter(places[..., None], features.to(embeddings.dtype))
+
+    def _in_precision(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with its images in the type of the tower's weights, which FSDP2 or the user may have lowered."""
+        dtype = next((p.dtype for p in self.vision.parameters()), torch.float32)  # type: ignore[union-attr]
+        return {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``nll``: negative log-likelihood per token, ``[B, T]`` float32, 0 where there is no label; ``correct``: bool.
+
+        Sequences are padded at the end, so causal attention needs no mask: no labelled position sees padding.
+        """
+        embeddings = self.embed(batch)
+        if self.pack:
+            hidden = packed_hidden_states(self.language, embeddings, batch["attention_mask"])  # [B, T, D]
+        else:
+            hidden = last_hidden_states(self.language, inputs_embeds=embeddings)
+        nll, correct = labelled_nll(hidden, head_of(self.language), batch["labels"])
+        outputs = {"nll": nll, "correct": correct}
+        if self.label_smoothing and self.training:
+            margin = label_margin(hidden, head_of(self.language), batch["labels"])
+            outputs["smoothed_nll"] = nll + self.label_smoothing * margin
+        return outputs
+
+    @torch.no_grad()
+    def generate(
+        self, images: Sequence[Image.Image], prompt: str = "", max_new_tokens: int = 64, **kwargs: Any
+    ) -> list[str]:
+        """Caption each image, with the KV cache; greedy unless ``kwargs`` of Hugging Face's ``generate`` say otherwise.
+
+        Args:
+            images: at least one PIL image.
+            prompt: text between the image and the caption, the one of training.
+            max_new_tokens: longest caption in tokens.
+        """
+        if self.vision is None:
+            raise ValueError("A language model without a vision tower cannot caption images.")
+        was_training = self.training
+        self.eval()
+        batch, attention_mask = self._generation_batch(images, prompt)
+        try:
+            ids = self.generate_ids(batch, attention_mask, max_new_tokens=max_new_tokens, **kwargs)
+        finally:
+            self.train(was_training)
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def generate_ids(self, batch: Mapping[str, Tensor], attention_mask: Tensor, **kwargs: Any) -> Tensor:
+        """Ids ``[B, S]`` int64 that continue the rows of a batch.
+
+        A forward pass of its own: under FSDP2, torch's ``register_fsdp_forward_method`` lets it gather the weights.
+
+        Args:
+            batch: ``input_ids`` ``[B, T]``, padded to the left, and the image's tensors.
+            attention_mask: ``[B, T]``, 1 on real positions.
+            kwargs: of Hugging Face's ``generate``.
+        """
+        eos = self.tokenizer.eos_token_id
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else eos
+        generate: Any = self.language.generate
+        return generate(
+            inputs_embeds=self.embed(batch),
+            attention_mask=attention_mask,
+            **{"do_sample": False, "eos_token_id": eos, "pad_token_id": pad, **kwargs},
+        )
+
+    def _generation_batch(self, images: Sequence[Image.Image], prompt: str) -> tuple[dict[str, Tensor], Tensor]:
+        device = self.language.device
+        process: Any = self.vision.image_processor  # type: ignore[union-attr]
+        processed = [process(image.convert("RGB")) for image in images]
+        text = prompt_ids(self.tokenizer, prompt)
+        placeholders = (self.image_token_id, self.row_token_id)
+        rows = [[bos_id(self.tokenizer), *(placeholders[kind] for kind in p.layout), *text] for p in processed]
+        longest = max(map(len, rows))
+        # Padding goes to the left here: generation continues every row at its right end.
+        input_ids = torch.tensor([[bos_id(self.tokenizer)] * (longest - len(row)) + row for row in rows])
+        attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        batch = {"input_ids": input_ids, **stack_images([p.tensors for p in processed])}
+        return {key: value.to(device) for key, value in batch.items()}, attention_mask.to(device)
+
+
+def label_margin(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
+    """By how much the logit of each label exceeds the mean logit, ``[B, T]`` float32, 0 without a label.
+
+    The cross-entropy with a share ``s`` of the uniform distribution in the target is ``nll + s * margin``: both terms
+    have the same log-sum-exp, and the mean logit is the product with the mean row of the head's weight.
+
+    Args:
+        hidden: ``[B, T, D]`` last hidden states.
+        head: a linear layer, whose logits may be scaled.
+        labels: ``[B, T]`` int64, not shifted.
+
+    Raises:
+        ValueError: for a head of which that does not hold.
+    """
+    linear, scale = _linear_part(head)
+    mask = label_mask(labels)
+    targets = labels[mask]
+    direction = F.embedding(targets, linear.weight) - linear.weight.mean(0)  # [n, D]
+    margin = (hidden[:, :-1][mask[:, 1:]].float() * direction.float()).sum(-1)
+    if linear.bias is not None:
+        margin = margin + linear.bias[targets] - linear.bias.mean()
+    return margin.new_zeros(labels.shape).masked_scatter(mask, margin * scale)
+
+
+def _linear_part(head: Head) -> tuple[nn.Linear, float]:
+    """The linear layer of a head and the factor of its logits; label smoothing needs no more of either."""
+    given = TransformedHead.of(head)
+    if given.softcap is not None:
+        raise ValueError(
+            f"label_smoothing and an LM that caps its logits at {given.softcap} do not combine; set it to 0."
+        )
+    if not isinstance(given.module, nn.Linear):
+        raise ValueError(
+            f"label_smoothing needs a linear LM head, not {type(given.module).__name__}; leave the head bare."
+        )
+    return given.module, given.scale

@@ -1,0 +1,223 @@
+"""The text-only reference language model, whose probabilities weight the tokens."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.models.head import target_logprobs
+from composer_prior.models.language import check_head, head_of, last_hidden_states, vocabulary_size
+from composer_prior.models.matmul import use_onednn
+
+
+class ReferenceLM:
+    """A frozen causal LM that scores captions without their images.
+
+    It is no ``nn.Module``, so it never becomes part of the trained model, its checkpoint or its optimizer.
+
+    Args:
+        model: a Hugging Face causal LM; put in eval mode, its gradients switched off.
+        tokenizer: its tokenizer, against which that of the trained model is checked.
+        batch_size: captions per forward pass. Default: ``64``.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, batch_size: int = 64):
+        check_head(model)
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_pretrained(cls, path: str, trust_remote_code: bool = False) -> "ReferenceLM":
+        """Load model and tokenizer from a folder or hub id in Hugging Face form."""
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return cls(use_onednn(model), AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code))
+
+    def to(self, device: torch.device | str) -> "ReferenceLM":
+        """Move the model's weights; does nothing when they are there already."""
+        if self.model.device != torch.device(device):
+            self.model.to(device)
+        return self
+
+    def shard(self) -> "ReferenceLM":
+        """Keep one part of the weights on each rank (FSDP2); they are gathered for the scoring of a batch.
+
+        Every rank must then score a batch whenever one of them does.
+        """
+        if not isinstance(self.model, FSDPModule):
+            fully_shard(self.model)
+        return self
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        if isinstance(self.model, FSDPModule):
+            self.model.unshard()
+            yield
+            self.model.reshard()
+        else:
+            yield
+
+    @torch.no_grad()
+    def logprobs(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, drop_token_ids: Sequence[int] = ()
+    ) -> Tensor:
+        """``log P_r(labels[t] | text before t)``, ``[B, T]`` float32, 0 where there is no label.
+
+        Args:
+            input_ids: ``[B, T]`` int64, with or without image tokens.
+            attention_mask: ``[B, T]``, 1 on real positions.
+            labels: ``[B, T]`` int64, not shifted.
+            drop_token_ids: ids that stand for the image: their positions are taken out and the text moves together.
+        """
+        device = self.model.device
+        input_ids, attention_mask, labels = (x.to(device) for x in (input_ids, attention_mask, labels))
+        keep = attention_mask.bool() & ~torch.isin(input_ids, torch.tensor(list(drop_token_ids), device=device).long())
+        ids, positions, lengths = left_pack(input_ids, keep)  # [B, S]
+        padding = torch.arange(ids.shape[1], device=device) >= lengths[:, None]
+        ids = ids.masked_fill(padding, 0)  # what was dropped may not even be in the reference's vocabulary
+        targets = labels.gather(1, positions).masked_fill(padding, IGNORE_INDEX)
+        packed = torch.zeros(ids.shape, dtype=torch.float32, device=device)
+        with self._gathered():
+            for rows in lengths.argsort().split(self.batch_size):
+                longest = int(lengths[rows].max())
+                packed[rows, :longest] = self._score(ids[rows, :longest], targets[rows, :longest])
+        return torch.zeros(labels.shape, dtype=torch.float32, device=device).scatter(1, positions, packed)
+
+    def _score(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities ``[b, s]`` of the targets in right-padded text; padding needs no mask, being after it."""
+        has_target = targets != IGNORE_INDEX
+        if has_target[:, 0].any():  # nothing stands before the first token: let the sequence start with bos
+            start = torch.full_like(ids[:, :1], self._bos_id())
+            return self._score(
+                torch.cat([start, ids], 1), torch.cat([torch.full_like(start, IGNORE_INDEX), targets], 1)
+            )[:, 1:]
+        hidden = last_hidden_states(self.model, input_ids=ids)[:, :-1]
+        logprobs = target_logprobs(hidden[has_target[:, 1:]], head_of(self.model), targets[has_target])
+        return torch.zeros(ids.shape, dtype=torch.float32, device=ids.device).masked_scatter(has_target, logprobs)
+
+    @torch.no_grad()
+    def score_texts(self, texts: Sequence[Sequence[int]], start: int, batch_tokens: int | None = None) -> list[Tensor]:
+        """``log P_r(text[t] | text[:t])`` for ``t`` from ``start`` on: float32 on the CPU, one tensor for each text.
+
+        Texts of like length share a forward pass, so that there is next to no padding; give many at once.
+
+        Args:
+            texts: ids of each text, at least ``start`` of them.
+            start: the first token to score, at least 1; a beginning-of-sequence token or a prompt comes before.
+            batch_tokens: tokens of one forward pass, padding included, unless one text alone has more. Default: few
+                enough to stay in the cache of a CPU (2,048), or many enough to fill another device (32,768).
+
+        Raises:
+            ValueError: if a text has more tokens than the model has positions.
+        """
+        batch_tokens = batch_tokens or (2048 if self.model.device.type == "cpu" else 32768)
+        lengths = torch.tensor([len(text) for text in texts], dtype=torch.long)
+        self._check_length(max(map(len, texts), default=0))
+        batches = batches_by_length(lengths, batch_tokens)
+        scores = [self._score_rows([texts[i] for i in rows.tolist()], lengths[rows], start) for rows in batches]
+        if not scores:
+            return []
+        order = torch.cat(batches)
+        pieces = torch.cat(scores).float().cpu().split((lengths[order] - start).tolist())
+        return [pieces[place] for place in order.argsort().tolist()]
+
+    def _score_rows(self, texts: Sequence[Sequence[int]], lengths: Tensor, start: int) -> Tensor:
+        """Log-probabilities ``[n]`` of the tokens of a few texts from ``start`` on, one text after the other."""
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)  # [b, s]
+        place = torch.arange(ids.shape[1])
+        scored = ((place >= start) & (place < lengths[:, None])).flatten().nonzero()[:, 0]
+        device = self.model.device
+        hidden = last_hidden_states(self.model, input_ids=ids.to(device)).flatten(0, 1)  # [b * s, D]
+        targets = ids.flatten()[scored].to(device)
+        return target_logprobs(hidden[(scored - 1).to(device)], head_of(self.model), targets)
+
+    def _check_length(self, longest: int) -> None:
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        if positions is not None and longest > positions:
+            raise ValueError(
+                f"The reference has {positions} positions and a text takes {longest}; lower max_caption_tokens."
+            )
+
+    def reads(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether the ids of a tokenizer's text mean the same to the reference.
+
+        The tokenizer may have further special tokens, such as those of images, which no caption contains.
+        """
+        if self.tokenizer is None:
+            return True
+        ours, theirs = self.tokenizer.get_vocab(), tokenizer.get_vocab()
+        further = {*tokenizer.all_special_tokens} - {tokenizer.bos_token, tokenizer.eos_token}
+        return all(theirs.get(token) == i for token, i in ours.items()) and theirs.keys() - ours.keys() <= further
+
+    def _bos_id(self) -> int:
+        config = self.model.config
+        for token_id in (config.bos_token_id, config.eos_token_id):
+            if isinstance(token_id, int):
+                return token_id
+        raise ValueError("A caption starts without a token before it, and the reference has no bos or eos token.")
+
+    def check_vocabulary(self, model: Any) -> None:
+        """Refuse a trained model whose token ids do not mean the same to the reference.
+
+        The model's tokenizer may have more tokens (for images); those of the reference must stand at the same ids.
+        Without two tokenizers to compare, the embedding matrices must have the same number of rows.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        tokenizer = getattr(model, "tokenizer", None)
+        if tokenizer is not None and self.tokenizer is not None:
+            ids = tokenizer.get_vocab()
+            differing = [token for token, i in self.tokenizer.get_vocab().items() if ids.get(token) != i]
+            if differing:
+                raise ValueError(
+                    f"The reference has another vocabulary than the model: {len(differing)} of its tokens, such as "
+                    f"{differing[0]!r}, are missing or have another id. Train both with one tokenizer."
+                )
+            return
+        ours, theirs = vocabulary_size(self.model), vocabulary_size(getattr(model, "model", model))
+        if ours != theirs:
+            raise ValueError(
+                f"The reference has another vocabulary than the model: {ours} and {theirs} tokens. Give both a "
+                "tokenizer if one only has extra image tokens."
+            )
+
+
+def left_pack(input_ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Move the kept tokens of each row to its start, in order.
+
+    Args:
+        input_ids: ``[B, T]`` int64.
+        keep: ``[B, T]`` bool.
+
+    Returns:
+        the tokens ``[B, S]`` (``S``: the most kept in one row), the positions they come from ``[B, S]``, and how many
+        of each row are kept ``[B]``; behind those stand tokens that were not.
+    """
+    lengths = keep.sum(1)
+    positions = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(lengths.max())]
+    return input_ids.gather(1, positions), positions, lengths
+
+
+def batches_by_length(lengths: Tensor, batch_tokens: int) -> list[Tensor]:
+    """Rows of like length together, the longest first, in batches of at most ``batch_tokens``, padding included.
+
+    Args:
+        lengths: ``[n]`` int64.
+        batch_tokens: a row that has more stands alone.
+
+    Returns:
+        the rows of each batch, ``[b]`` int64; every row is in one batch.
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    batches = []
+    while len(order):
+        count = max(1, batch_tokens // max(1, int(lengths[order[0]])))
+        batches.append(order[:count])
+        order = order[count:]
+    return batches

@@ -1,0 +1,287 @@
+"""Scores the captions of a data set with the text-only reference, once, beside the data.
+
+The data set is cut into units of consecutive samples, and each rank scores a run of them. A unit is put in place when
+it is whole, and the index is written last: a job that was killed goes on where it was, with any number of ranks.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+import xxhash
+from composer.core import Precision, get_precision_context
+from composer.utils import dist, get_device
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
+
+from composer_prior.data.captions import BadSampleError, StreamingCaptionDataset
+from composer_prior.data.mds import read_column
+from composer_prior.data.messages import announce
+from composer_prior.data.scores import Scores, ScoresCard, ScoresError
+from composer_prior.data.storage import StorageError, is_remote, locked
+from composer_prior.data.tokenizer import CaptionFormat, build_tokenizer, tokenizer_fingerprint
+from composer_prior.models.reference import ReferenceLM
+from composer_prior.scoring.align import align_logprobs, token_edges
+from composer_prior.scoring.job import ScoreJob
+from composer_prior.scoring.writer import ScoresWriter
+
+T = TypeVar("T")
+
+
+@dataclass
+class ScoreSummary:
+    """What a job did: samples, tokens and samples without scores, over all ranks, in this call."""
+
+    out: str
+    samples: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    reused: bool = False
+
+    def __str__(self) -> str:
+        if self.reused:
+            return f"Scores: reusing {self.out}"
+        skipped = f", {self.skipped:,} samples skipped" if self.skipped else ""
+        return f"Scores: {self.tokens:,} tokens of {self.samples:,} samples in {self.out}{skipped}"
+
+
+def score_captions(job: ScoreJob) -> ScoreSummary:
+    """Run a job to its end, on all ranks together; returns at once if its scores are there already.
+
+    Raises:
+        ScoresError: if ``out`` holds something else, or scores of something else, naming what differs.
+        BadSampleError: for a caption that cannot be scored, unless ``dataset.on_bad_sample`` is ``"skip"``.
+        ValueError: if the reference cannot score these captions at all.
+    """
+    try:
+        return _score_captions(job)
+    except (StorageError, OSError) as error:  # of the place that they go to
+        raise ScoresError(f"{job.out}: the scores cannot be made: {error}") from error
+
+
+def _score_captions(job: ScoreJob) -> ScoreSummary:
+    rank, ranks = dist.get_global_rank(), dist.get_world_size()
+    arguments = {key: value for key, value in job.dataset.items() if key != "scores"}
+    data = StreamingCaptionDataset(tokenizer=build_tokenizer(job.tokenizer), batch_size=1, **arguments)
+    card, whole = _from_first_rank(lambda: _look(job, data))
+    summary = ScoreSummary(job.out, reused=whole)
+    if whole:
+        return summary
+    with _sole_writer(job.out) if rank == 0 else nullcontext():
+        writer = ScoresWriter(job.out, card, job.unit_samples, worker=rank)
+        entries = _from_first_rank(writer.begin)
+        summary.reused = entries is None  # another job has made them meanwhile
+        if entries is not None:
+            missing = [unit for unit in range(len(writer.units)) if unit not in entries]
+            mine = missing[len(missing) * rank // ranks : len(missing) * (rank + 1) // ranks]
+            for done, part in dist.all_gather_object(_score_units(job, data, writer, mine)):
+                entries.update(done)
+                summary.samples += part.samples
+                summary.tokens += part.tokens
+                summary.skipped += part.skipped
+            if rank == 0:
+                writer.finish(entries)
+        if rank == 0 and not is_remote(job.out):
+            shutil.rmtree(Path(job.out, ".scoring"), ignore_errors=True)
+        dist.barrier()
+    return summary
+
+
+def _look(job: ScoreJob, data: StreamingCaptionDataset) -> tuple[ScoresCard, bool]:
+    """The card of the scores that a job makes, and whether they are there already."""
+    card = ScoresCard.of(data, reference_identity(job.reference, job.trust_remote_code))
+    try:
+        there = Scores(job.out, Path(job.out)).card
+    except ScoresError:
+        return card, False
+    there.check(card, job.out)
+    return card, True
+
+
+def _from_first_rank(function: Callable[[], T]) -> T:
+    """What a function returns, or raises, on the first rank."""
+    found: list[Any] = [None, None]
+    if dist.get_global_rank() == 0:
+        try:
+            found[0] = function()
+        except (ValueError, OSError, StorageError) as error:
+            found[1] = error
+    dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def _sole_writer(out: str) -> AbstractContextManager[None]:
+    """Let one job at a time write to a folder; the others wait, and then find its scores."""
+    if is_remote(out):
+        return nullcontext()
+    waiting = f"Scores: waiting for another job that writes to {out}"
+    return locked(Path(out, ".scoring", "lock"), waiting=lambda: announce(waiting))
+
+
+def _score_units(
+    job: ScoreJob, data: StreamingCaptionDataset, writer: ScoresWriter, units: Sequence[int]
+) -> tuple[dict[int, dict[str, Any]], ScoreSummary]:
+    """Score units and put them in place; their index entries, and what was done."""
+    entries: dict[int, dict[str, Any]] = {}
+    summary = ScoreSummary(job.out)
+    if not units:
+        return entries, summary
+    reference = ReferenceLM.from_pretrained(job.reference, job.trust_remote_code)
+    reference.to(cast(torch.device, get_device(None)._device))
+    precision = get_precision_context(Precision.AMP_BF16 if job.amp else Precision.FP32)
+    total = sum(len(writer.units[unit]) for unit in units)
+    disable = not job.progress_bar or dist.get_global_rank() != 0
+    with precision, tqdm(total=total, unit=" samples", desc="Scoring", disable=disable, dynamic_ncols=True) as bar:
+        for unit in units:
+            samples = writer.units[unit]
+            captions = read_column(data, "caption", samples)
+            scores = _without_bad(
+                score_texts(captions, data.format, reference, job.batch_tokens), captions, samples, data
+            )
+            entries[unit] = writer.write(unit, scores)
+            summary.samples += len(samples)
+            summary.tokens += sum(map(len, scores))
+            summary.skipped += sum(not len(values) for values in scores)
+            bar.update(len(samples))
+            bar.set_postfix_str(f"{summary.tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
+    return entries, summary
+
+
+def _without_bad(
+    scores: list[NDArray[np.float32]], captions: Sequence[str], samples: range, data: StreamingCaptionDataset
+) -> list[NDArray[np.float32]]:
+    """Empties the scores of samples that cannot be used; the loader knows them by that.
+
+    Raises:
+        BadSampleError: instead of skipping, if the data set says so.
+    """
+    for place, (values, caption) in enumerate(zip(scores, captions, strict=True)):
+        good = caption.strip() and (values <= 0).all()
+        if not good:
+            problem = "its scores are NaN or positive" if caption.strip() else "the caption is empty"
+            if data.on_bad_sample == "raise":
+                raise BadSampleError(
+                    f"{data._place(samples[place])}: {problem} (on_bad_sample=skip goes on without it)"
+                )
+            scores[place] = values[:0]
+    return scores
+
+
+def score_texts(
+    captions: Sequence[str], form: CaptionFormat, reference: ReferenceLM, batch_tokens: int | None = None
+) -> list[NDArray[np.float32]]:
+    """Log-probabilities of the tokens that a format makes of captions, ``[tokens]`` float32 for each.
+
+    A reference with another tokenizer reads the captions in its own tokens, and its scores are carried over by
+    characters (:mod:`composer_prior.scoring.align`); its end-of-sequence token is the model's.
+
+    Args:
+        captions: equal ones are scored once.
+        form: the model's tokenizer, prompt and longest caption.
+        reference: the language model.
+        batch_tokens: tokens of one forward pass, padding included.
+
+    Raises:
+        ValueError: if the reference has too few positions, no end-of-sequence token, or no fast tokenizer.
+    """
+    distinct = list(dict.fromkeys(captions))
+    score = _score_tokens if reference.reads(form.tokenizer) else _score_characters
+    scores = dict(zip(distinct, score(distinct, form, reference, batch_tokens), strict=True))
+    return [scores[caption] for caption in captions]
+
+
+def _score_tokens(
+    captions: list[str], form: CaptionFormat, reference: ReferenceLM, batch_tokens: int | None
+) -> list[NDArray[np.float32]]:
+    """With the model's own tokens."""
+    prefix, eos = form.prefix_ids(), form.tokenizer.eos_token_id
+    encoded = form.tokenizer(captions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    texts = [[*prefix, *[*ids, eos][: form.max_caption_tokens]] for ids in encoded]
+    return [values.numpy() for values in reference.score_texts(texts, len(prefix), batch_tokens)]
+
+
+def _score_characters(
+    captions: list[str], form: CaptionFormat, reference: ReferenceLM, batch_tokens: int | None
+) -> list[NDArray[np.float32]]:
+    """With the reference's tokens, carried over to the model's."""
+    theirs: Any = reference.tokenizer
+    if not theirs.is_fast or theirs.eos_token_id is None:
+        raise ValueError(
+            "The reference has another tokenizer than the model; it must be a fast one with an end-of-sequence token."
+        )
+    options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+    prefix, read, encoded = form.prefix_ids(theirs), theirs(captions, **options), form.tokenizer(captions, **options)
+    readings = [
+        _read(ids, token_edges(offsets, len(caption)), token_edges(to_offsets, len(caption)), form, theirs.eos_token_id)
+        for caption, ids, offsets, to_offsets in zip(
+            captions, read["input_ids"], read["offset_mapping"], encoded["offset_mapping"], strict=True
+        )
+    ]
+    scores = reference.score_texts([[*prefix, *reading.ids] for reading in readings], len(prefix), batch_tokens)
+    return [reading.carry_over(values.numpy()) for reading, values in zip(readings, scores, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A caption as the reference reads it: its tokens, and the edges between them and between the model's."""
+
+    ids: list[int]  # with the end of sequence, unless the caption is cut
+    edges: NDArray[np.float64]
+    to_edges: NDArray[np.float64]
+
+    def carry_over(self, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Log-probabilities of the model's tokens, from those of ``ids``."""
+        body, end = np.split(logprobs, [len(self.edges) - 1])
+        edges = self.edges
+        if len(body) == 0 and len(self.to_edges) > 1:  # the reference reads nothing of it
+            body, edges = np.array([np.nan], dtype=np.float32), self.to_edges[[0, -1]]
+        return np.append(align_logprobs(body, edges, self.to_edges), end)
+
+
+def _read(
+    ids: list[int], edges: NDArray[np.float64], to_edges: NDArray[np.float64], form: CaptionFormat, eos_id: int
+) -> _Reading:
+    """What the reference has to read of a caption: all of it, or what stands for the model's tokens where it is cut."""
+    if len(to_edges) <= form.max_caption_tokens:  # as many as its tokens with the end of sequence
+        return _Reading([*ids, eos_id], edges, to_edges)
+    to_edges = to_edges[: form.max_caption_tokens + 1]
+    needed = int(np.searchsorted(edges, to_edges[-1]))
+    return _Reading(ids[:needed], edges[: needed + 1], to_edges)
+
+
+def reference_identity(path: str, trust_remote_code: bool = False) -> dict[str, str]:
+    """Path of a language model, and fingerprints of its configuration, weights and tokenizer; nothing is loaded.
+
+    Raises:
+        ScoresError: if there is no such model.
+    """
+    try:
+        folder = Path(path) if Path(path).is_dir() else Path(cached_file(path, "config.json") or "").parent
+        config = json.loads(Path(folder, "config.json").read_text())
+    except OSError as error:
+        raise ScoresError(f"The reference {path} is neither a folder with a language model nor a hub id.") from error
+    digest = xxhash.xxh3_128()
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise ScoresError(f"The reference {path} has no weights (*.safetensors or *.bin) in {folder}.")
+    for file in files:
+        with open(file, "rb") as opened:
+            while block := opened.read(1 << 24):
+                digest.update(block)
+    config = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
+    return {
+        "path": path,
+        "config": xxhash.xxh3_128(json.dumps(config, sort_keys=True)).hexdigest()[:16],
+        "weights": digest.hexdigest()[:16],
+        "tokenizer": tokenizer_fingerprint(AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)),
+    }

@@ -1,0 +1,1 @@
+"""Training from a recipe: its schema, the builders of its parts, and the run."""

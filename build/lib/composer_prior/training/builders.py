@@ -1,0 +1,205 @@
+"""From the parts of a recipe to the objects of a run."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from composer.core import DataSpec, Precision
+from composer.utils import ParallelismConfig, dist
+from composer.utils.parallelism import FSDP2Config
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from composer_prior import registry
+from composer_prior.data.captions import StreamingCaptionDataset, caption_data_spec
+from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.models.language import build_language_model, hidden_size, language_skeleton
+from composer_prior.models.lvlm import LVLM
+from composer_prior.models.projector import build_projector
+from composer_prior.registry import register
+
+
+@register("model", "lvlm")
+def build_lvlm(
+    tokenizer: PreTrainedTokenizerBase,
+    language: dict[str, Any],
+    vision: dict[str, Any] | None = None,
+    projector: dict[str, Any] | None = None,
+    label_smoothing: float = 0.0,
+    pack: bool = False,
+    image_related_metrics: bool = False,
+) -> ComposerLVLM:
+    """An LVLM; without ``vision``, a language model on the captions alone, such as the reference.
+
+    Args:
+        tokenizer: with the image tokens, as of :func:`.build_tokenizer`.
+        language: arguments of :func:`.build_language_model`.
+        vision: ``name`` of a vision tower and its arguments.
+        projector: ``name`` (``linear`` or ``mlp``) and ``freeze``; for towers of another width than the LM's.
+        label_smoothing, pack: see :class:`.LVLM`.
+        image_related_metrics: see :class:`.ComposerLVLM`.
+    """
+    lm = build_language_model(tokenizer, **language)
+    return _assemble(lm, tokenizer, vision, projector, label_smoothing, pack, image_related_metrics)
+
+
+def lvlm_skeleton(tokenizer: PreTrainedTokenizerBase, language: dict[str, Any], **config: Any) -> ComposerLVLM:
+    """What :func:`build_lvlm` builds, on the meta device: every shape and no weight, in seconds for any size.
+
+    Raises:
+        ValueError: as :func:`build_lvlm`, but for what only weights can show.
+    """
+    vision = config.pop("vision", None)
+    if vision is not None and registry.takes(registry.look_up("vision", vision["name"], "model.vision"), "pretrained"):
+        vision = {**vision, "pretrained": None}
+    logging.disable(logging.WARNING)  # OpenCLIP says that there are no weights, and not that none are wanted
+    try:
+        with torch.device("meta"):
+            return _assemble(language_skeleton(tokenizer, **language), tokenizer, vision, **config)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _assemble(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    vision: dict[str, Any] | None = None,
+    projector: dict[str, Any] | None = None,
+    label_smoothing: float = 0.0,
+    pack: bool = False,
+    image_related_metrics: bool = False,
+) -> ComposerLVLM:
+    width = hidden_size(lm)
+    tower = projection = None
+    if vision is not None:
+        tower = _build_tower(vision, width)
+    if projector is not None and tower is not None:
+        projection = build_projector(width_in=tower.width, width_out=width, **projector)
+    elif tower is not None and tower.width != width:
+        raise ValueError(f"model.projector is missing: features of {tower.width} do not fit an LM of {width}.")
+    model = LVLM(tower, projection, lm, tokenizer, label_smoothing, pack)
+    return ComposerLVLM(model, image_related_metrics)
+
+
+def _check_lvlm(
+    language: dict[str, Any], vision: dict[str, Any] | None = None, projector: dict[str, Any] | None = None
+) -> None:
+    if vision is not None:
+        if "name" not in vision:
+            raise ValueError("model.vision needs a name.")
+        registry.check("vision", vision["name"], _without_name(vision), "model.vision", given=("width",))
+    elif projector is not None:
+        raise ValueError("model.projector is given without model.vision; set it to null.")
+    registry.check("language", "causal_lm", language, "model.language", given=("tokenizer",))
+    if projector is not None:
+        registry.check("projector", "projector", projector, "model.projector", given=("width_in", "width_out"))
+
+
+build_lvlm.check = _check_lvlm  # type: ignore[attr-defined]
+register("language", "causal_lm")(build_language_model)
+register("projector", "projector")(build_projector)
+
+
+def _build_tower(config: Mapping[str, Any], width: int) -> Any:
+    tower = registry.look_up("vision", config["name"], "model.vision.name")
+    given = {"width": width} if registry.takes(tower, "width") else {}
+    return tower(**given, **_without_name(config))
+
+
+def build_loader(
+    config: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    image_processor: Any,
+    batch_size: int,
+    shuffle_seed: int,
+    drop_last: bool,
+) -> DataSpec:
+    """The loader of a recipe: ``dataset`` and arguments of torch's DataLoader.
+
+    Args:
+        config: the recipe's ``train_loader`` or ``eval_loader``.
+        tokenizer, image_processor: those of the model.
+        batch_size: samples per rank.
+        shuffle_seed: for a recipe that gives none.
+        drop_last: leave out a last batch that is not full, unless the recipe says otherwise.
+    """
+    arguments = {"shuffle_seed": shuffle_seed, **config["dataset"]}
+    dataset = StreamingCaptionDataset(
+        tokenizer=tokenizer, image_processor=image_processor, batch_size=batch_size, **arguments
+    )
+    loader = {"drop_last": drop_last, **{key: value for key, value in config.items() if key != "dataset"}}
+    return caption_data_spec(dataset, batch_size, **loader)
+
+
+def build_named(kind: str, config: Mapping[str, Any], **given: Any) -> Any:
+    """A component given as ``{name: ..., argument: ...}``."""
+    return registry.build(kind, config["name"], _without_name(config), kind, **given)
+
+
+def build_all(kind: str, configs: Mapping[str, Any]) -> list[Any]:
+    """Components given as ``{name: {argument: ...}}``, in order; those whose arguments are None are left out."""
+    return [
+        registry.build(kind, name, arguments, f"{kind}s.{name}")
+        for name, arguments in configs.items()
+        if arguments is not None
+    ]
+
+
+def build_precision(name: str) -> Precision:
+    """``auto`` is ``amp_bf16`` on CUDA and ``fp32`` on the CPU, where bf16 products can be 100 times slower."""
+    if name == "auto":
+        return Precision.AMP_BF16 if torch.cuda.is_available() else Precision.FP32
+    return Precision(name)
+
+
+def build_parallelism(config: Mapping[str, Any] | None) -> ParallelismConfig | None:
+    """Composer's configuration of sharding, from ``{fsdp2: {...}}``.
+
+    Composer itself would ignore ``fsdp2`` in a dict without a word and train with DDP.
+    """
+    if config is None:
+        return None
+    parts = {key: registry.build("parallelism", key, value, "parallelism_config") for key, value in config.items()}
+    return ParallelismConfig(**parts)
+
+
+register("parallelism", "fsdp2")(FSDP2Config)
+
+
+def prepare_sharded(model: torch.nn.Module) -> None:
+    """What a model that FSDP2 may have sharded still needs: its captions, and gradients that are averages."""
+    average_over_gloo(model)
+    for module in model.modules():
+        if isinstance(module, LVLM):
+            register_fsdp_forward_method(module, "generate_ids")
+
+
+def average_over_gloo(model: torch.nn.Module) -> None:
+    """Let FSDP2 average gradients on the CPU, as it does on CUDA.
+
+    torch 2.7 asks the backend for an average, and gloo returns the sum: gradients come out as many times too large as
+    there are ranks.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_all_reduce_hook(_divide_by_ranks)
+
+
+def _divide_by_ranks(gradient: torch.Tensor) -> None:
+    gradient.div_(dist.get_world_size())
+
+
+def per_rank_batch_size(global_batch_size: int, where: str = "") -> int:
+    """Samples per rank of a step; the ranks must share them evenly."""
+    ranks = dist.get_world_size()
+    if global_batch_size % ranks:
+        raise ValueError(
+            f"{where}global_train_batch_size={global_batch_size} cannot be shared evenly by {ranks} ranks."
+        )
+    return global_batch_size // ranks
+
+
+def _without_name(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "name"}

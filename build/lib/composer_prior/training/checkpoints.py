@@ -1,0 +1,288 @@
+"""Checkpoints: which are whole, to which run they belong, and what may be unpickled from them."""
+
+import io
+import pickle
+import re
+import shutil
+import signal
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultLoadPlanner, load
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.serialization import get_unsafe_globals_in_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from composer_prior.data.tokenizer import add_image_tokens, tokenizer_fingerprint
+
+CHECKPOINT_NAME = "ep{epoch}-ba{batch}-rank{rank}.pt"
+LATEST_NAME = "latest-rank0.pt"
+_METADATA = ".metadata"  # of a sharded checkpoint, which is a folder
+# What Composer puts into a checkpoint beside tensors and plain containers: times, and numpy's random state.
+_ALLOWED_GLOBALS = re.compile(
+    r"datetime\.timedelta|torch\.torch_version\.TorchVersion|numpy\.(dtype|ndarray|dtypes\.\w+DType)"
+    r"|numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)"
+)
+
+# What describes the contents of a sharded checkpoint.
+_ALLOWED_IN_METADATA = re.compile(
+    r"pathlib\.\w*Path|torch\.(Size|[a-z]+\d+\w*|bool|serialization\._get_layout)"
+    r"|torch\.distributed\.checkpoint\.(metadata\.\w+|filesystem\._StorageInfo)"
+)
+
+
+class RunIdentity(Callback):
+    """Carries in each checkpoint what the run is made of.
+
+    Args:
+        identity: names and values, such as the model's recipe and the fingerprints of tokenizer and data.
+    """
+
+    def __init__(self, identity: Mapping[str, Any]):
+        self.identity = dict(identity)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.identity)
+
+
+def check_checkpoint(path: str | Path, identity: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint before Composer unpickles it.
+
+    Args:
+        path: of a checkpoint, a file or the folder of a sharded one.
+        identity: that of the run, see :class:`RunIdentity`.
+
+    Raises:
+        ValueError: if it is not whole, would run code when loaded, or belongs to a run of another identity; one line
+            that names the keys.
+    """
+    theirs = _read_identity(Path(path))
+    if theirs is None:
+        raise ValueError(f"{path} was not written by a run of this program: it does not say what it was made from.")
+    there, here = _flat(theirs), _flat(identity)
+    differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"{path} is of another run: {', '.join(differing)} differ ({key}: {there.get(key)!r} there, "
+            f"{here.get(key)!r} here). load_path and autoresume go on with the same run; to start another from "
+            f"its weights, give init_from={path} and a run_name of its own; to start anew, delete it."
+        )
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint of one file, its tensors mapped from the disk."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a whole checkpoint.")
+    _refuse_foreign(path, get_unsafe_globals_in_checkpoint(path), _ALLOWED_GLOBALS)
+    # Nothing but the allowed names is in there, as was just seen.
+    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)["state"]
+
+
+def _read_identity(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint says that its run was made of, or None; of a sharded one with the keys ``a.b`` joined."""
+    if path.is_dir():
+        prefix = f"state.callbacks.{RunIdentity.__qualname__}."
+        return {key.removeprefix(prefix): value for key, value in _read_sharded(path, prefix).items()} or None
+    return _read_state(path).get("callbacks", {}).get(RunIdentity.__qualname__)
+
+
+def _refuse_foreign(path: Path, names: Iterable[str], allowed: re.Pattern[str]) -> None:
+    foreign = sorted(name for name in names if not allowed.fullmatch(name))
+    if foreign:
+        raise ValueError(f"{path} holds Python objects ({', '.join(foreign)}) and is not loaded: they could run code.")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def mend_checkpoints(folder: Path) -> Path | None:
+    """Make the newest whole checkpoint the latest, after a run that was killed at any moment.
+
+    A checkpoint that was being written is removed, and the link to the latest one, which is replaced in two steps, is
+    set again.
+
+    Returns:
+        the newest whole checkpoint, a file or the folder of a sharded one, or None.
+    """
+    for path in _checkpoints(folder):
+        if not _is_whole(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    latest = folder / LATEST_NAME
+    if latest.is_symlink():
+        latest.unlink()
+    newest = newest_checkpoint(folder)
+    if newest is not None:
+        latest.symlink_to(newest.name)
+    return newest
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a folder, a file or the folder of a sharded one, or None."""
+    whole = {batch: path for path, batch in _checkpoints(folder).items() if _is_whole(path)}
+    return whole[max(whole)] if whole else None
+
+
+def _checkpoints(folder: Path) -> dict[Path, int]:
+    """Checkpoints, whole or not, and the batch of each."""
+    matches = {path: re.match(r"ep\d+-ba(\d+)", path.name) for path in sorted(folder.glob("ep*-ba*"))}
+    return {path: int(match[1]) for path, match in matches.items() if match is not None}
+
+
+def _is_whole(path: Path) -> bool:
+    return (path / _METADATA).is_file() if path.is_dir() else zipfile.is_zipfile(path)
+
+
+def find_weights(path: str) -> Path:
+    """Where the weights are that a path names: a checkpoint, or a language model in Hugging Face form.
+
+    Args:
+        path: of a run folder (its newest checkpoint is meant, or else its model), a checkpoint in one file, the folder
+            of a sharded one, or a model folder.
+
+    Raises:
+        ValueError: if there is none of them.
+    """
+    place = Path(path).expanduser()
+    if place.is_file() or (place / _METADATA).is_file() or (place / "config.json").is_file():
+        return place
+    for folder in (place / "checkpoints", place):
+        newest = newest_checkpoint(folder)
+        if newest is not None:
+            return newest
+    if (place / "model" / "config.json").is_file():
+        return place / "model"
+    raise ValueError("expected a run folder with a checkpoint, a checkpoint, or a model folder; none is there")
+
+
+def load_weights(path: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Give a model the weights of another run, and nothing else of it; what the run was made from may differ.
+
+    What is compared decides which weights fit: the names and shapes of all of a part's weights (vision, projector,
+    language), and the tokenizer, which says what each row of the embeddings stands for. A part that is not there at
+    all, as in a language model on text, stays as it is.
+
+    Args:
+        path: see :func:`find_weights`.
+        model: a :class:`.ComposerLVLM` of whole weights, on the CPU.
+        tokenizer: of the model.
+
+    Returns:
+        What was loaded from where, in words.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    source = find_weights(path)
+    ours = model.state_dict()
+    weights, fingerprint = _read_weights(source)
+    remedy = "init_from needs the same architecture and tokenizer"
+    if fingerprint is not None and fingerprint != tokenizer_fingerprint(tokenizer):
+        raise ValueError(f"init_from={path}: it was trained with another tokenizer than tokenizer.name; {remedy}.")
+    parts = {_part(name) for name in weights}
+    expected = {name: tensor.shape for name, tensor in ours.items() if _part(name) in parts}
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    if differing or not weights:
+        name = differing[0] if differing else "no weights at all"
+        shapes = " and ".join(
+            f"{list(shapes[name]) if name in shapes else 'none'} {where}"
+            for shapes, where in ((found, "there"), (expected, "here"))
+        )
+        raise ValueError(f"init_from={path}: {len(differing)} weights do not fit, such as {name} ({shapes}); {remedy}.")
+    model.load_state_dict(weights, strict=False)
+    kept = sorted({_part(name) for name in ours} - parts)
+    without = f"; {', '.join(kept)} stay as the recipe says" if kept else ""
+    return f"Weights: {', '.join(sorted(parts))} from {source}{without}"
+
+
+def _part(name: str) -> str:
+    """``model.language.lm_head.weight`` -> ``language``."""
+    return name.split(".")[1]
+
+
+def _read_weights(source: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Weights by their names in a :class:`.ComposerLVLM`, and the fingerprint of their tokenizer where it is known."""
+    if source.is_file():
+        state = _read_state(source)
+        weights = {name.removeprefix("module."): tensor for name, tensor in state["model"].items()}
+        return weights, state.get("callbacks", {}).get(RunIdentity.__qualname__, {}).get("tokenizer")
+    if (source / _METADATA).is_file():
+        prefix = "state.model."
+        weights = {name.removeprefix(prefix): tensor for name, tensor in _read_sharded(source, prefix).items()}
+        return weights, (_read_identity(source) or {}).get("tokenizer")
+    lm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    add_image_tokens(tokenizer)
+    return {f"model.language.{name}": tensor for name, tensor in lm.state_dict().items()}, tokenizer_fingerprint(
+        tokenizer
+    )
+
+
+def _read_sharded(folder: Path, prefix: str) -> dict[str, Any]:
+    """The entries of a checkpoint of FSDP2 whose names begin with a prefix, whole, without running any code in it."""
+    entries: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        if isinstance(entry, TensorStorageMetadata)
+        else None
+        for name, entry in _read_metadata(folder).state_dict_metadata.items()
+        if name.startswith(prefix)
+    }
+    load(entries, checkpoint_id=folder, planner=_WeightsOnly(flatten_state_dict=False), no_dist=True)
+    return entries
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    with open(folder / _METADATA, "rb") as file:
+        return _MetadataUnpickler(file).load()
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads what describes a sharded checkpoint, a pickle, and refuses any other object in it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        _refuse_foreign(Path(_METADATA), [f"{module}.{name}"], _ALLOWED_IN_METADATA)
+        return super().find_class(module, name)
+
+
+class _WeightsOnly(DefaultLoadPlanner):
+    """Reads values that are no tensors without unpickling objects; torch's own planner would."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+class Preempted(Exception):
+    """Training was asked to stop by SIGTERM."""
+
+
+class StopOnSigterm(Callback):
+    """Stop at the end of the batch when any rank has received SIGTERM, as nodes that are taken away do."""
+
+    def __init__(self) -> None:
+        self._received = False
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, *_: Any) -> None:
+        self._received = True
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        received = state.device.tensor_to_device(torch.tensor([self._received], dtype=torch.uint8))
+        dist.all_reduce(received, reduce_operation="MAX")
+        if received.item():
+            raise Preempted

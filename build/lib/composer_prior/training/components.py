@@ -1,0 +1,66 @@
+"""The components that a recipe can name without further code: ours, Composer's and torch's."""
+
+import inspect
+import re
+from types import ModuleType
+from typing import Any
+
+import composer.algorithms
+import composer.callbacks
+import composer.loggers
+import composer.optim
+import torch.optim
+from composer.core import Algorithm, Callback
+from composer.loggers import LoggerDestination
+from streaming import StreamingDataLoader
+
+from composer_prior.algorithms.prior.prior import PRIOR
+from composer_prior.data.captions import StreamingCaptionDataset
+from composer_prior.data.streams import CheckedStream
+from composer_prior.emoji_scenes.writing import make_emoji_scenes
+from composer_prior.registry import register
+from composer_prior.training import builders  # noqa: F401  registers the model
+from composer_prior.training.data_wait import DataWaitMonitor
+
+
+def snake_case(name: str) -> str:
+    """``SpeedMonitor`` -> ``speed_monitor``, ``LRMonitor`` -> ``lr_monitor``, ``SAM`` -> ``sam``."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def _register_classes(kind: str, module: ModuleType, base: type) -> None:
+    for name, value in vars(module).items():
+        if inspect.isclass(value) and issubclass(value, base) and value is not base:
+            register(kind, snake_case(name))(value)
+
+
+_register_classes("algorithm", composer.algorithms, Algorithm)
+_register_classes("callback", composer.callbacks, Callback)
+_register_classes("logger", composer.loggers, LoggerDestination)
+_LOGGERS: dict[str, Any] = {
+    "tensorboard": composer.loggers.TensorboardLogger,
+    "wandb": composer.loggers.WandBLogger,
+    "mlflow": composer.loggers.MLFlowLogger,
+}
+_OPTIMIZERS: dict[str, Any] = {
+    "decoupled_adamw": composer.optim.DecoupledAdamW,
+    "decoupled_sgdw": composer.optim.DecoupledSGDW,
+    "adamw": torch.optim.AdamW,
+}
+_SCHEDULERS: dict[str, Any] = {
+    "constant_with_warmup": composer.optim.ConstantWithWarmupScheduler,
+    "cosine_with_warmup": composer.optim.CosineAnnealingWithWarmupScheduler,
+    "linear_decay_with_warmup": composer.optim.LinearWithWarmupScheduler,
+    "multistep_with_warmup": composer.optim.MultiStepWithWarmupScheduler,
+    "polynomial_with_warmup": composer.optim.PolynomialWithWarmupScheduler,
+}
+for _kind, _components in (("logger", _LOGGERS), ("optimizer", _OPTIMIZERS), ("scheduler", _SCHEDULERS)):
+    for _name, _component in _components.items():
+        register(_kind, _name)(_component)
+
+register("algorithm", "prior")(PRIOR)
+register("callback", "data_wait_monitor")(DataWaitMonitor)
+register("data", "emoji_scenes")(make_emoji_scenes)
+register("dataset", "captions")(StreamingCaptionDataset)
+register("stream", "stream")(CheckedStream)
+register("loader", "captions")(StreamingDataLoader)

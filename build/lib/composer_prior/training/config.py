@@ -1,0 +1,230 @@
+"""Recipes: YAML files with dot-list overrides.
+
+Reading one needs neither Composer nor torch, so that a key that does not exist is answered at once.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from composer_prior.data.storage import is_remote
+from composer_prior.registry import did_you_mean
+
+SHIPPED = Path(__file__).parents[1] / "yamls"  # found by name where the working folder has no file of that name
+OWN_DATA = ("train", "validation")
+
+
+@dataclass
+class TrainConfig:
+    """The keys of a recipe; those that LLM Foundry has are named and mean what they do there.
+
+    Args:
+        train: your own captions in the place of the recipe's, a folder or remote; everything made from them follows:
+            reference, tokenizer, scores. The loaders of run and reference read them.
+        validation: likewise for validation; without it, a run on ``train`` has none.
+        run_name: names the run.
+        run_folder: where everything goes that the run writes.
+        seed: decides everything random.
+        max_duration: how long to train, such as 600ba (batches) or 2ep (epochs).
+        global_train_batch_size: samples of one optimizer step, over all ranks.
+        device_train_microbatch_size: samples; null: those of the rank at once; auto: what fits, on CUDA without fsdp2.
+        device_eval_batch_size: samples that a rank evaluates at once.
+        precision: auto is amp_bf16 on CUDA and fp32 on the CPU.
+        data: what makes the data if they are missing: a ``name`` and its arguments, or a file with them.
+        tokenizer: ``name``, a hub id or folder; ``kwargs``; ``train: {vocab_size}`` makes it if it is missing.
+        reference: the recipe of the text-only reference, which is trained first if it is missing.
+        model: a ``name`` and its arguments.
+        train_loader: ``dataset`` and the arguments of torch's DataLoader.
+        eval_loader: likewise; null: no validation.
+        eval_interval: how often to evaluate; 1dur is at the end.
+        optimizer: a ``name`` and its arguments.
+        scheduler: a ``name`` and its arguments.
+        algorithms: name: arguments, in their order; null leaves one out.
+        callbacks: name: arguments; null leaves one out.
+        loggers: name: arguments; null leaves one out.
+        save_folder: where checkpoints go; null: none are saved.
+        save_interval: how often to save a checkpoint.
+        save_num_checkpoints_to_keep: how many checkpoints stay; -1: all.
+        load_path: a checkpoint of this run, to go on from.
+        init_from: a run folder, checkpoint or model folder whose weights a new run starts from.
+        autoresume: go on from the newest whole checkpoint, if there is one.
+        parallelism_config: ``fsdp2``: its arguments; null: every rank has the whole model.
+        compile_config: arguments of torch.compile, such as {dynamic: true}.
+        code_paths: Python files to run first, which register components.
+        progress_bar: show one.
+        sample_captions: validation images captioned at the end.
+        dist_timeout: seconds that ranks wait for each other, also while data are being made.
+    """
+
+    train: str | None = None
+    validation: str | None = None
+    run_name: str = MISSING
+    run_folder: str = "runs/${run_name}"
+    seed: int = 17
+    max_duration: str = MISSING
+    global_train_batch_size: int = MISSING
+    device_train_microbatch_size: Any = None
+    device_eval_batch_size: int = 64
+    precision: str = "auto"
+    data: dict[str, Any] | None = None
+    tokenizer: dict[str, Any] = MISSING
+    reference: dict[str, Any] | None = None
+    model: dict[str, Any] = MISSING
+    train_loader: dict[str, Any] = MISSING
+    eval_loader: dict[str, Any] | None = None
+    eval_interval: str = "1dur"
+    optimizer: dict[str, Any] = MISSING
+    scheduler: dict[str, Any] = MISSING
+    algorithms: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    loggers: dict[str, Any] = field(default_factory=dict)
+    save_folder: str | None = "${run_folder}/checkpoints"
+    save_interval: str = "1000ba"
+    save_num_checkpoints_to_keep: int = 2
+    load_path: str | None = None
+    init_from: str | None = None
+    autoresume: bool = False
+    parallelism_config: dict[str, Any] | None = None
+    compile_config: dict[str, Any] | None = None
+    code_paths: list[str] = field(default_factory=list)
+    progress_bar: bool = True
+    sample_captions: int = 4
+    dist_timeout: float = 3600.0
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a recipe, put in the recipes it names (``data``, ``reference``) and the overrides, and check its schema.
+
+    The reference's ``data`` and ``tokenizer`` are those of the run. Paths of recipes are relative to the file that
+    names them; ``reference.key=value`` overrides the reference's recipe.
+
+    Args:
+        path: of the recipe, or the name of one that is shipped.
+        overrides: ``key=value``, with dots in the key.
+
+    Raises:
+        FileNotFoundError: if a recipe is missing.
+        ValueError: for an unknown key or a value of the wrong type, naming the key.
+    """
+    path = _find(Path(path))
+    recipe = _read(path)
+    changes = _parse_overrides(overrides)
+    data_changes, reference_changes = changes.pop("data", {}), changes.pop("reference", {})
+    data, reference = (_part(recipe.pop(key, None), path) for key in ("data", "reference"))
+    own = {key: changes.pop(key, None) or recipe.get(key) for key in OWN_DATA}
+    for key in OWN_DATA:
+        recipe.pop(key, None)
+    if own["train"]:
+        data = None
+        _read_own_data(recipe, reference, own["train"], own["validation"])
+    elif own["validation"]:
+        raise ValueError("validation= is given without train=: give both, or change eval_loader.dataset alone.")
+    data, reference = _changed(data, data_changes, path), _changed(reference, reference_changes, path)
+    recipe = cast(DictConfig, OmegaConf.merge(recipe, changes, {"data": data}))
+    if reference is not None:
+        nested = OmegaConf.merge(reference, {"data": data, "tokenizer": recipe.get("tokenizer")})
+        recipe["reference"] = asdict(_typed(cast(DictConfig, nested), path))
+    return _typed(recipe, path)
+
+
+def _find(path: Path) -> Path:
+    """A recipe: the file, or else the one of that name that comes with the package."""
+    shipped = SHIPPED / path.name
+    return shipped if not path.exists() and len(path.parts) == 1 and shipped.exists() else path
+
+
+def _part(value: Any, path: Path) -> DictConfig | None:
+    """A part of a recipe, which may stand in a file of its own."""
+    return _read(path.parent / value) if isinstance(value, str) else value
+
+
+def _changed(part: DictConfig | None, changes: Any, path: Path) -> Any:
+    """A part with its overrides, of which one may name another file, and null leaves the part out."""
+    if isinstance(changes, str):
+        part, changes = _part(changes, path), {}
+    return None if part is None or changes is None else OmegaConf.merge(part, changes)
+
+
+def _read_own_data(recipe: DictConfig, reference: DictConfig | None, train: str, validation: str | None) -> None:
+    """Let run and reference read data of the user's, and name what is made from them after them."""
+    folder = "${run_folder}"
+    if reference is not None:
+        reference.run_name = f"reference-{_name_of(train)}"
+        folder = f"runs/{reference.run_name}"
+    for part in (recipe, reference):
+        if part is None:
+            continue
+        if "train" in (part.get("tokenizer") or {}):
+            part.tokenizer.name = f"{folder}/tokenizer"
+        if validation is None:
+            part.eval_loader = None
+        for key, place in (("train_loader", train), ("eval_loader", validation)):
+            if place is not None:
+                loader = part.setdefault(key, OmegaConf.create({})) if key == "eval_loader" else part[key]
+                dataset = OmegaConf.to_container(loader.get("dataset") or OmegaConf.create({}))
+                loader.dataset = _dataset_in(place, cast(dict[str, Any], dataset), folder)
+
+
+def _dataset_in(place: str, dataset: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The arguments of a data set that lies elsewhere."""
+    rest = {key: value for key, value in dataset.items() if key not in ("local", "remote", "split", "streams")}
+    if rest.get("scores"):
+        rest["scores"] = f"{place.rstrip('/')}-scores" if is_remote(place) else f"{folder}/scores"
+    if not is_remote(place):
+        return {**rest, "local": place}
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "composer-prior/captions"
+    return {**rest, "remote": place, "local": str(cache / _name_of(place))}
+
+
+def _name_of(place: str) -> str:
+    """A name for a data set: the end of its place, and a digest of the whole of it."""
+    whole = place.rstrip("/") if is_remote(place) else os.path.realpath(os.path.expanduser(place))
+    end = "-".join(part for part in whole.split("/")[-2:] if part.isidentifier())
+    return f"{end or 'captions'}-{hashlib.blake2b(whole.encode(), digest_size=4).hexdigest()}"
+
+
+def _read(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise FileNotFoundError(f"The recipe {path} does not exist.")
+    try:
+        recipe = OmegaConf.load(path)  # a safe loader: tags that construct Python objects are errors
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable YAML file: {_one_line(error)}") from error
+    if not isinstance(recipe, DictConfig):
+        raise ValueError(f"{path} must hold keys and values.")
+    return recipe
+
+
+def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"{override!r} is not an override; write key=value.")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except Exception as error:
+        raise ValueError(f"Overrides {' '.join(overrides)}: {_one_line(error)}") from error
+
+
+def _typed(recipe: DictConfig, path: Path) -> TrainConfig:
+    names = [f.name for f in fields(TrainConfig)]
+    for key in map(str, recipe):
+        if key not in names:
+            raise ValueError(f"{path}: {key} is not a key of a recipe. {did_you_mean(key, names)}")
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(TrainConfig), recipe)
+        missing = sorted(OmegaConf.missing_keys(typed))
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}.")
+        return cast(TrainConfig, OmegaConf.to_object(typed))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {error.full_key or ''!s}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n    full_key")[0].split())

@@ -1,0 +1,90 @@
+"""The metrics of a run as a file that any program can read."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from composer.core import State
+from composer.loggers import Logger, LoggerDestination
+from composer.utils import dist
+
+
+class MetricsFile(LoggerDestination):
+    """Write ``metrics.jsonl``: one JSON object per step, ``batch`` and then Composer's metric names.
+
+    What is no finite number, as the mean over no token, is ``null``: JSON has no NaN.
+
+    A run that is resumed drops the steps behind its checkpoint and goes on from there.
+
+    Args:
+        path: of the file; written by rank 0.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._record: dict[str, Any] = {}  # of the current step
+        self._start = 0  # where its line begins in the file
+        self._found = False
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._find_place(state)
+
+    def eval_standalone_start(self, state: State, logger: Logger) -> None:
+        if not self._found:  # a finished run that is evaluated again
+            self._find_place(state)
+
+    def _find_place(self, state: State) -> None:
+        """Where the file goes on; what lies behind is dropped."""
+        self._found = True
+        if dist.get_global_rank() != 0:
+            return
+        done = int(state.timestamp.batch)
+        kept = [record for record in self._read() if record["batch"] <= done] if done else []
+        current = kept.pop() if kept and kept[-1]["batch"] == done else {}
+        self._record = {**current, **self._record}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # In one step, and with the current line: this run may be killed before it has written anything.
+        lines = [json.dumps(record) + "\n" for record in (*kept, self._record) if record]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(lines))
+        os.replace(partial, self.path)
+        self._start = sum(len(line.encode()) for line in lines[: len(kept)])
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The whole lines of the file; a run that was killed may have left half of one at its end."""
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if dist.get_global_rank() != 0 or step is None:
+            return
+        if self._record and step != self._record["batch"]:
+            self._start = self._write()
+            self._record = {}
+        self._record = {"batch": step, **self._record, **{name: _number(value) for name, value in metrics.items()}}
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        self._write()  # before the checkpoint, so that what it has behind it is on disk
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self._write()
+
+    def close(self, state: State, logger: Logger) -> None:
+        self._write()  # the last evaluation may come after the end of training
+
+    def _write(self) -> int:
+        """Write the line of the current step, again if it was there, and return where the next one begins."""
+        if not self._record or not self._found or not self.path.is_file():
+            return self._start
+        with self.path.open("r+") as file:
+            file.seek(self._start)
+            file.write(json.dumps(self._record) + "\n")
+            file.truncate()
+            return file.tell()
+
+
+def _number(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

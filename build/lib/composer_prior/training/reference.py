@@ -1,0 +1,100 @@
+"""The text-only reference that a recipe names: where it lies, what it was made from, what is refused."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from composer.utils import dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from composer_prior.data.storage import whole_folder
+from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
+from composer_prior.models.lvlm import LVLM
+from composer_prior.training.config import TrainConfig
+
+REFERENCE_CARD = "reference.json"
+# What decides which model a recipe makes; a reference made with other values is not the one that a recipe asks for.
+_IDENTITY = (
+    "seed",
+    "max_duration",
+    "global_train_batch_size",
+    "data",
+    "tokenizer",
+    "model",
+    "optimizer",
+    "scheduler",
+    "init_from",
+)
+
+
+def model_folder(recipe: TrainConfig) -> Path:
+    """Where a run on text alone leaves its language model in Hugging Face form."""
+    return Path(recipe.run_folder) / "model"
+
+
+def save_reference(recipe: TrainConfig, model: LVLM, data: str, validation: Mapping[str, float]) -> None:
+    """Write model, tokenizer and a card of what they were made from; the folder exists only when it is whole.
+
+    Every rank calls it, since the weights may be sharded among them; rank 0 writes.
+
+    Args:
+        recipe: of the run.
+        model: without a vision tower.
+        data: fingerprint of the training data.
+        validation: final metrics.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, submodules={model.language}, options=options)
+    if dist.get_global_rank() != 0:
+        return
+    card = {
+        "data": data,
+        "tokenizer": tokenizer_fingerprint(model.tokenizer),
+        "recipe": {key: getattr(recipe, key) for key in _IDENTITY},
+        "validation": validation,
+    }
+    folder = model_folder(recipe)
+    shutil.rmtree(folder, ignore_errors=True)
+    with whole_folder(folder) as temporary:
+        prefix = "language."
+        language: Any = model.language
+        language.save_pretrained(temporary, state_dict={k.removeprefix(prefix): v for k, v in weights.items()})
+        model.tokenizer.save_pretrained(temporary)
+        (temporary / REFERENCE_CARD).write_text(json.dumps(card, indent=2))
+
+
+def read_card(reference: TrainConfig) -> dict[str, Any] | None:
+    """The card of the reference that a recipe names, or None if it has not been trained to its end."""
+    path = model_folder(reference) / REFERENCE_CARD
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def check_reference(recipe: TrainConfig, data: str | None = None) -> None:
+    """Refuse a reference that was made from other data, another tokenizer or another recipe than the run's.
+
+    Args:
+        recipe: of the run.
+        data: fingerprint of the run's training data, once it is known.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    assert recipe.reference is not None
+    reference = TrainConfig(**recipe.reference)
+    card = read_card(reference)
+    assert card is not None
+    folder = model_folder(reference)
+    remedy = f"Delete {folder.parent} to train it again, or set reference.run_name."
+    changed = [key for key in _IDENTITY if card["recipe"].get(key) != getattr(reference, key)]
+    if changed:
+        key = changed[0]
+        raise ValueError(
+            f"The reference in {folder} was made with other values of {', '.join(changed)} than the recipe's "
+            f"({key}: {card['recipe'].get(key)} there, {getattr(reference, key)} here). {remedy}"
+        )
+    if card["tokenizer"] != tokenizer_fingerprint(build_tokenizer(recipe.tokenizer)):
+        raise ValueError(f"The reference in {folder} was made with another tokenizer than the run's. {remedy}")
+    if data is not None and card["data"] != data:
+        raise ValueError(f"The reference in {folder} was made from other data than the run's. {remedy}")

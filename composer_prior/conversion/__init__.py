@@ -1,0 +1,1 @@
+"""From any usual form of image-caption pairs to MDS."""

@@ -1,0 +1,57 @@
+"""Image-caption pairs as people keep them: one small reader per form, all yielding the same records.
+
+A source is cut into units of work by :meth:`Source.units`, which is cheap, deterministic and runs in one process;
+:meth:`Source.read` turns one unit into records, in any process. Neither ever holds more than one unit (COCO's JSON,
+which has to be joined, is read whole).
+
+| form | what it is |
+| --- | --- |
+| ``jsonl``, ``csv``, ``tsv`` | a file of captions beside a folder of images, one record per line |
+| ``json`` | a JSON array: LLaVA's pre-training ``conversations``, or ``{"image": ..., "caption": ...}`` |
+| ``coco`` | COCO captions: ``{"images": [...], "annotations": [...]}`` |
+| ``webdataset`` | tar shards (img2dataset, LAION, CC12M) |
+| ``parquet`` | Parquet files with image bytes or paths |
+| ``hf`` | a Hugging Face dataset saved with ``save_to_disk`` |
+
+A table's delimiter is the one of comma, semicolon, tab and ``|`` by which its first line names the columns.
+
+What cannot be read never stops a reader: it yields a :class:`Rejected` in its place. A file that cannot be opened as
+what it should be, or ends before its end, is a :class:`BadFile`, which may stand for many captions; a sample that is
+damaged in a file that goes on behind it is rejected by itself. Links in the folder that is named are followed, each
+real folder once; a path that a list names must lead to a file below the source or below ``images=``.
+"""
+
+from composer_prior.conversion.sources.base import (
+    FORMS,
+    SPANS,
+    BadFile,
+    Record,
+    Rejected,
+    Source,
+    SourceError,
+    SourceOptions,
+    expect_number,
+    file_of,
+)
+from composer_prior.conversion.sources.files import describe
+from composer_prior.conversion.sources.images import RejectedImage, read_image
+from composer_prior.conversion.sources.recognition import open_source
+from composer_prior.data.storage import is_remote
+
+__all__ = [
+    "FORMS",
+    "SPANS",
+    "BadFile",
+    "Record",
+    "Rejected",
+    "RejectedImage",
+    "Source",
+    "SourceError",
+    "SourceOptions",
+    "describe",
+    "expect_number",
+    "file_of",
+    "is_remote",
+    "open_source",
+    "read_image",
+]

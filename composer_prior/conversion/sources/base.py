@@ -1,0 +1,250 @@
+"""What all sources have in common: their records, their options, and how columns are found."""
+
+import hashlib
+import os
+import re
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+FORMS = ("jsonl", "csv", "tsv", "json", "coco", "webdataset", "parquet", "hf")
+SPANS = "image_related_spans"
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "svg", "avif", "jxl", "heic")
+IMAGE_COLUMNS = (
+    *("image", "image_path", "image_file", "file_name", "filename", "filepath", "path", "img", "jpg", "png"),
+    "images",
+)
+CAPTION_COLUMNS = (
+    *("conversations", "messages"),
+    *("caption", "captions", "text", "txt", "sentence", "sentences", "description"),
+)
+_URL_COLUMNS = ("url", "image_url", "img_url", "urls")
+KEY_COLUMNS = ("id", "key", "__key__")
+_SEEN_CACHE_KIB = 64 << 10
+
+
+class SourceError(ValueError):
+    """A source that cannot be read at all: an unknown or ambiguous form, a missing column, a missing package."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image with its captions, not yet checked.
+
+    Args:
+        key: what names the record in its source.
+        image: the encoded bytes, or a path relative to the source's folder of images.
+        captions: the captions as found, of whatever type.
+        where: file and place, for messages.
+        spans: for each caption its ``image_related_spans``, where the source has them.
+        explicit: whether ``key`` is the source's own id, which may not come twice.
+        note: what to say where it has no caption.
+    """
+
+    key: str
+    image: bytes | str
+    captions: tuple[Any, ...]
+    where: str
+    spans: tuple[Any, ...] | None = None
+    explicit: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A record, or one caption of it, that is not converted.
+
+    Args:
+        key: what names it in its source.
+        reason: a short fixed phrase, to count by.
+        where: file and place.
+        detail: what exactly is wrong.
+        count: how many captions it stands for; 0 for what is no sample at all, ``None`` where nobody knows.
+        estimated: whether ``count`` is an estimate.
+    """
+
+    key: str
+    reason: str
+    where: str
+    detail: str = ""
+    count: int | None = 1
+    estimated: bool = False
+
+
+@dataclass(frozen=True)
+class BadFile(Rejected):
+    """A file that cannot be read, or not to its end; ``where`` is its name, ``count`` what it is known to have held."""
+
+    count: int | None = None
+
+    @classmethod
+    def of(cls, name: str, detail: str, count: int | None = None) -> "BadFile":
+        """One that cannot be read at all."""
+        return cls(name, "unreadable file", name, detail, count)
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How to read a source; the defaults suit the usual names.
+
+    Args:
+        form: one of :data:`FORMS`; recognised from the source by default.
+        images: the folder that image paths are relative to; found beside the captions by default.
+        image_column: column, field or tar suffix that holds the image, as bytes or as a path.
+        caption_column: column, field or tar suffix that holds one caption, a list of them, or a conversation.
+        key_column: column or field that names a record; ``id`` and ``key`` are recognised.
+        split: which split of a Hugging Face dataset.
+        unit_samples: records in one unit of work, where the form does not dictate it.
+        max_image_bytes: larger images are rejected without being read.
+        download_timeout: the longest time in seconds of one attempt to download a file of a remote source.
+    """
+
+    form: str | None = None
+    images: str | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    key_column: str | None = None
+    split: str | None = None
+    unit_samples: int = 2048
+    max_image_bytes: int = 64 << 20
+    download_timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("form", "images", "image_column", "caption_column", "key_column", "split"):
+            self._as_text(name)
+        if self.form is not None and self.form not in FORMS:
+            raise SourceError(f"form={self.form!r} is unknown: use one of {', '.join(FORMS)}.")
+        for name in ("unit_samples", "max_image_bytes"):
+            expect_number(name, getattr(self, name), 1)
+        expect_number("download_timeout", self.download_timeout, 1, whole=False)
+
+    def _as_text(self, name: str) -> None:
+        """An option that is text, also where a number or a path was given, as ``images=2017`` may be."""
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, (str, int, os.PathLike)) or not str(value):
+            raise SourceError(f"{name}={value!r} is not accepted: expected a name, or leave it out.")
+        object.__setattr__(self, name, os.fspath(value) if isinstance(value, os.PathLike) else str(value))
+
+
+def expect_number(name: str, value: Any, least: float, whole: bool = True) -> None:
+    """Refuse an option that is no number of at least so much."""
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
+        raise SourceError(f"{name}={value!r} is not accepted: expected a {'whole ' * whole}number of at least {least}.")
+
+
+class Source(Protocol):
+    """A recognised source. It is picklable, so that any process can read any unit."""
+
+    @property
+    def form(self) -> str:
+        """One of :data:`FORMS`."""
+
+    @property
+    def images(self) -> Path:
+        """The folder that image paths are relative to, resolved."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the source lies in, resolved; absolute paths of images below it are read, too."""
+
+    @property
+    def total(self) -> int | None:
+        """How many records there are, where that is known beforehand."""
+
+    @property
+    def has_spans(self) -> bool:
+        """Whether its first records have ``image_related_spans``."""
+
+    def bad_files(self) -> Iterator[BadFile]:
+        """Files that can be told to be unreadable without reading them through."""
+
+    def units(self) -> Iterator[Any]:
+        """Units of work in a fixed order; each is small, picklable, and its ``repr`` says all that it is."""
+
+    def read(self, unit: Any) -> Iterator[Record | Rejected]:
+        """The records of one unit, in a fixed order."""
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path names a remote of streaming rather than a file or folder of this machine."""
+    return "://" in str(path) or str(path).startswith("dbfs:")
+
+
+def pick(names: Sequence[str], wanted: str | None, usual: Sequence[str], option: str, where: str) -> str:
+    """The column to use: the one asked for, or the first of the usual names that is there."""
+    chosen = wanted or next((name for name in usual if name in names), None)
+    if chosen is None or chosen not in names:
+        listed = " ".join(", ".join(map(str, names)).split())[:300] or "none"
+        problem = f"no column {wanted!r}" if wanted else f"no column named {' or '.join(usual[:3])}"
+        urls = option == "image_column" and not wanted and any(name.lower() in _URL_COLUMNS for name in names)
+        hint = "; where it lists URLs, download the images first, with img2dataset for example" if urls else ""
+        raise SourceError(f"{where}: {problem}{hint}; choose one of its columns ({listed}) with {option}=.")
+    return chosen
+
+
+def load(module: str) -> Any:
+    """An optional package, or one line that says how to get it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise SourceError(
+            f"Reading this source needs the package {package}: pip install 'composer-prior[convert]'."
+        ) from error
+
+
+class Seen:
+    """What was seen before, by eight bytes of hash, in a temporary file of sqlite: memory stays within its cache."""
+
+    def __init__(self) -> None:
+        self._digests = sqlite3.connect("", isolation_level=None)
+        settings = ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{_SEEN_CACHE_KIB}")
+        for setting in settings:
+            self._digests.execute(f"PRAGMA {setting}")
+        self._digests.execute("CREATE TABLE seen (digest INTEGER PRIMARY KEY)")
+        self._digests.execute("BEGIN")
+
+    def add(self, *identity: Any) -> bool:
+        """Whether it is new."""
+        digest = hashlib.blake2b(repr(identity).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        number = int.from_bytes(digest, "little", signed=True)
+        return self._digests.execute("INSERT OR IGNORE INTO seen VALUES (?)", (number,)).rowcount == 1
+
+
+@dataclass(frozen=True)
+class FileUnit:
+    """A file, or a part of it; a file that has changed is another unit."""
+
+    name: str
+    size: int
+    modified: int
+    first: int = 0
+    last: int = 0
+    row: int = 0
+    repeated: tuple[int, ...] = ()
+
+
+def file_of(unit: Any) -> str | None:
+    """The file that a unit of work belongs to, if it is all of its file or a part of it."""
+    if isinstance(unit, (FileUnit, BadFile)):
+        return unit.name if isinstance(unit, FileUnit) else unit.where
+    return unit if isinstance(unit, str) else None
+
+
+def asked_folder(images: str) -> Path:
+    """The folder that ``images=`` names, resolved."""
+    folder = Path(images).expanduser()
+    if not folder.is_dir():
+        raise SourceError(f"images={images}: no such folder.")
+    return folder.resolve()
+
+
+def one_line(error: BaseException) -> str:
+    return re.sub(r"\s+", " ", str(error))[:200]

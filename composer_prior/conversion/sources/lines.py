@@ -1,0 +1,208 @@
+"""Lines and rows of text files as people have them: any line ends, marked UTF-16, quotes that never close."""
+
+import codecs
+import csv
+import io
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+LINE_LIMIT = 16 << 20
+_RECORD_LIMIT = 1 << 20  # characters of one row of several lines
+_DIALECT_ROWS = 1000
+_MARK = "composer_prior.mark"
+_PLAIN, _NEEDED, _STRAY = "", "needed quotes", "stray quotes"
+_FILE_NAME = re.compile(r".*\.\w{2,5}", re.DOTALL)
+
+Row = tuple[int, list[str] | None, str]
+"""Number of its first line, cells (``None`` for a line too long), and how its quotes were read."""
+
+codecs.register_error(_MARK, lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
+
+
+def encoding_of(path: Path) -> str:
+    """The encoding of a text file by its byte order mark; UTF-8 without one."""
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    return "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
+def open_text(path: Path) -> io.TextIOWrapper:
+    """A text file in its encoding; what is not in it becomes surrogates, which are rejected later."""
+    encoding = encoding_of(path)
+    return open(path, encoding=encoding, errors="surrogateescape" if encoding == "utf-8-sig" else _MARK)
+
+
+def lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """Numbered lines, as UTF-8 where they are text; ``None`` stands for one that is too long to be held."""
+    with open(path, "rb") as file:
+        head = file.read(1 << 16)
+        file.seek(0)
+        encoding = encoding_of(path)
+        if encoding != "utf-8-sig":
+            text = io.TextIOWrapper(file, encoding, _MARK, newline="")
+            readline = lambda limit: text.readline(limit).encode("utf-8", "surrogatepass")  # noqa: E731
+        elif b"\n" not in head and b"\r" in head[:-1]:
+            text = io.TextIOWrapper(file, "latin-1", newline="\r")  # bytes as they are, cut where old Macs end lines
+            readline = lambda limit: _with_newline(text.readline(limit).encode("latin-1"))  # noqa: E731
+        else:
+            readline = file.readline
+        yield from enumerate(_limited(readline), 1)
+
+
+def _with_newline(line: bytes) -> bytes:
+    return line[:-1] + b"\n" if line.endswith(b"\r") else line
+
+
+def _limited(readline: Callable[[int], bytes]) -> Iterator[bytes | None]:
+    first = True
+    while line := readline(LINE_LIMIT):
+        if first:
+            line, first = line.removeprefix(codecs.BOM_UTF8), False
+        if len(line) >= LINE_LIMIT and not line.endswith(b"\n"):
+            while (rest := readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
+                pass
+            yield None
+        else:
+            yield line
+
+
+def rows(path: Path, delimiter: str, columns: int, image: int) -> Iterator[Row]:
+    """The rows of a table below its header, each with the number of its first line.
+
+    A quote is one only where it is well formed: the closing quote ends its cell, and a row of several lines has as
+    many cells as the header while its lines are no rows in their own right. Every other quote is part of the text. A
+    table with tabs was written without any quoting if its first rows have stray quotes and none that are needed.
+
+    Args:
+        path: the file.
+        delimiter: between two cells.
+        columns: how many cells the header has.
+        image: which of them names the image.
+    """
+    table = _Table(delimiter, columns, image)
+    if delimiter == "\t":
+        kinds = {kind for _, _, kind in islice(table.rows(_body(path)), _DIALECT_ROWS)}
+        table.quoted = not (_STRAY in kinds and _NEEDED not in kinds)
+    yield from table.rows(_body(path))
+
+
+def header_of(path: Path, delimiter: str) -> list[str]:
+    """The cells of a table's first line."""
+    first = next((line for _, line in lines(path)), None)
+    return _cells((first or b"").decode("utf-8", "surrogateescape"), delimiter)
+
+
+def _body(path: Path) -> Iterator[tuple[int, str | None]]:
+    numbered = ((n, None if line is None else line.decode("utf-8", "surrogateescape")) for n, line in lines(path))
+    return islice(numbered, 1, None)
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    """The cells of a line with well-formed quotes, or those between its delimiters."""
+    return _well_formed([line], delimiter) or line.rstrip("\r\n").split(delimiter)
+
+
+def _well_formed(pieces: Iterable[str], delimiter: str) -> list[str] | None:
+    """The cells of one row, if its quotes are as they should be."""
+    try:
+        return next(csv.reader(pieces, delimiter=delimiter, strict=True), None)
+    except csv.Error:
+        return None
+
+
+class _Table:
+    """Rows of a table, read one after the other."""
+
+    def __init__(self, delimiter: str, columns: int, image: int):
+        self.delimiter, self.columns, self.image = delimiter, columns, image
+        self.quoted = True
+        other = f'[^{delimiter}"\\r\\n]'
+        self.stray = re.compile(f'{other}"{other}')
+
+    def rows(self, numbered: Iterator[tuple[int, str | None]]) -> Iterator[Row]:
+        """The rows; never more than one, and no more than a limit, is held."""
+        csv.field_size_limit(max(csv.field_size_limit(), LINE_LIMIT))
+        ahead: deque[tuple[int, str | None]] = deque()
+        while True:
+            if not ahead:
+                ahead.extend(islice(numbered, 1))
+            if not ahead:
+                return
+            number, line = ahead.popleft()
+            if line is None:
+                yield number, None, _PLAIN
+            elif not line.strip("\r\n"):
+                continue
+            elif '"' not in line or not self.quoted:
+                yield number, line.rstrip("\r\n").split(self.delimiter), _PLAIN
+            elif cells := _well_formed([line], self.delimiter):
+                yield number, cells, self._kind(line, cells)
+            else:
+                yield number, *self._several_lines(line, ahead, numbered)
+
+    def _kind(self, line: str, cells: list[str]) -> str:
+        """How a line of well-formed cells uses its quotes; only a table with tabs has to know."""
+        if self.delimiter != "\t":
+            return _PLAIN
+        needed = any('"' in cell or self.delimiter in cell for cell in cells)
+        return _STRAY if self.stray.search(line) else _NEEDED if needed else _PLAIN
+
+    def _several_lines(
+        self, line: str, ahead: deque[tuple[int, str | None]], numbered: Iterator[tuple[int, str | None]]
+    ) -> tuple[list[str], str]:
+        """The cells of a row whose first line ends within quotes, if those ahead close them well, which are then taken;
+        or else those of that line alone, with its quotes as text."""
+        taken: list[str] = [line]
+
+        def more() -> Iterator[str]:
+            yield line
+            size = len(line)
+            while True:
+                if len(taken) > len(ahead):
+                    ahead.extend(islice(numbered, 1))
+                following = ahead[len(taken) - 1][1] if len(taken) <= len(ahead) else None
+                # A row in the middle of a cell means that the quote before it never closes.
+                stands_alone = len(taken) > 1 and self._is_row(taken[-1], line)
+                if following is None or stands_alone or size + len(following) > _RECORD_LIMIT:
+                    return
+                taken.append(following)
+                size += len(following)
+                yield following
+
+        cells = _well_formed(more(), self.delimiter)
+        own = self._is_row(line, line) and self._is_row(taken[-1], line)
+        if cells is None or len(cells) != self.columns or own:
+            return line.rstrip("\r\n").split(self.delimiter), _STRAY
+        for _ in taken[1:]:
+            ahead.popleft()
+        return cells, _NEEDED
+
+    def _is_row(self, line: str, first: str) -> bool:
+        """Whether a line looks like a whole row if its quotes are taken as text, beside the first line of one."""
+        cells = line.rstrip("\r\n").split(self.delimiter)
+        tabs = self.delimiter == "\t"  # text has hardly any
+        if len(cells) < self.columns or (tabs and len(cells) > self.columns):
+            return False
+        image, other = self._image_cell(cells), self._image_cell(first.rstrip("\r\n").split(self.delimiter))
+        if _FILE_NAME.fullmatch(image):
+            return True
+        if re.search(r"\s", image):  # rather text
+            return False
+        numbered = _shape(image) == _shape(other) and re.search(r"\d", image) is not None
+        folder = os.path.dirname(image)
+        return tabs or numbered or (folder != "" and folder == os.path.dirname(other))
+
+    def _image_cell(self, cells: list[str]) -> str:
+        """The cell of the image, counted from the nearer end: a caption may have delimiters."""
+        place = self.image if 2 * self.image < self.columns else self.image - self.columns
+        return cells[place].strip('"') if -len(cells) <= place < len(cells) else ""
+
+
+def _shape(name: str) -> str:
+    return re.sub(r"\d+", "0", name)

@@ -1,0 +1,146 @@
+"""Archives in a bucket as a source: each is a unit of work, on the disk only while a process reads it."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlparse
+
+from streaming.base.storage.upload import CloudUploader
+
+from composer_prior.conversion.sources.base import BadFile, Record, Rejected, SourceError, SourceOptions, asked_folder
+from composer_prior.conversion.sources.files import describe, file_unit, parquet_problem, tar_problem
+from composer_prior.conversion.sources.recognition import archives_of, open_source
+from composer_prior.data.download import ATTEMPTS, download_from, is_final
+from composer_prior.data.messages import DataError, one_line
+
+
+class _NotThereError(Exception):
+    """A file of a remote that no other attempt would get: it is not there any more, or not for us."""
+
+
+@dataclass(frozen=True)
+class RemoteSource:
+    """Tar shards or Parquet files in a bucket, read as :class:`.TarSource` and :class:`.ParquetSource` read them.
+
+    Args:
+        remote: the folder's address.
+        files: names below it.
+        options: how to read them.
+        form: ``"webdataset"`` or ``"parquet"``.
+        has_spans: whether the first records have ``image_related_spans``.
+        known_bad: files before the first that could be read.
+    """
+
+    remote: str
+    files: tuple[str, ...]
+    options: SourceOptions
+    form: str
+    has_spans: bool = False
+    known_bad: tuple[BadFile, ...] = ()
+    total: int | None = None
+
+    @property
+    def images(self) -> Path:
+        """Where Parquet files without the images' bytes find them: a folder on the disk, if an option names one."""
+        return asked_folder(self.options.images) if self.options.images else Path(os.devnull)
+
+    @property
+    def folder(self) -> Path:
+        return Path(os.devnull)
+
+    @classmethod
+    def open(cls, remote: str, options: SourceOptions) -> "RemoteSource":
+        """List the archives of a remote, or take the one that it names.
+
+        Raises:
+            SourceError: if it cannot be listed, or holds none or both kinds.
+        """
+        folder, _, last = remote.rstrip("/").rpartition("/")
+        found = archives_of([Path(last)])
+        if not found:
+            folder = remote.rstrip("/")
+            found = archives_of(Path(name) for name in _names(folder))
+        if options.form is not None:
+            found = {form: files for form, files in found.items() if form == options.form}
+        if len(found) != 1:
+            problem = (
+                f"it holds {' and '.join(found)}, choose with form=" if found else "no .tar or .parquet found here"
+            )
+            raise SourceError(
+                f"{remote}: {problem}. Of a remote, these two are read; copy other forms to a disk first."
+            )
+        ((form, files),) = found.items()
+        source = cls(folder, tuple(file.as_posix() for file in files), options, form)
+        bad: list[BadFile] = []
+        for name in source.files:
+            try:
+                with source._downloaded(name) as file:
+                    fault = source._problem(name, file)
+                    if fault is None:
+                        return replace(source, has_spans=open_source(file, options).has_spans, known_bad=tuple(bad))
+                    bad.append(fault)
+            except _NotThereError as error:
+                bad.append(BadFile.of(name, str(error)))
+        raise SourceError(f"{remote}: none of its {len(files)} files can be read: {describe(bad)}.")
+
+    def bad_files(self) -> Iterator[BadFile]:
+        return iter(self.known_bad)  # of the others it shows when they are downloaded
+
+    def _problem(self, name: str, file: Path) -> "BadFile | None":
+        """Why a file that was downloaded cannot be read at all."""
+        problem_of, reason = (
+            (parquet_problem, "unreadable file") if self.form == "parquet" else (tar_problem, "broken archive")
+        )
+        unit = file_unit(file.parent, file, problem_of, reason)
+        return replace(unit, key=name, where=name) if isinstance(unit, BadFile) else None
+
+    def units(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def read(self, unit: str) -> Iterator[Record | Rejected]:
+        above = unit.removesuffix(PurePosixPath(unit).name)
+        try:
+            with self._downloaded(unit) as file:
+                problem = self._problem(unit, file)
+                if problem is not None:
+                    yield problem
+                    return
+                try:
+                    source = open_source(file, self.options)
+                except SourceError as error:
+                    yield BadFile.of(unit, str(error).replace(str(file), unit).replace(str(file.parent), unit))
+                    return
+                for part in source.units():
+                    yield from (replace(item, where=above + item.where) for item in source.read(part))
+        except _NotThereError as error:
+            yield BadFile.of(unit, str(error))
+
+    @contextmanager
+    def _downloaded(self, name: str) -> Iterator[Path]:
+        """A copy of a file on the disk."""
+        remote = f"{self.remote}/{name}"
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, PurePosixPath(name).name)
+            try:
+                download_from(remote, file, seconds=self.options.download_timeout)
+            except DataError as error:
+                if is_final(error.__cause__):
+                    raise _NotThereError(f"{remote} cannot be read: {error}") from error
+                raise SourceError(f"{remote} cannot be read: {error}; run the same command again to go on.") from error
+            yield file
+
+
+def _names(remote: str) -> list[str]:
+    """Names of all files below a remote, in order."""
+    prefix = urlparse(remote).path.strip("/")
+    with tempfile.TemporaryDirectory() as empty:
+        try:
+            keys = CloudUploader.get((empty, remote), keep_local=True, retry=ATTEMPTS).list_objects() or []
+        except NotImplementedError:
+            raise SourceError(f"{remote}: a remote of this kind cannot be listed; name one of its files.") from None
+        except Exception as error:
+            raise SourceError(f"{remote} cannot be listed: {one_line(error, 200)}.") from error
+    return sorted(key.removeprefix(f"{prefix}/") for key in keys)

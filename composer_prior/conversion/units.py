@@ -1,0 +1,179 @@
+"""Units of work: each becomes shards of its own, in any process, and a small file that says so."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from composer_prior.conversion.options import ConversionError, ConversionOptions, size_in_bytes
+from composer_prior.conversion.sources import (
+    SPANS,
+    BadFile,
+    Record,
+    Rejected,
+    RejectedImage,
+    Source,
+    file_of,
+    read_image,
+)
+from composer_prior.data.images import ImageError, check_image, reencode_image
+from composer_prior.data.mds import ShardWriter
+from composer_prior.data.storage import Place, write_whole
+
+WHAT_TO_DO = "mend the source, or leave them out with on_bad_file=skip"
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a process needs in order to convert any unit."""
+
+    source: Source
+    place: Place
+    options: ConversionOptions
+    folder: Path
+    buffer: io.BytesIO = field(default_factory=io.BytesIO)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        captions = {"caption": "str"} if self.options.captions == "all" else {"captions": "json"}
+        return {"image": "bytes", **captions, **({SPANS: "json"} if self.source.has_spans else {})}
+
+
+def json_line(value: Any) -> bytes:
+    """A value as one line of JSON."""
+    return json.dumps(value, sort_keys=True).encode() + b"\n"
+
+
+def unit_file(state: Path, number: int) -> Path:
+    """What says that a unit is done."""
+    return state / "units" / f"{number:08}.json"
+
+
+def digest(unit: Any) -> str:
+    """What tells a unit from one that has changed."""
+    return hashlib.blake2b(repr(unit).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def convert_unit(task: Task, number: int, unit: Any, advance: Callable[[int, int], None]) -> None:
+    """Convert one unit of work: its shards go to their place, then its unit file says that they are there.
+
+    Args:
+        task: what is converted, and how.
+        number: the unit's number.
+        unit: the unit.
+        advance: called with captions and image bytes as they are done; may raise in order to stop.
+    """
+    folder = task.place.state / f"tmp{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    size_limit = size_in_bytes(task.options.size_limit) or 0
+    writer = ShardWriter(folder, f"shard.{number:06}", task.columns, size_limit, task.buffer)
+    rejected: list[Rejected] = []
+    read = captions = samples = 0
+    for item in task.source.read(unit):
+        if isinstance(item, BadFile) and task.options.on_bad_file == "raise":
+            raise ConversionError(f"{item.where} cannot be read, or not to its end: {item.detail}; {WHAT_TO_DO}.")
+        kept, problems, size = _convert(item, task)
+        for sample in kept:
+            writer.write(sample)
+        rejected += problems
+        written = sum(len(sample.get("captions", "?")) if "captions" in sample else 1 for sample in kept)
+        samples += len(kept)
+        captions += written
+        lost = sum(problem.count or 0 for problem in problems)
+        read += written + lost
+        advance(written + lost, size)
+    writer.finish()
+    task.place.publish(folder, [shard["raw_data"]["basename"] for shard in writer.shards])
+    counts = {"read": read, "captions": captions, "samples": samples}
+    result = {
+        "unit": digest(unit),
+        "file": file_of(unit),
+        **counts,
+        "shards": writer.shards,
+        "rejected": [_line(problem) for problem in rejected],
+        "cut": any(isinstance(problem, BadFile) for problem in rejected),
+    }
+    write_whole(unit_file(task.place.state, number), json_line(result))
+
+
+def _line(problem: Rejected) -> dict[str, Any]:
+    """The line of a rejection, which says for how many captions it stands if not for one."""
+    line: dict[str, Any] = {
+        "id": problem.key,
+        "reason": problem.reason,
+        "source": problem.where,
+        "detail": problem.detail,
+    }
+    if problem.count != 1 or problem.estimated:
+        line.update(captions=problem.count, estimated=problem.estimated)
+    return line
+
+
+def _convert(item: Record | Rejected, task: Task) -> tuple[list[dict[str, Any]], list[Rejected], int]:
+    """The samples of one record, what of it is rejected, and the size of its image."""
+    if isinstance(item, Rejected):
+        return [], [item], 0
+    options = task.options
+    several = len(item.captions) > 1
+    keys = [f"{item.key}#{index}" if several else item.key for index in range(max(1, len(item.captions)))]
+    try:
+        image = item.image
+        if isinstance(image, str):
+            image = read_image(task.source.images, image, options.max_image_bytes, task.folder)
+        elif len(image) > options.max_image_bytes:
+            raise RejectedImage("image too large", f"{len(image)} bytes")
+        if options.resize is not None or options.reencode is not None:
+            image = reencode_image(image, options.resize, options.reencode)
+        else:
+            check_image(image, options.check)
+    except (ImageError, RejectedImage) as error:
+        return [], [Rejected(key, error.reason, item.where, error.detail) for key in keys], 0
+    if not item.captions:
+        return [], [Rejected(item.key, "missing caption", item.where, item.note)], len(image)
+    spans = item.spans if item.spans is not None else (None,) * len(item.captions)
+    kept, problems = [], []
+    for key, caption, span in zip(keys, item.captions, spans, strict=True):
+        problem = _caption_problem(caption, options.max_caption_chars) or _spans_problem(
+            span, caption, task.source.has_spans
+        )
+        if problem:
+            problems.append(Rejected(key, problem[0], item.where, problem[1]))
+        else:
+            kept.append((caption, span))
+    if options.captions == "all":
+        samples = [{"image": image, "caption": caption, SPANS: span} for caption, span in kept]
+    else:
+        samples = [{"image": image, "captions": [c for c, _ in kept], SPANS: [s for _, s in kept]}] if kept else []
+    return samples, problems, len(image)
+
+
+def _caption_problem(caption: Any, limit: int) -> tuple[str, str] | None:
+    if caption is None:
+        return "missing caption", ""
+    if not isinstance(caption, str):
+        return "caption is not text", type(caption).__name__
+    try:
+        caption.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return "invalid UTF-8", f"character {error.start} of the caption"
+    if not caption.strip():
+        return "empty caption", ""
+    if len(caption) > limit:
+        return "caption too long", f"{len(caption)} characters, at most {limit} are accepted"
+    return None
+
+
+def _spans_problem(spans: Any, caption: str, expected: bool) -> tuple[str, str] | None:
+    if spans is None:
+        return None
+    if not expected:
+        return "unexpected spans", f"the first records of the source have no {SPANS}"
+    try:
+        sound = all(0 <= start < end <= len(caption) and type(start) is type(end) is int for start, end in spans)
+    except (TypeError, ValueError):
+        sound = False
+    return None if sound else ("bad spans", f"{SPANS} must be [start, end) characters of the caption")

@@ -1,0 +1,120 @@
+"""What a batch is: its images, its collation, its token counts and how it is cut into microbatches.
+
+A batch is a dict of tensors with Hugging Face's names, every per-token tensor aligned with ``labels``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import default_collate
+
+IGNORE_INDEX = -100
+IMAGE, ROW_SEPARATOR = 0, 1
+_GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """A processed image: the tensors of its batch entry, and what each of its positions in the text sequence is."""
+
+    tensors: dict[str, Tensor]
+    layout: list[int]  # IMAGE or ROW_SEPARATOR, one per position
+
+
+def stack_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Batch the tensors of processed images: ``pixel_values``, or ``pixel_patches`` padded, with ``patch_mask``."""
+    if not images or not images[0]:
+        return {}
+    # In a loader's worker, default_collate writes to memory that the program shares, and so spares a copy.
+    if "pixel_values" in images[0]:
+        return {"pixel_values": default_collate([image["pixel_values"] for image in images])}
+    patches = [image["pixel_patches"] for image in images]
+    lengths = torch.tensor([len(p) for p in patches])
+    same = bool((lengths == lengths[0]).all())
+    return {
+        "pixel_patches": default_collate(patches) if same else pad_sequence(patches, batch_first=True),
+        "patch_mask": torch.arange(int(lengths.max())) < lengths[:, None],
+    }
+
+
+@dataclass(frozen=True)
+class CaptionCollator:
+    """Make a batch of samples: sequences padded at the end, images stacked.
+
+    Args:
+        pad_token_id: fills ``input_ids``; attention and loss ignore it.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        fills = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "image_related": 0, "ref_logprobs": 0}
+        lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+        batch = {
+            key: pad_sequence([s[key] for s in samples], batch_first=True, padding_value=fill)
+            for key, fill in fills.items()
+            if key in samples[0]
+        }
+        batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        image_keys = [key for key in ("pixel_values", "pixel_patches") if key in samples[0]]
+        batch.update(stack_images([{key: sample[key] for key in image_keys} for sample in samples]))
+        batch["sample_id"] = torch.tensor([sample["sample_id"] for sample in samples])
+        return batch
+
+
+# Composer divides by the tokens of a step over all ranks. Where no sample could be used, this lets the loss be 0 and
+# not 0 / 0; beside any real token it is lost in rounding.
+NO_TOKENS = 1e-9
+
+
+def count_tokens(batch: Mapping[str, Tensor]) -> dict[str, float]:
+    """Tokens of a batch: ``total`` without padding, and ``loss_generating``, which is never quite 0.
+
+    The latter is a float always, since the ranks add theirs up as tensors of one type.
+    """
+    return {
+        "total": int(batch["attention_mask"].sum()),
+        "loss_generating": float((batch["labels"] != IGNORE_INDEX).sum()) or NO_TOKENS,
+    }
+
+
+def split_packed_images(batch: Mapping[str, Any], microbatch_size: int | float) -> list[dict[str, Any]]:
+    """Split a batch of Qwen2-VL, whose ``pixel_values`` are the patches of all images one after the other.
+
+    Give it to Composer as ``DataSpec(..., split_batch=split_packed_images)``; its default would cut the patches of
+    images anywhere.
+
+    Args:
+        batch: with ``image_grid_thw`` ``[B, 3]`` int64, the patches of each image along time, height and width, and
+            ``pixel_values`` ``[n, D]``, ``n`` the sum of their products; likewise videos. One image for each sample.
+        microbatch_size: samples in a microbatch.
+
+    Raises:
+        ValueError: if images and samples differ in number, or patches and grids do.
+    """
+    from composer.core.data_spec import default_split_batch  # here: models work without Composer
+
+    samples = len(batch["input_ids"])
+    rest = {key: value for key, value in batch.items() if key not in _GRIDS}
+    for name in _GRIDS.values():
+        if name in batch and len(batch[name]) != samples:
+            raise ValueError(
+                f"{name} has {len(batch[name])} rows for {samples} samples: split_packed_images needs one for each."
+            )
+    microbatches = [dict(part) for part in default_split_batch(rest, microbatch_size)]
+    for name, grid_name in _GRIDS.items():
+        if name in batch:
+            counts = [int(part[grid_name].prod(1).sum()) for part in microbatches]
+            for part, patches in zip(microbatches, _split(batch[name], counts, grid_name), strict=True):
+                part[name] = patches
+    return microbatches
+
+
+def _split(patches: Tensor, counts: list[int], grid_name: str) -> tuple[Tensor, ...]:
+    if sum(counts) != len(patches):
+        raise ValueError(f"{grid_name} stands for {sum(counts)} patches, but there are {len(patches)}.")
+    return patches.split(counts)

@@ -1,0 +1,200 @@
+"""Emoji scenes: real drawings on a coloured canvas with captions that imitate alt text from the web.
+
+Each caption knows which of its characters the image determines, so that a model's accuracy can be read apart on
+image-related and on other tokens. Sample ``i`` of a split depends on nothing but ``(seed, split, i)``.
+"""
+
+import fcntl
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from composer_prior.emoji_scenes.captions import write_caption
+from composer_prior.emoji_scenes.drawings import check_drawings, versions
+from composer_prior.emoji_scenes.scenes import CLASSES, SPLITS, draw_scene, sample_rng, sample_scene
+
+COLUMNS = {"image": "bytes", "caption": "str", "image_related_spans": "json"}
+LICENCE = "CC BY-SA 4.0"
+ATTRIBUTION = "All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
+README = f"""\
+# Emoji scenes
+Pictures of one to four OpenMoji drawings on a plain background, with captions in the manner of alt text from the web.
+`train/` and `validation/` are MDS data sets for mosaicml-streaming; `recipe.json` says how they were made.
+`image_related_spans` lists the [start, end) characters of a caption that its image determines.
+Drawings: OpenMoji (openmoji.org), {LICENCE} (https://creativecommons.org/licenses/by-sa/4.0/); so are the images.
+"""
+
+_CHUNK = 128  # samples a worker makes at a time
+_SMALLEST_JOB = 2000  # samples below which starting workers takes longer than it saves
+
+
+def make_emoji_scenes(
+    out: str | Path,
+    *,
+    train_samples: int = 20000,
+    validation_samples: int = 1000,
+    canvas: int = 96,
+    seed: int = 17,
+    num_workers: int | None = None,
+    progress: bool = True,
+) -> None:
+    """Write `out/train` and `out/validation` as MDS data sets, or return at once if they are there already.
+
+    `out` appears only when it is whole. Validation scenes hold combinations that training never shows.
+
+    Args:
+        out: folder to make; its parent is made too.
+        train_samples: scenes in `out/train`.
+        validation_samples: scenes in `out/validation`.
+        canvas: side of the square images in pixels, at least 32.
+        seed: together with a split and an index it determines a sample.
+        num_workers: worker processes (0: make everything in this one); default one per core, up to 8. The data does
+            not depend on it.
+        progress: show a progress bar.
+
+    Raises:
+        ImportError: the packages of the `emoji` extra are missing.
+        ValueError: an impossible argument, or `out` holds something else than what is asked for.
+    """
+    out = Path(out).absolute()
+    counts = dict(zip(SPLITS, (train_samples, validation_samples), strict=True))
+    arguments = {f"{split}_samples": count for split, count in counts.items()} | {"canvas": canvas, "seed": seed}
+    _check_arguments(arguments)
+    if _is_made(out, arguments):
+        return
+    check_drawings(CLASSES)
+
+    partial = out.parent / f".{out.name}.partial"
+    with _exclusive(partial):
+        if _is_made(out, arguments):  # another process finished it while this one waited
+            shutil.rmtree(partial, ignore_errors=True)
+            return
+        for stale in partial.iterdir():
+            if stale.is_dir():
+                shutil.rmtree(stale)
+        _write_splits(partial, counts, canvas, seed, num_workers, progress)
+        (partial / "README.md").write_text(README)
+        (partial / "recipe.json").write_text(json.dumps(_recipe(arguments), indent=2) + "\n")
+        (partial / ".lock").unlink()
+        partial.rename(out)
+
+
+def make_sample(split: str, index: int, *, canvas: int = 96, seed: int = 17) -> dict[str, Any]:
+    """Sample `index` of `split`, as it is written."""
+    rng = sample_rng(split, index, seed)
+    scene = sample_scene(split, rng, canvas=canvas, seed=seed)
+    caption, spans = write_caption(scene, rng)
+    buffer = io.BytesIO()
+    draw_scene(scene).save(buffer, "PNG", compress_level=1)
+    return {"image": buffer.getvalue(), "caption": caption, "image_related_spans": spans}
+
+
+def _check_arguments(arguments: dict[str, int]) -> None:
+    least = {"train_samples": 1, "validation_samples": 1, "canvas": 32, "seed": 0}
+    for key, value in arguments.items():
+        if value < least[key]:
+            raise ValueError(f"{key} must be at least {least[key]}, got {value}")
+
+
+def _recipe(arguments: dict[str, int]) -> dict[str, Any]:
+    return {"arguments": arguments, "packages": versions(), "licence": LICENCE, "attribution": ATTRIBUTION}
+
+
+def _is_made(out: Path, arguments: dict[str, int]) -> bool:
+    """Whether `out` holds what the arguments ask for; ValueError if it holds anything else."""
+    if not out.exists():
+        return False
+    remedy = "delete it or name another folder"
+    if not (out / "recipe.json").is_file():
+        raise ValueError(f"{out} exists but holds no emoji scenes (no recipe.json): {remedy}")
+    found = json.loads((out / "recipe.json").read_text()).get("arguments", {})
+    differing = [
+        f"{key}: {found.get(key)} there, {value} asked for"
+        for key, value in arguments.items()
+        if found.get(key) != value
+    ]
+    if differing:
+        raise ValueError(f"{out} was made with other arguments ({'; '.join(differing)}): {remedy}, or ask for the same")
+    return True
+
+
+@contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Make a folder and hold it until the block ends or this process dies; wait while another process holds it.
+
+    The lock goes with the folder when that takes its final name, so it is one of the system and not of a path.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _write_splits(
+    folder: Path, counts: dict[str, int], canvas: int, seed: int, num_workers: int | None, progress: bool
+) -> None:
+    from streaming import MDSWriter  # here, not above: it imports torch, which the workers do without
+
+    total = sum(counts.values())
+    if num_workers is None:
+        num_workers = min(os.cpu_count() or 1, 8) if total >= _SMALLEST_JOB else 0
+    jobs = [
+        (split, range(count)[start : start + _CHUNK], canvas, seed)
+        for split, count in counts.items()
+        for start in range(0, count, _CHUNK)
+    ]
+    bar = tqdm(total=total, desc="emoji scenes", unit=" samples", disable=not progress)
+    with bar, closing(_make_in_order(jobs, num_workers)) as samples:
+        for split, count in counts.items():
+            with MDSWriter(out=str(folder / split), columns=COLUMNS, hashes=["sha1"], size_limit=4 << 20) as writer:
+                for sample in itertools.islice(samples, count):
+                    writer.write(sample)
+                    bar.update()
+
+
+_Job = tuple[str, range, int, int]
+
+
+def _make_chunk(job: _Job) -> list[dict[str, Any]]:
+    split, indices, canvas, seed = job
+    return [make_sample(split, index, canvas=canvas, seed=seed) for index in indices]
+
+
+def _make_in_order(jobs: Sequence[_Job], num_workers: int) -> Generator[dict[str, Any], None, None]:
+    """The samples of all jobs in order; at most three jobs per worker are made ahead of the reader."""
+    if num_workers < 1:
+        for job in jobs:
+            yield from _make_chunk(job)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_die_with_parent) as pool:
+        pending: deque[Future[list[dict[str, Any]]]] = deque()
+        for job in jobs:
+            pending.append(pool.submit(_make_chunk, job))
+            if len(pending) > 3 * num_workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+
+
+def _die_with_parent() -> None:
+    """A pool's workers outlive a parent that is killed, unless they watch it."""
+
+    def watch() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,100 @@
+"""Options of a command, ``key=value``: the arguments of a function or of a class, with the words of its docstring."""
+
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from composer_prior.registry import did_you_mean
+
+
+class Option(NamedTuple):
+    """One of a command's options."""
+
+    name: str
+    annotation: Any
+    default: str  # as one would type it; empty if it has to be given
+    sentence: str
+
+
+def options_of(target: Callable[..., Any]) -> dict[str, Option]:
+    """The keyword options of a function or the fields of a dataclass, with the first sentence that documents each."""
+    hints, sentences = typing.get_type_hints(target), _sentences(target)
+    if is_dataclass(target):
+        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(target)}
+    else:
+        parameters = inspect.signature(target).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    return {
+        name: Option(name, hints.get(name, Any), _typed_form(default), sentences.get(name, ""))
+        for name, default in defaults.items()
+    }
+
+
+def parse_options(words: Sequence[str], options: dict[str, Option]) -> tuple[list[str], dict[str, Any]]:
+    """The words of a command line that are no options, and the values of those that are.
+
+    Text stays as it was written where only text is accepted, so that a folder may be named 2017.
+
+    Raises:
+        ValueError: for an unknown option, naming the nearest.
+    """
+    given = [word for word in words if re.match(r"[\w.]+=", word)]
+    values: dict[str, Any] = {}
+    for word in given:
+        name, _, text = word.partition("=")
+        if name not in options:
+            raise ValueError(f"{name} is not an option. {did_you_mean(name, options)}")
+        values[name] = _value(word, text, options[name].annotation)
+    return [word for word in words if word not in given], values
+
+
+def show_options(options: dict[str, Option]) -> str:
+    """One line for each option: its default, and what it is."""
+    width = max(len(option.name) for option in options.values())
+    return "\n".join(
+        f"  {option.name:{width}}  {option.sentence}{f' [{option.default}]' * bool(option.default)}"
+        for option in options.values()
+    )
+
+
+def _value(word: str, text: str, annotation: Any) -> Any:
+    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if text == "null":
+        return None
+    if set(kinds) <= {str, Path, type(None)} and text:
+        return text
+    try:
+        value = OmegaConf.from_dotlist([word])[word.partition("=")[0]]
+    except Exception:
+        value = text
+    return "" if value is None else value
+
+
+def _typed_form(default: Any) -> str:
+    """A default as one would type it."""
+    if default is MISSING or default is inspect.Parameter.empty or default == "???":
+        return ""
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    return str(default)
+
+
+def _sentences(target: Any) -> dict[str, str]:
+    """The first sentence on each argument, of the docstring and of those of base classes."""
+    sentences: dict[str, str] = {}
+    for owner in reversed(target.__mro__[:-1]) if isinstance(target, type) else (target,):
+        text = inspect.cleandoc(vars(owner).get("__doc__") or "" if isinstance(owner, type) else owner.__doc__ or "")
+        section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", text, flags=re.S | re.M)
+        for entry in re.findall(r"^ {4}(\S.*?)(?=^ {4}\S|\Z)", section[1] if section else "", flags=re.S | re.M):
+            names, _, words = entry.partition(":")
+            line = " ".join(re.sub(r":\w+:`[.~]?([^`]*)`|``", r"\1", words).split())
+            sentence = re.split(r"(?<=[.])\s+(?=[A-Z\"])|(?<=[a-z)])[.;]?\s+Default:", line)[0].rstrip(".")
+            sentences.update((name.strip(), sentence) for name in names.split(","))
+    return sentences

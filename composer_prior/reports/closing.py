@@ -1,0 +1,105 @@
+"""What a run prints at its end."""
+
+import logging
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.core import State, get_precision_context
+from composer.utils import dist
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+
+from composer_prior.data.captions import StreamingCaptionDataset
+from composer_prior.data.messages import announce, one_line
+from composer_prior.models.composer_lvlm import ComposerLVLM
+
+log = logging.getLogger(__name__)
+
+_COLUMNS = {"all": "", "image-related": "_image_related", "other": "_other"}
+
+
+def validation_metrics(state: State) -> dict[str, float]:
+    """The last evaluation's metrics by name."""
+    metrics = state.eval_metrics.get("eval", {})
+    return {name: float(metric.compute()) for name, metric in metrics.items()}
+
+
+def closing_report(parts: Sequence[Callable[[], str]]) -> None:
+    """Print the parts of a report on rank 0.
+
+    What goes wrong in one is said and takes no finished run down.
+
+    Args:
+        parts: functions that every rank calls; an empty text is left out.
+    """
+    for part in parts:
+        try:
+            text = part()
+            if text:
+                announce(text)
+        except Exception as error:
+            log.debug("The closing report", exc_info=True)
+            announce(f"\nThe closing report lacks a part: {type(error).__name__}: {one_line(error)}")
+
+
+def composer_model(trainer: Trainer) -> torch.nn.Module:
+    """The model that was given to the Trainer, without DDP around it."""
+    model = trainer.state.model
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Validation loss (nats per token) and accuracy over all, image-related and other tokens, one line per model."""
+    width = max(map(len, [*rows, "validation"]))
+    header = "  ".join(f"{name:>21}" for name in _COLUMNS)
+    lines = [f"{'validation':{width}}  {header}", f"{'':{width}}  " + "  ".join([f"{'loss':>10} {'accuracy':>10}"] * 3)]
+    for name, metrics in rows.items():
+        cells = []
+        for suffix in _COLUMNS.values():
+            values = [metrics.get(f"{value}{suffix}") for value in ("loss", "accuracy")]
+            cells.append(" ".join(f"{value:10.4f}" if value is not None else f"{'-':>10}" for value in values))
+        lines.append(f"{name:{width}}  " + "  ".join(cells))
+    return "\n" + "\n".join(lines)
+
+
+def caption_samples(trainer: Trainer, count: int) -> str:
+    """Captions that the trained model generates for the first validation images, beside the true ones.
+
+    Every rank calls it: where the weights are sharded, generation takes all of them. Samples that cannot be used are
+    named and left out; a model without a vision tower and a run without validation have none.
+    """
+    state, model = trainer.state, composer_model(trainer)
+    if not (isinstance(model, ComposerLVLM) and model.model.vision is not None and state.evaluators):
+        return ""
+    data = state.evaluators[0].dataloader.dataloader.dataset  # type: ignore[union-attr]
+    found: list[Any] = [None]
+    if dist.get_global_rank() == 0:
+        found[0] = _first_samples(data, count)
+    dist.broadcast_object_list(found)  # what one rank cannot read, the others must not wait for
+    images, captions, skipped = found[0]
+    with get_precision_context(state.precision, state.precision_config):
+        generated = model.model.generate(images, data.prompt) if images else []
+    pairs = [f"true:      {true}\ngenerated: {own}" for true, own in zip(captions, generated, strict=True)]
+    left_out = [f"left out:  {reason}" for reason in skipped]
+    blocks = [textwrap.indent(block, "  ") for block in (*pairs, *left_out)]
+    return "\n" + "\n\n".join(blocks) if blocks else ""
+
+
+def _first_samples(data: StreamingCaptionDataset, count: int) -> tuple[list[Image.Image], list[str], list[str]]:
+    """The first images with their captions, and what was wrong with those between them."""
+    images: list[Image.Image] = []
+    captions: list[str] = []
+    skipped: list[str] = []
+    for sample_id in range(min(data.num_samples, 4 * count)):
+        if len(images) == count:
+            break
+        try:
+            image, caption = data.image_and_caption(sample_id)
+            images.append(image)
+            captions.append(caption)
+        except Exception as error:
+            skipped.append(one_line(error))
+    return images, captions, skipped

@@ -1,0 +1,409 @@
+"""Shows what is in a caption data set: counts, lengths, sizes, frequent captions, and a page of samples as HTML.
+
+Reading goes through streaming. A data set with a column that would run code when decoded (``pkl``) is refused.
+"""
+
+import base64
+import dataclasses
+import html
+import io
+import json
+import random
+import statistics
+import sys
+import tempfile
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from composer_prior.conversion.sources import expect_number
+from composer_prior.data.images import IMAGE_FORMATS, ImageError, decode_rgb
+from composer_prior.data.messages import one_line, say
+from composer_prior.data.storage import is_remote
+from composer_prior.options import options_of, parse_options
+
+Shade = tuple[str, float | None]
+"""A piece of a caption and how strongly to shade it: 1.0 is an average weight, ``None`` stands for no weight."""
+
+_THUMBNAIL = 320
+_STYLE = """
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }
+body { max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
+pre { white-space: pre-wrap; overflow-wrap: anywhere }
+.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 1rem }
+figure { margin: 0; padding: .75rem; border: 1px solid #8886; border-radius: .5rem }
+img { max-width: 100%; display: block; margin: 0 auto .5rem }
+figcaption p { margin: .25rem 0; overflow-wrap: anywhere; unicode-bidi: isolate; white-space: pre-wrap;
+  max-height: 16rem; overflow: auto }
+small { opacity: .7 }
+mark { background: rgb(255 140 0 / var(--w)); color: inherit; border-radius: .15rem }
+.control { color: #c22; font-size: .8em }
+"""
+
+
+@dataclass(frozen=True)
+class CaptionReport:
+    """What :func:`inspect_captions` found.
+
+    Args:
+        samples: samples in the data set.
+        shards: shard files.
+        bytes: their size.
+        read: samples read for the figures below.
+        captions: captions of these samples.
+        unit: what caption lengths are counted in.
+        lengths: the length of each caption.
+        sizes: width and height of each image.
+        formats: how many images of which format.
+        undecodable: images that cannot be decoded.
+        frequent: the most frequent captions and their counts.
+    """
+
+    samples: int
+    shards: int
+    bytes: int
+    read: int
+    captions: int
+    unit: str
+    lengths: list[int] = field(repr=False)
+    sizes: list[tuple[int, int]] = field(repr=False)
+    formats: dict[str, int]
+    undecodable: int
+    frequent: list[tuple[str, int]]
+
+    def __str__(self) -> str:
+        widths, heights = [width for width, _ in self.sizes], [height for _, height in self.sizes]
+        part = "" if self.read == self.samples else f"; the figures below are of {self.read:,} of them, drawn at random"
+        lines = [
+            f"{self.samples:,} samples in {self.shards:,} shards, {self.bytes / 1e6:,.1f} MB{part}",
+            f"captions        {self.captions:,}",
+            f"caption length  {_spread(self.lengths)} {self.unit}",
+            f"image width     {_spread(widths)} pixels",
+            f"image height    {_spread(heights)} pixels",
+            f"image formats   {', '.join(f'{count:,} {name}' for name, count in self.formats.items()) or 'none'}",
+            f"undecodable     {self.undecodable:,}",
+            "most frequent captions:",
+            *(f"  {count:>7,}  {_visible(_cut(caption, 100))}" for caption, count in self.frequent),
+        ]
+        return "\n".join(lines)
+
+
+def inspect_captions(
+    data: str | Path,
+    *,
+    page: str | Path | None = None,
+    tokenizer: str | None = None,
+    scores: str | None = None,
+    alpha: float = 1.0,
+    floor: float = 0.0,
+    limit: int | None = 100_000,
+    samples: int = 48,
+    seed: int = 0,
+) -> CaptionReport:
+    """Read a caption data set and describe it.
+
+    Args:
+        data: a folder, or a remote such as ``s3://bucket/captions``.
+        page: where to write the page of samples, as one HTML file.
+        tokenizer: a Hugging Face tokenizer to count tokens with. Default: the reference's, where there are scores that
+            it belongs to, and OpenCLIP's otherwise, which comes with the package.
+        scores: folder or remote of the reference's stored log-probabilities; the page then shades each token by its
+            weight, normalized as in PRIOR.
+        alpha, floor: of :func:`.importance_weights`.
+        limit: how many samples to read for the figures, drawn at random; ``None`` reads all.
+        samples: how many samples the page shows.
+        seed: what is drawn depends on it alone.
+
+    Returns:
+        The figures; as text they are a few lines.
+
+    Raises:
+        FileNotFoundError: there is no ``index.json``.
+        ValueError: a column is missing, or one is of an encoding that could run code.
+        ScoresError: the scores belong to other data or another tokenizer, naming what differs.
+    """
+    expect_number("samples", samples, 0)
+    if limit is not None:
+        expect_number("limit", limit, 1)
+    for name, value in (("alpha", alpha), ("floor", floor)):
+        expect_number(name, value, 0, whole=False)
+    with tempfile.TemporaryDirectory() as cache:
+        dataset, index = _open(str(data), cache)
+        shards, count = json.loads(index)["shards"], len(dataset)
+        shades = None
+        if scores is not None:
+            shades, tokenizer = _shades(scores, tokenizer, index, count, Path(cache, "scores"), alpha, floor)
+        length, unit = _length(tokenizer)
+        drawn = random.Random(seed)
+        numbers = range(count) if limit is None or limit >= count else sorted(drawn.sample(range(count), limit))
+        shown = set(drawn.sample(list(numbers), min(samples, len(numbers))))
+        cards: list[str] = []
+        found: Counter[str] = Counter()
+        formats: Counter[str] = Counter()
+        lengths: list[int] = []
+        sizes: list[tuple[int, int]] = []
+        undecodable = 0
+        for number in numbers:
+            try:
+                sample = dataset[number]
+            except (LookupError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{data}: sample {number} cannot be read ({one_line(error)}).") from error
+            captions = sample_captions(sample)
+            found.update(captions)
+            lengths += map(length, captions)
+            header = _header(sample["image"])
+            if header is None:
+                undecodable += 1
+            else:
+                formats[header[0]] += 1
+                sizes.append(header[1])
+            if number in shown:
+                pieces = shades(number, sample) if shades else None
+                cards.append(sample_card(number, sample["image"], captions, pieces))
+    size = sum(shard["raw_data"]["bytes"] for shard in shards)
+    report = CaptionReport(
+        count, len(shards), size, len(numbers), found.total(), unit, lengths, sizes, dict(formats.most_common()),
+        undecodable, found.most_common(10),
+    )  # fmt: skip
+    if page is not None:
+        legend = "" if shades is None else "\n\nThe darker a token, the larger its weight, which the pointer shows."
+        Path(page).expanduser().write_text(samples_page(cards, f"{data}", f"{report}{legend}"), encoding="utf-8")
+    return report
+
+
+def sample_captions(sample: Mapping[str, Any]) -> list[str]:
+    """The captions of a sample, whether it has one or several."""
+    return [sample["caption"]] if "caption" in sample else list(sample["captions"])
+
+
+def samples_page(cards: Iterable[str], title: str, text: str = "") -> str:
+    """One self-contained HTML page: no script, nothing loaded from elsewhere.
+
+    Args:
+        cards: what :func:`sample_card` returned for each sample.
+        title: the page's title, as plain text.
+        text: what stands above the samples, as plain text.
+
+    Returns:
+        The page.
+    """
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width">\n'
+        f"<title>{_escape(title)}</title>\n<style>{_STYLE}</style></head>\n<body>\n"
+        f'<h1 dir="auto">{_escape(title)}</h1>\n<pre>{_escape(text)}</pre>\n'
+        f'<div class="samples">\n{"".join(cards)}</div>\n</body></html>\n'
+    )
+
+
+def sample_card(
+    number: int, image: bytes, captions: Sequence[str], shades: Sequence[Sequence[Shade]] | None = None
+) -> str:
+    """One sample as HTML: a thumbnail, and its captions as text that cannot be anything but text.
+
+    Args:
+        number: the sample's number.
+        image: its encoded image, decoded here and drawn anew; what cannot be decoded is named instead.
+        captions: its captions.
+        shades: for each caption the pieces it is made of, each with a weight; the larger, the darker.
+
+    Returns:
+        A ``figure`` element.
+    """
+    try:
+        picture = decode_rgb(image)
+        size = f"{picture.width} by {picture.height}"
+        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG" if max(picture.size) <= 64 else "JPEG")
+        kind = "png" if max(picture.size) <= 64 else "jpeg"
+        shown = f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    except ImageError as error:
+        shown, size = f"<p><em>{_escape(str(error))}</em></p>", "no image"
+    paragraphs = [
+        f'<p dir="auto">{_escape(caption) if shades is None else _shaded(shades[index])}</p>'
+        for index, caption in enumerate(captions)
+    ]
+    return f"<figure>{shown}<figcaption>{''.join(paragraphs)}<small>{number:,} · {size}</small></figcaption></figure>\n"
+
+
+def _shaded(pieces: Sequence[Shade]) -> str:
+    largest = max((weight for _, weight in pieces if weight is not None), default=0.0) or 1.0
+    return "".join(
+        _escape(text)
+        if weight is None
+        else f'<mark style="--w:{max(0.0, weight) / largest:.3f}" title="{weight:.3g}">{_escape(text)}</mark>'
+        for text, weight in pieces
+    )
+
+
+def _escape(text: str) -> str:
+    """Text for HTML, with control characters made visible, so that none can reorder or hide its surroundings."""
+    return "".join(_mark(char) if _is_control(char) else html.escape(char) for char in text)
+
+
+def _mark(char: str) -> str:
+    return f'<span class="control">[U+{ord(char):04X}]</span>'
+
+
+def _visible(text: str) -> str:
+    """One line of text for a terminal."""
+    return "".join(f"[U+{ord(char):04X}]" if _is_control(char) or char in "\t\n" else char for char in text)
+
+
+def _is_control(char: str) -> bool:
+    """Whether a character is invisible or reorders text. Line breaks and the joiners of scripts and emoji are not."""
+    return unicodedata.category(char) in ("Cc", "Cf", "Cs") and char not in "\t\n\u200c\u200d"
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _spread(values: Sequence[int]) -> str:
+    if not values:
+        return "none"
+    ordered = sorted(values)
+    high = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+    return f"{ordered[0]:,} to {ordered[-1]:,}, median {statistics.median(ordered):,.0f}, 95 % up to {high:,}"
+
+
+def _header(image: bytes) -> tuple[str, tuple[int, int]] | None:
+    """Format and size of an image from its header alone."""
+    try:
+        opened = Image.open(io.BytesIO(image), formats=IMAGE_FORMATS)
+    except Exception:
+        return None
+    return opened.format or "unknown", opened.size
+
+
+def _length(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
+    if tokenizer is None:
+        from open_clip.tokenizer import SimpleTokenizer
+
+        clip = SimpleTokenizer()
+        return lambda caption: len(clip.encode(caption)), "tokens of OpenCLIP's tokenizer"
+    loaded = _load_tokenizer(tokenizer)
+    return lambda caption: len(loaded(caption, add_special_tokens=False)["input_ids"]), "tokens"
+
+
+def _load_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def _shades(
+    path: str, tokenizer: str | None, index: bytes, samples: int, cache: Path, alpha: float, floor: float
+) -> tuple[Callable[[int, Mapping[str, Any]], list[list[Shade]] | None], str]:
+    """What makes the pieces of a sample's caption, each with its weight, from stored scores; and their tokenizer."""
+    import torch
+
+    from composer_prior.algorithms.prior.weights import importance_weights
+    from composer_prior.data.scores import Scores, index_fingerprint
+    from composer_prior.data.tokenizer import add_image_tokens, encode_caption, tokenizer_fingerprint
+    from composer_prior.scoring.align import token_edges
+
+    scores = Scores(path, cache)
+    card = scores.card
+    name = card.reference["path"] if tokenizer is None else tokenizer
+    loaded = _load_tokenizer(name)
+    add_image_tokens(loaded)
+    known = tokenizer_fingerprint(loaded)
+    if tokenizer is None and known != card.tokenizer:
+        raise ValueError(
+            f"{path}: the reference has another tokenizer than the model; name the model's with tokenizer=."
+        )
+    card.check(dataclasses.replace(card, data=index_fingerprint([index]), samples=samples, tokenizer=known), path)
+
+    def pieces(number: int, sample: Mapping[str, Any]) -> list[list[Shade]] | None:
+        caption = sample["caption"]
+        encoding = encode_caption(loaded, caption)
+        tokens = min(len(encoding.ids) + 1, card.max_caption_tokens)
+        if not len(scores[number]):
+            return None  # a sample that was skipped
+        logprobs = torch.from_numpy(scores.read(number, tokens))[None]
+        mask = torch.ones_like(logprobs, dtype=torch.bool)
+        weights = importance_weights(logprobs, mask, alpha, floor=floor)[0].tolist()
+        edges = token_edges(encoding.offsets, len(caption)).tolist()
+        return [_pieces(caption, edges, weights, loaded.eos_token)]
+
+    return pieces, name
+
+
+def _pieces(caption: str, edges: Sequence[float], weights: Sequence[float], end: str) -> list[Shade]:
+    """A caption cut at the tokens' edges; tokens that share a character are one piece, of their average weight."""
+    found: list[Shade] = []
+    start, waiting = 0, list[float]()
+    for edge, weight in zip(edges[1:], weights, strict=False):
+        waiting.append(weight)
+        if edge == int(edge):
+            found.append((caption[start : int(edge)], statistics.mean(waiting)))
+            start, waiting = int(edge), []
+    if len(weights) == len(edges):  # the last one is that of the end of the sequence
+        found.append((end, weights[-1]))
+    elif start < len(caption):
+        found.append((caption[start:], None))
+    return found
+
+
+def _open(data: str, cache: str) -> tuple[Any, bytes]:
+    """The data set and its index, once what that describes is known to be harmless."""
+    from streaming.base.local import LocalDataset
+
+    from composer_prior.data.streams import CheckedDataset
+
+    data = data if is_remote(data) else str(Path(data).expanduser())
+    remote: Any = CheckedDataset(local=cache, remote=data.rstrip("/"), batch_size=1) if is_remote(data) else None
+    index = Path(data if remote is None else cache) / "index.json"
+    if not index.exists():
+        raise FileNotFoundError(f"{data}: no index.json here; name a data set made by composer-prior convert.")
+    content = index.read_bytes()
+    try:
+        for shard in json.loads(content)["shards"]:
+            _check_columns(data, shard)
+        return LocalDataset(data) if remote is None else remote, content
+    except (LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{data}: its index.json is no index of a data set ({type(error).__name__}).") from error
+
+
+def _check_columns(data: str, shard: Mapping[str, Any]) -> None:
+    columns = dict(zip(shard.get("column_names", ()), shard.get("column_encodings", ()), strict=False))
+    name = shard.get("raw_data", {}).get("basename", "")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{data}: its index names {name!r}, which leaves the data set; refused.")
+    captions = columns.get("caption") == "str" or columns.get("captions") == "json"
+    if columns.get("image") != "bytes" or not captions:
+        raise ValueError(f"{data}: columns {columns}; expected image: bytes, and caption: str or captions: json.")
+    unsafe = [column for column, encoding in columns.items() if encoding not in ("bytes", "str", "json", "int")]
+    if unsafe:
+        raise ValueError(f"{data}: column {unsafe[0]!r} is {columns[unsafe[0]]}, which is not read here; drop it.")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line ``DATA [option=value ...]``, where the options are those of :func:`inspect_captions`.
+
+    Args:
+        arguments: the words of the command line.
+
+    Returns:
+        The exit status.
+    """
+    options = options_of(inspect_captions)
+    try:
+        words, chosen = parse_options(arguments, options)
+        if len(words) != 1 or words[0].startswith("-"):
+            print(f"usage: DATA [option=value ...], with the options {', '.join(options)}", file=sys.stderr)
+            return 2
+        say(inspect_captions(words[0], **chosen))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,1 @@
+"""The reference's log-probabilities of captions: computed, stored, carried over to other tokens."""

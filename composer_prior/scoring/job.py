@@ -1,0 +1,41 @@
+"""What to score with what."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+UNIT_SAMPLES = 4096
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """What to score with what.
+
+    Args:
+        out: folder, which may begin with ``~``, or remote for the scores.
+        reference: folder or hub id of a causal LM in Hugging Face form.
+        tokenizer: of the model to be trained, ``name`` and ``kwargs`` as in a recipe.
+        dataset: arguments of :class:`.StreamingCaptionDataset`, as in a recipe's ``train_loader.dataset``.
+        batch_tokens: tokens of one forward pass, padding included; default: what suits the device.
+        unit_samples: samples that are sorted by length, scored and put in place together.
+        amp: compute in bfloat16 where the device can; several digits of the scores are lost.
+        trust_remote_code: run code that comes with the reference.
+        progress_bar: show one, of the first rank.
+    """
+
+    out: str
+    reference: str
+    tokenizer: dict[str, Any]
+    dataset: dict[str, Any]
+    batch_tokens: int | None = None
+    unit_samples: int = UNIT_SAMPLES
+    amp: bool = False
+    trust_remote_code: bool = False
+    progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch_tokens", "unit_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1.")
+        object.__setattr__(self, "out", os.path.expanduser(self.out))

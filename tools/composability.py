@@ -1,0 +1,321 @@
+"""Does PRIOR stack with every algorithm of Composer? Run each with it, and write the table into the method card.
+
+    python tools/composability.py            # prints the table and writes it into the card
+    python tools/composability.py --check    # only compares it with the card's
+
+Each algorithm trains a few steps before and after PRIOR in the list, on a small model of both families. "works": in
+every microbatch the loss is the formula's, computed here in float64 from what the other algorithm left of the batch and
+of the model. "refused": nothing ran, and one line said why. Anything else is an error.
+"""
+
+import argparse
+import atexit
+import functools
+import logging
+import os
+import re
+import shutil
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import composer.algorithms as algorithms
+import torch
+from composer import Trainer
+from composer.core import Algorithm, Callback, State, get_precision_context
+from composer.utils import reproducibility
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from composer_prior import LVLM, PRIOR, ComposerLVLM, ReferenceLM, StreamingCaptionDataset
+from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.data.captions import caption_data_spec
+from composer_prior.data.tokenizer import train_tokenizer
+from composer_prior.emoji_scenes.writing import make_emoji_scenes, make_sample
+from composer_prior.models.matmul import use_onednn
+from composer_prior.models.projector import build_projector
+from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding
+
+CARD = Path(__file__).parents[1] / "composer_prior/algorithms/prior/README.md"
+BEGIN, END = "<!-- composability: begin (python tools/composability.py) -->", "<!-- composability: end -->"
+FAMILIES = ("encoder", "patches")
+ORDERS = ("before", "after")
+ALPHA, FLOOR = 1.5, 0.1
+TOLERANCE = 1e-5
+# Algorithms that do nothing but replace modules once: without a module to replace they change nothing.
+SURGERY = (
+    "BlurPool",
+    "ChannelsLast",
+    "Factorize",
+    "GhostBatchNorm",
+    "LowPrecisionGroupNorm",
+    "LowPrecisionLayerNorm",
+    "SqueezeExcite",
+    "StochasticDepth",
+    "WeightStandardization",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An algorithm as a user would write it, and what else has to be set for it."""
+
+    name: str
+    build: Callable[[ComposerLVLM], list[Algorithm]] = lambda model: []
+    remark: str = ""
+    model: Mapping[str, Any] | None = None
+
+
+def cases() -> list[Case]:
+    """Every algorithm of ``composer.algorithms`` at least once, some in several ways."""
+    a = algorithms
+    pixels: Any = {"input_key": "pixel_values", "target_key": "labels"}
+    swa: Any = {"swa_start": "0.3dur", "swa_end": "0.9dur", "update_interval": "1ba"}
+    narrow: Any = {"min_features": 16, "latent_features": 4}
+    keys = "`**model.selective_backprop_keys()`"
+    images = "on the images of the data set"
+    return [
+        Case("Alibi", lambda m: [a.Alibi(max_sequence_length=256)]),
+        Case("AugMix", lambda m: [a.AugMix()], images),
+        Case("BlurPool", lambda m: [a.BlurPool()]),
+        Case("ChannelsLast", lambda m: [a.ChannelsLast()]),
+        Case("ColOut", lambda m: [a.ColOut(batch=True, **pixels)]),
+        Case("ColOut", lambda m: [a.ColOut(batch=False)], f"`batch=False`, {images}"),
+        Case("CutMix", lambda m: [a.CutMix(**pixels)]),
+        Case("CutOut", lambda m: [a.CutOut(input_key="pixel_values")], "`input_key='pixel_values'`"),
+        Case("EMA", lambda m: [a.EMA(half_life="1ba", update_interval="1ba")]),
+        Case("Factorize", lambda m: [a.Factorize(**narrow)]),
+        Case("Factorize", lambda m: [a.Factorize(factorize_linears=False)], "`factorize_linears=False`"),
+        Case("GatedLinearUnits", lambda m: [a.GatedLinearUnits()]),
+        Case("GhostBatchNorm", lambda m: [a.GhostBatchNorm()]),
+        Case("GradientClipping", lambda m: [a.GradientClipping(clipping_type="norm", clipping_threshold=0.1)]),
+        Case("GyroDropout", lambda m: [a.GyroDropout()]),
+        Case("LabelSmoothing", lambda m: [a.LabelSmoothing(target_key="labels")]),
+        Case("LabelSmoothing", model={"label_smoothing": 0.1}, remark="as `LVLM(..., label_smoothing=0.1)`"),
+        Case("LayerFreezing", lambda m: [a.LayerFreezing(freeze_start=0.0, freeze_level=0.9)]),
+        Case("LowPrecisionGroupNorm", lambda m: [a.LowPrecisionGroupNorm()]),
+        Case(
+            "LowPrecisionLayerNorm",
+            lambda m: [a.LowPrecisionLayerNorm()],
+            "in fp32; it acts with amp",
+        ),
+        Case("MixUp", lambda m: [a.MixUp(**pixels)]),
+        Case("NoOpModel", lambda m: [a.NoOpModel()]),
+        Case("ProgressiveResizing", lambda m: [a.ProgressiveResizing(**pixels)]),
+        Case("RandAugment", lambda m: [a.RandAugment()], images),
+        Case("SAM", lambda m: [a.SAM(rho=0.5)], "both passes of a step"),
+        Case("SelectiveBackprop", lambda m: [selective_backprop(**m.selective_backprop_keys())], keys),
+        Case("SelectiveBackprop", lambda m: [selective_backprop()]),
+        Case("SeqLengthWarmup", lambda m: [a.SeqLengthWarmup(min_seq_length=24, max_seq_length=64)]),
+        Case("SqueezeExcite", lambda m: [a.SqueezeExcite(min_channels=1, latent_channels=4)]),
+        Case("StochasticDepth", lambda m: [a.StochasticDepth("ResNetBottleneck")]),
+        Case("SWA", lambda m: [a.SWA(**swa)]),
+        Case("WeightStandardization", lambda m: [a.WeightStandardization()]),
+    ]
+
+
+def selective_backprop(**keys: Any) -> Algorithm:
+    return algorithms.SelectiveBackprop(start=0.0, end=1.0, keep=0.5, interrupt=0, **keys)
+
+
+class Check(Callback):
+    """Compare the loss of every microbatch with the formula's."""
+
+    def __init__(self, reference: ReferenceLM):
+        self.reference = reference
+        self.forwards = 0
+        self.losses: list[tuple[float, float]] = []  # (Composer's, by hand)
+
+    def before_forward(self, state: State, logger: Any) -> None:
+        self.forwards += 1
+        self.batch = {key: value.clone() for key, value in state.batch.items()}
+
+    def before_backward(self, state: State, logger: Any) -> None:
+        with torch.no_grad(), get_precision_context(state.precision, state.precision_config):
+            expected = loss_by_hand(state.model, self.reference, self.batch)
+        self.losses.append((float(cast(Tensor, state.loss)), expected))
+
+
+def loss_by_hand(model: Any, reference: ReferenceLM, batch: Mapping[str, Tensor]) -> float:
+    """The paper's loss, from all logits and row by row."""
+    lvlm = model.model
+    embeddings = lvlm.language.get_input_embeddings()(batch["input_ids"])
+    embeddings[batch["input_ids"] == lvlm.image_token_id] = lvlm.projector(lvlm.vision(batch)).to(embeddings.dtype)
+    logp = lvlm.language(inputs_embeds=embeddings).logits.double().log_softmax(-1)
+    smoothing = lvlm.label_smoothing
+    total, count = 0.0, 0
+    for row in range(len(logp)):
+        labels = batch["labels"][row]
+        places = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        before = logp[row, places - 1]
+        nll = -(1 - smoothing) * before.gather(1, labels[places, None])[:, 0] - smoothing * before.mean(-1)
+        weights = weights_by_hand(model, reference, batch, row)
+        total, count = total + float((weights * nll).sum()), count + len(places)
+    return total / count
+
+
+def weights_by_hand(model: Any, reference: ReferenceLM, batch: Mapping[str, Tensor], row: int) -> Tensor:
+    """``[k]`` weights of one caption, whose text is all of its real tokens that are not the image's."""
+    is_text = batch["attention_mask"][row].bool()
+    for token_id in model.image_token_ids:
+        is_text &= batch["input_ids"][row] != token_id
+    text, labels = batch["input_ids"][row][is_text], batch["labels"][row][is_text]
+    lm: Any = reference.model
+    logp = lm(text[None]).logits[0].double().log_softmax(-1)
+    places = (labels != IGNORE_INDEX).nonzero()[:, 0]
+    weights = (1 - logp[places - 1, labels[places]].exp()) ** ALPHA
+    weights = FLOOR + (1 - FLOOR) * weights
+    return weights * len(places) / weights.sum()
+
+
+@functools.cache
+def prepared() -> tuple[PreTrainedTokenizerFast, StreamingCaptionDataset]:
+    """A tokenizer and a small data set."""
+    tokenizer = train_tokenizer((make_sample("train", i)["caption"] for i in range(100)), 400)
+    folder = Path(tempfile.mkdtemp(prefix="composability_"))
+    atexit.register(shutil.rmtree, folder)
+    make_emoji_scenes(folder / "data", train_samples=8, validation_samples=1, num_workers=0, progress=False)
+    local = str(folder / "data" / "train")
+    data = StreamingCaptionDataset(tokenizer=tokenizer, batch_size=4, local=local, max_caption_tokens=32)
+    return tokenizer, data
+
+
+def small_lm(seed: int) -> LlamaForCausalLM:
+    tokenizer, _ = prepared()
+    reproducibility.seed_all(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, **sizes, **ids))
+
+
+@functools.cache
+def reference_lm() -> LlamaForCausalLM:
+    """A language model that knows some of the captions' tokens, so that their weights are far from equal."""
+    tokenizer, _ = prepared()
+    lm = small_lm(seed=1)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
+    for start in range(0, 400, 8):
+        captions = [make_sample("train", i % 100)["caption"] for i in range(start, start + 8)]
+        ids = tokenizer(captions, padding=True, return_tensors="pt")["input_ids"]
+        lm(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return lm
+
+
+def small_model(family: str, **settings: Any) -> ComposerLVLM:
+    tokenizer, _ = prepared()
+    lm = small_lm(seed=0)
+    if family == "encoder":
+        tower: nn.Module = OpenCLIPTower("prior-vit-tiny", image_size=24)
+        projector = build_projector("mlp", tower.width, 32)  # type: ignore[arg-type]
+        return use_onednn(ComposerLVLM(LVLM(tower, projector, lm, tokenizer, **settings)))
+    return use_onednn(
+        ComposerLVLM(LVLM(PatchEmbedding(32, patch_size=16, max_side=48), None, lm, tokenizer, **settings))
+    )
+
+
+def run(case: Case, family: str, order: str) -> str:
+    """``works``, ``works, changes nothing``, or ``refused: <reason>``.
+
+    Raises:
+        AssertionError: for a loss that is not the formula's, or a refusal after training began.
+    """
+    tokenizer, dataset = prepared()
+    model = small_model(family, **(case.model or {}))
+    reference = ReferenceLM(reference_lm(), tokenizer)
+    dataset.image_processor, dataset.transform = model.image_processor, None
+    check = Check(reference)
+    before = structure(model)
+    try:
+        prior: list[Algorithm] = [PRIOR(reference, alpha=ALPHA, floor=FLOOR)]
+        other = case.build(model)
+        trainer = Trainer(
+            model=model,
+            train_dataloader=caption_data_spec(dataset, 4),
+            max_duration="2ep",
+            optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
+            algorithms=other + prior if order == "before" else prior + other,
+            callbacks=[check],
+            device_train_microbatch_size=3,
+            accumulate_train_batch_on_tokens=True,
+            progress_bar=False,
+            device="cpu",
+            seed=0,
+        )
+        trainer.fit()
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1].filename
+        refused = any(part in Path(place).as_posix() for part in ("composer/algorithms/", "prior/stacking.py"))
+        if not refused or check.forwards > 0:
+            raise AssertionError(f"{case.name} on {family}, {order} PRIOR: fails, {error!r}") from error
+        who, _, why = str(error).rpartition(" does not stack with PRIOR: ")
+        return f"refused: {'PRIOR' if who else 'Composer'}: {' '.join(why.split()).rstrip('.')}"
+    assert len(check.losses) >= 4, f"{case.name} on {family}, {order} PRIOR: {len(check.losses)} losses"
+    for ours, expected in check.losses:
+        difference = abs(ours / expected - 1)
+        assert difference <= TOLERANCE, f"{case.name} on {family}, {order} PRIOR: loss {ours}, by hand {expected}"
+    unchanged = structure(model) == before
+    return "works, changes nothing" if case.name in SURGERY and unchanged else "works"
+
+
+def structure(model: nn.Module) -> list[Any]:
+    """What surgery on modules changes: their types and the memory format of their weights."""
+    types = [type(module).__name__ for module in model.modules()]
+    return [types, [p.stride() for p in model.parameters()]]
+
+
+def table_lines() -> Iterator[str]:
+    yield "| algorithm | encoder | patches | remark |"
+    yield "| --- | --- | --- | --- |"
+    for case in cases():
+        yield table_row(case, {family: outcome(case, family) for family in FAMILIES})
+
+
+def table_row(case: Case, results: Mapping[str, str]) -> str:
+    """A row of the table, of the results by family."""
+    cells = [result.partition(": ")[0] for result in results.values()]
+    reasons = dict.fromkeys(result.partition(": ")[2] for result in results.values())
+    remarks = [text for text in (case.remark, *reasons) if text]
+    return f"| {case.name} | {' | '.join(cells)} | {'; '.join(remarks)} |"
+
+
+def outcome(case: Case, family: str) -> str:
+    """The result of both orders, which must agree."""
+    results = {run(case, family, order) for order in ORDERS}
+    assert len(results) == 1, f"{case.name} on {family}: the order matters, {results}"
+    return results.pop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with the card, do not write it")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    quiet()
+    lines = []
+    for line in table_lines():
+        print(line, flush=True)
+        lines.append(line)
+    table = "\n".join([BEGIN, *lines, END])
+    text = CARD.read_text()
+    updated = re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: table, text, flags=re.S)
+    if arguments.check and updated != text:
+        raise SystemExit(f"{CARD} has another table: run python tools/composability.py")
+    CARD.write_text(updated)
+
+
+def quiet() -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()
