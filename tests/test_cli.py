@@ -1,6 +1,7 @@
 """The installed command: help, what is answered before Composer is imported, and a wheel that works on its own."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -92,8 +93,14 @@ def test_shipped_recipes_are_found_by_name(tmp_path, monkeypatch):
 
 def test_a_wheel_works_on_its_own(tmp_path):
     """Built, installed beside its requirements and run in an empty folder: nothing of the checkout is there."""
+    source = tmp_path / "source"  # setuptools leaves a folder build/ where it builds
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("composer_prior", "yamls"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)], check=True)
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(source)], check=True)
     (wheel,) = tmp_path.glob("composer_prior-*.whl")
     installed, here = tmp_path / "installed", tmp_path / "here"
     here.mkdir()

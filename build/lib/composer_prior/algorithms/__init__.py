@@ -1,1 +1,0 @@
-"""Training methods as Composer algorithms: one folder each, with its method card beside it."""

@@ -1,1 +1,0 @@
-"""Image-caption data: streaming data sets, tokenization, the embedded data set, conversion."""

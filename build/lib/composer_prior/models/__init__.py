@@ -1,1 +1,0 @@
-"""Large vision-language models: vision towers, projector, language model, and the text-only reference."""
