@@ -30,7 +30,7 @@ from composer_prior.conversion.processes import convert_units
 from composer_prior.conversion.sources import Source, SourceError, SourceOptions, describe, open_source
 from composer_prior.conversion.units import WHAT_TO_DO, json_line, unit_file
 from composer_prior.data.messages import say
-from composer_prior.data.storage import REMOTES, Place, StorageError, is_remote, locked, write_whole
+from composer_prior.data.storage import REMOTES, LockedError, Place, StorageError, is_remote, locked, write_whole
 from composer_prior.options import options_of, parse_options
 
 _LOCK_SECONDS = 3  # the system takes a lock back when the last process of a killed conversion has ended
@@ -114,7 +114,7 @@ def _sole_writer(place: Place) -> Iterator[None]:
     try:
         with locked(place.state / "lock", _LOCK_SECONDS):
             yield
-    except TimeoutError:
+    except LockedError:
         raise ConversionError(f"{place.label}: another conversion is writing here; let it end first.") from None
     except StorageError as error:
         raise ConversionError(str(error)) from error.__cause__

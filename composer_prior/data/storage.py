@@ -20,6 +20,10 @@ class StorageError(RuntimeError):
     """A place that cannot be written to, or not be read."""
 
 
+class LockedError(StorageError):
+    """A place that another process writes to."""
+
+
 def is_remote(path: str | Path) -> bool:
     """Whether a path names a remote of streaming rather than a file or folder of this machine."""
     return "://" in str(path) or str(path).startswith("dbfs:")
@@ -35,7 +39,7 @@ def locked(file: Path, seconds: float = -1, waiting: Callable[[], None] = lambda
         waiting: called once if another process holds it.
 
     Raises:
-        TimeoutError: if another process holds it for longer.
+        LockedError: if another process holds it for longer.
     """
     lock = FileLock(file)
     patience: float = 0
@@ -45,9 +49,9 @@ def locked(file: Path, seconds: float = -1, waiting: Callable[[], None] = lambda
             lock.acquire(timeout=patience)
         except FileNotFoundError:  # who held it has removed the folder
             continue
-        except Timeout:
+        except Timeout as error:
             if patience == seconds:
-                raise
+                raise LockedError(f"{file} is held by another process.") from error
             waiting()
             patience = seconds
     try:
