@@ -3,10 +3,9 @@
 Four things take turns on the same synthetic photographs of about 100 kB, on the same disk: a conversion with the
 default check, one with ``check=full``, a copy of the files with a checksum of each, and the same copy into files of
 64 MiB, which spares the disk the many files and is as fast as copying can be. All use the same number of processes and
-the same checksum, and the time includes that everything is on the disk. A warm page cache serves all reading. Images
-that one program made share their tables, which the default check decodes once; with ``own_tables=true`` each has its
-own. Nothing is deleted before the end (ext4 is several times slower at making files where it has just deleted some), so
-the disk has to hold the images 4 * rounds + 1 times.
+the same checksum, and the time includes that everything is on the disk. A warm page cache serves all reading. Nothing
+is deleted before the end (ext4 is several times slower at making files where it has just deleted some), so the disk has
+to hold the images 4 * rounds + 1 times.
 """
 
 import io
@@ -29,10 +28,10 @@ from PIL import Image
 
 from composer_prior.conversion.convert import convert_captions
 
-DEFAULTS = {"images": 8192, "rounds": 7, "processes": 2, "own_tables": False, "folder": None, "out": None}
+DEFAULTS = {"images": 8192, "rounds": 7, "processes": 2, "folder": None, "out": None}
 
 
-def photograph(seed: int, own_tables: bool, size: tuple[int, int] = (512, 384)) -> bytes:
+def photograph(seed: int, size: tuple[int, int] = (512, 384)) -> bytes:
     """A JPEG of about 100 kB: smooth shapes and grain."""
     random = np.random.default_rng(seed)
     small = random.integers(0, 255, (size[1] // 16, size[0] // 16, 3), dtype=np.uint8)
@@ -40,13 +39,13 @@ def photograph(seed: int, own_tables: bool, size: tuple[int, int] = (512, 384)) 
     grain = random.normal(0, 14, (size[1], size[0], 1))
     buffer = io.BytesIO()
     image = Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
-    image.save(buffer, "JPEG", quality=90, optimize=own_tables)
+    image.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
-def make_source(folder: Path, images: int, own_tables: bool = False) -> int:
+def make_source(folder: Path, images: int) -> int:
     """Writes a folder of photographs with captions.jsonl; the bytes of its images."""
-    distinct = [photograph(seed, own_tables) for seed in range(min(images, 256))]
+    distinct = [photograph(seed) for seed in range(min(images, 256))]
     with open(folder / "captions.jsonl", "w") as lines:
         for index in range(images):
             (folder / f"{index:06}.jpg").write_bytes(distinct[index % len(distinct)])
@@ -98,7 +97,7 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         source = Path(folder) / "source"
         source.mkdir()
-        size = make_source(source, given.images, given.own_tables)
+        size = make_source(source, given.images)
         options = {"processes": given.processes, "progress": False}
         jobs: dict[str, Callable[[Path], object]] = {
             "convert": lambda out: convert_captions(source, out, **options),
@@ -122,7 +121,6 @@ def main(arguments: list[str]) -> None:
         "bytes_per_image": size // given.images,
         "rounds": given.rounds,
         "processes": given.processes,
-        "own_tables": given.own_tables,
         "MB_per_s": {name: round(speed, 1) for name, speed in speeds.items()},
         **{
             f"of_{copy}": {name: round(speed / speeds[copy], 3) for name, speed in speeds.items()}

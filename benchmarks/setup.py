@@ -24,7 +24,7 @@ from transformers import Trainer as HuggingFaceTrainer
 
 from benchmarks.measure import Stamps
 from composer_prior.data.batch import IGNORE_INDEX, count_tokens
-from composer_prior.data.tokenizer import add_image_tokens
+from composer_prior.data.tokenizer import add_image_tokens, image_token_ids
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.lvlm import LVLM
 from composer_prior.models.matmul import use_onednn
@@ -136,7 +136,7 @@ def training_batches(
     count: int, batch_size: int = BATCH, median: float = MEDIAN_CAPTION, vocabulary: int = VOCABULARY
 ) -> list[dict[str, Tensor]]:
     """Batches of images and captions of log-normal length, with stored scores of the reference."""
-    image_token_id = len(build_tokenizer())
+    image_token_id, _ = image_token_ids(build_tokenizer())
     lengths = caption_lengths(count * batch_size, float(torch.tensor(median).log()), 0.5, 200)
     generator = torch.Generator().manual_seed(18)
     batches = []

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from composer_prior.algorithms.prior import PRIOR, importance_weights
+    from composer_prior.algorithms.prior.selective_backprop import selective_backprop_keys
     from composer_prior.data.captions import StreamingCaptionDataset
     from composer_prior.models.composer_lvlm import ComposerLVLM
     from composer_prior.models.lvlm import LVLM
@@ -22,9 +23,18 @@ _MODULES = {
     "LVLM": "composer_prior.models.lvlm",
     "ReferenceLM": "composer_prior.models.reference",
     "StreamingCaptionDataset": "composer_prior.data.captions",
+    "selective_backprop_keys": "composer_prior.algorithms.prior.selective_backprop",
 }
 
-__all__ = ["LVLM", "PRIOR", "ComposerLVLM", "ReferenceLM", "StreamingCaptionDataset", "importance_weights"]
+__all__ = [
+    "LVLM",
+    "PRIOR",
+    "ComposerLVLM",
+    "ReferenceLM",
+    "StreamingCaptionDataset",
+    "importance_weights",
+    "selective_backprop_keys",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -34,7 +34,7 @@ from composer.utils import reproducibility
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from composer_prior import LVLM, PRIOR, ComposerLVLM, ReferenceLM, StreamingCaptionDataset
+from composer_prior import LVLM, PRIOR, ComposerLVLM, ReferenceLM, StreamingCaptionDataset, selective_backprop_keys
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.captions import caption_data_spec
 from composer_prior.data.tokenizer import train_tokenizer
@@ -79,7 +79,7 @@ def cases() -> list[Case]:
     pixels: Any = {"input_key": "pixel_values", "target_key": "labels"}
     swa: Any = {"swa_start": "0.3dur", "swa_end": "0.9dur", "update_interval": "1ba"}
     narrow: Any = {"min_features": 16, "latent_features": 4}
-    keys = "`**model.selective_backprop_keys()`"
+    keys = "`**selective_backprop_keys(model)`"
     images = "on the images of the data set"
     return [
         Case("Alibi", lambda m: [a.Alibi(max_sequence_length=256)]),
@@ -111,7 +111,7 @@ def cases() -> list[Case]:
         Case("ProgressiveResizing", lambda m: [a.ProgressiveResizing(**pixels)]),
         Case("RandAugment", lambda m: [a.RandAugment()], images),
         Case("SAM", lambda m: [a.SAM(rho=0.5)], "both passes of a step"),
-        Case("SelectiveBackprop", lambda m: [selective_backprop(**m.selective_backprop_keys())], keys),
+        Case("SelectiveBackprop", lambda m: [selective_backprop(**selective_backprop_keys(m))], keys),
         Case("SelectiveBackprop", lambda m: [selective_backprop()]),
         Case("SeqLengthWarmup", lambda m: [a.SeqLengthWarmup(min_seq_length=24, max_seq_length=64)]),
         Case("SqueezeExcite", lambda m: [a.SqueezeExcite(min_channels=1, latent_channels=4)]),

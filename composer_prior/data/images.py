@@ -15,7 +15,6 @@ import re
 import warnings
 import zlib
 from contextlib import suppress
-from functools import lru_cache
 from typing import Any, NoReturn
 
 import numpy as np
@@ -56,14 +55,7 @@ _OTHER_KINDS = (  # what often stands where an image should
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_KEY_BYTES = {0: range(2, 3), 2: range(6, 7), 3: range(1, 257)}  # length of tRNS, by colour type
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
-_JPEG_MARKER = re.compile(rb"\xff+[^\x00\xff]")
-_JPEG_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # not a stuffed zero, a restart or fill
-_JPEG_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
-_JPEG_ALONE = frozenset({0x01, *range(0xD0, 0xDA)})  # markers without a segment
-_JPEG_SCAN = 0xDA
 _JPEG_END = b"\xff\xd9"
-_JPEG_SAMPLE_SIZE = bytes((0, 16, 0, 16))  # height and width
-_JPEG_SAMPLE_KEPT = 16 << 10  # bytes of the largest headers that are remembered
 
 
 class ImageError(ValueError):
@@ -85,11 +77,11 @@ def check_image(data: bytes, check: str = "structure") -> None:
 
     ``check="full"`` does what :func:`decode_rgb` does, and so accepts exactly what that decodes (a JPEG at an eighth of
     its size, which reads every entropy-coded bit).
-    ``check="structure"`` is many times faster. A JPEG must go on to its end marker, and a tiny image must decode with
-    its headers and tables; a PNG must have the right checksum on every chunk, up to its end chunk; a WebP must be as
-    long as it says. Whatever is doubtful, and every other format, is decoded. So an image that decodes is never
-    refused, and a cut image or a damaged header is always caught; damage *inside* the compressed pixels of a complete
-    JPEG or WebP may pass, and whoever decodes the image later must be ready for it.
+    ``check="structure"`` is many times faster. Pillow must read the header; a JPEG must end with its end marker, a PNG
+    must have the right checksum on every chunk, up to its end chunk, and a WebP must be as long as it says. Whatever
+    is doubtful, and every other format, is decoded. So an image that decodes is never refused, and a cut image is
+    always caught; damage *inside* a complete JPEG or WebP may pass, and whoever decodes the image later must be ready
+    for it.
 
     Args:
         data: the encoded image.
@@ -323,10 +315,8 @@ def _structure_is_sound(data: bytes) -> bool:
     """Whether the cheap checks are enough to accept; ``False`` means doubt, and the image has to be decoded."""
     try:
         if data.startswith(b"\xff\xd8\xff"):
-            sample = _jpeg_sample(data)
-            if sample is None:
-                return False
-            return (_decodes if len(sample) <= _JPEG_SAMPLE_KEPT else _decodes.__wrapped__)(sample)
+            _open(data)
+            return data.endswith(_JPEG_END)
         if data.startswith(b"\x89PNG"):
             _open(data).verify()
             return True
@@ -335,42 +325,4 @@ def _structure_is_sound(data: bytes) -> bool:
             return len(data) >= 8 + int.from_bytes(data[4:8], "little")
     except Exception:
         return False
-    return False
-
-
-@lru_cache(maxsize=64)
-def _decodes(sample: bytes) -> bool:
-    """Whether Pillow decodes it. The images that one program wrote often have the same tables, and so one sample."""
-    _decode(sample)
-    return True
-
-
-def _jpeg_sample(data: bytes) -> bytes | None:
-    """A tiny JPEG with the headers and tables of a complete one, all grey; ``None`` where there is any doubt.
-
-    No end marker can occur within entropy-coded data, so a file that ends with one was not cut in the middle of a scan.
-    """
-    position, frame = 2, None
-    while (found := _JPEG_MARKER.match(data, position)) is not None:
-        marker, start = data[found.end() - 1], found.end()
-        position = start + int.from_bytes(data[start : start + 2], "big")
-        if marker in _JPEG_FRAMES and frame is None:
-            frame = start
-        elif marker == _JPEG_SCAN and frame is not None:
-            height, width = (int.from_bytes(data[frame + at : frame + at + 2], "big") for at in (3, 5))
-            if _size_problem(width, height) or not (data.endswith(_JPEG_END) or _ends(data, position)):
-                return None
-            return data[: frame + 3] + _JPEG_SAMPLE_SIZE + data[frame + 7 : position] + _JPEG_END
-        elif marker in _JPEG_FRAMES or marker in _JPEG_ALONE:
-            return None
-    return None
-
-
-def _ends(data: bytes, position: int) -> bool:
-    """Whether the scans of a JPEG follow each other up to an end marker; whatever follows that does not matter."""
-    while (found := _JPEG_AFTER_SCAN.search(data, position)) is not None:
-        marker, start = data[found.end() - 1], found.end()
-        if marker == _JPEG_END[1] or marker in _JPEG_FRAMES or marker in _JPEG_ALONE:
-            return marker == _JPEG_END[1]
-        position = start + int.from_bytes(data[start : start + 2], "big")
     return False

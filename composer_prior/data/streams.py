@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from time import sleep, time_ns
 from typing import Any, cast
@@ -210,11 +209,6 @@ class CheckedDataset(StreamingDataset):
         if self._shard_states[shard_id] == _UNREADABLE:
             raise DataError(f"{self.shard_name(shard_id)} cannot be read: {self._failed_file(shard_id).read_text()}")
 
-    @cached_property
-    def _all_is_there(self) -> bool:
-        """Whether nothing has ever to be downloaded or decompressed."""
-        return not any(stream.remote for stream in self.streams) and not any(shard.compression for shard in self.shards)
-
     def _is_there(self, shard_id: int) -> bool:
         return self._shard_states[shard_id] == _ShardState.LOCAL and self.shards[shard_id].compression is None
 
@@ -253,14 +247,6 @@ class CheckedDataset(StreamingDataset):
         if not hasattr(self._shared_barrier, "lock"):  # streaming's own looks only 20 times a second
             self._shared_barrier.lock = FileLock(self._shared_barrier.filelock_path, poll_interval=_LOCK_TICK)
         return super().__iter__()
-
-    def _prepare_thread(self, it: _Iterator) -> None:
-        """Download ahead, where there is anything to download: it looks 140 times a second whether it should."""
-        if self._all_is_there:
-            it.prepare_index = it.total
-            it.on_exit()
-        else:
-            super()._prepare_thread(it)
 
     def _ready_thread(self, it: _Iterator) -> None:
         """Nothing: whoever reads a sample waits for its shard, without another thread that looks 140 times a second."""

@@ -1,9 +1,8 @@
 """The LVLM as Composer trains it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from composer.models import ComposerModel
 from torch import Tensor
 from torchmetrics import Metric
@@ -29,7 +28,6 @@ class ComposerLVLM(ComposerModel):
         super().__init__()
         self.model = model
         self.image_related_metrics = image_related_metrics
-        self._selecting: Mapping[str, Tensor] = {}
 
     @property
     def tokenizer(self) -> Any:
@@ -45,9 +43,7 @@ class ComposerLVLM(ComposerModel):
         """What turns an image into the model's input; None without a vision tower."""
         return None if self.model.vision is None else self.model.vision.image_processor
 
-    def forward(self, batch: Any) -> dict[str, Tensor]:
-        if isinstance(batch, tuple):  # from SelectiveBackprop: the rows of the batch that its keys have seen
-            batch = _rows(self._selecting, batch[0])
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self.model(batch)
 
     def loss(
@@ -73,25 +69,6 @@ class ComposerLVLM(ComposerModel):
             return nll.sum(1) / (labels != IGNORE_INDEX).sum(1).clamp(min=1)
         return weighted_mean(nll, weights, labels)
 
-    def selective_backprop_keys(self) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
-        """Arguments for Composer's ``SelectiveBackprop``, which then keeps or drops whole samples of our batches.
-
-        It selects by the mean negative log-likelihood of a sample, without weights.
-        """
-
-        def get_rows(batch: Mapping[str, Tensor]) -> Tensor:
-            self._selecting = batch
-            return torch.arange(len(batch["labels"]), device=batch["labels"].device)
-
-        def keep_rows(batch: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-            self._selecting = {}
-            return _rows(batch, rows)
-
-        return {
-            "input_key": (get_rows, keep_rows),
-            "target_key": (lambda batch: batch["labels"], lambda batch, _: batch),
-        }
-
     def eval_forward(self, batch: Mapping[str, Tensor], outputs: Any = None) -> dict[str, Tensor]:
         return self.forward(batch) if outputs is None else outputs
 
@@ -101,7 +78,3 @@ class ComposerLVLM(ComposerModel):
     def update_metric(self, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor], metric: Metric) -> None:
         assert isinstance(metric, TokenMetric)
         metric.update(batch, outputs)
-
-
-def _rows(batch: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    return {key: value[rows] for key, value in batch.items()}

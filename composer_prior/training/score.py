@@ -4,7 +4,7 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any, cast
 
 from composer.utils import dist, get_device
@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from composer_prior.data.messages import announce
 from composer_prior.registry import did_you_mean
-from composer_prior.scoring.job import UNIT_SAMPLES, ScoreJob
+from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import score_captions
 from composer_prior.training.checks import check_recipe
 from composer_prior.training.config import load_recipe
@@ -58,30 +58,14 @@ def _recipe_job(arguments: Sequence[str]) -> ScoreJob:
     return job
 
 
-@dataclass
-class _ExplicitJob:
-    """The schema of the command line: that of :class:`ScoreJob`, with its defaults."""
-
-    out: str = "???"
-    reference: str = "???"
-    tokenizer: dict[str, Any] = field(default_factory=dict)
-    dataset: dict[str, Any] = field(default_factory=dict)
-    batch_tokens: int | None = None
-    unit_samples: int = UNIT_SAMPLES
-    amp: bool = False
-    trust_remote_code: bool = False
-    progress_bar: bool = True
-
-
 def _explicit_job(arguments: Sequence[str]) -> ScoreJob:
-    names = [f.name for f in fields(ScoreJob)]
     given = OmegaConf.from_dotlist(list(arguments))
+    names = [field.name for field in fields(ScoreJob)]
     for key in map(str, given):
         if key not in names:
             raise ValueError(f"{key} is not a key. {did_you_mean(key, names)}")
-    job = OmegaConf.merge(OmegaConf.structured(_ExplicitJob), given)
-    missing = sorted(OmegaConf.missing_keys(job))
-    if missing or "name" not in job.tokenizer or not job.dataset:
+    job = OmegaConf.merge(OmegaConf.structured(ScoreJob), given)
+    if OmegaConf.missing_keys(job) or "name" not in job.tokenizer:
         raise ValueError("Without a recipe, give out=..., reference=..., tokenizer.name=... and dataset.local=...")
     dist.initialize_dist(get_device(None), timeout=3600)
     return ScoreJob(**cast(dict[str, Any], OmegaConf.to_container(job)))

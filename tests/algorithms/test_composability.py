@@ -29,7 +29,7 @@ from composer.algorithms.low_precision_layernorm.low_precision_layernorm import 
 from composer.core import Algorithm, Callback, Precision
 from composer.loggers import InMemoryLogger
 
-from composer_prior import LVLM, PRIOR, importance_weights
+from composer_prior import LVLM, PRIOR, importance_weights, selective_backprop_keys
 from composer_prior.algorithms.prior.stacking import refusal
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.captions import decode_image
@@ -204,7 +204,7 @@ def test_selective_backprop_drops_whole_samples(lvlm, make_spec, make_batch, ref
 
     lvlm.image_related_metrics = False
     seen = Seen()
-    selecting = composability.selective_backprop(**lvlm.selective_backprop_keys())
+    selecting = composability.selective_backprop(**selective_backprop_keys(lvlm))
     batch = make_batch(lvlm)
     trainer = Trainer(
         model=lvlm,

@@ -30,7 +30,6 @@ from composer_prior.conversion.convert import (
     convert_captions,
     main,
 )
-from composer_prior.data import images as image_bytes
 from composer_prior.data.images import ImageError, check_image, decode_rgb, reencode_image
 from composer_prior.data.mds import ShardWriter
 
@@ -435,23 +434,10 @@ def test_random_bytes_never_crash_a_check(data, magic):
     assert accepted(magic + data, "structure") >= accepted(magic + data, "full")
 
 
-def test_damaged_tables_of_a_jpeg_are_caught_without_decoding_it():
+def test_a_jpeg_with_more_behind_its_end_is_decoded_whole():
     data = encoded(size=(256, 256))
-    for start in range(20, 600, 13):
-        damaged = data[:start] + bytes(b ^ 0xFF for b in data[start : start + 4]) + data[start + 4 :]
-        assert accepted(damaged, "structure") == accepted(damaged, "full"), start
-
-
-def test_tables_are_remembered_and_large_headers_are_not():
-    image_bytes._decodes.cache_clear()
-    for seed in range(3):
-        assert accepted(encoded(seed=seed), "structure")
-    large = encoded(comment=bytes(40_000))
-    assert accepted(large, "structure")
-    found = image_bytes._decodes.cache_info()
-    assert (found.misses, found.hits, found.currsize) == (1, 2, 1)
-    damaged = large.replace(b"\xff\xc4", b"\xff\xc5", 1)  # a Huffman table that is none
-    assert not accepted(damaged, "structure")
+    assert accepted(data + bytes(100), "structure")
+    assert not accepted(data[:1000] + bytes(100), "structure")
 
 
 def test_bombs_are_refused_from_their_header(monkeypatch):

@@ -82,5 +82,5 @@ def _selective_backprop_refusal(algorithm: SelectiveBackprop, model: Any) -> str
     if algorithm.scale_factor != 1:
         return f"scale_factor={algorithm.scale_factor}, but it selects by whole samples; leave it at 1"
     if isinstance(algorithm.input_key, int) or isinstance(algorithm.target_key, int):
-        return "batches are dicts; give SelectiveBackprop(**model.selective_backprop_keys())"
+        return "batches are dicts; give SelectiveBackprop(**selective_backprop_keys(model))"
     return None
