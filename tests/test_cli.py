@@ -1,6 +1,5 @@
 """The installed command: help, what is answered before Composer is imported, and a wheel that works on its own."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from common.recipes import ROOT, SHRUNKEN, VIT
+from common.recipes import ROOT, SHRUNKEN, VIT, run_program
 
 from composer_prior.cli import JOBS, main
 from composer_prior.options import options_of, parse_options
@@ -105,16 +104,8 @@ def test_a_wheel_works_on_its_own(tmp_path):
     installed, here = tmp_path / "installed", tmp_path / "here"
     here.mkdir()
     subprocess.run([*pip, "install", "--no-deps", "--target", str(installed), str(wheel)], check=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "composer_prior", "train", "prior_vit.yaml", *SHRUNKEN, *VIT],
-        cwd=here,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(installed)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "prior_vit, 4 batches" in done.stdout
+    command = [sys.executable, "-m", "composer_prior", "train", "prior_vit.yaml", *SHRUNKEN, *VIT]
+    output, _ = run_program(*command, cwd=here, PYTHONPATH=str(installed))
+    assert "prior_vit, 4 batches" in output
     assert (here / "runs/reference/model/model.safetensors").exists()
     assert (installed / "bin/composer-prior").exists()

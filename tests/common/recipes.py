@@ -47,18 +47,24 @@ def losses(folder):
     return [(line["batch"], line["loss/train/total"]) for line in lines if "loss/train/total" in line]
 
 
-def launch(folder, *command, expect=0, timeout=400):
-    """What the command prints under Composer's launcher, on two ranks, in a folder."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
-    composer = str(Path(sys.executable).with_name("composer"))
+def run_program(*command, ok=True, timeout=400, cwd=None, **environment):
+    """What a program of one thread has printed, with the right kind of exit status."""
     done = subprocess.run(
-        [composer, "-n", "2", *command],
-        cwd=folder,
-        env=environment,
+        [*map(str, command)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=timeout,
         check=False,
     )
-    assert (done.returncode == 0) == (expect == 0), (done.stdout + done.stderr)[-3000:]
-    return done.stdout + done.stderr
+    assert (done.returncode == 0) == ok, (done.stdout + done.stderr)[-3000:]
+    return done.stdout, done.stderr
+
+
+def launch(folder, *command, expect=0, ranks=2):
+    """What the command prints under Composer's launcher, in a folder."""
+    composer = Path(sys.executable).with_name("composer")
+    return "".join(
+        run_program(composer, "-n", ranks, *command, ok=expect == 0, cwd=folder, PYTHONPATH=str(ROOT / "tests"))
+    )

@@ -1,10 +1,7 @@
 """The scoring job: what a live reference says, once, however the work was cut, killed and shared."""
 
 import io
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from common.models import small_lm, small_lvlm
+from common.recipes import ROOT, launch
 from composer import Trainer
 from composer.loggers import InMemoryLogger
 from PIL import Image
@@ -35,7 +33,6 @@ from composer_prior.training.config import load_recipe
 from composer_prior.training.prepare import ensure_scores
 from composer_prior.training.score import main
 
-ROOT = Path(__file__).parents[2]
 CAPTIONS = [
     "a snail",
     "two red foxes beside an umbrella, stock photo",
@@ -353,20 +350,9 @@ def test_two_ranks_share_what_is_missing(job: Any, data: StreamingCaptionDataset
         "unit_samples=20",
         *(f"dataset.{key}={value}" for key, value in shared.dataset.items()),
     ]
-    composer = Path(sys.executable).with_name("composer")
-    script = ROOT / "scripts" / "score_captions.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [str(composer), "-n", "2", str(script), *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "tokens of 76 samples" in done.stdout
-    assert "tokens/s" in done.stderr
+    output = launch(None, ROOT / "scripts" / "score_captions.py", *words)
+    assert "tokens of 76 samples" in output
+    assert "tokens/s" in output
     assert Path(shared.out, "shard.00003.000.mds").stat().st_mtime_ns == kept
     assert_all_close(stored(shared.out), values, atol=1e-5, rtol=2**-10)
 

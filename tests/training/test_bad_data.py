@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from common.data import write_tiles
-from common.recipes import ROOT, SHRUNKEN, VIT, losses, recipe
+from common.recipes import ROOT, SHRUNKEN, VIT, launch, losses, recipe
 
 from composer_prior.training.run import main, train
 
@@ -109,17 +109,7 @@ def test_bad_samples_of_one_rank_cost_the_other_nothing(tmp_path):
         "save_folder=null",
     )
     train(recipe("ntp_vit", *data, "run_name=one"))
-    command = [str(Path(sys.executable).with_name("composer")), "-n", "2", str(ROOT / "train.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *arguments("ntp_vit", *data, "run_name=two")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(None, ROOT / "train.py", *arguments("ntp_vit", *data, "run_name=two"))
     one, two = losses("runs/one"), losses("runs/two")
     assert [batch for batch, _ in two] == [0, 1, 2]
     assert one[1][1] == two[1][1] == 0

@@ -1,16 +1,13 @@
 """The gradient of a step is the formula's, however the batch is cut: microbatches, ranks, shards."""
 
-import os
-import subprocess
-import sys
 from functools import cache
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 from common.models import FAMILIES, small_lm, small_lvlm
 from common.programs.one_step import NORMALIZATIONS, STRATEGIES, make_samples, step_gradients
+from common.recipes import ROOT, launch
 
 from composer_prior import ReferenceLM, importance_weights
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator
@@ -50,17 +47,8 @@ def two_ranks(tokenizer, tmp_path_factory):
     """Gradients of the same steps on two ranks of Composer's launcher, DDP and FSDP2 over gloo."""
     folder = tmp_path_factory.mktemp("two_ranks")
     tokenizer.save_pretrained(folder / "tokenizer")
-    tests = Path(__file__).parents[1]
-    command = [str(Path(sys.executable).with_name("composer")), "-n", "2", str(tests / "common/programs/one_step.py")]
-    done = subprocess.run(
-        [*command, str(folder / "tokenizer"), str(folder / "gradients.pt")],
-        env={**os.environ, "PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    program = ROOT / "tests/common/programs/one_step.py"
+    launch(None, program, folder / "tokenizer", folder / "gradients.pt")
     return torch.load(folder / "gradients.pt")
 
 
