@@ -3,6 +3,9 @@
 mosaicml-streaming does the rest. Left alone, it moves a shard to its final place before it has checked it, lets every
 process that needs a shard wait for ever for one that failed to download it, and ends the epoch of a loader's worker
 early, without an error, when a download fails.
+
+Three overrides are for speed. ``python -m benchmarks.libraries`` reads captions from a remote, all in the cache, with 2
+and with 8 workers; without one of them it takes as many times longer as is said there.
 """
 
 import atexit
@@ -196,7 +199,8 @@ class CheckedDataset(StreamingDataset):
         Raises:
             DataError: naming the shard.
         """
-        if not blocking and self._is_there(shard_id):  # as nearly always; streaming would take a lock for every sample
+        # As nearly always; streaming would take a lock for every sample: 1.8 and 1.4 times the time.
+        if not blocking and self._is_there(shard_id):
             self._shard_access_times[shard_id] = time_ns()
             return
         try:
@@ -244,12 +248,16 @@ class CheckedDataset(StreamingDataset):
             raise DataError(one_line(self._failure)) from self._failure
 
     def __iter__(self) -> Iterator[Any]:
-        if not hasattr(self._shared_barrier, "lock"):  # streaming's own looks only 20 times a second
+        # Streaming's own lock looks only 20 times a second: 1.1 and 1.4 times the time of a short epoch.
+        if not hasattr(self._shared_barrier, "lock"):
             self._shared_barrier.lock = FileLock(self._shared_barrier.filelock_path, poll_interval=_LOCK_TICK)
         return super().__iter__()
 
     def _ready_thread(self, it: _Iterator) -> None:
-        """Nothing: whoever reads a sample waits for its shard, without another thread that looks 140 times a second."""
+        """Nothing: whoever reads a sample waits for its shard, without another thread that looks 140 times a second.
+
+        With that thread, and the loop that waits for it, reading takes 1.25 and 1.15 times as long.
+        """
         it.on_exit()
 
     def _each_sample_id(self, it: _Iterator) -> Iterator[int]:

@@ -1,0 +1,28 @@
+"""That benchmarks measure what they say: their batches go through their models, and either trainer takes them."""
+
+import sys
+
+import pytest
+import torch
+from common.recipes import ROOT
+
+
+@pytest.fixture
+def setup(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import setup
+
+    yield setup
+    for name in [name for name in sys.modules if name.startswith("benchmarks")]:
+        del sys.modules[name]
+
+
+def test_the_losses_of_both_models_agree(setup):
+    (batch,) = setup.training_batches(1, batch_size=2, vocabulary=2000)
+    ours = setup.build_ours(2000)
+    theirs = setup.build_llava(ours)
+    with torch.no_grad():
+        loss = float(ours.loss(ours(batch), batch))
+        keys = ("input_ids", "attention_mask", "labels", "pixel_values")
+        assert float(theirs(**{key: batch[key] for key in keys}).loss) == pytest.approx(loss, abs=1e-4)
+    assert 7 < loss < 9  # of untrained weights: about the logarithm of 2,000
