@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from composer_prior.models.composer_lvlm import ComposerLVLM
     from composer_prior.models.lvlm import LVLM
     from composer_prior.models.reference import ReferenceLM
+    from composer_prior.training.saving import load
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ _MODULES = {
     "LVLM": "composer_prior.models.lvlm",
     "ReferenceLM": "composer_prior.models.reference",
     "StreamingCaptionDataset": "composer_prior.data.captions",
+    "load": "composer_prior.training.saving",
     "selective_backprop_keys": "composer_prior.algorithms.prior.selective_backprop",
 }
 
@@ -33,6 +35,7 @@ __all__ = [
     "ReferenceLM",
     "StreamingCaptionDataset",
     "importance_weights",
+    "load",
     "selective_backprop_keys",
 ]
 

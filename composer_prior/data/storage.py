@@ -29,6 +29,23 @@ def is_remote(path: str | Path) -> bool:
     return "://" in str(path) or str(path).startswith("dbfs:")
 
 
+def list_remote(remote: str) -> list[str]:
+    """The addresses of all objects below a remote's.
+
+    Raises:
+        StorageError: if it cannot be listed.
+    """
+    from streaming.base.storage.upload import CloudUploader  # here: conversion starts without streaming
+
+    with tempfile.TemporaryDirectory() as empty:
+        try:
+            names = CloudUploader.get((empty, remote.rstrip("/")), keep_local=True).list_objects()
+        except Exception as error:
+            raise StorageError(f"{remote}: cannot be listed ({one_line(error, 200)}).") from error
+    root = "/".join(remote.split("/")[:3])
+    return [name if is_remote(name) else f"{root}/{name}" for name in names or ()]
+
+
 @contextmanager
 def locked(file: Path, seconds: float = -1, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold a lock, which the system takes back from a process that is killed.

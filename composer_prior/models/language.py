@@ -1,7 +1,5 @@
 """The language model: any Hugging Face causal LM."""
 
-import math
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -15,15 +13,7 @@ from transformers import (
 )
 
 from composer_prior.models.head import Head, TransformedHead
-
-# Names by which configurations say that the logits are scaled after the head, with the factor that each means, ...
-_SCALES: dict[str, Callable[[float], float]] = {
-    "logit_scale": float,  # Cohere
-    "logits_scaling": lambda divisor: 1 / divisor,  # Granite
-    "lm_head_multiplier": float,  # Falcon H1
-}
-# ... and softly capped: Gemma 2 and 3, RecurrentGemma, xLSTM.
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+from composer_prior.models.modeling_prior_lvlm import decoder_of, logit_transform
 
 
 def build_language_model(
@@ -123,29 +113,20 @@ def last_hidden_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
             raise ValueError(
                 f"{config.peft_type.value} adds virtual tokens to the text, which have no place; use LoRA."
             )
-    return _decoder(_causal_lm(model))(**inputs, use_cache=False).last_hidden_state
+    return decoder_of(_causal_lm(model))(**inputs, use_cache=False).last_hidden_state
 
 
 def head_of(model: PreTrainedModel) -> Head:
     """What maps hidden states to logits: the module, and what the model's configuration does to the logits after it."""
     module = model.get_output_embeddings()
     config = _causal_lm(model).config.get_text_config()
-    scales = [factor(value) for name, factor in _SCALES.items() if (value := getattr(config, name, None)) is not None]
-    softcaps = [value for name in _SOFTCAPS if (value := getattr(config, name, None)) is not None]
-    if not scales and not softcaps:
-        return module
-    return TransformedHead(module, math.prod(scales), softcaps[0] if softcaps else None)
+    scale, softcap = logit_transform(config)
+    return module if (scale, softcap) == (1, None) else TransformedHead(module, scale, softcap)
 
 
 def _causal_lm(model: PreTrainedModel) -> PreTrainedModel:
     """The Hugging Face model inside one of PEFT."""
     return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _decoder(causal_lm: PreTrainedModel) -> nn.Module:
-    """What stands under the head: the part that holds the embeddings, for names differ and some classes lack one."""
-    embeddings = causal_lm.get_input_embeddings()
-    return next(part for part in causal_lm.children() if any(module is embeddings for module in part.modules()))
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """The large vision-language model: vision tower -> projector -> causal language model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,11 +11,26 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from composer_prior.data.batch import stack_images
+from composer_prior.data.batch import ImageInputs, stack_images
 from composer_prior.data.tokenizer import bos_id, image_token_ids, prompt_ids
 from composer_prior.models.head import Head, TransformedHead, label_mask, labelled_nll
 from composer_prior.models.language import head_of, last_hidden_states, vocabulary_size
+from composer_prior.models.modeling_prior_lvlm import PriorLVLMForConditionalGeneration
 from composer_prior.models.packing import enable_packing, packed_hidden_states
+from composer_prior.models.pretrained import load_form, save_folder, tower_of
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A generated caption.
+
+    Args:
+        text: the caption.
+        pieces: what each token adds to it, with its probability, where that was asked for.
+    """
+
+    text: str
+    pieces: tuple[tuple[str, float | None], ...] = ()
 
 
 class LVLM(nn.Module):
@@ -50,11 +67,48 @@ class LVLM(nn.Module):
         self.language = language
         self.tokenizer = tokenizer
         self.image_token_id, self.row_token_id = image_token_ids(tokenizer)
+        self.prompt = ""  # text between image and caption in training, where it is known
         self.pack = pack
         if pack:
             enable_packing(language)
         if vision is not None and len(tokenizer) > vocabulary_size(language):
             raise ValueError(f"The LM embeds {vocabulary_size(language)} of {len(tokenizer)} tokens.")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, trust_remote_code: bool = False) -> "LVLM":
+        """The model of a folder, or of a hub id, in Hugging Face form, in evaluation mode.
+
+        Args:
+            path: what :meth:`save_pretrained` has written.
+            trust_remote_code: run code that comes with the language model. Default: ``False``.
+
+        Raises:
+            ModelFolderError: one line, naming what is wrong.
+        """
+        return cls.of(*load_form(path, trust_remote_code))
+
+    @classmethod
+    def of(cls, form: PriorLVLMForConditionalGeneration, processor: Any) -> "LVLM":
+        """The model of one in Hugging Face form and its processor, with which it shares weights, in evaluation mode."""
+        causal_lm: Any = form.causal_lm
+        model = cls(tower_of(form), form.model.multi_modal_projector, causal_lm, processor.tokenizer)
+        model.prompt = processor.prompt
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:
+        """Write the model in Hugging Face form, with tokenizer, image processor and the code that reads it.
+
+        Args:
+            folder: must not exist; it appears only when it is whole.
+            card: text of the model card. Default: none is written.
+
+        Raises:
+            ValueError: for a model that has no Hugging Face form.
+            FileExistsError: if the folder exists.
+        """
+        if Path(folder).exists():
+            raise FileExistsError(f"{folder} exists; choose another folder, or remove it first.")
+        save_folder(self, folder, self.state_dict(), self.prompt, card)
 
     def embed(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Input embeddings ``[B, T, D]``, image features in the places of the image tokens."""
@@ -91,31 +145,75 @@ class LVLM(nn.Module):
             outputs["smoothed_nll"] = nll + self.label_smoothing * margin
         return outputs
 
-    @torch.no_grad()
+    @property
+    def image_processor(self) -> Callable[[Image.Image], ImageInputs]:
+        """What turns an RGB image into the model's input."""
+        if self.vision is None:
+            raise ValueError("A language model without a vision tower cannot caption images.")
+        process: Any = self.vision.image_processor
+        return process
+
     def generate(
-        self, images: Sequence[Image.Image], prompt: str = "", max_new_tokens: int = 64, **kwargs: Any
+        self, images: Sequence[Image.Image], prompt: str | None = None, max_new_tokens: int = 64, **kwargs: Any
     ) -> list[str]:
         """Caption each image, with the KV cache; greedy unless ``kwargs`` of Hugging Face's ``generate`` say otherwise.
 
         Args:
             images: at least one PIL image.
-            prompt: text between the image and the caption, the one of training.
+            prompt: text between the image and the caption. Default: that of training, where it is known, or none.
             max_new_tokens: longest caption in tokens.
         """
-        if self.vision is None:
-            raise ValueError("A language model without a vision tower cannot caption images.")
-        was_training = self.training
-        self.eval()
-        batch, attention_mask = self._generation_batch(images, prompt)
-        try:
-            ids = self.generate_ids(batch, attention_mask, max_new_tokens=max_new_tokens, **kwargs)
-        finally:
-            self.train(was_training)
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        process = self.image_processor
+        inputs = [process(image.convert("RGB")) for image in images]
+        return [caption.text for caption in self.caption(inputs, prompt, max_new_tokens, **kwargs)]
 
     @torch.no_grad()
-    def generate_ids(self, batch: Mapping[str, Tensor], attention_mask: Tensor, **kwargs: Any) -> Tensor:
-        """Ids ``[B, S]`` int64 that continue the rows of a batch.
+    def caption(
+        self,
+        images: Sequence[ImageInputs],
+        prompt: str | None = None,
+        max_new_tokens: int = 64,
+        probabilities: bool = False,
+        **kwargs: Any,
+    ) -> list[Caption]:
+        """:meth:`generate` for images that the image processor has prepared.
+
+        Args:
+            images, prompt, max_new_tokens, kwargs: as there.
+            probabilities: give captions in pieces, each with the probability that the model gave it.
+        """
+        if probabilities:
+            kwargs |= {"return_dict_in_generate": True, "output_logits": True}
+        was_training = self.training
+        self.eval()
+        batch, attention_mask = self._generation_batch(images, self.prompt if prompt is None else prompt)
+        try:
+            found: Any = self.generate_ids(batch, attention_mask, max_new_tokens=max_new_tokens, **kwargs)
+        finally:
+            self.train(was_training)
+        if not probabilities:
+            return [Caption(text) for text in self.tokenizer.batch_decode(found, skip_special_tokens=True)]
+        language: Any = self.language
+        scores = language.compute_transition_scores(
+            found.sequences, found.logits, found.get("beam_indices"), normalize_logits=True
+        )
+        return [self._in_pieces(ids, row.exp()) for ids, row in zip(found.sequences.tolist(), scores, strict=True)]
+
+    def _in_pieces(self, ids: list[int], probabilities: Tensor) -> Caption:
+        """A caption whose pieces are what each token adds to its text."""
+        pieces: list[tuple[str, float | None]] = []
+        text = ""
+        for count, probability in enumerate(probabilities.tolist(), 1):
+            longer = str(self.tokenizer.decode(ids[:count], skip_special_tokens=True))
+            whole = not longer.endswith("\N{REPLACEMENT CHARACTER}") or count == len(ids)  # of a character's bytes
+            if whole and longer.startswith(text) and longer != text:
+                pieces.append((longer[len(text) :], probability))
+                text = longer
+        return Caption(text, tuple(pieces))
+
+    @torch.no_grad()
+    def generate_ids(self, batch: Mapping[str, Tensor], attention_mask: Tensor, **kwargs: Any) -> Any:
+        """Ids ``[B, S]`` int64 that continue the rows of a batch, or what Hugging Face's ``generate`` returns.
 
         A forward pass of its own: under FSDP2, torch's ``register_fsdp_forward_method`` lets it gather the weights.
 
@@ -133,18 +231,16 @@ class LVLM(nn.Module):
             **{"do_sample": False, "eos_token_id": eos, "pad_token_id": pad, **kwargs},
         )
 
-    def _generation_batch(self, images: Sequence[Image.Image], prompt: str) -> tuple[dict[str, Tensor], Tensor]:
+    def _generation_batch(self, images: Sequence[ImageInputs], prompt: str) -> tuple[dict[str, Tensor], Tensor]:
         device = self.language.device
-        process: Any = self.vision.image_processor  # type: ignore[union-attr]
-        processed = [process(image.convert("RGB")) for image in images]
         text = prompt_ids(self.tokenizer, prompt)
         placeholders = (self.image_token_id, self.row_token_id)
-        rows = [[bos_id(self.tokenizer), *(placeholders[kind] for kind in p.layout), *text] for p in processed]
+        rows = [[bos_id(self.tokenizer), *(placeholders[kind] for kind in p.layout), *text] for p in images]
         longest = max(map(len, rows))
         # Padding goes to the left here: generation continues every row at its right end.
         input_ids = torch.tensor([[bos_id(self.tokenizer)] * (longest - len(row)) + row for row in rows])
         attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        batch = {"input_ids": input_ids, **stack_images([p.tensors for p in processed])}
+        batch = {"input_ids": input_ids, **stack_images([p.tensors for p in images])}
         return {key: value.to(device) for key, value in batch.items()}, attention_mask.to(device)
 
 

@@ -4,13 +4,9 @@ from typing import Literal
 
 from torch import nn
 
+from composer_prior.models.modeling_prior_lvlm import projector_layers
+
 
 def build_projector(name: Literal["linear", "mlp"], width_in: int, width_out: int, freeze: bool = False) -> nn.Module:
     """From the tower's width to the LM's: ``linear``, or ``mlp``, two layers with a GELU between (LLaVA-1.5)."""
-    if name == "linear":
-        projector: nn.Module = nn.Linear(width_in, width_out)
-    elif name == "mlp":
-        projector = nn.Sequential(nn.Linear(width_in, width_out), nn.GELU(), nn.Linear(width_out, width_out))
-    else:
-        raise ValueError(f"model.projector.name={name!r}: expected `linear` or `mlp`.")
-    return projector.requires_grad_(not freeze)
+    return projector_layers(name, width_in, width_out).requires_grad_(not freeze)

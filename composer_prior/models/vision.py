@@ -5,20 +5,24 @@ A tower is a module with
 - ``image_processor``: a picklable callable, PIL image -> :class:`ImageInputs`, that belongs to the tower;
 - ``max_image_tokens``: the most positions that an image can take in the text sequence;
 - ``width``: the size of a feature, None if the tower is built for the language model's own width;
+- ``config``: a dict of what it is built from, from which :func:`build_tower` builds it again;
 - ``forward(batch) -> [n, width]``: the features of every image token of the batch, in reading order.
 """
 
+from collections.abc import Mapping
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor
 
 from composer_prior.data.batch import IMAGE, ROW_SEPARATOR, ImageInputs
+from composer_prior.models.modeling_prior_lvlm import build_encoder, cut_patches, encoder_features, prune_encoder
 from composer_prior.registry import did_you_mean, register
 
 open_clip.add_model_config(Path(__file__).parent / "open_clip_configs")
@@ -55,25 +59,53 @@ class OpenCLIPTower(nn.Module):
         super().__init__()
         self.check(architecture, pretrained, image_size, layer)
         # The encoder's own preprocessing at evaluation: an LVLM learns captions of whole images, without augmentation.
-        clip, _, transform = open_clip.create_model_and_transforms(
+        clip = open_clip.create_model(
             architecture,
             pretrained=pretrained,
             force_image_size=image_size,
-            image_resize_mode=resize_mode,
+            force_preprocess_cfg={"resize_mode": resize_mode} if resize_mode else None,
             device=torch.empty(0).device,  # meta, where only shapes are wanted
             pretrained_text=False,
         )
         self.encoder = clip.visual
-        self.image_size = _square(self.encoder.image_size)
         depth = len(_blocks(self.encoder))
         _check_layer(architecture, layer, depth)
-        prunable = getattr(self.encoder, "trunk", self.encoder)  # timm's model inside OpenCLIP's wrapper
-        prunable.prune_intermediate_layers(indices=[layer % depth], prune_norm=True, prune_head=True)
+        prune_encoder(self.encoder, layer % depth)
+        description = deepcopy(open_clip.get_model_config(architecture))
+        if image_size is not None:
+            description["vision_cfg"]["image_size"] = image_size
+        self._describe(
+            {
+                "type": "open_clip",
+                "embed_dim": description["embed_dim"],
+                "vision_cfg": description["vision_cfg"],
+                "quick_gelu": description.get("quick_gelu", False),
+                "layer": layer % depth,
+                "preprocess": dict(self.encoder.preprocess_cfg),
+            }
+        )
         self.frozen = freeze
         self.requires_grad_(not freeze)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], encoder: nn.Module | None = None) -> "OpenCLIPTower":
+        """The tower of a ``config``, with random weights unless an encoder is given."""
+        tower = cls.__new__(cls)
+        nn.Module.__init__(tower)
+        tower.encoder = encoder if encoder is not None else build_encoder(config)
+        tower.frozen = False
+        tower._describe(dict(config))
+        return tower
+
+    def _describe(self, config: dict[str, Any]) -> None:
+        """Set what follows from the encoder and its ``config``."""
+        self.image_size = _square(self.encoder.image_size)
         with torch.no_grad():
-            blank = torch.zeros(1, 3, self.image_size, self.image_size)
-            _, self.max_image_tokens, self.width = self._features(blank).shape
+            parameter = next(self.encoder.parameters())
+            blank = parameter.new_zeros(1, 3, self.image_size, self.image_size)
+            _, self.max_image_tokens, self.width = encoder_features(self.encoder, blank).shape
+        self.config = {**config, "width": self.width, "image_tokens": self.max_image_tokens}
+        transform = image_transform_v2(PreprocessCfg(**config["preprocess"]), is_train=False)
         self.image_processor = partial(_encoder_inputs, transform, self.max_image_tokens)
 
     @staticmethod
@@ -104,15 +136,9 @@ class OpenCLIPTower(nn.Module):
     def train(self, mode: bool = True) -> "OpenCLIPTower":
         return super().train(mode and not self.frozen)
 
-    def _features(self, pixel_values: Tensor) -> Tensor:
-        """``[B, N, width]`` patch features."""
-        return self.encoder.forward_intermediates(
-            pixel_values, indices=1, stop_early=True, intermediates_only=True, output_fmt="NLC"
-        )["image_intermediates"][-1]
-
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self._features(batch["pixel_values"]).flatten(0, 1)
+            return encoder_features(self.encoder, batch["pixel_values"]).flatten(0, 1)
 
 
 @register("vision", "patches")
@@ -139,6 +165,7 @@ class PatchEmbedding(nn.Module):
         self.max_image_tokens = side * (side + 1)
         self.proj = nn.Linear(3 * patch_size**2, width)
         self.requires_grad_(not freeze)
+        self.config = {"type": "patches", "width": width, "patch_size": patch_size, "max_side": max_side}
         self.image_processor = partial(patch_inputs, patch_size=patch_size, max_side=max_side)
 
     @staticmethod
@@ -152,26 +179,9 @@ class PatchEmbedding(nn.Module):
 
 
 def patch_inputs(image: Image.Image, patch_size: int, max_side: int) -> ImageInputs:
-    """Cut an RGB image into patches in raster order: ``pixel_patches [N, 3 P P]`` float32 in [-1, 1].
-
-    The longer side is rounded to the patch grid and capped at ``max_side``; the other keeps the aspect ratio as nearly
-    as the grid allows.
-    """
-    height, width = patch_grid(image.height, image.width, patch_size, max_side)
-    image = image.resize((width * patch_size, height * patch_size), Image.Resampling.BICUBIC)
-    pixels = pil_to_tensor(image).float().div_(127.5).sub_(1.0)  # [3, H, W]
-    patches = pixels.reshape(3, height, patch_size, width, patch_size).permute(1, 3, 0, 2, 4)  # [h, w, 3, P, P]
-    return ImageInputs(
-        {"pixel_patches": patches.flatten(2).flatten(0, 1)}, ([IMAGE] * width + [ROW_SEPARATOR]) * height
-    )
-
-
-def patch_grid(height: int, width: int, patch_size: int, max_side: int) -> tuple[int, int]:
-    """Rows and columns of patches of an image of ``height`` x ``width`` pixels."""
-    long_side = max(height, width)
-    target = min(max_side, max(1, round(long_side / patch_size)) * patch_size)
-    rows, columns = (max(1, round(side * target / long_side / patch_size)) for side in (height, width))
-    return rows, columns
+    """Cut an RGB image into patches, ``pixel_patches [N, 3 P P]``; see :func:`.cut_patches`."""
+    patches, rows, columns = cut_patches(image, patch_size, max_side)
+    return ImageInputs({"pixel_patches": patches}, ([IMAGE] * columns + [ROW_SEPARATOR]) * rows)
 
 
 def _encoder_inputs(transform: Any, num_tokens: int, image: Image.Image) -> ImageInputs:

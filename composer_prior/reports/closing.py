@@ -45,9 +45,9 @@ def closing_report(parts: Sequence[Callable[[], str]]) -> None:
             announce(f"\nThe closing report lacks a part: {type(error).__name__}: {one_line(error)}")
 
 
-def composer_model(trainer: Trainer) -> torch.nn.Module:
+def trained_model(state: State) -> torch.nn.Module:
     """The model that was given to the Trainer, without DDP around it."""
-    model = trainer.state.model
+    model = state.model
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -71,7 +71,7 @@ def caption_samples(trainer: Trainer, count: int) -> str:
     Every rank calls it: where the weights are sharded, generation takes all of them. Samples that cannot be used are
     named and left out; a model without a vision tower and a run without validation have none.
     """
-    state, model = trainer.state, composer_model(trainer)
+    state, model = trainer.state, trained_model(trainer.state)
     if not (isinstance(model, ComposerLVLM) and model.model.vision is not None and state.evaluators):
         return ""
     data = state.evaluators[0].dataloader.dataloader.dataset  # type: ignore[union-attr]

@@ -1,6 +1,7 @@
 """Checkpoints: which are whole, to which run they belong, and what may be unpickled from them."""
 
 import io
+import json
 import pickle
 import re
 import shutil
@@ -22,6 +23,8 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from composer_prior.data.tokenizer import add_image_tokens, tokenizer_fingerprint
+from composer_prior.models.lvlm import LVLM
+from composer_prior.models.modeling_prior_lvlm import PriorLVLMConfig
 
 CHECKPOINT_NAME = "ep{epoch}-ba{batch}-rank{rank}.pt"
 LATEST_NAME = "latest-rank0.pt"
@@ -147,7 +150,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def find_weights(path: str) -> Path:
-    """Where the weights are that a path names: a checkpoint, or a language model in Hugging Face form.
+    """Where the weights are that a path names: a checkpoint, or a model in Hugging Face form.
 
     Args:
         path: of a run folder (its newest checkpoint is meant, or else its model), a checkpoint in one file, the folder
@@ -188,7 +191,7 @@ def load_weights(path: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase
     """
     source = find_weights(path)
     ours = model.state_dict()
-    weights, fingerprint = _read_weights(source)
+    weights, fingerprint = read_weights(source)
     remedy = "init_from needs the same architecture and tokenizer"
     if fingerprint is not None and fingerprint != tokenizer_fingerprint(tokenizer):
         raise ValueError(f"init_from={path}: it was trained with another tokenizer than tokenizer.name; {remedy}.")
@@ -214,7 +217,7 @@ def _part(name: str) -> str:
     return name.split(".")[1]
 
 
-def _read_weights(source: Path) -> tuple[dict[str, Tensor], str | None]:
+def read_weights(source: Path) -> tuple[dict[str, Tensor], str | None]:
     """Weights by their names in a :class:`.ComposerLVLM`, and the fingerprint of their tokenizer where it is known."""
     if source.is_file():
         state = _read_state(source)
@@ -224,6 +227,10 @@ def _read_weights(source: Path) -> tuple[dict[str, Tensor], str | None]:
         prefix = "state.model."
         weights = {name.removeprefix(prefix): tensor for name, tensor in _read_sharded(source, prefix).items()}
         return weights, (_read_identity(source) or {}).get("tokenizer")
+    if json.loads((source / "config.json").read_bytes()).get("model_type") == PriorLVLMConfig.model_type:
+        model = LVLM.from_pretrained(source)
+        weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        return weights, tokenizer_fingerprint(model.tokenizer)
     lm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source)
     add_image_tokens(tokenizer)

@@ -21,6 +21,7 @@ from composer_prior.emoji_scenes.writing import make_emoji_scenes
 from composer_prior.registry import register
 from composer_prior.training import builders  # noqa: F401  registers the model
 from composer_prior.training.data_wait import DataWaitMonitor
+from composer_prior.training.saving import HuggingFaceCheckpointer
 
 
 def snake_case(name: str) -> str:
@@ -60,6 +61,7 @@ for _kind, _components in (("logger", _LOGGERS), ("optimizer", _OPTIMIZERS), ("s
 
 register("algorithm", "prior")(PRIOR)
 register("callback", "data_wait_monitor")(DataWaitMonitor)
+register("callback", "hf_checkpointer")(HuggingFaceCheckpointer)
 register("data", "emoji_scenes")(make_emoji_scenes)
 register("dataset", "captions")(StreamingCaptionDataset)
 register("stream", "stream")(CheckedStream)

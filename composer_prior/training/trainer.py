@@ -20,8 +20,8 @@ from composer_prior.models.matmul import use_onednn
 from composer_prior.reports.closing import (
     caption_samples,
     closing_report,
-    composer_model,
     metrics_table,
+    trained_model,
     validation_metrics,
 )
 from composer_prior.training.builders import build_all, build_named, build_parallelism, build_precision, prepare_sharded
@@ -45,6 +45,7 @@ from composer_prior.training.preflight import (
     one_line_errors,
 )
 from composer_prior.training.reference import check_reference, model_folder, read_card, save_reference
+from composer_prior.training.saving import HuggingFaceCheckpointer, save_architecture, save_model
 
 
 @one_line_errors()
@@ -73,6 +74,10 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     if recipe.compile_config is not None:
         prepare_compile()
     skips = [SkipEmptySteps()] if train_data.on_bad_sample == "skip" else []
+    callbacks = build_all("callback", recipe.callbacks)
+    for callback in callbacks:
+        if isinstance(callback, HuggingFaceCheckpointer):
+            callback.recipe = recipe
     trainer = Trainer(
         model=model,
         train_dataloader=loaders["train"],
@@ -83,7 +88,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         schedulers=build_named("scheduler", recipe.scheduler),
         step_schedulers_every_batch=True,
         algorithms=build_all("algorithm", _algorithms(recipe, train_data)),
-        callbacks=[RunIdentity(identity), StopOnSigterm(), *skips, *build_all("callback", recipe.callbacks)],
+        callbacks=[RunIdentity(identity), StopOnSigterm(), *skips, *callbacks],
         loggers=[MetricsFile(Path(recipe.run_folder, "metrics.jsonl")), *build_all("logger", recipe.loggers)],
         run_name=recipe.run_name,
         seed=recipe.seed,
@@ -157,16 +162,22 @@ def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
     if dist.get_global_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.structured(recipe), folder / "config.yaml")
+    data = cast(Any, trainer.state.train_dataloader).dataset
+    model = trained_model(trainer.state)
+    if isinstance(model, ComposerLVLM) and model.model.vision is not None:
+        save_architecture(recipe, model.model, data)
     try:
         if trainer.state.timestamp.get(trainer.state.max_duration.unit) < trainer.state.max_duration:
             _fit(recipe, trainer)
         else:
             announce(f"{recipe.run_name} has finished already; set another max_duration or run_name to train on.")
             trainer.eval()
-        model = composer_model(trainer)
-        if isinstance(model, ComposerLVLM) and model.model.vision is None:
-            data = cast(Any, trainer.state.train_dataloader).dataset
-            save_reference(recipe, model.model, data.fingerprint, validation_metrics(trainer.state))
+        if isinstance(model, ComposerLVLM):
+            metrics = validation_metrics(trainer.state)
+            if model.model.vision is None:
+                save_reference(recipe, model.model, data.fingerprint, metrics)
+            else:
+                save_model(recipe, model.model, data, metrics)
         dist.barrier()
         closing_report(
             [

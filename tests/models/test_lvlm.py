@@ -10,7 +10,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaFo
 from composer_prior.data.batch import IGNORE_INDEX, IMAGE, ROW_SEPARATOR
 from composer_prior.data.captions import decode_image
 from composer_prior.emoji_scenes.writing import make_sample
-from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding, patch_grid, patch_inputs
+from composer_prior.models.modeling_prior_lvlm import patch_grid
+from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding, patch_inputs
 
 
 def full_nll(logits, labels):

@@ -6,7 +6,7 @@ import torch
 from common.real_scale import RECIPE, captions_of, check, pretrained, smaller
 from common.recipes import ROOT, launch
 
-from composer_prior.training.checkpoints import _read_weights, find_weights
+from composer_prior.training.checkpoints import find_weights, read_weights
 
 
 def test_on_two_ranks_sharded(here):
@@ -20,5 +20,5 @@ def test_on_two_ranks_sharded_in_bf16(here):
     """The precision that ships: FSDP2 lowers the weights, and captions at the end are made with them."""
     pretrained("llama2", captions_of(here))
     check(launch(here, str(ROOT / "tests/common/programs/bf16_train.py"), str(RECIPE), *smaller()))
-    weights, _ = _read_weights(find_weights("runs/prior_vit_l_14_336"))
+    weights, _ = read_weights(find_weights("runs/prior_vit_l_14_336"))
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights.values())

@@ -56,7 +56,9 @@ def test_the_closing_table_and_captions(quick_start):
     assert all(float(value) >= 0 for value in rows[1][1:])
     assert len(rows[1]) == 7
     assert output.count("true:") == output.count("generated:") == 2
-    assert "config.yaml and metrics.jsonl are in runs/prior_vit, checkpoints in runs/prior_vit/checkpoints." in output
+    assert (
+        "checkpoints in runs/prior_vit/checkpoints, the model in Hugging Face form in runs/prior_vit/model." in output
+    )
 
 
 def test_what_a_run_leaves(quick_start):

@@ -1,0 +1,239 @@
+"""An LVLM as a folder in Hugging Face form: what :meth:`.LVLM.save_pretrained` writes and ``from_pretrained`` reads.
+
+Importing this module registers the form with transformers, so that its ``Auto`` classes read such folders without
+running code from them.
+"""
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+
+from composer_prior.data.messages import DataError, one_line
+from composer_prior.data.storage import whole_folder
+from composer_prior.data.tokenizer import image_token_ids
+from composer_prior.models.modeling_prior_lvlm import (
+    PriorLVLMConfig,
+    PriorLVLMForConditionalGeneration,
+    PriorLVLMImageProcessor,
+    PriorLVLMProcessor,
+)
+from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding
+
+AutoConfig.register(PriorLVLMConfig.model_type, PriorLVLMConfig, exist_ok=True)
+AutoModelForImageTextToText.register(PriorLVLMConfig, PriorLVLMForConditionalGeneration, exist_ok=True)
+AutoImageProcessor.register(PriorLVLMConfig, slow_image_processor_class=PriorLVLMImageProcessor, exist_ok=True)
+AutoProcessor.register(PriorLVLMConfig, PriorLVLMProcessor, exist_ok=True)
+
+SHARD_SIZE = "5GB"
+
+
+class ModelFolderError(DataError):
+    """A folder that holds no model that can be read."""
+
+
+def hugging_face_config(model: Any) -> PriorLVLMConfig:
+    """The configuration of an LVLM's Hugging Face form.
+
+    Raises:
+        ValueError: for a model that has none.
+    """
+    tower = model.vision
+    if not isinstance(tower, (OpenCLIPTower, PatchEmbedding)):
+        raise ValueError(f"a model whose vision tower is {type(tower).__name__} has no Hugging Face form")
+    if hasattr(model.language, "get_base_model"):
+        raise ValueError("adapters of PEFT are no part of the Hugging Face form; merge them first, merge_and_unload()")
+    image_token_id, row_token_id = image_token_ids(model.tokenizer)
+    text_config = deepcopy(model.language.config)
+    text_config.dtype = next(model.language.parameters()).dtype
+    return PriorLVLMConfig(
+        text_config=text_config,
+        vision=tower.config,
+        projector=_projector_name(model.projector),
+        image_token_id=image_token_id,
+        row_token_id=row_token_id,
+        architectures=[PriorLVLMForConditionalGeneration.__name__],
+        dtype=text_config.dtype,
+    )
+
+
+def _projector_name(projector: nn.Module) -> str | None:
+    if isinstance(projector, nn.Identity):
+        return None
+    return "linear" if isinstance(projector, nn.Linear) else "mlp"
+
+
+def build_processor(model: Any, prompt: str = "") -> PriorLVLMProcessor:
+    """The processor of a model's Hugging Face form.
+
+    Args:
+        model: with a vision tower of ours.
+        prompt: text between image and caption in training.
+    """
+    image_processor = PriorLVLMImageProcessor(model.vision.config)
+    return PriorLVLMProcessor(image_processor, _for_saving(model.tokenizer), prompt=prompt)
+
+
+def _for_saving(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that pads on the left, as generation needs, and names no inputs that the model does not have."""
+    changes: dict[str, Any] = {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
+    if tokenizer.pad_token_id is None:
+        changes["pad_token"] = tokenizer.eos_token
+    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    copy = type(tokenizer).__new__(type(tokenizer))
+    copy.__dict__.update(tokenizer.__dict__)
+    copy._tokenizer = type(backend).from_str(backend.to_str())
+    copy.init_kwargs = {**tokenizer.init_kwargs, **changes}
+    copy.padding_side = "left"
+    copy.model_input_names = changes["model_input_names"]
+    if "pad_token" in changes:
+        copy._special_tokens_map = dict(tokenizer._special_tokens_map)
+        copy.pad_token = changes["pad_token"]
+    return copy
+
+
+def save_folder(
+    model: Any,
+    folder: str | Path,
+    weights: Mapping[str, Tensor] | None,
+    prompt: str,
+    card: str | None = None,
+) -> None:
+    """Write an LVLM in Hugging Face form; the folder exists only when it is whole.
+
+    Args:
+        model: with a vision tower of ours.
+        folder: must not exist.
+        weights: by their names in the model, whole and on the CPU; None leaves them out.
+        prompt: text between image and caption in training.
+        card: text of the model card. Default: none is written.
+
+    Raises:
+        ValueError: for a model that has no Hugging Face form.
+    """
+    config = hugging_face_config(model)
+    with torch.device("meta"):
+        form = PriorLVLMForConditionalGeneration(config)
+    form.generation_config = _generation_config(model.tokenizer)
+    state = None if weights is None else hugging_face_weights(weights, form)
+    with whole_folder(Path(folder)) as temporary:
+        if state is None:
+            config.save_pretrained(temporary)
+            form.generation_config.save_pretrained(temporary)
+        else:
+            form.save_pretrained(temporary, state_dict=state, max_shard_size=SHARD_SIZE)
+        build_processor(model, prompt).save_pretrained(temporary)
+        if card is not None:
+            (temporary / "README.md").write_text(card)
+
+
+def _generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    eos = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
+    return GenerationConfig(eos_token_id=eos, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id)
+
+
+def hugging_face_weights(weights: Mapping[str, Tensor], form: PriorLVLMForConditionalGeneration) -> dict[str, Tensor]:
+    """Weights of an LVLM under the names of its Hugging Face form, tied ones once.
+
+    Raises:
+        ValueError: if there are others or too few, as after surgery on the model.
+    """
+    names = names_in_lvlm(form)
+    known = {name for same in names.values() for name in same}
+    odd = sorted(
+        {name for name in weights if name not in known}
+        | {same[0] for same in names.values() if not {*same} & {*weights}}
+    )
+    if odd:
+        raise ValueError(f"{len(odd)} weights have no place in the Hugging Face form, such as {odd[0]}")
+    return {name: next(weights[one] for one in same if one in weights).detach() for name, same in names.items()}
+
+
+def names_in_lvlm(form: PriorLVLMForConditionalGeneration) -> dict[str, list[str]]:
+    """For the name of each weight in the Hugging Face form its names in an LVLM, several where weights are tied."""
+    language: dict[int, list[str]] = {}
+    for name, tensor in form.causal_lm.state_dict(keep_vars=True).items():  # type: ignore[union-attr, operator]
+        language.setdefault(id(tensor), []).append(f"language.{name}")
+    prefixes = {"model.vision_tower.": "vision.", "model.multi_modal_projector.": "projector."}
+    names, seen = {}, set()
+    for name, tensor in form.state_dict(keep_vars=True).items():
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if id(tensor) not in seen:
+            names[name] = [prefixes[prefix] + name.removeprefix(prefix)] if prefix else language[id(tensor)]
+        seen.add(id(tensor))
+    return names
+
+
+def load_form(
+    path: str | Path, trust_remote_code: bool = False
+) -> tuple[PriorLVLMForConditionalGeneration, PriorLVLMProcessor]:
+    """Model and processor of a folder, or of a hub id, in Hugging Face form.
+
+    Args:
+        path: the folder.
+        trust_remote_code: run code that comes with the language model.
+
+    Raises:
+        ModelFolderError: one line, naming what is wrong.
+    """
+    _check_folder(path)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        processor = PriorLVLMProcessor.from_pretrained(path, **options)
+        form, found = PriorLVLMForConditionalGeneration.from_pretrained(path, output_loading_info=True, **options)
+    except Exception as error:
+        raise ModelFolderError(f"{path} holds no model that can be loaded: {one_line(error)}") from error
+    differing = sorted({*found["missing_keys"], *found["unexpected_keys"], *map(str, found["mismatched_keys"])})
+    if differing:
+        raise ModelFolderError(f"{path} is not whole: {len(differing)} weights differ, such as {differing[0]}.")
+    return form, processor
+
+
+def empty_form(path: Path) -> tuple[PriorLVLMForConditionalGeneration, PriorLVLMProcessor]:
+    """Model and processor of a folder without weights; the model's are random.
+
+    Raises:
+        ModelFolderError: one line, naming what is wrong.
+    """
+    _check_folder(path)
+    try:
+        processor = PriorLVLMProcessor.from_pretrained(path)
+        return PriorLVLMForConditionalGeneration(AutoConfig.from_pretrained(path)), processor
+    except Exception as error:
+        raise ModelFolderError(f"{path} holds no model that can be loaded: {one_line(error)}") from error
+
+
+def _check_folder(path: str | Path) -> None:
+    """Refuse a folder that is no model of ours, whatever else it is."""
+    file = Path(path) / "config.json"
+    if not Path(path).exists():
+        return  # a hub id
+    try:
+        kind = json.loads(file.read_bytes()).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelFolderError(f"{path} holds no model: {one_line(error)}") from error
+    if kind != PriorLVLMConfig.model_type:
+        raise ModelFolderError(f"{path} holds a model of the type {kind}, not {PriorLVLMConfig.model_type}.")
+
+
+def tower_of(form: PriorLVLMForConditionalGeneration) -> OpenCLIPTower | PatchEmbedding:
+    """The tower of a model in Hugging Face form as an LVLM has it; it shares its weights."""
+    vision, tower = form.config.vision, form.model.vision_tower
+    if vision["type"] == "open_clip":
+        return OpenCLIPTower.from_config(vision, tower.encoder)
+    patches = PatchEmbedding(**{key: value for key, value in vision.items() if key != "type"})
+    patches.proj = tower.proj
+    return patches

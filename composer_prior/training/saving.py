@@ -1,0 +1,205 @@
+"""The model of a run with a vision tower: the folder that it leaves, and how a model is loaded from what a run left."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from composer.core import Callback, Event, State
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler, dist
+from omegaconf import OmegaConf
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from composer_prior.data.download import ATTEMPTS
+from composer_prior.data.messages import announce, one_line
+from composer_prior.data.storage import Place, is_remote
+from composer_prior.data.tokenizer import tokenizer_fingerprint
+from composer_prior.models.lvlm import LVLM
+from composer_prior.models.pretrained import ModelFolderError, empty_form, names_in_lvlm, save_folder
+from composer_prior.reports.closing import trained_model, validation_metrics
+from composer_prior.training.checkpoints import find_weights, read_weights
+from composer_prior.training.config import TrainConfig
+from composer_prior.training.reference import model_folder
+
+ARCHITECTURE = "architecture"  # a folder of the run: the model in Hugging Face form without weights, for checkpoints
+
+
+def save_architecture(recipe: TrainConfig, model: LVLM, data: Any) -> None:
+    """Write what a checkpoint of the run lacks to be a model: configuration, tokenizer, processor. Rank 0 does."""
+    if dist.get_global_rank() != 0:
+        return
+    folder = Path(recipe.run_folder, ARCHITECTURE)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        save_folder(model, folder, None, data.prompt)
+    except ValueError as error:
+        announce(f"Model: the run will leave checkpoints alone, as {one_line(error)}.")
+
+
+def save_model(
+    recipe: TrainConfig, model: LVLM, data: Any, validation: Mapping[str, float], out: str | None = None
+) -> None:
+    """Write the model in Hugging Face form, with a card of what it was made from; the folder is whole or not there.
+
+    Every rank calls it, since the weights may be sharded among them; rank 0 writes.
+
+    Args:
+        recipe: of the run.
+        model: with a vision tower.
+        data: the training data, a :class:`.StreamingCaptionDataset`.
+        validation: metrics.
+        out: folder or remote. Default: ``model`` in the run's folder.
+    """
+    if not has_architecture(recipe):
+        return  # the run has said why
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights: Any = get_model_state_dict(model, options=options)
+    if dist.get_global_rank() != 0:
+        return
+    out = out or str(model_folder(recipe))
+    card = model_card(recipe, model, data.fingerprint, validation)
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary, "model") if is_remote(out) else Path(out)
+            shutil.rmtree(folder, ignore_errors=True)
+            save_folder(model, folder, weights, data.prompt, card)
+            if is_remote(out):
+                Place(None, out, Path(temporary), ATTEMPTS).publish(folder, sorted(os.listdir(folder)))
+    except (ValueError, OSError) as error:
+        announce(f"Model: {out} was not written: {one_line(error)}.")
+
+
+class HuggingFaceCheckpointer(Callback):
+    """Write the model in Hugging Face form during training, without the optimizer's state (LLM Foundry's name).
+
+    Args:
+        interval: how often, such as ``1000ba`` or ``1ep``.
+        save_folder: folder or remote; each model goes to ``ba{batch}`` in it. Default: ``huggingface`` in the run's
+            folder.
+    """
+
+    def __init__(self, interval: str, save_folder: str | None = None):
+        self.save_folder = save_folder
+        self.recipe: TrainConfig | None = None  # set by the run
+        self._is_due = create_interval_scheduler(interval, include_end_of_training=False)
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        """Write a model when the interval says so."""
+        if event not in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT) or not self._is_due(state, event):
+            return
+        assert self.recipe is not None
+        model: Any = trained_model(state)
+        data = state.train_dataloader.dataset  # type: ignore[union-attr]
+        folder = self.save_folder or os.path.join(self.recipe.run_folder, "huggingface")
+        out = f"{folder.rstrip('/')}/ba{state.timestamp.batch.value}"
+        save_model(self.recipe, model.model, data, validation_metrics(state), out)
+
+
+def has_architecture(recipe: TrainConfig) -> bool:
+    """Whether the run's model has a Hugging Face form; the same answer on every rank."""
+    found = [Path(recipe.run_folder, ARCHITECTURE, "config.json").is_file()]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def model_card(recipe: TrainConfig, model: LVLM, data: str, validation: Mapping[str, float]) -> str:
+    """The text of the folder's ``README.md``."""
+    metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in validation.items())
+    used = {key: value for key, value in vars(recipe).items() if value not in (None, {}, [])}
+    return f"""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [prior, composer, captioning]
+---
+# {recipe.run_name}
+
+A vision-language model that captions images, trained with composer-prior.
+
+```python
+from composer_prior import load
+from PIL import Image
+
+model = load("path/of/this/folder")
+print(model.generate([Image.open("photo.jpg")]))
+```
+
+Without composer-prior, `transformers` runs the code in this folder if you allow it:
+
+```python
+from transformers import pipeline
+
+captioner = pipeline("image-text-to-text", "path/of/this/folder", trust_remote_code=True)
+print(captioner(images="photo.jpg", text="<image>{recipe.train_loader["dataset"].get("prompt", "")}"))
+```
+
+| validation | value |
+| --- | --- |
+{metrics or "| none | |"}
+
+- Training data: fingerprint `{data}`; licence: {_licence(recipe)}.
+- Tokenizer: fingerprint `{tokenizer_fingerprint(model.tokenizer)}`.
+
+## Recipe
+
+```yaml
+{OmegaConf.to_yaml(OmegaConf.create(used)).strip()}
+```
+"""
+
+
+def _licence(recipe: TrainConfig) -> str:
+    """What the data say of their licence."""
+    file = Path((recipe.data or {}).get("out", "."), "recipe.json")
+    known: Any = json.loads(file.read_text()) if recipe.data and file.is_file() else {}
+    return known.get("licence", "not stated; it is that of the images and captions")
+
+
+def load(path: str | Path, trust_remote_code: bool = False) -> LVLM:
+    """A trained model, in evaluation mode.
+
+    Args:
+        path: a run folder, a model folder in Hugging Face form, a checkpoint of a run, or a hub id.
+        trust_remote_code: run code that comes with the language model. Default: ``False``.
+
+    Raises:
+        ModelFolderError: one line, naming what is wrong.
+    """
+    place = Path(path).expanduser()
+    if (place / "config.json").is_file() or not place.exists():
+        return LVLM.from_pretrained(place if place.exists() else path, trust_remote_code)
+    if (place / "model" / "config.json").is_file():
+        return LVLM.from_pretrained(place / "model", trust_remote_code)
+    try:
+        source = find_weights(str(place))
+    except ValueError as error:
+        raise ModelFolderError(f"{path}: {one_line(error)}.") from error
+    return _load_checkpoint(source)
+
+
+def _load_checkpoint(source: Path) -> LVLM:
+    """The model of a checkpoint, which tells the weights; the run folder above it tells the rest."""
+    source = source.resolve()
+    runs = [parent for parent in source.parents if (parent / ARCHITECTURE / "config.json").is_file()]
+    if not runs:
+        raise ModelFolderError(f"{source} has no {ARCHITECTURE}/ in a folder above it; leave it in its run folder.")
+    processor: Any
+    form, processor = empty_form(runs[0] / ARCHITECTURE)
+    try:
+        weights, fingerprint = read_weights(source)
+    except (ValueError, OSError) as error:
+        raise ModelFolderError(f"{source} cannot be loaded: {one_line(error)}") from error
+    if fingerprint not in (None, tokenizer_fingerprint(processor.tokenizer)):
+        raise ModelFolderError(f"{source} was made with another tokenizer than {runs[0] / ARCHITECTURE} holds.")
+    state = {}
+    for name, same in names_in_lvlm(form).items():
+        found = next((weights[f"model.{one}"] for one in same if f"model.{one}" in weights), None)
+        if found is None:
+            raise ModelFolderError(f"{source} is no checkpoint of the model in {runs[0] / ARCHITECTURE}: no {same[0]}.")
+        state[name] = found.float()
+    form.load_state_dict(state, strict=False, assign=True)  # what is not there is tied
+    form.tie_weights()
+    return LVLM.of(form, processor)

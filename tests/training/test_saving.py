@@ -1,0 +1,153 @@
+"""The model that a run leaves: loaded from its folder or a checkpoint, alone, on one rank and from two."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from common.recipes import ROOT, SHRUNKEN, VIT, launch, recipe
+from common.s3_server import s3_server
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from composer_prior import ComposerLVLM, StreamingCaptionDataset, load
+from composer_prior.data.captions import caption_data_spec
+from composer_prior.inference.caption import caption_images
+from composer_prior.models.pretrained import ModelFolderError
+from composer_prior.training.run import train
+
+RUNS = {"prior_vit": [], "prior_patch": []}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of each family, with models on the way."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in RUNS:
+            train(recipe(name, "save_interval=2ba", "callbacks.hf_checkpointer={interval: 2ba}"))
+    return folder
+
+
+@pytest.fixture
+def alone(runs, tmp_path, monkeypatch):
+    """The runs without what they were made from, but for the validation data."""
+    for name in RUNS:
+        shutil.copytree(runs / "runs" / name, tmp_path / "runs" / name)
+    shutil.copytree(runs / "data/emoji_scenes/validation", tmp_path / "validation")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def validation_loss(model):
+    data = StreamingCaptionDataset(
+        local="validation",
+        tokenizer=model.tokenizer,
+        image_processor=model.image_processor,
+        batch_size=8,
+        max_caption_tokens=128,
+    )
+    composer = ComposerLVLM(model).eval()
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in caption_data_spec(data, 8).dataloader:
+            labelled = (batch["labels"] != -100).sum()
+            total += float(composer.loss(composer(batch), batch) * labelled)
+            count += int(labelled)
+    return total / count
+
+
+def logged_loss(name):
+    lines = Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()
+    return next(line["metrics/eval/loss"] for line in map(json.loads, reversed(lines)) if "metrics/eval/loss" in line)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_folder_alone_is_the_model(alone, name):
+    model = load(f"runs/{name}")
+    assert validation_loss(model) == pytest.approx(logged_loss(name), abs=1e-4)
+    for path in (f"runs/{name}/model", f"runs/{name}/checkpoints", f"runs/{name}/checkpoints/ep0-ba4-rank0.pt"):
+        if "checkpoints" in path:
+            shutil.rmtree(f"runs/{name}/model", ignore_errors=True)
+        again = load(path)
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(again.state_dict()[key], tensor), (path, key)
+
+
+def test_models_on_the_way(alone):
+    assert {path.name for path in Path("runs/prior_vit/huggingface").iterdir()} == {"ba2", "ba4"}
+    final = load_file("runs/prior_vit/model/model.safetensors")
+    last = load_file("runs/prior_vit/huggingface/ba4/model.safetensors")
+    assert all(torch.equal(last[name], tensor) for name, tensor in final.items())
+    earlier = load("runs/prior_vit/huggingface/ba2")
+    ours = load("runs/prior_vit/checkpoints/ep0-ba2-rank0.pt")
+    assert all(torch.equal(earlier.state_dict()[name], tensor) for name, tensor in ours.state_dict().items())
+
+
+def test_the_card_says_what_the_model_was_made_from(runs):
+    card = (runs / "runs/prior_vit/model/README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["pipeline_tag"] == "image-text-to-text"
+    for words in ("CC BY-SA 4.0", "alpha: 1.0", "fingerprint `", "| loss |"):
+        assert words in card
+    recipe_text = card.split("```yaml")[1].split("```")[0]
+    assert yaml.safe_load(recipe_text)["run_name"] == "prior_vit"
+
+
+def test_what_lacks_something_is_named(alone, tmp_path):
+    shutil.copy("runs/prior_vit/checkpoints/ep0-ba4-rank0.pt", "lost.pt")
+    with pytest.raises(ModelFolderError, match=r"lost.pt has no architecture/ in a folder above it"):
+        load("lost.pt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelFolderError, match="expected a run folder"):
+        load("empty")
+    shutil.copytree("runs/prior_patch/architecture", "runs/prior_vit/architecture", dirs_exist_ok=True)
+    with pytest.raises(ModelFolderError, match="is no checkpoint of the model in"):
+        load("runs/prior_vit/checkpoints/ep0-ba4-rank0.pt")
+    with pytest.raises(ModelFolderError, match="nowhere/at/all"):
+        load("nowhere/at/all")
+
+
+def test_two_ranks_write_the_folder_of_one(runs, tmp_path, monkeypatch):
+    """Sharded with FSDP2 and trained at a rate of 0, from the weights of the run on one rank; also into a bucket."""
+    shutil.copytree(runs, tmp_path, dirs_exist_ok=True, symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    still = [
+        "run_name=two",
+        "optimizer.lr=0.0",
+        "optimizer.weight_decay=0.0",
+        "max_duration=1ba",
+        "parallelism_config.fsdp2={}",
+    ]
+    checkpoint = "callbacks.hf_checkpointer={interval: 1ba, save_folder: 's3://models/two'}"
+    with s3_server("models") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        command = [ROOT / "train.py", ROOT / "yamls/prior_vit.yaml", *SHRUNKEN, *VIT, *still, checkpoint]
+        launch(tmp_path, *command, "init_from=runs/prior_vit")
+        from composer_prior.data.download import download_from
+
+        for name in ("model.safetensors", "config.json"):
+            download_from(f"s3://models/two/ba1/{name}", tmp_path / name)
+    one, two = (load_file(f"runs/{name}/model/model.safetensors") for name in ("prior_vit", "two"))
+    assert list(one) == list(two)
+    assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
+    uploaded = load_file("model.safetensors")
+    assert all(torch.equal(one[name], tensor) for name, tensor in uploaded.items())
+    names = [sorted(os.listdir(f"runs/{run}/model")) for run in ("prior_vit", "two")]
+    assert names[0] == names[1]
+
+
+def test_captions_from_the_command_equal_those_of_transformers(alone):
+    form = AutoModelForImageTextToText.from_pretrained("runs/prior_vit/model")
+    assert form.generation_config.eos_token_id == load("runs/prior_vit").tokenizer.eos_token_id
+    data = StreamingCaptionDataset(local="validation", tokenizer=load("runs/prior_vit").tokenizer, batch_size=1)
+    Path("images").mkdir()
+    for number in range(5):
+        data.image_and_caption(number)[0].save(f"images/{number}.png")
+    counts = caption_images("runs/prior_vit", ["images"], batch_size=2, max_new_tokens=8, progress=False)
+    assert counts == {"captioned": 5, "errors": 0, "before": 0}
