@@ -1,0 +1,88 @@
+"""Captions per second against Hugging Face's loop: ``python -m benchmarks.captioning MODEL IMAGES [rounds=5] …``.
+
+``composer-prior caption`` takes turns with what one would write with transformers: the processor and ``generate`` of
+the same model's Hugging Face form, one image at a time and in batches, images read as the loop comes to them. MODEL is
+a run folder, IMAGES a folder of images.
+"""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from omegaconf import OmegaConf
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from benchmarks.measure import prepare_process, ratio
+from composer_prior.inference.caption import Images, caption_loaded, find_images
+from composer_prior.training.saving import load
+
+DEFAULTS = {"rounds": 5, "images": 256, "max_new_tokens": 64, "threads": os.cpu_count(), "num_workers": 2}
+
+
+def hugging_face(folder: str, names: list[str], batch_size: int, longest: int) -> Callable[[], list[str]]:
+    """The loop that one would write with transformers."""
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+
+    def run() -> list[str]:
+        captions: list[str] = []
+        for start in range(0, len(names), batch_size):
+            images = [Image.open(name).convert("RGB") for name in names[start : start + batch_size]]
+            inputs = processor(images=images, padding=True, return_tensors="pt")
+            ids = model.generate(**inputs, max_new_tokens=longest, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+            captions += processor.batch_decode(ids, skip_special_tokens=True)
+        return captions
+
+    return run
+
+
+def ours(folder: str, names: list[str], batch_size: int, given: Any) -> Callable[[], list[str]]:
+    """The command's loop on a model that is loaded."""
+    model = load(folder)
+
+    def run() -> list[str]:
+        images = Images(names, set(), model.image_processor)
+        options = {"max_new_tokens": given.max_new_tokens}
+        found = caption_loaded(model, images, batch_size, given.num_workers, options)
+        return [caption.text for batch in found for _, caption in batch if caption is not None]
+
+    return run
+
+
+def main(arguments: list[str]) -> None:
+    """Print a Markdown table."""
+    run, source, *rest = arguments
+    given = OmegaConf.merge(DEFAULTS, OmegaConf.from_dotlist(rest))
+    prepare_process(given.threads)
+    folder = str(Path(run, "model"))
+    names = [*find_images([source])][: given.images]
+    print("| batch | Hugging Face, images/s | ours, images/s | ours / Hugging Face |\n| --- | --- | --- | --- |")
+    for batch_size in (1, 16):
+        jobs = {
+            "theirs": hugging_face(folder, names, batch_size, given.max_new_tokens),
+            "ours": ours(folder, names, batch_size, given),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in jobs}
+        captions = {}
+        for turn in range(given.rounds + 1):
+            for name in sorted(jobs, reverse=bool(turn % 2)):
+                start = time.perf_counter()
+                captions[name] = jobs[name]()
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
+        assert captions["theirs"] == captions["ours"]
+        theirs, own = (len(names) / statistics.median(seconds[name]) for name in ("theirs", "ours"))
+        print(
+            f"| {batch_size} | {theirs:.1f} | {own:.1f} | {ratio(seconds['theirs'], seconds['ours']):.3f} |", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,254 @@
+"""Captions of images, from the command line: any number of them, in order, as soon as each is known."""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+
+from composer_prior.data.batch import ImageInputs
+from composer_prior.data.download import download_from
+from composer_prior.data.images import decode_rgb
+from composer_prior.data.messages import OneLineError, one_line, say
+from composer_prior.data.storage import is_remote, list_remote
+from composer_prior.models.lvlm import LVLM, Caption
+from composer_prior.options import options_of, parse_options
+from composer_prior.reports.inspection import sample_card, samples_page
+from composer_prior.training.saving import load
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+PAGE_IMAGES = 200
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image as a worker hands it over.
+
+    Args:
+        name: as it was found.
+        inputs: for the model; None if it cannot be used.
+        error: why not.
+        encoded: its bytes, where a page will show it.
+    """
+
+    name: str
+    inputs: ImageInputs | None
+    error: str = ""
+    encoded: bytes = b""
+
+
+class Images(IterableDataset[Decoded]):
+    """The images of files, folders and remotes, read and decoded in the order in which they are found.
+
+    Args:
+        sources: paths of images and of folders, whose subfolders are read too, and addresses of remotes.
+        done: names that are left out.
+        image_processor: of the model.
+        keep: how many images keep their bytes.
+    """
+
+    def __init__(self, sources: Sequence[str], done: set[str], image_processor: Any, keep: int = 0):
+        self.sources = sources
+        self.done = done
+        self.image_processor = image_processor
+        self.keep = keep
+
+    def __iter__(self) -> Iterator[Decoded]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        names = (name for name in find_images(self.sources) if name not in self.done)
+        for number, name in islice(enumerate(names), first, None, step):
+            yield self._decode(name, number < self.keep)
+
+    def _decode(self, name: str, keep: bool) -> Decoded:
+        try:
+            data = read_bytes(name)
+            inputs = self.image_processor(decode_rgb(data))
+            return Decoded(name, inputs, encoded=data if keep else b"")
+        except Exception as error:  # one image's trouble, whatever it is
+            return Decoded(name, None, one_line(error) or type(error).__name__)
+
+
+def find_images(sources: Sequence[str]) -> Iterator[str]:
+    """The names of images, as they are found: a folder's and a remote's are those that end as images do."""
+    for source in sources:
+        if is_remote(source) and not source.lower().endswith(SUFFIXES):
+            yield from (name for name in list_remote(source) if name.lower().endswith(SUFFIXES))
+        elif os.path.isdir(source):
+            for folder, folders, files in os.walk(source):
+                folders.sort()
+                yield from (os.path.join(folder, name) for name in sorted(files) if name.lower().endswith(SUFFIXES))
+        else:
+            yield source
+
+
+def read_bytes(name: str) -> bytes:
+    """The bytes of a file, or of an object of a remote."""
+    if not is_remote(name):
+        return Path(name).read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "image")
+        download_from(name, file, attempts=3)
+        return file.read_bytes()
+
+
+def caption_images(
+    model: str,
+    sources: Sequence[str],
+    *,
+    out: str = "captions.jsonl",
+    page: str | None = None,
+    batch_size: int = 16,
+    prompt: str | None = None,
+    max_new_tokens: int = 64,
+    num_beams: int = 1,
+    temperature: float = 0.0,
+    seed: int = 17,
+    num_workers: int = 2,
+    device: str | None = None,
+    progress: bool | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, int]:
+    """Caption images, one line of JSON each: ``{"image", "caption"}``, or ``{"image", "error"}`` for one that is none.
+
+    Lines are written as soon as they are known. The same call goes on where an earlier one was stopped; with other
+    options it is refused.
+
+    Args:
+        model: a run folder, a model folder, a checkpoint or a hub id.
+        sources: images, folders of images, and addresses of either in a remote.
+        out: the file that the lines go to. Default: ``captions.jsonl``.
+        page: a page of HTML with the first 200 images, each token of a caption shaded by its probability.
+        batch_size: images that are captioned at once.
+        prompt: text between image and caption. Default: that of training.
+        max_new_tokens: longest caption in tokens.
+        num_beams: captions that a beam search follows at once; 1 is greedy.
+        temperature: of sampling; 0 takes the most likely token.
+        seed: of sampling.
+        num_workers: processes that read and decode images.
+        device: such as ``cuda:1``. Default: a GPU if there is one.
+        progress: show a bar. Default: on a terminal.
+        overwrite: replace what is in ``out``.
+        trust_remote_code: run code that comes with the language model.
+
+    Returns:
+        How many images were captioned, could not be used, and had been done before.
+
+    Raises:
+        ValueError, OSError: naming the option, the model or the source.
+    """
+    for source in sources:
+        if not is_remote(source) and not os.path.exists(source):
+            raise FileNotFoundError(f"{source}: there is no such image or folder.")
+    if min(batch_size, max_new_tokens, num_beams) < 1 or num_workers < 0 or temperature < 0:
+        raise ValueError("batch_size, max_new_tokens and num_beams are at least 1, num_workers and temperature 0.")
+    decoding = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "temperature": temperature, "seed": seed}
+    done = _begin(Path(out).expanduser(), {"model": model, "prompt": prompt, **decoding}, overwrite)
+    lvlm = load(model, trust_remote_code)
+    if prompt is not None:
+        lvlm.prompt = prompt
+    lvlm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": temperature > 0}
+    options["probabilities"] = page is not None
+    if temperature > 0:
+        options["temperature"] = temperature
+    images = Images(sources, done, lvlm.image_processor, PAGE_IMAGES if page is not None else 0)
+    counts = {"captioned": 0, "errors": 0, "before": len(done)}
+    cards: list[str] = []
+    disable = None if progress is None else not progress
+    with open(Path(out).expanduser(), "a") as file, tqdm(unit=" images", disable=disable) as bar:
+        for batch in caption_loaded(
+            lvlm, images, batch_size, num_workers, options | {"probabilities": page is not None}
+        ):
+            for image, caption in batch:
+                line = {"error": image.error} if caption is None else {"caption": caption.text}
+                file.write(json.dumps({"image": image.name, **line}) + "\n")
+                counts["errors" if caption is None else "captioned"] += 1
+                if image.encoded and caption is not None:
+                    cards.append(sample_card(len(cards), image.encoded, [caption.text], [caption.pieces]))
+            file.flush()
+            bar.update(len(batch))
+    if page is not None:
+        legend = "The darker a token, the more probable it was, which the pointer shows."
+        Path(page).expanduser().write_text(samples_page(cards, f"Captions of {model}", legend), encoding="utf-8")
+    return counts
+
+
+def caption_loaded(
+    model: LVLM, images: Images, batch_size: int, num_workers: int, options: Mapping[str, Any]
+) -> Iterator[list[tuple[Decoded, Caption | None]]]:
+    """Batches of images, each with its caption, or None if it cannot be used.
+
+    Args:
+        model: in evaluation mode.
+        images: to caption.
+        batch_size: images that are captioned at once.
+        num_workers: processes that read and decode images.
+        options: of :meth:`.LVLM.caption`.
+    """
+    for batch in DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=list):
+        usable = [image.inputs for image in batch if image.inputs is not None]
+        captions = iter(model.caption(usable, **options) if usable else [])
+        yield [(image, next(captions) if image.inputs is not None else None) for image in batch]
+
+
+def _begin(out: Path, settings: Mapping[str, Any], overwrite: bool) -> set[str]:
+    """The names of images that are done; a line that was not written to its end is taken away."""
+    beside = out.with_name(f"{out.name}.options.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not overwrite:
+        known: Any = None
+        with suppress(OSError, ValueError):
+            known = json.loads(beside.read_text())
+        if known != settings:
+            changed = [key for key in settings if not isinstance(known, dict) or known.get(key) != settings[key]]
+            raise FileExistsError(
+                f"{out} was not made with these options ({', '.join(changed)} differ); give another out=, or "
+                "overwrite=true."
+            )
+    elif out.exists():
+        out.unlink()
+    beside.write_text(json.dumps(settings))
+    if not out.exists():
+        return set()
+    whole = out.read_bytes()
+    whole = whole[: whole.rfind(b"\n") + 1]
+    with open(out, "r+b") as file:
+        file.truncate(len(whole))
+    return {json.loads(line)["image"] for line in whole.splitlines()}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line ``MODEL IMAGE|FOLDER|REMOTE ... [option=value ...]``.
+
+    Args:
+        arguments: the words of the command line.
+
+    Returns:
+        The exit status.
+    """
+    options = options_of(caption_images)
+    try:
+        words, chosen = parse_options(arguments, options)
+        if len(words) < 2 or words[0].startswith("-"):
+            usage = f"usage: MODEL IMAGE|FOLDER|REMOTE ... [option=value ...], with the options {', '.join(options)}"
+            print(usage, file=sys.stderr)
+            return 2
+        counts = caption_images(words[0], words[1:], **chosen)
+    except (ValueError, OSError, OneLineError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    before = f", {counts['before']} had been done before" if counts["before"] else ""
+    say(f"{counts['captioned']} images captioned, {counts['errors']} could not be used{before}.")
+    return 0

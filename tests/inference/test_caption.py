@@ -1,0 +1,139 @@
+"""The command that captions images: from files, folders and buckets, with bad images, resumed and refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from common.models import small_lvlm
+from common.s3_server import s3_server
+from PIL import Image
+
+from composer_prior import LVLM
+from composer_prior.cli import main as command
+from composer_prior.emoji_scenes.writing import make_sample
+from composer_prior.inference.caption import caption_images, main
+
+
+@pytest.fixture
+def here(tokenizer, tmp_path, monkeypatch):
+    """A model, a folder of five images and one that is none, and an image beside it."""
+    monkeypatch.chdir(tmp_path)
+    small_lvlm("patches", tokenizer).model.save_pretrained("model")
+    Path("images/deeper").mkdir(parents=True)
+    for number in range(5):
+        folder = "images/deeper" if number == 3 else "images"
+        Path(folder, f"{number}.png").write_bytes(make_sample("validation", number)["image"])
+    Path("images/2b.jpg").write_bytes(b"<html>not found</html>")
+    Path("images/notes.txt").write_text("no image")
+    Image.new("RGB", (31, 17), "red").save("photo.jpg")
+    return tmp_path
+
+
+def run(*words, expect=0):
+    assert main(["model", *words, "max_new_tokens=8", "progress=false"]) == expect
+
+
+def lines(file="captions.jsonl"):
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+def test_every_image_has_its_line(here, capsys):
+    run("photo.jpg", "images", "batch_size=2", "num_workers=2")
+    found = lines()
+    names = [
+        "photo.jpg",
+        *(f"images/{name}" for name in ("0.png", "1.png", "2.png", "2b.jpg", "4.png", "deeper/3.png")),
+    ]
+    assert sorted(line["image"] for line in found) == sorted(names)
+    broken = [line for line in found if "error" in line]
+    assert [line["image"] for line in broken] == ["images/2b.jpg"]
+    assert "HTML page" in broken[0]["error"]
+    model = LVLM.from_pretrained("model")
+    for line in found:
+        if "caption" in line:
+            with Image.open(line["image"]) as image:
+                assert [line["caption"]] == model.generate([image], max_new_tokens=8), line
+    assert capsys.readouterr().out == "6 images captioned, 1 could not be used.\n"
+
+
+def test_it_goes_on_where_it_was_stopped(here, capsys):
+    run("images", "num_workers=0")
+    whole = Path("captions.jsonl").read_text()
+    Path("captions.jsonl").write_text("".join(whole.splitlines(keepends=True)[:3]) + '{"image": "images/4')
+    run("images", "photo.jpg", "num_workers=0")
+    found = lines()
+    assert found[:3] == [json.loads(line) for line in whole.splitlines()[:3]]
+    assert len({line["image"] for line in found}) == len(found) == 7
+    assert "3 images captioned, 1 could not be used, 3 had been done before" in capsys.readouterr().out
+    run("images", "num_beams=2", expect=1)
+    error = capsys.readouterr().err
+    assert "was not made with these options (num_beams differ)" in error
+    assert error.count("\n") == 1
+    run("images", "num_beams=2", "overwrite=true", "num_workers=0")
+    assert len(lines()) == 6
+
+
+def test_sampling_follows_its_seed(here):
+    for out, seed in (("a.jsonl", 1), ("b.jsonl", 1), ("c.jsonl", 2)):
+        run("images", "temperature=2.0", f"seed={seed}", f"out={out}", "num_workers=0")
+    assert lines("a.jsonl") == lines("b.jsonl") != lines("c.jsonl")
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_the_page_shades_tokens_by_their_probability(here, beams):
+    run("photo.jpg", "page=page.html", f"num_beams={beams}", "num_workers=0")
+    page = Path("page.html").read_text()
+    assert page.count("<figure>") == 1
+    assert page.count("<mark") >= 1
+    model = LVLM.from_pretrained("model")
+    with Image.open("photo.jpg") as image:
+        (caption,) = model.caption(
+            [model.image_processor(image)], max_new_tokens=8, probabilities=True, num_beams=beams
+        )
+    assert all(0 <= probability <= 1 for _, probability in caption.pieces)
+    assert "".join(text for text, _ in caption.pieces) == caption.text == lines()[0]["caption"]
+
+
+def test_images_from_a_bucket(here, monkeypatch):
+    with s3_server("pictures") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        from streaming.base.storage.upload import CloudUploader
+
+        uploader = CloudUploader.get(("images", "s3://pictures/some"), keep_local=True, exist_ok=True)
+        for name in ("0.png", "2b.jpg"):
+            uploader.upload_file(name)
+        run("s3://pictures/some", "s3://pictures/some/0.png", "s3://pictures/some/lost.png", "num_workers=0")
+    first, second, again, lost = lines()
+    assert (first["image"], second["image"]) == ("s3://pictures/some/0.png", "s3://pictures/some/2b.jpg")
+    assert "HTML page" in second["error"]
+    assert again == first
+    assert "error" in lost
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["nowhere"], "nowhere: there is no such image or folder"),
+        (["photo.jpg", "batch_size=0"], "batch_size"),
+        (["photo.jpg", "beams=2"], "beams is not an option. Did you mean 'num_beams'?"),
+    ],
+)
+def test_what_cannot_work_is_one_line(here, capsys, words, expected):
+    run(*words, expect=1)
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+def test_models_that_are_none(here, capsys):
+    assert main(["images", "photo.jpg"]) == 1
+    assert capsys.readouterr().err.startswith("error: images: expected a run folder")
+
+
+def test_the_command_lists_its_options(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(["caption", "--help"])
+    assert ended.value.code == 0
+    assert "images that are captioned at once [16]" in capsys.readouterr().out
+    assert caption_images.__doc__
