@@ -40,11 +40,23 @@ JOBS = {
         "composer_prior.conversion.options:ConversionOptions",
         "composer_prior.conversion.convert:main",
     ),
+    "caption": Job(
+        "caption images with a trained model",
+        "MODEL IMAGE|FOLDER|REMOTE ... [option=value ...]",
+        "composer_prior.inference.caption:caption_images",
+        "composer_prior.inference.caption:main",
+    ),
     "inspect": Job(
         "show what is in a caption data set",
         "DATA [option=value ...]",
         "composer_prior.reports.inspection:inspect_captions",
         "composer_prior.reports.inspection:main",
+    ),
+    "export": Job(
+        "write a trained model as transformers' own LLaVA",
+        "MODEL OUT [format=llava] [option=value ...]",
+        "composer_prior.inference.export:export_model",
+        "composer_prior.inference.export:main",
     ),
 }
 

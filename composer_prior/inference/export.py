@@ -1,0 +1,67 @@
+"""Writes a trained model in the form of another library: ``composer-prior export MODEL OUT format=llava``."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from composer_prior.data.messages import OneLineError, one_line, say
+from composer_prior.options import options_of, parse_options
+from composer_prior.registry import did_you_mean
+
+FORMATS = ("llava",)
+
+
+def export_model(
+    model: str | Path,
+    out: str | Path,
+    *,
+    format: str = "llava",
+    dtype: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a model and write it in another form, which is compared with the model before it is there.
+
+    Args:
+        model: a run folder, a model folder, a checkpoint of a run, or a hub id.
+        out: the folder to write.
+        format: the form, ``llava``: ``LlavaForConditionalGeneration`` of transformers, with no code of ours.
+        dtype: of the weights: ``float32``, ``bfloat16`` or ``float16``. Default: the model's own.
+        overwrite: replace a folder that an earlier export has written.
+        trust_remote_code: run code that comes with the language model.
+
+    Returns:
+        What was measured, see :class:`.LlavaReport`.
+
+    Raises:
+        ValueError, OSError: one line, naming what is wrong.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format={format} is not known: {', '.join(FORMATS)}. {did_you_mean(format, FORMATS)}")
+    from composer_prior.models.llava import check_output, export_llava  # here: help and errors come before torch
+    from composer_prior.training.saving import load
+
+    check_output(Path(out).expanduser(), dtype, overwrite)
+    return export_llava(load(model, trust_remote_code), out, dtype=dtype, overwrite=overwrite)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line ``MODEL OUT [option=value ...]``, where the options are those of :func:`export_model`.
+
+    Args:
+        arguments: the words of the command line.
+
+    Returns:
+        The exit status.
+    """
+    options = options_of(export_model)
+    try:
+        words, chosen = parse_options(arguments, options)
+        if len(words) != 2 or any(word.startswith("-") for word in words):
+            print(f"usage: MODEL OUT [option=value ...], with the options {', '.join(options)}", file=sys.stderr)
+            return 2
+        say(export_model(*words, **chosen))
+    except (ValueError, OSError, OneLineError) as error:
+        sys.exit(f"error: {one_line(error)}")
+    return 0

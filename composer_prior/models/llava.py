@@ -1,0 +1,330 @@
+"""An LVLM as transformers' own LLaVA: a folder that its stock classes load, with no code of ours.
+
+Not every model has that form; one that has not is refused by name. What is written is compared with the model before
+the folder is there.
+"""
+
+import copy
+import functools
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from PIL import Image
+from tokenizers import processors
+from torch import Tensor, nn
+from transformers import (
+    AutoProcessor,
+    CLIPImageProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from composer_prior.data.messages import one_line
+from composer_prior.data.storage import whole_folder
+from composer_prior.data.tokenizer import bos_id
+from composer_prior.models.language import vocabulary_size
+from composer_prior.models.llava_check import PICTURES, Comparison, LlavaError, compare, failure, refusal
+from composer_prior.models.lvlm import LVLM
+from composer_prior.models.modeling_prior_lvlm import CHAT_TEMPLATE, IMAGE_TOKEN, decoder_of, logit_transform
+from composer_prior.models.pretrained import SHARD_SIZE, build_processor
+from composer_prior.models.stock_vision import NoStockFormError, StockVision, stock_vision
+from composer_prior.models.vision import OpenCLIPTower
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LlavaReport:
+    """What :func:`export_llava` has written.
+
+    Args:
+        folder: where it is.
+        dtype: of the weights there.
+        found: how it compares with the model.
+    """
+
+    folder: Path
+    dtype: str
+    found: Comparison
+
+    def __str__(self) -> str:
+        line = (
+            f"{self.folder}: LLaVA in {self.dtype}; on {PICTURES} pictures the captions are the same, logits differ by "
+            f"at most {self.found.logits:.1e} and pixels by {self.found.pixels:.1e} in float32."
+        )
+        return f"{line}\nwarning: {self.found.warning}" if self.found.warning else line
+
+
+def export_llava(model: LVLM, folder: str | Path, *, dtype: str | None = None, overwrite: bool = False) -> LlavaReport:
+    """Write a model as transformers' ``LlavaForConditionalGeneration``, with ``LlavaProcessor`` and tokenizer.
+
+    The folder is loaded again and compared with the model before it gets its name.
+
+    Args:
+        model: with a tower of OpenCLIP that is a plain ViT of CLIP or SigLIP.
+        folder: where to; it appears only when it is whole.
+        dtype: of the weights: ``float32``, ``bfloat16`` or ``float16``. Default: the model's own.
+        overwrite: replace a folder that an earlier export has written. Default: ``False``.
+
+    Raises:
+        LlavaError: one line, naming what has no LLaVA form, or what came out otherwise.
+        FileExistsError: if the folder exists and is not to be overwritten.
+    """
+    folder = Path(folder).expanduser()
+    check_output(folder, dtype, overwrite)
+    llava, processor = llava_of(model)
+    own: torch.dtype = llava.dtype
+    kept = DTYPES[dtype] if dtype else own
+    with whole_folder(folder) as temporary:
+        llava.save_pretrained(temporary, max_shard_size=SHARD_SIZE)
+        processor.save_pretrained(temporary)
+        del llava
+        stock, stock_processor = _load(temporary)
+        found = compare(model, stock, stock_processor)
+        if kept != own:
+            for config in (stock.config, stock.config.text_config, stock.config.vision_config):
+                config.dtype = kept  # each part is loaded in its own
+            stock.to(dtype=kept).save_pretrained(temporary, max_shard_size=SHARD_SIZE)
+        if folder.exists():
+            shutil.rmtree(folder)
+    return LlavaReport(folder, str(kept).removeprefix("torch."), found)
+
+
+def check_output(folder: Path, dtype: str | None, overwrite: bool) -> None:
+    """Refuse what :func:`export_llava` cannot write, before anything is loaded.
+
+    Raises:
+        LlavaError, FileExistsError: as there.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise LlavaError(f"dtype={dtype}: expected {', '.join(DTYPES)}.")
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{folder} exists; choose another folder, or overwrite=true.")
+    try:
+        found = json.loads((folder / "config.json").read_bytes())["model_type"]
+    except (OSError, ValueError, LookupError, TypeError):
+        found = None
+    if found != LlavaConfig.model_type:
+        raise FileExistsError(f"{folder} holds no earlier export, so it is not overwritten; choose another folder.")
+
+
+def llava_of(model: LVLM) -> tuple[Any, Any]:
+    """The model as ``LlavaForConditionalGeneration``, with which it shares weights, and its ``LlavaProcessor``.
+
+    Raises:
+        LlavaError: if it has none.
+    """
+    tower = model.vision
+    if not isinstance(tower, OpenCLIPTower):
+        raise refusal(f"the vision tower {type(tower).__name__}", "it is no encoder of OpenCLIP")
+    vision = _vision(tower)
+    text, language = _language(model.language)
+    projector_act, projector = _projector(model.projector, vision.config.hidden_size, text.hidden_size)
+    processor = _processor(model, tower, vision)
+    config = LlavaConfig(
+        vision_config=vision.config,
+        text_config=text,
+        image_token_index=model.image_token_id,
+        projector_hidden_act=projector_act,
+        vision_feature_select_strategy="default" if vision.class_tokens else "full",
+        vision_feature_layer=-1,  # blocks that come later are not there
+        image_seq_length=tower.max_image_tokens,
+        tie_word_embeddings=text.tie_word_embeddings,
+        architectures=[LlavaForConditionalGeneration.__name__],
+    )
+    llava: Any
+    try:
+        with torch.device("meta"):
+            llava = LlavaForConditionalGeneration(config)
+    except Exception as error:
+        raise failure(model.language, error) from error
+    decoder, stock = decoder_of(model.language), llava.model.language_model
+    if type(decoder) is not type(stock):
+        raise refusal(
+            f"the language model {type(model.language).__name__}",
+            f"transformers makes a {type(stock).__name__} of its configuration, not a {type(decoder).__name__}",
+        )
+    weights = {
+        **{f"model.vision_tower.{name}": tensor for name, tensor in vision.weights.items()},
+        **{f"model.multi_modal_projector.{name}": tensor for name, tensor in projector.items()},
+        **language,
+    }
+    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()})
+    for part in (config, text, vision.config):
+        part.dtype = dtype
+    try:
+        llava.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, strict=True, assign=True)
+    except RuntimeError as error:
+        raise refusal("the model", one_line(error)) from error
+    llava.tie_weights()
+    llava.generation_config.update(
+        eos_token_id=model.tokenizer.eos_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        bos_token_id=model.tokenizer.bos_token_id,
+    )
+    return llava, processor
+
+
+def _vision(tower: OpenCLIPTower) -> StockVision:
+    """The tower as a vision model of transformers."""
+    try:
+        return stock_vision(tower.encoder, tower.image_size)
+    except NoStockFormError as error:
+        raise refusal(f"the vision tower {architecture_name(tower.config)}", one_line(error)) from error
+
+
+def architecture_name(vision: Any) -> str:
+    """The name of OpenCLIP's architecture that a tower's configuration describes, at whatever image size."""
+    described = {key: value for key, value in vision["vision_cfg"].items() if key != "image_size"}
+    same = []
+    for name in open_clip.list_models():
+        known = open_clip.get_model_config(name)
+        settings = dict(known["vision_cfg"])
+        size = settings.pop("image_size", None)
+        if settings == described and bool(known.get("quick_gelu")) == vision["quick_gelu"]:
+            same.append(
+                (size != vision["vision_cfg"].get("image_size"), known["embed_dim"] != vision["embed_dim"], name)
+            )
+    return min(same)[-1] if same else described.get("timm_model_name", "of OpenCLIP")
+
+
+def _projector(projector: nn.Module, width_in: int, width_out: int) -> tuple[str, dict[str, Tensor]]:
+    """The activation and the weights of LLaVA's projector, which always has two layers."""
+    layers: list[Any] = list(projector) if isinstance(projector, nn.Sequential) else [projector]
+    kinds = [type(layer) for layer in layers]
+    if kinds == [nn.Linear, nn.GELU, nn.Linear] and layers[1].approximate == "none":
+        first, second, activation = layers[0], layers[2], "gelu"
+    elif kinds in ([nn.Linear], [nn.Identity]):
+        first = layers[0] if kinds == [nn.Linear] else nn.Linear(width_in, width_out, bias=False)
+        if kinds == [nn.Identity]:
+            nn.init.eye_(first.weight)
+        second, activation = nn.Linear(width_out, width_out, bias=False).to(first.weight), "linear"
+        nn.init.eye_(second.weight)
+    else:
+        raise refusal(
+            f"the projector {type(projector).__name__}", "LLaVA's is linear, or two layers with a GELU between"
+        )
+    weights = {}
+    for name, layer in (("linear_1", first), ("linear_2", second)):
+        weights[f"{name}.weight"] = layer.weight.detach()
+        weights[f"{name}.bias"] = layer.weight.new_zeros(width_out) if layer.bias is None else layer.bias.detach()
+    return activation, weights
+
+
+def _language(language: Any) -> tuple[PretrainedConfig, dict[str, Tensor]]:
+    """Configuration and weights of the language model in LLaVA: its decoder, and a linear head without a bias."""
+    what = f"the language model {type(language).__name__}"
+    if hasattr(language, "get_base_model"):
+        raise refusal(what, "it has adapters of PEFT; merge them first, merge_and_unload()")
+    config = copy.deepcopy(language.config)
+    if not type(config).__module__.startswith("transformers."):
+        raise refusal(what, "its code is not in transformers")
+    head, embeddings = language.get_output_embeddings(), language.get_input_embeddings()
+    if type(head) is not nn.Linear:
+        raise refusal(what, f"its LM head is a {type(head).__name__}, no linear layer")
+    if head.bias is not None:
+        raise refusal(what, "its LM head has a bias")
+    scale, softcap = logit_transform(config)
+    if scale != 1 or softcap is not None:
+        raise refusal(what, f"it {'scales' if softcap is None else 'caps'} its logits")
+    widths = {embeddings.weight.shape[1], head.in_features, getattr(config, "hidden_size", None)}
+    if len(widths) > 1:
+        raise refusal(what, "its embeddings, hidden states and LM head differ in width")
+    config.vocab_size = vocabulary_size(language)
+    config.tie_word_embeddings = head.weight is embeddings.weight
+    config.use_cache = True
+    weights = {f"model.language_model.{name}": t.detach() for name, t in decoder_of(language).state_dict().items()}
+    return config, {**weights, "lm_head.weight": head.weight.detach()}
+
+
+def _processor(model: LVLM, tower: OpenCLIPTower, vision: StockVision) -> Any:
+    """The stock processor that makes of pictures and text what the model reads."""
+    own: Any = build_processor(model)
+    return LlavaProcessor(
+        _image_processor(tower),
+        _with_bos(own.tokenizer),
+        patch_size=vision.config.patch_size,
+        vision_feature_select_strategy="default" if vision.class_tokens else "full",
+        chat_template=CHAT_TEMPLATE,
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=vision.class_tokens,
+    )
+
+
+def _image_processor(tower: OpenCLIPTower) -> CLIPImageProcessor:
+    """The one on Pillow, whose resizing is OpenCLIP's to the bit; the one on torch rounds otherwise.
+
+    It takes the rows of a picture that is 1 or 3 pixels high for channels.
+    """
+    given, size = tower.config["preprocess"], tower.image_size
+    if given["resize_mode"] == "longest":
+        raise refusal("resize_mode=longest", "no image processor of transformers pads a picture like that")
+    square = {"height": size, "width": size}
+    crops = given["resize_mode"] == "shortest"
+    return CLIPImageProcessor(
+        size={"shortest_edge": size} if crops else square,
+        do_center_crop=crops,
+        crop_size=square,
+        resample=Image.Resampling.BILINEAR if given["interpolation"] == "bilinear" else Image.Resampling.BICUBIC,
+        image_mean=list(given["mean"]),
+        image_std=list(given["std"]),
+    )
+
+
+def _with_bos(tokenizer: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer that begins a text with the beginning-of-sequence token, as our sequences do, whatever its class.
+
+    Classes such as GPT-NeoX's write over what its file says of that when they load it; the plain class keeps it.
+    """
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    settings |= {"padding": None, "truncation": None, "pre_tokenizer": _alike_everywhere(settings["pre_tokenizer"])}
+    backend = type(tokenizer.backend_tokenizer).from_str(json.dumps(settings))
+    bos = bos_id(tokenizer)
+    with_special, plain = (backend.encode("a", add_special_tokens=special).ids for special in (True, False))
+    if with_special != [bos, *plain]:
+        token = tokenizer.convert_ids_to_tokens(bos)
+        pieces = {"single": [token, "$A"], "pair": [token, "$A", "$B"]}
+        before = processors.TemplateProcessing(**pieces, special_tokens=[(token, bos)])
+        others = backend.post_processor if with_special == plain else None
+        backend.post_processor = before if others is None else processors.Sequence([others, before])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        add_prefix_space=(settings["pre_tokenizer"] or {}).get("add_prefix_space", False),  # or it is set to False
+        **tokenizer.special_tokens_map,
+        model_max_length=tokenizer.model_max_length,
+        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
+        padding_side=tokenizer.padding_side,
+        model_input_names=tokenizer.model_input_names,
+    )
+
+
+def _alike_everywhere(settings: Any) -> Any:
+    """Read text after an image as text at the beginning: some tokenizers put a space before that alone."""
+    if isinstance(settings, list):
+        return [_alike_everywhere(one) for one in settings]
+    if not isinstance(settings, dict):
+        return settings
+    changed = {key: _alike_everywhere(value) for key, value in settings.items()}
+    if changed.get("prepend_scheme") == "first":
+        changed["prepend_scheme"] = "always"
+    return changed
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    """What stock transformers makes of a folder."""
+    processor = AutoProcessor.from_pretrained(folder)
+    llava, found = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    odd = sorted({*found["missing_keys"], *found["unexpected_keys"], *map(str, found["mismatched_keys"])})
+    if odd:
+        raise LlavaError(f"LLaVA, loaded again, differs in {len(odd)} weights, such as {odd[0]}; nothing is written.")
+    return llava.eval(), processor

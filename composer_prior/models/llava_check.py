@@ -1,0 +1,194 @@
+"""Holds a model in LLaVA form against the model itself: pixels, ids, logits and captions of a few pictures."""
+
+import copy
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import LlavaProcessor
+
+from composer_prior.data.messages import OneLineError, one_line
+from composer_prior.models.lvlm import LVLM
+from composer_prior.models.modeling_prior_lvlm import IMAGE_TOKEN
+from composer_prior.models.pretrained import build_processor
+
+TOLERANCE = 1e-4  # of logits up to 10; larger ones have fewer decimals in float32
+PIXEL_TOLERANCE = 1e-5  # a level of 255 is a thousand times that: below are roundings of float32
+PICTURES, CAPTION_TOKENS = 3, 16
+
+
+class LlavaError(OneLineError, ValueError):
+    """A model that has no LLaVA form, or whose LLaVA form is not the same model."""
+
+
+class Comparison(NamedTuple):
+    """What was measured in float32 on pictures of odd sizes.
+
+    Args:
+        logits: the largest difference of a logit.
+        pixels: the largest difference of a normalized pixel.
+        warning: of which pictures pixels differ all the same; None for none.
+    """
+
+    logits: float
+    pixels: float
+    warning: str | None
+
+
+def refusal(what: str, why: str) -> LlavaError:
+    """The error for a part that LLaVA does not have, which names the way that is open."""
+    return LlavaError(
+        f"{what} has no LLaVA form: {why.rstrip('.')}; use the model folder of the run, which transformers reads with "
+        "trust_remote_code=True."
+    )
+
+
+def failure(language: Any, error: Exception) -> LlavaError:
+    """The error for a language model that raises one inside of LLaVA."""
+    return LlavaError(
+        f"LLaVA with the language model {type(language).__name__} fails ({one_line(error, 200)}); nothing is written. "
+        "The model folder of the run is another way, which transformers reads with trust_remote_code=True."
+    )
+
+
+@torch.no_grad()
+def compare(model: LVLM, llava: Any, processor: LlavaProcessor) -> Comparison:
+    """Hold a model in LLaVA form against the model.
+
+    Args:
+        model: in any precision; float32 is compared.
+        llava, processor: ``LlavaForConditionalGeneration``, in float32, and its processor, as transformers loads them.
+
+    Raises:
+        LlavaError: one line, naming what differs.
+    """
+    if {parameter.dtype for parameter in model.parameters()} != {torch.float32}:
+        model = _in_float32(model)
+    training = model.training
+    model.eval()
+    try:
+        return _compare(model, llava.to(model.language.device), processor)
+    except LlavaError:
+        raise
+    except Exception as error:  # whatever a language model says to what LLaVA gives it
+        raise failure(model.language, error) from error
+    finally:
+        model.train(training)
+
+
+def _in_float32(model: LVLM) -> LVLM:
+    """A copy whose weights are those of the model; what it computes without weights, it computes in float32 anew."""
+    language: Any = type(model.language)(copy.deepcopy(model.language.config))
+    language.load_state_dict(model.language.state_dict())
+    parts: Any = copy.deepcopy([model.vision, model.projector])
+    vision, projector = (part.float() for part in parts)
+    copied = LVLM(vision, projector, language.float().to(model.language.device), model.tokenizer)
+    copied.prompt = model.prompt
+    return copied
+
+
+def _compare(model: LVLM, llava: Any, processor: LlavaProcessor) -> Comparison:
+    tower: Any = model.vision
+    shortest = tower.config["preprocess"]["resize_mode"] == "shortest"
+    pictures, shifted = _pictures(tower.image_size, shortest)
+    inputs, ours = _inputs(model, processor, pictures)
+    if sorted(inputs) != ["attention_mask", "input_ids", "pixel_values"]:
+        raise LlavaError(f"The processor makes {', '.join(inputs)}, which is not what LLaVA reads; nothing is written.")
+    pixels = _difference(inputs["pixel_values"], ours["pixel_values"])
+    if not pixels <= PIXEL_TOLERANCE:
+        raise LlavaError(f"The image processor's pixels differ by up to {pixels:.1e}; nothing is written.")
+    expected, theirs = _captions(model, pictures), _stock_captions(llava, processor, inputs)
+    logits, bound = _logit_difference(model, llava, inputs, ours)
+    if not logits <= bound:  # nor if they are not numbers
+        raise LlavaError(f"Logits differ by up to {logits:.1e}, more than {bound:.1e}; nothing is written.")
+    if expected != theirs:
+        raise LlavaError(f"LLaVA captions {theirs}, and the model {expected}; nothing is written.")
+    if not shifted:
+        return Comparison(logits, pixels, None)
+    inputs, ours = _inputs(model, processor, shifted)
+    same = sum(
+        a == b for a, b in zip(_captions(model, shifted), _stock_captions(llava, processor, inputs), strict=True)
+    )
+    differing = _logit_difference(model, llava, inputs, ours)[0]
+    return Comparison(logits, pixels, _shift_warning(tower.image_size, differing, same, len(shifted)))
+
+
+def _shift_warning(image_size: int, logits: float, same: int, of: int) -> str:
+    return (
+        f"resize_mode=shortest: of a picture whose longer side, once the shorter has {image_size} pixels, is longer by "
+        "3, 7, 11 and so on, one size in four, transformers cuts out what lies one pixel further to the left or top; "
+        f"on {of} such pictures {same} captions are the same and logits differ by up to {logits:.1e}. The model folder "
+        "of the run has no such difference."
+    )
+
+
+def _inputs(model: LVLM, processor: LlavaProcessor, pictures: list[Image.Image]) -> tuple[Any, Any]:
+    """What the stock processor and ours make of pictures with the prompt of training; the ids are the same."""
+    text = [IMAGE_TOKEN + model.prompt] * len(pictures)
+    device = model.language.device
+    inputs = processor(images=pictures, text=text, return_tensors="pt").to(device)
+    ours = build_processor(model, model.prompt)(images=pictures, return_tensors="pt").to(device)
+    if not torch.equal(inputs["input_ids"], ours["input_ids"]):
+        theirs, expected = (_cut(ids["input_ids"][0].tolist()) for ids in (inputs, ours))
+        raise LlavaError(f"The tokenizer reads the prompt as {theirs}, not as {expected}; nothing is written.")
+    return inputs, ours
+
+
+def _cut(ids: list[int]) -> str:
+    return f"{ids[:2]} ... {ids[-6:]} ({len(ids)} tokens)"
+
+
+def _captions(model: LVLM, pictures: list[Image.Image]) -> list[str]:
+    return model.generate(pictures, max_new_tokens=CAPTION_TOKENS)
+
+
+def _stock_captions(llava: Any, processor: LlavaProcessor, inputs: Any) -> list[str]:
+    ids = llava.generate(**inputs, max_new_tokens=CAPTION_TOKENS, do_sample=False)
+    return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _logit_difference(model: LVLM, llava: Any, inputs: Any, ours: Any) -> tuple[float, float]:
+    """The largest difference of a logit, and how large it may be; on the prompt and on text that follows."""
+    count = inputs["input_ids"].shape[0]
+    following = torch.arange(CAPTION_TOKENS, device=inputs["input_ids"].device) * 7 % len(model.tokenizer)
+    following = following[following != model.image_token_id].expand(count, -1)
+
+    def longer(batch: Any) -> dict[str, Tensor]:
+        mask = torch.cat([batch["attention_mask"], torch.ones_like(following)], 1)
+        return {**batch, "input_ids": torch.cat([batch["input_ids"], following], 1), "attention_mask": mask}
+
+    batch = longer(ours)
+    expected = model.language(
+        inputs_embeds=model.embed(batch), attention_mask=batch["attention_mask"], use_cache=False
+    ).logits
+    difference = _difference(llava(**longer(inputs), use_cache=False).logits, expected)
+    return difference, TOLERANCE * max(1.0, float(expected.abs().max()) / 10)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max()) if a.shape == b.shape else float("inf")
+
+
+def _pictures(image_size: int, shortest: bool) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Pictures of odd sizes, always the same, and where the shorter side is fitted, those that are cut otherwise."""
+    generator = np.random.default_rng(17)
+    same: list[Image.Image] = []
+    shifted: list[Image.Image] = []
+    while len(same) < PICTURES or (shortest and len(shifted) < PICTURES):
+        width, height = (int(side) for side in generator.integers(32, 400, 2))
+        pixels = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        kind = shifted if shortest and cut_differs(width, height, image_size) else same
+        if len(kind) < PICTURES:
+            kind.append(pixels.resize((width, height), Image.Resampling.BICUBIC))
+    return same, shifted
+
+
+def cut_differs(width: int, height: int, image_size: int) -> bool:
+    """Whether torchvision and transformers cut the middle of a picture otherwise, once its shorter side is fitted.
+
+    Half of an odd rest is rounded to even there and down here.
+    """
+    long, short = max(width, height), min(width, height)
+    return (int(image_size * long / short) - image_size) % 4 == 3

@@ -1,0 +1,176 @@
+"""An OpenCLIP encoder as a vision model of transformers: plain ViTs of CLIP, and timm's of SigLIP."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, PretrainedConfig, SiglipVisionConfig
+from transformers.activations import ACT2FN
+
+ACTIVATIONS = ("gelu", "quick_gelu", "gelu_pytorch_tanh")
+CLIP_NAMES = {
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "ln_pre.weight": "pre_layrnorm.weight",
+    "ln_pre.bias": "pre_layrnorm.bias",
+}
+CLIP_BLOCK = {
+    "ln_1": "layer_norm1",
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+SIGLIP_NAMES = {
+    "trunk.pos_embed": "embeddings.position_embedding.weight",
+    "trunk.patch_embed.proj.weight": "embeddings.patch_embedding.weight",
+    "trunk.patch_embed.proj.bias": "embeddings.patch_embedding.bias",
+}
+SIGLIP_BLOCK = {
+    "norm1": "layer_norm1",
+    "attn.proj": "self_attn.out_proj",
+    "norm2": "layer_norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+
+class NoStockFormError(ValueError):
+    """Why an encoder is no vision model of transformers."""
+
+
+class StockVision(NamedTuple):
+    """A vision model of transformers.
+
+    Args:
+        config: its configuration, with as many blocks as the encoder has left: the last one gives the features.
+        weights: by their names in the model.
+        class_tokens: how many tokens stand before those of the patches.
+    """
+
+    config: PretrainedConfig
+    weights: dict[str, Tensor]
+    class_tokens: int
+
+
+def stock_vision(encoder: nn.Module, image_size: int) -> StockVision:
+    """The vision model of transformers that computes what an encoder does up to the last block that it has left.
+
+    Args:
+        encoder: OpenCLIP's, without what comes after its blocks.
+        image_size: side of the square input in pixels.
+
+    Raises:
+        NoStockFormError: if there is none.
+    """
+    if type(encoder) is VisionTransformer:
+        return _clip(encoder, image_size)
+    trunk = getattr(encoder, "trunk", None)
+    if type(encoder) is TimmModel and type(trunk) is TimmVisionTransformer:
+        return _siglip(encoder, image_size)
+    raise NoStockFormError(
+        f"its {type(trunk if trunk is not None else encoder).__name__} is no plain ViT of CLIP or SigLIP"
+    )
+
+
+def _clip(encoder: VisionTransformer, image_size: int) -> StockVision:
+    blocks: Any = encoder.transformer.resblocks
+    _expect(blocks, ResidualAttentionBlock)
+    fused = ("attn.in_proj_weight", "attn.in_proj_bias")
+    names = _all_names(CLIP_NAMES, "transformer.resblocks", CLIP_BLOCK, fused, len(blocks))
+    weights = _renamed(encoder.state_dict(), names)
+    config = CLIPVisionConfig(
+        hidden_size=encoder.conv1.out_channels,
+        intermediate_size=blocks[0].mlp.c_fc.out_features,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=blocks[0].attn.num_heads,
+        image_size=image_size,
+        patch_size=encoder.patch_size[0],
+        hidden_act=_activation(block.mlp.gelu for block in blocks),
+        layer_norm_eps=_epsilon([encoder.ln_pre, *blocks.modules()]),
+    )
+    return StockVision(config, weights, class_tokens=1)
+
+
+def _siglip(encoder: TimmModel, image_size: int) -> StockVision:
+    trunk: Any = encoder.trunk
+    blocks = trunk.blocks
+    _expect(blocks, Block)
+    names = _all_names(SIGLIP_NAMES, "trunk.blocks", SIGLIP_BLOCK, ("attn.qkv.weight", "attn.qkv.bias"), len(blocks))
+    weights = _renamed(encoder.state_dict(), names)
+    position = "vision_model.embeddings.position_embedding.weight"
+    weights[position] = weights[position][0]
+    config = SiglipVisionConfig(
+        hidden_size=trunk.embed_dim,
+        intermediate_size=blocks[0].mlp.fc1.out_features,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=blocks[0].attn.num_heads,
+        image_size=image_size,
+        patch_size=trunk.patch_embed.patch_size[0],
+        hidden_act=_activation(block.mlp.act for block in blocks),
+        layer_norm_eps=_epsilon(blocks.modules()),
+        vision_use_head=False,  # the pooling that comes after the features
+    )
+    return StockVision(config, weights, class_tokens=0)
+
+
+def _all_names(
+    outer: Mapping[str, str], blocks: str, inner: Mapping[str, str], fused: tuple[str, str], depth: int
+) -> dict[str, list[str]]:
+    """For each weight of an encoder its names in transformers: three where queries, keys and values are one matrix."""
+    names = {ours: [theirs] for ours, theirs in outer.items()}
+    for i in range(depth):
+        a, b = f"{blocks}.{i}", f"encoder.layers.{i}"
+        for kind, together in zip(("weight", "bias"), fused, strict=True):
+            names[f"{a}.{together}"] = [f"{b}.self_attn.{part}_proj.{kind}" for part in "qkv"]
+            names |= {f"{a}.{ours}.{kind}": [f"{b}.{theirs}.{kind}"] for ours, theirs in inner.items()}
+    return names
+
+
+def _renamed(state: Mapping[str, Tensor], names: Mapping[str, list[str]]) -> dict[str, Tensor]:
+    """The weights under their names in transformers. Every one has a place, and every place has one."""
+    odd = sorted({*state} ^ {*names})
+    if odd:
+        raise NoStockFormError(
+            f"it {'has' if odd[0] in state else 'lacks'} {odd[0]}, unlike a plain ViT of CLIP or SigLIP"
+        )
+    weights: dict[str, Tensor] = {}
+    for ours, theirs in names.items():
+        parts = state[ours].detach().chunk(len(theirs))
+        weights |= {f"vision_model.{name}": part.clone() for name, part in zip(theirs, parts, strict=True)}
+    # Nobody reads these: they come after the features, and the encoder has them no more.
+    norm = weights["vision_model.encoder.layers.0.layer_norm1.weight"]
+    weights["vision_model.post_layernorm.weight"] = torch.ones_like(norm)
+    weights["vision_model.post_layernorm.bias"] = torch.zeros_like(norm)
+    return weights
+
+
+def _expect(blocks: Iterable[nn.Module], kind: type[nn.Module]) -> None:
+    other = {type(block).__name__ for block in blocks if type(block) is not kind}
+    if other:
+        raise NoStockFormError(f"its blocks are {', '.join(sorted(other))}")
+
+
+def _activation(modules: Iterable[nn.Module]) -> str:
+    """The name of what activation modules compute: their classes have many names, and GELU has three forms."""
+    x = torch.linspace(-4, 4, 101, device="cpu")
+    found = set()
+    for kind, module in {type(module): module for module in modules}.items():
+        same = [name for name in ACTIVATIONS if torch.allclose(ACT2FN[name](x), module(x), rtol=0, atol=1e-6)]
+        found.add(same[0] if same else kind.__name__)
+    if len(found) > 1 or not found <= {*ACTIVATIONS}:
+        raise NoStockFormError(f"its activation is {', '.join(sorted(found))}")
+    return found.pop()
+
+
+def _epsilon(modules: Iterable[nn.Module]) -> float:
+    found = {module.eps for module in modules if isinstance(module, nn.LayerNorm)}
+    if len(found) != 1:
+        raise NoStockFormError(f"its layer norms have {len(found)} different epsilons")
+    return found.pop()

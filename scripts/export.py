@@ -1,0 +1,12 @@
+"""Write a model in the form of another library: ``python scripts/export.py MODEL OUT [format=llava] [dtype=…] …``.
+
+MODEL is a run folder, a model folder or a checkpoint. ``format=llava`` makes a folder that transformers loads as
+``LlavaForConditionalGeneration``, with no code of ours.
+"""
+
+import sys
+
+from composer_prior.cli import main
+
+if __name__ == "__main__":
+    main(["export", *sys.argv[1:]])
