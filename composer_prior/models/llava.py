@@ -201,7 +201,7 @@ def architecture_name(vision: Any) -> str:
 def _projector(projector: nn.Module, width_in: int, width_out: int) -> tuple[str, dict[str, Tensor]]:
     """The activation and the weights of LLaVA's projector, which always has two layers."""
     layers: list[Any] = list(projector) if isinstance(projector, nn.Sequential) else [projector]
-    kinds = [type(layer) for layer in layers]
+    kinds = [nn.Linear if isinstance(layer, nn.Linear) else type(layer) for layer in layers]
     if kinds == [nn.Linear, nn.GELU, nn.Linear] and layers[1].approximate == "none":
         first, second, activation = layers[0], layers[2], "gelu"
     elif kinds in ([nn.Linear], [nn.Identity]):
@@ -230,7 +230,7 @@ def _language(language: Any) -> tuple[PretrainedConfig, dict[str, Tensor]]:
     if not type(config).__module__.startswith("transformers."):
         raise refusal(what, "its code is not in transformers")
     head, embeddings = language.get_output_embeddings(), language.get_input_embeddings()
-    if type(head) is not nn.Linear:
+    if not isinstance(head, nn.Linear):
         raise refusal(what, f"its LM head is a {type(head).__name__}, no linear layer")
     if head.bias is not None:
         raise refusal(what, "its LM head has a bias")

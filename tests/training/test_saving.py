@@ -11,11 +11,13 @@ import yaml
 from common.recipes import ROOT, SHRUNKEN, VIT, launch, recipe
 from common.s3_server import s3_server
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from composer_prior import ComposerLVLM, StreamingCaptionDataset, load
 from composer_prior.data.captions import caption_data_spec
+from composer_prior.data.download import download_from
 from composer_prior.inference.caption import caption_images
+from composer_prior.models.llava import export_llava
 from composer_prior.models.pretrained import ModelFolderError
 from composer_prior.training.run import train
 
@@ -43,14 +45,18 @@ def alone(runs, tmp_path, monkeypatch):
     return tmp_path
 
 
-def validation_loss(model):
-    data = StreamingCaptionDataset(
+def validation_data(model):
+    return StreamingCaptionDataset(
         local="validation",
         tokenizer=model.tokenizer,
         image_processor=model.image_processor,
         batch_size=8,
         max_caption_tokens=128,
     )
+
+
+def validation_loss(model):
+    data = validation_data(model)
     composer = ComposerLVLM(model).eval()
     total = count = 0.0
     with torch.no_grad():
@@ -129,8 +135,6 @@ def test_two_ranks_write_the_folder_of_one(runs, tmp_path, monkeypatch):
             monkeypatch.setenv(name, value)
         command = [ROOT / "train.py", ROOT / "yamls/prior_vit.yaml", *SHRUNKEN, *VIT, *still, checkpoint]
         launch(tmp_path, *command, "init_from=runs/prior_vit")
-        from composer_prior.data.download import download_from
-
         for name in ("model.safetensors", "config.json"):
             download_from(f"s3://models/two/ba1/{name}", tmp_path / name)
     one, two = (load_file(f"runs/{name}/model/model.safetensors") for name in ("prior_vit", "two"))
@@ -142,12 +146,41 @@ def test_two_ranks_write_the_folder_of_one(runs, tmp_path, monkeypatch):
     assert names[0] == names[1]
 
 
-def test_captions_from_the_command_equal_those_of_transformers(alone):
-    form = AutoModelForImageTextToText.from_pretrained("runs/prior_vit/model")
-    assert form.generation_config.eos_token_id == load("runs/prior_vit").tokenizer.eos_token_id
-    data = StreamingCaptionDataset(local="validation", tokenizer=load("runs/prior_vit").tokenizer, batch_size=1)
+def test_the_export_has_the_loss_and_the_captions_of_the_run(alone):
+    model = load("runs/prior_vit")
+    export_llava(model, "llava")
+    llava = AutoModelForImageTextToText.from_pretrained("llava")
+    processor = AutoProcessor.from_pretrained("llava")
+    data = validation_data(model)
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in caption_data_spec(data, 8).dataloader:
+            labelled = int((batch["labels"] != -100).sum())
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "labels", "pixel_values")}
+            total += float(llava(**inputs).loss) * labelled
+            count += labelled
+    assert total / count == pytest.approx(logged_loss("prior_vit"), abs=1e-4)
+    images = [data.image_and_caption(number)[0] for number in range(data.num_samples)]
+    inputs = processor(images=images, text=["<image>"] * len(images), padding=True, return_tensors="pt")
+    ids = llava.generate(**inputs, max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    expected = model.generate(images, max_new_tokens=24)
+    assert processor.batch_decode(ids, skip_special_tokens=True) == expected
+    captioner = pipeline("image-text-to-text", model=llava, processor=processor)
+    (found,) = captioner(images=images[0], text="<image>", max_new_tokens=24, return_full_text=False)
+    assert found["generated_text"].removeprefix("<image>").strip() == expected[0].strip()
+
+
+def test_captions_from_the_command_are_those_of_the_model(alone):
+    model = load("runs/prior_vit")
+    assert AutoModelForImageTextToText.from_pretrained("runs/prior_vit/model").generation_config.eos_token_id == (
+        model.tokenizer.eos_token_id
+    )
+    data = validation_data(model)
+    images = [data.image_and_caption(number)[0] for number in range(5)]
     Path("images").mkdir()
-    for number in range(5):
-        data.image_and_caption(number)[0].save(f"images/{number}.png")
-    counts = caption_images("runs/prior_vit", ["images"], batch_size=2, max_new_tokens=8, progress=False)
+    for number, image in enumerate(images):
+        image.save(f"images/{number}.png")
+    counts = caption_images("runs/prior_vit", ["images"], batch_size=2, max_new_tokens=8, num_workers=0, progress=False)
     assert counts == {"captioned": 5, "errors": 0, "before": 0}
+    lines = [json.loads(line) for line in Path("captions.jsonl").read_text().splitlines()]
+    assert [line["caption"] for line in lines] == model.generate(images, max_new_tokens=8)
