@@ -88,19 +88,12 @@ def build_processor(model: Any, prompt: str = "") -> PriorLVLMProcessor:
 
 def _for_saving(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """A copy that pads on the left, as generation needs, and names no inputs that the model does not have."""
-    changes: dict[str, Any] = {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
-    if tokenizer.pad_token_id is None:
-        changes["pad_token"] = tokenizer.eos_token
-    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-    copy = type(tokenizer).__new__(type(tokenizer))
-    copy.__dict__.update(tokenizer.__dict__)
-    copy._tokenizer = type(backend).from_str(backend.to_str())
-    copy.init_kwargs = {**tokenizer.init_kwargs, **changes}
-    copy.padding_side = "left"
-    copy.model_input_names = changes["model_input_names"]
-    if "pad_token" in changes:
-        copy._special_tokens_map = dict(tokenizer._special_tokens_map)
-        copy.pad_token = changes["pad_token"]
+    copy = deepcopy(tokenizer)
+    copy.padding_side, copy.model_input_names = "left", ["input_ids", "attention_mask"]
+    # What is saved are the arguments that the tokenizer was made with.
+    copy.init_kwargs |= {"padding_side": copy.padding_side, "model_input_names": copy.model_input_names}
+    if copy.pad_token_id is None:
+        copy.pad_token = copy.eos_token
     return copy
 
 

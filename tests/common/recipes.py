@@ -62,9 +62,8 @@ def run_program(*command, ok=True, timeout=400, cwd=None, **environment):
     return done.stdout, done.stderr
 
 
-def launch(folder, *command, expect=0, ranks=2):
+def launch(folder, *command, expect=0, ranks=2, timeout=400):
     """What the command prints under Composer's launcher, in a folder."""
     composer = Path(sys.executable).with_name("composer")
-    return "".join(
-        run_program(composer, "-n", ranks, *command, ok=expect == 0, cwd=folder, PYTHONPATH=str(ROOT / "tests"))
-    )
+    options = {"ok": expect == 0, "timeout": timeout, "cwd": folder, "PYTHONPATH": str(ROOT / "tests")}
+    return "".join(run_program(composer, "-n", ranks, *command, **options))

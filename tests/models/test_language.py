@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2ForCausalLM, Ll
 
 from composer_prior import LVLM, ReferenceLM
 from composer_prior.data.batch import IGNORE_INDEX
-from composer_prior.models import language
+from composer_prior.models import modeling_prior_lvlm
 from composer_prior.models.compile import prepare_compile
 from composer_prior.models.head import TransformedHead, labelled_nll
 from composer_prior.models.language import build_language_model, check_head, head_of, last_hidden_states
@@ -175,7 +175,7 @@ def test_changes_that_no_configuration_names_are_seen_at_small_weights(kind, mes
 def test_a_cap_whose_name_is_not_known_is_seen_at_small_weights(monkeypatch: pytest.MonkeyPatch):
     model = build("gemma2", initializer_range=1e-3)
     check_head(model)
-    monkeypatch.setattr(language, "_SOFTCAPS", ())
+    monkeypatch.setattr(modeling_prior_lvlm, "LOGIT_SOFTCAPS", ())
     with pytest.raises(ValueError, match="Gemma2ForCausalLM changes its logits after the LM head"):
         check_head(model)
 

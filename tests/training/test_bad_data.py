@@ -169,7 +169,7 @@ def test_what_goes_wrong_in_the_report_is_said_and_ends_no_run(capsys, monkeypat
     main(arguments("ntp_vit", *data))
     output = capsys.readouterr().out
     assert "The closing report lacks a part: RuntimeError: out of memory" in output
-    assert "checkpoints in runs/ntp_vit/checkpoints." in output
+    assert "checkpoints in runs/ntp_vit/checkpoints, the model in Hugging Face form in runs/ntp_vit/model." in output
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "closed"])
