@@ -51,7 +51,8 @@ def ours(folder: str, names: list[str], batch_size: int, given: Any) -> Callable
         images = Images(names, set(), model.image_processor)
         options = {"max_new_tokens": given.max_new_tokens}
         found = caption_loaded(model, images, batch_size, given.num_workers, options)
-        return [caption.text for batch in found for _, caption in batch if caption is not None]
+        captions = {image.name: caption.text for batch in found for image, caption in batch if caption is not None}
+        return [captions[name] for name in names]  # each worker makes batches of its own share
 
     return run
 
