@@ -177,7 +177,7 @@ def _decode_once(data: bytes, shrink: bool) -> Image.Image:
         image.load()
         with suppress(Exception):  # an orientation that nobody can read is none
             ImageOps.exif_transpose(image, in_place=True)
-        image = _on_white(_eight_bits(image, data))
+        image = on_white(_eight_bits(image, data))
         if image.mode != "RGB":
             image = image.convert("RGB")
     except Exception as error:
@@ -245,7 +245,7 @@ def _white(values: np.ndarray, tags: Any) -> float:
     raise ImageError("unknown range of values", f"{low:g} to {high:g}, expected 0 to {' or '.join(map(str, ranges))}")
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
     """The image on white, as it stands where its transparency makes no sense."""
     with suppress(Exception):
         if image.has_transparency_data:

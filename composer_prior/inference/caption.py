@@ -75,7 +75,7 @@ class Images(IterableDataset[Decoded]):
             inputs = self.image_processor(decode_rgb(data))
             return Decoded(name, inputs, encoded=data if keep else b"")
         except Exception as error:  # one image's trouble, whatever it is
-            return Decoded(name, None, one_line(error) or type(error).__name__)
+            return Decoded(name, None, one_line(error))
 
 
 def find_images(sources: Sequence[str]) -> Iterator[str]:
@@ -153,7 +153,8 @@ def caption_images(
     if min(batch_size, max_new_tokens, num_beams) < 1 or num_workers < 0 or temperature < 0:
         raise ValueError("batch_size, max_new_tokens and num_beams are at least 1, num_workers and temperature 0.")
     decoding = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "temperature": temperature, "seed": seed}
-    done = _begin(Path(out).expanduser(), {"model": model, "prompt": prompt, **decoding}, overwrite)
+    lines = Path(out).expanduser()
+    done = _begin(lines, {"model": model, "prompt": prompt, **decoding}, overwrite)
     lvlm = load(model, trust_remote_code)
     if prompt is not None:
         lvlm.prompt = prompt
@@ -167,7 +168,7 @@ def caption_images(
     counts = {"captioned": 0, "errors": 0, "before": len(done)}
     cards: list[str] = []
     disable = None if progress is None else not progress
-    with open(Path(out).expanduser(), "a") as file, tqdm(unit=" images", disable=disable) as bar:
+    with open(lines, "a") as file, tqdm(unit=" images", disable=disable) as bar:
         for batch in caption_loaded(
             lvlm, images, batch_size, num_workers, options | {"probabilities": page is not None}
         ):

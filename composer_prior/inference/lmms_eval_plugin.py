@@ -19,7 +19,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
-from composer_prior.data.images import decode_rgb
+from composer_prior.data.images import decode_rgb, on_white
 from composer_prior.models.lvlm import LVLM
 
 NAME = "composer_prior"
@@ -129,9 +129,7 @@ def cut(text: str, until: str | Sequence[str] | None) -> str:
 
 def rgb(image: Image.Image) -> Image.Image:
     """An image as RGB, its transparency laid on white as in training."""
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+    return on_white(image.copy()).convert("RGB")
 
 
 def doc_to_visual(doc: Mapping[str, Any]) -> list[Image.Image]:

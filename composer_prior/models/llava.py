@@ -34,7 +34,7 @@ from composer_prior.models.language import vocabulary_size
 from composer_prior.models.llava_check import PICTURES, Comparison, LlavaError, compare, failure, refusal
 from composer_prior.models.lvlm import LVLM
 from composer_prior.models.modeling_prior_lvlm import CHAT_TEMPLATE, IMAGE_TOKEN, decoder_of, logit_transform
-from composer_prior.models.pretrained import SHARD_SIZE, build_processor
+from composer_prior.models.pretrained import SHARD_SIZE, build_processor, differing_weights
 from composer_prior.models.stock_vision import NoStockFormError, StockVision, stock_vision
 from composer_prior.models.vision import OpenCLIPTower
 
@@ -324,7 +324,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
     """What stock transformers makes of a folder."""
     processor = AutoProcessor.from_pretrained(folder)
     llava, found = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    odd = sorted({*found["missing_keys"], *found["unexpected_keys"], *map(str, found["mismatched_keys"])})
+    odd = differing_weights(found)
     if odd:
         raise LlavaError(f"LLaVA, loaded again, differs in {len(odd)} weights, such as {odd[0]}; nothing is written.")
     return llava.eval(), processor

@@ -335,10 +335,8 @@ class PriorLVLMPreTrainedModel(PreTrainedModel):
 class PriorLVLMModel(PriorLVLMPreTrainedModel):
     """Tower, projector and the language model's decoder."""
 
-    def __init__(self, config: PriorLVLMConfig, language_model: nn.Module | None = None):
+    def __init__(self, config: PriorLVLMConfig, language_model: nn.Module):
         super().__init__(config)
-        if language_model is None:
-            language_model = decoder_of(AutoModelForCausalLM.from_config(config.text_config))
         self.language_model = language_model
         self.vision_tower = PriorLVLMVision(config.vision)
         width: Any = self.get_input_embeddings().weight.shape[1]

@@ -189,10 +189,15 @@ def load_form(
         form, found = PriorLVLMForConditionalGeneration.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:
         raise ModelFolderError(f"{path} holds no model that can be loaded: {one_line(error)}") from error
-    differing = sorted({*found["missing_keys"], *found["unexpected_keys"], *map(str, found["mismatched_keys"])})
+    differing = differing_weights(found)
     if differing:
         raise ModelFolderError(f"{path} is not whole: {len(differing)} weights differ, such as {differing[0]}.")
     return form, processor
+
+
+def differing_weights(found: Mapping[str, Any]) -> list[str]:
+    """What transformers' ``output_loading_info`` says is missing, unexpected or of another shape."""
+    return sorted({*found["missing_keys"], *found["unexpected_keys"], *map(str, found["mismatched_keys"])})
 
 
 def empty_form(path: Path) -> tuple[PriorLVLMForConditionalGeneration, PriorLVLMProcessor]:

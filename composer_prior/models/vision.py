@@ -5,7 +5,7 @@ A tower is a module with
 - ``image_processor``: a picklable callable, PIL image -> :class:`ImageInputs`, that belongs to the tower;
 - ``max_image_tokens``: the most positions that an image can take in the text sequence;
 - ``width``: the size of a feature, None if the tower is built for the language model's own width;
-- ``config``: a dict of what it is built from, from which :func:`build_tower` builds it again;
+- ``config``: a dict of what it is built from, from which :func:`.tower_of` makes it again;
 - ``forward(batch) -> [n, width]``: the features of every image token of the batch, in reading order.
 """
 
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from composer_prior.data.batch import IMAGE, ROW_SEPARATOR, ImageInputs
-from composer_prior.models.modeling_prior_lvlm import build_encoder, cut_patches, encoder_features, prune_encoder
+from composer_prior.models.modeling_prior_lvlm import cut_patches, encoder_features, prune_encoder
 from composer_prior.registry import did_you_mean, register
 
 open_clip.add_model_config(Path(__file__).parent / "open_clip_configs")
@@ -88,11 +88,11 @@ class OpenCLIPTower(nn.Module):
         self.requires_grad_(not freeze)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], encoder: nn.Module | None = None) -> "OpenCLIPTower":
-        """The tower of a ``config``, with random weights unless an encoder is given."""
+    def from_config(cls, config: Mapping[str, Any], encoder: nn.Module) -> "OpenCLIPTower":
+        """The tower of a ``config`` around its encoder, whose later blocks are gone already."""
         tower = cls.__new__(cls)
         nn.Module.__init__(tower)
-        tower.encoder = encoder if encoder is not None else build_encoder(config)
+        tower.encoder = encoder
         tower.frozen = False
         tower._describe(dict(config))
         return tower

@@ -19,7 +19,7 @@ from composer_prior.data.messages import announce, one_line
 from composer_prior.data.storage import Place, is_remote
 from composer_prior.data.tokenizer import tokenizer_fingerprint
 from composer_prior.models.lvlm import LVLM
-from composer_prior.models.pretrained import ModelFolderError, empty_form, names_in_lvlm, save_folder
+from composer_prior.models.pretrained import ModelFolderError, empty_form, hugging_face_weights, save_folder
 from composer_prior.reports.closing import trained_model, validation_metrics
 from composer_prior.training.checkpoints import find_weights, read_weights
 from composer_prior.training.config import TrainConfig
@@ -194,12 +194,12 @@ def _load_checkpoint(source: Path) -> LVLM:
         raise ModelFolderError(f"{source} cannot be loaded: {one_line(error)}") from error
     if fingerprint not in (None, tokenizer_fingerprint(processor.tokenizer)):
         raise ModelFolderError(f"{source} was made with another tokenizer than {runs[0] / ARCHITECTURE} holds.")
-    state = {}
-    for name, same in names_in_lvlm(form).items():
-        found = next((weights[f"model.{one}"] for one in same if f"model.{one}" in weights), None)
-        if found is None:
-            raise ModelFolderError(f"{source} is no checkpoint of the model in {runs[0] / ARCHITECTURE}: no {same[0]}.")
-        state[name] = found.float()
-    form.load_state_dict(state, strict=False, assign=True)  # what is not there is tied
+    try:
+        state = hugging_face_weights({name.removeprefix("model."): tensor for name, tensor in weights.items()}, form)
+    except ValueError as error:
+        place = runs[0] / ARCHITECTURE
+        raise ModelFolderError(f"{source} is no checkpoint of the model in {place}: {error}.") from error
+    whole = {name: tensor.float() for name, tensor in state.items()}
+    form.load_state_dict(whole, strict=False, assign=True)  # what is not there is tied
     form.tie_weights()
     return LVLM.of(form, processor)

@@ -86,7 +86,7 @@ def clip_tower(quick_gelu=False, preprocess=None, **changes):
         "layer": 1,
         "preprocess": {**PREPROCESS, **(preprocess or {})},
     }
-    return shaken(OpenCLIPTower.from_config(config))
+    return shaken(OpenCLIPTower.from_config(config, build_encoder(config)))
 
 
 def siglip_tower(act_layer="gelu", **changes):
