@@ -5,7 +5,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from composer_prior.data.batch import ImageInputs
 from composer_prior.data.download import download_from
 from composer_prior.data.images import decode_rgb
+from composer_prior.data.lines import begin_lines
 from composer_prior.data.messages import OneLineError, one_line, say
 from composer_prior.data.storage import is_remote, list_remote
 from composer_prior.models.lvlm import LVLM, Caption
@@ -154,7 +154,8 @@ def caption_images(
         raise ValueError("batch_size, max_new_tokens and num_beams are at least 1, num_workers and temperature 0.")
     decoding = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "temperature": temperature, "seed": seed}
     lines = Path(out).expanduser()
-    done = _begin(lines, {"model": model, "prompt": prompt, **decoding}, overwrite)
+    settings = {"model": model, "prompt": prompt, **decoding}
+    done = {line["image"] for line in begin_lines(lines, settings, overwrite)}
     lvlm = load(model, trust_remote_code)
     if prompt is not None:
         lvlm.prompt = prompt
@@ -202,32 +203,6 @@ def caption_loaded(
         usable = [image.inputs for image in batch if image.inputs is not None]
         captions = iter(model.caption(usable, **options) if usable else [])
         yield [(image, next(captions) if image.inputs is not None else None) for image in batch]
-
-
-def _begin(out: Path, settings: Mapping[str, Any], overwrite: bool) -> set[str]:
-    """The names of images that are done; a line that was not written to its end is taken away."""
-    beside = out.with_name(f"{out.name}.options.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists() and not overwrite:
-        known: Any = None
-        with suppress(OSError, ValueError):
-            known = json.loads(beside.read_text())
-        if known != settings:
-            changed = [key for key in settings if not isinstance(known, dict) or known.get(key) != settings[key]]
-            raise FileExistsError(
-                f"{out} was not made with these options ({', '.join(changed)} differ); give another out=, or "
-                "overwrite=true."
-            )
-    elif out.exists():
-        out.unlink()
-    beside.write_text(json.dumps(settings))
-    if not out.exists():
-        return set()
-    whole = out.read_bytes()
-    whole = whole[: whole.rfind(b"\n") + 1]
-    with open(out, "r+b") as file:
-        file.truncate(len(whole))
-    return {json.loads(line)["image"] for line in whole.splitlines()}
 
 
 def main(arguments: Sequence[str]) -> int:

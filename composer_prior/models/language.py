@@ -113,18 +113,18 @@ def last_hidden_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
             raise ValueError(
                 f"{config.peft_type.value} adds virtual tokens to the text, which have no place; use LoRA."
             )
-    return decoder_of(_causal_lm(model))(**inputs, use_cache=False).last_hidden_state
+    return decoder_of(causal_lm_of(model))(**inputs, use_cache=False).last_hidden_state
 
 
 def head_of(model: PreTrainedModel) -> Head:
     """What maps hidden states to logits: the module, and what the model's configuration does to the logits after it."""
     module = model.get_output_embeddings()
-    config = _causal_lm(model).config.get_text_config()
+    config = causal_lm_of(model).config.get_text_config()
     scale, softcap = logit_transform(config)
     return module if (scale, softcap) == (1, None) else TransformedHead(module, scale, softcap)
 
 
-def _causal_lm(model: PreTrainedModel) -> PreTrainedModel:
+def causal_lm_of(model: PreTrainedModel) -> PreTrainedModel:
     """The Hugging Face model inside one of PEFT."""
     return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -143,7 +143,7 @@ def check_head(model: PreTrainedModel, reads_embeddings: bool = False) -> None:
     Raises:
         ValueError: one line, naming the model's class and what is not supported.
     """
-    name, was_training = type(_causal_lm(model)).__name__, model.training
+    name, was_training = type(causal_lm_of(model)).__name__, model.training
     if reads_embeddings and model.config.get_text_config() is not model.config:
         raise ValueError(f"{name} has a vision or audio tower of its own; give its text model, saved alone.")
     if model.device.type == "meta":

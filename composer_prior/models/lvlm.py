@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from composer_prior.data.batch import ImageInputs, stack_images
 from composer_prior.data.tokenizer import bos_id, image_token_ids, prompt_ids
+from composer_prior.models.continuation import continuation_logprobs, same
 from composer_prior.models.head import Head, TransformedHead, label_mask, labelled_nll
-from composer_prior.models.language import head_of, last_hidden_states, vocabulary_size
-from composer_prior.models.modeling_prior_lvlm import PriorLVLMForConditionalGeneration
+from composer_prior.models.language import causal_lm_of, head_of, last_hidden_states, vocabulary_size
+from composer_prior.models.modeling_prior_lvlm import PriorLVLMForConditionalGeneration, decoder_of
 from composer_prior.models.packing import enable_packing, packed_hidden_states
 from composer_prior.models.pretrained import load_form, save_folder, tower_of
 
@@ -198,6 +199,36 @@ class LVLM(nn.Module):
             found.sequences, found.logits, found.get("beam_indices"), normalize_logits=True
         )
         return [self._in_pieces(ids, row.exp()) for ids, row in zip(found.sequences.tolist(), scores, strict=True)]
+
+    @torch.no_grad()
+    def text_logprobs(
+        self, images: Sequence[ImageInputs], texts: Sequence[Sequence[Sequence[int]]], prompt: str | None = None
+    ) -> list[list[list[float]]]:
+        """``log P(text[t] | image, prompt, text[:t])`` of every token of the texts of each image, in nats.
+
+        The tower reads an image once, and the language model reads image and prompt once, however many texts there are.
+
+        Args:
+            images: prepared by the image processor.
+            texts: for each image the ids of its texts, each at least one token long.
+            prompt: text between image and text. Default: that of training, where it is known, or none.
+        """
+        was_training = self.training
+        self.eval()
+        found: list[list[list[float]]] = [[] for _ in images]
+        try:
+            for rows in same([len(image.layout) for image in images]):
+                batch, attention_mask = self._generation_batch(
+                    [images[row] for row in rows], self.prompt if prompt is None else prompt
+                )
+                prefix = {"inputs_embeds": self.embed(batch), "attention_mask": attention_mask}
+                decoder, head = decoder_of(causal_lm_of(self.language)), head_of(self.language)
+                scores = continuation_logprobs(decoder, head, prefix, [texts[row] for row in rows])
+                for row, values in zip(rows, scores, strict=True):
+                    found[row] = values
+        finally:
+            self.train(was_training)
+        return found
 
     def _in_pieces(self, ids: list[int], probabilities: Tensor) -> Caption:
         """A caption whose pieces are what each token adds to its text."""

@@ -173,6 +173,7 @@ def prepare_sharded(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LVLM):
             register_fsdp_forward_method(module, "generate_ids")
+            register_fsdp_forward_method(module, "text_logprobs")
 
 
 def average_over_gloo(model: torch.nn.Module) -> None:

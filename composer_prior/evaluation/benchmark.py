@@ -1,0 +1,142 @@
+"""What a benchmark is, and how one is run: predictions line by line, and figures with intervals from them alone."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from composer.utils import dist
+from tqdm import tqdm
+
+from composer_prior.data.lines import begin_lines
+from composer_prior.evaluation.likelihood import VisionLanguageModel
+
+RESAMPLES = 1000
+Figures = dict[str, dict[str, float | None]]
+
+
+class Benchmark(ABC):
+    """Samples, what a model answers to each, and the figures that follow from the answers.
+
+    A figure is a function of sums over samples, so that its interval is one product of matrices. Register a class with
+    ``@register("benchmark", name)``; the arguments of its constructor are the options of the command.
+
+    Args:
+        data: what the samples are made from, as a short text that differs where they differ.
+    """
+
+    fingerprint: str
+    batch_size: int = 16
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many samples there are."""
+
+    @abstractmethod
+    def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """What a model answers to some samples: for each what JSON can hold and :meth:`count` needs."""
+
+    @abstractmethod
+    def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
+        """What one sample adds to the sums."""
+
+    @abstractmethod
+    def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The figures from the sums over samples.
+
+        Args:
+            sums: by the names that :meth:`count` gives, any shape; 0 where no sample has one of them.
+        """
+
+
+def run_benchmark(
+    benchmark: Benchmark,
+    model: VisionLanguageModel,
+    *,
+    predictions: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    progress: bool | None = False,
+    overwrite: bool = False,
+    share: bool = True,
+    seed: int = 17,
+) -> tuple[Figures, list[dict[str, Any]]]:
+    """Figures of a model with 95 % intervals, and its predictions.
+
+    Every rank calls it and gets the figures.
+
+    Args:
+        benchmark: which.
+        model: that answers.
+        predictions: a file with a line of JSON per sample, which a run that was stopped goes on from. Default: none.
+        settings: what the predictions depend on; a file made with other settings is refused.
+        limit: the first so many samples. Default: all.
+        progress: show a bar; None: on a terminal.
+        overwrite: replace the file of predictions.
+        share: ranks share the samples; otherwise each does all, as it must where they share a model's weights.
+        seed: of the intervals.
+
+    Raises:
+        FileExistsError: if the file was made with other settings.
+    """
+    count = len(benchmark) if limit is None else min(limit, len(benchmark))
+    rank, ranks = dist.get_global_rank(), dist.get_world_size()
+    known: list[dict[str, Any]] = []
+    if predictions is not None and rank == 0:
+        known = begin_lines(predictions, settings or {}, overwrite)
+    box = [known]
+    dist.broadcast_object_list(box)
+    found = {line["sample"]: line for line in box[0] if line["sample"] < count}
+    todo = [number for number in range(count) if number not in found]
+    batches = [todo[start : start + benchmark.batch_size] for start in range(0, len(todo), benchmark.batch_size)]
+    step = ranks if share else 1
+    with tqdm(total=count, initial=len(found), unit=" samples", disable=_hidden(progress, rank)) as bar:
+        for start in range(0, len(batches), step):
+            together = batches[start : start + step]
+            place = rank if share else 0
+            mine = together[place] if place < len(together) else []
+            answers = benchmark.predict(model, mine) if mine else []
+            lines = [{"sample": number, **answer} for number, answer in zip(mine, answers, strict=True)]
+            gathered = dist.all_gather_object(lines) if share else [lines]
+            new = [line for part in gathered for line in part]
+            if predictions is not None and rank == 0:
+                with open(predictions, "a") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in new)
+            found.update((line["sample"], line) for line in new)
+            bar.update(len(new))
+    ordered = [found[number] for number in sorted(found)]
+    return figures_of(benchmark, ordered, seed), ordered
+
+
+def figures_of(benchmark: Benchmark, predictions: Sequence[Mapping[str, Any]], seed: int = 17) -> Figures:
+    """Figures with 95 % percentile intervals of a bootstrap over samples; what is not defined is None."""
+    counts = [benchmark.count(prediction) for prediction in predictions]
+    names = sorted({name for one in counts for name in one})
+    table = np.array([[one.get(name, 0.0) for name in names] for one in counts]).reshape(len(counts), len(names))
+    draws = np.random.default_rng(seed).multinomial(
+        len(counts), np.full(len(counts), 1 / max(len(counts), 1)), size=RESAMPLES if len(counts) > 1 else 0
+    )  # [R, n], how often each sample is drawn
+
+    def evaluate(sums: np.ndarray) -> dict[str, np.ndarray]:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return benchmark.figures(dict(zip(names, np.moveaxis(sums, -1, 0), strict=True)))
+
+    values, resampled = evaluate(table.sum(0)), evaluate(draws @ table)
+    return {name: _interval(value, resampled[name]) for name, value in values.items()}
+
+
+def _interval(value: Any, resampled: np.ndarray) -> dict[str, float | None]:
+    defined = resampled[np.isfinite(resampled)]
+    low, high = np.percentile(defined, [2.5, 97.5]) if len(defined) else (None, None)
+    number = float(value) if np.isfinite(value) else None
+    return {
+        "value": number,
+        "low": None if low is None else float(low),
+        "high": None if high is None else float(high),
+    }
+
+
+def _hidden(progress: bool | None, rank: int) -> bool | None:
+    return True if rank else None if progress is None else not progress

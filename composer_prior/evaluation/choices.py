@@ -1,0 +1,130 @@
+"""Which of several texts fits an image, by the model's likelihood: what foils and questions with options share."""
+
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from composer_prior.evaluation.benchmark import Benchmark
+from composer_prior.evaluation.likelihood import TextOnly, TokenLogprobs, VisionLanguageModel
+from composer_prior.models.reference import ReferenceLM
+
+TIE = 1e-3  # nats: below that, a model prefers neither
+SCORES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
+    "total": lambda with_image, prior, tokens: with_image,
+    "per_token": lambda with_image, prior, tokens: with_image / tokens,
+    "without_prior": lambda with_image, prior, tokens: with_image - prior,
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One sample.
+
+    Args:
+        image: RGB.
+        texts: the first one is true, the others are not.
+        category: of the sample; each has an accuracy of its own.
+        prompt: text between image and text; None: that of training.
+        details: what the line of the prediction says besides.
+    """
+
+    image: Image.Image
+    texts: tuple[str, ...]
+    category: str = ""
+    prompt: str | None = None
+    details: Mapping[str, Any] | None = None
+
+
+class ChoiceBenchmark(Benchmark):
+    """Accuracies of choosing the true text: by its log-probability (``total``), by that per token (``per_token``), and
+    by how much the image raises it (``without_prior``), log P(text | image) - log P(text).
+
+    Beside each stands what the model gets with another sample's image (``shuffled``), which is the text-only level for
+    a model that ignores images; ``text_only`` is the accuracy of log P(text) alone, and ``chance`` that of guessing.
+    Texts that are equally likely share the point.
+
+    Args:
+        prior: what log P(text) is of: ``blank``, the model itself with a grey image, or a causal LM on text, such as
+            PRIOR's reference.
+        end: score the end of the text too.
+    """
+
+    def __init__(self, prior: str | ReferenceLM = "blank", end: bool = True):
+        self.end = end
+        self.prior = prior if isinstance(prior, ReferenceLM) else None
+        if isinstance(prior, str) and prior != "blank":
+            self.prior = ReferenceLM.from_pretrained(prior)
+
+    @abstractmethod
+    def choice(self, number: int) -> Choice:
+        """A sample."""
+
+    def other(self, number: int) -> int:
+        """Another sample, whose image takes the place of its own."""
+        return (number + max(1, len(self) // 2)) % len(self)
+
+    def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        samples = [self.choice(number) for number in numbers]
+        images = [sample.image for sample in samples]
+        others = [self.choice(self.other(number)).image for number in numbers]
+        blank = [Image.new("RGB", image.size, (127, 127, 127)) for image in images]
+        text_only: Any = model if self.prior is None else TextOnly(self.prior)
+        found = [
+            self._by_prompt(source, pictures, samples)
+            for source, pictures in ((model, images), (model, others), (text_only, blank))
+        ]
+        predictions = []
+        for sample, own, shuffled, prior in zip(samples, *found, strict=True):
+            predictions.append(
+                {
+                    "category": sample.category,
+                    "texts": list(sample.texts),
+                    "logprobs": [sum(text.values) for text in own],
+                    "logprobs_shuffled": [sum(text.values) for text in shuffled],
+                    "logprobs_prior": [sum(text.values) for text in prior],
+                    "tokens": [len(text.values) for text in own],
+                    **(sample.details or {}),
+                }
+            )
+        return predictions
+
+    def _by_prompt(self, model: Any, images: list[Image.Image], samples: list[Choice]) -> list[list[TokenLogprobs]]:
+        """Log-probabilities; samples of one prompt go to the model together."""
+        groups = defaultdict(list)
+        for place, sample in enumerate(samples):
+            groups[sample.prompt].append(place)
+        found: dict[int, list[TokenLogprobs]] = {}
+        for prompt, places in groups.items():
+            texts = [samples[place].texts for place in places]
+            scores = model.logprobs([images[place] for place in places], texts, prompt, self.end)
+            found.update(zip(places, scores, strict=True))
+        return [found[place] for place in range(len(samples))]
+
+    def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
+        tokens, prior = np.array(prediction["tokens"]), np.array(prediction["logprobs_prior"])
+        points = {"chance": 1 / len(tokens), "text_only": _point(prior)}
+        for key, suffix in (("logprobs", ""), ("logprobs_shuffled", "_shuffled")):
+            scores = np.array(prediction[key])
+            points |= {f"{name}{suffix}": _point(score(scores, prior, tokens)) for name, score in SCORES.items()}
+        points["samples"] = 1.0
+        category = prediction["category"]
+        return points | ({f"{name}/{category}": value for name, value in points.items()} if category else {})
+
+    def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = {}
+        for name, total in sums.items():
+            figure, _, category = name.partition("/")
+            if figure != "samples":
+                found[name] = total / sums[f"samples/{category}" if category else "samples"]
+        return found
+
+
+def _point(scores: np.ndarray) -> float:
+    """1 if the first score is the highest, shared among those within a tie."""
+    best = scores >= scores.max() - TIE
+    return float(best[0]) / float(best.sum())
