@@ -5,105 +5,25 @@ from functools import cache, partial
 import pytest
 import torch
 from common.models import small_lm
+from common.vlms import BOS, EOS, KINDS, LM, NEWLINE, PAD, SPECIAL, VOCABULARY, WORDS, make_tokenizer, make_vlm
 from composer import Trainer
 from composer.algorithms import SeqLengthWarmup
 from composer.core import Callback, DataSpec
 from composer.models import HuggingFaceModel
 from composer.utils import reproducibility
 from torch.utils.data import DataLoader
-from transformers import (
-    CLIPVisionConfig,
-    Idefics3Config,
-    Idefics3ForConditionalGeneration,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-)
+from transformers import PreTrainedTokenizerFast
 
 from composer_prior import PRIOR, ReferenceLM
 from composer_prior.algorithms.prior.image_tokens import image_positions, image_token_ids
 from composer_prior.data.batch import IGNORE_INDEX, count_tokens, split_packed_images
 
 TOLERANCE = 1e-5
-KINDS = ("llava", "qwen2_vl", "idefics3")
-BOS, EOS, PAD, NEWLINE = 0, 1, 2, 3
-WORDS = range(4, 60)
-SPECIAL = {
-    "llava": ["<image>"],
-    "qwen2_vl": ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"],
-    "idefics3": ["<image>", "<fake_token_around_image>", "<global-img>", "<row_1_col_1>", "<row_1_col_2>"],
-}
-VOCABULARY = 64 + 8
-LM = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-    "pad_token_id": PAD,
-}
-
-
-@cache
-def make_tokenizer(kind):
-    """Words w4 … w59, a line break, and the tokens of the model's image layout."""
-    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
-
-    vocab = {"<bos>": BOS, "<eos>": EOS, "<pad>": PAD, "\n": NEWLINE, **{f"w{i}": i for i in WORDS}}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|w\d+"), "isolated")
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ("<bos>", "<eos>", "<pad>")])
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL[kind]])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
 
 
 def make_model(kind, **changes):
     """A model of random weights in Composer's HuggingFaceModel."""
-    reproducibility.seed_all(3)
-    ids = make_tokenizer(kind).convert_tokens_to_ids
-    if kind == "llava":
-        vision = CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
-        )
-        config = LlavaConfig(vision, LlamaConfig(**LM), image_token_index=ids("<image>"), vision_feature_layer=-1)
-        model = LlavaForConditionalGeneration(config)
-    elif kind == "qwen2_vl":
-        config = Qwen2VLConfig(
-            text_config={**LM, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
-            vision_config={
-                "depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4
-            },
-            image_token_id=ids("<|image_pad|>"),
-            video_token_id=ids("<|video_pad|>"),
-            vision_start_token_id=ids("<|vision_start|>"),
-            vision_end_token_id=ids("<|vision_end|>"),
-        )  # fmt: skip
-        model = Qwen2VLForConditionalGeneration(config)
-    else:
-        config = Idefics3Config(
-            text_config=LlamaConfig(**LM),
-            vision_config={
-                "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                "image_size": 16, "patch_size": 4,
-            },
-            image_token_id=ids("<image>"),
-            scale_factor=2,
-            pad_token_id=PAD,
-        )  # fmt: skip
-        model = Idefics3ForConditionalGeneration(config)
-    wrapped = HuggingFaceModel(model, use_logits=True, **changes)
+    wrapped = HuggingFaceModel(make_vlm(kind), use_logits=True, **changes)
     wrapped.tokenizer = make_tokenizer(kind)  # the constructor takes none for configurations without a vocab_size
     return wrapped
 
