@@ -52,6 +52,12 @@ JOBS = {
         "composer_prior.reports.inspection:inspect_captions",
         "composer_prior.reports.inspection:main",
     ),
+    "evaluate": Job(
+        "say in figures what a model sees in images",
+        "MODEL benchmark=NAME [option=value ...]",
+        "composer_prior.inference.evaluate:evaluate",
+        "composer_prior.inference.evaluate:main",
+    ),
     "export": Job(
         "write a trained model as transformers' own LLaVA",
         "MODEL OUT [format=llava] [option=value ...]",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from composer_prior.registry import did_you_mean
+from composer_prior.registry import did_you_mean, parameters_of
 
 
 class Option(NamedTuple):
@@ -24,9 +24,14 @@ class Option(NamedTuple):
 
 
 def options_of(target: Callable[..., Any]) -> dict[str, Option]:
-    """The keyword options of a function or the fields of a dataclass, with the first sentence that documents each."""
+    """The keyword options of a function, the fields of a dataclass or the arguments of another class, with the first
+    sentence that documents each."""
     hints, sentences = typing.get_type_hints(target), _sentences(target)
-    if is_dataclass(target):
+    if isinstance(target, type) and not is_dataclass(target):
+        arguments = parameters_of(target)
+        hints = {name: argument.annotation for name, argument in arguments.items()}
+        defaults = {name: argument.default for name, argument in arguments.items()}
+    elif is_dataclass(target):
         defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(target)}
     else:
         parameters = inspect.signature(target).parameters.values()

@@ -35,6 +35,11 @@ def look_up(kind: str, name: str, where: str) -> Callable[..., Any]:
     return names[name]
 
 
+def names(kind: str) -> list[str]:
+    """What is registered among the components of a kind."""
+    return [*_COMPONENTS.get(kind, {})]
+
+
 def check(kind: str, name: str, arguments: Mapping[str, Any], where: str, given: Collection[str] = ()) -> None:
     """Refuse arguments that the constructor does not have, of the wrong type, or missing.
 
@@ -49,7 +54,7 @@ def check(kind: str, name: str, arguments: Mapping[str, Any], where: str, given:
     Raises:
         ValueError: one line naming the key, what is accepted and the nearest valid key.
     """
-    parameters = _parameters(look_up(kind, name, f"{where}.name"))
+    parameters = parameters_of(look_up(kind, name, f"{where}.name"))
     accepted = [key for key in parameters if key not in given]
     for key, value in arguments.items():
         if key not in accepted:
@@ -73,7 +78,7 @@ def build(kind: str, name: str, arguments: Mapping[str, Any], where: str, **give
 
 def takes(constructor: Callable[..., Any], argument: str) -> bool:
     """Whether a constructor has an argument of this name."""
-    return argument in _parameters(constructor)
+    return argument in parameters_of(constructor)
 
 
 def did_you_mean(name: str, accepted: Collection[str]) -> str:
@@ -85,7 +90,7 @@ def did_you_mean(name: str, accepted: Collection[str]) -> str:
     return f"{hint}Accepted: {', '.join(sorted(accepted)) or 'none'}."
 
 
-def _parameters(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def parameters_of(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Keyword parameters; where a class passes ``**kwargs`` on, those of its base classes too."""
     functions: list[Any] = (
         [vars(c).get("__init__") for c in constructor.__mro__[:-1]] if isinstance(constructor, type) else [constructor]

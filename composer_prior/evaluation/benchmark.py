@@ -22,13 +22,10 @@ class Benchmark(ABC):
 
     A figure is a function of sums over samples, so that its interval is one product of matrices. Register a class with
     ``@register("benchmark", name)``; the arguments of its constructor are the options of the command.
-
-    Args:
-        data: what the samples are made from, as a short text that differs where they differ.
     """
 
-    fingerprint: str
-    batch_size: int = 16
+    fingerprint: str  # of what the samples are made from
+    batch_size: int = 16  # samples that are given to the model at once
 
     @abstractmethod
     def __len__(self) -> int:
@@ -47,8 +44,16 @@ class Benchmark(ABC):
         """The figures from the sums over samples.
 
         Args:
-            sums: by the names that :meth:`count` gives, any shape; 0 where no sample has one of them.
+            sums: by the names that :meth:`count` gives for any sample, of any shape.
         """
+
+    def details(self, predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What else is worth telling, for JSON."""
+        return {}
+
+    def page(self, predictions: Sequence[Mapping[str, Any]], title: str) -> str:
+        """Samples and predictions as a page of HTML."""
+        raise ValueError(f"page= is given, and {type(self).__name__} makes no page; leave it out.")
 
 
 def run_benchmark(
@@ -112,11 +117,13 @@ def run_benchmark(
 
 def figures_of(benchmark: Benchmark, predictions: Sequence[Mapping[str, Any]], seed: int = 17) -> Figures:
     """Figures with 95 % percentile intervals of a bootstrap over samples; what is not defined is None."""
+    if not predictions:
+        return {}
     counts = [benchmark.count(prediction) for prediction in predictions]
     names = sorted({name for one in counts for name in one})
     table = np.array([[one.get(name, 0.0) for name in names] for one in counts]).reshape(len(counts), len(names))
     draws = np.random.default_rng(seed).multinomial(
-        len(counts), np.full(len(counts), 1 / max(len(counts), 1)), size=RESAMPLES if len(counts) > 1 else 0
+        len(counts), np.full(len(counts), 1 / len(counts)), size=RESAMPLES if len(counts) > 1 else 0
     )  # [R, n], how often each sample is drawn
 
     def evaluate(sums: np.ndarray) -> dict[str, np.ndarray]:

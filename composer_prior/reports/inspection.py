@@ -133,7 +133,7 @@ def inspect_captions(
     for name, value in (("alpha", alpha), ("floor", floor)):
         expect_number(name, value, 0, whole=False)
     with tempfile.TemporaryDirectory() as cache:
-        dataset, index = _open(str(data), cache)
+        dataset, index = open_captions(str(data), cache)
         shards, count = json.loads(index)["shards"], len(dataset)
         shades = None
         if scores is not None:
@@ -354,7 +354,7 @@ def _pieces(caption: str, edges: Sequence[float], weights: Sequence[float], end:
     return found
 
 
-def _open(data: str, cache: str) -> tuple[Any, bytes]:
+def open_captions(data: str, cache: str) -> tuple[Any, bytes]:
     """The data set and its index, once what that describes is known to be harmless."""
     from streaming.base.local import LocalDataset
 

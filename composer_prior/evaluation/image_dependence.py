@@ -1,0 +1,177 @@
+"""What a model takes from the image, token by token, and whether PRIOR's weights fall on these tokens."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from scipy.stats import spearmanr
+
+from composer_prior.data.captions import overlaps
+from composer_prior.evaluation.benchmark import Benchmark
+from composer_prior.evaluation.likelihood import TextOnly, TokenLogprobs, VisionLanguageModel
+from composer_prior.evaluation.samples import CaptionSamples
+from composer_prior.models.reference import ReferenceLM
+from composer_prior.registry import register
+from composer_prior.reports.inspection import sample_card, samples_page
+from composer_prior.scoring.align import align_logprobs, token_edges
+
+PAGE_SAMPLES = 100
+FEWEST = 5  # occurrences of a word whose mean is told
+
+
+@register("benchmark", "image_dependence")
+class ImageDependence(Benchmark):
+    """Per token, log P with the image minus log P without it (a grey one), and minus log P with another image.
+
+    Figures, in nats per token: ``dependence`` over all tokens, and apart over those that the image determines
+    (``dependence_related``) and the others (``dependence_other``), where the data know them; ``dependence_shuffled``
+    with another sample's image in the place of its own, which is 0 or less for a model that sees. With a reference,
+    whether its weights 1 - P_r fall on what the image determines: ``rank_correlation`` (Spearman, within a caption, of
+    weight and dependence), and, where the data know the image-related tokens, ``precision_of_weights``: how many of the
+    heaviest tokens of a caption are image-related, taking as many as there are; beside it ``precision_of_dependence``
+    and ``precision_of_chance``.
+
+    Args:
+        data: an MDS data set of image-caption pairs; of several captions the first counts.
+        reference: PRIOR's reference, whose weights are judged. Default: none.
+    """
+
+    def __init__(self, data: str, reference: str | None = None):
+        self.samples = CaptionSamples(data)
+        self.reference = None if reference is None else TextOnly(ReferenceLM.from_pretrained(reference))
+        self.fingerprint = self.samples.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        samples = [self.samples[number] for number in numbers]
+        others = [self.samples[(number + max(1, len(self) // 2)) % len(self)].image for number in numbers]
+        images = [sample.image for sample in samples]
+        texts = [sample.captions[:1] for sample in samples]
+        blank = [Image.new("RGB", image.size, (127, 127, 127)) for image in images]
+        found = [[own for (own,) in model.logprobs(pictures, texts)] for pictures in (images, blank, others)]
+        weights: Iterable[Any] = [None] * len(samples)
+        if self.reference is not None:
+            scores = self.reference.logprobs(images, texts)
+            weights = [_weights(of, own, text) for (of,), own, (text,) in zip(scores, found[0], texts, strict=True)]
+        return [
+            {
+                "caption": text,
+                "ends": [end for _, end in own.offsets],
+                "with_image": own.values,
+                "without": without.values,
+                "with_another": another.values,
+                "related": None if sample.spans is None else overlaps(own.offsets, sample.spans),
+                "weights": weight,
+            }
+            for sample, (text,), own, without, another, weight in zip(samples, texts, *found, weights, strict=True)
+        ]
+
+    def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
+        dependence = _dependence(prediction)
+        with_image = np.array(prediction["with_image"])
+        shuffled = np.array(prediction["with_another"]) - np.array(prediction["without"])
+        sums = {"tokens": float(len(dependence)), "dependence": dependence.sum(), "shuffled": shuffled.sum()}
+        sums["gain"] = (with_image - np.array(prediction["with_another"])).sum()
+        weights = prediction["weights"]
+        if weights is not None:
+            correlation = spearmanr(weights, dependence).statistic if len(weights) > 1 else np.nan
+            if np.isfinite(correlation):  # not where all are equal
+                sums |= {"correlation": correlation, "correlated": 1.0}
+        if prediction["related"] is None:
+            return sums
+        related = np.array(prediction["related"])
+        for name, mask in (("related", related), ("other", ~related)):
+            sums |= {f"tokens_{name}": float(mask.sum()), f"dependence_{name}": dependence[mask].sum()}
+        sums |= {"hits_of_dependence": _hits(dependence, related), "hits_of_chance": related.sum() * related.mean()}
+        if weights is not None:
+            sums["hits_of_weights"] = _hits(np.array(weights), related)
+        return sums
+
+    def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = {
+            "dependence": sums["dependence"] / sums["tokens"],
+            "dependence_shuffled": sums["shuffled"] / sums["tokens"],
+            "own_minus_another": sums["gain"] / sums["tokens"],
+        }
+        for name in ("related", "other"):
+            if f"tokens_{name}" in sums:
+                found[f"dependence_{name}"] = sums[f"dependence_{name}"] / sums[f"tokens_{name}"]
+        if "correlated" in sums:
+            found["rank_correlation"] = sums["correlation"] / sums["correlated"]
+        for name in ("weights", "dependence", "chance"):
+            if f"hits_of_{name}" in sums:
+                found[f"precision_of_{name}"] = sums[f"hits_of_{name}"] / sums["tokens_related"]
+        return found
+
+    def details(self, predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Words by what the model takes from the image for them, the most first: mean over their occurrences, nats."""
+        found = defaultdict(list)
+        for prediction in predictions:
+            for word, value in _words(prediction):
+                found[word].append(value)
+        means = [
+            {"word": word, "count": len(values), "dependence": float(np.mean(values))}
+            for word, values in found.items()
+            if len(values) >= FEWEST
+        ]
+        return {"words": sorted(means, key=lambda one: -one["dependence"])}
+
+    def page(self, predictions: Sequence[Mapping[str, Any]], title: str) -> str:
+        """Captions shaded by their dependence on the image, and below by the reference's weights."""
+        cards = []
+        for prediction in predictions[:PAGE_SAMPLES]:
+            shades = [_shades(prediction, _dependence(prediction).clip(min=0).tolist())]
+            if prediction["weights"] is not None:
+                shades.append(_shades(prediction, prediction["weights"]))
+            number = prediction["sample"]
+            cards.append(sample_card(number, self.samples[number].encoded, [""] * len(shades), shades))
+        text = "The darker a token, the more the image raises its probability, in nats, which the pointer shows."
+        if self.reference is not None:
+            text += "\nBelow: the darker a token, the larger its weight under the reference, 1 - P."
+        return samples_page(cards, title, text)
+
+
+def _weights(reference: TokenLogprobs, own: TokenLogprobs, text: str) -> list[float]:
+    """1 - P_r for each of the model's tokens; the last is the end of the sequence."""
+    edges, to_edges = (token_edges(tokens.offsets[:-1], len(text)) for tokens in (reference, own))
+    carried = align_logprobs(np.array(reference.values[:-1], dtype=np.float32), edges, to_edges)
+    return [float(value) for value in -np.expm1([*carried.tolist(), reference.values[-1]])]
+
+
+def _dependence(prediction: Mapping[str, Any]) -> np.ndarray:
+    return np.array(prediction["with_image"]) - np.array(prediction["without"])
+
+
+def _hits(values: np.ndarray, related: np.ndarray) -> float:
+    """How many of the tokens with the largest values are image-related, taking as many as there are."""
+    return float(related[np.argsort(-values, kind="stable")[: related.sum()]].sum())
+
+
+def _words(prediction: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
+    """Words in lower case, each with the sum over its tokens."""
+    caption, start = prediction["caption"], 0
+    letters = "".join(letter.lower() if letter.isalnum() else " " for letter in caption)
+    values: dict[int, float] = defaultdict(float)
+    places = []  # for each character the word that it belongs to, by where that starts
+    for place, letter in enumerate(letters):
+        if letter != " " and (place == 0 or letters[place - 1] == " "):
+            start = place
+        places.append(start if letter != " " else None)
+    for end, value in zip(prediction["ends"], _dependence(prediction), strict=True):
+        if end and places[end - 1] is not None and end <= len(caption):
+            values[places[end - 1]] += float(value)
+    return [(letters[start:].split(" ", 1)[0], value) for start, value in values.items()]
+
+
+def _shades(prediction: Mapping[str, Any], values: Sequence[float]) -> list[tuple[str, float | None]]:
+    """The pieces of a caption, each with the value of its token; tokens within one character share a piece."""
+    caption, start, pieces = prediction["caption"], 0, []
+    for end, value in zip(prediction["ends"][:-1], values, strict=False):
+        if end > start:
+            pieces.append((caption[start:end], float(value)))
+            start = end
+    return [*pieces, (caption[start:], None), ("</s>", float(values[-1]))]

@@ -1,0 +1,184 @@
+"""Benchmarks of a model, from the command line: ``composer-prior evaluate MODEL benchmark=NAME [option=value ...]``."""
+
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from composer.utils import dist, get_device
+from transformers import AutoConfig
+
+from composer_prior import registry
+from composer_prior.data.messages import DataError, OneLineError, announce, one_line
+from composer_prior.evaluation import components  # noqa: F401  registers the benchmarks
+from composer_prior.evaluation.benchmark import Figures, run_benchmark
+from composer_prior.evaluation.likelihood import HuggingFaceModel, OwnModel
+from composer_prior.models.modeling_prior_lvlm import PriorLVLMConfig
+from composer_prior.options import Option, options_of, parse_options
+from composer_prior.training.saving import load
+
+PACKAGES = ("composer-prior", "torch", "transformers", "open-clip-torch")
+
+
+def evaluate(
+    model: str,
+    benchmark: str,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    out: str = "evaluation",
+    limit: int | None = None,
+    page: str | None = None,
+    device: str | None = None,
+    progress: bool | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    code_paths: list[str] | None = None,
+) -> dict[str, Any]:
+    """Run a benchmark and write ``results.json`` and ``predictions.jsonl``; what was stopped goes on where it was.
+
+    Every rank of a launcher such as torchrun takes a share of the samples; the figures are the same.
+
+    Args:
+        model: what :func:`composer_prior.load` takes, or an image-text-to-text model of transformers.
+        benchmark: its registered name.
+        arguments: of the benchmark.
+        out: the folder that the results go to.
+        limit: the first so many samples; null takes all.
+        page: a page of HTML with samples and predictions, of benchmarks that make one.
+        device: such as ``cuda:1``. Default: a GPU if there is one.
+        progress: show a bar. Default: on a terminal.
+        overwrite: replace what is in ``out``.
+        trust_remote_code: run code that comes with the model.
+        code_paths: Python files to run first, which register benchmarks.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        ValueError, OSError: naming the option, the model or the data.
+    """
+    arguments = dict(arguments or {})
+    registry.check("benchmark", benchmark, arguments, "benchmark")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: expected at least 1, or null for all.")
+    dist.initialize_dist(get_device(None))
+    built = registry.build("benchmark", benchmark, arguments, "benchmark")
+    judged = load_judged(model, trust_remote_code)
+    network = judged.model
+    network.to(device or get_device(None)._device)
+    fingerprint = model_fingerprint(network)
+    known = {"model": fingerprint, "benchmark": benchmark, "data": built.fingerprint, **arguments}
+    folder = Path(out).expanduser()
+    figures, predictions = run_benchmark(
+        built,
+        judged,
+        predictions=folder / "predictions.jsonl",
+        settings=json.loads(json.dumps(known, default=str)),
+        limit=limit,
+        progress=progress,
+        overwrite=overwrite,
+    )
+    results = {
+        "benchmark": benchmark,
+        "arguments": arguments,
+        "model": {"path": model, "fingerprint": fingerprint},
+        "data": built.fingerprint,
+        "samples": len(predictions),
+        "figures": figures,
+        **built.details(predictions),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+    if dist.get_global_rank() == 0:
+        (folder / "results.json").write_text(json.dumps(results, indent=2, default=str) + "\n")
+        if page is not None:
+            title = f"{benchmark}: {model}"
+            Path(page).expanduser().write_text(built.page(predictions, title), encoding="utf-8")
+    return results
+
+
+def load_judged(path: str, trust_remote_code: bool = False) -> OwnModel | HuggingFaceModel:
+    """A model of ours, or any image-text-to-text model of transformers.
+
+    Raises:
+        OSError: one line, naming what is wrong.
+    """
+    place = Path(path).expanduser()
+    if place.exists() and not (place / "config.json").is_file():
+        return OwnModel(load(place, trust_remote_code))
+    try:
+        config = AutoConfig.from_pretrained(place if place.exists() else path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever the code of some model raises
+        raise DataError(f"{path} holds no model: {one_line(error)}") from error
+    if config.model_type == PriorLVLMConfig.model_type:
+        return OwnModel(load(path, trust_remote_code))
+    return HuggingFaceModel.from_pretrained(place if place.exists() else path, trust_remote_code)
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """Digest of some values of every weight; the same on any device."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().flatten()
+        some = values[:: max(1, values.numel() // 64)].float().cpu().numpy()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(some.tobytes())
+    return digest.hexdigest()
+
+
+def figures_table(figures: Figures) -> str:
+    """One line for each figure, with its 95 % interval."""
+    width = max(map(len, figures), default=0)
+    return "\n".join(
+        f"{name:{width}}  {_number(one['value'])}  [{_number(one['low'])}, {_number(one['high'])}]"
+        for name, one in figures.items()
+    )
+
+
+def _number(value: float | None) -> str:
+    return f"{'-':>8}" if value is None else f"{value:8.4f}"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line ``MODEL benchmark=NAME [option=value ...]``; the benchmark's arguments are options too.
+
+    Args:
+        arguments: the words of the command line.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        names = [word.partition("=")[2] for word in arguments if word.startswith("benchmark=")]
+        own = options_of(evaluate)
+        if len(names) != 1:
+            known = ", ".join(sorted(registry.names("benchmark")))
+            print(f"usage: MODEL benchmark=NAME [option=value ...]; benchmarks: {known}", file=sys.stderr)
+            return 2
+        rest = [word for word in arguments if not word.startswith("benchmark=")]
+        options = own | benchmark_options(names[0])
+        words, chosen = parse_options(rest, options)
+        if len(words) != 1 or words[0].startswith("-"):
+            print(f"usage: MODEL benchmark=NAME, with the options {', '.join(options)}", file=sys.stderr)
+            return 2
+        given = {name: value for name, value in chosen.items() if name not in own}
+        results = evaluate(words[0], names[0], given, **{n: v for n, v in chosen.items() if n in own})
+    except (ValueError, OSError, OneLineError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    announce(f"{results['benchmark']}, {results['samples']} samples, with 95 % intervals:")
+    announce(figures_table(results["figures"]))
+    return 0
+
+
+def benchmark_options(name: str) -> dict[str, Option]:
+    """The options of a benchmark.
+
+    Raises:
+        ValueError: for an unknown one, naming the nearest.
+    """
+    return options_of(registry.look_up("benchmark", name, "benchmark"))

@@ -1,0 +1,12 @@
+"""Judge a model: ``python scripts/evaluate.py MODEL benchmark=NAME [limit=1000] [out=evaluation] …``.
+
+MODEL is a run folder, a model folder, a checkpoint, or any image-text-to-text model of transformers. Without a
+``benchmark=`` the names are listed.
+"""
+
+import sys
+
+from composer_prior.cli import main
+
+if __name__ == "__main__":
+    main(["evaluate", *sys.argv[1:]])

@@ -1,0 +1,84 @@
+"""The command that judges a model: results, predictions, refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+from common.models import small_lm, small_lvlm
+from common.vlms import make_processor, make_vlm
+
+from composer_prior.cli import main as command
+from composer_prior.inference.evaluate import load_judged, main, model_fingerprint
+
+
+@pytest.fixture
+def here(tokenizer, scenes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_lvlm("encoder", tokenizer).model.save_pretrained("model")
+    small_lm(tokenizer).save_pretrained("reference")
+    tokenizer.save_pretrained("reference")
+    Path("data").symlink_to(scenes)
+    return tmp_path
+
+
+def run(*words, expect=0):
+    assert main(["model", "benchmark=image_dependence", "data=data/validation", *words]) == expect
+
+
+def test_results_can_be_recounted(here, capsys):
+    run("reference=reference", "limit=10", "page=page.html")
+    results = json.loads(Path("evaluation/results.json").read_text())
+    lines = [json.loads(line) for line in Path("evaluation/predictions.jsonl").read_text().splitlines()]
+    assert [line["sample"] for line in lines] == [*range(10)]
+    assert results["samples"] == 10
+    tokens = sum(len(line["with_image"]) for line in lines)
+    total = sum(sum(line["with_image"]) - sum(line["without"]) for line in lines)
+    figure = results["figures"]["dependence"]
+    assert figure["value"] == pytest.approx(total / tokens)
+    assert figure["low"] < figure["value"] < figure["high"]
+    assert results["model"]["fingerprint"] == model_fingerprint(load_judged("model").model)
+    assert results["arguments"] == {"data": "data/validation", "reference": "reference"}
+    assert set(results["versions"]) == {"python", "composer-prior", "torch", "transformers", "open-clip-torch"}
+    assert Path("page.html").read_text().count("<figure>") == 10
+    out = capsys.readouterr().out
+    assert out.startswith("image_dependence, 10 samples, with 95 % intervals:\n")
+    assert "rank_correlation" in out
+
+
+def test_a_model_of_transformers_is_judged_by_its_likelihoods(here, tmp_path):
+    make_vlm("llava").save_pretrained("llava")
+    make_processor("llava").save_pretrained("llava")
+    judged = load_judged("llava")
+    assert type(judged.model).__name__ == "LlavaForConditionalGeneration"
+
+
+def test_what_cannot_be_is_refused_in_one_line(here, capsys):
+    def error(*words):
+        assert main(words) == 1
+        return capsys.readouterr().err
+
+    assert "benchmark='image_dependance' is not a known benchmark. Did you mean 'image_dependence'?" in error(
+        "model", "benchmark=image_dependance"
+    )
+    assert "limitt is not an option. Did you mean 'limit'?" in error("model", "benchmark=image_dependence", "limitt=3")
+    assert "benchmark needs data." in error("model", "benchmark=image_dependence")
+    data = ("benchmark=image_dependence", "data=data/validation")
+    assert "limit=0: expected at least 1" in error("model", *data, "limit=0")
+    Path("none").mkdir()
+    assert "none" in error("none", *data)
+    assert "nowhere" in error("model", "benchmark=image_dependence", "data=nowhere")
+    run("limit=2")
+    capsys.readouterr()
+    assert "predictions.jsonl was not made with these options (reference differ)" in error(
+        "model", *data, "reference=reference", "limit=2"
+    )
+    run("reference=reference", "limit=2", "overwrite=true")
+
+
+def test_without_a_benchmark_their_names_are_listed(capsys):
+    assert main(["model"]) == 2
+    assert "image_dependence" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        command(["evaluate", "--help"])
+    assert ended.value.code == 0
+    assert "limit" in capsys.readouterr().out
