@@ -4,6 +4,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ class Benchmark(ABC):
 
     fingerprint: str  # of what the samples are made from
     batch_size: int = 16  # samples that are given to the model at once
+    headline: Mapping[str, str] = MappingProxyType({})  # the figures that a closing line tells, by its words
 
     @abstractmethod
     def __len__(self) -> int:

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,15 @@ class ChoiceBenchmark(Benchmark):
             PRIOR's reference.
         end: score the end of the text too.
     """
+
+    headline = MappingProxyType(
+        {
+            "right": "without_prior",
+            "with another image": "without_prior_shuffled",
+            "text only": "text_only",
+            "chance": "chance",
+        }
+    )
 
     def __init__(self, prior: str | ReferenceLM = "blank", end: bool = True):
         self.end = end

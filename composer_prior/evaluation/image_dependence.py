@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,14 @@ class ImageDependence(Benchmark):
         data: an MDS data set of image-caption pairs; of several captions the first counts.
         reference: PRIOR's reference, whose weights are judged. Default: none.
     """
+
+    headline = MappingProxyType(
+        {
+            "nats from the image": "dependence",
+            "on image-related tokens": "dependence_related",
+            "on others": "dependence_other",
+        }
+    )
 
     def __init__(self, data: str, reference: str | None = None):
         self.samples = CaptionSamples(data)

@@ -65,6 +65,18 @@ def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     return "\n" + "\n".join(lines)
 
 
+def benchmarks_table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
+    """One line for each benchmark: its figures, each behind its words."""
+    width = max(map(len, rows), default=0)
+    lines = [
+        f"{name:{width}}  "
+        + "  ".join(f"{words} {'-' if value is None else f'{value:.3f}'}" for words, value in row.items())
+        for name, row in rows.items()
+        if row
+    ]
+    return "\n" + "\n".join(lines) if lines else ""
+
+
 def caption_samples(trainer: Trainer, count: int) -> str:
     """Captions that the trained model generates for the first validation images, beside the true ones.
 

@@ -8,6 +8,7 @@ from composer.core import Precision, Time
 from composer_prior import registry
 from composer_prior.registry import did_you_mean
 from composer_prior.training import components  # noqa: F401  registers them
+from composer_prior.training.benchmarks import check_benchmarks
 from composer_prior.training.config import TrainConfig
 
 
@@ -64,6 +65,7 @@ def check_recipe(recipe: TrainConfig, where: str = "") -> None:
         for name, arguments in getattr(recipe, f"{kind}s").items():
             if arguments is not None:
                 registry.check(kind, name, arguments, f"{where}{kind}s.{name}")
+    check_benchmarks(recipe.benchmarks, where)
     for name, arguments in (recipe.parallelism_config or {}).items():
         registry.check("parallelism", name, arguments, f"{where}parallelism_config.{name}")
     if recipe.reference is not None:

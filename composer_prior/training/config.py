@@ -48,6 +48,7 @@ class TrainConfig:
         algorithms: name: arguments, in their order; null leaves one out.
         callbacks: name: arguments; null leaves one out.
         loggers: name: arguments; null leaves one out.
+        benchmarks: name: arguments, with ``interval`` and ``limit``; ``benchmark`` if the name is another.
         save_folder: where checkpoints go; null: none are saved.
         save_interval: how often to save a checkpoint.
         save_num_checkpoints_to_keep: how many checkpoints stay; -1: all.
@@ -84,6 +85,7 @@ class TrainConfig:
     algorithms: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, Any] = field(default_factory=dict)
     loggers: dict[str, Any] = field(default_factory=dict)
+    benchmarks: dict[str, Any] = field(default_factory=dict)
     save_folder: str | None = "${run_folder}/checkpoints"
     save_interval: str = "1000ba"
     save_num_checkpoints_to_keep: int = 2

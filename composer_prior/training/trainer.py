@@ -18,12 +18,14 @@ from composer_prior.models.compile import prepare_compile
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.matmul import use_onednn
 from composer_prior.reports.closing import (
+    benchmarks_table,
     caption_samples,
     closing_report,
     metrics_table,
     trained_model,
     validation_metrics,
 )
+from composer_prior.training.benchmarks import RunBenchmark, build_benchmarks
 from composer_prior.training.builders import build_all, build_named, build_parallelism, build_precision, prepare_sharded
 from composer_prior.training.checkpoints import (
     CHECKPOINT_NAME,
@@ -74,7 +76,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     if recipe.compile_config is not None:
         prepare_compile()
     skips = [SkipEmptySteps()] if train_data.on_bad_sample == "skip" else []
-    callbacks = build_all("callback", recipe.callbacks)
+    callbacks = [*build_all("callback", recipe.callbacks), *build_benchmarks(recipe.benchmarks, model)]
     for callback in callbacks:
         if isinstance(callback, HuggingFaceCheckpointer):
             callback.recipe = recipe
@@ -172,6 +174,9 @@ def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
         else:
             announce(f"{recipe.run_name} has finished already; set another max_duration or run_name to train on.")
             trainer.eval()
+        benchmarks = [callback for callback in trainer.state.callbacks if isinstance(callback, RunBenchmark)]
+        for benchmark in benchmarks:
+            benchmark.run(trainer.state, trainer.logger)
         if isinstance(model, ComposerLVLM):
             metrics = validation_metrics(trainer.state)
             if model.model.vision is None:
@@ -182,6 +187,7 @@ def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
         closing_report(
             [
                 lambda: metrics_table(_metrics(recipe, trainer)),
+                lambda: benchmarks_table({one.name: one.headline() for one in benchmarks}),
                 lambda: caption_samples(trainer, recipe.sample_captions),
                 lambda: _places(recipe, trainer),
             ]

@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from common.photographs import photographs
 from common.tokenizers import KINDS, plain_tokenizer
 from open_clip.timm_model import TimmModel
 from PIL import Image
@@ -242,7 +243,8 @@ def test_pixels(tmp_path, tokenizer, mode, interpolation):
     assert type(processor) is CLIPImageProcessor  # the one on Pillow
     generator = np.random.default_rng(1)
     differing = 0
-    for image in pictures([tuple(map(int, size)) for size in generator.integers(4, 130, (150, 2))]):
+    made = pictures([tuple(map(int, size)) for size in generator.integers(4, 130, (150, 2))])
+    for image in [*made, *photographs()]:
         theirs = processor(image, return_tensors="pt")["pixel_values"][0]
         same = torch.allclose(theirs, model.vision.image_processor(image).tensors["pixel_values"], rtol=0, atol=1e-5)
         assert same != (mode == "shortest" and cut_differs(*image.size, SIZE)), image.size

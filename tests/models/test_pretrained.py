@@ -10,6 +10,7 @@ import open_clip
 import pytest
 import torch
 from common.models import FAMILIES, small_lvlm
+from common.photographs import photographs
 from common.recipes import run_program
 from common.tokenizers import KINDS, plain_tokenizer
 from PIL import Image
@@ -139,7 +140,11 @@ def test_every_kind_of_tower(kind, mode, tokenizer, tmp_path, monkeypatch):
     )
     model.save_pretrained(tmp_path / "model")
     monkeypatch.delitem(open_clip.factory._MODEL_CONFIGS, "small")
-    compare(model, *both(tmp_path / "model"))
+    form, processor = both(tmp_path / "model")
+    compare(model, form, processor)
+    for photograph in photographs():
+        pixels = processor.image_processor(photograph)["pixel_values"][0]
+        assert torch.equal(pixels, model.image_processor(photograph).tensors["pixel_values"]), photograph.size
 
 
 def both(folder):

@@ -1,0 +1,107 @@
+"""Benchmarks of the model while it is trained."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from composer.core import Callback, Event, State, get_precision_context
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler
+from torch.distributed.fsdp import FSDPModule
+
+from composer_prior import registry
+from composer_prior.evaluation import components  # noqa: F401  registers the benchmarks
+from composer_prior.evaluation.benchmark import Benchmark, Figures, run_benchmark
+from composer_prior.evaluation.likelihood import OwnModel
+from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.reports.closing import trained_model
+
+OWN = ("benchmark", "interval", "limit")
+
+
+class RunBenchmark(Callback):
+    """Log ``eval/{name}/{figure}`` at intervals and at the end of training.
+
+    Args:
+        name: of the benchmark in the recipe.
+        benchmark: to run.
+        interval: how often, such as ``500ba``; ``1dur`` is at the end.
+        limit: the first so many samples; None takes all.
+    """
+
+    def __init__(self, name: str, benchmark: Benchmark, interval: str = "1dur", limit: int | None = None):
+        self.name = name
+        self.benchmark = benchmark
+        self.limit = limit
+        self.figures: Figures | None = None  # of the last time
+        self._batch = -1
+        ends = {Event.BATCH_END, Event.EPOCH_END}
+        self._is_due = create_interval_scheduler(interval, checkpoint_events=False, final_events=ends)
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        if event in (Event.BATCH_END, Event.EPOCH_END) and self._is_due(state, event):
+            self.run(state, logger)
+
+    def run(self, state: State, logger: Logger) -> None:
+        """Run the benchmark now, unless it has been run after this batch."""
+        if self._batch == int(state.timestamp.batch):
+            return
+        self._batch = int(state.timestamp.batch)
+        model: Any = trained_model(state)
+        # Where ranks share the weights, all of them take part in every pass.
+        share = not any(isinstance(module, FSDPModule) for module in model.modules())
+        with get_precision_context(state.precision, state.precision_config):
+            self.figures, _ = run_benchmark(self.benchmark, OwnModel(model.model), limit=self.limit, share=share)
+        values = {name: one["value"] for name, one in self.figures.items() if one["value"] is not None}
+        logger.log_metrics({f"eval/{self.name}/{name}": value for name, value in values.items()})
+
+    def headline(self) -> dict[str, float | None]:
+        """The figures that a closing line tells, by the words that it uses."""
+        figures = self.figures or {}
+        return {words: figures[name]["value"] for words, name in self.benchmark.headline.items() if name in figures}
+
+
+def check_benchmarks(benchmarks: Mapping[str, Any], where: str = "") -> None:
+    """Refuse benchmarks that do not exist, and arguments that they do not take.
+
+    Args:
+        benchmarks: of a recipe.
+        where: prefix of its keys.
+    """
+    for name, arguments in benchmarks.items():
+        if arguments is None:
+            continue
+        key = f"{where}benchmarks.{name}"
+        if not isinstance(arguments, Mapping):
+            raise ValueError(f"{key}={arguments!r}: expected arguments of the benchmark, or null.")
+        own = {"interval": "1dur", "limit": None, **{key: arguments[key] for key in OWN if key in arguments}}
+        limit = own["limit"]
+        if limit is not None and not (isinstance(limit, int) and limit > 0):
+            raise ValueError(f"{key}.limit={limit!r}: expected a number of samples.")
+        try:
+            create_interval_scheduler(own["interval"])
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ValueError(f"{key}.interval={own['interval']!r}: expected a time such as 500ba or 1dur.") from error
+        registry.check("benchmark", arguments.get("benchmark", name), _arguments(arguments), key)
+
+
+def build_benchmarks(benchmarks: Mapping[str, Any], model: Any) -> list[RunBenchmark]:
+    """The callbacks of a recipe's benchmarks.
+
+    Raises:
+        ValueError: naming what cannot be; also for a model without a vision tower.
+    """
+    chosen = {name: arguments for name, arguments in benchmarks.items() if arguments is not None}
+    if chosen and not (isinstance(model, ComposerLVLM) and model.model.vision is not None):
+        raise ValueError("benchmarks: they are for models with a vision tower; leave them out.")
+    return [
+        RunBenchmark(
+            name,
+            registry.build("benchmark", given.get("benchmark", name), _arguments(given), f"benchmarks.{name}"),
+            **{key: given[key] for key in ("interval", "limit") if key in given},
+        )
+        for name, given in chosen.items()
+    ]
+
+
+def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if key not in OWN}
