@@ -142,17 +142,23 @@ def hugging_face_weights(weights: Mapping[str, Tensor], form: PriorLVLMForCondit
     """Weights of an LVLM under the names of its Hugging Face form, tied ones once.
 
     Raises:
-        ValueError: if there are others or too few, as after surgery on the model.
+        ValueError: if there are others, too few, or of other shapes, as after surgery on the model.
     """
     names = names_in_lvlm(form)
     known = {name for same in names.values() for name in same}
-    odd = sorted(
-        {name for name in weights if name not in known}
-        | {same[0] for same in names.values() if not {*same} & {*weights}}
-    )
-    if odd:
-        raise ValueError(f"{len(odd)} weights have no place in the Hugging Face form, such as {odd[0]}")
-    return {name: next(weights[one] for one in same if one in weights).detach() for name, same in names.items()}
+    further = sorted(name for name in weights if name not in known)
+    lacking = sorted(same[0] for same in names.values() if not {*same} & {*weights})
+    if further or lacking:
+        example = f"{further[0]}, which it does not have" if further else f"{lacking[0]}, which is missing"
+        raise ValueError(f"{len(further) + len(lacking)} weights differ, such as {example}")
+    found = {name: next(weights[one] for one in same if one in weights).detach() for name, same in names.items()}
+    shapes = {name: tensor.shape for name, tensor in form.state_dict().items()}
+    differing = [name for name, tensor in found.items() if tensor.shape != shapes[name]]
+    if differing:
+        name = differing[0]
+        both = f"{list(found[name].shape)} instead of {list(shapes[name])}"
+        raise ValueError(f"{len(differing)} weights are of another shape, such as {name}: {both}")
+    return found
 
 
 def names_in_lvlm(form: PriorLVLMForConditionalGeneration) -> dict[str, list[str]]:

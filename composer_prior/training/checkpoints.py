@@ -87,7 +87,11 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a whole checkpoint.")
     _refuse_foreign(path, get_unsafe_globals_in_checkpoint(path), _ALLOWED_GLOBALS)
     # Nothing but the allowed names is in there, as was just seen.
-    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)["state"]
+    content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    state = content.get("state") if isinstance(content, Mapping) else None
+    if not (isinstance(state, Mapping) and isinstance(state.get("model"), Mapping)):
+        raise ValueError(f"{path} is no checkpoint as Composer 0.32 writes it: it lacks state.model.")
+    return dict(state)
 
 
 def _read_identity(path: Path) -> dict[str, Any] | None:

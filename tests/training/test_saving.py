@@ -118,6 +118,37 @@ def test_what_lacks_something_is_named(alone, tmp_path):
         load("nowhere/at/all")
 
 
+OTHER_CHECKPOINTS = {
+    "another layout": (lambda weights: {"model": weights}, "lacks state.model"),
+    "no model": (lambda weights: {"state": {}}, "lacks state.model"),
+    "a list": (lambda weights: [1, 2], "lacks state.model"),
+    "half": (
+        lambda weights: {"state": {"model": dict([*weights.items()][:5])}},
+        "weights differ, such as .*which is missing",
+    ),
+    "other names": (
+        lambda weights: {"state": {"model": {f"{name}_v2": tensor for name, tensor in weights.items()}}},
+        "weights differ, such as .*_v2, which it does not have",
+    ),
+    "other shapes": (
+        lambda weights: {"state": {"model": {name: tensor[:-1] for name, tensor in weights.items()}}},
+        r"weights are of another shape, such as .*: \[399, 32\] instead of \[400, 32\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_CHECKPOINTS)
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(alone, kind):
+    make, message = OTHER_CHECKPOINTS[kind]
+    path = "runs/prior_vit/checkpoints/ep0-ba4-rank0.pt"
+    weights = torch.load(path, weights_only=False)["state"]["model"]
+    Path(path).unlink()
+    torch.save(make(weights), path)
+    with pytest.raises(ModelFolderError, match=message) as refused:
+        load(path)
+    assert "\n" not in str(refused.value)
+
+
 def test_two_ranks_write_the_folder_of_one(runs, tmp_path, monkeypatch):
     """Sharded with FSDP2 and trained at a rate of 0, from the weights of the run on one rank; also into a bucket."""
     shutil.copytree(runs, tmp_path, dirs_exist_ok=True, symlinks=True)
