@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from composer_prior.data.captions import overlaps
 from composer_prior.evaluation.benchmark import Benchmark
 from composer_prior.evaluation.likelihood import TextOnly, TokenLogprobs, VisionLanguageModel
-from composer_prior.evaluation.samples import CaptionSamples
+from composer_prior.evaluation.mds_samples import CaptionSamples
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.registry import register
 from composer_prior.reports.inspection import sample_card, samples_page
