@@ -54,7 +54,7 @@ class Source:
 
 def item_rng(purpose: str, index: int, seed: int) -> Rng:
     """The random numbers of one item."""
-    return np.random.default_rng([seed, index, int.from_bytes(purpose.encode(), "big")])
+    return Rng(np.random.PCG64([seed, index, int.from_bytes(purpose.encode(), "big")]))
 
 
 def true_answer(purpose: str, index: int, answers: int, seed: int) -> int:
@@ -65,11 +65,11 @@ def true_answer(purpose: str, index: int, answers: int, seed: int) -> int:
 
 def keep_first(scene: Scene, name: str, count: int) -> Scene:
     """The scene without the objects of a class that come after the first `count`."""
-    kept = {id(item) for item in scene.groups[name][:count]}
-    return replace(scene, objects=tuple(item for item in scene.objects if item.name != name or id(item) in kept))
+    dropped = scene.groups[name][count:]
+    return replace(scene, objects=tuple(item for item in scene.objects if item not in dropped))
 
 
 def write_all(descriptions: Sequence[Description], templates: Sequence[str], rng: Rng) -> tuple[str, ...]:
     """The descriptions in the same words, those of a template that is drawn."""
     template, wording = pick(templates, rng), int(rng.integers(2**63))
-    return tuple(write_description(one, template, np.random.default_rng(wording))[0] for one in descriptions)
+    return tuple(write_description(one, template, Rng(np.random.PCG64(wording)))[0] for one in descriptions)
