@@ -2,12 +2,15 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from string import Formatter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from composer_prior.emoji_scenes.scenes import PlacedObject, Rng, Scene, pick
 
 COUNT_WORDS = ("one", "two", "three", "four")
+RELATIONS = ("left of", "right of", "above", "below")
 IRREGULAR_PLURALS = {
     "deer": "deer",
     "fish": "fish",
@@ -72,29 +75,76 @@ class Piece(NamedTuple):
     image_related: bool = False
 
 
+@dataclass(frozen=True)
+class Mention:
+    """All objects of one class; their size may go unsaid."""
+
+    name: str
+    count: int
+    size: str | None = None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a caption says of an image.
+
+    Args:
+        mentions: of objects, in the order in which they are named.
+        relations: of the first mention to the second, of the third to the fourth; None where none is said, and an empty
+            tuple where the mentions are listed.
+        colour: of the background.
+    """
+
+    mentions: tuple[Mention, ...]
+    relations: tuple[str | None, ...]
+    colour: str
+
+    def change(self, place: int, **facts: Any) -> "Description":
+        """The same with other facts in the mention at `place`."""
+        mentions = list(self.mentions)
+        mentions[place] = replace(mentions[place], **facts)
+        return replace(self, mentions=tuple(mentions))
+
+
 def write_caption(scene: Scene, rng: Rng) -> tuple[str, Spans]:
     """A caption that is true of the scene and names all its objects; the [start, end) spans the image determines."""
-    pieces = []
-    for literal, field, _, _ in Formatter().parse(pick(TEMPLATES, rng)):
-        pieces.append(Piece(literal))
-        if field:
-            pieces += _FIELDS[field](scene, rng)
-    caption = "".join(piece.text for piece in pieces)
-    ends = list(itertools.accumulate(len(piece.text) for piece in pieces))
-    spans = [(end - len(piece.text), end) for piece, end in zip(pieces, ends, strict=True) if piece.image_related]
-    return caption[0].upper() + caption[1:], spans
+    return _fill(pick(TEMPLATES, rng), cache(lambda: describe(scene, rng)), rng)
+
+
+def write_description(description: Description, template: str, rng: Rng) -> tuple[str, Spans]:
+    """The description in the words of a template, and the spans that say it; only the rest of the words is drawn."""
+    return _fill(template, lambda: description, rng)
+
+
+def describe(scene: Scene, rng: Rng, *, sized: bool | None = None, related: bool | None = None) -> Description:
+    """Every class with its count, in any order.
+
+    Args:
+        sized: say sizes. Default: drawn.
+        related: say relations, where one holds. Default: drawn.
+    """
+    groups = list(scene.groups.values())
+    groups = [groups[i] for i in rng.permutation(len(groups))]
+    draws = rng.random(2) < (0.6, 0.75)
+    says_size, says_relation = (draws[0] if sized is None else sized), (draws[1] if related is None else related)
+    relations: list[str | None] = []
+    for first, second in zip(groups[::2], groups[1::2], strict=False) if says_relation else ():
+        true = true_relations(first, second)
+        relations.append(pick(true, rng) if true else None)
+    mentions = [Mention(group[0].name, len(group), group[0].size if says_size else None) for group in groups]
+    return Description(tuple(mentions), tuple(relations), scene.colour)
 
 
 def true_relations(first: Sequence[PlacedObject], second: Sequence[PlacedObject]) -> list[str]:
     """The relations in which every object of `first` stands to every object of `second`."""
     pairs = list(itertools.product(first, second))
-    tests: dict[str, Callable[[PlacedObject, PlacedObject], bool]] = {
-        "left of": lambda a, b: a.right <= b.x,
-        "right of": lambda a, b: b.right <= a.x,
-        "above": lambda a, b: a.bottom <= b.y,
-        "below": lambda a, b: b.bottom <= a.y,
-    }
-    return [relation for relation, test in tests.items() if all(test(a, b) for a, b in pairs)]
+    tests: tuple[Callable[[PlacedObject, PlacedObject], bool], ...] = (
+        lambda a, b: a.right <= b.x,
+        lambda a, b: b.right <= a.x,
+        lambda a, b: a.bottom <= b.y,
+        lambda a, b: b.bottom <= a.y,
+    )
+    return [relation for relation, test in zip(RELATIONS, tests, strict=True) if all(test(a, b) for a, b in pairs)]
 
 
 def plural(name: str) -> str:
@@ -111,6 +161,11 @@ def plural(name: str) -> str:
     return " ".join([*head, last])
 
 
+def with_article(name: str) -> str:
+    """Such as "a snail" or "an owl"."""
+    return f"{_article(name)} {name}"
+
+
 def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" and not word.startswith("uni") else "a"
 
@@ -123,48 +178,55 @@ def _join(parts: Sequence[list[Piece]], separator: str, last_separator: str | No
     return pieces
 
 
-def _noun_phrase(group: Sequence[PlacedObject], sized: bool) -> list[Piece]:
+def _fill(template: str, description: Callable[[], Description], rng: Rng) -> tuple[str, Spans]:
+    """A template with its fields filled in from left to right; the description is asked for where it is needed."""
+    pieces = []
+    for literal, field, _, _ in Formatter().parse(template):
+        pieces.append(Piece(literal))
+        if field in _DESCRIBED:
+            pieces += _DESCRIBED[field](description())
+        elif field:
+            pieces.append(Piece(_BOILERPLATE[field](rng)))
+    caption = "".join(piece.text for piece in pieces)
+    ends = list(itertools.accumulate(len(piece.text) for piece in pieces))
+    spans = [(end - len(piece.text), end) for piece, end in zip(pieces, ends, strict=True) if piece.image_related]
+    return caption[0].upper() + caption[1:], spans
+
+
+def _noun_phrase(mention: Mention) -> list[Piece]:
     """Such as "a small snail" or "two umbrellas"."""
-    name, count = group[0].name, len(group)
-    words = [group[0].size] if sized else []
-    words.append(name if count == 1 else plural(name))
-    quantity = Piece(_article(words[0])) if count == 1 else Piece(COUNT_WORDS[count - 1], True)
+    words = [mention.size] if mention.size else []
+    words.append(mention.name if mention.count == 1 else plural(mention.name))
+    quantity = Piece(_article(words[0])) if mention.count == 1 else Piece(COUNT_WORDS[mention.count - 1], True)
     return _join([[quantity], *([Piece(word, True)] for word in words)], " ")
 
 
-def _scene_pieces(scene: Scene, rng: Rng) -> list[Piece]:
-    """Every class with its count, in any order, with or without sizes and relations."""
-    groups = list(scene.groups.values())
-    groups = [groups[i] for i in rng.permutation(len(groups))]
-    sized, related = rng.random(2) < (0.6, 0.75)
-    nouns = [_noun_phrase(group, sized) for group in groups]
-    if not related:
+def _scene_pieces(description: Description) -> list[Piece]:
+    nouns = [_noun_phrase(mention) for mention in description.mentions]
+    if not description.relations:
         return _join(nouns, ", ", " and ")
     couples = []
-    for i in range(0, len(groups), 2):
-        relations = true_relations(groups[i], groups[i + 1]) if i + 1 < len(groups) else []
-        relation = [Piece(" "), Piece(pick(relations, rng), True), Piece(" ")] if relations else [Piece(" and ")]
-        couples.append(nouns[i] + (relation + nouns[i + 1] if i + 1 < len(groups) else []))
+    for first, second, relation in itertools.zip_longest(nouns[::2], nouns[1::2], description.relations):
+        link = [Piece(" "), Piece(relation, True), Piece(" ")] if relation else [Piece(" and ")]
+        couples.append([*first, *link, *second] if second else first)
     return _join(couples, ", plus ")
 
 
-def _total_pieces(scene: Scene, _: Rng) -> list[Piece]:
-    count = len(scene.objects)
+def _total_pieces(description: Description) -> list[Piece]:
+    count = sum(mention.count for mention in description.mentions)
     return [Piece(COUNT_WORDS[count - 1], True), Piece(" drawing" if count == 1 else " drawings")]
 
 
-def _boilerplate(options: Sequence[str]) -> Callable[[Scene, Rng], list[Piece]]:
-    return lambda _, rng: [Piece(pick(options, rng))]
-
-
-_FIELDS: dict[str, Callable[[Scene, Rng], list[Piece]]] = {
+_DESCRIBED: dict[str, Callable[[Description], list[Piece]]] = {
     "scene": _scene_pieces,
     "total": _total_pieces,
-    "colour": lambda scene, _: [Piece(scene.colour, True)],
-    "a_colour": lambda scene, _: [Piece(f"{_article(scene.colour)} "), Piece(scene.colour, True)],
-    "lead": _boilerplate(LEADS),
-    "tail": _boilerplate(TAILS),
-    "person": lambda _, rng: [Piece(f"{pick(FIRST_NAMES, rng)} {pick(LAST_NAMES, rng)}")],
-    "date": lambda _, rng: [Piece(f"{rng.integers(1, 29)} {pick(MONTHS, rng)} {rng.integers(2004, 2025)}")],
-    "number": lambda _, rng: [Piece(str(rng.integers(100_000, 1_000_000)))],
+    "colour": lambda description: [Piece(description.colour, True)],
+    "a_colour": lambda description: [Piece(f"{_article(description.colour)} "), Piece(description.colour, True)],
+}
+_BOILERPLATE: dict[str, Callable[[Rng], str]] = {
+    "lead": lambda rng: pick(LEADS, rng),
+    "tail": lambda rng: pick(TAILS, rng),
+    "person": lambda rng: f"{pick(FIRST_NAMES, rng)} {pick(LAST_NAMES, rng)}",
+    "date": lambda rng: f"{rng.integers(1, 29)} {pick(MONTHS, rng)} {rng.integers(2004, 2025)}",
+    "number": lambda rng: str(rng.integers(100_000, 1_000_000)),
 }

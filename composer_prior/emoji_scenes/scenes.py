@@ -99,9 +99,11 @@ def is_held_out(names: Sequence[str], colour: str, seed: int) -> bool:
     return any(_hash(f"{seed}/{first}/{second}") % 100 < HELD_OUT_PERCENT for first, second in pairs)
 
 
-def sample_scene(split: str, rng: Rng, *, canvas: int = 96, seed: int = 17) -> Scene:
-    """A scene that belongs to `split`."""
-    counts = _sample_counts(rng)
+def sample_scene(
+    split: str, rng: Rng, *, canvas: int = 96, seed: int = 17, counts: Sequence[int] | None = None
+) -> Scene:
+    """A scene that belongs to `split`, with so many objects of its first class, its second and so on, or as drawn."""
+    counts = counts or _sample_counts(rng)
     names, colour = _sample_combination(split, len(counts), rng, seed)
     sizes = [pick(tuple(SIZES), rng) for _ in names]
     labels = [(name, size) for name, size, count in zip(names, sizes, counts, strict=True) for _ in range(count)]

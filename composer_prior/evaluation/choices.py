@@ -115,13 +115,17 @@ class ChoiceBenchmark(Benchmark):
             found.update(zip(places, scores, strict=True))
         return [found[place] for place in range(len(samples))]
 
-    def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
+    def points(self, prediction: Mapping[str, Any]) -> dict[str, float]:
+        """What a sample earns, by the names of the accuracies."""
         tokens, prior = np.array(prediction["tokens"]), np.array(prediction["logprobs_prior"])
-        points = {"chance": 1 / len(tokens), "text_only": _point(prior)}
+        points = {"chance": 1 / len(tokens), "text_only": point(prior)}
         for key, suffix in (("logprobs", ""), ("logprobs_shuffled", "_shuffled")):
             scores = np.array(prediction[key])
-            points |= {f"{name}{suffix}": _point(score(scores, prior, tokens)) for name, score in SCORES.items()}
-        points["samples"] = 1.0
+            points |= {f"{name}{suffix}": point(score(scores, prior, tokens)) for name, score in SCORES.items()}
+        return points
+
+    def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
+        points = {**self.points(prediction), "samples": 1.0}
         category = prediction["category"]
         return points | ({f"{name}/{category}": value for name, value in points.items()} if category else {})
 
@@ -134,7 +138,7 @@ class ChoiceBenchmark(Benchmark):
         return found
 
 
-def _point(scores: np.ndarray) -> float:
+def point(scores: np.ndarray) -> float:
     """1 if the first score is the highest, shared among those within a tie."""
     best = scores >= scores.max() - TIE
     return float(best[0]) / float(best.sum())

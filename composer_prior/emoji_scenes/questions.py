@@ -1,0 +1,151 @@
+"""Questions about a scene with their possible answers, and the same as beginnings of captions."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from composer_prior.emoji_scenes.captions import (
+    COUNT_WORDS,
+    RELATIONS,
+    Description,
+    Mention,
+    describe,
+    plural,
+    true_relations,
+    with_article,
+)
+from composer_prior.emoji_scenes.scenes import BACKGROUNDS, CLASSES, SIZES, PlacedObject, Scene, pick
+from composer_prior.emoji_scenes.statements import Source, Statements, item_rng, true_answer, write_all
+
+Form = Literal["cloze", "question"]
+
+# The scene, the question, its answers and what a caption would say for each; the true ones first.
+_Found = tuple[Scene, str, Sequence[str], Sequence[Description]] | None
+
+
+def make_question(category: str, index: int, *, form: Form = "cloze", canvas: int = 96, seed: int = 17) -> Statements:
+    """A question about a scene, its true answer and the others.
+
+    A model that was trained on captions alone has never seen a question. For it the form ``cloze`` asks by beginnings
+    of captions that end with what is asked for ("Stock photo: two snails"); score them without the end of the text.
+    The form ``question`` is a prompt with short answers, for instruction-tuned models.
+
+    - ``presence``: "Is there a snail?" yes or no. Captions deny nothing, so the cloze names a class that is there or
+      one that is not.
+    - ``count``: "How many snails are there?" one to four.
+    - ``size``: "Is the snail large or small?"
+    - ``colour``: "What colour is the background?" eight colours.
+    - ``position``: "Where is the snail, seen from the owl?" left, right, above or below; just one of them holds.
+
+    Args:
+        category: what is asked for, one of :data:`CATEGORIES`.
+        index: of the item; its scene depends on nothing but ``(seed, category, index)``.
+        form: ``cloze`` or ``question``.
+        canvas: side of the image in pixels, at least 32.
+        seed: of the training data, which decides what is held out.
+    """
+    find, answers, beginning = _CATEGORIES[category]
+    purpose = f"questions/{category}"
+    source = Source(item_rng(purpose, index, seed), canvas, seed)
+    answer = true_answer(purpose, index, answers, seed)
+    while (found := find(source, answer)) is None:
+        pass
+    scene, question, options, descriptions = found
+    if form == "question":
+        return Statements(scene, tuple(options), question)
+    return Statements(scene, write_all(descriptions, [beginning], source.rng))
+
+
+def _presence(source: Source, answer: int) -> _Found:
+    scene = source.scene()
+    group = _any_group(scene, source)
+    name, kept = group[0].name, [other for other in scene.groups if other != group[0].name]
+    others = [other for other in CLASSES if other not in scene.groups and source.is_new([*kept, other], scene.colour)]
+    if not others:
+        return None
+    absent = pick(others, source.rng)
+    question = f"Is there {with_article(absent if answer else name)}?"
+    descriptions = [_description(scene, Mention(one, len(group))) for one in (name, absent)]
+    return scene, question, _first(("yes", "no"), answer), descriptions
+
+
+def _count(source: Source, answer: int) -> _Found:
+    further = int(source.rng.integers(len(COUNT_WORDS) - answer))
+    scene = source.scene([answer + 1] + [1] * further)
+    name = scene.objects[0].name
+    descriptions = [_description(scene, Mention(name, count)) for count in range(1, len(COUNT_WORDS) + 1)]
+    return scene, f"How many {plural(name)} are there?", _first(COUNT_WORDS, answer), _first(descriptions, answer)
+
+
+def _size(source: Source, answer: int) -> _Found:
+    scene = source.scene()
+    group = _any_group(scene, source)
+    sizes = _first(tuple(SIZES), answer)
+    if group[0].size != sizes[0]:
+        return None
+    descriptions = [_description(scene, Mention(group[0].name, len(group), size)) for size in sizes]
+    return scene, f"{_be(group).capitalize()} {_the(group)} large or small?", sizes, descriptions
+
+
+def _colour(source: Source, answer: int) -> _Found:
+    scene = source.scene()
+    colours = _first(tuple(BACKGROUNDS), answer)
+    if scene.colour != colours[0] or len(scene.groups) == 1:  # of a lone class the colour is held out
+        return None
+    description = describe(scene, source.rng)
+    return (
+        scene,
+        "What colour is the background?",
+        colours,
+        [replace(description, colour=colour) for colour in colours],
+    )
+
+
+def _position(source: Source, answer: int) -> _Found:
+    scene = source.scene()
+    groups = list(scene.groups.values())
+    if len(groups) == 1:
+        return None
+    first, second = (groups[i] for i in source.rng.choice(len(groups), 2, replace=False))
+    relations = _first(RELATIONS, answer)
+    if true_relations(first, second) != [relations[0]]:
+        return None
+    mentions = [Mention(group[0].name, len(group)) for group in (first, second)]
+    return (
+        scene,
+        f"Where {_be(first)} {_the(first)}, seen from {_the(second)}?",
+        [relation.removesuffix(" of") for relation in relations],
+        [_description(scene, *mentions, relations=(relation,)) for relation in relations],
+    )
+
+
+def _any_group(scene: Scene, source: Source) -> list[PlacedObject]:
+    groups = list(scene.groups.values())
+    return groups[source.rng.integers(len(groups))]
+
+
+def _description(scene: Scene, *mentions: Mention, relations: tuple[str | None, ...] = ()) -> Description:
+    return Description(mentions, relations, scene.colour)
+
+
+def _first(options: Sequence[Any], answer: int) -> list[Any]:
+    """The options, the one at `answer` first."""
+    return [options[answer], *options[:answer], *options[answer + 1 :]]
+
+
+def _be(group: Sequence[PlacedObject]) -> str:
+    return "is" if len(group) == 1 else "are"
+
+
+def _the(group: Sequence[PlacedObject]) -> str:
+    return f"the {group[0].name if len(group) == 1 else plural(group[0].name)}"
+
+
+_CATEGORIES: dict[str, tuple[Callable[[Source, int], _Found], int, str]] = {
+    "presence": (_presence, 2, "{lead}: {scene}"),
+    "count": (_count, len(COUNT_WORDS), "{lead}: {scene}"),
+    "size": (_size, len(SIZES), "{lead}: {scene}"),
+    "colour": (_colour, len(BACKGROUNDS), "{lead}: {scene} on {a_colour} background"),
+    "position": (_position, len(RELATIONS), "{lead}: {scene}"),
+}
+CATEGORIES = tuple(_CATEGORIES)
