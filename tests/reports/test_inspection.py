@@ -20,7 +20,8 @@ from composer_prior import importance_weights
 from composer_prior.conversion.convert import convert_captions
 from composer_prior.data.scores import Scores
 from composer_prior.data.tokenizer import encode_caption
-from composer_prior.reports.inspection import inspect_captions, main, sample_card, samples_page
+from composer_prior.reports.inspection import inspect_captions, main
+from composer_prior.reports.page import sample_card, samples_page
 from composer_prior.scoring.score import ScoreJob, score_captions
 
 LONGEST = 24
