@@ -6,6 +6,7 @@ matplotlib's SVG would be 35 kB a chart in fixed colours, and 2 s at the end of 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from composer_prior.reports.page import escape, plain
 
@@ -14,6 +15,7 @@ POINTS = 300  # of a curve, at most
 _WIDTH, _HEIGHT = 560, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72, 12, 12, 44  # margins
 COLOURS = 6
+Dash = Literal["", "dashed", "dotted"]
 STYLE = """
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem }
 .charts svg { width: 100%; height: auto; color: inherit }
@@ -21,6 +23,7 @@ STYLE = """
 .charts .grid { stroke: #8884 }
 .charts polyline, .legend line { fill: none; stroke: var(--c); stroke-width: 1.7 }
 .charts .dashed { stroke-dasharray: 5 4 }
+.charts .dotted { stroke-dasharray: 1.5 3 }
 .charts circle { fill: var(--c) }
 .legend { display: flex; flex-wrap: wrap; gap: 0 1.25rem; margin: .25rem 0 0; padding: 0; list-style: none }
 .charts .legend svg { width: 28px; height: 10px }
@@ -70,14 +73,14 @@ class Line:
         name: in the legend.
         points: x and y, ordered by x; at least one.
         colour: number of a colour, of which there are :data:`COLOURS`.
-        dashed: draw it so, for what others are compared with.
+        dash: how to break it, as for what others are compared with.
         dots: mark each point.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
     colour: int
-    dashed: bool = False
+    dash: Dash = ""
     dots: bool = False
 
 
@@ -95,7 +98,7 @@ def chart(title: str, lines: Sequence[Line], x_label: str, y_label: str, may_be_
     log = may_be_log and min(ys) > 0 and max(ys) > 10 * min(ys)
     x_ticks, y_ticks = ticks(min(xs), max(xs)), log_ticks(min(ys), max(ys)) if log else ticks(min(ys), max(ys))
     across = _scale(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT)
-    low, high = min(*ys, *y_ticks), max(*ys, *y_ticks)
+    low, high = min(ys + y_ticks), max(ys + y_ticks)
     upwards = _scale(math.log(low), math.log(high), _HEIGHT - _BOTTOM, _TOP) if log else None
     linear = _scale(low, high, _HEIGHT - _BOTTOM, _TOP)
 
@@ -119,7 +122,7 @@ def chart(title: str, lines: Sequence[Line], x_label: str, y_label: str, may_be_
     for line in lines:
         places = [(across(x), up(y)) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        parts.append(f'<g class="k{line.colour}"><polyline{_dashed(line)} points="{path}"/>')
+        parts.append(f'<g class="k{line.colour}"><polyline class="{line.dash}" points="{path}"/>')
         if line.dots or len(places) == 1:
             for (x, y), point in zip(places, line.points, strict=True):
                 says = plain(f"{line.name}: {point[1]:.4g} at {x_label} {_number(point[0])}")
@@ -130,7 +133,7 @@ def chart(title: str, lines: Sequence[Line], x_label: str, y_label: str, may_be_
     dot = '<circle cx="14" cy="5" r="3"/>'
     legend = "".join(
         f'<li class="k{line.colour}"><svg viewBox="0 0 28 10" aria-hidden="true">'
-        f'<line{_dashed(line)} x1="0" x2="28" y1="5" y2="5"/>'
+        f'<line class="{line.dash}" x1="0" x2="28" y1="5" y2="5"/>'
         f"{dot if line.dots else ''}</svg> {escape(line.name)}</li>"
         for line in lines
     )
@@ -163,10 +166,6 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
     if high == low:
         return lambda value: (start + end) / 2
     return lambda value: start + (value - low) / (high - low) * (end - start)
-
-
-def _dashed(line: Line) -> str:
-    return ' class="dashed"' if line.dashed else ""
 
 
 def _number(value: float) -> str:

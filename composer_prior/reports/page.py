@@ -29,6 +29,7 @@ mark { background: rgb(255 140 0 / var(--w)); color: inherit; border-radius: .15
 .wide { overflow-x: auto; margin: .75rem 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .75rem; text-align: right; border-bottom: 1px solid #8886; white-space: nowrap }
+thead th { white-space: normal }
 th:first-child { text-align: left; font-weight: inherit }
 """
 

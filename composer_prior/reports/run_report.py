@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from composer_prior.reports.chart import COLOURS, STYLE, Curve, Line, chart
+from composer_prior.reports.chart import COLOURS, STYLE, Curve, Dash, Line, chart
 from composer_prior.reports.page import document, escape, samples_grid, table
 
 TOKENS = {"all": "", "image-related": "_image_related", "other": "_other"}
@@ -42,9 +42,9 @@ class Logged:
                     logged.curves[name].add(record["batch"], value)
         return logged
 
-    def line(self, metric: str, name: str, colour: int, dashed: bool = False, dots: bool = False) -> list[Line]:
+    def line(self, metric: str, name: str, colour: int, dash: Dash = "", dots: bool = False) -> list[Line]:
         """The curve of a metric, or nothing where it was not logged."""
-        return [Line(name, self.curves[metric].points, colour, dashed, dots)] if metric in self.curves else []
+        return [Line(name, self.curves[metric].points, colour, dash, dots)] if metric in self.curves else []
 
 
 def run_report(
@@ -105,13 +105,13 @@ def _training_charts(logged: Logged) -> list[str]:
         for part, said, dots in (("train", "training", False), ("eval", "validation", True)):
             for value, lines in (("loss", loss), ("accuracy", accuracy)):
                 metric = f"metrics/{part}/{value}{suffix}"
-                lines += logged.line(metric, f"{tokens}, {said}", colour, dashed=dots, dots=dots)
+                lines += logged.line(metric, f"{tokens}, {said}", colour, dash="dashed" if dots else "", dots=dots)
     if "metrics/train/loss" not in logged.curves:
         loss += logged.line("loss/train/total", "training", 0)
     weighted = [
         *logged.line("prior/loss_weighted", "weighted by PRIOR, what is minimized", 0),
         *logged.line("prior/loss_unweighted", "unweighted", 1),
-        *logged.line("prior/reference_nll", "of the reference, unweighted", 5, dashed=True),
+        *logged.line("prior/reference_nll", "of the reference, unweighted", 5, "dashed"),
     ]
     weights = [
         *logged.line("prior/effective_sample_size", "effective sample size, share of the tokens", 0),
@@ -143,9 +143,9 @@ def _benchmark_charts(logged: Logged) -> list[str]:
         for number, figure in enumerate(own):
             for end, said in (("", ""), (_SHUFFLED, ", shuffled images")):
                 metric, colour = f"eval/{benchmark}/{figure}{end}", number % (COLOURS - 1)
-                lines += logged.line(metric, f"{_said(figure)}{said}", colour, dashed=bool(end), dots=True)
-        for figure in (_TEXT_ONLY, _CHANCE):
-            lines += logged.line(f"eval/{benchmark}/{figure}", _said(figure), COLOURS - 1, dashed=True)
+                lines += logged.line(metric, f"{_said(figure)}{said}", colour, dash="dashed" if end else "", dots=True)
+        lines += logged.line(f"eval/{benchmark}/{_TEXT_ONLY}", _said(_TEXT_ONLY), COLOURS - 1, "dashed")
+        lines += logged.line(f"eval/{benchmark}/{_CHANCE}", _CHANCE, COLOURS - 1, "dotted")
         if lines:
             charts.append(chart(f"Benchmark: {benchmark}", lines, "batch", "value"))
     return charts
