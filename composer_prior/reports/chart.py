@@ -10,7 +10,7 @@ from typing import Literal
 
 from composer_prior.reports.page import escape, plain
 
-POINTS = 300  # of a curve, at most
+POINTS = 500  # of a curve, at most
 
 _WIDTH, _HEIGHT = 560, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72, 12, 12, 44  # margins
@@ -44,7 +44,7 @@ class Curve:
     """
 
     width: int = 1
-    bins: dict[int, tuple[int, float, float]] = field(default_factory=dict)  # count, sum of x, sum of y
+    bins: dict[int, list[float]] = field(default_factory=dict)  # count, sum of x, sum of y
 
     def add(self, x: float, y: float) -> None:
         """Take one point in."""
@@ -55,9 +55,14 @@ class Curve:
             for number, sums in narrow.items():
                 self._put(number // 2, *sums)
 
-    def _put(self, number: int, count: int, x: float, y: float) -> None:
-        before = self.bins.get(number, (0, 0.0, 0.0))
-        self.bins[number] = (before[0] + count, before[1] + x, before[2] + y)
+    def _put(self, number: int, count: float, x: float, y: float) -> None:
+        sums = self.bins.get(number)
+        if sums is None:
+            self.bins[number] = [count, x, y]
+        else:
+            sums[0] += count
+            sums[1] += x
+            sums[2] += y
 
     @property
     def points(self) -> list[tuple[float, float]]:
@@ -84,16 +89,19 @@ class Line:
     dots: bool = False
 
 
-def chart(title: str, lines: Sequence[Line], x_label: str, y_label: str, may_be_log: bool = False) -> str:
+def chart(
+    title: str, lines: Sequence[Line], x_label: str, y_label: str, x_end: float = 0.0, may_be_log: bool = False
+) -> str:
     """A ``figure`` element with lines and their legend; its x axis begins at 0.
 
     Args:
         title: plain text, as all others.
         lines: at least one.
         x_label, y_label: of the axes.
+        x_end: where the x axis ends, or later.
         may_be_log: a logarithmic y axis where the values are positive and the largest is over ten times the smallest.
     """
-    xs = [0.0, *(x for line in lines for x, _ in line.points)]
+    xs = [0.0, x_end, *(x for line in lines for x, _ in line.points)]
     ys = [y for line in lines for _, y in line.points]
     log = may_be_log and min(ys) > 0 and max(ys) > 10 * min(ys)
     x_ticks, y_ticks = ticks(min(xs), max(xs)), log_ticks(min(ys), max(ys)) if log else ticks(min(ys), max(ys))

@@ -28,6 +28,11 @@ class Logged:
     curves: defaultdict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))
     last: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def end(self) -> float:
+        """The last batch."""
+        return self.last.get("batch", 0.0)
+
     @classmethod
     def of(cls, records: Iterable[Mapping[str, Any]]) -> "Logged":
         """Read records one by one, so that there can be any number of them."""
@@ -96,7 +101,9 @@ def _summary(logged: Logged) -> str:
 def _thinning(logged: Logged) -> str:
     width = max(curve.width for curve in logged.curves.values())
     means = f" Each point is the mean over up to {width:,} batches." if width > 1 else ""
-    return f"Training metrics are those of each batch, validation metrics are never weighted.{means}"
+    return (
+        f"Loss and accuracy are unweighted unless the chart says otherwise; those of training are of each batch.{means}"
+    )
 
 
 def _training_charts(logged: Logged) -> list[str]:
@@ -126,7 +133,7 @@ def _training_charts(logged: Logged) -> list[str]:
         ("PRIOR's weights", weights, "share", False),
         ("Learning rate", rate, "learning rate", False),
     ]
-    return [chart(title, lines, "batch", label, log) for title, lines, label, log in found if lines]
+    return [chart(title, lines, "batch", label, logged.end, log) for title, lines, label, log in found if lines]
 
 
 def _benchmark_charts(logged: Logged) -> list[str]:
@@ -147,7 +154,7 @@ def _benchmark_charts(logged: Logged) -> list[str]:
         lines += logged.line(f"eval/{benchmark}/{_TEXT_ONLY}", _said(_TEXT_ONLY), COLOURS - 1, "dashed")
         lines += logged.line(f"eval/{benchmark}/{_CHANCE}", _CHANCE, COLOURS - 1, "dotted")
         if lines:
-            charts.append(chart(f"Benchmark: {benchmark}", lines, "batch", "value"))
+            charts.append(chart(f"Benchmark: {benchmark}", lines, "batch", "value", logged.end))
     return charts
 
 

@@ -89,9 +89,9 @@ def test_the_points_of_a_curve_are_the_means_of_its_parts(count):
 
 
 def test_a_long_run_and_a_short_one_have_pages_of_a_size():
-    short, long = (run_report((record(batch) for batch in range(count)), "run") for count in (300, 20_000))
+    short, long = (run_report((record(batch) for batch in range(count)), "run") for count in (400, 20_000))
     assert len(long) < 2 * len(short) < 200_000
-    assert "Each point is the mean over up to 128 batches." in long
+    assert "Each point is the mean over up to 64 batches." in long
     assert "Each point" not in short
 
 
