@@ -81,10 +81,8 @@ def run_report(
     if charts:
         parts.append(f'<h2>Curves</h2>\n<p>{_thinning(logged)}</p>\n<div class="charts">\n{charts}</div>\n')
     if cards:
-        legend = (
-            "Captions of validation images. The darker a token, the more probable it was to the model; the pointer "
-        )
-        parts.append(f"<h2>Captions</h2>\n<p>{legend}shows the probability.</p>\n{samples_grid(cards)}")
+        legend = "The darker a token, the more probable it was to the model; the pointer shows the probability."
+        parts.append(f"<h2>Captions of validation images</h2>\n<p>{legend}</p>\n{samples_grid(cards)}")
     if recipe:
         parts.append(f"<details><summary>Recipe</summary><pre>{escape(recipe)}</pre></details>\n")
     return document(title, "".join(parts), STYLE)
@@ -92,18 +90,14 @@ def run_report(
 
 def _summary(logged: Logged) -> str:
     units = {"batch": "batches", "sample": "samples", "token": "tokens"}
-    counts = [
-        f"{logged.last[f'time/{unit}']:,} {said}" for unit, said in units.items() if f"time/{unit}" in logged.last
-    ]
+    counts = [f"{count:,} {said}" for unit, said in units.items() if (count := logged.last.get(f"time/{unit}"))]
     return f"Trained on {', '.join(counts)}." if counts else "How long it was trained was not logged."
 
 
 def _thinning(logged: Logged) -> str:
     width = max(curve.width for curve in logged.curves.values())
     means = f" Each point is the mean over up to {width:,} batches." if width > 1 else ""
-    return (
-        f"Loss and accuracy are unweighted unless the chart says otherwise; those of training are of each batch.{means}"
-    )
+    return f"Loss and accuracy are unweighted unless a chart says so; those of training are of each batch.{means}"
 
 
 def _training_charts(logged: Logged) -> list[str]:
@@ -201,9 +195,8 @@ def _benchmark_table(benchmark: str, figures: Mapping[str, Figure], names: Seque
         rows.append([said, _shown(figures[name].get("value")), " to ".join(interval) if all(interval) else "", *shown])
     header = ["benchmark", "this model", "95 % interval", "shuffled images", "text only", "chance"]
     used = [column for column in range(len(header)) if column < 2 or any(row[column] for row in rows)]
-    return (
-        table([header[column] for column in used], [[row[column] for column in used] for row in rows]) if rows else ""
-    )
+    cells = [[row[column] for column in used] for row in rows]
+    return table([header[column] for column in used], cells) if rows else ""
 
 
 def _is_comparison(figure: str) -> bool:

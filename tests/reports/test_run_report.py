@@ -209,7 +209,7 @@ def test_the_page_in_a_real_browser(tmp_path):
     page.write_text(run_report(json.loads(json.dumps(records)), text, cards=cards, recipe=text), encoding="utf-8")
     dom, picture = browse(page, tmp_path)
     assert re.search("<title>(.*?)</title>", dom)[1].startswith("&lt;script&gt;")  # type: ignore[index]
-    assert re.findall("<h2>(.*?)</h2>", dom) == ["Results", "Curves", "Captions"]
+    assert re.findall("<h2>(.*?)</h2>", dom) == ["Results", "Curves", "Captions of validation images"]
     assert "<script" not in dom
     assert dom.count('role="img"') == 6
     pixels = picture.convert("RGB").getdata()
