@@ -15,7 +15,7 @@ from composer_prior.evaluation.likelihood import TextOnly, TokenLogprobs, Vision
 from composer_prior.evaluation.mds_samples import CaptionSamples
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.registry import register
-from composer_prior.reports.inspection import sample_card, samples_page
+from composer_prior.reports.page import sample_card, samples_page
 from composer_prior.scoring.align import align_logprobs, token_edges
 
 PAGE_SAMPLES = 100

@@ -22,7 +22,7 @@ from composer_prior.data.messages import OneLineError, one_line, say
 from composer_prior.data.storage import is_remote, list_remote
 from composer_prior.models.lvlm import LVLM, Caption
 from composer_prior.options import options_of, parse_options
-from composer_prior.reports.inspection import sample_card, samples_page
+from composer_prior.reports.page import sample_card, samples_page
 from composer_prior.training.saving import load
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")

@@ -231,7 +231,7 @@ class LVLM(nn.Module):
         return found
 
     def _in_pieces(self, ids: list[int], probabilities: Tensor) -> Caption:
-        """A caption whose pieces are what each token adds to its text."""
+        """A caption whose pieces are what each token adds to its text, or one where a token changes what was there."""
         pieces: list[tuple[str, float | None]] = []
         text = ""
         for count, probability in enumerate(probabilities.tolist(), 1):
@@ -240,7 +240,8 @@ class LVLM(nn.Module):
             if whole and longer.startswith(text) and longer != text:
                 pieces.append((longer[len(text) :], probability))
                 text = longer
-        return Caption(text, tuple(pieces))
+        caption = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return Caption(caption, tuple(pieces) if text == caption else ((caption, None),))
 
     @torch.no_grad()
     def generate_ids(self, batch: Mapping[str, Tensor], attention_mask: Tensor, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 import logging
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from composer_prior.data.captions import StreamingCaptionDataset
 from composer_prior.data.messages import announce, one_line
 from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.models.lvlm import Caption
+from composer_prior.reports.run_report import TOKENS
 
 log = logging.getLogger(__name__)
-
-_COLUMNS = {"all": "", "image-related": "_image_related", "other": "_other"}
 
 
 def validation_metrics(state: State) -> dict[str, float]:
@@ -27,17 +28,17 @@ def validation_metrics(state: State) -> dict[str, float]:
     return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
-def closing_report(parts: Sequence[Callable[[], str]]) -> None:
+def closing_report(parts: Sequence[Callable[[], object]]) -> None:
     """Print the parts of a report on rank 0.
 
     What goes wrong in one is said and takes no finished run down.
 
     Args:
-        parts: functions that every rank calls; an empty text is left out.
+        parts: functions that every rank calls, whose results are printed; an empty text is left out.
     """
     for part in parts:
         try:
-            text = part()
+            text = str(part())
             if text:
                 announce(text)
         except Exception as error:
@@ -54,11 +55,11 @@ def trained_model(state: State) -> torch.nn.Module:
 def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """Validation loss (nats per token) and accuracy over all, image-related and other tokens, one line per model."""
     width = max(map(len, [*rows, "validation"]))
-    header = "  ".join(f"{name:>21}" for name in _COLUMNS)
+    header = "  ".join(f"{name:>21}" for name in TOKENS)
     lines = [f"{'validation':{width}}  {header}", f"{'':{width}}  " + "  ".join([f"{'loss':>10} {'accuracy':>10}"] * 3)]
     for name, metrics in rows.items():
         cells = []
-        for suffix in _COLUMNS.values():
+        for suffix in TOKENS.values():
             values = [metrics.get(f"{value}{suffix}") for value in ("loss", "accuracy")]
             cells.append(" ".join(f"{value:10.4f}" if value is not None else f"{'-':>10}" for value in values))
         lines.append(f"{name:{width}}  " + "  ".join(cells))
@@ -77,7 +78,24 @@ def benchmarks_table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
     return "\n" + "\n".join(lines) if lines else ""
 
 
-def caption_samples(trainer: Trainer, count: int) -> str:
+@dataclass
+class Samples:
+    """Validation images, their captions and those that the model generates; and why others were left out."""
+
+    images: list[Image.Image] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    generated: list[Caption] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """The captions, one pair below the other."""
+        pairs = zip(self.captions, self.generated, strict=True)
+        blocks = [f"true:      {true}\ngenerated: {own.text}" for true, own in pairs]
+        blocks += [f"left out:  {reason}" for reason in self.left_out]
+        return "\n" + "\n\n".join(textwrap.indent(block, "  ") for block in blocks) if blocks else ""
+
+
+def caption_samples(trainer: Trainer, count: int) -> Samples:
     """Captions that the trained model generates for the first validation images, beside the true ones.
 
     Every rank calls it: where the weights are sharded, generation takes all of them. Samples that cannot be used are
@@ -85,33 +103,30 @@ def caption_samples(trainer: Trainer, count: int) -> str:
     """
     state, model = trainer.state, trained_model(trainer.state)
     if not (isinstance(model, ComposerLVLM) and model.model.vision is not None and state.evaluators):
-        return ""
+        return Samples()
     data = state.evaluators[0].dataloader.dataloader.dataset  # type: ignore[union-attr]
     found: list[Any] = [None]
     if dist.get_global_rank() == 0:
         found[0] = _first_samples(data, count)
     dist.broadcast_object_list(found)  # what one rank cannot read, the others must not wait for
-    images, captions, skipped = found[0]
-    with get_precision_context(state.precision, state.precision_config):
-        generated = model.model.generate(images, data.prompt) if images else []
-    pairs = [f"true:      {true}\ngenerated: {own}" for true, own in zip(captions, generated, strict=True)]
-    left_out = [f"left out:  {reason}" for reason in skipped]
-    blocks = [textwrap.indent(block, "  ") for block in (*pairs, *left_out)]
-    return "\n" + "\n\n".join(blocks) if blocks else ""
+    samples: Samples = found[0]
+    if samples.images:
+        inputs = [model.image_processor(image) for image in samples.images]
+        with get_precision_context(state.precision, state.precision_config):
+            samples.generated = model.model.caption(inputs, data.prompt, probabilities=True)
+    return samples
 
 
-def _first_samples(data: StreamingCaptionDataset, count: int) -> tuple[list[Image.Image], list[str], list[str]]:
+def _first_samples(data: StreamingCaptionDataset, count: int) -> Samples:
     """The first images with their captions, and what was wrong with those between them."""
-    images: list[Image.Image] = []
-    captions: list[str] = []
-    skipped: list[str] = []
+    samples = Samples()
     for sample_id in range(min(data.num_samples, 4 * count)):
-        if len(images) == count:
+        if len(samples.images) == count:
             break
         try:
             image, caption = data.image_and_caption(sample_id)
-            images.append(image)
-            captions.append(caption)
+            samples.images.append(image)
+            samples.captions.append(caption)
         except Exception as error:
-            skipped.append(one_line(error))
-    return images, captions, skipped
+            samples.left_out.append(one_line(error))
+    return samples

@@ -3,18 +3,15 @@
 Reading goes through streaming. A data set with a column that would run code when decoded (``pkl``) is refused.
 """
 
-import base64
 import dataclasses
-import html
 import io
 import json
 import random
 import statistics
 import sys
 import tempfile
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,28 +19,11 @@ from typing import Any
 from PIL import Image
 
 from composer_prior.conversion.sources import expect_number
-from composer_prior.data.images import IMAGE_FORMATS, ImageError, decode_rgb
+from composer_prior.data.images import IMAGE_FORMATS
 from composer_prior.data.messages import one_line, say
 from composer_prior.data.storage import is_remote
 from composer_prior.options import options_of, parse_options
-
-Shade = tuple[str, float | None]
-"""A piece of a caption and how strongly to shade it: 1.0 is an average weight, ``None`` stands for no weight."""
-
-_THUMBNAIL = 320
-_STYLE = """
-:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }
-body { max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
-pre { white-space: pre-wrap; overflow-wrap: anywhere }
-.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 1rem }
-figure { margin: 0; padding: .75rem; border: 1px solid #8886; border-radius: .5rem }
-img { max-width: 100%; display: block; margin: 0 auto .5rem }
-figcaption p { margin: .25rem 0; overflow-wrap: anywhere; unicode-bidi: isolate; white-space: pre-wrap;
-  max-height: 16rem; overflow: auto }
-small { opacity: .7 }
-mark { background: rgb(255 140 0 / var(--w)); color: inherit; border-radius: .15rem }
-.control { color: #c22; font-size: .8em }
-"""
+from composer_prior.reports.page import Shade, sample_card, samples_page, visible
 
 
 @dataclass(frozen=True)
@@ -88,7 +68,7 @@ class CaptionReport:
             f"image formats   {', '.join(f'{count:,} {name}' for name, count in self.formats.items()) or 'none'}",
             f"undecodable     {self.undecodable:,}",
             "most frequent captions:",
-            *(f"  {count:>7,}  {_visible(_cut(caption, 100))}" for caption, count in self.frequent),
+            *(f"  {count:>7,}  {visible(_cut(caption, 100))}" for caption, count in self.frequent),
         ]
         return "\n".join(lines)
 
@@ -179,88 +159,6 @@ def inspect_captions(
 def sample_captions(sample: Mapping[str, Any]) -> list[str]:
     """The captions of a sample, whether it has one or several."""
     return [sample["caption"]] if "caption" in sample else list(sample["captions"])
-
-
-def samples_page(cards: Iterable[str], title: str, text: str = "") -> str:
-    """One self-contained HTML page: no script, nothing loaded from elsewhere.
-
-    Args:
-        cards: what :func:`sample_card` returned for each sample.
-        title: the page's title, as plain text.
-        text: what stands above the samples, as plain text.
-
-    Returns:
-        The page.
-    """
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">\n"
-        '<meta name="viewport" content="width=device-width">\n'
-        f"<title>{_escape(title)}</title>\n<style>{_STYLE}</style></head>\n<body>\n"
-        f'<h1 dir="auto">{_escape(title)}</h1>\n<pre>{_escape(text)}</pre>\n'
-        f'<div class="samples">\n{"".join(cards)}</div>\n</body></html>\n'
-    )
-
-
-def sample_card(
-    number: int, image: bytes, captions: Sequence[str], shades: Sequence[Sequence[Shade]] | None = None
-) -> str:
-    """One sample as HTML: a thumbnail, and its captions as text that cannot be anything but text.
-
-    Args:
-        number: the sample's number.
-        image: its encoded image, decoded here and drawn anew; what cannot be decoded is named instead.
-        captions: its captions.
-        shades: for each caption the pieces it is made of, each with a weight; the larger, the darker.
-
-    Returns:
-        A ``figure`` element.
-    """
-    try:
-        picture = decode_rgb(image)
-        size = f"{picture.width} by {picture.height}"
-        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG" if max(picture.size) <= 64 else "JPEG")
-        kind = "png" if max(picture.size) <= 64 else "jpeg"
-        shown = f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-    except ImageError as error:
-        shown, size = f"<p><em>{_escape(str(error))}</em></p>", "no image"
-    paragraphs = [
-        f'<p dir="auto">{_escape(caption) if shades is None else _shaded(shades[index])}</p>'
-        for index, caption in enumerate(captions)
-    ]
-    return f"<figure>{shown}<figcaption>{''.join(paragraphs)}<small>{number:,} · {size}</small></figcaption></figure>\n"
-
-
-def _shaded(pieces: Sequence[Shade]) -> str:
-    largest = max((weight for _, weight in pieces if weight is not None), default=0.0) or 1.0
-    return "".join(
-        _escape(text)
-        if weight is None
-        else f'<mark style="--w:{max(0.0, weight) / largest:.3f}" title="{weight:.3g}">{_escape(text)}</mark>'
-        for text, weight in pieces
-    )
-
-
-def _escape(text: str) -> str:
-    """Text for HTML, with control characters made visible, so that none can reorder or hide its surroundings."""
-    return "".join(_mark(char) if _is_control(char) else html.escape(char) for char in text)
-
-
-def _mark(char: str) -> str:
-    return f'<span class="control">[U+{ord(char):04X}]</span>'
-
-
-def _visible(text: str) -> str:
-    """One line of text for a terminal."""
-    return "".join(f"[U+{ord(char):04X}]" if _is_control(char) or char in "\t\n" else char for char in text)
-
-
-def _is_control(char: str) -> bool:
-    """Whether a character is invisible or reorders text. Line breaks and the joiners of scripts and emoji are not."""
-    return unicodedata.category(char) in ("Cc", "Cf", "Cs") and char not in "\t\n\u200c\u200d"
 
 
 def _cut(text: str, length: int) -> str:

@@ -32,7 +32,7 @@ class RunBenchmark(Callback):
         self.name = name
         self.benchmark = benchmark
         self.limit = limit
-        self.figures: Figures | None = None  # of the last time
+        self.figures: Figures = {}  # of the last time
         self._batch = -1
         ends = {Event.BATCH_END, Event.EPOCH_END}
         self._is_due = create_interval_scheduler(interval, checkpoint_events=False, final_events=ends)
@@ -56,8 +56,8 @@ class RunBenchmark(Callback):
 
     def headline(self) -> dict[str, float | None]:
         """The figures that a closing line tells, by the words that it uses."""
-        figures = self.figures or {}
-        return {words: figures[name]["value"] for words, name in self.benchmark.headline.items() if name in figures}
+        headline = self.benchmark.headline.items()
+        return {words: self.figures[name]["value"] for words, name in headline if name in self.figures}
 
 
 def check_benchmarks(benchmarks: Mapping[str, Any], where: str = "") -> None:

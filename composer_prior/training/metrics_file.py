@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,16 @@ class MetricsFile(LoggerDestination):
         os.replace(partial, self.path)
         self._start = sum(len(line.encode()) for line in lines[: len(kept)])
 
-    def _read(self) -> list[dict[str, Any]]:
+    def records(self) -> Iterator[dict[str, Any]]:
+        """What has been written, and the current step, on rank 0, line by line."""
+        self._write()
+        return self._read()
+
+    def _read(self) -> Iterator[dict[str, Any]]:
         """The whole lines of the file; a run that was killed may have left half of one at its end."""
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        if self.path.is_file():
+            with self.path.open() as lines:
+                yield from (json.loads(line) for line in lines if line.endswith("\n"))
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if dist.get_global_rank() != 0 or step is None:

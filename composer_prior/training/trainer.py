@@ -18,6 +18,7 @@ from composer_prior.models.compile import prepare_compile
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.matmul import use_onednn
 from composer_prior.reports.closing import (
+    Samples,
     benchmarks_table,
     caption_samples,
     closing_report,
@@ -47,6 +48,7 @@ from composer_prior.training.preflight import (
     one_line_errors,
 )
 from composer_prior.training.reference import check_reference, model_folder, read_card, save_reference
+from composer_prior.training.report import report_file, write_report
 from composer_prior.training.saving import HuggingFaceCheckpointer, save_architecture, save_model
 
 
@@ -174,8 +176,7 @@ def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
         else:
             announce(f"{recipe.run_name} has finished already; set another max_duration or run_name to train on.")
             trainer.eval()
-        benchmarks = [callback for callback in trainer.state.callbacks if isinstance(callback, RunBenchmark)]
-        for benchmark in benchmarks:
+        for benchmark in _benchmarks(trainer):
             benchmark.run(trainer.state, trainer.logger)
         if isinstance(model, ComposerLVLM):
             metrics = validation_metrics(trainer.state)
@@ -184,19 +185,43 @@ def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
             else:
                 save_model(recipe, model.model, data, metrics)
         dist.barrier()
-        closing_report(
-            [
-                lambda: metrics_table(_metrics(recipe, trainer)),
-                lambda: benchmarks_table({one.name: one.headline() for one in benchmarks}),
-                lambda: caption_samples(trainer, recipe.sample_captions),
-                lambda: _places(recipe, trainer),
-            ]
-        )
+        _report(recipe, trainer)
     except BaseException:
         trainer.engine.close()  # trainer.close() would wait for the other ranks, and they for this one
         raise
     trainer.close()
     return trainer
+
+
+def _report(recipe: TrainConfig, trainer: Trainer) -> None:
+    """Print what a run prints at its end, and write its page of what of that there is."""
+    rows: dict[str, Any] = {}
+    samples = Samples()
+
+    def table() -> str:
+        rows.update(_metrics(recipe, trainer))
+        return metrics_table(rows)
+
+    def captions() -> Samples:
+        nonlocal samples
+        samples = caption_samples(trainer, recipe.sample_captions)
+        return samples
+
+    closing_report(
+        [
+            table,
+            lambda: benchmarks_table({one.name: one.headline() for one in _benchmarks(trainer)}),
+            captions,
+            lambda: write_report(
+                recipe, trainer, rows, {one.name: one.figures for one in _benchmarks(trainer)}, samples
+            ),
+            lambda: _places(recipe, trainer),
+        ]
+    )
+
+
+def _benchmarks(trainer: Trainer) -> list[RunBenchmark]:
+    return [callback for callback in trainer.state.callbacks if isinstance(callback, RunBenchmark)]
 
 
 def _metrics(recipe: TrainConfig, trainer: Trainer) -> dict[str, Any]:
@@ -211,7 +236,8 @@ def _metrics(recipe: TrainConfig, trainer: Trainer) -> dict[str, Any]:
 
 def _places(recipe: TrainConfig, trainer: Trainer) -> str:
     """What lies where."""
-    parts = [f"config.yaml and metrics.jsonl are in {Path(recipe.run_folder)}"]
+    page = f"a page for your browser is {report_file(recipe)}; " if report_file(recipe).exists() else ""
+    parts = [f"{page}config.yaml and metrics.jsonl are in {Path(recipe.run_folder)}"]
     if recipe.save_folder:
         parts.append(f"checkpoints in {recipe.save_folder}")
     if model_folder(recipe).exists():

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from common.models import small_lvlm
 from common.s3_server import s3_server
 from PIL import Image
@@ -92,6 +93,16 @@ def test_the_page_shades_tokens_by_their_probability(here, beams):
         )
     assert all(0 <= probability <= 1 for _, probability in caption.pieces)
     assert "".join(text for text, _ in caption.pieces) == caption.text == lines()[0]["caption"]
+
+
+def test_a_caption_is_whole_where_the_tokenizer_rewrites_what_it_said(here):
+    model = LVLM.from_pretrained("model")
+    model.tokenizer.clean_up_tokenization_spaces = True
+    ids = model.tokenizer("I do n't , know .", add_special_tokens=False)["input_ids"]
+    caption = model._in_pieces(ids, torch.full([len(ids)], 0.5))
+    assert caption.text == model.tokenizer.decode(ids)
+    assert "don't, know." in caption.text
+    assert "".join(text for text, _ in caption.pieces) == caption.text
 
 
 def test_images_from_a_bucket(here, monkeypatch):

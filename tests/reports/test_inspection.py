@@ -4,13 +4,12 @@ import html
 import io
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from common.models import small_lm
+from common.pages import BROWSER, HOSTILE, browse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,22 +19,11 @@ from composer_prior import importance_weights
 from composer_prior.conversion.convert import convert_captions
 from composer_prior.data.scores import Scores
 from composer_prior.data.tokenizer import encode_caption
-from composer_prior.reports.inspection import inspect_captions, main, sample_card, samples_page
+from composer_prior.reports.inspection import inspect_captions, main
+from composer_prior.reports.page import sample_card, samples_page
 from composer_prior.scoring.score import ScoreJob, score_captions
 
 LONGEST = 24
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-HOSTILE = (
-    "<script>document.title='pwned'</script>",
-    '"><img src=x onerror="document.title=\'pwned\'">',
-    "</figcaption></figure><h2>forged</h2>",
-    "&lt;b&gt; stays as written",
-    "left \u202eright to left\u202c again",
-    "\u0633\u0644\u0627\u0645\u200c\u0647\u0627 and \u05e9\u05dc\u05d5\u05dd",
-    "tab\tand\nline\x00\x1b[31m",
-    "👩‍👩‍👧 \U000e0041",
-)
 
 
 def png(colour: str, size=(64, 48)) -> bytes:
@@ -226,19 +214,3 @@ def test_the_page_in_a_real_browser(data, scores, tokenizer, tmp_path):
     for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255)):
         near = (max(map(abs, map(int.__sub__, other, colour))) < 9 for other in picture.convert("RGB").getdata())
         assert sum(near) >= 5 * 60 * 48, "the images are on the screen"
-
-
-def browse(page: Path, folder: Path) -> tuple[str, Image.Image]:
-    """The page's DOM, and a picture of it, from a browser that starts fresh and asks nobody anything."""
-    flags = [
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-        "--disable-sync", "--no-first-run", "--window-size=1200,3000",
-    ]  # fmt: skip
-    screen = folder / "page.png"
-    profile = [f"--user-data-dir={folder / 'profile'}"]
-    for wish in (["--dump-dom"], [f"--screenshot={screen}"]):
-        command = [str(BROWSER), *flags, *profile, *wish, page.as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        if wish == ["--dump-dom"]:
-            dom = done.stdout
-    return dom, Image.open(screen)

@@ -158,17 +158,19 @@ def test_a_validation_set_of_bad_samples_alone_is_no_end(capsys):
     assert json.loads(Path("runs/ntp_vit/metrics.jsonl").read_text().splitlines()[0])["batch"] == 0
 
 
-def test_what_goes_wrong_in_the_report_is_said_and_ends_no_run(capsys, monkeypatch):
-    from composer_prior.models.lvlm import LVLM
-
+@pytest.mark.parametrize(
+    "part", ["composer_prior.models.lvlm.LVLM.caption", "composer_prior.training.report.run_report"]
+)
+def test_what_goes_wrong_in_the_report_is_said_and_ends_no_run(part, capsys, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr(LVLM, "generate", fail)
+    monkeypatch.setattr(part, fail)
     data = own(write_tiles(Path("full"), 8), write_tiles(Path("validation"), 4), "max_duration=1ba")
     main(arguments("ntp_vit", *data))
     output = capsys.readouterr().out
-    assert "The closing report lacks a part: RuntimeError: out of memory" in output
+    assert output.count("The closing report lacks a part: RuntimeError: out of memory") == 1
+    assert Path("runs/ntp_vit/report.html").exists() == ("caption" in part)
     assert "checkpoints in runs/ntp_vit/checkpoints, the model in Hugging Face form in runs/ntp_vit/model." in output
 
 

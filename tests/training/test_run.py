@@ -1,6 +1,8 @@
 """The quick start on shrunken recipes: what is made, what is reused, what is refused, what is printed."""
 
+import html
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -59,6 +61,27 @@ def test_the_closing_table_and_captions(quick_start):
     assert (
         "checkpoints in runs/prior_vit/checkpoints, the model in Hugging Face form in runs/prior_vit/model." in output
     )
+
+
+def test_the_page_of_a_run(quick_start):
+    """It shows what the terminal does, of the run and of its reference, which has neither images nor PRIOR."""
+    folder, output = quick_start
+    for name, curves in (("prior_vit", 5), ("reference", 2)):
+        assert f"a page for your browser is runs/{name}/report.html; " in output
+        page = (folder / f"runs/{name}/report.html").read_text()
+        assert page.count('role="img"') == curves
+        lines = [line for line in output.splitlines() if line.startswith(f"{name} ")]
+        table = lines[0].split()[-6:]
+        row = re.search(f"{name}</th>(.*?)</tr>", page)
+        assert row is not None
+        assert re.findall("<td>(.*?)</td>", row[1]) == [*table[::2], *table[1::2]]
+        assert page.count("all, validation") == 2 * 3, "in the legend, the description and on the point"
+        assert html.escape((folder / f"runs/{name}/config.yaml").read_text()) in page
+        shown = [html.unescape(re.sub("<.*?>", "", text)) for text in re.findall(r'<p dir="auto">(.*?)</p>', page)]
+        assert page.count("data:image/") == len(shown) // 2 == (2 if name == "prior_vit" else 0)
+        for number, kind in enumerate(("true:", "generated:")):
+            printed = [line.split(":", 1)[1].strip() for line in output.splitlines() if kind in line]
+            assert [text.strip() for text in shown[number::2]] in (printed, [])
 
 
 def test_what_a_run_leaves(quick_start):

@@ -1,0 +1,149 @@
+"""Pages of HTML that are one file: no script, nothing loaded from elsewhere, and text that can be nothing but text."""
+
+import base64
+import html
+import io
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+from PIL import Image
+
+from composer_prior.data.images import ImageError, decode_rgb
+
+Shade = tuple[str, float | None]
+"""A piece of a caption and how strongly to shade it: 1.0 is an average weight, ``None`` stands for no weight."""
+
+_THUMBNAIL = 320
+_STYLE = """
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }
+body { max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
+pre { white-space: pre-wrap; overflow-wrap: anywhere }
+.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 1rem }
+figure { margin: 0; padding: .75rem; border: 1px solid #8886; border-radius: .5rem }
+img { max-width: 100%; display: block; margin: 0 auto .5rem }
+figcaption p { margin: .25rem 0; overflow-wrap: anywhere; unicode-bidi: isolate; white-space: pre-wrap;
+  max-height: 16rem; overflow: auto }
+small { opacity: .7 }
+mark { background: rgb(255 140 0 / var(--w)); color: inherit; border-radius: .15rem }
+.control { color: #c22; font-size: .8em }
+.wide { overflow-x: auto; margin: .75rem 0 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .2rem .75rem; text-align: right; border-bottom: 1px solid #8886; white-space: nowrap }
+thead th { white-space: normal }
+th:first-child { text-align: left; font-weight: inherit }
+"""
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """One self-contained HTML page, which may load nothing and run nothing.
+
+    Args:
+        title: the page's title, as plain text.
+        body: what stands below it, as HTML.
+        style: rules of CSS besides those of every page.
+    """
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width">\n'
+        f"<title>{plain(title)}</title>\n<style>{_STYLE}{style}</style></head>\n<body>\n"
+        f'<h1 dir="auto">{escape(title)}</h1>\n{body}</body></html>\n'
+    )
+
+
+def samples_page(cards: Iterable[str], title: str, text: str = "") -> str:
+    """A page of samples.
+
+    Args:
+        cards: what :func:`sample_card` returned for each sample.
+        title: the page's title, as plain text.
+        text: what stands above the samples, as plain text.
+    """
+    return document(title, f"<pre>{escape(text)}</pre>\n{samples_grid(cards)}")
+
+
+def samples_grid(cards: Iterable[str]) -> str:
+    """What :func:`sample_card` returned for each sample, side by side."""
+    return f'<div class="samples">\n{"".join(cards)}</div>\n'
+
+
+def sample_card(
+    number: int,
+    image: bytes | Image.Image,
+    captions: Sequence[str],
+    shades: Sequence[Sequence[Shade]] | None = None,
+    labels: Sequence[str] = (),
+) -> str:
+    """One sample as HTML: a thumbnail, and its captions as text that cannot be anything but text.
+
+    Args:
+        number: the sample's number.
+        image: RGB, or encoded: then it is decoded here and drawn anew; what cannot be decoded is named instead.
+        captions: its captions.
+        shades: for each caption the pieces it is made of, each with a weight; the larger, the darker.
+        labels: what stands above each caption. Default: nothing.
+
+    Returns:
+        A ``figure`` element.
+    """
+    try:
+        picture = image.copy() if isinstance(image, Image.Image) else decode_rgb(image)
+        size = f"{picture.width} by {picture.height}"
+        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG" if max(picture.size) <= 64 else "JPEG")
+        kind = "png" if max(picture.size) <= 64 else "jpeg"
+        shown = f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    except ImageError as error:
+        shown, size = f"<p><em>{escape(str(error))}</em></p>", "no image"
+    above = [f"<small>{escape(label)}</small>" for label in labels] or [""] * len(captions)
+    paragraphs = [
+        f'{above[index]}<p dir="auto">{escape(caption) if shades is None else _shaded(shades[index])}</p>'
+        for index, caption in enumerate(captions)
+    ]
+    return f"<figure>{shown}<figcaption>{''.join(paragraphs)}<small>{number:,} · {size}</small></figcaption></figure>\n"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of plain text, the first cell of each row its name."""
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    body = ""
+    for name, *cells in rows:
+        values = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        body += f'<tr><th scope="row" dir="auto">{escape(name)}</th>{values}</tr>\n'
+    return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n'
+
+
+def _shaded(pieces: Sequence[Shade]) -> str:
+    largest = max((weight for _, weight in pieces if weight is not None), default=0.0) or 1.0
+    return "".join(
+        escape(text)
+        if weight is None
+        else f'<mark style="--w:{max(0.0, weight) / largest:.3f}" title="{weight:.3g}">{escape(text)}</mark>'
+        for text, weight in pieces
+    )
+
+
+def escape(text: str) -> str:
+    """Text for HTML, with control characters made visible, so that none can reorder or hide its surroundings."""
+    return "".join(_mark(char) if _is_control(char) else html.escape(char) for char in text)
+
+
+def plain(text: str) -> str:
+    """The same for the places of HTML that hold no elements, such as titles and attributes."""
+    return html.escape(visible(text))
+
+
+def _mark(char: str) -> str:
+    return f'<span class="control">[U+{ord(char):04X}]</span>'
+
+
+def visible(text: str) -> str:
+    """One line of text for a terminal."""
+    return "".join(f"[U+{ord(char):04X}]" if _is_control(char) or char in "\t\n" else char for char in text)
+
+
+def _is_control(char: str) -> bool:
+    """Whether a character is invisible or reorders text. Line breaks and the joiners of scripts and emoji are not."""
+    return unicodedata.category(char) in ("Cc", "Cf", "Cs") and char not in "\t\n\u200c\u200d"

@@ -1,0 +1,212 @@
+"""The page that a run ends with: what it logged as curves, its results beside others', its captions of images."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from composer_prior.reports.chart import COLOURS, STYLE, Curve, Dash, Line, chart
+from composer_prior.reports.page import document, escape, samples_grid, table
+
+TOKENS = {"all": "", "image-related": "_image_related", "other": "_other"}
+"""The tokens that metrics are over, and how the names of those metrics end."""
+
+Figure = Mapping[str, float | None]
+"""``value``, and ``low`` and ``high`` of its interval where there is one."""
+
+# Figures that others are compared with.
+_SHUFFLED, _TEXT_ONLY, _CHANCE, _ORACLE = "_shuffled", "text_only", "chance", "oracle"
+
+
+@dataclass
+class Logged:
+    """What is kept of a run's records: a thinned curve of each metric that the page shows, and the last values.
+
+    What is no finite number is left out.
+    """
+
+    curves: defaultdict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))
+    last: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def end(self) -> float:
+        """The last batch."""
+        return self.last.get("batch", 0.0)
+
+    @classmethod
+    def of(cls, records: Iterable[Mapping[str, Any]]) -> "Logged":
+        """Read records one by one, so that there can be any number of them."""
+        logged = cls()
+        for record in records:
+            for name, value in record.items():
+                if type(value) not in (int, float) or not math.isfinite(value):
+                    logged.last.pop(name, None)
+                    continue
+                logged.last[name] = value
+                if name.startswith(("loss/train/", "metrics/", "prior/", "lr-", "eval/")):
+                    logged.curves[name].add(record["batch"], value)
+        return logged
+
+    def line(self, metric: str, name: str, colour: int, dash: Dash = "", dots: bool = False) -> list[Line]:
+        """The curve of a metric, or nothing where it was not logged."""
+        return [Line(name, self.curves[metric].points, colour, dash, dots)] if metric in self.curves else []
+
+
+def run_report(
+    records: Iterable[Mapping[str, Any]],
+    title: str,
+    *,
+    validation: Mapping[str, Mapping[str, float]] | None = None,
+    benchmarks: Mapping[str, Mapping[str, Figure]] | None = None,
+    cards: Iterable[str] = (),
+    recipe: str = "",
+) -> str:
+    """The page, as HTML; what a run lacks is not on it.
+
+    Args:
+        records: of the run, each with ``batch`` and the metrics that were logged then; read once, one by one.
+        title: the page's title.
+        validation: metrics by the names of the models that they are of.
+        benchmarks: figures by the names of benchmarks. Default: the last ``eval/<benchmark>/<figure>`` of the records.
+        cards: what :func:`.sample_card` returned for each sample.
+        recipe: its text.
+    """
+    logged = Logged.of(records)
+    if benchmarks is None:
+        benchmarks = _last_figures(logged)
+    figures = _results(validation or {}, benchmarks)
+    charts = "".join(_training_charts(logged) + _benchmark_charts(logged))
+    cards = list(cards)
+    parts = [f"<p>{escape(_summary(logged))}</p>\n", figures]
+    if charts:
+        parts.append(f'<h2>Curves</h2>\n<p>{_thinning(logged)}</p>\n<div class="charts">\n{charts}</div>\n')
+    if cards:
+        legend = "The darker a token, the more probable it was to the model; the pointer shows the probability."
+        parts.append(f"<h2>Captions of validation images</h2>\n<p>{legend}</p>\n{samples_grid(cards)}")
+    if recipe:
+        parts.append(f"<details><summary>Recipe</summary><pre>{escape(recipe)}</pre></details>\n")
+    return document(title, "".join(parts), STYLE)
+
+
+def _summary(logged: Logged) -> str:
+    units = {"batch": "batches", "sample": "samples", "token": "tokens"}
+    counts = [f"{count:,} {said}" for unit, said in units.items() if (count := logged.last.get(f"time/{unit}"))]
+    return f"Trained on {', '.join(counts)}." if counts else "How long it was trained was not logged."
+
+
+def _thinning(logged: Logged) -> str:
+    width = max(curve.width for curve in logged.curves.values())
+    means = f" Each point is the mean over up to {width:,} batches." if width > 1 else ""
+    return f"Loss and accuracy are unweighted unless a chart says so; those of training are of each batch.{means}"
+
+
+def _training_charts(logged: Logged) -> list[str]:
+    loss, accuracy = list[Line](), list[Line]()
+    for colour, (tokens, suffix) in enumerate(TOKENS.items()):
+        for part, said, dots in (("train", "training", False), ("eval", "validation", True)):
+            for value, lines in (("loss", loss), ("accuracy", accuracy)):
+                metric = f"metrics/{part}/{value}{suffix}"
+                lines += logged.line(metric, f"{tokens}, {said}", colour, dash="dashed" if dots else "", dots=dots)
+    if "metrics/train/loss" not in logged.curves:
+        loss += logged.line("loss/train/total", "training", 0)
+    weighted = [
+        *logged.line("prior/loss_weighted", "weighted by PRIOR, what is minimized", 0),
+        *logged.line("prior/loss_unweighted", "unweighted", 1),
+        *logged.line("prior/reference_nll", "of the reference, unweighted", 5, "dashed"),
+    ]
+    weights = [
+        *logged.line("prior/effective_sample_size", "effective sample size, share of the tokens", 0),
+        *logged.line("prior/top_decile_share", "weight on the heaviest tenth of the tokens", 1),
+    ]
+    rates = sorted(name for name in logged.curves if name.startswith("lr-"))
+    rate = [line for number, name in enumerate(rates) for line in logged.line(name, name[3:], number % COLOURS)]
+    found = [
+        ("Loss", loss, "nats per token", True),
+        ("Accuracy", accuracy, "share of the tokens", False),
+        ("Training loss with and without PRIOR's weights", weighted, "nats per token", True),
+        ("PRIOR's weights", weights, "share", False),
+        ("Learning rate", rate, "learning rate", False),
+    ]
+    return [chart(title, lines, "batch", label, logged.end, log) for title, lines, label, log in found if lines]
+
+
+def _benchmark_charts(logged: Logged) -> list[str]:
+    """A chart of each benchmark that was run more than once; figures of categories are in the table alone."""
+    by_benchmark = defaultdict(list)
+    for name in sorted(logged.curves):
+        kind, _, rest = name.partition("/")
+        benchmark, _, figure = rest.partition("/")
+        if kind == "eval" and "/" not in figure and len(logged.curves[name].bins) > 1:
+            by_benchmark[benchmark].append(figure)
+    charts = []
+    for benchmark, figures in by_benchmark.items():
+        lines, own = list[Line](), [figure for figure in figures if not _is_comparison(figure)]
+        for number, figure in enumerate(own):
+            for end, said in (("", ""), (_SHUFFLED, ", shuffled images")):
+                metric, colour = f"eval/{benchmark}/{figure}{end}", number % (COLOURS - 1)
+                lines += logged.line(metric, f"{_said(figure)}{said}", colour, dash="dashed" if end else "", dots=True)
+        lines += logged.line(f"eval/{benchmark}/{_TEXT_ONLY}", _said(_TEXT_ONLY), COLOURS - 1, "dashed")
+        lines += logged.line(f"eval/{benchmark}/{_CHANCE}", _CHANCE, COLOURS - 1, "dotted")
+        if lines:
+            charts.append(chart(f"Benchmark: {benchmark}", lines, "batch", "value", logged.end))
+    return charts
+
+
+def _last_figures(logged: Logged) -> dict[str, dict[str, Figure]]:
+    found: dict[str, dict[str, Figure]] = defaultdict(dict)
+    for name, value in logged.last.items():
+        kind, _, rest = name.partition("/")
+        benchmark, _, figure = rest.partition("/")
+        if kind == "eval" and figure:
+            found[benchmark][figure] = {"value": value}
+    return found
+
+
+def _results(validation: Mapping[str, Mapping[str, float]], benchmarks: Mapping[str, Mapping[str, Figure]]) -> str:
+    parts = []
+    names = [
+        (f"{value}, {tokens}", f"{value}{end}") for value in ("loss", "accuracy") for tokens, end in TOKENS.items()
+    ]
+    names = [(said, name) for said, name in names if any(_shown(row.get(name)) for row in validation.values())]
+    if names:
+        rows = [[model, *(_shown(row.get(name)) for _, name in names)] for model, row in validation.items()]
+        parts.append(table(["validation", *(said for said, _ in names)], rows))
+    for benchmark, figures in benchmarks.items():
+        whole = [name for name in figures if "/" not in name]
+        parts.append(_benchmark_table(benchmark, figures, whole))
+        if categories := [name for name in figures if "/" in name]:
+            rest = _benchmark_table(benchmark, figures, categories)
+            parts.append(f"<details><summary>{escape(benchmark)} by category</summary>{rest}</details>\n")
+    return f"<h2>Results</h2>\n{''.join(parts)}" if any(parts) else ""
+
+
+def _benchmark_table(benchmark: str, figures: Mapping[str, Figure], names: Sequence[str]) -> str:
+    """A row per figure, beside it what it is compared with: columns that nothing stands in are left out."""
+    rows = []
+    for name in names:
+        figure, slash, category = name.partition("/")
+        if _is_comparison(figure):
+            continue
+        end = f"{slash}{category}"
+        others = [f"{figure}{_SHUFFLED}{end}", f"{_TEXT_ONLY}{end}", f"{_CHANCE}{end}", f"{_ORACLE}{end}"]
+        interval = [_shown(figures[name].get(bound)) for bound in ("low", "high")]
+        shown = [_shown(figures.get(other, {}).get("value")) for other in others]
+        said = " · ".join(filter(None, (benchmark, category, _said(figure))))
+        rows.append([said, _shown(figures[name].get("value")), " to ".join(interval) if all(interval) else "", *shown])
+    header = ["benchmark", "this model", "95 % interval", "shuffled images", "text only", "chance", "oracle"]
+    used = [column for column in range(len(header)) if column < 2 or any(row[column] for row in rows)]
+    cells = [[row[column] for column in used] for row in rows]
+    return table([header[column] for column in used], cells) if rows else ""
+
+
+def _is_comparison(figure: str) -> bool:
+    return figure in (_TEXT_ONLY, _CHANCE, _ORACLE) or figure.endswith(_SHUFFLED)
+
+
+def _said(figure: str) -> str:
+    return figure.replace("_", " ")
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None or not math.isfinite(value) else f"{value:.4f}"

@@ -1,0 +1,219 @@
+"""A run's page shows what was logged, and only that, whatever is in it; the browser draws it."""
+
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from statistics import fmean
+
+import pytest
+from common.pages import BROWSER, HOSTILE, browse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from composer_prior.reports.chart import POINTS, Curve, Line, chart, log_ticks, ticks
+from composer_prior.reports.page import sample_card
+from composer_prior.reports.run_report import run_report
+
+
+class Parsed(HTMLParser):
+    """What elements a page has, and the text of each kind."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.elements: list[tuple[str, tuple[str, ...]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self._open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        names = tuple(name for name, _ in attrs)
+        if (tag, dict(attrs).get("class")) != ("span", "control"):  # a control character made visible
+            self.elements.append((tag, names))
+            if tag not in ("meta", "img"):
+                self._open.append(tag)
+                self.texts.setdefault(tag, []).append("")
+
+    def handle_endtag(self, tag):
+        if tag != "span":
+            while self._open and self._open.pop() != tag:
+                pass
+
+    def handle_data(self, data):
+        if self._open:
+            self.texts[self._open[-1]][-1] += data
+
+
+def record(batch: int, **others) -> dict:
+    """What a run of ours logs at a step."""
+    tokens = {f"metrics/train/{value}{end}": batch + 1.0 for value in ("loss", "accuracy") for end in ("", "_other")}
+    return {
+        "batch": batch, "time/batch": batch, "time/sample": 8 * batch, "loss/train/total": 2.0, **tokens,
+        "prior/loss_weighted": 3.0, "prior/loss_unweighted": 2.0, "prior/reference_nll": 1.5,
+        "prior/effective_sample_size": 0.5, "prior/top_decile_share": 0.3, "lr-AdamW/group0": 1e-3, **others,
+    }  # fmt: skip
+
+
+def evaluated(batch: int) -> dict:
+    figures = {
+        "total": 0.8, "total_shuffled": 0.51, "chance": 0.5, "text_only": 0.52,
+        "total/count": 0.6, "total_shuffled/count": 0.2, "chance/count": 0.25, "text_only/count": 0.3,
+    }  # fmt: skip
+    validation = {"metrics/eval/loss": 2.25, "metrics/eval/loss_other": 1.0, "metrics/eval/loss_image_related": None}
+    return record(batch, **validation, **{f"eval/foils/{name}": value for name, value in figures.items()})
+
+
+def charts(page: str) -> list[str]:
+    return re.findall(r"<figure><figcaption dir=\"auto\">(.*?)</figcaption>\n<svg", page)
+
+
+def card(text: str) -> str:
+    shades = [[(text, None)], [(text, 0.25), (" end", 1.0)]]
+    return sample_card(1, Image.new("RGB", (80, 60), "red"), [text, text], shades, ["true", "generated"])
+
+
+@pytest.mark.parametrize("count", [1, 2, POINTS, POINTS + 1, 5 * POINTS + 3])
+def test_the_points_of_a_curve_are_the_means_of_its_parts(count):
+    values = [random.Random(count).gauss(0, 1) for _ in range(count)]
+    curve = Curve()
+    for batch, value in enumerate(values):
+        curve.add(batch, value)
+    width = curve.width
+    assert len(curve.points) <= POINTS
+    assert width == max(1, 2 ** math.ceil(math.log2(count / POINTS)))
+    starts = range(0, count, width)
+    assert [x for x, _ in curve.points] == pytest.approx([fmean(range(count)[s : s + width]) for s in starts])
+    assert [y for _, y in curve.points] == pytest.approx([fmean(values[s : s + width]) for s in starts])
+
+
+def test_a_long_run_and_a_short_one_have_pages_of_a_size():
+    short, long = (run_report((record(batch) for batch in range(count)), "run") for count in (400, 20_000))
+    assert len(long) < 2 * len(short) < 200_000
+    assert "Each point is the mean over up to 64 batches." in long
+    assert "Each point" not in short
+
+
+def test_what_was_logged_is_shown():
+    page = run_report([record(0), evaluated(1), evaluated(2), record(3)], "a run", recipe="seed: 17")
+    assert "<title>a run</title>" in page
+    assert "Trained on 3 batches, 24 samples." in page
+    assert charts(page) == [
+        "Loss", "Accuracy", "Training loss with and without PRIOR&#x27;s weights", "PRIOR&#x27;s weights",
+        "Learning rate", "Benchmark: foils",
+    ]  # fmt: skip
+    legends = re.findall(r"</svg> (.*?)</li>", page)
+    assert legends[:4] == ["all, training", "all, validation", "other, training", "other, validation"]
+    assert legends[-4:] == ["total", "total, shuffled images", "text only", "chance"]
+    assert "<title>all, validation: 2.25 at batch 1</title>" in page
+    assert "nats per token by batch, 0 to 3. all, training: 1 to 4; all, validation: 2.25 to 2.25;" in page
+    assert "<details><summary>Recipe</summary><pre>seed: 17</pre></details>" in page
+
+
+def cells(page: str) -> list[list[str]]:
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall("<tr>(.*?)</tr>", page)]
+
+
+def test_results_stand_beside_the_reference_and_chance():
+    validation = {
+        "reference (text only)": {"loss": 3.0, "accuracy": 0.25, "perplexity": 20.0},
+        "run": {"loss": 2.0, "accuracy": 0.5, "loss_other": math.nan},
+    }
+    assert cells(run_report([evaluated(1)], "run", validation=validation)) == [
+        ["validation", "loss, all", "accuracy, all"],
+        ["reference (text only)", "3.0000", "0.2500"],
+        ["run", "2.0000", "0.5000"],
+        ["benchmark", "this model", "shuffled images", "text only", "chance"],
+        ["foils · total", "0.8000", "0.5100", "0.5200", "0.5000"],
+        ["benchmark", "this model", "shuffled images", "text only", "chance"],
+        ["foils · count · total", "0.6000", "0.2000", "0.3000", "0.2500"],
+    ]
+    figures = {"captioning": {"cider": {"value": 1.5, "low": 1.0, "high": 2.0}, "none": {"value": None, "low": None}}}
+    assert cells(run_report([evaluated(1)], "run", benchmarks=figures)) == [
+        ["benchmark", "this model", "95 % interval"],
+        ["captioning · cider", "1.5000", "1.0000 to 2.0000"],
+        ["captioning · none", "", ""],
+    ]
+
+
+def test_what_a_run_lacks_is_not_there():
+    for records in ([], [{"batch": 0}], [{"batch": 0, "metrics/train/loss": None, "lr-x": math.nan, "note": "text"}]):
+        page = run_report(records, "run")
+        assert "<svg" not in page
+        assert "<h2>" not in page
+        assert "How long it was trained was not logged." in page
+    assert charts(run_report([{"batch": 0, "loss/train/total": 2.0}], "of another model")) == ["Loss"]
+    undefined_at_last = [{"batch": 1, "eval/foils/total": 0.5}, {"batch": 2, "eval/foils/total": None}]
+    assert "foils" not in run_report(undefined_at_last, "run")
+
+
+def page_of(text: str) -> str:
+    shown = {"total": {"value": 0.5}, "of/" + text: {"value": 0.5}}
+    return run_report(
+        [{"batch": batch, f"lr-{text}": 1.0} for batch in range(2)],
+        text,
+        validation={text: {"loss": 1.0}},
+        benchmarks={text: shown},
+        cards=[card(text)],
+        recipe=text,
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(), min_size=1) | st.sampled_from(HOSTILE))
+def test_text_is_only_text(text):
+    page = page_of(text)
+    page.encode("utf-8")
+    parsed = Parsed(page)
+    assert parsed.elements == Parsed(page_of("harmless")).elements
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\x00-\x08]", page)
+    if text.isprintable() and text.isascii():
+        assert parsed.texts["h1"] == [text]
+        assert text in parsed.texts["p"]
+        assert text in parsed.texts["pre"]
+
+
+def test_axes_have_round_numbers():
+    assert ticks(0, 600) == [0, 100, 200, 300, 400, 500, 600]
+    assert ticks(0.23, 0.54) == pytest.approx([0.3, 0.4, 0.5])
+    assert ticks(2, 2) == [2]
+    assert log_ticks(0.3, 30) == pytest.approx([0.5, 1, 2, 5, 10, 20])
+    assert log_ticks(1e-9, 1) == pytest.approx([10.0**power for power in range(-9, 1)])
+    points = [(0, 0.1), (1, 1), (2, 10)]
+    drawn = chart("t", [Line("l", points, 0)], "batch", "nats", may_be_log=True)
+    heights = [float(pair.split(",")[1]) for pair in re.findall('points="(.*?)"', drawn)[0].split()]
+    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.11)
+    assert "nats, logarithmic" in drawn
+    assert "logarithmic" not in chart("t", [Line("l", [(0, 0.0), (1, 5.0)], 0)], "batch", "nats", may_be_log=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-1e300, 1e300), min_size=1, max_size=20))
+def test_any_values_have_a_chart(values):
+    drawn = chart("t", [Line("l", list(enumerate(values)), 0)], "batch", "value", may_be_log=True)
+    assert "nan" not in drawn
+    assert "inf" not in drawn
+    for pair in re.findall('points="(.*?)"', drawn)[0].split():
+        x, y = map(float, pair.split(","))
+        assert 0 <= x <= 560
+        assert 0 <= y <= 300
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
+def test_the_page_in_a_real_browser(tmp_path):
+    page = tmp_path / "report.html"
+    records = [record(batch) for batch in range(50)] + [evaluated(50), evaluated(100)]
+    text = " ".join(HOSTILE)
+    cards = [card(hostile) for hostile in HOSTILE]
+    page.write_text(run_report(json.loads(json.dumps(records)), text, cards=cards, recipe=text), encoding="utf-8")
+    dom, picture = browse(page, tmp_path)
+    assert re.search("<title>(.*?)</title>", dom)[1].startswith("&lt;script&gt;")  # type: ignore[index]
+    assert re.findall("<h2>(.*?)</h2>", dom) == ["Results", "Curves", "Captions of validation images"]
+    assert "<script" not in dom
+    assert dom.count('role="img"') == 6
+    pixels = picture.convert("RGB").getdata()
+    for colour in ((0, 0x66, 0xB3), (0xC4, 0x4E, 0)):  # of the first two curves
+        assert sum(pixel == colour for pixel in pixels) > 200, "the curves are on the screen"
+    assert sum(max(map(abs, map(int.__sub__, pixel, (255, 0, 0)))) < 9 for pixel in pixels) >= len(HOSTILE) * 70 * 50
+    assert sum(pixel == (255, 140, 0) for pixel in pixels) > 20 * len(HOSTILE), "likely tokens are shaded"
