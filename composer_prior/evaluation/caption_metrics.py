@@ -38,8 +38,9 @@ _TOKEN = re.compile(
     | can(?=not\b) | gon(?=na\b) | wan(?=na\b) | got(?=ta\b) | gim(?=me\b) | lem(?=me\b) | y'(?=all\b)
     | (?:{_ABBREVIATIONS})\.(?!\w) | no\.(?=\s*\d) | (?:[^\W\d_]\.)+[^\W\d_]\.(?!\w)
     | [^\W\d_]\.(?=\s+[^\W\d_])(?!\s+(?:the|it|he|she|they|there|this|that|in|i|an?)\b)
-    | n't(?!\w) | {_CLITIC} | '\d\ds?(?!\w)
-    | [#@][^\W\d]\w* | \d+:\d\d(?=[ap]m\b) | (?<!\w)[-+]?\d+(?:[.,:/]\d+)*(?:\w|-(?=\w))* | (?:\.\d+)+
+    | n't(?!\w) | {_CLITIC} | '\d\ds?(?![\w"])
+    | [#@][^\W\d]\w* | \d+:\d\d(?=[ap]m\b) | (?<!\w)[-+]?\d+(?:[.,:/]\d+)+(?:-\w+)*
+    | (?<!\w)[-+]?\d+(?:\w|-(?=\w))* | (?:\.\d+)+
     | (?-i:[A-Z]+&[A-Z]+) | c\+\+
     | \w+?(?=n't(?!\w)) | (?:\w|\w[-./'](?=\w))+?(?={_CLITIC}) | \w+(?:(?:[-']|[./](?=[^\W\d]))(?=\w)\w+)*
     | [!?]{{2,}} | \.{{2,}} | -{{2,}} | \S
@@ -49,7 +50,10 @@ _TOKEN = re.compile(
 
 
 def tokenize(caption: str) -> list[str]:
-    """The words of a caption in lower case, as Stanford's PTBTokenizer cuts them, without punctuation."""
+    """The words of a caption in lower case, as Stanford's PTBTokenizer cuts them, without punctuation.
+
+    What captions hold is cut as it cuts it; names of files and of versions may not be.
+    """
     text = _DROPPED.sub("", caption)
     for character, written in _WRITTEN.items():
         text = text.replace(character, written)

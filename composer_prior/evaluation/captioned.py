@@ -1,7 +1,7 @@
 """Images with reference captions, in the forms that they are published in."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ def _objects(content: Any, name: str) -> list[dict[str, Any]]:
     return found if isinstance(found, list) and all(isinstance(entry, dict) for entry in found) else []
 
 
-def _of_coco(entry: Any, captions: Mapping[Any, list[str]], images: ImageFolder) -> CaptionedImage:
+def _of_coco(entry: Any, captions: Mapping[Any, Sequence[Any]], images: ImageFolder) -> CaptionedImage:
     name = text(entry, "file_name")
     number = entry.get("id")
     references = _written(captions.get(number, []))
