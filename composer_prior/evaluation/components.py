@@ -1,5 +1,3 @@
 """The benchmarks that there are: importing this registers them all."""
 
-from composer_prior.evaluation import captioning, foils, hallucination, pope
-
-__all__ = ["captioning", "foils", "hallucination", "pope"]
+from composer_prior.evaluation import captioning, foils, hallucination, pope  # noqa: F401  each registers itself

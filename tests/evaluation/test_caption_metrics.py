@@ -145,3 +145,13 @@ def test_ngrams_have_one_to_four_tokens():
     assert ngrams(["a", "b", "a", "b", "a"])[("a", "b")] == 2
     assert max(map(len, ngrams(list("abcdef")))) == 4
     assert not ngrams([])
+
+
+@settings(deadline=None)
+@given(st.text(max_size=60) | st.text(alphabet="aA1.,-'&/\"!?#@ <>", max_size=60))
+def test_any_text_becomes_words_in_lower_case(text):
+    found = tokenize(text)
+    assert all(
+        word and word == word.lower() and word not in {".", ",", "-", "--", "...", "!", "?", "'", '"'} for word in found
+    )
+    assert tokenize(text + " .") == found, "a full stop is no word"
