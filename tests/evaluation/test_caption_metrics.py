@@ -106,11 +106,12 @@ def test_figures_of_a_small_corpus():
         ("a red cat on the mat", ["a red cat sat on a mat", "the cat is red"]),
         ("two dogs run", ["two dogs run in the park", "dogs run", "some dogs"]),
         ("a bird", ["a bird above the sea", "one white bird"]),
+        ("white dogs dogs run run", ["white dogs run", "two white dogs"]),
     ]
     found = scores([(tokenize(caption), [tokenize(one) for one in references]) for caption, references in corpus])
-    np.testing.assert_allclose(found["bleu"], [0.91310072, 0.7218695, 0.57521741, 8.724e-05], atol=1e-6)
-    np.testing.assert_allclose(found["rouge_l"], [0.75870647, 1.0, 0.53043478], atol=1e-6)
-    np.testing.assert_allclose(found["cider_d"], [2.4969266, 2.99014459, 1.88324304], atol=1e-6)
+    np.testing.assert_allclose(found["bleu"], [0.875, 0.71443451, 0.50344838, 7.108e-05], atol=1e-6)
+    np.testing.assert_allclose(found["rouge_l"], [0.75870647, 1.0, 0.53043478, 0.78540773], atol=1e-6)
+    np.testing.assert_allclose(found["cider_d"], [2.48720417, 2.3983912, 1.96627468, 2.33493114], atol=1e-6)
 
 
 @settings(deadline=None)
