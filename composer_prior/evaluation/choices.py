@@ -12,6 +12,7 @@ from PIL import Image
 
 from composer_prior.evaluation.benchmark import Benchmark
 from composer_prior.evaluation.likelihood import TextOnly, TokenLogprobs, VisionLanguageModel
+from composer_prior.evaluation.samples import per_category, with_category
 from composer_prior.models.reference import ReferenceLM
 
 TIE = 1e-3  # nats: below that, a model prefers neither
@@ -125,17 +126,14 @@ class ChoiceBenchmark(Benchmark):
         return points
 
     def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
-        points = {**self.points(prediction), "samples": 1.0}
-        category = prediction["category"]
-        return points | ({f"{name}/{category}": value for name, value in points.items()} if category else {})
+        return with_category({**self.points(prediction), "samples": 1.0}, prediction["category"])
 
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        found = {}
-        for name, total in sums.items():
-            figure, _, category = name.partition("/")
-            if figure != "samples":
-                found[name] = total / sums[f"samples/{category}" if category else "samples"]
-        return found
+        return per_category(sums, _accuracies)
+
+
+def _accuracies(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: total / sums["samples"] for name, total in sums.items() if name != "samples"}
 
 
 def point(scores: np.ndarray) -> float:

@@ -1,0 +1,173 @@
+"""Images with reference captions, in the forms that they are published in."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from composer_prior.data.captions import BadSampleError, decode_image
+from composer_prior.data.mds import read_column
+from composer_prior.data.messages import DataError
+from composer_prior.data.streams import CheckedDataset
+from composer_prior.evaluation.samples import (
+    ImageFolder,
+    Unusable,
+    data_files,
+    digest,
+    file_size,
+    load_image,
+    numbered,
+    read_json,
+    text,
+    usable,
+)
+
+Entries = Iterator[tuple[str, Any]]
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """One image.
+
+    Args:
+        name: of the image.
+        references: captions that people wrote.
+        image: its file, or its number in an MDS data set.
+        category: such as NoCaps' domain.
+        coco_id: its number in COCO, where it is one of those.
+    """
+
+    name: str
+    references: tuple[str, ...]
+    image: Path | int
+    category: str = ""
+    coco_id: int | None = None
+
+
+class CaptionedImages:
+    """Images with reference captions.
+
+    Args:
+        data: an MDS folder with the columns ``image`` and ``caption`` or ``captions``, or the annotations of COCO
+            (``captions_val2014.json``), of Karpathy's splits (``dataset_coco.json``, ``dataset_flickr30k.json``) or of
+            NoCaps (its domains are categories), recognized from what they hold.
+        images: folder of the images. Default: that of the annotations.
+        split: of Karpathy's (default: ``test``), or a folder in the MDS folder.
+
+    Raises:
+        DataError: if none can be used, in one line.
+    """
+
+    def __init__(self, data: str, images: str | None = None, split: str | None = None):
+        path = Path(data).expanduser()
+        self._mds: CheckedDataset | None = None
+        if path.is_dir():
+            self._mds = _open_mds(path, split)
+            entries: Entries = _of_mds(self._mds)
+            make: Callable[[Any], CaptionedImage] = _caption_of_mds
+            sizes: Any = Path(self._mds.streams[0].local, "index.json").read_bytes()
+        else:
+            (file,) = data_files(data)
+            entries, make = _of_annotations(file, read_json(file), ImageFolder(images or file.parent), split)
+        self.samples = usable(data, entries, make)
+        if self._mds is None:
+            sizes = [file_size(one.image) for one in self.samples if isinstance(one.image, Path)]
+        self.fingerprint = digest([(s.name, s.references, s.category) for s in self.samples], sizes)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def image(self, number: int) -> Image.Image:
+        """An image as RGB.
+
+        Raises:
+            DataError: naming it.
+        """
+        place = self.samples[number].image
+        if isinstance(place, Path):
+            return load_image(place)
+        assert self._mds is not None
+        try:
+            return decode_image(self._mds[place]["image"])
+        except BadSampleError as error:
+            raise DataError(f"sample {place} of {self._mds.streams[0].local}: {error}") from error
+
+
+def _open_mds(folder: Path, split: str | None) -> CheckedDataset:
+    place = folder / (split or "")
+    if not (place / "index.json").exists():
+        splits = sorted(index.parent.name for index in folder.glob("*/index.json"))
+        remedy = f"give split= {' or '.join(splits)}" if splits else "give an MDS folder or a file of annotations"
+        raise DataError(f"{place} has no index.json; {remedy}.")
+    data = CheckedDataset(local=str(place), batch_size=1)
+    for shard in data.shards:
+        names = shard.column_names  # type: ignore[attr-defined]
+        if "image" not in names or not {"caption", "captions"} & set(names):
+            raise DataError(f"{place} has the columns {', '.join(names)}; expected image and caption or captions.")
+    return data
+
+
+def _of_mds(data: CheckedDataset) -> Entries:
+    several = "captions" in data.shards[0].column_names  # type: ignore[attr-defined]
+    for number, found in enumerate(read_column(data, "captions" if several else "caption", range(data.num_samples))):
+        yield f"sample {number}", (number, found if isinstance(found, list) else [found])
+
+
+def _caption_of_mds(entry: tuple[int, list[str]]) -> CaptionedImage:
+    return CaptionedImage(str(entry[0]), _written(entry[1]), entry[0])
+
+
+def _of_annotations(
+    file: Path, content: Any, images: ImageFolder, split: str | None
+) -> tuple[Entries, Callable[[Any], CaptionedImage]]:
+    listed, annotations = (_objects(content, name) for name in ("images", "annotations"))
+    if listed and "sentences" in listed[0]:
+        splits = {str(entry.get("split")) for entry in listed}
+        chosen = split or "test"
+        if chosen not in splits:
+            raise DataError(f"split={chosen}: {file.name} has the splits {', '.join(sorted(splits))}.")
+        rows = ((place, entry) for place, entry in numbered(file, listed) if entry.get("split") == chosen)
+        return rows, lambda entry: _of_karpathy(entry, images)
+    if not listed or not annotations or "caption" not in annotations[0]:
+        raise DataError(
+            f"{file}: expected images and their captions, as COCO, Karpathy's splits and NoCaps have them, or an MDS "
+            "folder."
+        )
+    if split is not None:
+        raise DataError(f"split={split}: {file.name} is one split; leave it out.")
+    captions = defaultdict(list)
+    for annotation in annotations:
+        captions[annotation.get("image_id")].append(annotation.get("caption"))
+    return iter(numbered(file, listed)), lambda entry: _of_coco(entry, captions, images)
+
+
+def _objects(content: Any, name: str) -> list[dict[str, Any]]:
+    """The list of objects that a file has by this name."""
+    found = content.get(name) if isinstance(content, Mapping) else None
+    return found if isinstance(found, list) and all(isinstance(entry, dict) for entry in found) else []
+
+
+def _of_coco(entry: Any, captions: Mapping[Any, Sequence[Any]], images: ImageFolder) -> CaptionedImage:
+    name = text(entry, "file_name")
+    number = entry.get("id")
+    references = _written(captions.get(number, []))
+    category = entry.get("domain")
+    coco_id = number if isinstance(number, int) and category is None else None
+    return CaptionedImage(name, references, images.find(name), category or "", coco_id)
+
+
+def _of_karpathy(entry: Any, images: ImageFolder) -> CaptionedImage:
+    name = text(entry, "filename")
+    references = _written([sentence.get("raw") for sentence in entry["sentences"]])
+    folder = entry.get("filepath") or ""
+    return CaptionedImage(name, references, images.find(str(Path(folder, name)), name), coco_id=entry.get("cocoid"))
+
+
+def _written(captions: Any) -> tuple[str, ...]:
+    found = tuple(caption for caption in captions if isinstance(caption, str) and caption.strip())
+    if not found:
+        raise Unusable("without a caption")
+    return found

@@ -1,0 +1,108 @@
+"""Generated captions against those that people wrote: CIDEr-D, BLEU-1 to BLEU-4 and ROUGE-L."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from composer_prior.evaluation.benchmark import Benchmark
+from composer_prior.evaluation.caption_metrics import (
+    ORDERS,
+    bleu,
+    bleu_counts,
+    cider_d,
+    document_frequency,
+    rouge_l,
+    tokenize,
+)
+from composer_prior.evaluation.captioned import CaptionedImages
+from composer_prior.evaluation.likelihood import VisionLanguageModel
+from composer_prior.evaluation.samples import digest, per_category, with_category
+from composer_prior.registry import register
+
+
+@register("benchmark", "captioning")
+class Captioning(Benchmark):
+    """``cider_d`` in [0, 10], ``bleu_1`` to ``bleu_4`` and ``rouge_l`` in [0, 1], and ``words`` per caption.
+
+    The figures are pycocoevalcap's (papers often give them times 100, of which CIDEr-D's maximum is 1000). CIDEr-D's
+    document frequencies come from the references of all images, also where only the first are captioned; in a
+    category they are the category's own.
+
+    Args:
+        data: an MDS folder, or the annotations of COCO, of Karpathy's splits or of NoCaps.
+        images: folder of the images. Default: that of the annotations.
+        split: of Karpathy's (default: test), or a folder in the MDS folder.
+        prompt: text between image and caption. Default: that of training.
+        max_new_tokens: longest caption in tokens.
+    """
+
+    headline = MappingProxyType({"CIDEr-D": "cider_d", "BLEU-4": "bleu_4", "ROUGE-L": "rouge_l"})
+
+    def __init__(
+        self,
+        *,
+        data: str,
+        images: str | None = None,
+        split: str | None = None,
+        prompt: str | None = None,
+        max_new_tokens: int = 64,
+    ):
+        self.prompt = prompt
+        self.max_new_tokens = max_new_tokens
+        self.images = CaptionedImages(data, images, split)
+        self.fingerprint = digest(self.images.fingerprint, prompt, max_new_tokens)
+
+    @staticmethod
+    def check(max_new_tokens: int = 64) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        pictures = [self.images.image(number) for number in numbers]
+        samples = [self.images.samples[number] for number in numbers]
+        return [
+            {
+                "image": sample.name,
+                "category": sample.category,
+                "caption": caption,
+                "references": list(sample.references),
+            }
+            for sample, caption in zip(samples, model.captions(pictures, self.prompt, self.max_new_tokens), strict=True)
+        ]
+
+    def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
+        caption = tokenize(prediction["caption"])
+        references = [tokenize(reference) for reference in prediction["references"]]
+        counts = {"captions": 1.0, "rouge_l": rouge_l(caption, references), **bleu_counts(caption, references)}
+        category = prediction["category"]
+        found = with_category(counts, category)
+        for name in dict.fromkeys(("", category)):
+            key = f"cider_d/{name}" if name else "cider_d"
+            found[key] = cider_d(caption, references, *self._documents[name])
+        return found
+
+    def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return per_category(sums, _figures)
+
+    @cached_property
+    def _documents(self) -> dict[str, tuple[Mapping[tuple[str, ...], int], int]]:
+        """For all images (``""``) and for each category: in how many images an n-gram is, and how many there are."""
+        samples = self.images.samples
+        found: dict[str, tuple[Mapping[tuple[str, ...], int], int]] = {}
+        for name in {"", *(sample.category for sample in samples)}:
+            chosen = [sample for sample in samples if name in ("", sample.category)]
+            tokens = ([tokenize(reference) for reference in sample.references] for sample in chosen)
+            found[name] = document_frequency(tokens), len(chosen)
+        return found
+
+
+def _figures(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    count = sums["captions"]
+    named = {"cider_d": sums["cider_d"] / count, **{f"bleu_{n}": b for n, b in zip(ORDERS, bleu(sums), strict=True)}}
+    return {**named, "rouge_l": sums["rouge_l"] / count, "words": sums["length"] / count}

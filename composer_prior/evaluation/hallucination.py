@@ -1,0 +1,251 @@
+"""Objects that captions name and images do not show: CHAIR, and which of those that are there are named."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from composer_prior.data.messages import DataError, announce, one_line
+from composer_prior.emoji_scenes.captions import plural
+from composer_prior.emoji_scenes.scenes import CLASSES
+from composer_prior.evaluation.benchmark import Benchmark
+from composer_prior.evaluation.captioned import CaptionedImage, CaptionedImages
+from composer_prior.evaluation.likelihood import VisionLanguageModel
+from composer_prior.evaluation.samples import digest, per_category, read_json, with_category
+from composer_prior.registry import register
+
+_PLURALS = {"child": "children", "foot": "feet", "goose": "geese", "person": "people", "sheep": "sheep"}
+_ENDINGS = (("man", "men"), ("knife", "knives"), ("shelf", "shelves"), ("loaf", "loaves"), ("calf", "calves"))
+# Pairs of words that CHAIR's authors read as one thing: the object it is, or none.
+_ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe")
+_PAIRS = {f"{age} {animal}": animal for age in ("baby", "adult") for animal in _ANIMALS}
+_PAIRS |= {"passenger jet": "airplane", "passenger train": "train", "bow tie": "tie", "toilet seat": "toilet"}
+_PAIRS |= {"home plate": "", "train track": ""}
+
+
+class Vocabulary:
+    """Objects and the words that name them.
+
+    Args:
+        synonyms: for each object its words, of one or several parts; plurals are found by themselves.
+    """
+
+    def __init__(self, synonyms: Mapping[str, Iterable[str]]):
+        self.objects = {word.lower(): name for name, words in synonyms.items() for word in (name, *words)}
+        plurals = {form: name for word, name in self.objects.items() for form in _plurals(word)}
+        pairs = {form: name for pair, name in _PAIRS.items() for form in (pair, *_plurals(pair))}
+        known = {*self.objects.values(), ""}
+        pairs = {form: self.objects.get(name, name) for form, name in pairs.items()}
+        self._names = {**plurals, **{form: name for form, name in pairs.items() if name in known}, **self.objects}
+        words = sorted(self._names, key=len, reverse=True)
+        forms = "|".join(r"[\s-]+".join(map(re.escape, word.split())) for word in words)
+        self._pattern = re.compile(rf"(?<!\w)(?:{forms})(?!\w)")
+
+    def find(self, text: str) -> list[str]:
+        """The objects that a text names, in its order and as often as it names them.
+
+        Whole words, of several that begin at one place the longest: a hot dog is not a dog.
+        """
+        found = (self._names[" ".join(re.split(r"[\s-]+", word))] for word in self._pattern.findall(text.lower()))
+        return [name for name in found if name]
+
+
+def read_synonyms(file: str | Path) -> Vocabulary:
+    """Objects of a file in the form of CHAIR's ``synonyms.txt``: a line each, the object and then its synonyms.
+
+    Raises:
+        DataError: naming the file and the line.
+    """
+    try:
+        lines = Path(file).expanduser().read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"objects={file} cannot be read: {one_line(error)}") from error
+    synonyms: dict[str, list[str]] = {}
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            name, *words = (" ".join(word.split()) for word in line.lower().split(","))
+            if not name:
+                raise DataError(f"{file}, line {number}: expected the object before the first comma.")
+            synonyms.setdefault(name, []).extend(filter(None, words))
+    if not synonyms:
+        raise DataError(f"objects={file} names no object; write one in each line, with its synonyms after commas.")
+    return Vocabulary(synonyms)
+
+
+@register("benchmark", "hallucination")
+class Hallucination(Benchmark):
+    """Objects of generated captions beside those of the images (CHAIR, Rohrbach et al. 2018, section 2).
+
+    ``chair_i``: of all mentions of objects the share of objects that are not there; ``chair_s``: the share of captions
+    with such a mention; ``recall``: of the objects that are there the share that is named; ``precision``: of the
+    different objects that a caption names the share that is there; ``all_right``: the share of captions that name
+    every object that is there and no other. ``precision_shuffled`` and ``recall_shuffled`` are those of the captions
+    beside the objects of another image, the level of captions that are written without looking.
+
+    Args:
+        data: an MDS folder, or the annotations of COCO, of Karpathy's splits or of NoCaps.
+        images: folder of the images. Default: that of the annotations.
+        split: of Karpathy's (default: test), or a folder in the MDS folder.
+        objects: a file with a line per object, its synonyms after commas, as CHAIR's synonyms.txt. Default: the classes
+            of the emoji scenes.
+        instances: annotations of COCO's instances, whose categories are there too.
+        references: objects that the reference captions name are there.
+        prompt: text between image and caption. Default: that of training.
+        max_new_tokens: longest caption in tokens.
+    """
+
+    headline = MappingProxyType(
+        {
+            "objects named right": "precision",
+            "by chance": "precision_shuffled",
+            "objects found": "recall",
+            "captions all right": "all_right",
+        }
+    )
+
+    def __init__(
+        self,
+        *,
+        data: str,
+        images: str | None = None,
+        split: str | None = None,
+        objects: str | None = None,
+        instances: str | None = None,
+        references: bool = True,
+        prompt: str | None = None,
+        max_new_tokens: int = 64,
+    ):
+        self.check(instances, references, max_new_tokens)
+        self.prompt = prompt
+        self.max_new_tokens = max_new_tokens
+        self.vocabulary = Vocabulary(dict.fromkeys(CLASSES, ())) if objects is None else read_synonyms(objects)
+        self.images = CaptionedImages(data, images, split)
+        samples = self.images.samples
+        there = [
+            {name for text in (sample.references if references else ()) for name in self.vocabulary.find(text)}
+            for sample in samples
+        ]
+        if instances is not None:
+            annotated = _annotated(instances, samples, self.vocabulary)
+            there = [some | more for some, more in zip(there, annotated, strict=True)]
+        nothing = [sample.name for sample, some in zip(samples, there, strict=True) if not some]
+        if len(nothing) == len(there) or (objects is None and nothing):
+            which = "a class of the emoji scenes" if objects is None else "an object of the list"
+            raise DataError(
+                f"{data}: the captions of {nothing[0]} do not name {which}; give a fitting list as objects=."
+            )
+        self.there = [sorted(some) for some in there]
+        self.fingerprint = digest(
+            self.images.fingerprint, self.there, sorted(self.vocabulary.objects.items()), prompt, max_new_tokens
+        )
+
+    @staticmethod
+    def check(instances: str | None = None, references: bool = True, max_new_tokens: int = 64) -> None:
+        if not references and instances is None:
+            raise ValueError("references=false: nothing else says which objects are there; give instances=.")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        pictures = [self.images.image(number) for number in numbers]
+        captions = model.captions(pictures, self.prompt, self.max_new_tokens)
+        return [
+            {
+                "image": self.images.samples[number].name,
+                "category": self.images.samples[number].category,
+                "caption": caption,
+                "named": self.vocabulary.find(caption),
+                "there": self.there[number],
+                "there_in_another": self.there[(number + max(1, len(self) // 2)) % len(self)],
+            }
+            for number, caption in zip(numbers, captions, strict=True)
+        ]
+
+    def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
+        counts = chair_counts(prediction["named"], prediction["there"])
+        another = chair_counts(prediction["named"], prediction["there_in_another"])
+        counts |= {f"{name}_shuffled": another[name] for name in ("named_right", "there")}
+        return with_category(counts, prediction["category"])
+
+    def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return per_category(sums, chair)
+
+
+def chair_counts(named: Sequence[str], there: Iterable[str]) -> dict[str, float]:
+    """What a caption adds to the sums that :func:`chair` needs.
+
+    Args:
+        named: the objects that it names, as often as it does.
+        there: those that the image shows.
+    """
+    different, true = set(named), set(there)
+    wrong = [name for name in named if name not in true]
+    return {
+        "captions": 1.0,
+        "captions_wrong": float(bool(wrong)),
+        "captions_right": float(different == true),
+        "mentions": float(len(named)),
+        "mentions_wrong": float(len(wrong)),
+        "named": float(len(different)),
+        "named_right": float(len(different & true)),
+        "there": float(len(true)),
+    }
+
+
+def chair(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """CHAIR per instance and per sentence, recall, precision and the share of captions in which all is right."""
+    return {
+        "chair_i": sums["mentions_wrong"] / sums["mentions"],
+        "chair_s": sums["captions_wrong"] / sums["captions"],
+        "recall": sums["named_right"] / sums["there"],
+        "precision": sums["named_right"] / sums["named"],
+        "recall_shuffled": sums["named_right_shuffled"] / sums["there_shuffled"],
+        "precision_shuffled": sums["named_right_shuffled"] / sums["named"],
+        "all_right": sums["captions_right"] / sums["captions"],
+    }
+
+
+def _plurals(word: str) -> set[str]:
+    *head, last = word.split(" ")
+    forms = {plural(last), f"{last}s"}
+    if last in _PLURALS:
+        forms.add(_PLURALS[last])
+    forms |= {last[: -len(one)] + many for one, many in _ENDINGS if last.endswith(one) and last != "human"}
+    if last.endswith("o"):
+        forms.add(f"{last}es")
+    return {" ".join([*head, form]) for form in forms}
+
+
+def _annotated(file: str, samples: Sequence[CaptionedImage], vocabulary: Vocabulary) -> list[set[str]]:
+    """The objects that COCO's instances show in images."""
+    path = Path(file).expanduser()
+    content = read_json(path)
+    if not isinstance(content, Mapping) or not {"images", "annotations", "categories"} <= content.keys():
+        raise DataError(
+            f"instances={path}: expected images, annotations and categories, as COCO's instances have them."
+        )
+    categories = {entry["id"]: entry["name"] for entry in content["categories"]}
+    names = {number: vocabulary.objects.get(name.lower(), "") for number, name in categories.items()}
+    unknown = [name for number, name in categories.items() if not names[number]]
+    if unknown:
+        announce(
+            f"{path}: {len(unknown)} of {len(categories)} categories are not among the objects and count for nothing, "
+            f"such as {unknown[0]}."
+        )
+    found: dict[Any, set[str]] = {entry["id"]: set() for entry in content["images"]}
+    for entry in content["annotations"]:
+        if names.get(entry.get("category_id")) and entry.get("image_id") in found:
+            found[entry["image_id"]].add(names[entry["category_id"]])
+    missing = [sample.name for sample in samples if sample.coco_id not in found]
+    if missing:
+        raise DataError(
+            f"instances={path}: {len(missing)} of {len(samples)} images are not among its own, such as "
+            f"{missing[0]}; give the instances of the same images."
+        )
+    return [found[sample.coco_id] for sample in samples]

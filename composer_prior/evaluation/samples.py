@@ -1,0 +1,234 @@
+"""What benchmarks that are made from files share: files read or refused in one line, entries left out by name, images
+found and decoded, and figures per category."""
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import xxhash
+from PIL import Image
+
+from composer_prior.data.images import ImageError, decode_rgb
+from composer_prior.data.messages import DataError, announce, one_line
+
+T = TypeVar("T")
+
+
+class Unusable(ValueError):
+    """An entry that no sample can be made of.
+
+    Args:
+        reason: a short fixed phrase that follows a number of entries, such as ``without a caption``.
+        detail: what exactly is wrong with this one.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(detail or reason)
+        self.reason = reason
+
+
+def usable(data: str, entries: Iterable[tuple[str, Any]], make: Callable[[Any], T]) -> list[T]:
+    """The samples made of entries; a line says how many are left out, why, and names the first.
+
+    Args:
+        data: what the entries come from, for the message.
+        entries: the place of each, such as ``file.json, line 3``, and what stands there.
+        make: a sample of an entry.
+
+    Raises:
+        DataError: if no entry is usable.
+    """
+    made: list[T] = []
+    reasons: Counter[str] = Counter()
+    first = ""
+    for place, entry in entries:
+        try:
+            made.append(make(entry))
+        except Unusable as error:
+            reasons[error.reason] += 1
+            first = first or f"{place}: {one_line(error)}"
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            reasons["malformed"] += 1
+            first = first or f"{place}: {type(error).__name__}, {one_line(error)}"
+    total = len(made) + reasons.total()
+    why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    if not made:
+        raise DataError(
+            f"{data}: none of its {total} entries can be used ({why}); {first}." if total else f"{data} is empty."
+        )
+    if reasons:
+        announce(f"{data}: {reasons.total()} of {total} entries are left out ({why}); the first is {first}.")
+    return made
+
+
+def value(entry: Any, *names: str) -> Any:
+    """The value of the first of these keys that an entry has.
+
+    Raises:
+        Unusable: if it has none, or it is empty.
+    """
+    for name in names:
+        found = entry.get(name) if isinstance(entry, Mapping) else None
+        if found is not None and found != "" and found != []:
+            return found
+    raise Unusable(f"without {names[0]}", f"it has no {' or '.join(names)}")
+
+
+def text(entry: Any, *names: str) -> str:
+    """The text of the first of these keys that an entry has.
+
+    Raises:
+        Unusable: if it has none.
+    """
+    found = value(entry, *names)
+    if not isinstance(found, str) or not found.strip():
+        raise Unusable(f"without {names[0]}", f"its {names[0]} is {found!r}, not a text")
+    return found
+
+
+def data_files(data: str) -> list[Path]:
+    """The JSON files that ``data=`` names: one, or those of a folder.
+
+    Raises:
+        DataError: if there is none.
+    """
+    path = Path(data).expanduser()
+    files = sorted([*path.glob("*.json"), *path.glob("*.jsonl")]) if path.is_dir() else [path]
+    if not files or not files[0].exists():
+        raise DataError(f"data={data}: there is no such file{'' if files else ' (*.json, *.jsonl) in that folder'}.")
+    return files
+
+
+def read_json(file: Path) -> Any:
+    """What a file of JSON holds; of JSON Lines the list of its lines, also where its name ends in .json.
+
+    Raises:
+        DataError: naming the file and the line.
+    """
+    try:
+        written = file.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read: {one_line(error)}") from error
+    try:
+        return json.loads(written)
+    except ValueError as error:
+        whole = error
+    found = []
+    for number, line in enumerate(written.split("\n"), start=1):
+        try:
+            if line.strip():
+                found.append(json.loads(line))
+        except ValueError as error:
+            wrong = error if found else whole
+            place = f"line {number}" if found else "it"
+            raise DataError(f"{file}: {place} is no JSON ({one_line(wrong)}); repair or remove it.") from error
+    if not found:
+        raise DataError(f"{file} is empty.")
+    return found
+
+
+def numbered(file: Path, content: Any) -> list[tuple[str, Any]]:
+    """The entries of a list or of an object, each with its place."""
+    if isinstance(content, Mapping):
+        return [(f"{file.name}, {key}", entry) for key, entry in content.items()]
+    return [(f"{file.name}, entry {number}", entry) for number, entry in enumerate(content, start=1)]
+
+
+class ImageFolder:
+    """Images by the names that annotations give them, in a folder or in one of the folders below it.
+
+    Raises:
+        DataError: if there is no such folder.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).expanduser()
+        if not self.folder.is_dir():
+            raise DataError(f"images={folder}: there is no such folder.")
+
+    def find(self, *names: str) -> Path:
+        """The file of an image that has one of these names.
+
+        Raises:
+            Unusable: if it has none, or one that stands for several files.
+        """
+        for name in names:
+            if (self.folder / name).is_file():
+                return self.folder / name
+        for name in names:
+            found = self._below.get(os.path.basename(name), [])
+            if len(found) > 1:
+                raise Unusable("with a name of several images", f"{name} is both {found[0]} and {found[1]}")
+            if found:
+                return found[0]
+        raise Unusable("without their image", f"there is no {names[0]} in {self.folder}")
+
+    @cached_property
+    def _below(self) -> dict[str, list[Path]]:
+        found = defaultdict(list)
+        for folder, folders, files in os.walk(self.folder):
+            folders.sort()
+            for name in files:
+                found[name].append(Path(folder, name))
+        return found
+
+
+def load_image(file: Path) -> Image.Image:
+    """An image as RGB.
+
+    Raises:
+        DataError: naming the file.
+    """
+    try:
+        return decode_rgb(file.read_bytes())
+    except (OSError, ImageError) as error:
+        raise DataError(f"{file} cannot be read: {one_line(error)}; replace it or take its entry out.") from error
+
+
+def other_images(images: Sequence[Any]) -> list[int]:
+    """For each sample another one, half of all samples away, that has another image where there is one."""
+    count = len(images)
+    if len(set(images)) < 2:
+        return [(number + max(1, count // 2)) % count for number in range(count)]
+    found = []
+    for number, image in enumerate(images):
+        other = (number + max(1, count // 2)) % count
+        while images[other] == image:
+            other = (other + 1) % count
+        found.append(other)
+    return found
+
+
+def digest(*parts: Any) -> str:
+    """A short text that differs where the parts do."""
+    return xxhash.xxh64(repr(parts).encode()).hexdigest()
+
+
+def file_size(file: Path) -> tuple[str, int]:
+    """What a fingerprint says of an image: its name and size."""
+    return file.name, file.stat().st_size
+
+
+def with_category(counts: Mapping[str, float], category: str) -> dict[str, float]:
+    """What a sample adds to the sums over all samples, and to those over its category (``name/category``)."""
+    return {**counts, **({f"{name}/{category}": count for name, count in counts.items()} if category else {})}
+
+
+def per_category(
+    sums: Mapping[str, np.ndarray], figures: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """The figures of all samples and of each category (``name/category``)."""
+    groups: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    for key, total in sums.items():
+        name, _, category = key.partition("/")
+        groups[category][name] = total
+    return {
+        f"{name}/{category}" if category else name: figure
+        for category, group in groups.items()
+        for name, figure in figures(group).items()
+    }
