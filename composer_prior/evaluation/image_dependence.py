@@ -87,9 +87,8 @@ class ImageDependence(Benchmark):
         sums["gain"] = (with_image - np.array(prediction["with_another"])).sum()
         weights = prediction["weights"]
         if weights is not None:
-            correlation = spearmanr(weights, dependence).statistic if len(weights) > 1 else np.nan
-            if np.isfinite(correlation):  # not where all are equal
-                sums |= {"correlation": correlation, "correlated": 1.0}
+            if np.ptp(weights) and np.ptp(dependence):  # where all are equal, there is no rank
+                sums |= {"correlation": spearmanr(weights, dependence).statistic, "correlated": 1.0}
         if prediction["related"] is None:
             return sums
         related = np.array(prediction["related"])

@@ -156,6 +156,7 @@ def _changed(part: DictConfig | None, changes: Any, path: Path) -> Any:
 def _read_own_data(recipe: DictConfig, reference: DictConfig | None, train: str, validation: str | None) -> None:
     """Let run and reference read data of the user's, and name what is made from them after them."""
     folder = "${run_folder}"
+    recipe.benchmarks = {}  # those of the recipe are about its own data
     if reference is not None:
         reference.run_name = f"reference-{_name_of(train)}"
         folder = f"runs/{reference.run_name}"

@@ -32,8 +32,13 @@ SHRUNKEN = [
     "reference.progress_bar=false",
     "sample_captions=2",
 ]
-VIT = ["model.vision.image_size=24"]
-PATCH = ["model.vision.patch_size=12", "model.vision.max_side=48"]
+BENCHMARKS = [
+    "benchmarks.scene_foils.samples=12",
+    *(f"benchmarks.{n}.limit=4" for n in ("hallucination", "captioning")),
+]
+TOWER = ["model.vision.image_size=24"]
+VIT = [*TOWER, *BENCHMARKS]
+PATCH = ["model.vision.patch_size=12", "model.vision.max_side=48", *BENCHMARKS]
 
 
 def recipe(name, *overrides):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from common.data import write_tiles
-from common.recipes import SHRUNKEN, VIT, losses
+from common.recipes import SHRUNKEN, TOWER, losses
 
 from composer_prior.training.config import load_recipe
 from composer_prior.training.run import train
@@ -18,20 +18,20 @@ def test_run_reference_tokenizer_and_scores_follow(tmp_path, monkeypatch, capsys
     write_tiles(Path("my/train"), 16)
     write_tiles(Path("my/validation"), 8)
     own = ["train=my/train", "validation=my/validation"]
-    train(load_recipe("prior_vit.yaml", [*own, "run_name=mine", *SMALL, *VIT]))
+    train(load_recipe("prior_vit.yaml", [*own, "run_name=mine", *SMALL, *TOWER]))
     assert not Path("data").exists()
     assert len(losses("runs/mine")) == 4
     (reference,) = Path("runs").glob("reference-my-train-*")
     assert {"model", "tokenizer", "scores"} <= {path.name for path in reference.iterdir()}
     capsys.readouterr()
-    train(load_recipe("ntp_vit.yaml", [*own, "run_name=plain", *SMALL, *VIT]))
+    train(load_recipe("ntp_vit.yaml", [*own, "run_name=plain", *SMALL, *TOWER]))
     output = capsys.readouterr().out
     assert f"Reference: reusing {reference}/model" in output
     assert f"Tokenizer: reusing {reference}/tokenizer" in output
     shutil.rmtree("my/train")
     write_tiles(Path("my/train"), 24)
     with pytest.raises(ValueError, match="was made from other data than the run's"):
-        train(load_recipe("ntp_vit.yaml", [*own, "run_name=plain", *SMALL, *VIT]))
+        train(load_recipe("ntp_vit.yaml", [*own, "run_name=plain", *SMALL, *TOWER]))
 
 
 def test_overrides_win(monkeypatch):

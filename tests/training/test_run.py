@@ -84,6 +84,22 @@ def test_the_page_of_a_run(quick_start):
             assert [text.strip() for text in shown[number::2]] in (printed, [])
 
 
+def test_the_closing_lines_of_benchmarks(quick_start):
+    folder, output = quick_start
+    logged = json.loads((folder / "runs/prior_vit/metrics.jsonl").read_text().splitlines()[-1])
+    lines = {
+        line.split()[0]: line for line in output.splitlines() if line.startswith(("scene_foils ", "hallucination "))
+    }
+    told = {
+        "scene_foils": (("right", "without_prior"), ("text only", "text_only"), ("chance", "chance")),
+        "hallucination": (("objects found", "recall"), ("captions all right", "all_right")),
+    }
+    for name, figures in told.items():
+        for words, figure in figures:
+            assert f"{words} {logged[f'eval/{name}/{figure}']:.3f}" in lines[name]
+    assert 0.2 < logged["eval/scene_foils/chance"] < 0.5
+
+
 def test_what_a_run_leaves(quick_start):
     folder, _ = quick_start
     assert [batch for batch, _ in losses(folder / "runs/prior_vit")] == [0, 1, 2, 3]

@@ -73,6 +73,22 @@ def test_the_table_of_two_ranks_is_that_of_one(runs):
     assert two == pytest.approx(one, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["two", "fsdp2"])
+def test_benchmarks_of_two_ranks_are_those_of_one(runs, name):
+    folder, _ = runs
+    one, other = (figures(folder / "runs" / run) for run in ("one", name))
+    assert {key.split("/")[1] for key in one} == {"scene_foils", "hallucination", "captioning"}
+    assert one["eval/scene_foils/oracle"] == 1.0
+    assert other == pytest.approx(one, abs=0.1)  # the weights differ in the last digits, and a choice may turn
+    exact = [key for key in one if key.split("/")[2] in ("chance", "text_only", "oracle")]
+    assert [other[key] for key in exact] == [one[key] for key in exact]
+
+
+def figures(folder):
+    last = json.loads(Path(folder, "metrics.jsonl").read_text().splitlines()[-1])
+    return {key: value for key, value in last.items() if key.startswith("eval/")}
+
+
 def test_checkpoints_hold_the_model_and_nothing_that_grows_with_the_data(runs):
     folder, _ = runs
     checkpoint = folder / "runs/two/checkpoints/ep0-ba4-rank0.pt"
