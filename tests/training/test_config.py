@@ -85,6 +85,18 @@ REFUSED = [
     (["algorithms.piror.alpha=1"], r"algorithms.piror.name='piror' is not a known algorithm. Did you mean 'prior'"),
     (["callbacks.speed_monitr.window_size=1"], r"is not a known callback. Did you mean 'speed_monitor'"),
     (["loggers.tensorbord.log_dir=x"], r"is not a known logger. Did you mean 'tensorboard'"),
+    (
+        ["benchmarks.scene_foilz={}"],
+        r"benchmarks.scene_foilz.name='scene_foilz' is not a known benchmark. Did you mean",
+    ),
+    (["benchmarks.mine={benchmark: foils}"], r"benchmarks.mine needs data"),
+    (["benchmarks.captioning.limit=0"], r"benchmarks.captioning.limit=0: expected a number of samples"),
+    (["benchmarks.captioning.interval=often"], r"benchmarks.captioning.interval='often': expected a time"),
+    (
+        ["benchmarks.captioning.split_=x"],
+        r"benchmarks.captioning.split_ is not a key of captioning. Did you mean 'split'",
+    ),
+    (["benchmarks.captioning=yes"], r"benchmarks.captioning=True: expected arguments of the benchmark"),
     (["data.name=emojis"], r"data.name='emojis' is not a known data. Did you mean 'emoji_scenes'"),
     (["data.train_sample=3"], r"data.train_sample is not a key of emoji_scenes. Did you mean 'train_samples'"),
     (["tokenizer.trained.vocab_size=3"], r"tokenizer.trained is not a key. Did you mean 'train'"),

@@ -20,6 +20,7 @@ def test_run_reference_tokenizer_and_scores_follow(tmp_path, monkeypatch, capsys
     own = ["train=my/train", "validation=my/validation"]
     train(load_recipe("prior_vit.yaml", [*own, "run_name=mine", *SMALL, *TOWER]))
     assert not Path("data").exists()
+    assert "eval/" not in Path("runs/mine/metrics.jsonl").read_text().replace("metrics/eval/", "")  # no emoji scenes
     assert len(losses("runs/mine")) == 4
     (reference,) = Path("runs").glob("reference-my-train-*")
     assert {"model", "tokenizer", "scores"} <= {path.name for path in reference.iterdir()}
