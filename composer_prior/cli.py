@@ -82,7 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(0 if asked else 2)
     name, job = words[0], JOBS[words[0]]
     if {"--help", "-h"} & set(words[1:]):
-        print(f"usage: composer-prior {name} {job.usage}\n\n{show_options(options_of(_load(job.options)))}")
+        options = options_of(_load(job.options))
+        if name == "evaluate":
+            from composer_prior.inference.evaluate import benchmark_options  # here: other jobs do without it
+
+            options |= benchmark_options(words)
+        print(f"usage: composer-prior {name} {job.usage}\n\n{show_options(options)}")
         sys.exit(0)
     if name == "train" and words[1:]:
         _check_recipe(words[1:])

@@ -86,9 +86,8 @@ class ImageDependence(Benchmark):
         sums = {"tokens": float(len(dependence)), "dependence": dependence.sum(), "shuffled": shuffled.sum()}
         sums["gain"] = (with_image - np.array(prediction["with_another"])).sum()
         weights = prediction["weights"]
-        if weights is not None:
-            if np.ptp(weights) and np.ptp(dependence):  # where all are equal, there is no rank
-                sums |= {"correlation": spearmanr(weights, dependence).statistic, "correlated": 1.0}
+        if weights is not None and np.ptp(weights) and np.ptp(dependence):  # where all are equal, there is no rank
+            sums |= {"correlation": spearmanr(weights, dependence).statistic, "correlated": 1.0}
         if prediction["related"] is None:
             return sums
         related = np.array(prediction["related"])

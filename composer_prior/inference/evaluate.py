@@ -27,9 +27,9 @@ PACKAGES = ("composer-prior", "torch", "transformers", "open-clip-torch")
 
 def evaluate(
     model: str,
-    benchmark: str,
     arguments: Mapping[str, Any] | None = None,
     *,
+    benchmark: str,
     out: str = "evaluation",
     limit: int | None = None,
     page: str | None = None,
@@ -45,8 +45,8 @@ def evaluate(
 
     Args:
         model: what :func:`composer_prior.load` takes, or an image-text-to-text model of transformers.
-        benchmark: its registered name.
         arguments: of the benchmark.
+        benchmark: its registered name; its arguments are options too.
         out: the folder that the results go to.
         limit: the first so many samples; null takes all.
         page: a page of HTML with samples and predictions, of benchmarks that make one.
@@ -153,20 +153,14 @@ def main(arguments: Sequence[str]) -> int:
         The exit status.
     """
     try:
-        names = [word.partition("=")[2] for word in arguments if word.startswith("benchmark=")]
-        own = options_of(evaluate)
-        if len(names) != 1:
+        own, of_benchmark = options_of(evaluate), benchmark_options(arguments)
+        words, chosen = parse_options(arguments, own | of_benchmark)
+        if len(words) != 1 or words[0].startswith("-") or "benchmark" not in chosen:
             known = ", ".join(sorted(registry.names("benchmark")))
             print(f"usage: MODEL benchmark=NAME [option=value ...]; benchmarks: {known}", file=sys.stderr)
             return 2
-        rest = [word for word in arguments if not word.startswith("benchmark=")]
-        options = own | benchmark_options(names[0])
-        words, chosen = parse_options(rest, options)
-        if len(words) != 1 or words[0].startswith("-"):
-            print(f"usage: MODEL benchmark=NAME, with the options {', '.join(options)}", file=sys.stderr)
-            return 2
-        given = {name: value for name, value in chosen.items() if name not in own}
-        results = evaluate(words[0], names[0], given, **{n: v for n, v in chosen.items() if n in own})
+        given = {name: chosen.pop(name) for name in of_benchmark if name in chosen}
+        results = evaluate(words[0], arguments=given, **chosen)
     except (ValueError, OSError, OneLineError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
@@ -175,10 +169,14 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def benchmark_options(name: str) -> dict[str, Option]:
-    """The options of a benchmark.
+def benchmark_options(words: Sequence[str]) -> dict[str, Option]:
+    """The options of the benchmark that a command line names, without those of the command.
 
     Raises:
         ValueError: for an unknown one, naming the nearest.
     """
-    return options_of(registry.look_up("benchmark", name, "benchmark"))
+    for word in words:
+        if word.startswith("benchmark="):
+            options = options_of(registry.look_up("benchmark", word.partition("=")[2], "benchmark"))
+            return {name: option for name, option in options.items() if name not in options_of(evaluate)}
+    return {}

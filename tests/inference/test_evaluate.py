@@ -1,10 +1,12 @@
 """The command that judges a model: results, predictions, refusals."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from common.models import small_lm, small_lvlm
+from common.recipes import launch
 from common.vlms import make_processor, make_vlm
 
 from composer_prior.cli import main as command
@@ -81,4 +83,23 @@ def test_without_a_benchmark_their_names_are_listed(capsys):
     with pytest.raises(SystemExit) as ended:
         command(["evaluate", "--help"])
     assert ended.value.code == 0
-    assert "limit" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "limit" in shown
+    assert "reference" not in shown
+    with pytest.raises(SystemExit):
+        command(["evaluate", "benchmark=image_dependence", "--help"])
+    shown = capsys.readouterr().out
+    assert "limit" in shown
+    assert re.search(r"reference +PRIOR's reference, whose weights are judged \[null\]", shown)
+
+
+def test_ranks_share_the_samples_and_give_the_same_figures(here):
+    words = ["model", "benchmark=image_dependence", "data=data/validation", "reference=reference", "limit=20"]
+    assert main([*words, "out=one"]) == 0
+    launch(here, "-m", "composer_prior", "evaluate", *words, "out=two")
+    one, two = (json.loads(Path(out, "results.json").read_text()) for out in ("one", "two"))
+    assert two["samples"] == 20
+    for name, figure in one["figures"].items():
+        assert two["figures"][name] == pytest.approx(figure, abs=1e-6), name
+    lines = [json.loads(line)["sample"] for line in Path("two/predictions.jsonl").read_text().splitlines()]
+    assert lines == [*range(20)]
