@@ -39,7 +39,7 @@ def train_tower(
     *,
     out: str,
     architecture: str = "prior-vit-tiny",
-    steps: int = 4000,
+    steps: int = 1600,
     batch_size: int = 32,
     lr: float = 2e-3,
     canvas: int = 96,
@@ -89,9 +89,22 @@ def train_tower(
             figures = ", ".join(f"{name} {loss:.3f}" for name, loss in zip(LABELS, recent.tolist(), strict=True))
             print(f"step {step}, {time.monotonic() - started:.0f} s, losses: {figures}", flush=True)
         if step % 500 == 0 or step == steps:
-            evaluate(tower, heads, Scenes(tower, canvas, seed, scenes.end, scenes.end + 512))  # never trained on
-            weights = {**clip.state_dict(), **{f"visual.{k}": v for k, v in tower.encoder.state_dict().items()}}
+            unseen = Scenes(tower, canvas, seed, scenes.end, scenes.end + 512)
+            scale = evaluate(tower, heads, unseen)
+            weights = {**clip.state_dict(), **scaled(tower.encoder, 1 / scale)}
             save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, out)
+
+
+def scaled(encoder: nn.Module, factor: float) -> dict[str, Tensor]:
+    """An encoder's weights as part of an OpenCLIP model, changed such that its features are ``factor`` times theirs.
+
+    Each block reads the sum of what came before through a norm, so scaling all that is added up changes nothing else.
+    """
+    added = ("ln_pre.", ".attn.out_proj.", ".mlp.c_proj.")
+    return {
+        f"visual.{name}": tensor * factor if any(part in name for part in added) else tensor
+        for name, tensor in encoder.state_dict().items()
+    }
 
 
 class Muon(torch.optim.Optimizer):
@@ -197,13 +210,16 @@ class Heads(nn.Module):
 
 
 @torch.no_grad()
-def evaluate(tower: OpenCLIPTower, heads: Heads, scenes: Scenes) -> None:
-    """Print the accuracy of each kind of label, and that of drawings by their patches' mean and in their middles."""
+def evaluate(tower: OpenCLIPTower, heads: Heads, scenes: Scenes) -> float:
+    """Print the accuracy of each kind of label; the root mean square of a feature."""
     tower.eval()
+    squares = []
     right: dict[str, list[Tensor]] = {}
     for pixels, labels in DataLoader(scenes, 64):
         kinds = labels.transpose(0, 1).flatten(1)
-        found = [logits.argmax(-1) for logits in heads(tower({"pixel_values": pixels}))]
+        features = tower({"pixel_values": pixels})
+        squares.append(features.square().mean())
+        found = [logits.argmax(-1) for logits in heads(features)]
         drawn, middle = kinds[0] != BLANK, kinds[2] == 1
         for name, one, label, where in [
             ("drawing of a patch", found[0], kinds[0], drawn),
@@ -217,6 +233,7 @@ def evaluate(tower: OpenCLIPTower, heads: Heads, scenes: Scenes) -> None:
             right.setdefault(name, []).append((one == label)[where].float())
     tower.train()
     print("accuracy: " + ", ".join(f"{name} {torch.cat(each).mean():.3f}" for name, each in right.items()), flush=True)
+    return float(torch.stack(squares).mean().sqrt())
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def test_before_anything_is_made(overrides, expected):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["model.vision.architecture=RN50", "model.vision.image_size=null"], "has no list of transformer blocks"),
+        (["model.vision={name: open_clip, architecture: RN50}"], "has no list of transformer blocks"),
         (["model.vision={name: open_clip, architecture: convnext_base}"], "has no list of transformer blocks"),
         (["model.vision={name: open_clip, architecture: ViT-B-16-SigLIP, layer: 40}"], "layer=40: .* has 12 layers"),
         (["reference.model.language.config.max_position_embeddings=100"], "100 positions, and a sequence may take 129"),
