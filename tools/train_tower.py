@@ -44,7 +44,7 @@ def train_tower(
     lr: float = 2e-3,
     canvas: int = 96,
     seed: int = 17,
-    threads: int = 1,
+    threads: int = 2,
 ) -> None:
     """Train and write the weights of the whole OpenCLIP model in float16; its text tower stays as it began.
 
@@ -56,7 +56,7 @@ def train_tower(
         lr: highest learning rate.
         canvas: side of the scenes in pixels.
         seed: of scenes and weights; those of the embedded data, so that both hold out the same combinations.
-        threads: of PyTorch.
+        threads: of PyTorch; another number rounds otherwise.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
