@@ -26,6 +26,7 @@ from composer_prior.models.modeling_prior_lvlm import cut_patches, encoder_featu
 from composer_prior.registry import did_you_mean, register
 
 open_clip.add_model_config(Path(__file__).parent / "open_clip_configs")
+SHIPPED_WEIGHTS = Path(__file__).parent / "open_clip_weights"  # ARCHITECTURE.TAG.safetensors
 
 
 @register("vision", "open_clip")
@@ -34,7 +35,8 @@ class OpenCLIPTower(nn.Module):
 
     Args:
         architecture: name of an OpenCLIP architecture (``open_clip.list_models()``), such as ``ViT-L-14-336``.
-        pretrained: an OpenCLIP tag (downloaded) or a local checkpoint; None starts from random weights.
+        pretrained: an OpenCLIP tag (downloaded), a tag of weights that come with this package (``emoji_scenes`` of
+            ``prior-vit-tiny``) or a local checkpoint; None starts from random weights.
         image_size: side of the square input in pixels; default: the architecture's.
         layer: block whose output is used, counted as in a list; default: ``-2``, the second to last. Later blocks are
             removed. The class token is dropped.
@@ -61,7 +63,7 @@ class OpenCLIPTower(nn.Module):
         # The encoder's own preprocessing at evaluation: an LVLM learns captions of whole images, without augmentation.
         clip = open_clip.create_model(
             architecture,
-            pretrained=pretrained,
+            pretrained=str(_shipped_weights(architecture).get(pretrained, pretrained)) if pretrained else None,
             force_image_size=image_size,
             force_preprocess_cfg={"resize_mode": resize_mode} if resize_mode else None,
             device=torch.empty(0).device,  # meta, where only shapes are wanted
@@ -117,7 +119,7 @@ class OpenCLIPTower(nn.Module):
                 f"model.vision.architecture={architecture!r} is not in OpenCLIP. "
                 f"{did_you_mean(architecture, open_clip.list_models())}"
             )
-        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        tags = [*open_clip.list_pretrained_tags_by_model(architecture), *_shipped_weights(architecture)]
         if pretrained and pretrained not in tags and not Path(pretrained).is_file():
             raise ValueError(
                 f"model.vision.pretrained={pretrained!r} is neither a file nor a tag of {architecture} "
@@ -186,6 +188,12 @@ def patch_inputs(image: Image.Image, patch_size: int, max_side: int) -> ImageInp
 
 def _encoder_inputs(transform: Any, num_tokens: int, image: Image.Image) -> ImageInputs:
     return ImageInputs({"pixel_values": transform(image)}, [IMAGE] * num_tokens)
+
+
+def _shipped_weights(architecture: str) -> dict[str, Path]:
+    """Files of weights that come with this package, by their tags."""
+    files = sorted(SHIPPED_WEIGHTS.glob(f"{architecture}.*.safetensors"))
+    return {file.name.split(".")[-2]: file for file in files}
 
 
 def _check_layer(architecture: str, layer: int, depth: int) -> None:

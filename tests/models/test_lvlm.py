@@ -9,6 +9,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaFo
 
 from composer_prior.data.batch import IGNORE_INDEX, IMAGE, ROW_SEPARATOR
 from composer_prior.data.captions import decode_image
+from composer_prior.emoji_scenes.scenes import draw_scene, sample_rng, sample_scene
 from composer_prior.emoji_scenes.writing import make_sample
 from composer_prior.models.modeling_prior_lvlm import patch_grid
 from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding, patch_inputs
@@ -154,11 +155,32 @@ def test_a_pretrained_tower_is_loaded_from_a_file(tmp_path):
     assert torch.equal(tower.encoder.conv1.weight, clip.visual.conv1.weight)
 
 
+def test_the_shipped_tower_tells_the_drawings_apart():
+    """The patch in the middle of a drawing resembles that of the same drawing in other scenes, at any place."""
+    tower = OpenCLIPTower("prior-vit-tiny", pretrained="emoji_scenes", layer=-1, freeze=True)
+    side = round(tower.max_image_tokens**0.5)
+    features, names = {}, {}
+    for split, count in {"train": 600, "validation": 100}.items():
+        scenes = [sample_scene(split, sample_rng(split, index, 17)) for index in range(count)]
+        pixels = torch.stack([tower.image_processor(draw_scene(scene)).tensors["pixel_values"] for scene in scenes])
+        grid = nn.functional.layer_norm(tower({"pixel_values": pixels}), [tower.width]).view(count, side, side, -1)
+        drawings = [(i, item) for i, scene in enumerate(scenes) for item in scene.objects]
+        middles = [
+            grid[i, (2 * item.y + item.side) * side // 192, (2 * item.x + item.side) * side // 192]
+            for i, item in drawings
+        ]
+        features[split], names[split] = torch.stack(middles), [item.name for _, item in drawings]
+    nearest = (features["validation"] @ features["train"].T).argmax(-1).tolist()
+    right = [names["train"][i] == name for i, name in zip(nearest, names["validation"], strict=True)]
+    assert sum(right) / len(right) > 0.7  # of 115 drawings
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"architecture": "ViT-B-23"}, "Did you mean 'ViT-B-32'"),
         ({"architecture": "ViT-B-32", "pretrained": "nowhere.pt"}, "neither a file nor a tag of ViT-B-32"),
+        ({"architecture": "prior-vit-tiny", "pretrained": "emoji"}, r"a tag of prior-vit-tiny \(emoji_scenes\)"),
         ({"architecture": "prior-vit-tiny", "image_size": 100}, "not a multiple of prior-vit-tiny's patch size 12"),
         ({"architecture": "prior-vit-tiny", "layer": 4}, "has 4 layers"),
     ],

@@ -34,7 +34,8 @@ def test_the_recipes_that_are_promised_are_there():
 @pytest.mark.parametrize("family", ["vit", "patch"])
 def test_the_baseline_differs_by_prior_alone(family):
     prior, ntp = asdict(load(f"prior_{family}")), asdict(load(f"ntp_{family}"))
-    assert prior["algorithms"].pop("prior") == {"reference": "runs/reference/model", "alpha": 1.0}
+    floor = {"floor": 0.2} if family == "vit" else {}
+    assert prior["algorithms"].pop("prior") == {"reference": "runs/reference/model", "alpha": 1.0, **floor}
     assert prior["train_loader"]["dataset"].pop("scores") == "runs/reference/scores"
     for key in ("run_name", "run_folder", "save_folder"):
         prior.pop(key), ntp.pop(key)

@@ -111,7 +111,7 @@ def test_a_model_folder_gives_the_language_model(here, capsys):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.vision.layer=-1"], r"weights do not fit, such as .*resblocks.* \(none there and \["),
+        (["model.vision.layer=-2"], r"weights do not fit, such as .*resblocks.* \(\[.*\] there and none"),
         (["model.projector.name=linear"], "weights do not fit, such as model.projector"),
         (
             ["init_from=runs/nowhere"],

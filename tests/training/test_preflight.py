@@ -13,6 +13,7 @@ from composer_prior.training import trainer
 from composer_prior.training.preflight import check_parts
 from composer_prior.training.run import main
 
+OTHER_TOWER = ["model.vision.pretrained=null", "model.vision.image_size=null"]
 PACKAGES = {"wandb": "wandb", "comet_ml_logger": "comet_ml", "mlflow": "mlflow", "neptune_logger": "neptune"}
 
 
@@ -68,9 +69,12 @@ def test_before_anything_is_made(overrides, expected):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["model.vision.architecture=RN50", "model.vision.image_size=null"], "has no list of transformer blocks"),
-        (["model.vision={name: open_clip, architecture: convnext_base}"], "has no list of transformer blocks"),
-        (["model.vision={name: open_clip, architecture: ViT-B-16-SigLIP, layer: 40}"], "layer=40: .* has 12 layers"),
+        ([*OTHER_TOWER, "model.vision.architecture=RN50"], "has no list of transformer blocks"),
+        ([*OTHER_TOWER, "model.vision.architecture=convnext_base"], "has no list of transformer blocks"),
+        (
+            [*OTHER_TOWER, "model.vision.architecture=ViT-B-16-SigLIP", "model.vision.layer=40"],
+            "layer=40: .* has 12 layers",
+        ),
         (["reference.model.language.config.max_position_embeddings=100"], "100 positions, and a sequence may take 129"),
         (["model.vision.image_size=336"], "512 positions, and a sequence may take 913: bos, 784 image"),
         (["model.projector=null"], "model.projector is missing"),
