@@ -23,7 +23,7 @@ from benchmarks.measure import prepare_process, ratio
 from composer_prior.inference.caption import Images, caption_loaded, find_images
 from composer_prior.training.saving import load
 
-DEFAULTS = {"rounds": 5, "images": 256, "max_new_tokens": 64, "threads": os.cpu_count(), "num_workers": 2}
+DEFAULTS = {"rounds": 5, "images": 256, "max_new_tokens": 64, "threads": os.cpu_count(), "num_workers": None}
 
 
 def hugging_face(folder: str, names: list[str], batch_size: int, longest: int) -> Callable[[], list[str]]:

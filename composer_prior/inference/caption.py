@@ -113,7 +113,7 @@ def caption_images(
     num_beams: int = 1,
     temperature: float = 0.0,
     seed: int = 17,
-    num_workers: int = 2,
+    num_workers: int | None = None,
     device: str | None = None,
     progress: bool | None = None,
     overwrite: bool = False,
@@ -135,7 +135,7 @@ def caption_images(
         num_beams: captions that a beam search follows at once; 1 is greedy.
         temperature: of sampling; 0 takes the most likely token.
         seed: of sampling.
-        num_workers: processes that read and decode images.
+        num_workers: processes that read and decode images. Default: the cores that the model leaves free, at most 8.
         device: such as ``cuda:1``. Default: a GPU if there is one.
         progress: show a bar. Default: on a terminal.
         overwrite: replace what is in ``out``.
@@ -150,7 +150,7 @@ def caption_images(
     for source in sources:
         if not is_remote(source) and not os.path.exists(source):
             raise FileNotFoundError(f"{source}: there is no such image or folder.")
-    if min(batch_size, max_new_tokens, num_beams) < 1 or num_workers < 0 or temperature < 0:
+    if min(batch_size, max_new_tokens, num_beams) < 1 or (num_workers or 0) < 0 or temperature < 0:
         raise ValueError("batch_size, max_new_tokens and num_beams are at least 1, num_workers and temperature 0.")
     decoding = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "temperature": temperature, "seed": seed}
     lines = Path(out).expanduser()
@@ -188,7 +188,7 @@ def caption_images(
 
 
 def caption_loaded(
-    model: LVLM, images: Images, batch_size: int, num_workers: int, options: Mapping[str, Any]
+    model: LVLM, images: Images, batch_size: int, num_workers: int | None, options: Mapping[str, Any]
 ) -> Iterator[list[tuple[Decoded, Caption | None]]]:
     """Batches of images, each with its caption, or None if it cannot be used.
 
@@ -196,9 +196,12 @@ def caption_loaded(
         model: in evaluation mode.
         images: to caption.
         batch_size: images that are captioned at once.
-        num_workers: processes that read and decode images.
+        num_workers: processes that read and decode images. None: the cores that the model leaves free, at most 8.
         options: of :meth:`.LVLM.caption`.
     """
+    if num_workers is None:  # a model on the CPU has all cores, and workers would take them from it
+        on_cpu = model.language.device.type == "cpu"
+        num_workers = min(8, max(0, (os.cpu_count() or 1) - (torch.get_num_threads() if on_cpu else 1)))
     for batch in DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=list):
         usable = [image.inputs for image in batch if image.inputs is not None]
         captions = iter(model.caption(usable, **options) if usable else [])

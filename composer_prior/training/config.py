@@ -157,6 +157,9 @@ def _read_own_data(recipe: DictConfig, reference: DictConfig | None, train: str,
     """Let run and reference read data of the user's, and name what is made from them after them."""
     folder = "${run_folder}"
     recipe.benchmarks = {}  # those of the recipe are about its own data
+    vision = recipe.model.get("vision") or {}
+    if vision.get("pretrained") == "emoji_scenes":  # this tower knows the drawings of the embedded data and no more
+        vision.update({"pretrained": None, "freeze": False})
     if reference is not None:
         reference.run_name = f"reference-{_name_of(train)}"
         folder = f"runs/{reference.run_name}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from common.models import small_lvlm
 from PIL import Image
 
@@ -137,3 +138,15 @@ def test_they_are_registered_and_refuse_impossible_arguments():
 def test_the_end_of_a_text_counts_where_it_is_whole():
     assert [BENCHMARKS[name](samples=1).end for name in ("foils", "cloze", "question")] == [True, False, True]
     assert isinstance(SceneFoils(samples=1).choice(0).image, Image.Image)
+
+
+def test_a_model_whose_projector_gives_zeros_is_at_text_only_level_and_at_chance(tokenizer):
+    """The image's places are there, and nothing in them."""
+    model = small_lvlm("encoder", tokenizer).model.eval()
+    torch.nn.init.zeros_(model.projector[2].weight)
+    torch.nn.init.zeros_(model.projector[2].bias)
+    figures, _ = run_benchmark(SceneFoils(samples=24, canvas=48), OwnModel(model))
+    found = {name: one["value"] for name, one in figures.items()}
+    assert found["without_prior"] == found["without_prior_shuffled"] == pytest.approx(found["chance"])
+    assert found["total"] == found["total_shuffled"] == found["text_only"]
+    assert found["oracle"] == 1.0

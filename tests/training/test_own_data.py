@@ -35,6 +35,17 @@ def test_run_reference_tokenizer_and_scores_follow(tmp_path, monkeypatch, capsys
         train(load_recipe("ntp_vit.yaml", [*own, "run_name=plain", *SMALL, *TOWER]))
 
 
+def test_the_tower_of_the_embedded_data_is_not_that_of_other_data():
+    own = load_recipe("prior_vit.yaml", ["train=my/train"])
+    assert own.model["vision"] | {"pretrained": None, "freeze": False} == own.model["vision"]
+    asked = load_recipe("prior_vit.yaml", ["train=my/train", "model.vision.pretrained=emoji_scenes"])
+    assert asked.model["vision"]["pretrained"] == "emoji_scenes"
+    embedded = load_recipe("prior_vit.yaml")
+    assert embedded.model["vision"] | {"pretrained": "emoji_scenes", "freeze": True} == embedded.model["vision"]
+    large = load_recipe("prior_vit_l_14_336.yaml", ["train=my/train"])
+    assert large.model["vision"]["pretrained"] == load_recipe("prior_vit_l_14_336.yaml").model["vision"]["pretrained"]
+
+
 def test_overrides_win(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     recipe = load_recipe(
