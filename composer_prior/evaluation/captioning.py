@@ -25,7 +25,7 @@ from composer_prior.registry import register
 
 @register("benchmark", "captioning")
 class Captioning(Benchmark):
-    """``cider_d`` in [0, 10], ``bleu_1`` to ``bleu_4`` and ``rouge_l`` in [0, 1], and ``words`` per caption.
+    """``cider_d`` in [0, 10], ``bleu_1`` to ``bleu_4`` and ``rouge_l`` in [0, 1].
 
     The figures are pycocoevalcap's (papers often give them times 100, of which CIDEr-D's maximum is 1000). CIDEr-D's
     document frequencies come from the references of all images, also where only the first are captioned; in a
@@ -90,6 +90,10 @@ class Captioning(Benchmark):
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return per_category(sums, _figures)
 
+    def details(self, predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """How many words a caption has in the mean."""
+        return {"words": float(np.mean([len(tokenize(prediction["caption"])) for prediction in predictions]))}
+
     @cached_property
     def _documents(self) -> dict[str, tuple[Mapping[tuple[str, ...], int], int]]:
         """For all images (``""``) and for each category: in how many images an n-gram is, and how many there are."""
@@ -105,4 +109,4 @@ class Captioning(Benchmark):
 def _figures(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     count = sums["captions"]
     named = {"cider_d": sums["cider_d"] / count, **{f"bleu_{n}": b for n, b in zip(ORDERS, bleu(sums), strict=True)}}
-    return {**named, "rouge_l": sums["rouge_l"] / count, "words": sums["length"] / count}
+    return {**named, "rouge_l": sums["rouge_l"] / count}
