@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from common.models import small_lm, small_lvlm
 from common.recipes import launch
-from common.vlms import make_processor, make_vlm
 
+from composer_prior import load
 from composer_prior.cli import main as command
 from composer_prior.inference.evaluate import load_judged, main, model_fingerprint
+from composer_prior.models.llava import export_llava
 
 
 @pytest.fixture
@@ -47,11 +48,17 @@ def test_results_can_be_recounted(here, capsys):
     assert "rank_correlation" in out
 
 
-def test_a_model_of_transformers_is_judged_by_its_likelihoods(here, tmp_path):
-    make_vlm("llava").save_pretrained("llava")
-    make_processor("llava").save_pretrained("llava")
-    judged = load_judged("llava")
-    assert type(judged.model).__name__ == "LlavaForConditionalGeneration"
+def test_an_export_to_transformers_gets_the_figures_of_the_model(here):
+    export_llava(load("model"), "llava")
+    assert type(load_judged("llava").model).__name__ == "LlavaForConditionalGeneration"
+    for benchmark in (["scene_foils", "samples=12", "canvas=48"], ["hallucination", "data=data/validation", "limit=8"]):
+        found = []
+        for model in ("model", "llava"):
+            words = [model, f"benchmark={benchmark[0]}", *benchmark[1:], f"out={model}-{benchmark[0]}"]
+            assert main(words) == 0
+            found.append(json.loads(Path(f"{model}-{benchmark[0]}/results.json").read_text())["figures"])
+        for name, figure in found[0].items():
+            assert found[1][name] == pytest.approx(figure, abs=1e-6), name
 
 
 def test_what_cannot_be_is_refused_in_one_line(here, capsys):
