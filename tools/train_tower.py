@@ -46,7 +46,7 @@ def train_tower(
     seed: int = 17,
     threads: int = 2,
 ) -> None:
-    """Train and write the weights of the whole OpenCLIP model in float16; its text tower stays as it began.
+    """Train and write the weights of the whole OpenCLIP model; its text tower stays as it began.
 
     Args:
         out: the file, ``.safetensors``.
@@ -92,7 +92,7 @@ def train_tower(
             unseen = Scenes(tower, canvas, seed, scenes.end, scenes.end + 512)
             scale = evaluate(tower, heads, unseen)
             weights = {**clip.state_dict(), **scaled(tower.encoder, 1 / scale)}
-            save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, out)
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out)
 
 
 def scaled(encoder: nn.Module, factor: float) -> dict[str, Tensor]:

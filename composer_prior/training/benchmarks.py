@@ -84,8 +84,14 @@ def check_benchmarks(benchmarks: Mapping[str, Any], where: str = "") -> None:
         registry.check("benchmark", arguments.get("benchmark", name), _arguments(arguments), key)
 
 
-def build_benchmarks(benchmarks: Mapping[str, Any], model: Any) -> list[RunBenchmark]:
+def build_benchmarks(benchmarks: Mapping[str, Any], model: Any, reference: str | None = None) -> list[RunBenchmark]:
     """The callbacks of a recipe's benchmarks.
+
+    Args:
+        benchmarks: of the recipe.
+        model: of the run.
+        reference: the folder of the text-only reference's model, which benchmarks take that ask for one (``prior`` or
+            ``reference``) and are given none.
 
     Raises:
         ValueError: naming what cannot be; also for a model without a vision tower.
@@ -93,14 +99,16 @@ def build_benchmarks(benchmarks: Mapping[str, Any], model: Any) -> list[RunBench
     chosen = {name: arguments for name, arguments in benchmarks.items() if arguments is not None}
     if chosen and not (isinstance(model, ComposerLVLM) and model.model.vision is not None):
         raise ValueError("benchmarks: they are for models with a vision tower; leave them out.")
-    return [
-        RunBenchmark(
-            name,
-            registry.build("benchmark", given.get("benchmark", name), _arguments(given), f"benchmarks.{name}"),
-            **{key: given[key] for key in ("interval", "limit") if key in given},
+    callbacks = []
+    for name, given in chosen.items():
+        key, kind = f"benchmarks.{name}", given.get("benchmark", name)
+        constructor = registry.look_up("benchmark", kind, key)
+        known = {one: reference for one in ("prior", "reference") if reference and registry.takes(constructor, one)}
+        benchmark = registry.build("benchmark", kind, known | _arguments(given), key)
+        callbacks.append(
+            RunBenchmark(name, benchmark, **{one: given[one] for one in ("interval", "limit") if one in given})
         )
-        for name, given in chosen.items()
-    ]
+    return callbacks
 
 
 def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:

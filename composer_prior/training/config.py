@@ -118,7 +118,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     recipe = _read(path)
     changes = _parse_overrides(overrides)
     data_changes, reference_changes = changes.pop("data", {}), changes.pop("reference", {})
-    data, reference = (_part(recipe.pop(key, None), path) for key in ("data", "reference"))
+    own_data, reference = (_part(recipe.pop(key, None), path) for key in ("data", "reference"))
+    data = own_data
     own = {key: changes.pop(key, None) or recipe.get(key) for key in OWN_DATA}
     for key in OWN_DATA:
         recipe.pop(key, None)
@@ -128,6 +129,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     elif own["validation"]:
         raise ValueError("validation= is given without train=: give both, or change eval_loader.dataset alone.")
     data, reference = _changed(data, data_changes, path), _changed(reference, reference_changes, path)
+    if own_data is not None and data is None:
+        recipe.pop("benchmarks", None)  # those of the recipe are about its own data
     recipe = cast(DictConfig, OmegaConf.merge(recipe, changes, {"data": data}))
     if reference is not None:
         nested = OmegaConf.merge(reference, {"data": data, "tokenizer": recipe.get("tokenizer")})
@@ -156,7 +159,6 @@ def _changed(part: DictConfig | None, changes: Any, path: Path) -> Any:
 def _read_own_data(recipe: DictConfig, reference: DictConfig | None, train: str, validation: str | None) -> None:
     """Let run and reference read data of the user's, and name what is made from them after them."""
     folder = "${run_folder}"
-    recipe.benchmarks = {}  # those of the recipe are about its own data
     vision = recipe.model.get("vision") or {}
     if vision.get("pretrained") == "emoji_scenes":  # this tower knows the drawings of the embedded data and no more
         vision.update({"pretrained": None, "freeze": False})

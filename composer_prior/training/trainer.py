@@ -78,7 +78,8 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     if recipe.compile_config is not None:
         prepare_compile()
     skips = [SkipEmptySteps()] if train_data.on_bad_sample == "skip" else []
-    callbacks = [*build_all("callback", recipe.callbacks), *build_benchmarks(recipe.benchmarks, model)]
+    reference = None if recipe.reference is None else str(model_folder(TrainConfig(**recipe.reference)))
+    callbacks = [*build_all("callback", recipe.callbacks), *build_benchmarks(recipe.benchmarks, model, reference)]
     for callback in callbacks:
         if isinstance(callback, HuggingFaceCheckpointer):
             callback.recipe = recipe

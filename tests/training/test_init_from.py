@@ -82,7 +82,7 @@ def test_the_second_stage_is_resumed_as_itself(here):
 
 def test_load_path_of_another_stage_names_the_way(here):
     with pytest.raises(
-        ValueError, match=r"model.vision.freeze.* load_path and autoresume go on with the same run; to st"
+        ValueError, match=r"model.language.freeze.* load_path and autoresume go on with the same run; to st"
     ):
         train(stage_two("load_path=runs/stage1/checkpoints/ep0-ba4-rank0.pt"))
 
