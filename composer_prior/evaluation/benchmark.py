@@ -12,6 +12,7 @@ from composer.utils import dist
 from tqdm import tqdm
 
 from composer_prior.data.lines import begin_lines
+from composer_prior.data.messages import one_line
 from composer_prior.evaluation.likelihood import VisionLanguageModel
 
 RESAMPLES = 1000
@@ -104,10 +105,20 @@ def run_benchmark(
             together = batches[start : start + step]
             place = rank if share else 0
             mine = together[place] if place < len(together) else []
-            answers = benchmark.predict(model, mine) if mine else []
-            lines = [{"sample": number, **answer} for number, answer in zip(mine, answers, strict=True)]
-            gathered = dist.all_gather_object(lines) if share else [lines]
-            new = [line for part in gathered for line in part]
+            answers, trouble = [], None
+            try:
+                answers = benchmark.predict(model, mine) if mine else []
+            except Exception as error:  # the other ranks must not wait for this one's answers
+                trouble = error
+            lines = [{"sample": number, **answer} for number, answer in zip(mine, answers, strict=not trouble)]
+            said = "" if trouble is None else one_line(trouble)
+            gathered = dist.all_gather_object((lines, said)) if share else [(lines, said)]
+            if trouble is not None:
+                raise trouble
+            for _, elsewhere in gathered:
+                if elsewhere:
+                    raise RuntimeError(f"Another rank could not answer: {elsewhere}")
+            new = [line for part, _ in gathered for line in part]
             if predictions is not None and rank == 0:
                 with open(predictions, "a") as file:
                     file.writelines(json.dumps(line) + "\n" for line in new)

@@ -1,5 +1,6 @@
 """Benchmarks of the model while it is trained."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,17 +10,20 @@ from composer.utils import create_interval_scheduler
 from torch.distributed.fsdp import FSDPModule
 
 from composer_prior import registry
+from composer_prior.data.messages import announce, one_line
 from composer_prior.evaluation import components  # noqa: F401  registers the benchmarks
 from composer_prior.evaluation.benchmark import Benchmark, Figures, run_benchmark
 from composer_prior.evaluation.likelihood import OwnModel
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.reports.closing import trained_model
 
+log = logging.getLogger(__name__)
+
 OWN = ("benchmark", "interval", "limit")
 
 
 class RunBenchmark(Callback):
-    """Log ``eval/{name}/{figure}`` at intervals and at the end of training.
+    """Log ``eval/{name}/{figure}`` at intervals and at the end of training; what goes wrong is said and ends no run.
 
     Args:
         name: of the benchmark in the recipe.
@@ -49,8 +53,13 @@ class RunBenchmark(Callback):
         model: Any = trained_model(state)
         # Where ranks share the weights, all of them take part in every pass.
         share = not any(isinstance(module, FSDPModule) for module in model.modules())
-        with get_precision_context(state.precision, state.precision_config):
-            self.figures, _ = run_benchmark(self.benchmark, OwnModel(model.model), limit=self.limit, share=share)
+        self.figures = {}
+        try:
+            with get_precision_context(state.precision, state.precision_config):
+                self.figures, _ = run_benchmark(self.benchmark, OwnModel(model.model), limit=self.limit, share=share)
+        except Exception as error:  # whatever it is, the training goes on
+            log.debug("Benchmark %s", self.name, exc_info=True)
+            announce(f"\nBenchmark {self.name}: no figures after batch {self._batch}: {one_line(error)}")
         values = {name: one["value"] for name, one in self.figures.items() if one["value"] is not None}
         logger.log_metrics({f"eval/{self.name}/{name}": value for name, value in values.items()})
 

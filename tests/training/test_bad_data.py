@@ -171,6 +171,8 @@ def test_what_goes_wrong_in_the_report_is_said_and_ends_no_run(part, capsys, mon
     output = capsys.readouterr().out
     assert output.count("The closing report lacks a part: RuntimeError: out of memory") == 1
     assert Path("runs/ntp_vit/report.html").exists() == ("caption" in part)
+    failed = output.count("Benchmark captioning: no figures after batch 1: out of memory\n")
+    assert failed == ("caption" in part)
     assert "checkpoints in runs/ntp_vit/checkpoints, the model in Hugging Face form in runs/ntp_vit/model." in output
 
 
