@@ -2,6 +2,7 @@
 
 import json
 import platform
+import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import xxhash
 from composer.utils import dist, get_device
+from omegaconf import OmegaConf
 from transformers import AutoConfig
 
 from composer_prior import registry
@@ -63,6 +65,8 @@ def evaluate(
         ValueError, OSError: naming the option, the model or the data.
     """
     arguments = dict(arguments or {})
+    for file in code_paths or ():
+        runpy.run_path(file)
     registry.check("benchmark", benchmark, arguments, "benchmark")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: expected at least 1, or null for all.")
@@ -160,6 +164,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"usage: MODEL benchmark=NAME [option=value ...]; benchmarks: {known}", file=sys.stderr)
             return 2
         given = {name: chosen.pop(name) for name in of_benchmark if name in chosen}
+        chosen.pop("code_paths", None)  # they have been run, or the benchmark would have no options
         results = evaluate(words[0], arguments=given, **chosen)
     except (ValueError, OSError, OneLineError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -170,11 +175,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def benchmark_options(words: Sequence[str]) -> dict[str, Option]:
-    """The options of the benchmark that a command line names, without those of the command.
+    """The options of the benchmark that a command line names, without those of the command; its ``code_paths`` are run.
 
     Raises:
         ValueError: for an unknown one, naming the nearest.
     """
+    for word in words:
+        if word.startswith("code_paths="):
+            for file in OmegaConf.from_dotlist([word]).code_paths or ():
+                runpy.run_path(file)
     for word in words:
         if word.startswith("benchmark="):
             options = options_of(registry.look_up("benchmark", word.partition("=")[2], "benchmark"))

@@ -110,3 +110,46 @@ def test_ranks_share_the_samples_and_give_the_same_figures(here):
         assert two["figures"][name] == pytest.approx(figure, abs=1e-6), name
     lines = [json.loads(line)["sample"] for line in Path("two/predictions.jsonl").read_text().splitlines()]
     assert lines == [*range(20)]
+
+
+MINE = """
+from composer_prior.evaluation.benchmark import Benchmark
+from composer_prior.registry import register
+
+@register("benchmark", "lengths")
+class Lengths(Benchmark):
+    \"\"\"How long captions are.
+
+    Args:
+        shade: of the images.
+    \"\"\"
+
+    fingerprint = "none"
+
+    def __init__(self, shade: int = 0):
+        self.shade = shade
+
+    def __len__(self):
+        return 3
+
+    def predict(self, model, numbers):
+        from PIL import Image
+        images = [Image.new("RGB", (32, 32), (self.shade, 0, number)) for number in numbers]
+        return [{"length": len(caption)} for caption in model.captions(images, max_new_tokens=5)]
+
+    def count(self, prediction):
+        return {"length": prediction["length"], "captions": 1.0}
+
+    def figures(self, sums):
+        return {"length": sums["length"] / sums["captions"]}
+"""
+
+
+def test_a_benchmark_from_outside(here, capsys):
+    Path("mine.py").write_text(MINE)
+    assert main(["model", "benchmark=lengths", "code_paths=[mine.py]", "shade=7"]) == 0
+    assert json.loads(Path("evaluation/results.json").read_text())["figures"]["length"]["value"] > 0
+    assert main(["model", "benchmark=lengths", "code_paths=[mine.py]", "shade=dark", "out=other"]) == 1
+    assert "benchmark.shade='dark': expected int" in capsys.readouterr().err
+    assert main(["model", "benchmark=lengths", "code_paths=[nowhere.py]"]) == 1
+    assert "nowhere.py" in capsys.readouterr().err
