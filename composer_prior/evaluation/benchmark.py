@@ -34,6 +34,10 @@ class Benchmark(ABC):
     def __len__(self) -> int:
         """How many samples there are."""
 
+    def other(self, number: int) -> int:
+        """Another sample, whose image takes the place of its own."""
+        return (number + max(1, len(self) // 2)) % len(self)
+
     @abstractmethod
     def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """What a model answers to some samples: for each what JSON can hold and :meth:`count` needs."""

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from composer_prior.evaluation.benchmark import Benchmark
-from composer_prior.evaluation.likelihood import TextOnly, TokenLogprobs, VisionLanguageModel
+from composer_prior.evaluation.likelihood import TextOnly, TokenLogprobs, VisionLanguageModel, blanks
 from composer_prior.evaluation.samples import per_category, with_category
 from composer_prior.models.reference import ReferenceLM
 
@@ -75,19 +75,14 @@ class ChoiceBenchmark(Benchmark):
     def choice(self, number: int) -> Choice:
         """A sample."""
 
-    def other(self, number: int) -> int:
-        """Another sample, whose image takes the place of its own."""
-        return (number + max(1, len(self) // 2)) % len(self)
-
     def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
         samples = [self.choice(number) for number in numbers]
         images = [sample.image for sample in samples]
         others = [self.choice(self.other(number)).image for number in numbers]
-        blank = [Image.new("RGB", image.size, (127, 127, 127)) for image in images]
         text_only: Any = model if self.prior is None else TextOnly(self.prior)
         found = [
             self._by_prompt(source, pictures, samples)
-            for source, pictures in ((model, images), (model, others), (text_only, blank))
+            for source, pictures in ((model, images), (model, others), (text_only, blanks(images)))
         ]
         predictions = []
         for sample, own, shuffled, prior in zip(samples, *found, strict=True):

@@ -162,7 +162,7 @@ class Hallucination(Benchmark):
                 "caption": caption,
                 "named": self.vocabulary.find(caption),
                 "there": self.there[number],
-                "there_in_another": self.there[(number + max(1, len(self) // 2)) % len(self)],
+                "there_in_another": self.there[self.other(number)],
             }
             for number, caption in zip(numbers, captions, strict=True)
         ]

@@ -6,12 +6,11 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from scipy.stats import spearmanr
 
 from composer_prior.data.captions import overlaps
 from composer_prior.evaluation.benchmark import Benchmark
-from composer_prior.evaluation.likelihood import TextOnly, TokenLogprobs, VisionLanguageModel
+from composer_prior.evaluation.likelihood import TextOnly, TokenLogprobs, VisionLanguageModel, blanks
 from composer_prior.evaluation.mds_samples import CaptionSamples
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.registry import register
@@ -57,11 +56,10 @@ class ImageDependence(Benchmark):
 
     def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
         samples = [self.samples[number] for number in numbers]
-        others = [self.samples[(number + max(1, len(self) // 2)) % len(self)].image for number in numbers]
+        others = [self.samples[self.other(number)].image for number in numbers]
         images = [sample.image for sample in samples]
         texts = [sample.captions[:1] for sample in samples]
-        blank = [Image.new("RGB", image.size, (127, 127, 127)) for image in images]
-        found = [[own for (own,) in model.logprobs(pictures, texts)] for pictures in (images, blank, others)]
+        found = [[own for (own,) in model.logprobs(pictures, texts)] for pictures in (images, blanks(images), others)]
         weights: Iterable[Any] = [None] * len(samples)
         if self.reference is not None:
             scores = self.reference.logprobs(images, texts)

@@ -170,6 +170,11 @@ class TextOnly:
         return _with_offsets([[next(found).tolist() for _ in some] for some in encoded], encoded)
 
 
+def blanks(images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Grey images of the same sizes, which stand for none."""
+    return [Image.new("RGB", image.size, (127, 127, 127)) for image in images]
+
+
 def _encode(tokenizer: Any, text: str, end: bool) -> tuple[list[int], list[tuple[int, int]]]:
     """The ids of a text, and the characters of it that each is."""
     encoding = encode_caption(tokenizer, text)

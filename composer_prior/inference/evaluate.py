@@ -114,13 +114,14 @@ def load_judged(path: str, trust_remote_code: bool = False) -> OwnModel | Huggin
     place = Path(path).expanduser()
     if place.exists() and not (place / "config.json").is_file():
         return OwnModel(load(place, trust_remote_code))
+    source = place if place.exists() else path  # or a hub id
     try:
-        config = AutoConfig.from_pretrained(place if place.exists() else path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever the code of some model raises
         raise DataError(f"{path} holds no model: {one_line(error)}") from error
     if config.model_type == PriorLVLMConfig.model_type:
-        return OwnModel(load(path, trust_remote_code))
-    return HuggingFaceModel.from_pretrained(place if place.exists() else path, trust_remote_code)
+        return OwnModel(load(source, trust_remote_code))
+    return HuggingFaceModel.from_pretrained(source, trust_remote_code)
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
