@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from composer_prior.algorithms.prior import PRIOR, importance_weights
-    from composer_prior.algorithms.prior.selective_backprop import selective_backprop_keys
+    from composer_prior.algorithms.token_weighting.selective_backprop import selective_backprop_keys
     from composer_prior.data.captions import StreamingCaptionDataset
     from composer_prior.models.composer_lvlm import ComposerLVLM
     from composer_prior.models.lvlm import LVLM
@@ -25,7 +25,7 @@ _MODULES = {
     "ReferenceLM": "composer_prior.models.reference",
     "StreamingCaptionDataset": "composer_prior.data.captions",
     "load": "composer_prior.training.saving",
-    "selective_backprop_keys": "composer_prior.algorithms.prior.selective_backprop",
+    "selective_backprop_keys": "composer_prior.algorithms.token_weighting.selective_backprop",
 }
 
 __all__ = [

@@ -1,11 +1,11 @@
-"""Does PRIOR stack with every algorithm of Composer? Run each with it, and write the table into the method card.
+"""Does a method stack with every algorithm of Composer? Run each with it, and write the table into the method's card.
 
-    python tools/composability.py            # prints the table and writes it into the card
-    python tools/composability.py --check    # only compares it with the card's
+    python tools/composability.py prior            # prints the table and writes it into the card; or rho1, cal ...
+    python tools/composability.py prior --check    # only compares it with the card's
 
-Each algorithm trains a few steps before and after PRIOR in the list, on a small model of both families. "works": in
-every microbatch the loss is the formula's, computed here in float64 from what the other algorithm left of the batch and
-of the model. "refused": nothing ran, and one line said why. Anything else is an error.
+Each algorithm trains a few steps before and after the method in the list, on a small model of both families. "works":
+in every microbatch the loss is the formula's, computed here in float64 from what the other algorithm left of the batch
+and of the model. "refused": nothing ran, and one line said why. Anything else is an error.
 """
 
 import argparse
@@ -27,6 +27,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import composer.algorithms as algorithms
+import numpy as np
 import torch
 from composer import Trainer
 from composer.core import Algorithm, Callback, State, get_precision_context
@@ -35,6 +36,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from composer_prior import LVLM, PRIOR, ComposerLVLM, ReferenceLM, StreamingCaptionDataset, selective_backprop_keys
+from composer_prior.algorithms.cal.cal import CAL
+from composer_prior.algorithms.focal.focal import Focal
+from composer_prior.algorithms.oracle.oracle import Oracle
+from composer_prior.algorithms.permuted_prior.permuted_prior import PermutedPRIOR
+from composer_prior.algorithms.random_prior.random_prior import RandomPRIOR
+from composer_prior.algorithms.rho1.rho1 import Rho1
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.captions import caption_data_spec
 from composer_prior.data.tokenizer import train_tokenizer
@@ -43,11 +50,11 @@ from composer_prior.models.matmul import use_onednn
 from composer_prior.models.projector import build_projector
 from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding
 
-CARD = Path(__file__).parents[1] / "composer_prior/algorithms/prior/README.md"
-BEGIN, END = "<!-- composability: begin (python tools/composability.py) -->", "<!-- composability: end -->"
+CARDS = Path(__file__).parents[1] / "composer_prior/algorithms"
+BEGIN, END = "<!-- composability: begin (python tools/composability.py {}) -->", "<!-- composability: end -->"
 FAMILIES = ("encoder", "patches")
 ORDERS = ("before", "after")
-ALPHA, FLOOR = 1.5, 0.1
+ALPHA, FLOOR, SHARE, GAMMA, SEED = 1.5, 0.1, 0.6, 2.0, 3
 TOLERANCE = 1e-5
 # Algorithms that do nothing but replace modules once: without a module to replace they change nothing.
 SURGERY = (
@@ -125,54 +132,149 @@ def selective_backprop(**keys: Any) -> Algorithm:
     return algorithms.SelectiveBackprop(start=0.0, end=1.0, keep=0.5, interrupt=0, **keys)
 
 
+@dataclass(frozen=True)
+class Caption:
+    """What a method can know of one caption of ``k`` tokens."""
+
+    logp: Tensor  # [k] of its tokens under the model
+    logits: Tensor  # [k] of its tokens under the model
+    ref_logp: Tensor  # [k] under the reference
+    text_logits: Tensor  # [k] under the model's language model, the image taken out
+    image_related: Tensor  # [k] bool
+    pool: list[float]  # PRIOR's weights of the whole batch
+    sample: int
+    step: int
+
+    @property
+    def noise(self) -> Any:
+        counter = [0, 0, self.step, self.sample]
+        return np.random.Generator(np.random.Philox(key=SEED, counter=counter)).random(len(self.logp))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as a user would write it, and the weights of a caption by hand, before normalization."""
+
+    build: Callable[[ReferenceLM], Algorithm]
+    weights: Callable[[Caption], Any]
+    normalized: bool = True
+
+
+def prior_by_hand(ref_logp: Tensor) -> Tensor:
+    return FLOOR + (1 - FLOOR) * (1 - ref_logp.exp()) ** ALPHA
+
+
+def permuted_by_hand(caption: Caption) -> list[float]:
+    weights = prior_by_hand(caption.ref_logp).tolist()
+    return [weights[place] for place in sorted(range(len(weights)), key=lambda i: caption.noise[i])]
+
+
+def drawn_by_hand(caption: Caption) -> list[float]:
+    pool = sorted(caption.pool)
+    return [pool[int(number * len(pool))] for number in caption.noise]
+
+
+def selected_by_hand(caption: Caption) -> list[float]:
+    excess = (caption.ref_logp - caption.logp).tolist()
+    kept = -(-len(excess) * 6 // 10)  # SHARE, rounded up
+    chosen = set(sorted(range(len(excess)), key=lambda i: -excess[i])[:kept])
+    return [float(i in chosen) for i in range(len(excess))]
+
+
+def contrast_by_hand(caption: Caption) -> list[float]:
+    clamped = [min(max(x, 1.0), 5.0) for x in (caption.logits - caption.text_logits).tolist()]
+    parts = [clamped[max(0, i - 1) : i + 2] for i in range(len(clamped))]
+    return [sum(part) / len(part) for part in parts]
+
+
+METHODS = {
+    "prior": Method(lambda r: PRIOR(r, alpha=ALPHA, floor=FLOOR), lambda c: prior_by_hand(c.ref_logp)),
+    "permuted_prior": Method(lambda r: PermutedPRIOR(r, alpha=ALPHA, floor=FLOOR, seed=SEED), permuted_by_hand),
+    "random_prior": Method(lambda r: RandomPRIOR(r, alpha=ALPHA, floor=FLOOR, seed=SEED), drawn_by_hand),
+    "oracle": Method(lambda r: Oracle(FLOOR), lambda c: torch.where(c.image_related, 1.0, FLOOR)),
+    "rho1": Method(lambda r: Rho1(r, share=SHARE), selected_by_hand),
+    "cal": Method(lambda r: CAL(), contrast_by_hand),
+    "focal": Method(lambda r: Focal(GAMMA), lambda c: (1 - c.logp.exp()) ** GAMMA, normalized=False),
+}
+
+
 class Check(Callback):
     """Compare the loss of every microbatch with the formula's."""
 
-    def __init__(self, reference: ReferenceLM):
+    def __init__(self, method: Method, reference: ReferenceLM):
+        self.method = method
         self.reference = reference
         self.forwards = 0
         self.losses: list[tuple[float, float]] = []  # (Composer's, by hand)
+
+    def batch_start(self, state: State, logger: Any) -> None:
+        self.whole = dict(state.batch)
 
     def before_forward(self, state: State, logger: Any) -> None:
         self.forwards += 1
         self.batch = {key: value.clone() for key, value in state.batch.items()}
 
     def before_backward(self, state: State, logger: Any) -> None:
+        step = int(state.timestamp.batch)
         with torch.no_grad(), get_precision_context(state.precision, state.precision_config):
-            expected = loss_by_hand(state.model, self.reference, self.batch)
+            texts = [text_logits(self.reference.model, state.model, self.whole, row) for row in rows(self.whole)]
+            pool = [weight for logits, tokens in texts for weight in prior_by_hand(chosen(logits, tokens)).tolist()]
+            expected = loss_by_hand(self.method, state.model, self.reference, self.batch, pool, step)
         self.losses.append((float(cast(Tensor, state.loss)), expected))
 
 
-def loss_by_hand(model: Any, reference: ReferenceLM, batch: Mapping[str, Tensor]) -> float:
-    """The paper's loss, from all logits and row by row."""
+def loss_by_hand(
+    method: Method, model: Any, reference: ReferenceLM, batch: Mapping[str, Tensor], pool: list[float], step: int
+) -> float:
+    """The method's loss, from all logits and row by row."""
     lvlm = model.model
     embeddings = lvlm.language.get_input_embeddings()(batch["input_ids"])
     embeddings[batch["input_ids"] == lvlm.image_token_id] = lvlm.projector(lvlm.vision(batch)).to(embeddings.dtype)
-    logp = lvlm.language(inputs_embeds=embeddings).logits.double().log_softmax(-1)
+    all_logits = lvlm.language(inputs_embeds=embeddings).logits.double()
     smoothing = lvlm.label_smoothing
     total, count = 0.0, 0
-    for row in range(len(logp)):
-        labels = batch["labels"][row]
-        places = (labels != IGNORE_INDEX).nonzero()[:, 0]
-        before = logp[row, places - 1]
-        nll = -(1 - smoothing) * before.gather(1, labels[places, None])[:, 0] - smoothing * before.mean(-1)
-        weights = weights_by_hand(model, reference, batch, row)
+    for row in rows(batch):
+        places = (batch["labels"][row] != IGNORE_INDEX).nonzero()[:, 0]
+        tokens = batch["labels"][row][places]
+        logits = all_logits[row, places - 1]
+        logp = chosen(logits, tokens)
+        before = logits.log_softmax(-1)
+        text, _ = text_logits(lvlm.language, model, batch, row)
+        caption = Caption(
+            logp,
+            logits.gather(1, tokens[:, None])[:, 0],
+            chosen(*text_logits(reference.model, model, batch, row)),
+            text.gather(1, tokens[:, None])[:, 0],
+            batch["image_related"][row][places],
+            pool,
+            int(batch["sample_id"][row]),
+            step,
+        )
+        weights = torch.as_tensor(method.weights(caption), dtype=torch.float64)
+        if method.normalized:
+            weights = weights * len(places) / weights.sum()
+        nll = -(1 - smoothing) * logp - smoothing * before.mean(-1)
         total, count = total + float((weights * nll).sum()), count + len(places)
     return total / count
 
 
-def weights_by_hand(model: Any, reference: ReferenceLM, batch: Mapping[str, Tensor], row: int) -> Tensor:
-    """``[k]`` weights of one caption, whose text is all of its real tokens that are not the image's."""
+def rows(batch: Mapping[str, Tensor]) -> range:
+    return range(len(batch["labels"]))
+
+
+def chosen(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities of tokens."""
+    return logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
+
+def text_logits(lm: Any, model: Any, batch: Mapping[str, Tensor], row: int) -> tuple[Tensor, Tensor]:
+    """Logits ``[k, V]`` before the tokens of one caption and these, the text being all that is not the image's."""
     is_text = batch["attention_mask"][row].bool()
     for token_id in model.image_token_ids:
         is_text &= batch["input_ids"][row] != token_id
     text, labels = batch["input_ids"][row][is_text], batch["labels"][row][is_text]
-    lm: Any = reference.model
-    logp = lm(text[None]).logits[0].double().log_softmax(-1)
     places = (labels != IGNORE_INDEX).nonzero()[:, 0]
-    weights = (1 - logp[places - 1, labels[places]].exp()) ** ALPHA
-    weights = FLOOR + (1 - FLOOR) * weights
-    return weights * len(places) / weights.sum()
+    return lm(text[None]).logits[0].double()[places - 1], labels[places]
 
 
 @functools.cache
@@ -222,27 +324,28 @@ def small_model(family: str, **settings: Any) -> ComposerLVLM:
     )
 
 
-def run(case: Case, family: str, order: str) -> str:
+def run(name: str, case: Case, family: str, order: str) -> str:
     """``works``, ``works, changes nothing``, or ``refused: <reason>``.
 
     Raises:
         AssertionError: for a loss that is not the formula's, or a refusal after training began.
     """
     tokenizer, dataset = prepared()
-    model = small_model(family, **(case.model or {}))
+    method, model = METHODS[name], small_model(family, **(case.model or {}))
     reference = ReferenceLM(reference_lm(), tokenizer)
     dataset.image_processor, dataset.transform = model.image_processor, None
-    check = Check(reference)
+    check = Check(method, reference)
     before = structure(model)
+    what = f"{case.name} on {family}, {order} {name}"
     try:
-        prior: list[Algorithm] = [PRIOR(reference, alpha=ALPHA, floor=FLOOR)]
+        ours = [method.build(reference)]
         other = case.build(model)
         trainer = Trainer(
             model=model,
             train_dataloader=caption_data_spec(dataset, 4),
             max_duration="2ep",
             optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
-            algorithms=other + prior if order == "before" else prior + other,
+            algorithms=other + ours if order == "before" else ours + other,
             callbacks=[check],
             device_train_microbatch_size=3,
             accumulate_train_batch_on_tokens=True,
@@ -253,15 +356,16 @@ def run(case: Case, family: str, order: str) -> str:
         trainer.fit()
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1].filename
-        refused = any(part in Path(place).as_posix() for part in ("composer/algorithms/", "prior/stacking.py"))
+        refused = any(
+            part in Path(place).as_posix() for part in ("composer/algorithms/", "token_weighting/stacking.py")
+        )
         if not refused or check.forwards > 0:
-            raise AssertionError(f"{case.name} on {family}, {order} PRIOR: fails, {error!r}") from error
-        who, _, why = str(error).rpartition(" does not stack with PRIOR: ")
-        return f"refused: {'PRIOR' if who else 'Composer'}: {' '.join(why.split()).rstrip('.')}"
-    assert len(check.losses) >= 4, f"{case.name} on {family}, {order} PRIOR: {len(check.losses)} losses"
-    for ours, expected in check.losses:
-        difference = abs(ours / expected - 1)
-        assert difference <= TOLERANCE, f"{case.name} on {family}, {order} PRIOR: loss {ours}, by hand {expected}"
+            raise AssertionError(f"{what}: fails, {error!r}") from error
+        who, _, why = str(error).rpartition(f" does not stack with {type(ours[0]).__name__}: ")
+        return f"refused: {type(ours[0]).__name__ if who else 'Composer'}: {' '.join(why.split()).rstrip('.')}"
+    assert len(check.losses) >= 4, f"{what}: {len(check.losses)} losses"
+    for loss, expected in check.losses:
+        assert abs(loss / expected - 1) <= TOLERANCE, f"{what}: loss {loss}, by hand {expected}"
     unchanged = structure(model) == before
     return "works, changes nothing" if case.name in SURGERY and unchanged else "works"
 
@@ -272,11 +376,11 @@ def structure(model: nn.Module) -> list[Any]:
     return [types, [p.stride() for p in model.parameters()]]
 
 
-def table_lines() -> Iterator[str]:
+def table_lines(name: str) -> Iterator[str]:
     yield "| algorithm | encoder | patches | remark |"
     yield "| --- | --- | --- | --- |"
     for case in cases():
-        yield table_row(case, {family: outcome(case, family) for family in FAMILIES})
+        yield table_row(case, {family: outcome(name, case, family) for family in FAMILIES})
 
 
 def table_row(case: Case, results: Mapping[str, str]) -> str:
@@ -287,29 +391,36 @@ def table_row(case: Case, results: Mapping[str, str]) -> str:
     return f"| {case.name} | {' | '.join(cells)} | {'; '.join(remarks)} |"
 
 
-def outcome(case: Case, family: str) -> str:
+def outcome(name: str, case: Case, family: str) -> str:
     """The result of both orders, which must agree."""
-    results = {run(case, family, order) for order in ORDERS}
+    results = {run(name, case, family, order) for order in ORDERS}
     assert len(results) == 1, f"{case.name} on {family}: the order matters, {results}"
     return results.pop()
 
 
+def card_of(name: str) -> tuple[Path, str]:
+    """A method's card, and the line before its table."""
+    return CARDS / name / "README.md", BEGIN.format(name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=METHODS)
     parser.add_argument("--check", action="store_true", help="compare with the card, do not write it")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     quiet()
     lines = []
-    for line in table_lines():
+    for line in table_lines(arguments.method):
         print(line, flush=True)
         lines.append(line)
-    table = "\n".join([BEGIN, *lines, END])
-    text = CARD.read_text()
-    updated = re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: table, text, flags=re.S)
+    card, begin = card_of(arguments.method)
+    table = "\n".join([begin, *lines, END])
+    text = card.read_text()
+    updated = re.sub(f"{re.escape(begin)}.*{re.escape(END)}", lambda _: table, text, flags=re.S)
     if arguments.check and updated != text:
-        raise SystemExit(f"{CARD} has another table: run python tools/composability.py")
-    CARD.write_text(updated)
+        raise SystemExit(f"{card} has another table: run python tools/composability.py {arguments.method}")
+    card.write_text(updated)
 
 
 def quiet() -> None:

@@ -142,7 +142,7 @@ def label_mask(labels: Tensor) -> Tensor:
 
 def _implementation(hidden: Tensor, head: Head) -> Callable[[Tensor, Any, Tensor], tuple[Tensor, Tensor]]:
     module = TransformedHead.of(head).module
-    if not _is_plain_linear(module):
+    if not is_plain_linear(module):
         return _any_head
     if linear_cross_entropy is not None and module.bias is None and _kernel_takes(hidden):
         return _cut_cross_entropy
@@ -153,7 +153,7 @@ def _kernel_takes(hidden: Tensor) -> bool:
     return hidden.is_cuda and len(hidden) > 0 and _product_dtype(hidden) in (torch.bfloat16, torch.float16)
 
 
-def _is_plain_linear(head: nn.Module) -> bool:
+def is_plain_linear(head: nn.Module) -> bool:
     """Whether the head is its weight and bias and nothing else: no adapter, no hook (FSDP's, say), no shards."""
     return (
         isinstance(head, nn.Linear)

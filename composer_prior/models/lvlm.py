@@ -15,6 +15,7 @@ from composer_prior.data.batch import ImageInputs, stack_images
 from composer_prior.data.tokenizer import bos_id, image_token_ids, prompt_ids
 from composer_prior.models.continuation import continuation_logprobs, same
 from composer_prior.models.head import Head, TransformedHead, label_mask, labelled_nll
+from composer_prior.models.label_logits import label_logits, on_text_alone
 from composer_prior.models.language import causal_lm_of, head_of, last_hidden_states, vocabulary_size
 from composer_prior.models.modeling_prior_lvlm import PriorLVLMForConditionalGeneration, decoder_of
 from composer_prior.models.packing import enable_packing, packed_hidden_states
@@ -69,6 +70,7 @@ class LVLM(nn.Module):
         self.tokenizer = tokenizer
         self.image_token_id, self.row_token_id = image_token_ids(tokenizer)
         self.prompt = ""  # text between image and caption in training, where it is known
+        self.label_logits = False  # whether forward gives those too
         self.pack = pack
         if pack:
             enable_packing(language)
@@ -141,10 +143,21 @@ class LVLM(nn.Module):
             hidden = last_hidden_states(self.language, inputs_embeds=embeddings)
         nll, correct = labelled_nll(hidden, head_of(self.language), batch["labels"])
         outputs = {"nll": nll, "correct": correct}
+        if self.label_logits:
+            outputs["label_logits"] = label_logits(hidden, head_of(self.language), batch["labels"])
         if self.label_smoothing and self.training:
             margin = label_margin(hidden, head_of(self.language), batch["labels"])
             outputs["smoothed_nll"] = nll + self.label_smoothing * margin
         return outputs
+
+    @torch.no_grad()
+    def text_label_logits(self, input_ids: Tensor, is_text: Tensor, labels: Tensor) -> Tensor:
+        """The logit of each label when the language model reads the text alone, as of :func:`.on_text_alone`."""
+
+        def read(ids: Tensor, targets: Tensor) -> Tensor:
+            return label_logits(last_hidden_states(self.language, input_ids=ids), head_of(self.language), targets)
+
+        return on_text_alone(read, input_ids, is_text, labels)
 
     @property
     def image_processor(self) -> Callable[[Image.Image], ImageInputs]:

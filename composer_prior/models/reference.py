@@ -77,10 +77,7 @@ class ReferenceLM:
         device = self.model.device
         input_ids, attention_mask, labels = (x.to(device) for x in (input_ids, attention_mask, labels))
         keep = attention_mask.bool() & ~torch.isin(input_ids, torch.tensor(list(drop_token_ids), device=device).long())
-        ids, positions, lengths = left_pack(input_ids, keep)  # [B, S]
-        padding = torch.arange(ids.shape[1], device=device) >= lengths[:, None]
-        ids = ids.masked_fill(padding, 0)  # what was dropped may not even be in the reference's vocabulary
-        targets = labels.gather(1, positions).masked_fill(padding, IGNORE_INDEX)
+        ids, targets, positions, lengths = left_pack(input_ids, keep, labels)  # [B, S]
         packed = torch.zeros(ids.shape, dtype=torch.float32, device=device)
         with self._gathered():
             for rows in lengths.argsort().split(self.batch_size):
@@ -188,20 +185,24 @@ class ReferenceLM:
             )
 
 
-def left_pack(input_ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def left_pack(input_ids: Tensor, keep: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Move the kept tokens of each row to its start, in order.
 
     Args:
         input_ids: ``[B, T]`` int64.
         keep: ``[B, T]`` bool.
+        labels: ``[B, T]`` int64.
 
     Returns:
-        the tokens ``[B, S]`` (``S``: the most kept in one row), the positions they come from ``[B, S]``, and how many
-        of each row are kept ``[B]``; behind those stand tokens that were not.
+        the tokens and their labels ``[B, S]`` (``S``: the most kept in one row), the positions they come from
+        ``[B, S]``, and how many of each row are kept ``[B]``; behind those stand 0 and no label.
     """
     lengths = keep.sum(1)
     positions = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(lengths.max())]
-    return input_ids.gather(1, positions), positions, lengths
+    padding = torch.arange(positions.shape[1], device=keep.device) >= lengths[:, None]
+    # What was dropped may not even be in the vocabulary.
+    ids = input_ids.gather(1, positions).masked_fill(padding, 0)
+    return ids, labels.gather(1, positions).masked_fill(padding, IGNORE_INDEX), positions, lengths
 
 
 def batches_by_length(lengths: Tensor, batch_tokens: int) -> list[Tensor]:

@@ -146,6 +146,14 @@ def build_all(kind: str, configs: Mapping[str, Any]) -> list[Any]:
     ]
 
 
+def without_reference(algorithms: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's algorithms, of which none loads a reference."""
+    return {
+        name: {**given, "reference": None} if given is not None and "reference" in given else given
+        for name, given in algorithms.items()
+    }
+
+
 def build_precision(name: str) -> Precision:
     """``auto`` is ``amp_bf16`` on CUDA and ``fp32`` on the CPU, where bf16 products can be 100 times slower."""
     if name == "auto":
@@ -174,6 +182,7 @@ def prepare_sharded(model: torch.nn.Module) -> None:
         if isinstance(module, LVLM):
             register_fsdp_forward_method(module, "generate_ids")
             register_fsdp_forward_method(module, "text_logprobs")
+            register_fsdp_forward_method(module, "text_label_logits")
 
 
 def average_over_gloo(model: torch.nn.Module) -> None:

@@ -14,12 +14,20 @@ from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
 from streaming import StreamingDataLoader
 
+from composer_prior.algorithms.cal.cal import CAL
+from composer_prior.algorithms.focal.focal import Focal
+from composer_prior.algorithms.oracle.oracle import Oracle
+from composer_prior.algorithms.permuted_prior.permuted_prior import PermutedPRIOR
 from composer_prior.algorithms.prior.prior import PRIOR
+from composer_prior.algorithms.random_prior.random_prior import RandomPRIOR
+from composer_prior.algorithms.rho1.rho1 import Rho1
+from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting
 from composer_prior.data.captions import StreamingCaptionDataset
 from composer_prior.data.streams import CheckedStream
 from composer_prior.emoji_scenes.writing import make_emoji_scenes
 from composer_prior.registry import register
 from composer_prior.training import builders  # noqa: F401  registers the model
+from composer_prior.training.compute_monitor import ComputeMonitor
 from composer_prior.training.data_wait import DataWaitMonitor
 from composer_prior.training.saving import HuggingFaceCheckpointer
 
@@ -59,7 +67,10 @@ for _kind, _components in (("logger", _LOGGERS), ("optimizer", _OPTIMIZERS), ("s
     for _name, _component in _components.items():
         register(_kind, _name)(_component)
 
-register("algorithm", "prior")(PRIOR)
+_WEIGHTINGS: tuple[type[TokenWeighting], ...] = (PRIOR, PermutedPRIOR, RandomPRIOR, Oracle, Rho1, CAL, Focal)
+for _weighting in _WEIGHTINGS:
+    register("algorithm", _weighting.name)(_weighting)
+register("callback", "compute_monitor")(ComputeMonitor)
 register("callback", "data_wait_monitor")(DataWaitMonitor)
 register("callback", "hf_checkpointer")(HuggingFaceCheckpointer)
 register("data", "emoji_scenes")(make_emoji_scenes)

@@ -12,8 +12,7 @@ from composer.utils import get_device
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from composer_prior.algorithms.prior.prior import PRIOR
-from composer_prior.algorithms.prior.stacking import check_stack
+from composer_prior.algorithms.token_weighting.token_weighting import check_algorithms
 from composer_prior.data.captions import StreamingCaptionDataset, check_scorable
 from composer_prior.data.messages import OneLineError, one_line
 from composer_prior.data.scores import Scores, ScoresCard, ScoresError
@@ -27,6 +26,7 @@ from composer_prior.training.builders import (
     build_precision,
     lvlm_skeleton,
     per_rank_batch_size,
+    without_reference,
 )
 from composer_prior.training.checkpoints import find_weights
 from composer_prior.training.config import TrainConfig
@@ -151,9 +151,7 @@ def _check_whole(recipe: TrainConfig, where: str) -> None:
     if isinstance(model, ComposerLVLM):
         check_fit(model, data)
         check_trainable(model)
-        algorithms = _algorithms(recipe, where)
-        if any(isinstance(algorithm, PRIOR) for algorithm in algorithms):
-            check_stack(algorithms, model)
+        check_algorithms(_algorithms(recipe, where), model)
     if recipe.reference is not None:
         _check_same_data(recipe, data)
 
@@ -298,11 +296,8 @@ def check_trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def _algorithms(recipe: TrainConfig, where: str) -> list[Any]:
     """The algorithms of a recipe, without the reference's weights."""
-    algorithms = dict(recipe.algorithms)
-    if algorithms.get("prior") is not None:
-        algorithms["prior"] = {**algorithms["prior"], "reference": None}
     built = []
-    for name, arguments in algorithms.items():
+    for name, arguments in without_reference(recipe.algorithms).items():
         with one_line_errors(f"{where}algorithms.{name}"):
             built += build_all("algorithm", {name: arguments})
     return built

@@ -27,7 +27,14 @@ from composer_prior.reports.closing import (
     validation_metrics,
 )
 from composer_prior.training.benchmarks import RunBenchmark, build_benchmarks
-from composer_prior.training.builders import build_all, build_named, build_parallelism, build_precision, prepare_sharded
+from composer_prior.training.builders import (
+    build_all,
+    build_named,
+    build_parallelism,
+    build_precision,
+    prepare_sharded,
+    without_reference,
+)
 from composer_prior.training.checkpoints import (
     CHECKPOINT_NAME,
     LATEST_NAME,
@@ -83,6 +90,8 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     for callback in callbacks:
         if isinstance(callback, HuggingFaceCheckpointer):
             callback.recipe = recipe
+    # Where samples carry stored scores, no reference is loaded for nothing.
+    algorithms = recipe.algorithms if train_data.scores is None else without_reference(recipe.algorithms)
     trainer = Trainer(
         model=model,
         train_dataloader=loaders["train"],
@@ -92,7 +101,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         optimizers=build_named("optimizer", recipe.optimizer, params=parameters),
         schedulers=build_named("scheduler", recipe.scheduler),
         step_schedulers_every_batch=True,
-        algorithms=build_all("algorithm", _algorithms(recipe, train_data)),
+        algorithms=build_all("algorithm", algorithms),
         callbacks=[RunIdentity(identity), StopOnSigterm(), *skips, *callbacks],
         loggers=[MetricsFile(Path(recipe.run_folder, "metrics.jsonl")), *build_all("logger", recipe.loggers)],
         run_name=recipe.run_name,
@@ -115,14 +124,6 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     )
     prepare_sharded(trainer.state.model)
     return trainer
-
-
-def _algorithms(recipe: TrainConfig, data: StreamingCaptionDataset) -> dict[str, Any]:
-    """The recipe's algorithms; where samples carry stored scores, PRIOR does not load a reference for nothing."""
-    algorithms = dict(recipe.algorithms)
-    if data.scores is not None and algorithms.get("prior") is not None:
-        algorithms["prior"] = {**algorithms["prior"], "reference": None}
-    return algorithms
 
 
 def _prepare_checkpoints(recipe: TrainConfig, identity: Mapping[str, Any]) -> bool:

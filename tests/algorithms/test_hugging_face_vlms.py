@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from composer_prior import PRIOR, ReferenceLM
-from composer_prior.algorithms.prior.image_tokens import image_positions, image_token_ids
+from composer_prior.algorithms.token_weighting.image_tokens import image_positions, image_token_ids
 from composer_prior.data.batch import IGNORE_INDEX, count_tokens, split_packed_images
 
 TOLERANCE = 1e-5

@@ -48,8 +48,9 @@ def test_a_caption_without_a_token_before_it_starts_after_bos(tokenizer, referen
 def test_packing_moves_kept_tokens_to_the_left():
     ids = torch.tensor([[1, 9, 9, 2, 3], [4, 5, 9, 6, 0]])
     keep = torch.tensor([[True, False, False, True, True], [True, True, False, True, False]])
-    packed, positions, lengths = left_pack(ids, keep)
+    packed, labels, positions, lengths = left_pack(ids, keep, ids * 10)
     assert packed.tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert labels.tolist() == [[10, 20, 30], [40, 50, 60]]
     assert positions.tolist() == [[0, 3, 4], [0, 1, 3]]
     assert lengths.tolist() == [3, 3]
 

@@ -1,4 +1,4 @@
-"""Which algorithms of Composer PRIOR refuses to stack with, before anything runs, and why."""
+"""Which algorithms of Composer cannot run beside a weighting of tokens, refused before anything runs, and why."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +36,7 @@ _REASONS: dict[type[Algorithm], str] = {
 }
 
 
-def check_stack(algorithms: Sequence[Algorithm], model: Any) -> None:
+def check_stack(algorithms: Sequence[Algorithm], model: Any, method: str) -> None:
     """Refuse algorithms that would break on captions or silently do something else to them.
 
     Raises:
@@ -45,11 +45,11 @@ def check_stack(algorithms: Sequence[Algorithm], model: Any) -> None:
     for algorithm in algorithms:
         reason = refusal(algorithm, model)
         if reason is not None:
-            raise ValueError(f"{type(algorithm).__name__} does not stack with PRIOR: {reason}.")
+            raise ValueError(f"{type(algorithm).__name__} does not stack with {method}: {reason}.")
 
 
 def refusal(algorithm: Algorithm, model: Any) -> str | None:
-    """Why an algorithm cannot run beside PRIOR on this model; None if it can."""
+    """Why an algorithm cannot run beside a weighting of tokens on this model; None if it can."""
     if isinstance(algorithm, ColOut) and algorithm.batch:
         return _RESIZES
     if isinstance(algorithm, CutOut):

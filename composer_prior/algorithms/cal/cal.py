@@ -1,0 +1,92 @@
+"""CAL as a Composer algorithm."""
+
+from typing import Any, Literal
+
+import torch
+from composer.core import Precision, State, Time, get_precision_context
+from torch import Tensor
+
+from composer_prior.algorithms.cal.weights import check_arguments, raw_weights
+from composer_prior.algorithms.token_weighting.image_tokens import image_positions, image_token_ids
+from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting, honours, unwrapped
+from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.models.label_logits import gathered_logits, text_label_logits_of
+
+
+class CAL(TokenWeighting):
+    """Weight the loss of each caption token by what the image adds to its logit (`arXiv 2405.17871`_).
+
+    The model reads each microbatch twice: once without the image and without gradient, once as always. Without the
+    image means the text alone, as a reference would read it: the image's positions are taken out.
+
+    Logged beside the rest: ``cal/difference``, the mean of the differences before they are clamped.
+
+    Args:
+        low, high: the difference of the logits is clamped to these. Default: ``1.0`` and ``5.0``, the paper's.
+        window: an odd number of neighbours that are averaged, the token included. Default: ``3``, the paper's.
+        normalization: ``"sequence"`` or ``"none"``. Default: ``"sequence"``.
+        start, end: see :class:`.TokenWeighting`.
+
+    Raises:
+        ValueError: as :class:`.TokenWeighting`; also for impossible bounds, an even window, or a model of which the
+            logits of the labels cannot be had.
+
+    .. _arXiv 2405.17871: https://arxiv.org/abs/2405.17871
+    """
+
+    name = "cal"
+    _without: Tensor
+    _difference: Tensor
+
+    def __init__(
+        self,
+        low: float = 1.0,
+        high: float = 5.0,
+        window: int = 3,
+        normalization: Literal["sequence", "none"] = "sequence",
+        start: str | Time = "0dur",
+        end: str | Time = "1dur",
+    ):
+        self.check(low, high, window)
+        super().__init__(normalization, start, end)
+        self.low, self.high, self.window = low, high, window
+
+    @staticmethod
+    def check(low: float = 1.0, high: float = 5.0, window: int = 3) -> None:
+        """Refuse impossible arguments without building anything."""
+        check_arguments(low, high, window)
+
+    def prepare(self, state: State) -> None:
+        model = unwrapped(state.model)
+        image_token_ids(model)
+        if isinstance(model, ComposerLVLM):
+            model.model.label_logits = True
+        elif honours(state):
+            raise ValueError(
+                f"CAL needs the logits of the labels, which {type(model).__name__} does not give; use a ComposerLVLM, "
+                "or a Hugging Face model in Composer's HuggingFaceModel."
+            )
+
+    @torch.no_grad()
+    def before_forward(self, state: State) -> None:
+        model: Any = unwrapped(state.model)
+        batch = state.batch
+        is_text = ~image_positions(batch["input_ids"], batch["labels"], model)
+        if "attention_mask" in batch:
+            is_text &= batch["attention_mask"].bool()
+        # One module of the model, whose forward pass FSDP2 knows.
+        read = model.model.text_label_logits if isinstance(model, ComposerLVLM) else text_label_logits_of(model.model)
+        with get_precision_context(state.precision or Precision.FP32, state.precision_config):
+            self._without = read(batch["input_ids"], is_text, batch["labels"])
+
+    def raw_weights(self, state: State, mask: Tensor) -> Tensor:
+        if isinstance(unwrapped(state.model), ComposerLVLM):
+            outputs: Any = state.outputs
+            with_image = outputs["label_logits"]
+        else:
+            with_image = gathered_logits(self.logits(state).detach(), state.batch["labels"])
+        self._difference = torch.where(mask & self._without.isfinite(), with_image - self._without, 0.0)
+        return raw_weights(self._difference, mask, self.low, self.high, self.window)
+
+    def sums(self, state: State, mask: Tensor) -> dict[str, Tensor]:
+        return {"difference": self._difference.double().sum()}

@@ -1,0 +1,1 @@
+"""The focal loss on caption tokens (arXiv 1708.02002)."""

@@ -1,0 +1,47 @@
+"""The focal loss as a Composer algorithm."""
+
+from typing import Literal
+
+from composer.core import State, Time
+from torch import Tensor
+
+from composer_prior.algorithms.focal.weights import check_gamma, raw_weights
+from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting
+
+
+class Focal(TokenWeighting):
+    """Weight the loss of each caption token by ``(1 - P)^gamma``, ``P`` the model's own (`arXiv 1708.02002`_).
+
+    It needs no reference: it finds what is hard for the model with the image, not what is hard without it.
+
+    Args:
+        gamma: exponent, >= 0. Default: ``2.0``, the paper's.
+        normalization: ``"none"``, the paper's, or ``"sequence"``. Default: ``"none"``.
+        start, end: see :class:`.TokenWeighting`.
+
+    Raises:
+        ValueError: as :class:`.TokenWeighting`; also for a negative gamma.
+
+    .. _arXiv 1708.02002: https://arxiv.org/abs/1708.02002
+    """
+
+    name = "focal"
+
+    def __init__(
+        self,
+        gamma: float = 2.0,
+        normalization: Literal["sequence", "none"] = "none",
+        start: str | Time = "0dur",
+        end: str | Time = "1dur",
+    ):
+        self.check(gamma)
+        super().__init__(normalization, start, end)
+        self.gamma = gamma
+
+    @staticmethod
+    def check(gamma: float = 2.0) -> None:
+        """Refuse impossible arguments without building anything."""
+        check_gamma(gamma)
+
+    def raw_weights(self, state: State, mask: Tensor) -> Tensor:
+        return raw_weights(self.nll(state), mask, self.gamma)

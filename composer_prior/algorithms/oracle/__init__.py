@@ -1,0 +1,1 @@
+"""Weights where the data say that the image decides: an upper bound."""

@@ -1,0 +1,1 @@
+"""Random weights with the distribution of PRIOR's, as a control."""

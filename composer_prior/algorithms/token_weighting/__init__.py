@@ -1,0 +1,1 @@
+"""What methods that weight the tokens of captions share; see :class:`.TokenWeighting`."""

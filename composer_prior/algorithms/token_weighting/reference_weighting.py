@@ -1,0 +1,89 @@
+"""Methods whose weights come from a text-only reference language model."""
+
+from typing import cast
+
+import torch
+from composer.core import Precision, State, Time, get_precision_context
+from composer.utils import dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from composer_prior.algorithms.token_weighting.image_tokens import image_positions, image_token_ids
+from composer_prior.algorithms.token_weighting.normalize import Normalization, check_logprobs
+from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting, unwrapped
+from composer_prior.models.reference import ReferenceLM
+
+
+class ReferenceWeighting(TokenWeighting):
+    """Weight tokens by their log-probability under a text-only reference, ``ref_logprobs`` in the batch.
+
+    Logged beside the rest: ``reference_nll`` (nats per token).
+
+    Args:
+        reference: a causal language model (:class:`.ReferenceLM`, a Hugging Face model, or the path of one), which
+            scores each batch; or None, when the batch carries ``ref_logprobs``. Default: ``None``.
+        normalization, start, end: see :class:`.TokenWeighting`.
+        shard_reference: keep one part of the reference's weights on each rank (FSDP2) instead of all of them; they
+            are gathered for the scoring of a batch. Default: ``False``.
+
+    Raises:
+        ValueError: as :class:`.TokenWeighting`; also for a reference with another vocabulary than the model's, a batch
+            with neither ``ref_logprobs`` nor a reference to compute them, and NaN or positive log-probabilities.
+    """
+
+    def __init__(
+        self,
+        reference: ReferenceLM | PreTrainedModel | str | None = None,
+        normalization: Normalization = "sequence",
+        start: str | Time = "0dur",
+        end: str | Time = "1dur",
+        shard_reference: bool = False,
+    ):
+        super().__init__(normalization, start, end)
+        if isinstance(reference, str):
+            reference = ReferenceLM.from_pretrained(reference)
+        elif isinstance(reference, nn.Module):  # with PEFT it is no PreTrainedModel
+            reference = ReferenceLM(reference)
+        self.reference = reference
+        self.shard_reference = shard_reference
+
+    def prepare(self, state: State) -> None:
+        if self.reference is None:
+            return
+        self.reference.check_vocabulary(unwrapped(state.model))
+        if self.shard_reference and dist.get_world_size() > 1:
+            self.reference.to(cast(torch.device, state.device._device)).shard()
+        image_token_ids(unwrapped(state.model))
+
+    def begin_batch(self, state: State, mask: Tensor) -> None:
+        check_logprobs(self._score(state), mask)
+
+    def ref_logprobs(self, state: State, mask: Tensor) -> Tensor:
+        """``[B, T]`` float32 of the batch or microbatch."""
+        logprobs = self._score(state)
+        if not logprobs.is_cuda:  # the whole batch was checked already: do not stall the device for it again
+            check_logprobs(logprobs, mask)
+        return logprobs
+
+    def _score(self, state: State) -> Tensor:
+        """``ref_logprobs`` of the batch, computed by the reference unless they are there."""
+        batch = state.batch
+        if "ref_logprobs" not in batch:
+            if self.reference is None:
+                name = type(self).__name__
+                raise ValueError(
+                    f"{name} found neither `ref_logprobs` in the batch nor a reference model: give "
+                    f"{name}(reference=...) a causal LM trained on the captions, or load stored scores."
+                )
+            self.reference.to(cast(torch.device, state.device._device))
+            with get_precision_context(state.precision or Precision.FP32, state.precision_config):
+                is_text = ~image_positions(batch["input_ids"], batch["labels"], unwrapped(state.model))
+                if "attention_mask" in batch:
+                    is_text &= batch["attention_mask"].bool()
+                ref_logprobs = self.reference.logprobs(batch["input_ids"], is_text, batch["labels"])
+            # The dict that the loader made stays as it is: a loader may yield it again.
+            state.batch = {**batch, "ref_logprobs": ref_logprobs.to(batch["labels"].device)}
+        return state.batch["ref_logprobs"]
+
+    def sums(self, state: State, mask: Tensor) -> dict[str, Tensor]:
+        return {"reference_nll": -state.batch["ref_logprobs"][mask].double().sum()}

@@ -1,0 +1,242 @@
+"""Methods that weight the loss of caption tokens, as Composer algorithms."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from composer.core import Algorithm, Event, State, Time, TimeUnit
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from composer_prior.algorithms.token_weighting.normalize import (
+    Normalization,
+    check_normalization,
+    normalize,
+    normalize_by,
+)
+from composer_prior.algorithms.token_weighting.stacking import check_stack
+from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.models.head import logits_nll, weighted_mean
+
+_STEP_EVENTS = (
+    Event.BATCH_START,
+    Event.BEFORE_TRAIN_BATCH,
+    Event.BEFORE_FORWARD,
+    Event.BEFORE_LOSS,
+    Event.AFTER_LOSS,
+    Event.AFTER_TRAIN_BATCH,
+)
+
+
+class TokenWeighting(Algorithm, ABC):
+    """Weight the loss of each caption token; what the weight is, a subclass says.
+
+    The weights enter the batch as ``token_weights`` (``[B, T]`` float32) on ``Event.BEFORE_LOSS`` and leave it on
+    ``Event.AFTER_LOSS``. A model whose attribute ``honours_token_weights`` is true applies them itself; for any other
+    model the algorithm computes the weighted loss from the ``logits`` of its outputs and the ``labels`` of the batch.
+
+    Logged each step, after the method's name and a slash: ``effective_sample_size`` (``(sum w)^2 / (n sum w^2)``),
+    ``top_decile_share`` (share of the weight held by the heaviest tenth of the rank's tokens), ``loss_weighted`` and
+    ``loss_unweighted``.
+
+    Args:
+        normalization: ``"sequence"``: the weights of a caption sum to its number of tokens; ``"batch"``: those of the
+            global batch do; ``"none"``. Default: ``"sequence"``.
+        start: time from which tokens are weighted. Default: ``"0dur"``.
+        end: time from which they are not any more. Default: ``"1dur"``. Outside the interval the loss is the
+            model's own next-token prediction.
+
+    Raises:
+        ValueError: for an impossible argument, another algorithm that it cannot run beside, a batch without
+            ``labels``, or a model without logits.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, normalization: Normalization = "sequence", start: str | Time = "0dur", end: str | Time = "1dur"):
+        check_normalization(normalization)
+        self.normalization = normalization
+        self.start = Time.from_timestring(start) if isinstance(start, str) else start
+        self.end = Time.from_timestring(end) if isinstance(end, str) else end
+        self._batch_sums: tuple[Tensor, Tensor] | None = None
+        self._statistics: list[tuple[dict[str, Tensor], Tensor]] = []
+        self._nll: Tensor | None = None
+        self._logged = False
+
+    @abstractmethod
+    def raw_weights(self, state: State, mask: Tensor) -> Tensor:
+        """Weights before normalization, ``[B, T]`` float32, 0 where ``mask`` is False.
+
+        They must not depend on how the batch was cut into microbatches. With ``normalization="batch"`` they are also
+        asked for before the forward pass, of the whole batch.
+
+        Args:
+            state: with the batch and, on ``Event.BEFORE_LOSS``, the model's outputs.
+            mask: ``[B, T]`` bool, True on loss-generating tokens.
+        """
+
+    def prepare(self, state: State) -> None:
+        """Once, before training."""
+
+    def begin_batch(self, state: State, mask: Tensor) -> None:
+        """With the whole batch of the rank, before it is cut into microbatches."""
+
+    def before_forward(self, state: State) -> None:
+        """With each microbatch, before the model's forward pass."""
+
+    def sums(self, state: State, mask: Tensor) -> dict[str, Tensor]:
+        """Sums over the tokens of a microbatch whose means are logged beside the others, in float64."""
+        return {}
+
+    def match(self, event: Event, state: State) -> bool:
+        return event in (Event.INIT, Event.FIT_START) or (event in _STEP_EVENTS and self._is_active(state))
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.INIT:
+            check_algorithms(state.algorithms, unwrapped(state.model))
+        elif event == Event.FIT_START:
+            self.prepare(state)
+        elif event == Event.BATCH_START:
+            self._begin_batch(state)
+        elif event == Event.BEFORE_TRAIN_BATCH:
+            self._statistics.clear()  # of a pass that ran out of memory, or of an optimizer that takes two
+        elif event == Event.BEFORE_FORWARD:
+            self.before_forward(state)
+        elif event == Event.BEFORE_LOSS:
+            self._insert_weights(state)
+        elif event == Event.AFTER_LOSS:
+            self._finish_loss(state)
+        elif event == Event.AFTER_TRAIN_BATCH and not self._logged:
+            self._log(logger)
+            self._logged = True
+
+    def _is_active(self, state: State) -> bool:
+        return _reached(state, self.start) and not _reached(state, self.end)
+
+    def _begin_batch(self, state: State) -> None:
+        """What needs the whole batch is done before it is cut, so that nothing depends on the cut."""
+        self._logged = False
+        mask = self._loss_mask(state.batch)
+        self.begin_batch(state, mask)
+        if self.normalization == "batch":
+            weights = self.raw_weights(state, mask)
+            sums = state.device.tensor_to_device(torch.stack([weights.sum(dtype=torch.float64), mask.sum()]))
+            dist.all_reduce(sums, reduce_operation="SUM")
+            self._batch_sums = (sums[0], sums[1])
+
+    def _insert_weights(self, state: State) -> None:
+        mask = self._loss_mask(state.batch)
+        weights = self.raw_weights(state, mask)
+        if self.normalization == "batch":
+            weight_sum, token_count = self._batch_sums or (weights.sum(), mask.sum())
+            weights = normalize_by(weights.double(), mask, weight_sum, token_count).float()
+        else:
+            weights = normalize(weights, mask, self.normalization)
+        state.batch["token_weights"] = weights
+
+    def _finish_loss(self, state: State) -> None:
+        mask = self._loss_mask(state.batch)
+        weights = state.batch.pop("token_weights")
+        nll = self.nll(state)
+        self._nll = None
+        if not honours(state):
+            state.loss = weighted_mean(nll, weights, state.batch["labels"])
+        weights, nll = weights.detach(), nll.detach()
+        sums = _sums(weights[mask], nll[mask].float()) | self.sums(state, mask)
+        self._statistics.append((sums, weights[mask]))
+
+    def nll(self, state: State) -> Tensor:
+        """The model's negative log-likelihood of each label, ``[B, T]`` float32, after the forward pass."""
+        if honours(state):
+            return cast(Mapping[str, Tensor], state.outputs)["nll"]
+        if self._nll is None:  # the largest product of a step: not twice
+            self._nll = logits_nll(self.logits(state), state.batch["labels"])
+        return self._nll
+
+    def logits(self, state: State) -> Tensor:
+        """The ``[B, T, V]`` logits of a model that does not honour ``token_weights``.
+
+        Raises:
+            ValueError: if its outputs have none.
+        """
+        outputs: Any = state.outputs
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+        if logits is None:
+            raise ValueError(
+                f"{type(self).__name__} needs the per-token `logits` in the model's outputs (a Hugging Face model in "
+                f"Composer's HuggingFaceModel has them), or a model with `honours_token_weights`; got "
+                f"{type(outputs).__name__}."
+            )
+        return logits
+
+    def _loss_mask(self, batch: Any) -> Tensor:
+        if not isinstance(batch, Mapping) or "labels" not in batch:
+            got = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(
+                f"{type(self).__name__} needs a batch that is a dict with `labels` [B, T], -100 where there is none; "
+                f"got {got}."
+            )
+        return batch["labels"] != IGNORE_INDEX
+
+    def _log(self, logger: Logger) -> None:
+        names = list(self._statistics[0][0])
+        total = torch.stack([torch.stack(list(sums.values())) for sums, _ in self._statistics]).sum(0)
+        weights = torch.cat([weights for _, weights in self._statistics])
+        self._statistics.clear()
+        top = weights.topk(-(-len(weights) // 10)).values.sum() if len(weights) else weights.sum()
+        total = torch.cat([total, top.double().reshape(1)])
+        dist.all_reduce(total, reduce_operation="SUM")
+        sums = dict(zip([*names, "top"], total.tolist(), strict=True))
+        count, weight, squares = (sums.pop(name) for name in ("count", "weight", "squares"))
+        if count == 0:
+            return
+        share = sums.pop("top") / weight if weight else 0.0
+        size = weight**2 / (count * squares) if squares else 0.0
+        means = {name: value / count for name, value in sums.items()}
+        logged = {"effective_sample_size": size, "top_decile_share": share, **means}
+        logger.log_metrics({f"{self.name}/{name}": value for name, value in logged.items()})
+
+
+def check_algorithms(algorithms: Sequence[Algorithm], model: Any) -> None:
+    """Refuse, where tokens are weighted, algorithms that cannot run beside that, and two weightings.
+
+    Raises:
+        ValueError: one line, naming the algorithm, the reason and what to do.
+    """
+    weightings = [type(algorithm).__name__ for algorithm in algorithms if isinstance(algorithm, TokenWeighting)]
+    if len(weightings) > 1:
+        raise ValueError(f"{' and '.join(weightings)} both weight the tokens: leave all but one out.")
+    for method in weightings:
+        check_stack(algorithms, model, method)
+
+
+def _sums(weights: Tensor, nll: Tensor) -> dict[str, Tensor]:
+    """Sums over tokens, in float64."""
+    terms = {
+        "count": torch.ones_like(weights),
+        "weight": weights,
+        "squares": weights**2,
+        "loss_weighted": weights * nll,
+        "loss_unweighted": nll,
+    }
+    return {name: term.sum(dtype=torch.float64) for name, term in terms.items()}
+
+
+def honours(state: State) -> bool:
+    """Whether the model applies `token_weights` itself."""
+    return getattr(unwrapped(state.model), "honours_token_weights", False)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model that DDP may have wrapped."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _reached(state: State, time: Time) -> bool:
+    if time.unit == TimeUnit.DURATION:
+        elapsed = state.get_elapsed_duration()
+        return elapsed is not None and elapsed >= time
+    return state.timestamp.get(time.unit) >= time
