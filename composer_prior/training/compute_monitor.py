@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, mm_flop, sd
 
 
 class ComputeMonitor(Callback):
-    """Log ``compute/flops``: floating-point operations of matrix products, attention and convolutions so far, all ranks.
+    """Log ``compute/flops``: floating-point operations of products, attention and convolutions so far, of all ranks.
 
     They are counted by PyTorch's ``FlopCounterMode`` in one step of every ``interval``, forward and backward, with what
     algorithms compute beside the model (a live reference, a second pass), and carried over to the steps between by
