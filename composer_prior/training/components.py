@@ -27,7 +27,7 @@ from composer_prior.data.streams import CheckedStream
 from composer_prior.emoji_scenes.writing import make_emoji_scenes
 from composer_prior.registry import register
 from composer_prior.training import builders  # noqa: F401  registers the model
-from composer_prior.training.compute_monitor import ComputeMonitor
+from composer_prior.training.compute import ComputeMonitor
 from composer_prior.training.data_wait import DataWaitMonitor
 from composer_prior.training.saving import HuggingFaceCheckpointer
 
