@@ -14,9 +14,10 @@ from composer_prior.data.messages import OneLineError, one_line, say
 from composer_prior.data.storage import LockedError, StorageError, locked
 from composer_prior.options import options_of, parse_options
 from composer_prior.registry import did_you_mean
-from composer_prior.studies.results import begin_results, finished, read_results
-from composer_prior.studies.runner import Stopped, plan_tasks, run_cells
-from composer_prior.studies.study import flatten, read_name, read_study
+from composer_prior.studies.plan import collect_remote, show_plan, throughput
+from composer_prior.studies.results import append_results, begin_results, finished, read_results
+from composer_prior.studies.runner import Plan, Stopped, plan_tasks, run_cells
+from composer_prior.studies.study import Study, flatten, read_name, read_study
 from composer_prior.training.config import TrainConfig
 
 
@@ -29,6 +30,10 @@ def run_study(
     processes: int = 1,
     threads: int | None = None,
     report: str | None = None,
+    plan: bool = False,
+    measured: str | None = None,
+    gpus: int = 8,
+    remote: str | None = None,
 ) -> int:
     """Run the cells of a study that are not finished, and make its page.
 
@@ -40,6 +45,10 @@ def run_study(
         processes: cells that run at a time.
         threads: of each process. Default: the cores, shared among the processes.
         report: only, to make the page from the results that are there, without any run.
+        plan: start nothing; say what the cells cost and how they are launched on a cluster.
+        measured: the folder of a run whose throughput the plan's cost is reckoned from.
+        gpus: of each run of the plan.
+        remote: read back what runs of the plan have put there, REMOTE/CELL/metrics.jsonl; nothing is started.
 
     Returns:
         The exit status: 1 if a cell failed.
@@ -50,7 +59,9 @@ def run_study(
     """
     if report not in (None, "only"):
         raise ValueError(f"report={report}: expected only, or nothing.")
-    for name, value in (("processes", processes), ("threads", threads)):
+    if not plan and measured is not None:
+        raise ValueError(f"measured={measured} is for plan=true.")
+    for name, value in (("processes", processes), ("threads", threads), ("gpus", gpus)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: expected at least 1.")
     folder = Path(out or f"studies/{read_name(study)}").expanduser()
@@ -61,19 +72,37 @@ def run_study(
         write_page(file)
         return 0
     whole = read_study(study, overrides, folder)
+    tasks = plan_tasks(whole, folder)
+    if plan:
+        speed = None if measured is None else throughput(Path(measured).expanduser())
+        say(show_plan(whole, tasks, read_results(file)[1], gpus, speed))
+        return 0
     with locked(folder / "study.lock", seconds=0):
         lines = begin_results(file, whole.header)
-        plan = plan_tasks(whole, folder)
+        if remote is not None:
+            _read_back(whole, tasks, file, lines, remote)
+            return 0
         there = sum(finished(lines, cell.values) is not None for cell in whole.cells)
         say(f"{whole.name}: {len(whole.cells)} cells, {there} of them finished; results go to {file}")
         threads = threads or max(1, len(os.sched_getaffinity(0)) // processes)
-        failed = run_cells(whole, plan, file, lines, processes, threads)
+        failed = run_cells(whole, tasks, file, lines, processes, threads)
         write_page(file)
     if failed:
         say(f"{len(failed)} of {len(whole.cells)} cells failed; the same command tries them again:")
         for name, log in failed.items():
             say(f"  {name}: {log}")
     return 1 if failed else 0
+
+
+def _read_back(study: Study, tasks: Plan, file: Path, lines: list[dict[str, Any]], remote: str) -> None:
+    """Take what is finished on a remote into the results, and say what is not."""
+    found, missing = collect_remote(study, tasks, lines, remote)
+    append_results(file, found)
+    cells = len({tuple(line["cell"].values()) for line in found})
+    say(f"{study.name}: {cells} cells read from {remote}, {len(missing)} of {len(study.cells)} still missing")
+    for name, reason in missing.items():
+        say(f"  {name}: {reason}")
+    write_page(file)
 
 
 def write_page(results: Path) -> None:

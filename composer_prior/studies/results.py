@@ -4,7 +4,9 @@ The first line is the header, ``{"study": ...}``. The lines of a cell are append
 """
 
 import json
+import math
 import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -123,6 +125,24 @@ def count_samples(dataset: Mapping[str, Any]) -> int | None:
     if not index.is_file():
         return None
     return sum(shard["samples"] for shard in json.loads(index.read_text())["shards"])
+
+
+def planned_steps(recipe: TrainConfig) -> int | None:
+    """The optimizer steps of a run, or None where its data have to be there to know."""
+    match = re.fullmatch(r"(\d+)(ba|sp|ep)", recipe.max_duration)
+    if match is None:
+        return None
+    number, batch = int(match[1]), recipe.global_train_batch_size
+    if match[2] == "ba":
+        return number
+    if match[2] == "sp":
+        return math.ceil(number / batch)
+    dataset = recipe.train_loader["dataset"]
+    samples = dataset.get("epoch_size") or (recipe.data or {}).get("train_samples") or count_samples(dataset)
+    if not isinstance(samples, int):
+        return None
+    drop_last = recipe.train_loader.get("drop_last", True)
+    return number * (samples // batch if drop_last else math.ceil(samples / batch))
 
 
 def versions() -> dict[str, str]:

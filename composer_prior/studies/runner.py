@@ -18,11 +18,13 @@ from tqdm import tqdm
 
 from composer_prior.data.messages import one_line, say
 from composer_prior.data.storage import is_remote
-from composer_prior.studies.results import append_results, collect, finished, read_metrics
+from composer_prior.studies.results import append_results, collect, finished, planned_steps, read_metrics
 from composer_prior.studies.shared import digest, preparations, share
 from composer_prior.studies.study import Cell, Study, as_words
 from composer_prior.training.config import TrainConfig
 
+TRAIN = ("composer_prior", "train")
+PREPARE = ("composer_prior.studies.prepare",)
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _POLL = 0.5  # seconds between two looks at the processes
 _TAIL = 1 << 18  # bytes at the end of a metrics file that hold its last line
@@ -93,7 +95,7 @@ def plan_tasks(study: Study, out: Path) -> Plan:
     for cell, preparer in zip(study.cells, preparers, strict=True):
         words = [str(cell.recipe), *as_words({**cell.overrides, **plan.further[cell.name]})]
         log = out / "cells" / f"{cell.name}.log"
-        plan.cells.append(Task(cell.name, ("composer_prior", "train"), words, log, cell))
+        plan.cells.append(Task(cell.name, TRAIN, words, log, cell))
         if preparer is None:
             continue
         if preparer not in tasks:
@@ -101,7 +103,7 @@ def plan_tasks(study: Study, out: Path) -> Plan:
             words = [str(first.recipe), *as_words({**first.overrides, **plan.further[first.name]})]
             name = f"prepare-{digest(sorted(places))}"
             log = out / "shared" / f"{name}.log"
-            tasks[preparer] = Task(name, ("composer_prior.studies.prepare",), words, log, places=places)
+            tasks[preparer] = Task(name, PREPARE, words, log, places=places)
         plan.preparations[cell.name] = tasks[preparer]
     return plan
 
@@ -163,7 +165,7 @@ class _Runner:
         self.failed: dict[str, Path] = {}
         self.signals: list[int] = []
         self.waited_for: set[str] = set()  # names of tasks that a killed runner's process is still at
-        self.batches = {task.name: _batches(study.recipes[task.name]) for task in self.pending}
+        self.batches = {task.name: planned_steps(study.recipes[task.name]) or 1 for task in self.pending}
         self.bar: tqdm[Any]
 
     def run(self) -> dict[str, Path]:
@@ -237,8 +239,7 @@ class _Runner:
         """Collect what has ended, and show how far the rest is."""
         for task in [*self.running]:
             assert task.process is not None
-            status = task.process.poll()
-            if status is None:
+            if (status := task.process.poll()) is None:
                 continue
             self.running.remove(task)
             seconds = _add_attempt(task)
@@ -345,12 +346,6 @@ def _last_batch(file: Path) -> int:
         opened.seek(max(0, file.stat().st_size - _TAIL))
         found = re.findall(rb'^\{"batch": (\d+)', opened.read(), flags=re.M)
     return int(found[-1]) if found else 0
-
-
-def _batches(recipe: TrainConfig) -> int:
-    """For the bar: the batches of a run, or 1 where they are not known beforehand."""
-    match = re.fullmatch(r"(\d+)ba", recipe.max_duration)
-    return int(match[1]) if match else 1
 
 
 def _add_attempt(task: Task) -> float:
