@@ -58,6 +58,12 @@ JOBS = {
         "composer_prior.inference.evaluate:evaluate",
         "composer_prior.inference.evaluate:main",
     ),
+    "study": Job(
+        "run a study, many runs of recipes, and compare what they give",
+        "STUDY.yaml [option=value ...] [key=value of the recipes ...]",
+        "composer_prior.studies.job:run_study",
+        "composer_prior.studies.job:main",
+    ),
     "export": Job(
         "write a trained model as transformers' own LLaVA",
         "MODEL OUT [format=llava] [option=value ...]",

@@ -1,0 +1,162 @@
+"""Studies at real scale: what their cells cost and how they are launched, and results read back from a remote."""
+
+import re
+import shlex
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from composer_prior.data.messages import DataError, one_line
+from composer_prior.data.storage import is_remote, list_remote
+from composer_prior.studies.results import collect, finished, last, planned_steps, read_metrics
+from composer_prior.studies.runner import Plan
+from composer_prior.studies.study import Study
+from composer_prior.training.config import TrainConfig
+
+_LAST = 100  # entries of a run's throughput that the median is of
+_DONE = {"ba": "time/batch", "ep": "time/epoch", "sp": "time/sample", "tok": "time/token"}
+_SAME = ("seed", "max_duration", "global_train_batch_size", "optimizer", "scheduler")  # hold no paths
+
+
+def throughput(run: Path) -> float:
+    """Samples per second and GPU of a run: the median of its last entries.
+
+    Raises:
+        ValueError: if the run has not logged any.
+    """
+    records = read_metrics(run / "metrics.jsonl")
+    for name in ("throughput/device/samples_per_sec", "throughput/samples_per_sec"):
+        values = [record[name] for record in records if record.get(name)]
+        if values:
+            return statistics.median(values[-_LAST:])
+    raise ValueError(
+        f"measured={run}: its metrics.jsonl has no throughput/device/samples_per_sec; give a run with the callback "
+        "speed_monitor that is longer than its window_size."
+    )
+
+
+def show_plan(
+    study: Study, plan: Plan, lines: Sequence[Mapping[str, Any]], gpus: int, samples_per_second: float | None
+) -> str:
+    """A table of the cells, and the commands that launch those that are not finished.
+
+    Args:
+        study, plan: of :func:`.plan_tasks`.
+        lines: of results that are there.
+        gpus: of each run.
+        samples_per_second: of one GPU; None: the cost is left out.
+    """
+    rows: list[tuple[str, ...]] = []
+    total = 0.0
+    for task in plan.cells:
+        recipe = study.recipes[task.name]
+        steps = planned_steps(recipe)
+        samples = None if steps is None else steps * recipe.global_train_batch_size
+        hours = None if samples is None or samples_per_second is None else samples / samples_per_second / 3600
+        total += hours or 0.0
+        rows.append((task.name, _count(steps), _count(samples), "-" if hours is None else f"{hours:,.2f}"))
+    head: tuple[str, ...] = ("cell", "steps", "samples", "GPU hours")
+    if samples_per_second is None:
+        head, rows = head[:3], [row[:3] for row in rows]
+        cost = "GPU hours: give measured=RUN_FOLDER, a short run of the recipe on the GPUs that you mean."
+    else:
+        unknown = " of the cells whose steps are known beforehand" if any(row[1] == "-" for row in rows) else ""
+        cost = (
+            f"Total: {total:,.2f} GPU hours{unknown}, {total / gpus:,.2f} hours on {gpus} GPUs, at "
+            f"{samples_per_second:,.4g} samples per second and GPU; without preparations and evaluations."
+        )
+    left = [task for task in plan.cells if task.cell and finished(lines, task.cell.values) is None]
+    needed = {one.name: one for task in left if (one := plan.preparations.get(task.name)) is not None}
+    commands = [
+        *(("-m", *task.module, *task.words) for task in needed.values()),
+        *(("train.py", *task.words) for task in left),
+    ]
+    launch = [shlex.join(["composer", "-n", str(gpus), *command]) for command in commands]
+    return "\n".join([*_table([head, *rows]), "", cost, "", *launch])
+
+
+def collect_remote(
+    study: Study, plan: Plan, lines: Sequence[Mapping[str, Any]], remote: str
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The finished cells of a remote, ``REMOTE/CELL/metrics.jsonl`` and ``config.yaml``, that results lack.
+
+    Args:
+        study, plan: of :func:`.plan_tasks`.
+        lines: of results that are there.
+        remote: its address, or a folder.
+
+    Returns:
+        their lines, and by name why another cell is not among them.
+
+    Raises:
+        StorageError: if it cannot be listed.
+    """
+    found: list[dict[str, Any]] = []
+    missing: dict[str, str] = {}
+    there = set(list_remote(remote)) if is_remote(remote) else None
+    with tempfile.TemporaryDirectory() as temporary:
+        for task in plan.cells:
+            assert task.cell is not None
+            if finished(lines, task.cell.values) is not None:
+                continue
+            try:
+                folder = _fetch(f"{remote.rstrip('/')}/{task.name}", Path(temporary, task.name), there)
+                recipe = task.cell.load(plan.further[task.name])
+                _check_same(folder / "config.yaml", recipe)
+                records = read_metrics(folder / "metrics.jsonl")
+                _check_finished(records, recipe.max_duration)
+                found += collect(task.cell.values, records, recipe)
+            except (DataError, ValueError) as error:
+                missing[task.name] = one_line(error)
+    return found, missing
+
+
+def _fetch(place: str, folder: Path, there: set[str] | None) -> Path:
+    """The folder of a run on this machine; with what is there of the two files."""
+    if there is None:
+        return Path(place)
+    from composer_prior.data.download import download_from  # here: it takes streaming, which takes seconds
+
+    folder.mkdir()
+    for name in ("metrics.jsonl", "config.yaml"):
+        if f"{place}/{name}" in there:
+            download_from(f"{place}/{name}", folder / name)
+    return folder
+
+
+def _check_same(file: Path, recipe: TrainConfig) -> None:
+    """Refuse a run that has the name of a cell and was made with other values."""
+    if not file.is_file():
+        return
+    theirs: Any = OmegaConf.to_container(OmegaConf.load(file))
+    for key in _SAME:
+        if theirs.get(key) != getattr(recipe, key):
+            raise ValueError(f"its {key} is {theirs.get(key)}, that of the study {getattr(recipe, key)}")
+
+
+def _check_finished(records: Sequence[Mapping[str, Any]], max_duration: str) -> None:
+    match = re.fullmatch(r"(\d+)([a-z]+)", max_duration)
+    metric = _DONE.get(match[2]) if match else None
+    if not records:
+        raise ValueError("it is not there yet")
+    if match is None or metric is None:
+        raise ValueError(f"max_duration={max_duration}: expected a number of {', '.join(_DONE)}")
+    done = last(records, metric) or 0
+    if done < int(match[1]):
+        raise ValueError(f"it has done {done} of {max_duration}")
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]

@@ -1,0 +1,31 @@
+"""``python -m composer_prior.studies.prepare RECIPE [key=value ...]``: what a run needs, without the run.
+
+The data, tokenizer, reference and scores of a recipe are made, unless they are there.
+"""
+
+import runpy
+import sys
+from collections.abc import Sequence
+
+from composer_prior.data.messages import OneLineError, one_line
+from composer_prior.training.checks import check_recipe
+from composer_prior.training.config import load_recipe
+from composer_prior.training.preflight import trained_recipes
+from composer_prior.training.prepare import ensure_scores, prepare
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prepare a recipe; errors end the program with one line."""
+    try:
+        recipe = load_recipe(arguments[0], arguments[1:])
+        for path in recipe.code_paths:
+            runpy.run_path(path)
+        check_recipe(recipe)
+        prepare(recipe, [(stage, where) for stage, where in trained_recipes(recipe) if stage is not recipe])
+        ensure_scores(recipe)
+    except (ValueError, OSError, OneLineError) as error:
+        sys.exit(f"error: {one_line(error)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,214 @@
+"""``results.jsonl``: what a study has found, one line per cell and benchmark, all that its page needs.
+
+The first line is the header, ``{"study": ...}``. The lines of a cell are appended in one write, ``training`` last.
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from composer_prior import __version__
+from composer_prior.data.storage import write_whole
+from composer_prior.studies.study import differences
+from composer_prior.training.config import TrainConfig
+
+TRAINING = "training"
+PACKAGES = ("torch", "mosaicml", "transformers")
+_SECONDS = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400}
+
+
+def read_results(file: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """The header, None where there is no file yet, and the lines; half a line at the end is ignored.
+
+    Raises:
+        ValueError: if it holds something else.
+    """
+    if not file.exists():
+        return None, []
+    whole = file.read_bytes()
+    whole = whole[: whole.rfind(b"\n") + 1]
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+        return (lines[0]["study"], lines[1:]) if lines else (None, [])
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{file} does not hold the results of a study; give another results=.") from error
+
+
+def begin_results(file: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines that are there already, under the header of the study as it is now.
+
+    An axis that the study had not had stands at its default in them.
+
+    Raises:
+        ValueError: if what decides their cells differs, naming it.
+    """
+    there, lines = read_results(file)
+    if there is not None:
+        changed = differences(there, header)
+        if changed:
+            more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise ValueError(
+                f"{file} was made by another study ({'; '.join(changed[:3])}{more}). Give another out=, or delete it."
+            )
+        new = {axis: next(iter(values)) for axis, values in header["axes"].items() if axis not in there["axes"]}
+        lines = [{**line, "cell": {**line["cell"], **new}} for line in lines]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, "".join(_line(one) for one in ({"study": header}, *lines)).encode())
+    return lines
+
+
+def append_results(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Add the lines of a cell in one write."""
+    with open(file, "ab") as opened:
+        opened.write("".join(map(_line, lines)).encode())
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def finished(lines: Sequence[Mapping[str, Any]], values: Mapping[str, str]) -> dict[str, dict[str, Any]] | None:
+    """The figures of a finished cell by benchmark, or None."""
+    mine = {line["benchmark"]: line["figures"] for line in lines if line["cell"] == values}
+    return mine if TRAINING in mine else None
+
+
+def collect(
+    values: Mapping[str, str], records: Sequence[Mapping[str, Any]], recipe: TrainConfig, seconds: float | None = None
+) -> list[dict[str, Any]]:
+    """The lines of a finished run.
+
+    Args:
+        values: of the cell.
+        records: of its ``metrics.jsonl``, see :func:`read_metrics`.
+        recipe: with the folders of the cell.
+        seconds: that it took; None: what the run says of it.
+
+    Raises:
+        ValueError: if it has no metrics.
+    """
+    if not records:
+        raise ValueError("it has left no metrics.")
+    curves: dict[str, dict[str, dict[int, Any]]] = {}
+    for record in records:
+        for name, value in record.items():
+            benchmark, _, figure = _place_of(name).partition("/")
+            if figure:
+                curves.setdefault(benchmark, {}).setdefault(figure, {})[record["batch"]] = value
+    lines = [{"cell": dict(values), "benchmark": name, **_curve(curve)} for name, curve in curves.items()]
+    training = {"cell": dict(values), "benchmark": TRAINING, "figures": _training(records, recipe, seconds)}
+    return [*lines, {**training, "versions": versions()}]
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's ``metrics.jsonl``; none if it is not there."""
+    if not file.is_file():
+        return []
+    with file.open() as lines:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def last(records: Sequence[Mapping[str, Any]], name: str) -> Any:
+    """The last value of a metric that is a number, or None."""
+    return next((record[name] for record in reversed(records) if record.get(name) is not None), None)
+
+
+def count_samples(dataset: Mapping[str, Any]) -> int | None:
+    """How many samples a data set on this machine has, or None."""
+    if dataset.get("streams") or not dataset.get("local"):
+        return None
+    index = Path(dataset["local"], dataset.get("split") or "", "index.json")
+    if not index.is_file():
+        return None
+    return sum(shard["samples"] for shard in json.loads(index.read_text())["shards"])
+
+
+def planned_steps(recipe: TrainConfig) -> int | None:
+    """The optimizer steps of a run, or None where its data have to be there to know."""
+    match = re.fullmatch(r"(\d+)(ba|sp|ep)", recipe.max_duration)
+    if match is None:
+        return None
+    number, batch = int(match[1]), recipe.global_train_batch_size
+    if match[2] == "ba":
+        return number
+    if match[2] == "sp":
+        return math.ceil(number / batch)
+    dataset = recipe.train_loader["dataset"]
+    samples = dataset.get("epoch_size") or (recipe.data or {}).get("train_samples") or count_samples(dataset)
+    if not isinstance(samples, int):
+        return None
+    drop_last = recipe.train_loader.get("drop_last", True)
+    return number * (samples // batch if drop_last else math.ceil(samples / batch))
+
+
+def versions() -> dict[str, str]:
+    """What the results were made with; ``commit`` where this is a checkout."""
+    found = {"composer_prior": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return found
+    return {**found, "commit": done.stdout.strip()} if done.returncode == 0 and done.stdout.strip() else found
+
+
+def _line(content: Mapping[str, Any]) -> str:
+    return json.dumps(content) + "\n"
+
+
+def _place_of(metric: str) -> str:
+    """``metrics/eval/loss`` -> ``validation/loss``, ``eval/scene_foils/total/class`` -> ``scene_foils/total/class``."""
+    if metric.startswith("metrics/eval/"):
+        return f"validation/{metric.removeprefix('metrics/eval/')}"
+    return metric.removeprefix("eval/") if metric.startswith("eval/") else ""
+
+
+def _curve(curve: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
+    """The last value of each figure, and all of them by batch."""
+    batches = sorted({batch for points in curve.values() for batch in points})
+    return {
+        "figures": {name: points[max(points)] for name, points in curve.items()},
+        "curve": {"batch": batches, **{name: [points.get(b) for b in batches] for name, points in curve.items()}},
+    }
+
+
+def _training(records: Sequence[Mapping[str, Any]], recipe: TrainConfig, seconds: float | None) -> dict[str, Any]:
+    samples, unique = last(records, "time/sample"), count_samples(recipe.train_loader["dataset"])
+    monitor = recipe.callbacks.get("speed_monitor") or {}
+    total = last(records, "time/total")
+    if seconds is None and total is not None:
+        seconds = total * _SECONDS[monitor.get("time_unit", "hours")]
+    return {
+        "steps": max(record["batch"] for record in records),
+        "samples": samples,
+        "unique_samples": unique,
+        "tokens": last(records, "compute/tokens"),
+        "flops": last(records, "compute/flops"),
+        **_reference_flops(recipe, samples, unique),
+        "seconds": seconds,
+    }
+
+
+def _reference_flops(recipe: TrainConfig, samples: int | None, unique: int | None) -> dict[str, Any]:
+    """What the reference's training and its passes over the captions cost; 0 where the cell has none of them."""
+    if recipe.reference is None:
+        return {"reference_flops": 0, "scoring_flops": 0}
+    theirs = read_metrics(Path(recipe.reference["run_folder"], "metrics.jsonl"))
+    flops, trained_on = last(theirs, "compute/flops"), last(theirs, "time/sample")
+    stored = bool(recipe.train_loader["dataset"].get("scores"))
+    live = not stored and (recipe.algorithms.get("prior") or {}).get("reference") is not None
+    if not (stored or live):
+        return {"reference_flops": flops, "scoring_flops": 0}
+    scored = unique if stored else samples
+    known = flops is not None and trained_on and scored is not None
+    # A forward pass is a third of a training step.
+    return {"reference_flops": flops, "scoring_flops": flops / trained_on * scored / 3 if known else None}

@@ -1,0 +1,355 @@
+"""The cells of a study as processes: prepared, resumed, watched, collected."""
+
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from composer_prior.data.messages import one_line, say
+from composer_prior.data.storage import is_remote
+from composer_prior.studies.results import append_results, collect, finished, planned_steps, read_metrics
+from composer_prior.studies.shared import digest, preparations, share
+from composer_prior.studies.study import Cell, Study, as_words
+from composer_prior.training.config import TrainConfig
+
+TRAIN = ("composer_prior", "train")
+PREPARE = ("composer_prior.studies.prepare",)
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+_POLL = 0.5  # seconds between two looks at the processes
+_TAIL = 1 << 18  # bytes at the end of a metrics file that hold its last line
+
+
+@dataclass
+class Task:
+    """A process of a study: a cell, or the preparation of some.
+
+    Args:
+        name: what is said of it.
+        module: that Python runs.
+        words: its arguments.
+        log: the file that its output goes to.
+        cell: None for a preparation.
+        places: that a preparation makes.
+    """
+
+    name: str
+    module: tuple[str, ...]
+    words: list[str]
+    log: Path
+    cell: Cell | None = None
+    places: frozenset[str] = frozenset()
+    process: "subprocess.Popen[bytes] | None" = None
+    began: float = 0.0
+
+    @property
+    def lock(self) -> Path:
+        return self.log.with_suffix(".lock")
+
+    @property
+    def attempts(self) -> Path:
+        return self.log.with_suffix(".seconds")
+
+
+@dataclass
+class Plan:
+    """What is to be done for a study.
+
+    Args:
+        cells: a task for each cell, in order.
+        preparations: of each cell, by its name, the task that has to be done before.
+        further: of each cell, by its name, the overrides that it gets from here.
+    """
+
+    cells: list[Task] = field(default_factory=list)
+    preparations: dict[str, Task] = field(default_factory=dict)
+    further: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Stopped(Exception):
+    """A signal has come, and the processes have ended."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def plan_tasks(study: Study, out: Path) -> Plan:
+    """The processes of a study: for each cell one, and those that make what cells share."""
+    plan = Plan()
+    shared = [share(study.recipes[cell.name], cell.overrides, out / "shared") for cell in study.cells]
+    preparers = preparations([one.places for one in shared])
+    for cell, one in zip(study.cells, shared, strict=True):
+        plan.further[cell.name] = {**one.overrides, **_own(study.recipes[cell.name], cell, out)}
+    tasks: dict[int, Task] = {}
+    for cell, preparer in zip(study.cells, preparers, strict=True):
+        words = [str(cell.recipe), *as_words({**cell.overrides, **plan.further[cell.name]})]
+        log = out / "cells" / f"{cell.name}.log"
+        plan.cells.append(Task(cell.name, TRAIN, words, log, cell))
+        if preparer is None:
+            continue
+        if preparer not in tasks:
+            first, places = study.cells[preparer], shared[preparer].places
+            words = [str(first.recipe), *as_words({**first.overrides, **plan.further[first.name]})]
+            name = f"prepare-{digest(sorted(places))}"
+            log = out / "shared" / f"{name}.log"
+            tasks[preparer] = Task(name, PREPARE, words, log, places=places)
+        plan.preparations[cell.name] = tasks[preparer]
+    return plan
+
+
+def _own(recipe: TrainConfig, cell: Cell, out: Path) -> dict[str, Any]:
+    """What the runner decides of a cell."""
+    own: dict[str, Any] = {"run_name": cell.name, "run_folder": str(out / "cells" / cell.name), "progress_bar": False}
+    if recipe.save_folder is not None:
+        own["autoresume"] = True
+    counts = find_spec("composer_prior.training.compute") is not None
+    if counts:
+        own["callbacks.compute_monitor"] = {}
+    if recipe.reference is not None:
+        own["reference.progress_bar"] = False
+        if counts:
+            own["reference.callbacks.compute_monitor"] = {}
+    return own
+
+
+def run_cells(
+    study: Study, plan: Plan, results: Path, lines: Sequence[Mapping[str, Any]], processes: int, threads: int
+) -> dict[str, Path]:
+    """Run the cells that are not finished, and append what they find.
+
+    Args:
+        study: of the cells.
+        plan: of :func:`plan_tasks`.
+        results: the file, which has been begun.
+        lines: that it has.
+        processes: at a time.
+        threads: of each.
+
+    Returns:
+        the log of each cell that failed, by its name.
+
+    Raises:
+        Stopped: after SIGINT or SIGTERM, when the cells have saved and ended.
+    """
+    return _Runner(study, plan, results, lines, processes, threads).run()
+
+
+class _Runner:
+    def __init__(
+        self,
+        study: Study,
+        plan: Plan,
+        results: Path,
+        lines: Sequence[Mapping[str, Any]],
+        processes: int,
+        threads: int,
+    ):
+        self.study, self.plan, self.results, self.processes = study, plan, results, processes
+        self.environment = {**os.environ, **dict.fromkeys(THREADS, str(threads))}
+        self.pending = [task for task in plan.cells if task.cell and finished(lines, task.cell.values) is None]
+        self.running: list[Task] = []
+        preparations = {task.name: task for task in plan.preparations.values()}.values()
+        # By name, whether it has succeeded; it is not there before.
+        self.prepared: dict[str, bool] = {task.name: True for task in preparations if _is_prepared(task)}
+        self.failed: dict[str, Path] = {}
+        self.signals: list[int] = []
+        self.waited_for: set[str] = set()  # names of tasks that a killed runner's process is still at
+        self.batches = {task.name: planned_steps(study.recipes[task.name]) or 1 for task in self.pending}
+        self.bar: tqdm[Any]
+
+    def run(self) -> dict[str, Path]:
+        done = sum(map(self._done, self.pending))
+        with (
+            _caught(self.signals),
+            tqdm(total=sum(self.batches.values()), initial=done, unit="ba", desc=self.study.name, disable=None) as bar,
+        ):
+            self.bar = bar
+            try:
+                while (self.pending or self.running) and not self.signals:
+                    self._start()
+                    self._look()
+                    time.sleep(_POLL)
+            finally:
+                self._stop()
+        if self.signals:
+            raise Stopped(self.signals[0])
+        return self.failed
+
+    def _start(self) -> None:
+        """Start what can start, in the order of the cells."""
+        for task in [*self.pending]:
+            preparation = self.plan.preparations.get(task.name)
+            prepared = preparation is None or self.prepared.get(preparation.name)
+            if preparation is not None and prepared is False:
+                self.pending.remove(task)
+                self._fail(task, f"its preparation failed; see {preparation.log}", preparation.log)
+                continue
+            chosen = task if preparation is None or prepared else preparation
+            if chosen.name not in self.waited_for and len(self.running) + len(self.waited_for) >= self.processes:
+                continue
+            if chosen.cell is None and any(other.cell is None for other in self.running):
+                continue
+            if self._launch(chosen) and chosen is task:
+                self.pending.remove(task)
+
+    def _launch(self, task: Task) -> bool:
+        """Start a process, unless one that a killed runner left is still at it."""
+        task.log.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(task.lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            if task.name not in self.waited_for:
+                self.waited_for.add(task.name)
+                self._say(f"{task.name}: a process of an earlier start is still at it; waiting for its end")
+            return False
+        self.waited_for.discard(task.name)
+        command = [sys.executable, "-m", *task.module, *task.words]
+        with open(task.log, "ab") as log:
+            log.write(f"$ {' '.join(command)}\n".encode())
+            log.flush()
+            # A session of its own: Ctrl-C is for the runner, which asks its processes to save. The lock goes with it.
+            task.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                pass_fds=(lock,),
+                start_new_session=True,
+            )
+        os.close(lock)
+        task.began = time.monotonic()
+        self.running.append(task)
+        return True
+
+    def _look(self) -> None:
+        """Collect what has ended, and show how far the rest is."""
+        for task in [*self.running]:
+            assert task.process is not None
+            if (status := task.process.poll()) is None:
+                continue
+            self.running.remove(task)
+            seconds = _add_attempt(task)
+            if task.cell is None:
+                self.prepared[task.name] = status == 0
+                if status == 0:
+                    task.log.with_suffix(".done").touch()
+                else:
+                    self._say(f"{task.name} failed: {last_words(task.log)}")
+            elif status:
+                self._fail(task, last_words(task.log) if status > 0 else f"ended by signal {-status}", task.log)
+            else:
+                self._collect(task, seconds)
+        total = sum(self.batches.values())
+        self.bar.n = min(total, self._total_done())
+        self.bar.refresh()
+
+    def _total_done(self) -> int:
+        left = [*self.pending, *(task for task in self.running if task.cell is not None)]
+        return sum(self.batches.values()) - sum(self.batches[task.name] - self._done(task) for task in left)
+
+    def _done(self, task: Task) -> int:
+        return min(self.batches[task.name], _last_batch(_metrics_file(task)))
+
+    def _collect(self, task: Task, seconds: float) -> None:
+        assert task.cell is not None
+        try:
+            recipe = task.cell.load(self.plan.further[task.name])
+            lines = collect(task.cell.values, read_metrics(_metrics_file(task)), recipe, seconds)
+        except (ValueError, OSError) as error:
+            self._fail(task, one_line(error), task.log)
+            return
+        append_results(self.results, lines)
+        benchmark, _, figure = (self.study.first_figure or "").partition("/")
+        value = (finished(lines, task.cell.values) or {}).get(benchmark, {}).get(figure)
+        shown = f", {benchmark}/{figure} {value:.4g}" if value is not None else ""
+        self._say(f"{task.name}: finished in {seconds / 60:.1f} minutes{shown}")
+
+    def _fail(self, task: Task, reason: str, log: Path) -> None:
+        self.failed[task.name] = log
+        self._say(f"{task.name}: failed: {reason}")
+
+    def _say(self, text: str) -> None:
+        with self.bar.external_write_mode(file=sys.stdout):
+            say(text)
+
+    def _stop(self) -> None:
+        """Ask what runs to save and end, and wait for it; a second signal kills it."""
+        for task in self.running:
+            assert task.process is not None
+            task.process.send_signal(signal.SIGTERM)
+        if self.running:
+            self._say(f"Stopping {', '.join(task.name for task in self.running)}, which save first; again kills them.")
+        while self.running:
+            for task in [*self.running]:
+                assert task.process is not None
+                if len(self.signals) > 1:
+                    os.killpg(task.process.pid, signal.SIGKILL)
+                if task.process.poll() is not None:
+                    _add_attempt(task)
+                    self.running.remove(task)
+            time.sleep(_POLL / 5)
+
+
+@contextmanager
+def _caught(signals: list[int]) -> Iterator[None]:
+    """Note signals instead of ending at once."""
+    before = {
+        number: signal.signal(number, lambda number, _: signals.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_prepared(task: Task) -> bool:
+    """Whether a preparation has succeeded before, and nobody has taken away what it made."""
+    there = (is_remote(place) or Path(place).exists() for place in task.places)
+    return task.log.with_suffix(".done").exists() and all(there)
+
+
+def last_words(log: Path) -> str:
+    """The line of a log that says why the program ended: its last ``error: ...``, or else its last line."""
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 20000))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    mine = lines[max((i for i, line in enumerate(lines) if line.startswith("$ ")), default=-1) + 1 :]
+    errors = [line for line in mine if line.startswith("error: ")]
+    return (errors or mine or ["it said nothing"])[-1]
+
+
+def _metrics_file(task: Task) -> Path:
+    return task.log.parent / task.name / "metrics.jsonl"
+
+
+def _last_batch(file: Path) -> int:
+    """The batch of the last whole line of a metrics file; 0 without one."""
+    if not file.is_file():
+        return 0
+    with open(file, "rb") as opened:
+        opened.seek(max(0, file.stat().st_size - _TAIL))
+        found = re.findall(rb'^\{"batch": (\d+)', opened.read(), flags=re.M)
+    return int(found[-1]) if found else 0
+
+
+def _add_attempt(task: Task) -> float:
+    """Note how long a process took, and return how long all those of the task did, in seconds."""
+    with open(task.attempts, "a") as file:
+        file.write(f"{time.monotonic() - task.began:.3f}\n")
+    return sum(map(float, task.attempts.read_text().split()))

@@ -1,0 +1,101 @@
+"""What the cells of a study share: data, tokenizer, reference and scores, each in a folder named after what decides it.
+
+Cells of the same parts get the same folders, which one process makes before any of them starts.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from composer_prior.data.storage import is_remote
+from composer_prior.training.config import TrainConfig
+
+# Of a reference's recipe: where it goes, and what is shown or saved on the way.
+_NAMES = ("run_name", "run_folder", "save_folder", "progress_bar", "callbacks", "loggers", "autoresume")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a cell shares with others.
+
+    Args:
+        overrides: that lead its recipe there, dotted key: value.
+        places: of all that has to be there before it starts.
+    """
+
+    overrides: dict[str, Any]
+    places: frozenset[str]
+
+
+def share(recipe: TrainConfig, given: Collection[str], folder: Path) -> Shared:
+    """Where a cell finds what it shares.
+
+    Args:
+        recipe: of the cell, as it is without this.
+        given: dotted keys that the study sets; a place among them stays.
+        folder: for all that is shared.
+    """
+    overrides: dict[str, Any] = {}
+
+    def place(key: str, there: str, kind: str, *decided_by: Any) -> str:
+        if any(f"{key}.".startswith(f"{one}.") for one in given):
+            return there
+        overrides[key] = str(folder / f"{kind}-{digest(*decided_by)}")
+        return overrides[key]
+
+    places: list[str] = []
+    captions = _captions(recipe.train_loader["dataset"])
+    data = None
+    if recipe.data is not None:
+        rest = {key: value for key, value in recipe.data.items() if key != "out"}
+        data = place("data.out", recipe.data["out"], "data", rest)
+        places.append(data)
+    tokenizer = recipe.tokenizer["name"]
+    if recipe.tokenizer.get("train"):
+        tokenizer = place("tokenizer.name", tokenizer, "tokenizer", data, recipe.tokenizer["train"], captions)
+        places.append(tokenizer)
+    if recipe.reference is not None:
+        theirs = {key: value for key, value in recipe.reference.items() if key not in _NAMES}
+        theirs |= {"data": data, "tokenizer": {**recipe.tokenizer, "name": tokenizer}}
+        was = recipe.reference["run_folder"]
+        named = "reference.run_name" in given
+        reference = was if named else place("reference.run_folder", was, "reference", theirs)
+        places.append(reference)
+        for name in ("train_loader", "eval_loader"):
+            dataset = (getattr(recipe, name) or {}).get("dataset") or {}
+            scores = dataset.get("scores")
+            if not scores:
+                continue
+            key = f"{name}.dataset.scores"
+            if not is_remote(scores) and Path(was) in Path(scores).parents and key not in given:
+                read = {one: dataset.get(one) for one in ("max_caption_tokens", "prompt", "on_bad_sample")}
+                scores = overrides[key] = f"{reference}/scores-{digest(_captions(dataset), read)}"
+            places.append(scores)
+    return Shared(overrides, frozenset(places))
+
+
+def digest(*parts: Any) -> str:
+    """Eight hexadecimal digits of whatever JSON can hold."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def preparations(places: Sequence[frozenset[str]]) -> list[int | None]:
+    """For each cell the cell whose preparation makes all that it needs: the first that needs that and most.
+
+    Args:
+        places: what each cell needs, in order.
+
+    Returns:
+        numbers of cells; None where nothing is needed.
+    """
+    largest = [one for one in places if one and not any(one < other for other in places)]
+    return [next((places.index(one) for one in largest if need <= one), None) if need else None for need in places]
+
+
+def _captions(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a data set that decide which captions it has."""
+    return {key: dataset[key] for key in ("local", "remote", "split", "streams") if dataset.get(key)}

@@ -1,0 +1,12 @@
+"""Run a study: ``python scripts/study.py STUDY.yaml [out=studies/…] [processes=2] [option=value …] [key=value …]``.
+
+STUDY names recipes, the axes along which their runs differ and the figures that are compared. Finished runs are not
+repeated; killed and started again, it goes on where it was.
+"""
+
+import sys
+
+from composer_prior.cli import main
+
+if __name__ == "__main__":
+    main(["study", *sys.argv[1:]])
