@@ -182,7 +182,6 @@ def prepare_sharded(model: torch.nn.Module) -> None:
         if isinstance(module, LVLM):
             register_fsdp_forward_method(module, "generate_ids")
             register_fsdp_forward_method(module, "text_logprobs")
-            register_fsdp_forward_method(module, "text_label_logits")
 
 
 def average_over_gloo(model: torch.nn.Module) -> None:

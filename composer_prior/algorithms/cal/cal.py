@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from composer.core import Precision, State, Time, get_precision_context
 from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from composer_prior.algorithms.cal.weights import check_arguments, raw_weights
 from composer_prior.algorithms.token_weighting.image_tokens import image_positions, image_token_ids
@@ -61,6 +62,8 @@ class CAL(TokenWeighting):
         image_token_ids(model)
         if isinstance(model, ComposerLVLM):
             model.model.label_logits = True
+            if "text_label_logits" not in vars(model.model):  # does nothing to a model that FSDP2 has not sharded
+                register_fsdp_forward_method(model.model, "text_label_logits")
         elif honours(state):
             raise ValueError(
                 f"CAL needs the logits of the labels, which {type(model).__name__} does not give; use a ComposerLVLM, "
@@ -74,7 +77,6 @@ class CAL(TokenWeighting):
         is_text = ~image_positions(batch["input_ids"], batch["labels"], model)
         if "attention_mask" in batch:
             is_text &= batch["attention_mask"].bool()
-        # One module of the model, whose forward pass FSDP2 knows.
         read = model.model.text_label_logits if isinstance(model, ComposerLVLM) else text_label_logits_of(model.model)
         with get_precision_context(state.precision or Precision.FP32, state.precision_config):
             self._without = read(batch["input_ids"], is_text, batch["labels"])

@@ -41,7 +41,7 @@ def image_token_ids(model: Any) -> tuple[int, ...]:
     config = getattr(getattr(model, "model", model), "config", None)
     if hasattr(config, "vision_config") and getattr(model, "tokenizer", None) is None:
         raise ValueError(
-            "Without the model's tokenizer the image's tokens cannot be told from text: set `model.tokenizer = "
+            "One cannot tell the image's tokens from text without the model's tokenizer: set `model.tokenizer = "
             "tokenizer` on Composer's HuggingFaceModel."
         )
     ids = {getattr(config, name, None) for name in _CONFIG_NAMES}

@@ -13,13 +13,34 @@ from transformers import AutoTokenizer
 
 from common.models import FAMILIES, small_lm, small_lvlm
 from composer_prior import PRIOR, ReferenceLM
+from composer_prior.algorithms.cal.cal import CAL
+from composer_prior.algorithms.focal.focal import Focal
+from composer_prior.algorithms.oracle.oracle import Oracle
+from composer_prior.algorithms.permuted_prior.permuted_prior import PermutedPRIOR
+from composer_prior.algorithms.random_prior.random_prior import RandomPRIOR
+from composer_prior.algorithms.rho1.rho1 import Rho1
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, count_tokens
 from composer_prior.data.captions import decode_image
 from composer_prior.data.tokenizer import bos_id
 from composer_prior.emoji_scenes.writing import make_sample
 from composer_prior.training.builders import average_over_gloo, build_parallelism
 
-NORMALIZATIONS = ("sequence", "batch", "none")
+SEED = 5
+METHODS = {
+    "prior": lambda reference, shard: PRIOR(reference, 1.5, "sequence", 0.1, shard_reference=shard),
+    "prior, batch": lambda reference, shard: PRIOR(reference, 1.5, "batch", 0.1, shard_reference=shard),
+    "prior, none": lambda reference, shard: PRIOR(reference, 1.5, "none", 0.1, shard_reference=shard),
+    "permuted_prior, batch": lambda reference, shard: PermutedPRIOR(
+        reference, 1.5, "batch", 0.1, shard_reference=shard, seed=SEED
+    ),
+    "random_prior": lambda reference, shard: RandomPRIOR(
+        reference, 1.5, "sequence", 0.1, shard_reference=shard, seed=SEED
+    ),
+    "oracle, batch": lambda reference, shard: Oracle(0.1, "batch"),
+    "rho1": lambda reference, shard: Rho1(reference, 0.6, shard_reference=shard),
+    "cal": lambda reference, shard: CAL(low=0.1, high=0.5),
+    "focal": lambda reference, shard: Focal(1.5),
+}
 STRATEGIES = {"ddp": None, "fsdp2": {"fsdp2": {}}}
 BATCH = 12
 
@@ -37,6 +58,7 @@ def make_samples(model, tokenizer):
             {
                 "input_ids": torch.tensor(prefix + caption),
                 "labels": torch.tensor([IGNORE_INDEX] * len(prefix) + (labels or caption)),
+                "image_related": torch.arange(len(prefix + caption)) % 3 == 0,
                 "sample_id": index,
                 **image.tensors,
             }
@@ -54,7 +76,7 @@ class Gradients(Callback):
         }
 
 
-def step_gradients(family, tokenizer, normalization, microbatch=None, strategy="ddp", floor=0.1, **prior):
+def step_gradients(family, tokenizer, method, microbatch=None, strategy="ddp", shard_reference=False):
     """Gradients by parameter of one step on the twelve samples, which the ranks share."""
     model = small_lvlm(family, tokenizer)
     model.image_related_metrics = False
@@ -74,7 +96,7 @@ def step_gradients(family, tokenizer, normalization, microbatch=None, strategy="
         ),
         max_duration="1ba",
         optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
-        algorithms=[PRIOR(reference, alpha=1.5, normalization=normalization, floor=floor, **prior)],
+        algorithms=[METHODS[method](reference, shard_reference)],
         callbacks=[gradients],
         device_train_microbatch_size=microbatch,
         accumulate_train_batch_on_tokens=True,
@@ -87,18 +109,19 @@ def step_gradients(family, tokenizer, normalization, microbatch=None, strategy="
     assert sharded == (strategy == "fsdp2" and dist.get_world_size() > 1), "the ranks share another way than asked for"
     average_over_gloo(model)
     trainer.fit()
-    assert any(isinstance(p, DTensor) for p in reference.model.parameters()) == prior.get("shard_reference", False)
+    shards = getattr(trainer.state.algorithms[0], "shard_reference", False)
+    assert any(isinstance(p, DTensor) for p in reference.model.parameters()) == shards
     return {name.removeprefix("module."): value for name, value in gradients.value.items()}
 
 
 def main(tokenizer_folder, out):
-    """Every strategy, family and normalization, with a microbatch that leaves an uneven last one."""
+    """Every strategy, family and method, with a microbatch that leaves an uneven last one."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     results = {
-        (strategy, family, normalization): step_gradients(
-            family, tokenizer, normalization, 4, strategy, shard_reference=strategy == "fsdp2"
+        (strategy, family, method): step_gradients(
+            family, tokenizer, method, 4, strategy, shard_reference=strategy == "fsdp2"
         )
-        for strategy, family, normalization in product(STRATEGIES, FAMILIES, NORMALIZATIONS)
+        for strategy, family, method in product(STRATEGIES, FAMILIES, METHODS)
     }
     if dist.get_global_rank() == 0:
         torch.save(results, out)
