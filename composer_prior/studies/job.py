@@ -78,6 +78,8 @@ def run_study(
         say(show_plan(whole, tasks, read_results(file)[1], gpus, speed))
         return 0
     with locked(folder / "study.lock", seconds=0):
+        # The folder of the runs says what they are of, too: unfinished ones would go on with other values in silence.
+        begin_results(folder / "study.jsonl", whole.header, folder)
         lines = begin_results(file, whole.header)
         if remote is not None:
             _read_back(whole, tasks, file, lines, remote)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from composer_prior.data.messages import OneLineError, one_line
 from composer_prior.training.checks import check_recipe
-from composer_prior.training.config import load_recipe
+from composer_prior.training.config import TrainConfig, load_recipe
 from composer_prior.training.preflight import trained_recipes
 from composer_prior.training.prepare import ensure_scores, prepare
 
@@ -20,7 +20,11 @@ def main(arguments: Sequence[str]) -> None:
         recipe = load_recipe(arguments[0], arguments[1:])
         for path in recipe.code_paths:
             runpy.run_path(path)
-        check_recipe(recipe)
+        # No more than what is made: what else may be wrong with a cell is that cell's, others share this.
+        if recipe.reference is not None:
+            check_recipe(TrainConfig(**recipe.reference), "reference.")
+        else:
+            check_recipe(recipe)
         prepare(recipe, [(stage, where) for stage, where in trained_recipes(recipe) if stage is not recipe])
         ensure_scores(recipe)
     except (ValueError, OSError, OneLineError) as error:

@@ -40,10 +40,15 @@ def read_results(file: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]
         raise ValueError(f"{file} does not hold the results of a study; give another results=.") from error
 
 
-def begin_results(file: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The lines that are there already, under the header of the study as it is now.
+def begin_results(file: Path, header: Mapping[str, Any], place: Path | None = None) -> list[dict[str, Any]]:
+    """The lines of finished cells that are there already, under the header of the study as it is now.
 
     An axis that the study had not had stands at its default in them.
+
+    Args:
+        file: of the results.
+        header: of the study.
+        place: what to delete to begin anew. Default: the file.
 
     Raises:
         ValueError: if what decides their cells differs, naming it.
@@ -54,10 +59,12 @@ def begin_results(file: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]
         if changed:
             more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ValueError(
-                f"{file} was made by another study ({'; '.join(changed[:3])}{more}). Give another out=, or delete it."
+                f"{file} was made by another study ({'; '.join(changed[:3])}{more}). Give another out=, or delete "
+                f"{place or file}."
             )
         new = {axis: next(iter(values)) for axis, values in header["axes"].items() if axis not in there["axes"]}
-        lines = [{**line, "cell": {**line["cell"], **new}} for line in lines]
+        whole = [line["cell"] for line in lines if line["benchmark"] == TRAINING]
+        lines = [{**line, "cell": {**line["cell"], **new}} for line in lines if line["cell"] in whole]
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, "".join(_line(one) for one in ({"study": header}, *lines)).encode())
     return lines
@@ -153,6 +160,8 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
+    if not (Path(__file__).parents[2] / ".git").exists():  # installed, perhaps below some other checkout
+        return found
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

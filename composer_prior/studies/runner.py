@@ -113,13 +113,13 @@ def _own(recipe: TrainConfig, cell: Cell, out: Path) -> dict[str, Any]:
     own: dict[str, Any] = {"run_name": cell.name, "run_folder": str(out / "cells" / cell.name), "progress_bar": False}
     if recipe.save_folder is not None:
         own["autoresume"] = True
-    counts = find_spec("composer_prior.training.compute") is not None
-    if counts:
-        own["callbacks.compute_monitor"] = {}
     if recipe.reference is not None:
         own["reference.progress_bar"] = False
-        if counts:
-            own["reference.callbacks.compute_monitor"] = {}
+    if find_spec("composer_prior.training.compute") is not None:
+        monitors = ["callbacks.compute_monitor"]
+        if recipe.reference is not None:
+            monitors.append("reference.callbacks.compute_monitor")
+        own |= {key: {} for key in monitors if key not in cell.overrides}
     return own
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
@@ -155,13 +155,25 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
             new |= _flat_all(f"axes.{axis}", values)
     for name in there["recipes"].keys() & here["recipes"].keys():
         old |= _flat_all(f"recipes.{name}", there["recipes"][name])
-        new |= _flat_all(f"recipes.{name}", here["recipes"][name])
+        new |= _flat_all(f"recipes.{name}", _without_new_keys(here["recipes"][name], there["recipes"][name]))
     missing = "nothing"
     return [
         f"{key}: {_shown(old.get(key, missing))} there, {_shown(new.get(key, missing))} here"
         for key in {**old, **new}
         if old.get(key, missing) != new.get(key, missing)
     ]
+
+
+def _without_new_keys(recipe: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without the keys at their default that recipes did not have when another was written."""
+    nested = (
+        {"reference": _without_new_keys(recipe["reference"], known["reference"])}
+        if (recipe.get("reference") and known.get("reference"))
+        else {}
+    )
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(TrainConfig)}
+    recipe = {**recipe, **nested}
+    return {key: value for key, value in recipe.items() if key in known or value != defaults.get(key)}
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

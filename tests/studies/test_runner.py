@@ -97,7 +97,6 @@ def test_a_preparation_whose_work_is_there_is_not_repeated():
     for word in words:
         if word.startswith(keys):
             Path(word.partition("=")[2]).mkdir(parents=True, exist_ok=True)
-    write_study("study.yaml", grids={"methods": {"method": "ntp", "seed": [1, 2]}})
     write_study("study.yaml", grids={"methods": {"method": "prior", "seed": [1, 2]}})
     assert main(["study.yaml"]) == 0
     assert calls()[8:] == ["begin prior-seed2", "end prior-seed2"]
@@ -142,6 +141,15 @@ def test_a_signal_lets_cells_save_and_a_new_start_goes_on(number, status):
     said = Path("runner.txt").read_text()
     assert f"Stopped by {number.name}; the same command goes on where it was." in said
     assert finished() == []
+    Path("studies/tiny/results.jsonl").unlink()  # the unfinished runs would go on with another batch size
+    said = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "study.yaml", "global_train_batch_size=4"], capture_output=True
+    )
+    assert said.returncode == 1
+    assert (
+        b"(overrides.global_train_batch_size: 8 there, 4 here). Give another out=, or delete studies/tiny."
+        in said.stderr
+    )
     Path("slow").unlink()
     assert main(["study.yaml"]) == 0
     assert finished() == ["ntp-4-1", "prior-4-1", "floor-4-1"]

@@ -167,6 +167,10 @@ def test_what_decides_the_cells_may_not_change_and_the_rest_may():
     changed = json.loads(json.dumps(there))
     changed["recipes"][there["recipe"]]["optimizer"]["lr"] = 1.0
     assert differences(changed, there) == [f"recipes.{there['recipe']}.optimizer.lr: 1.0 there, 0.002 here"]
+    older = json.loads(json.dumps(there))  # of a version that had no compile_config
+    del older["recipes"][there["recipe"]]["compile_config"]
+    del older["recipes"][there["recipe"]]["reference"]["compile_config"]
+    assert differences(older, there) == []
     default = axes(lr={"high": {"optimizer.lr": 0.1}})
     assert differences(there, read(axes=default).header) == ["axes.lr.high.optimizer.lr: nothing there, 0.1 here"]
 
