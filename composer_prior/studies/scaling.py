@@ -1,4 +1,4 @@
-"""Scaling fits: L = a + b C^-c and log L = k0 - k log C through the runs of several sizes, with intervals over seeds."""
+"""Scaling fits: L = a + b C^-c and log L = k0 - k log C through runs of several sizes, with intervals over seeds."""
 
 import math
 from collections.abc import Mapping
@@ -192,7 +192,9 @@ def _resampled(found: Points, counts: NDArray[np.int64]) -> dict[str, _Array]:
     if sizes >= MIN_SIZES:
         result |= zip("abc", (values[inverse] for values in power_law(found.x, share @ found.y.T)), strict=True)
     if sizes >= 2 and (found.y > 0).all():
-        result |= zip(("k0", "k"), (values[inverse] for values in line(found.x, share @ np.log(found.y).T)), strict=True)
+        result |= zip(
+            ("k0", "k"), (values[inverse] for values in line(found.x, share @ np.log(found.y).T)), strict=True
+        )
     return result
 
 
