@@ -8,7 +8,7 @@ from itertools import groupby
 from composer_prior.reports.page import document, escape, plain, table, visible
 
 _STYLE = """
-table { margin: 0 } td, th { vertical-align: top }
+td { white-space: normal; vertical-align: top }
 figure { margin: 1rem 0; overflow-x: auto } figure svg { display: block; max-width: 100%; height: auto }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 0 1rem }
 """
@@ -67,10 +67,15 @@ def _html(block: Block) -> str:
         case Paragraph(text):
             return f"<p>{escape(text)}</p>\n"
         case Table(header, rows):
-            return table(header, rows)
+            return table(header, [[name, *map(_kept_together, cells)] for name, *cells in rows])
         case Picture(_, svg, caption):
             inner = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{plain(caption)}" ', 1)
             return f'<figure><figcaption dir="auto">{escape(caption)}</figcaption>\n{inner}</figure>\n'
+
+
+def _kept_together(cell: str) -> str:
+    """A cell that breaks between a number, its interval and words, but not inside one of them."""
+    return re.sub(r"(\[[^\[\]]*,) ", "\\1\u00a0", cell).replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
 
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:

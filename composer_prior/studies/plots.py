@@ -4,6 +4,7 @@ Reports of runs draw their own charts; here intervals, bands and logarithmic axe
 """
 
 import io
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from composer_prior.studies.scaling import Fit, Points
 # Okabe and Ito's colours, told apart by most colour-blind readers, without the yellow that white swallows.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKS = "osD^vPX*"
+_LONGEST = 56  # characters of a label
 _SETTINGS = {
     "svg.hashsalt": "composer-prior",
     "svg.fonttype": "none",
@@ -140,7 +142,9 @@ def _drawn(width: float, height: float) -> Iterator[tuple[Axes, list[str]]]:
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure.add_subplot(), svg
         written = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(written, metadata={"Date": None, "Creator": None})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the reader's fonts draw the text
+            FigureCanvasSVG(figure).print_svg(written, metadata={"Date": None, "Creator": None})
         svg.append("\n".join(line.rstrip() for line in written.getvalue().splitlines()) + "\n")
 
 
@@ -150,6 +154,7 @@ def _legend(axes: Axes, handles: Sequence[Line2D], names: Sequence[str]) -> None
 
 
 def _label(text: str) -> str:
-    """Text that XML can hold; matplotlib hides what begins with an underscore."""
-    text = visible(text)
-    return f" {text}" if text.startswith("_") else text
+    """Text that XML can hold, not too long to leave room for the plot; the tables have all of it."""
+    text = visible(text).replace("\ufffe", "\ufffd").replace("\uffff", "\ufffd")
+    text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 16]}…{text[-15:]}"
+    return f" {text}" if text.startswith("_") else text  # matplotlib hides what begins with an underscore

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -213,6 +213,6 @@ def _of(value: Any, kind: type) -> Any:
     return value
 
 
-def with_number(values: Values) -> Iterator[float]:
+def numbers(values: Values) -> list[float]:
     """The numbers among values."""
-    return (value for value in values.values() if value is not None)
+    return [value for value in values.values() if value is not None]

@@ -221,6 +221,8 @@ def _doubts(sizes: int, coefficients: Mapping[str, Estimate]) -> list[str]:
         doubts.append("the interval of a begins at its bound 0: these sizes do not determine the asymptote")
     if c.value < EXPONENTS[0] * 1.001 or c.value > EXPONENTS[1] * 0.999:
         doubts.append(f"c is on the bound of its search, {EXPONENTS[0]:g} to {EXPONENTS[1]:g}: it is not determined")
+    elif a.interval and not c.interval:
+        doubts.append("at many resampled seeds the values do not fall with size: c is not determined")
     elif c.interval and c.interval[1] > _WIDE * c.interval[0]:
         doubts.append(f"the interval of c spans more than a factor of {_WIDE:g}: these sizes do not determine it")
     return doubts

@@ -20,7 +20,7 @@ from composer_prior.studies.comparison import (
 )
 from composer_prior.studies.costs import what_was_run
 from composer_prior.studies.numbers import average, counted, difference, mean_and_sd, relative, share
-from composer_prior.studies.report_data import METHOD, SEED, Grid, Setting, Study, read, with_number
+from composer_prior.studies.report_data import METHOD, SEED, Grid, Setting, Study, numbers, read
 from composer_prior.studies.scaling_tables import scaling_blocks
 
 FIGURES = "study_figures"
@@ -147,7 +147,11 @@ class _Page:
         values = {
             (method, name): study.values(setting, method, seeds, name) for method in methods for name in study.figures
         }
-        figures = [name for name in study.figures if list(with_number(values[base, name]))]
+        figures = [name for name in study.figures if numbers(values[base, name])]
+        alone = [name for name in study.figures if name not in figures]
+        alone = [name for name in alone if any(numbers(values[method, name]) for method in others)]
+        if alone:
+            self._say(f"{base} has no number for {', '.join(alone)}: not compared.")
         found = {
             (method, name): compare(values[base, name], values[method, name], study.figures[name])
             for method in others
@@ -169,7 +173,7 @@ class _Page:
             rows = [
                 [
                     self._figure(name),
-                    mean_and_sd(list(with_number(values[base, name]))),
+                    mean_and_sd(numbers(values[base, name])),
                     *(difference(found[method, name]) for method in others),
                 ]
                 for name in figures
