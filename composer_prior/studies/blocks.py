@@ -88,18 +88,20 @@ def _markdown(block: Block) -> str:
         case Heading(level, text):
             return f"{'#' * level} {_escaped(text)}\n"
         case Paragraph(text):
-            return re.sub(r"^(?=[#+=-]|\d+[.)])", r"\\", _escaped(text)) + "\n"
+            return re.sub(r"^(\d*)([#+=.)-])", r"\1\\\2", _escaped(text)) + "\n"  # no heading, no list
         case Table(header, rows):
             lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
             escaped = ([_escaped(cell) if row is not lines[1] else cell for cell in row] for row in lines)
             return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
         case Picture(file, _, caption):
-            return f"![{_escaped(caption).replace('[', chr(92) + '[').replace(']', chr(92) + ']')}]({file})\n"
+            return f"![{_escaped(caption, inside_brackets=True)}]({file})\n"
 
 
-def _escaped(text: str) -> str:
+def _escaped(text: str, inside_brackets: bool = False) -> str:
     """Text of which nothing is Markdown or HTML, with as few backslashes as that takes."""
     text = visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"[\\`*|~$]", r"\\\g<0>", text)
     text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)  # inside a word it is no emphasis
-    return re.sub(r"\](?=[(\[:])", r"\\]", text)  # a link has its end, an interval does not
+    if inside_brackets:
+        return re.sub(r"[\[\]]", r"\\\g<0>", text)
+    return re.sub(r"\](?=[(\[:])", r"\\]", text)  # so ends the text of a link, but no interval

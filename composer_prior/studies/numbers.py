@@ -66,10 +66,9 @@ def difference(comparison: Comparison) -> str:
     return f"{comparison.difference:+.{decimals}f}{interval}"
 
 
-def coefficient(value: float | None, interval: Interval | None) -> str:
-    if value is None:
-        return "none"
-    return f"{value:.3g} [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else f"{value:.3g}"
+def coefficient(value: float, interval: Interval | None, sign: str = "") -> str:
+    """A coefficient or, with ``+`` as sign, a difference of two."""
+    return f"{value:{sign}.3g} [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else f"{value:{sign}.3g}"
 
 
 def _decimals(value: float, digits: int) -> int:

@@ -5,7 +5,7 @@ Reports of runs draw their own charts; here intervals, bands and logarithmic axe
 
 import io
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from composer_prior.reports.chart import log_ticks, ticks
 from composer_prior.reports.page import visible
 from composer_prior.studies.comparison import Curve, Interval
 from composer_prior.studies.scaling import Fit, Points
@@ -112,9 +114,6 @@ def forest(rows: Sequence[tuple[str, Mapping[str, tuple[float, Interval | None]]
 def scaling(found: Mapping[str, tuple[Points, Fit]], x_label: str, figure: str, looks: Looks) -> str:
     """Runs and fits on logarithmic axes: with asymptote as a line, the straight line dotted."""
     with _drawn(6, 3.8) as (axes, svg):
-        axes.set_xscale("log")
-        if all((points.y > 0).all() for points, _ in found.values()):
-            axes.set_yscale("log")
         handles = []
         for method, (points, fit) in found.items():
             colour, mark = looks.colour(method), looks.mark(method)
@@ -128,6 +127,8 @@ def scaling(found: Mapping[str, tuple[Points, Fit]], x_label: str, figure: str, 
             if "k" in values:
                 straight = np.exp(values["k0"] - values["k"] * np.log(along))
                 axes.plot(along, straight, color=colour, linewidth=1, linestyle=":")
+        _logarithmic(axes.xaxis, axes.set_xscale, [float(x) for points, _ in found.values() for x in points.x])
+        _logarithmic(axes.yaxis, axes.set_yscale, [float(y) for points, _ in found.values() for y in points.y.ravel()])
         axes.set_xlabel(_label(x_label))
         axes.set_ylabel(_label(figure))
         _legend(axes, handles, list(found))
@@ -146,6 +147,17 @@ def _drawn(width: float, height: float) -> Iterator[tuple[Axes, list[str]]]:
             warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the reader's fonts draw the text
             FigureCanvasSVG(figure).print_svg(written, metadata={"Date": None, "Creator": None})
         svg.append("\n".join(line.rstrip() for line in written.getvalue().splitlines()) + "\n")
+
+
+def _logarithmic(axis: Axis, set_scale: Callable[[str], None], values: Sequence[float]) -> None:
+    """A logarithmic axis with round numbers, whose labels are no TeX as matplotlib's own; linear if it must be."""
+    if not values or min(values) <= 0:
+        return
+    set_scale("log")
+    low, high = min(values), max(values)
+    marks = log_ticks(low, high) if high > 5 * low else ticks(low, high, 5)
+    axis.set_ticks(marks, [f"{mark:.4g}" for mark in marks])
+    axis.set_ticks([], minor=True)
 
 
 def _legend(axes: Axes, handles: Sequence[Line2D], names: Sequence[str]) -> None:

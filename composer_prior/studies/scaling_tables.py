@@ -148,7 +148,7 @@ def _tables(fits: _Fits, baseline: str, scale: str) -> list[Block]:
     ]
     if baseline in fits and len(fits) > 1:
         apart = [
-            [method, *_row(differences(fits[baseline][0], found), names)]
+            [method, *_row(differences(fits[baseline][0], found), names, "+")]
             for method, (found, _) in fits.items()
             if method != baseline
         ]
@@ -161,5 +161,5 @@ def _tables(fits: _Fits, baseline: str, scale: str) -> list[Block]:
     return blocks
 
 
-def _row(found: Mapping[str, Estimate], names: Sequence[str]) -> list[str]:
-    return [coefficient(found[name].value, found[name].interval) if name in found else "none" for name in names]
+def _row(found: Mapping[str, Estimate], names: Sequence[str], sign: str = "") -> list[str]:
+    return [coefficient(found[name].value, found[name].interval, sign) if name in found else "none" for name in names]

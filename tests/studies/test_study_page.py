@@ -14,7 +14,9 @@ from statistics import fmean, stdev
 import pytest
 from common.pages import BROWSER, HOSTILE, browse
 
-from composer_prior.studies.report_data import read
+from composer_prior.studies.costs import equality
+from composer_prior.studies.report_data import Cell, read
+from composer_prior.studies.scaling_tables import size_axes
 from composer_prior.studies.study_page import write_report
 
 SEEDS = ["1", "2", "3", "4", "5"]
@@ -231,6 +233,41 @@ def test_scaling_is_shown_without_and_with_the_reference(page):
     assert "L = a + b C^-c" in html
 
 
+def test_sizes_are_numbers_and_what_else_differs_in_flops_is_a_setting(tmp_path):
+    axes = {"method": {"ntp": {}, "prior": {}}, "seed": [1, 2, 3], "family": {"vit": {}, "patch": {}}, "steps": STEPS}
+    grid = {"method": "all", "seed": "all", "family": "all", "steps": "all", "scaling": "flops"}
+
+    def dearer(cell, records):
+        records["training"]["flops"] *= 2 if cell["family"] == "patch" else 1
+        return records
+
+    study = header(axes=axes, grids={"compute": grid}, fits={"validation/loss": "lower", "foils/total": "higher"})
+    results = read(written(tmp_path, study, lines_of(study, dearer)))
+    assert size_axes(results, results.grids[0], lambda cell: cell.figures["training/flops"]) == ["steps"]
+    assert size_axes(results, results.grids[0], lambda cell: cell.figures["training/unique_samples"]) == []
+    named = header(axes={**axes, "steps": {"8": {}}}, grids={"compute": grid})
+    results = read(written(tmp_path, named, lines_of(named, dearer)))
+    assert size_axes(results, results.grids[0], lambda cell: cell.figures["training/flops"]) == ["family"]
+
+
+def test_what_the_methods_used_is_compared_at_the_same_seeds():
+    def cell(**figures):
+        return Cell({f"training/{name}": value for name, value in figures.items()}, finished=True)
+
+    ntp = {"1": cell(steps=10, flops=100.0), "2": cell(steps=10, flops=300.0)}
+    assert equality({"ntp": ntp, "a": {"2": cell(steps=10, flops=300.0)}}, "ntp") == (
+        "Steps and FLOPs are equal within 0.5 %."
+    )
+    others = {"a": {"1": cell(steps=20, flops=150.0)}, "b": {"1": cell(steps=10, flops=150.0, scoring_flops=50.0)}}
+    assert equality({"ntp": ntp, **others}, "ntp") == (
+        "a used 2 times the steps of ntp; a and b used 1.5 times the FLOPs of ntp; a used 1.5 times the FLOPs of ntp "
+        "when the reference and the scoring are counted; b used 2 times the FLOPs of ntp when the reference and the "
+        "scoring are counted."
+    )
+    assert equality({"ntp": ntp, "a": {"1": cell(steps=None)}}, "ntp") == ""
+    assert equality({"ntp": ntp}, "ntp") == ""
+
+
 def test_the_page_never_says_significant_and_says_how_it_measured(page):
     for text in page:
         assert "significant" not in text.lower()
@@ -256,6 +293,7 @@ def test_pictures_are_xml_whose_text_is_text(folder, page):
         root = ElementTree.parse(picture).getroot()
         said = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
         assert any("prior" in (words or "") for words in said), picture
+        assert not any("$" in (words or "") for words in said), "TeX stays as it is written"
     forest = next(path for path in pictures if path.name.startswith("improvement_methods"))
     curve = next(path for path in pictures if path.name.startswith("curve_methods"))
     assert "#0072b2" in forest.read_text().lower(), "prior has one colour"
@@ -423,7 +461,8 @@ def test_names_with_control_characters_are_drawn(tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         study = hostile(text)
-        _, html = report(folder, study, hostile_lines(study, text))
+        markdown, html = report(folder, study, hostile_lines(study, text))
+        assert len(re.findall(r"(?<!\\)\]\(", markdown)) == html.count('<svg role="img"') > 0
         assert not re.search("[\u202a-\u202e\u2066-\u2069\x00-\x08\x1b]", html)
         for svg in (folder / "study_figures").iterdir():
             ElementTree.parse(svg)
