@@ -1,0 +1,107 @@
+"""A page as blocks of plain text, tables and pictures, which are written as HTML and as GitHub's Markdown alike."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from composer_prior.reports.page import document, escape, plain, table, visible
+
+_STYLE = """
+td { white-space: normal; vertical-align: top }
+figure { margin: 1rem 0; overflow-x: auto } figure svg { display: block; max-width: 100%; height: auto }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 0 1rem }
+"""
+
+
+@dataclass(frozen=True)
+class Heading:
+    level: int  # 2 or more; the title is 1
+    text: str
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of plain text, the first cell of each row its name."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An SVG of ours.
+
+    Args:
+        file: its path beside the Markdown.
+        svg: the file's text.
+        caption: plain text.
+    """
+
+    file: str
+    svg: str
+    caption: str
+
+
+Block = Heading | Paragraph | Table | Picture
+
+
+def html(title: str, blocks: Sequence[Block]) -> str:
+    """One self-contained page with the pictures in it; those that follow one another stand side by side."""
+    parts = list[str]()
+    for pictures, group in groupby(blocks, key=lambda block: isinstance(block, Picture)):
+        inner = "".join(map(_html, group))
+        parts.append(f'<div class="pictures">\n{inner}</div>\n' if pictures else inner)
+    return document(title, "".join(parts), _STYLE)
+
+
+def _html(block: Block) -> str:
+    match block:
+        case Heading(level, text):
+            return f'<h{level} dir="auto">{escape(text)}</h{level}>\n'
+        case Paragraph(text):
+            return f"<p>{escape(text)}</p>\n"
+        case Table(header, rows):
+            return table(header, [[name, *map(_kept_together, cells)] for name, *cells in rows])
+        case Picture(_, svg, caption):
+            inner = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{plain(caption)}" ', 1)
+            return f'<figure><figcaption dir="auto">{escape(caption)}</figcaption>\n{inner}</figure>\n'
+
+
+def _kept_together(cell: str) -> str:
+    """A cell that breaks between a number, its interval and words, but not inside one of them."""
+    return re.sub(r"(\[[^\[\]]*,) ", "\\1\u00a0", cell).replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
+
+
+def markdown(title: str, blocks: Sequence[Block]) -> str:
+    """The same with the pictures as links to their files."""
+    return "\n".join([f"# {_escaped(title)}\n", *map(_markdown, blocks)])
+
+
+def _markdown(block: Block) -> str:
+    match block:
+        case Heading(level, text):
+            return f"{'#' * level} {_escaped(text)}\n"
+        case Paragraph(text):
+            return re.sub(r"^(\d*)([#+=.)-])", r"\1\\\2", _escaped(text)) + "\n"  # no heading, no list
+        case Table(header, rows):
+            lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+            escaped = ([_escaped(cell) if row is not lines[1] else cell for cell in row] for row in lines)
+            return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
+        case Picture(file, _, caption):
+            return f"![{_escaped(caption, inside_brackets=True)}]({file})\n"
+
+
+def _escaped(text: str, inside_brackets: bool = False) -> str:
+    """Text of which nothing is Markdown or HTML, with as few backslashes as that takes."""
+    text = visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"[\\`*|~$]", r"\\\g<0>", text)
+    text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)  # inside a word it is no emphasis
+    if inside_brackets:
+        return re.sub(r"[\[\]]", r"\\\g<0>", text)
+    return re.sub(r"\](?=[(\[:])", r"\\]", text)  # so ends the text of a link, but no interval

@@ -1,0 +1,165 @@
+"""The part of a study's page on scaling: points, fits and what they differ in, of a grid that has an axis of sizes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+
+from composer_prior.studies import plots
+from composer_prior.studies.blocks import Block, Heading, Paragraph, Picture, Table
+from composer_prior.studies.costs import all_flops, used
+from composer_prior.studies.numbers import coefficient, listed
+from composer_prior.studies.report_data import METHOD, SEED, Cell, Grid, Setting, Study
+from composer_prior.studies.scaling import Estimate, Fit, Points, differences, fit, points
+
+_SAID = {
+    "flops": "FLOPs of the run",
+    "samples": "samples",
+    "unique_samples": "unique samples",
+    "tokens": "tokens",
+}
+_WITH_REFERENCE = "FLOPs with those of the reference and the scoring"
+_ALIKE = 0.01  # relative: an axis along which C differs by less is no axis of sizes
+_Size = Callable[[Cell], float | None]
+_Fits = dict[str, tuple[Points, Fit]]
+
+
+def scaling_blocks(
+    study: Study, grid: Grid, scale: str, looks: plots.Looks, picture: Callable[..., Picture]
+) -> list[Block]:
+    """Of each setting and each figure of ``fits``: a plot and tables, with C as the run's ``scale``.
+
+    Args:
+        study, grid: of them.
+        scale: a figure of the training.
+        looks: of the methods.
+        picture: makes one of its SVG, its caption and the names of its file.
+    """
+
+    def size(cell: Cell) -> float | None:
+        return used(cell, scale)
+
+    blocks: list[Block] = [Heading(3, f"Scaling of grid {grid.name} with {_SAID[scale]}")]
+    sizes = size_axes(study, grid, size)
+    if not sizes:
+        return [*blocks, Paragraph(f"There is no axis along which finished runs differ in {_SAID[scale]}: no fit.")]
+    if not study.fits:
+        return [*blocks, Paragraph("The study names no figure to fit.")]
+    cells = [cell for method, setting in _runs(study, grid) for cell in _cells(study, grid, setting, method)]
+    with_reference = scale == "flops" and any(all_flops(cell) != size(cell) for cell in cells)
+    blocks.append(
+        Paragraph(
+            f"Sizes are the values of {listed(sizes)}; C is the {_SAID[scale]}, the mean over the seeds of a size. "
+            "Two forms are fitted through the runs of all seeds: L = a + b C^-c with a ≥ 0 by least squares of L, and "
+            "the straight line log L = k0 - k log C by least squares of log L. Intervals are 95 % percentile "
+            "bootstraps over seeds, all sizes of a seed together; they say how far the seeds determine a fit, and not "
+            "whether its form holds, here or beyond these sizes."
+        )
+    )
+    if with_reference:
+        blocks.append(
+            Paragraph(
+                "A second table counts the reference and the scoring too. What costs the same at every size makes C "
+                "grow by less from size to size, and thereby c and k larger: that is no better scaling."
+            )
+        )
+    others = [axis for axis in grid.values if axis not in (METHOD, SEED, *sizes)]
+    for values in product(*(grid.values[axis] for axis in others)):
+        fixed = dict(zip(others, values, strict=True))
+        said = study.said(fixed)
+        for figure, better in study.fits.items():
+            title = f"{figure}, {said}" if said else figure
+            blocks.append(Heading(4, title))
+            if better == "higher":
+                blocks.append(Paragraph(f"No fit: both forms fall with size, and {figure} is better when higher."))
+                continue
+            fits = _fits(study, grid, sizes, fixed, figure, size)
+            if not fits:
+                blocks.append(Paragraph("No finished run has a number for it."))
+                continue
+            caption = f"{title}: runs of all seeds; the line is L = a + b C^-c, the dotted one the straight line"
+            svg = plots.scaling(fits, _SAID[scale], figure, looks)
+            blocks += _tables(fits, study.baseline, _SAID[scale])
+            blocks.append(picture(svg, caption, "scaling", grid.name, said, figure))
+            if with_reference:
+                blocks += _tables(_fits(study, grid, sizes, fixed, figure, all_flops), study.baseline, _WITH_REFERENCE)
+    return blocks
+
+
+def size_axes(study: Study, grid: Grid, size: _Size) -> list[str]:
+    """The axes that sizes are of: along them C differs, and all their values are numbers.
+
+    Where no such axis has numbers for values, all axes along which C differs.
+    """
+    varying = []
+    for axis in grid.values:
+        if axis in (METHOD, SEED):
+            continue
+        runs: dict[tuple[str, ...], list[float]] = {}
+        for method, setting in _runs(study, grid):
+            for seed, cell in study.by_seed(setting, method, grid.values[SEED]).items():
+                if (x := size(cell)) is not None:
+                    rest = tuple(value for name, value in setting.items() if name != axis)
+                    runs.setdefault((method, seed, *rest), []).append(x)
+        if any(max(of) - min(of) > _ALIKE * max(of) for of in runs.values()):
+            varying.append(axis)
+    return [axis for axis in varying if all(map(_is_number, grid.values[axis]))] or varying
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _runs(study: Study, grid: Grid) -> list[tuple[str, dict[str, str]]]:
+    return [(method, setting) for setting in grid.settings for method in study.methods(grid)]
+
+
+def _cells(study: Study, grid: Grid, setting: Setting, method: str) -> Sequence[Cell]:
+    return list(study.by_seed(setting, method, grid.values[SEED]).values())
+
+
+def _fits(study: Study, grid: Grid, sizes: Sequence[str], fixed: Setting, figure: str, size: _Size) -> _Fits:
+    """By method, the points and fits of those that have any."""
+    found = {}
+    for method in study.methods(grid):
+        runs = {}
+        for values in product(*(grid.values[axis] for axis in sizes)):
+            setting = {**fixed, **dict(zip(sizes, values, strict=True))}
+            cells = study.by_seed(setting, method, grid.values[SEED])
+            runs[" ".join(values)] = {seed: (size(cell), cell.figures.get(figure)) for seed, cell in cells.items()}
+        of_method = points(runs)
+        if len(of_method.x):
+            found[method] = of_method, fit(of_method)
+    return found
+
+
+def _tables(fits: _Fits, baseline: str, scale: str) -> list[Block]:
+    """Coefficients, what they differ in from the baseline's, and what stands against believing them."""
+    names = ("a", "b", "c", "k")
+    rows = [
+        [method, f"{len(found.x)}", f"{len(found.seeds)}", *_row(of_method.coefficients, names)]
+        for method, (found, of_method) in fits.items()
+    ]
+    blocks: list[Block] = [
+        Paragraph(f"Coefficients, with C as {scale}:"),
+        Table(["method", "sizes", "seeds", *names], rows),
+    ]
+    if baseline in fits and len(fits) > 1:
+        apart = [
+            [method, *_row(differences(fits[baseline][0], found), names, "+")]
+            for method, (found, _) in fits.items()
+            if method != baseline
+        ]
+        blocks += [Paragraph(f"Their difference to {baseline}'s, at the same seeds:"), Table(["method", *names], apart)]
+    notes = dict[str, list[str]]()
+    for method, (_, of_method) in fits.items():
+        for note in of_method.notes:
+            notes.setdefault(note, []).append(method)
+    blocks += (Paragraph(f"{listed(methods)}: {note}.") for note, methods in notes.items())
+    return blocks
+
+
+def _row(found: Mapping[str, Estimate], names: Sequence[str], sign: str = "") -> list[str]:
+    return [coefficient(found[name].value, found[name].interval, sign) if name in found else "none" for name in names]

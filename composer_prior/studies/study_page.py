@@ -1,0 +1,291 @@
+"""The page of a study, from its results file alone: what was run, what differs from the baseline, and how surely."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from composer_prior.data.storage import write_whole
+from composer_prior.studies import plots
+from composer_prior.studies.blocks import Block, Heading, Paragraph, Picture, Table, html, markdown
+from composer_prior.studies.comparison import (
+    HELD,
+    MIN_SEEDS,
+    Average,
+    Comparison,
+    Curve,
+    average_improvement,
+    compare,
+    steps_until_baseline,
+)
+from composer_prior.studies.costs import what_was_run
+from composer_prior.studies.numbers import average, counted, difference, mean_and_sd, relative, share
+from composer_prior.studies.report_data import METHOD, SEED, Grid, Setting, Study, numbers, read
+from composer_prior.studies.scaling_tables import scaling_blocks
+
+FIGURES = "study_figures"
+"""The folder of the pictures, beside the page."""
+
+_NAMED = 8  # of what is missing
+
+
+def write_report(results: Path) -> list[Path]:
+    """Write ``study.md``, ``study.html`` and the pictures of ``study.md`` beside a results file.
+
+    Returns:
+        What was written, the two pages first.
+
+    Raises:
+        ValueError: if the file is no results file, in one line that names it and the line.
+    """
+    study = read(results)
+    page = _Page(study)
+    pages = {"study.md": markdown(study.name, page.blocks), "study.html": html(study.name, page.blocks)}
+    pictures = {block.file: block.svg for block in page.blocks if isinstance(block, Picture)}
+    if pictures:
+        (results.parent / FIGURES).mkdir(exist_ok=True)
+    written = {results.parent / name: text for name, text in {**pages, **pictures}.items()}
+    for path, text in written.items():
+        write_whole(path, text.encode())
+    return list(written)
+
+
+class _Page:
+    """The blocks of a study's page, in order."""
+
+    def __init__(self, study: Study):
+        self.study = study
+        self.blocks: list[Block] = []
+        methods = study.axes[METHOD]
+        self._looks = plots.Looks(sorted(methods, key=lambda m: (m != study.baseline, methods.index(m))))
+        self._files: Counter[str] = Counter()
+        self._overview()
+        if any(cell.finished for cell in study.cells.values()):
+            self.blocks += what_was_run(study)
+            self._how()
+            for grid in study.grids:
+                self._grid(grid)
+
+    def _say(self, *texts: str) -> None:
+        self.blocks += (Paragraph(text) for text in texts if text)
+
+    def _picture(self, svg: str, caption: str, *names: str) -> Picture:
+        """A picture, in a file that is named by what it shows."""
+        stem = re.sub(r"[^A-Za-z0-9.]+", "_", " ".join(names)).strip("_.")[:100]
+        self._files[stem.lower()] += 1  # two names that differ in nothing a file's name can have
+        number = self._files[stem.lower()]
+        return Picture(f"{FIGURES}/{stem}{f'__{number}' if number > 1 else ''}.svg", svg, caption)
+
+    def _overview(self) -> None:
+        study, planned = self.study, self.study.planned
+        done = [key for key in planned if key in study.cells and study.cells[key].finished]
+        recipe = f"Recipe: {study.recipe}. " if study.recipe else ""
+        self._say(
+            f"{recipe}Methods are compared with {study.baseline}. {len(done)} of {len(planned)} runs are finished."
+        )
+        if missing := [key for key in planned if key not in done]:
+            names = [" ".join(f"{a} {v}" for a, v in zip(study.axes, key, strict=True)) for key in missing[:_NAMED]]
+            more = f"; and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+            self._say(f"Missing: {counted(len(missing), 'run')}: {'; '.join(names)}{more}.")
+        if beyond := sum(cell.finished for key, cell in study.cells.items() if key not in planned):
+            self._say(f"The file has {counted(beyond, 'finished run')} that no grid plans; the page is without them.")
+        if not done:
+            self._say("No run of this study is finished: there is nothing to compare yet.")
+            return
+        known = {name for key in done for name, value in study.cells[key].figures.items() if value is not None}
+        known |= {name for key in done for name in study.cells[key].curves}
+        if absent := [name for name in study.named if name not in known]:
+            self._say(f"No finished run has a number for: {', '.join(absent)}.")
+        versions = dict[str, set[str]]()
+        for key in done:
+            for name, version in study.cells[key].versions.items():
+                versions.setdefault(name, set()).add(version)
+        if versions:
+            said = (f"{name} {' and '.join(sorted(of_name))}" for name, of_name in sorted(versions.items()))
+            self._say(f"Versions: {', '.join(said)}.")
+
+    def _how(self) -> None:
+        seeds = len(self.study.axes[SEED])
+        known = [count for count in HELD if count <= seeds]
+        held = f", and hold the true mean in about {HELD[known[-1]]} % of cases, not 95" if known else ""
+        self.blocks.append(Heading(2, "How it was measured"))
+        self._say(
+            f"Methods are compared with {self.study.baseline} at the same seeds: the difference is the mean over seeds "
+            "of method minus baseline, and the relative improvement is that difference as a share of the baseline's "
+            "mean, positive where the method is better. The average is the mean of the relative improvements of the "
+            "figures marked with *.",
+            f"Intervals are 95 % percentile bootstraps over seeds; with {counted(seeds, 'seed')} they are rough{held} "
+            f"(for normally distributed differences). Fewer than {MIN_SEEDS} seeds have no interval. A method is "
+            "called better or worse only where the interval excludes 0; of many intervals some exclude 0 by chance.",
+        )
+
+    def _grid(self, grid: Grid) -> None:
+        study = self.study
+        self.blocks.append(Heading(2, f"Grid {grid.name}"))
+        for setting in grid.settings:
+            said = study.said(setting)
+            if len(grid.settings) > 1:
+                self.blocks.append(Heading(3, said))
+            elif said:
+                self._say(f"All of {said}.")
+            methods = [m for m in study.methods(grid) if study.by_seed(setting, m, grid.values[SEED])]
+            if not methods:
+                self._say("No run is finished.")
+                continue
+            if study.baseline in methods:
+                self._differences(grid, setting, methods)
+                self._steps_until(grid, setting, methods)
+            else:
+                self._say(f"No run of the baseline {study.baseline} is here: nothing is compared.")
+            self._curves(grid, setting, methods)
+        if grid.scaling:
+            self.blocks += scaling_blocks(study, grid, grid.scaling, self._looks, self._picture)
+
+    def _differences(self, grid: Grid, setting: Setting, methods: Sequence[str]) -> None:
+        study, seeds = self.study, grid.values[SEED]
+        base, others = methods[0], methods[1:]
+        values = {
+            (method, name): study.values(setting, method, seeds, name) for method in methods for name in study.figures
+        }
+        figures = [name for name in study.figures if numbers(values[base, name])]
+        alone = [name for name in study.figures if name not in figures]
+        alone = [name for name in alone if any(numbers(values[method, name]) for method in others)]
+        if alone:
+            self._say(f"{base} has no number for {', '.join(alone)}: not compared.")
+        found = {
+            (method, name): compare(values[base, name], values[method, name], study.figures[name])
+            for method in others
+            for name in figures
+        }
+        averages = {
+            method: average_improvement(
+                {name: (values[base, name], values[method, name], better) for name, better in study.averaged.items()}
+            )
+            for method in others
+        }
+        if figures and others:
+            rows = [["average of *", *(average(averages[method]) for method in others)]] if study.averaged else []
+            rows += [[self._figure(name), *(relative(found[method, name]) for method in others)] for name in figures]
+            self._say(f"Relative improvement over {base}:")
+            self.blocks.append(Table(["figure", *others], rows))
+            self._notes(base, others, setting, seeds, found, averages)
+        if figures:
+            rows = [
+                [
+                    self._figure(name),
+                    mean_and_sd(numbers(values[base, name])),
+                    *(difference(found[method, name]) for method in others),
+                ]
+                for name in figures
+            ]
+            self._say(f"{base}'s mean ± standard deviation over its seeds, and the others' difference to it:")
+            self.blocks.append(Table(["figure", base, *others], rows))
+        self._forest(grid, setting, base, others, averages, found)
+
+    def _forest(
+        self,
+        grid: Grid,
+        setting: Setting,
+        base: str,
+        others: Sequence[str],
+        averages: Mapping[str, Average],
+        found: Mapping[tuple[str, str], Comparison],
+    ) -> None:
+        shown = [("average of *", {m: (a.value, a.interval) for m, a in averages.items() if a.value is not None})]
+        for name in dict.fromkeys(name for _, name in found):
+            of_figure = {method: found[method, name] for method in others}
+            known = {
+                m: (c.improvement, c.improvement_interval) for m, c in of_figure.items() if c.improvement is not None
+            }
+            shown.append((self._figure(name), known))
+        shown = [(name, row) for name, row in shown if row]
+        if shown:
+            said = self._said(grid, setting)
+            caption = f"Relative improvement over {base} with 95 % intervals{said}"
+            svg = plots.forest(shown, base, self._looks)
+            self.blocks.append(self._picture(svg, caption, "improvement", grid.name, said))
+
+    def _notes(
+        self,
+        base: str,
+        others: Sequence[str],
+        setting: Setting,
+        seeds: Sequence[str],
+        found: Mapping[tuple[str, str], Comparison],
+        averages: Mapping[str, Average],
+    ) -> None:
+        """What seeds the comparisons are over, and what they leave out."""
+        of_base = self.study.by_seed(setting, base, seeds)
+        common = {m: sum(seed in of_base for seed in self.study.by_seed(setting, m, seeds)) for m in others}
+        counts = dict[int, list[str]]()
+        for method, count in common.items():
+            counts.setdefault(count, []).append(method)
+        for count, of_count in counts.items():
+            few = f": fewer than {MIN_SEEDS}, so there is no interval" if count < MIN_SEEDS else ""
+            self._say(f"{', '.join(of_count)}: {counted(count, 'seed')} in common with {base}{few}.")
+        for (method, name), comparison in found.items():
+            if comparison.left_out:
+                gone = ", ".join(comparison.left_out)
+                self._say(f"{method}, {name}: without a number at seed {gone}, which is left out of this figure.")
+            if comparison.seeds and comparison.improvement is None:
+                self._say(f"{method}, {name}: the baseline's mean is 0, so there is no relative improvement.")
+        for method, of_method in averages.items():
+            if of_method.left_out and of_method.value is not None:
+                self._say(f"{method}: the average is without {', '.join(of_method.left_out)}.")
+
+    def _steps_until(self, grid: Grid, setting: Setting, methods: Sequence[str]) -> None:
+        study, figure = self.study, self.study.curve
+        if figure is None:
+            return
+        curves = self._of_seeds(grid, setting, methods, figure)
+        if study.baseline not in curves:
+            return
+        better = study.better(figure)
+        if better is None:
+            self._say(f"The study does not say whether {figure} is better when higher or lower: no steps until it.")
+            return
+        rows = []
+        for method, of_seeds in curves.items():
+            reached = steps_until_baseline(curves[study.baseline], of_seeds, better)
+            if reached.shares:
+                never = list(reached.shares.values()).count(None)
+                count = len(reached.shares)
+                told = f"not reached in {never} of {count}" if never else f"reached in all {count}"
+                rows.append([method, share(reached.mean, reached.interval), told])
+        self._say(
+            f"Steps until the baseline's final value of {figure} is reached, as a share of the baseline's steps: the "
+            "mean over the seeds that reach it, linear between evaluations."
+        )
+        self.blocks.append(Table(["method", "share of the steps", "seeds"], rows))
+
+    def _curves(self, grid: Grid, setting: Setting, methods: Sequence[str]) -> None:
+        for figure in dict.fromkeys([*([self.study.curve] if self.study.curve else []), *self.study.beside]):
+            curves = self._of_seeds(grid, setting, methods, figure)
+            if any(len(batches) > 1 for of_seeds in curves.values() for batches, _ in of_seeds.values()):
+                said = self._said(grid, setting)
+                svg = plots.learning_curves(
+                    {method: list(of_seeds.values()) for method, of_seeds in curves.items()}, figure, self._looks
+                )
+                caption = f"{figure}{said}: mean over seeds, in a band from smallest to largest"
+                self.blocks.append(self._picture(svg, caption, "curve", grid.name, said, figure))
+
+    def _of_seeds(
+        self, grid: Grid, setting: Setting, methods: Sequence[str], figure: str
+    ) -> dict[str, dict[str, Curve]]:
+        """By method and seed, the curves of a figure with a number in them."""
+        found = {
+            method: {
+                seed: cell.curves[figure]
+                for seed, cell in self.study.by_seed(setting, method, grid.values[SEED]).items()
+                if any(value is not None for value in cell.curves.get(figure, ((), ()))[1])
+            }
+            for method in methods
+        }
+        return {method: of_seeds for method, of_seeds in found.items() if of_seeds}
+
+    def _figure(self, name: str) -> str:
+        return f"{name} ({self.study.figures[name]} is better){' *' if name in self.study.averaged else ''}"
+
+    def _said(self, grid: Grid, setting: Setting) -> str:
+        said = self.study.said(setting)
+        return f", {said}" if said else ""
