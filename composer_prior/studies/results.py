@@ -200,7 +200,7 @@ def _training(records: Sequence[Mapping[str, Any]], recipe: TrainConfig, seconds
         "steps": max(record["batch"] for record in records),
         "samples": samples,
         "unique_samples": unique,
-        "tokens": last(records, "compute/tokens"),
+        "tokens": last(records, "time/token"),
         "flops": last(records, "compute/flops"),
         **_reference_flops(recipe, samples, unique),
         "seconds": seconds,

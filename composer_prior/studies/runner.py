@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +112,11 @@ def _own(recipe: TrainConfig, cell: Cell, out: Path) -> dict[str, Any]:
     own: dict[str, Any] = {"run_name": cell.name, "run_folder": str(out / "cells" / cell.name), "progress_bar": False}
     if recipe.save_folder is not None:
         own["autoresume"] = True
+    counted = {"callbacks.compute_monitor": {}}
     if recipe.reference is not None:
         own["reference.progress_bar"] = False
-    if find_spec("composer_prior.training.compute") is not None:
-        monitors = ["callbacks.compute_monitor"]
-        if recipe.reference is not None:
-            monitors.append("reference.callbacks.compute_monitor")
-        own |= {key: {} for key in monitors if key not in cell.overrides}
-    return own
+        counted["reference.callbacks.compute_monitor"] = {}
+    return own | {key: value for key, value in counted.items() if key not in cell.overrides}
 
 
 def run_cells(

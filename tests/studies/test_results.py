@@ -30,7 +30,7 @@ RECORDS = [
         "time/sample": 16,
     },
     {"batch": 4, "eval/scene_foils/total/class": 0.5, "metrics/eval/loss": 1.0, "metrics/eval/accuracy": None},
-    {"batch": 4, "compute/flops": 20, "compute/tokens": 300, "time/sample": 32, "time/total": 0.5},
+    {"batch": 4, "compute/flops": 20, "time/token": 300, "time/sample": 32, "time/total": 0.5},
 ]
 
 

@@ -66,6 +66,14 @@ def make_samples(model, tokenizer):
     return samples
 
 
+def make_reference(tokenizer):
+    """A reference that is sure of some tokens, so that weights are far from equal."""
+    reference = ReferenceLM(small_lm(tokenizer, seed=1), tokenizer)
+    with torch.no_grad():
+        reference.model.lm_head.weight.mul_(5)
+    return reference
+
+
 class Gradients(Callback):
     """Keep the gradients that the optimizer is about to use."""
 
@@ -80,7 +88,7 @@ def step_gradients(family, tokenizer, method, microbatch=None, strategy="ddp", s
     """Gradients by parameter of one step on the twelve samples, which the ranks share."""
     model = small_lvlm(family, tokenizer)
     model.image_related_metrics = False
-    reference = ReferenceLM(small_lm(tokenizer, seed=1), tokenizer)
+    reference = make_reference(tokenizer)
     samples = make_samples(model, tokenizer)
     share = BATCH // dist.get_world_size()
     sampler = dist.get_sampler(samples, shuffle=False)
