@@ -112,7 +112,7 @@ def _own(recipe: TrainConfig, cell: Cell, out: Path) -> dict[str, Any]:
     own: dict[str, Any] = {"run_name": cell.name, "run_folder": str(out / "cells" / cell.name), "progress_bar": False}
     if recipe.save_folder is not None:
         own["autoresume"] = True
-    counted = {"callbacks.compute_monitor": {}}
+    counted: dict[str, Any] = {"callbacks.compute_monitor": {}}
     if recipe.reference is not None:
         own["reference.progress_bar"] = False
         counted["reference.callbacks.compute_monitor"] = {}

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from composer_prior import PRIOR, ReferenceLM
+from composer_prior.algorithms.cal.cal import CAL
 from composer_prior.algorithms.token_weighting.image_tokens import image_positions, image_token_ids
 from composer_prior.data.batch import IGNORE_INDEX, count_tokens, split_packed_images
 
@@ -164,6 +165,32 @@ def test_loss_and_gradient_are_the_formulas(kind, microbatch):
     if microbatch is None:
         assert spy.losses[0] == pytest.approx(float(expected), rel=TOLERANCE)
     assert float((spy.gradients - gradients).norm() / gradients.norm()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cal_takes_the_image_out(kind):
+    model = make_model(kind)
+    total, count, differences = 0.0, 0, []
+    for index in range(6):
+        batch = collate(kind, [make_sample(kind, index)])
+        labels = batch.pop("labels")[0]
+        places = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        tokens = labels[places]
+        with torch.no_grad():
+            logits = model.model(**batch).logits[0, places - 1].double()
+            text = torch.tensor([[BOS, NEWLINE, 7, *tokens]])
+            alone = model.model(input_ids=text, attention_mask=torch.ones_like(text)).logits[0, 2:-1].double()
+        difference = (logits - alone).gather(1, tokens[:, None])[:, 0]
+        clamped = difference.clamp(0.001, 0.01).tolist()
+        near = [clamped[max(0, i - 1) : i + 2] for i in range(len(clamped))]
+        weights = torch.tensor([sum(part) / len(part) for part in near], dtype=torch.float64)
+        nll = -logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        total, count = total + float((weights * len(places) / weights.sum() * nll).sum()), count + len(places)
+        differences += difference.tolist()
+    assert any(x < 0.001 for x in differences)
+    assert any(x > 0.01 for x in differences)
+    spy = fit(make_model(kind), make_spec(kind), [CAL(low=0.001, high=0.01)])
+    assert spy.losses == [pytest.approx(total / count, rel=TOLERANCE)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
