@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from composer_prior.algorithms.prior import PRIOR, importance_weights
     from composer_prior.algorithms.token_weighting.selective_backprop import selective_backprop_keys
+    from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting
     from composer_prior.data.captions import StreamingCaptionDataset
     from composer_prior.models.composer_lvlm import ComposerLVLM
     from composer_prior.models.lvlm import LVLM
@@ -24,6 +25,7 @@ _MODULES = {
     "LVLM": "composer_prior.models.lvlm",
     "ReferenceLM": "composer_prior.models.reference",
     "StreamingCaptionDataset": "composer_prior.data.captions",
+    "TokenWeighting": "composer_prior.algorithms.token_weighting.token_weighting",
     "load": "composer_prior.training.saving",
     "selective_backprop_keys": "composer_prior.algorithms.token_weighting.selective_backprop",
 }
@@ -34,6 +36,7 @@ __all__ = [
     "ComposerLVLM",
     "ReferenceLM",
     "StreamingCaptionDataset",
+    "TokenWeighting",
     "importance_weights",
     "load",
     "selective_backprop_keys",
