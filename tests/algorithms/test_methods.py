@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 from common.models import small_lm, small_lvlm
-from composer import Trainer
-from composer.loggers import InMemoryLogger
+from common.training import fit
 from composer.models import HuggingFaceModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -195,24 +194,6 @@ def test_impossible_arguments_are_refused(build, message):
     assert "\n" not in str(error.value)
 
 
-def fit(model, spec, algorithms):
-    memory = InMemoryLogger()
-    trainer = Trainer(
-        model=model,
-        train_dataloader=spec,
-        max_duration="1ba",
-        optimizers=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-        algorithms=algorithms,
-        loggers=[memory],
-        accumulate_train_batch_on_tokens=True,
-        progress_bar=False,
-        device="cpu",
-        seed=0,
-    )
-    trainer.fit()
-    return memory.data
-
-
 def without(spec, key):
     collate = spec.dataloader.collate_fn
     spec.dataloader.collate_fn = lambda samples: {k: v for k, v in collate(samples).items() if k != key}
@@ -246,7 +227,7 @@ def test_two_weightings_are_refused(tokenizer, make_spec, reference):
 def test_what_is_logged(tokenizer, make_spec, reference, method):
     model = small_lvlm("patches", tokenizer)
     takes_reference = issubclass(method, (PRIOR, Rho1))
-    logged = fit(model, make_spec(model), [method(reference) if takes_reference else method()])
+    _, logged = fit(model, make_spec(model), [method(reference) if takes_reference else method()])
     names = {name for name in logged if name.startswith(f"{method.name}/")}
     expected = {"effective_sample_size", "top_decile_share", "loss_weighted", "loss_unweighted"}
     expected |= {"reference_nll"} if takes_reference else {"difference"} if method is CAL else set()
@@ -275,7 +256,7 @@ def test_any_model_with_logits_and_labels(tokenizer, make_spec, make_batch, refe
         CAL: lambda: mask.float(),  # there is no image, so every difference is 0
         Focal: lambda: focal_weights(nll, mask),
     }[method]()
-    logged = fit(model, make_spec(None), [method(reference) if method is Rho1 else method()])
+    _, logged = fit(model, make_spec(None), [method(reference) if method is Rho1 else method()])
     expected = float((nll * weights).sum() / mask.sum())
     assert float(logged["loss/train/total"][0][1]) == pytest.approx(expected, rel=1e-5)
     if method is CAL:

@@ -3,32 +3,17 @@
 import pytest
 import torch
 from common.models import small_lvlm
-from composer import Trainer
-from composer.loggers import InMemoryLogger
+from common.training import fit
 
 from composer_prior import PRIOR
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.training.compute import ComputeMonitor
 
 
-def fit(model, spec, monitor, duration="2ba", algorithms=(), **changes):
-    memory = InMemoryLogger()
-    trainer = Trainer(
-        model=model,
-        train_dataloader=spec,
-        max_duration=duration,
-        optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
-        algorithms=list(algorithms),
-        callbacks=[monitor],
-        loggers=[memory],
-        accumulate_train_batch_on_tokens=True,
-        progress_bar=False,
-        device="cpu",
-        seed=0,
-        **changes,
-    )
-    trainer.fit()
-    return [flops for _, flops in memory.data["compute/flops"]], trainer
+def count(model, spec, monitor, duration="1ba", algorithms=(), **changes):
+    """``compute/flops`` after each step, and the trainer."""
+    trainer, logged = fit(model, spec, algorithms, duration, [monitor], **changes)
+    return [flops for _, flops in logged["compute/flops"]], trainer
 
 
 def by_hand(model, batch):
@@ -49,15 +34,15 @@ def by_hand(model, batch):
 
 def test_a_step_is_counted(tokenizer, make_spec, make_batch):
     model = small_lvlm("patches", tokenizer)
-    flops, _ = fit(model, make_spec(model), ComputeMonitor(interval=1), "1ba")
+    flops, _ = count(model, make_spec(model), ComputeMonitor(interval=1))
     assert flops[0] == pytest.approx(by_hand(model, make_batch(model)), rel=0.02)
 
 
 def test_steps_between_are_reckoned_by_their_tokens(tokenizer, make_spec):
-    every, _ = fit(
+    every, _ = count(
         small_lvlm("patches", tokenizer), make_spec(small_lvlm("patches", tokenizer)), ComputeMonitor(1), "6ba"
     )
-    few, _ = fit(
+    few, _ = count(
         small_lvlm("patches", tokenizer), make_spec(small_lvlm("patches", tokenizer)), ComputeMonitor(3), "6ba"
     )
     assert few[0] == every[0]
@@ -67,11 +52,11 @@ def test_steps_between_are_reckoned_by_their_tokens(tokenizer, make_spec):
 
 
 def test_a_live_reference_is_counted(tokenizer, make_spec, reference):
-    plain, _ = fit(
+    plain, _ = count(
         small_lvlm("encoder", tokenizer), make_spec(small_lvlm("encoder", tokenizer)), ComputeMonitor(), "1ba"
     )
     model = small_lvlm("encoder", tokenizer)
-    with_reference, _ = fit(model, make_spec(model), ComputeMonitor(), "1ba", [PRIOR(reference)])
+    with_reference, _ = count(model, make_spec(model), ComputeMonitor(), [PRIOR(reference)])
     assert with_reference[0] > plain[0]
 
 
@@ -80,17 +65,19 @@ def test_microbatches_change_little(tokenizer, make_spec):
     counts = []
     for microbatch in (None, 3):
         model = small_lvlm("patches", tokenizer)
-        flops, _ = fit(model, make_spec(model), ComputeMonitor(), "1ba", device_train_microbatch_size=microbatch)
+        flops, _ = count(model, make_spec(model), ComputeMonitor(), device_train_microbatch_size=microbatch)
         counts += flops
     assert counts[1] == pytest.approx(counts[0], rel=1e-3)
 
 
 def test_the_count_goes_on_after_a_resumption(tokenizer, make_spec, tmp_path):
     model = small_lvlm("patches", tokenizer)
-    whole, _ = fit(model, make_spec(model), ComputeMonitor(1), "4ba")
+    whole, _ = count(model, make_spec(model), ComputeMonitor(1), "4ba")
     model = small_lvlm("patches", tokenizer)
-    _, trainer = fit(model, make_spec(model), ComputeMonitor(1), "2ba")
+    _, trainer = count(model, make_spec(model), ComputeMonitor(1), "2ba")
     checkpoint = trainer.save_checkpoint(str(tmp_path / "half.pt"))
     trainer.close()
-    resumed, _ = fit(small_lvlm("patches", tokenizer), make_spec(model), ComputeMonitor(1), "4ba", load_path=checkpoint)
+    resumed, _ = count(
+        small_lvlm("patches", tokenizer), make_spec(model), ComputeMonitor(1), "4ba", load_path=checkpoint
+    )
     assert resumed == whole[2:]

@@ -1,14 +1,13 @@
 """PRIOR with permuted weights, as a Composer algorithm."""
 
-from composer.core import State, Time
+from typing import Any
+
+from composer.core import State
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from composer_prior.algorithms.permuted_prior.weights import permuted
 from composer_prior.algorithms.prior.prior import PRIOR
 from composer_prior.algorithms.token_weighting.noise import noise_of
-from composer_prior.algorithms.token_weighting.normalize import Normalization
-from composer_prior.models.reference import ReferenceLM
 
 
 class PermutedPRIOR(PRIOR):
@@ -24,18 +23,8 @@ class PermutedPRIOR(PRIOR):
 
     name = "permuted_prior"
 
-    def __init__(
-        self,
-        reference: ReferenceLM | PreTrainedModel | str | None = None,
-        alpha: float = 1.0,
-        normalization: Normalization = "sequence",
-        floor: float = 0.0,
-        start: str | Time = "0dur",
-        end: str | Time = "1dur",
-        shard_reference: bool = False,
-        seed: int = 0,
-    ):
-        super().__init__(reference, alpha, normalization, floor, start, end, shard_reference)
+    def __init__(self, *arguments: Any, seed: int = 0, **prior: Any):
+        super().__init__(*arguments, **prior)
         self.seed = seed
 
     def raw_weights(self, state: State, mask: Tensor) -> Tensor:
