@@ -12,7 +12,7 @@ from composer.utils import get_device
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from composer_prior.algorithms.token_weighting.token_weighting import check_algorithms
+from composer_prior.algorithms.token_weighting.token_weighting import check_algorithms, weighting_of
 from composer_prior.data.captions import StreamingCaptionDataset, check_scorable
 from composer_prior.data.messages import OneLineError, one_line
 from composer_prior.data.scores import Scores, ScoresCard, ScoresError
@@ -300,4 +300,5 @@ def _algorithms(recipe: TrainConfig, where: str) -> list[Any]:
     for name, arguments in without_reference(recipe.algorithms).items():
         with one_line_errors(f"{where}algorithms.{name}"):
             built += build_all("algorithm", {name: arguments})
+    weighting_of(built)  # refuses two
     return built

@@ -53,6 +53,8 @@ def refused(name, *overrides):
         (["scheduler.t_warmup=soon"], "scheduler: .*soon"),
         (["algorithms.prior.alpha=-1.0"], "alpha"),
         (["algorithms.prior.start=soon"], "algorithms.prior: .*soon"),
+        (["algorithms.focal={}"], "PRIOR and Focal both weight the tokens: leave all but one out"),
+        (["algorithms.prior=null", "algorithms.cal.window=2"], "window=2: expected an odd number"),
         (["callbacks.generate={prompts: [a], interval: soon}"], "callbacks.generate: .*soon"),
         (["load_path=nowhere.pt"], "load_path=nowhere.pt: there is no such checkpoint"),
         (["init_from=nowhere"], "init_from=nowhere: expected a run folder with a checkpoint"),

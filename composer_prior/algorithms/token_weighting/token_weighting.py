@@ -206,11 +206,21 @@ def check_algorithms(algorithms: Sequence[Algorithm], model: Any) -> None:
     Raises:
         ValueError: one line, naming the algorithm, the reason and what to do.
     """
-    weightings = [type(algorithm).__name__ for algorithm in algorithms if isinstance(algorithm, TokenWeighting)]
-    if len(weightings) > 1:
-        raise ValueError(f"{' and '.join(weightings)} both weight the tokens: leave all but one out.")
-    for method in weightings:
+    method = weighting_of(algorithms)
+    if method is not None:
         check_stack(algorithms, model, method)
+
+
+def weighting_of(algorithms: Sequence[Algorithm]) -> str | None:
+    """The name of the one that weights tokens, or None.
+
+    Raises:
+        ValueError: if several do.
+    """
+    names = [type(algorithm).__name__ for algorithm in algorithms if isinstance(algorithm, TokenWeighting)]
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)} both weight the tokens: leave all but one out.")
+    return names[0] if names else None
 
 
 def _sums(weights: Tensor, nll: Tensor) -> dict[str, Tensor]:
