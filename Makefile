@@ -6,6 +6,9 @@ ENVIRONMENT := $(VENV)/.installed
 
 .PHONY: train test lint clean
 
+# Where this is set, as in many containers, each of the suite's processes compiles thousands of modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 train: $(ENVIRONMENT)
 	$(BIN)/composer-prior train yamls/prior_vit.yaml
 

@@ -30,6 +30,38 @@ settings.register_profile("repeatable", derandomize=True)  # pytest --hypothesis
 settings.load_profile("repeatable")
 
 
+# Files that take a minute or more, longest first: one that began last would leave the other core idle.
+LONG = [
+    "test_streaming_s3",
+    "test_checkpoints",
+    "test_real_scale",
+    "test_two_ranks",
+    "test_composability",
+    "test_run",
+    "test_compile",
+    "test_end_to_end",
+    "test_real_scale_sharded",
+    "test_exactness",
+    "test_init_from",
+    "test_bad_data",
+    "test_methods",
+    "test_saving",
+    "test_evaluate",
+    "test_score",
+    "test_trl",
+    "test_cli",
+    "test_convert",
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # xdist would begin with the files of the most tests, which are short ones
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def shared_memory() -> Iterator[None]:
     """For the data sets of plain streaming too: a few hundred in one process run out of file descriptors, and those of

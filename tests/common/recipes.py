@@ -1,9 +1,13 @@
 """The recipes of the repository, made small: what the tests of whole runs start from."""
 
+import atexit
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from composer_prior.training.config import load_recipe
@@ -72,3 +76,47 @@ def launch(folder, *command, expect=0, ranks=2, timeout=400):
     composer = Path(sys.executable).with_name("composer")
     options = {"ok": expect == 0, "timeout": timeout, "cwd": folder, "PYTHONPATH": str(ROOT / "tests")}
     return "".join(run_program(composer, "-n", ranks, *command, **options))
+
+
+@cache
+def forks():
+    """The process from which :func:`fork_ranks` forks; it ends when this one closes its input."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tests/common/programs/forks.py"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(process.communicate)
+    return process
+
+
+def fork_ranks(folder, program, *arguments, ranks=2, timeout=400):
+    """What all ranks print that :func:`launch` would start, without its three imports of Composer.
+
+    The launcher is replaced by the variables that it sets; each rank is a process of its own nevertheless.
+    """
+    with socket.socket() as free, tempfile.TemporaryDirectory() as outputs:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+        shared |= {"MASTER_PORT": free.getsockname()[1], "OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT / "tests"}
+        free.close()
+        printed = [Path(outputs, f"rank{rank}.txt") for rank in range(ranks)]
+        request = {
+            "arguments": [str(word) for word in (program, *arguments)],
+            "folder": str(folder or Path.cwd()),
+            "environments": [
+                {**os.environ, **{name: str(value) for name, value in {**shared, **of_rank}.items()}}
+                for of_rank in ({"RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks))
+            ],
+            "printed": [str(path) for path in printed],
+            "timeout": timeout,
+        }
+        forks().stdin.write(json.dumps(request) + "\n")
+        forks().stdin.flush()
+        statuses = json.loads(forks().stdout.readline())
+        output = "".join(path.read_text() for path in printed if path.exists())
+    assert statuses == [0] * ranks, f"{statuses}: {output[-3000:]}"
+    return output

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from common.data import write_tiles
-from common.recipes import ROOT, SHRUNKEN, VIT, launch, losses, recipe
+from common.recipes import ROOT, SHRUNKEN, VIT, fork_ranks, losses, recipe
 
 from composer_prior.training.run import main, train
 
@@ -109,7 +109,7 @@ def test_bad_samples_of_one_rank_cost_the_other_nothing(tmp_path):
         "save_folder=null",
     )
     train(recipe("ntp_vit", *data, "run_name=one"))
-    launch(None, ROOT / "train.py", *arguments("ntp_vit", *data, "run_name=two"))
+    fork_ranks(None, ROOT / "train.py", *arguments("ntp_vit", *data, "run_name=two"))
     one, two = losses("runs/one"), losses("runs/two")
     assert [batch for batch, _ in two] == [0, 1, 2]
     assert one[1][1] == two[1][1] == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from common.models import FAMILIES, small_lvlm
 from common.programs.one_step import METHODS, SEED, STRATEGIES, make_reference, make_samples, step_gradients
-from common.recipes import ROOT, launch
+from common.recipes import ROOT, fork_ranks
 
 from composer_prior import importance_weights
 from composer_prior.algorithms.cal.weights import contrast_weights
@@ -81,11 +81,11 @@ def test_the_methods_differ(tokenizer):
 
 @pytest.fixture(scope="module")
 def two_ranks(tokenizer, tmp_path_factory):
-    """Gradients of the same steps on two ranks of Composer's launcher, DDP and FSDP2 over gloo."""
+    """Gradients of the same steps on two ranks, DDP and FSDP2 over gloo."""
     folder = tmp_path_factory.mktemp("two_ranks")
     tokenizer.save_pretrained(folder / "tokenizer")
     program = ROOT / "tests/common/programs/one_step.py"
-    launch(None, program, folder / "tokenizer", folder / "gradients.pt")
+    fork_ranks(None, program, folder / "tokenizer", folder / "gradients.pt")
     return torch.load(folder / "gradients.pt")
 
 

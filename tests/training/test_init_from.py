@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from common.data import write_tiles
-from common.recipes import ROOT, SHRUNKEN, VIT, launch, losses, recipe
+from common.recipes import ROOT, SHRUNKEN, VIT, fork_ranks, losses, recipe
 from common.tokenizers import plain_tokenizer
 
 from composer_prior.training.checkpoints import (
@@ -29,7 +29,7 @@ def stage_one(tmp_path_factory):
         patch.chdir(folder)
         train(recipe("ntp_vit", *PROJECTOR_ALONE, "run_name=stage1"))
     command = [str(ROOT / "train.py"), str(ROOT / "yamls/ntp_vit.yaml"), *SHRUNKEN, *VIT, *PROJECTOR_ALONE]
-    launch(folder, *command, "run_name=sharded", "parallelism_config.fsdp2={}")
+    fork_ranks(folder, *command, "run_name=sharded", "parallelism_config.fsdp2={}")
     return folder
 
 
@@ -94,7 +94,7 @@ def test_a_sharded_checkpoint_is_resumed_and_a_foreign_one_refused(here):
         check_checkpoint(checkpoint, {**identity, "seed": 3})
     arguments = [str(ROOT / "train.py"), str(ROOT / "yamls/ntp_vit.yaml"), *SHRUNKEN, *VIT, *PROJECTOR_ALONE]
     again = ["run_name=sharded", "parallelism_config.fsdp2={}", "autoresume=true", "max_duration=5ba"]
-    launch(here, *arguments, *again)
+    fork_ranks(here, *arguments, *again)
     assert [batch for batch, _ in losses("runs/sharded")] == [0, 1, 2, 3, 4]
 
 

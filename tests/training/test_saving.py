@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from common.recipes import ROOT, SHRUNKEN, VIT, launch, recipe
+from common.recipes import ROOT, SHRUNKEN, VIT, fork_ranks, recipe
 from common.s3_server import s3_server
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
@@ -165,7 +165,7 @@ def test_two_ranks_write_the_folder_of_one(runs, tmp_path, monkeypatch):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         command = [ROOT / "train.py", ROOT / "yamls/prior_vit.yaml", *SHRUNKEN, *VIT, *still, checkpoint]
-        launch(tmp_path, *command, "init_from=runs/prior_vit")
+        fork_ranks(tmp_path, *command, "init_from=runs/prior_vit")
         for name in ("model.safetensors", "config.json"):
             download_from(f"s3://models/two/ba1/{name}", tmp_path / name)
     one, two = (load_file(f"runs/{name}/model/model.safetensors") for name in ("prior_vit", "two"))

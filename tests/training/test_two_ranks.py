@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from common.recipes import ROOT, SHRUNKEN, VIT, launch, losses, recipe
+from common.recipes import ROOT, SHRUNKEN, VIT, fork_ranks, launch, losses, recipe
 
 from composer_prior.training.run import train
 
 TOLERANCE = 1e-4
 
 
-def launch_recipe(folder, *overrides):
-    return launch(folder, str(ROOT / "train.py"), str(ROOT / "yamls/prior_vit.yaml"), *SHRUNKEN, *VIT, *overrides)
+def program(*overrides):
+    return [str(ROOT / "train.py"), str(ROOT / "yamls/prior_vit.yaml"), *SHRUNKEN, *VIT, *overrides]
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +24,10 @@ def runs(tmp_path_factory):
     here = Path.cwd()
     os.chdir(folder)
     try:
-        output = launch_recipe(folder, "run_name=two", "save_interval=2ba")
+        output = launch(folder, *program("run_name=two", "save_interval=2ba"))
         train(recipe("prior_vit", "run_name=one", "save_interval=2ba"))
-        launch_recipe(folder, "run_name=fsdp2", "parallelism_config.fsdp2={}")
-        launch_recipe(folder, "run_name=one_to_two", "load_path=runs/one/checkpoints/ep0-ba2-rank0.pt")
+        fork_ranks(folder, *program("run_name=fsdp2", "parallelism_config.fsdp2={}"))
+        fork_ranks(folder, *program("run_name=one_to_two", "load_path=runs/one/checkpoints/ep0-ba2-rank0.pt"))
         train(recipe("prior_vit", "run_name=two_to_one", "load_path=runs/two/checkpoints/ep0-ba2-rank0.pt"))
     finally:
         os.chdir(here)

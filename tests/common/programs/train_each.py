@@ -1,4 +1,4 @@
-"""``composer -n 2 train_each.py RECIPE=ENDPOINT ...``: train recipes one after another, each from its own endpoint."""
+"""``train_each.py RECIPE=ENDPOINT ...``: train recipes one after another, each from its own endpoint."""
 
 import os
 import sys
