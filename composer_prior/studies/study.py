@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
@@ -198,8 +199,14 @@ def value_text(value: Any) -> str:
 
 
 def _text_of(value: Any) -> str:
-    whole = json.dumps(value, ensure_ascii=False)  # is YAML, too
-    plain = value if isinstance(value, str) else whole
+    return _text(value if isinstance(value, str) else None, json.dumps(value, ensure_ascii=False))
+
+
+@lru_cache(maxsize=4096)
+def _text(text: str | None, whole: str) -> str:
+    """A value as it is, or as JSON, which is YAML, too, where YAML would read something else."""
+    plain = whole if text is None else text
+    value = json.loads(whole)
     try:
         read = cast(Any, OmegaConf.to_container(OmegaConf.from_dotlist([f"x={plain}"])))["x"]
     except Exception:  # whatever YAML or OmegaConf says of it
