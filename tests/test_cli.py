@@ -106,6 +106,10 @@ def test_a_wheel_works_on_its_own(tmp_path):
     installed, here = tmp_path / "installed", tmp_path / "here"
     here.mkdir()
     subprocess.run([*pip, "install", "--no-deps", "--target", str(installed), str(wheel)], check=True)
+    assert (installed / "composer_prior/yamls/studies/prior_vs_ntp.yaml").is_file()
+    study = [sys.executable, "-m", "composer_prior", "study", "prior_vs_ntp.yaml", "plan=true"]
+    output, _ = run_program(*study, cwd=here, PYTHONPATH=str(installed))
+    assert f"train.py {installed}/composer_prior/yamls/prior_vit.yaml " in output
     command = [sys.executable, "-m", "composer_prior", "train", "prior_vit.yaml", *SHRUNKEN, *VIT]
     output, _ = run_program(*command, cwd=here, PYTHONPATH=str(installed))
     assert "prior_vit, 4 batches" in output

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 
 from composer_prior.studies.blocks import Block, Heading, Paragraph, Table
-from composer_prior.studies.numbers import amount, listed
-from composer_prior.studies.report_data import METHOD, SEED, TRAINING, Cell, Study
+from composer_prior.studies.numbers import amount, counted, duration, listed
+from composer_prior.studies.report_data import Cell, Study
+from composer_prior.studies.results import TRAINING
+from composer_prior.studies.study import METHOD, SEED
 
 REFERENCE = ("reference_flops", "scoring_flops")
 """What PRIOR's weights cost, apart from the run."""
@@ -34,29 +36,37 @@ def all_flops(cell: Cell) -> float | None:
 
 
 def what_was_run(study: Study) -> list[Block]:
-    """A table of all runs of the grids, a row per setting and method, and what of it is equal."""
+    """A table of the finished runs of the grids, a row per setting and method, and what of it is equal."""
     rows, sentences = list[list[str]](), dict[str, list[str]]()
+    missing, absent, settings = 0, 0, 0
     for key, by_method in _planned(study).items():
         setting = dict(zip((axis for axis in study.axes if axis not in (METHOD, SEED)), key, strict=True))
         found = {method: study.by_seed(setting, method, seeds) for method, seeds in by_method.items()}
+        settings += any(found.values())
         for method, cells in found.items():
+            missing += len(by_method[method]) - len(cells)
+            if not cells:
+                absent += 1
+                continue
             name = " · ".join(filter(None, (study.said(setting), method)))
             means = [_mean(cells, figure) for figure in (*_USED, *REFERENCE)]
-            seconds = _mean(cells, "seconds")
-            hours = "" if seconds is None else f"{seconds / 3600:.3g}"
-            rows.append([name, f"{len(cells)} of {len(by_method[method])}", *map(amount, means), hours])
+            time = duration(_mean(cells, "seconds"))
+            rows.append([name, f"{len(cells)} of {len(by_method[method])}", *map(amount, means), time])
         if sentence := equality(found, study.baseline):
-            sentences.setdefault(sentence, []).append(study.said(setting))
+            sentences.setdefault(sentence, []).append(study.said(setting) or "at the defaults")
     header = ["run", "seeds", "steps", "samples", "unique samples", "tokens", "FLOPs of the run"]
     blocks: list[Block] = [
         Heading(2, "What was run"),
-        Table([*header, "FLOPs of the reference", "FLOPs of the scoring", "hours"], rows),
+        Table([*header, "FLOPs of the reference", "FLOPs of the scoring", "time per run"], rows),
         Paragraph(
             "Figures are means over the finished seeds. What the training of the reference and the scoring took stands "
             "apart and is not in the FLOPs of the run. An empty field was not counted."
         ),
     ]
-    everywhere = len(sentences) == 1
+    if missing:
+        left_out = f"; {counted(absent, 'row')} without any finished run left out" if absent else ""
+        blocks.append(Paragraph(f"{counted(missing, 'planned run')} not finished{left_out}."))
+    everywhere = [len(at) for at in sentences.values()] == [settings]
     blocks += (Paragraph(text if everywhere else f"{'; '.join(at)}: {text}") for text, at in sentences.items())
     return blocks
 
@@ -73,18 +83,17 @@ def equality(found: Mapping[str, Mapping[str, Cell]], baseline: str) -> str:
     if any(used(cell, part) for cells in found.values() for cell in cells.values() for part in REFERENCE):
         names[_ALL] = ("FLOPs", " when the reference and the scoring are counted")
     equal, parts = list[str](), list[str]()
-    for name, (said, counted) in names.items():
+    for name, (said, how) in names.items():
         ratios = {method: _ratio(found.get(baseline, {}), cells, name) for method, cells in others.items()}
         by_ratio = dict[str, list[str]]()
         for method, ratio in ratios.items():
             if ratio is not None and abs(ratio - 1) > _EQUAL:
                 by_ratio.setdefault(f"{ratio:.3g}", []).append(method)
         parts += [
-            f"{listed(methods)} used {ratio} times the {said} of {baseline}{counted}"
-            for ratio, methods in by_ratio.items()
+            f"{listed(methods)} used {ratio} times the {said} of {baseline}{how}" for ratio, methods in by_ratio.items()
         ]
         if ratios and not by_ratio and None not in ratios.values():
-            equal.append(said + counted)
+            equal.append(said + how)
     if equal:
         start = f"{listed(equal)} are equal within {100 * _EQUAL:g} %"
         parts.insert(0, start[0].upper() + start[1:])

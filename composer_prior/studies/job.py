@@ -112,7 +112,7 @@ def write_page(results: Path) -> None:
     try:
         from composer_prior.studies.study_page import write_report  # here: it draws, which takes a second to import
 
-        for path in write_report(results):
+        for path in write_report(results)[:2]:  # its pictures follow
             say(f"page: {path}")
     except Exception as error:
         say(f"The page of {results} could not be made: {type(error).__name__}: {one_line(error)}")

@@ -21,6 +21,13 @@ def amount(value: float | None) -> str:
     return f"{value:,.0f}" if value < 1e6 else f"{value:.3g}"
 
 
+def duration(seconds: float | None) -> str:
+    """Minutes, or hours from the first on; nothing where it was not measured."""
+    if seconds is None:
+        return ""
+    return f"{seconds / 60:.3g} min" if seconds < 3600 else f"{seconds / 3600:.3g} h"
+
+
 def relative(comparison: Comparison) -> str:
     """A relative improvement, its interval, and what may be said of it."""
     if comparison.improvement is None:
@@ -57,13 +64,14 @@ def mean_and_sd(values: Sequence[float]) -> str:
 
 
 def difference(comparison: Comparison) -> str:
-    """A difference and its interval, with three digits of the largest."""
+    """A difference and its interval, with three digits of the largest, and whether it is better or worse."""
     if comparison.difference is None:
         return "none"
     ends = comparison.difference_interval or ()
     decimals = _decimals(max(map(abs, (comparison.difference, *ends))), 3)
+    said = f" {comparison.word}" if comparison.word in ("better", "worse") else ""
     interval = f" [{', '.join(f'{end:.{decimals}f}' for end in ends)}]" if ends else ""
-    return f"{comparison.difference:+.{decimals}f}{interval}"
+    return f"{comparison.difference:+.{decimals}f}{interval}{said}"
 
 
 def coefficient(value: float, interval: Interval | None, sign: str = "") -> str:

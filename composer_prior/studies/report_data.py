@@ -1,19 +1,18 @@
 """What a study's page is made from: the header and the finished cells of a results file, and what the grids plan."""
 
-import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from composer_prior.data.messages import one_line
 from composer_prior.studies.comparison import Better, Curve, Values
+from composer_prior.studies.results import TRAINING, read_lines
+from composer_prior.studies.study import AXES, BETTER, METHOD, SCALING, SEED, combinations, grid_values, value_text
 
-METHOD, SEED = "method", "seed"
-TRAINING = "training"
-SCALES = ("flops", "samples", "unique_samples", "tokens")
+_SILENT = ("true", "false", "null", "none", "yes", "no", "on", "off")  # words that do not say of what they are
 
 Setting = Mapping[str, str]
 """A value for each axis but method and seed."""
@@ -46,8 +45,12 @@ class Grid:
     @property
     def settings(self) -> list[dict[str, str]]:
         """Every combination of the axes other than method and seed."""
-        free = [axis for axis in self.values if axis not in (METHOD, SEED)]
-        return [dict(zip(free, values, strict=True)) for values in product(*(self.values[axis] for axis in free))]
+        return [*combinations({axis: values for axis, values in self.values.items() if axis not in AXES})]
+
+    @property
+    def differing(self) -> list[str]:
+        """The axes other than method and seed of which it has several values."""
+        return [axis for axis, values in self.values.items() if axis not in AXES and len(values) > 1]
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,20 @@ class Study:
         """Every figure that the study names, once."""
         return list(dict.fromkeys([*self.averaged, *self.beside, *([self.curve] if self.curve else []), *self.fits]))
 
+    def short(self, figure: str) -> str:
+        """A figure without its benchmark, unless another that the study names is called so, too."""
+        tail = figure.partition("/")[2]
+        return tail if [name.partition("/")[2] for name in self.named].count(tail) == 1 else figure
+
     @property
     def planned(self) -> list[tuple[str, ...]]:
         """The keys of the cells of all grids, once each."""
-        keys = (key for grid in self.grids for key in product(*(grid.values[axis] for axis in self.axes)))
-        return list(dict.fromkeys(keys))
+        return list(dict.fromkeys(tuple(c.values()) for grid in self.grids for c in combinations(grid.values)))
+
+    @property
+    def defaults(self) -> dict[str, str]:
+        """The setting of what no grid names."""
+        return {axis: values[0] for axis, values in self.axes.items() if axis not in AXES}
 
     def finished(self, setting: Setting, method: str, seed: str) -> Cell | None:
         values = {**setting, METHOD: method, SEED: seed}
@@ -102,9 +114,18 @@ class Study:
         """What the study says of a figure, whatever it is for."""
         return self.figures.get(figure) or self.fits.get(figure)
 
-    def said(self, setting: Setting) -> str:
-        """A setting in words: the axes of the study that have more than one value."""
-        return ", ".join(f"{axis} {value}" for axis, value in setting.items() if len(self.axes[axis]) > 1)
+    def said(self, setting: Setting, grid: Grid | None = None) -> str:
+        """A setting in words: what is not at its default, and what the cells of the grid differ in."""
+        differing = grid.differing if grid else ()
+        return self.words({a: v for a, v in setting.items() if a in differing or v != self.defaults[a]})
+
+    def words(self, setting: Setting) -> str:
+        """The values of a setting; with their axis where they do not say themselves of what they are."""
+        return ", ".join(value if self._is_plain(axis, value) else f"{axis} {value}" for axis, value in setting.items())
+
+    def _is_plain(self, axis: str, value: str) -> bool:
+        elsewhere = (other for name, values in self.axes.items() if name != axis for other in values)
+        return bool(re.match(r"[^\W\d_]", value)) and value.lower() not in _SILENT and value not in elsewhere
 
 
 def read(file: Path) -> Study:
@@ -114,9 +135,8 @@ def read(file: Path) -> Study:
         ValueError: if it is none, in one line with the number of its line.
     """
     study: Study | None = None
-    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+    for number, record in enumerate(read_lines(file), start=1):
         try:
-            record = json.loads(line)
             if study is None:
                 study = _study(_of(record["study"], dict))
             else:
@@ -132,10 +152,10 @@ def read(file: Path) -> Study:
 
 def _study(header: dict[str, Any]) -> Study:
     axes = {
-        str(axis): [str(value) for value in (values if isinstance(values, list) else _of(values, dict))]
+        str(axis): [value_text(value) for value in (values if isinstance(values, list) else _of(values, dict))]
         for axis, values in _of(header["axes"], dict).items()
     }
-    for axis in (METHOD, SEED):
+    for axis in (*AXES, *axes):
         if not axes.get(axis):
             raise ValueError(f"axis {axis} has no values")
     figures = _of(header.get("figures") or {}, dict)
@@ -158,24 +178,21 @@ def _study(header: dict[str, Any]) -> Study:
 
 def _grid(name: str, values: dict[str, Any], axes: Mapping[str, list[str]]) -> Grid:
     scaling = values.get("scaling")
-    if scaling is not None and scaling not in SCALES:
-        raise ValueError(f"grid {name} scales by {scaling}, which is none of {', '.join(SCALES)}")
-    chosen = {axis: of_axis[:1] for axis, of_axis in axes.items()}
-    for axis, wanted in values.items():
-        if axis == "scaling":
-            continue
-        if axis not in axes:
+    if scaling is not None and scaling not in SCALING:
+        raise ValueError(f"grid {name} scales by {scaling}, which is none of {', '.join(SCALING)}")
+    for axis in values:
+        if axis not in (*axes, "scaling"):
             raise ValueError(f"grid {name} names {axis}, which is no axis")
-        wanted = axes[axis] if wanted == "all" else [str(v) for v in (wanted if isinstance(wanted, list) else [wanted])]
-        if unknown := [value for value in wanted if value not in axes[axis]]:
+    chosen = grid_values(values, axes)
+    for axis, of_axis in chosen.items():
+        if unknown := [value for value in of_axis if value not in axes[axis]]:
             raise ValueError(f"grid {name} names {unknown[0]}, which is no value of axis {axis}")
-        chosen[axis] = list(wanted)
     return Grid(name, chosen, scaling)
 
 
 def _directions(figures: Any) -> dict[str, Better]:
     for name, better in _of(figures or {}, dict).items():
-        if better not in ("higher", "lower"):
+        if better not in BETTER:
             raise ValueError(f"figure {name} is {better} where higher or lower is better")
     return dict(figures or {})
 

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from composer_prior import __version__
+from composer_prior.data.messages import one_line
 from composer_prior.data.storage import write_whole
 from composer_prior.studies.study import differences
 from composer_prior.training.config import TrainConfig
 
 TRAINING = "training"
 PACKAGES = ("torch", "mosaicml", "transformers")
+_OTHER = "The file does not hold the results of a study; give another results=."
 _SECONDS = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400}
 
 
@@ -31,13 +33,28 @@ def read_results(file: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]
     """
     if not file.exists():
         return None, []
-    whole = file.read_bytes()
-    whole = whole[: whole.rfind(b"\n") + 1]
     try:
-        lines = [json.loads(line) for line in whole.splitlines()]
+        lines = read_lines(file)
         return (lines[0]["study"], lines[1:]) if lines else (None, [])
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{file} does not hold the results of a study; give another results=.") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file}, line 1: there is no 'study'. {_OTHER}") from error
+    except ValueError as error:
+        raise ValueError(f"{error} {_OTHER}") from error
+
+
+def read_lines(file: Path) -> list[Any]:
+    """The whole lines of a results file; half a line at its end, which a killed writer leaves, is ignored.
+
+    Raises:
+        ValueError: one line that names the file and the line that is no JSON.
+    """
+    lines = []
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {one_line(error, 300)}.") from error
+    return lines
 
 
 def begin_results(file: Path, header: Mapping[str, Any], place: Path | None = None) -> list[dict[str, Any]]:

@@ -1,14 +1,14 @@
 """The part of a study's page on scaling: points, fits and what they differ in, of a grid that has an axis of sizes."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
 
 from composer_prior.studies import plots
 from composer_prior.studies.blocks import Block, Heading, Paragraph, Picture, Table
 from composer_prior.studies.costs import all_flops, used
 from composer_prior.studies.numbers import coefficient, listed
-from composer_prior.studies.report_data import METHOD, SEED, Cell, Grid, Setting, Study
+from composer_prior.studies.report_data import Cell, Grid, Setting, Study
 from composer_prior.studies.scaling import Estimate, Fit, Points, differences, fit, points
+from composer_prior.studies.study import AXES, SEED, combinations
 
 _SAID = {
     "flops": "FLOPs of the run",
@@ -51,7 +51,8 @@ def scaling_blocks(
             "Two forms are fitted through the runs of all seeds: L = a + b C^-c with a ≥ 0 by least squares of L, and "
             "the straight line log L = k0 - k log C by least squares of log L. Intervals are 95 % percentile "
             "bootstraps over seeds, all sizes of a seed together; they say how far the seeds determine a fit, and not "
-            "whether its form holds, here or beyond these sizes."
+            "whether its form holds, here or beyond these sizes. A larger c or k says that the loss falls faster with "
+            "C, a smaller a that it falls further; none of them alone says whose loss is lower."
         )
     )
     if with_reference:
@@ -61,10 +62,8 @@ def scaling_blocks(
                 "grow by less from size to size, and thereby c and k larger: that is no better scaling."
             )
         )
-    others = [axis for axis in grid.values if axis not in (METHOD, SEED, *sizes)]
-    for values in product(*(grid.values[axis] for axis in others)):
-        fixed = dict(zip(others, values, strict=True))
-        said = study.said(fixed)
+    for fixed in combinations({axis: of for axis, of in grid.values.items() if axis not in (*AXES, *sizes)}):
+        said = study.said(fixed, grid)
         for figure, better in study.fits.items():
             title = f"{figure}, {said}" if said else figure
             blocks.append(Heading(4, title))
@@ -75,10 +74,13 @@ def scaling_blocks(
             if not fits:
                 blocks.append(Paragraph("No finished run has a number for it."))
                 continue
-            caption = f"{title}: runs of all seeds; the line is L = a + b C^-c, the dotted one the straight line"
+            caption = (
+                f"{title} ({better} is better): runs of all seeds; the line is L = a + b C^-c, the dotted one the "
+                "straight line"
+            )
             svg = plots.scaling(fits, _SAID[scale], figure, looks)
             blocks += _tables(fits, study.baseline, _SAID[scale])
-            blocks.append(picture(svg, caption, "scaling", grid.name, said, figure))
+            blocks.append(picture(svg, caption, grid.name, said, "scaling", study.short(figure)))
             if with_reference:
                 blocks += _tables(_fits(study, grid, sizes, fixed, figure, all_flops), study.baseline, _WITH_REFERENCE)
     return blocks
@@ -91,7 +93,7 @@ def size_axes(study: Study, grid: Grid, size: _Size) -> list[str]:
     """
     varying = []
     for axis in grid.values:
-        if axis in (METHOD, SEED):
+        if axis in AXES:
             continue
         runs: dict[tuple[str, ...], list[float]] = {}
         for method, setting in _runs(study, grid):
@@ -125,10 +127,11 @@ def _fits(study: Study, grid: Grid, sizes: Sequence[str], fixed: Setting, figure
     found = {}
     for method in study.methods(grid):
         runs = {}
-        for values in product(*(grid.values[axis] for axis in sizes)):
-            setting = {**fixed, **dict(zip(sizes, values, strict=True))}
-            cells = study.by_seed(setting, method, grid.values[SEED])
-            runs[" ".join(values)] = {seed: (size(cell), cell.figures.get(figure)) for seed, cell in cells.items()}
+        for of_sizes in combinations({axis: grid.values[axis] for axis in sizes}):
+            cells = study.by_seed({**fixed, **of_sizes}, method, grid.values[SEED])
+            runs[" ".join(of_sizes.values())] = {
+                seed: (size(cell), cell.figures.get(figure)) for seed, cell in cells.items()
+            }
         of_method = points(runs)
         if len(of_method.x):
             found[method] = of_method, fit(of_method)

@@ -6,8 +6,9 @@ Reading one needs neither Composer nor torch, so that a mistake in it is answere
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,7 @@ from composer_prior.training.config import SHIPPED, TrainConfig, load_recipe
 
 KEYS = ("name", "recipe", "overrides", "axes", "grids", "baseline", "figures", "curve", "fits")
 REQUIRED = ("name", "recipe", "axes", "grids", "baseline", "figures")
-AXES = ("method", "seed")  # that every study has
+AXES = METHOD, SEED = "method", "seed"  # that every study has
 SCALING = ("flops", "samples", "unique_samples", "tokens")
 BETTER = ("higher", "lower")
 
@@ -176,6 +177,24 @@ def _without_new_keys(recipe: Mapping[str, Any], known: Mapping[str, Any]) -> di
     return {key: value for key, value in recipe.items() if key in known or value != defaults.get(key)}
 
 
+def grid_values(grid: Mapping[str, Any], axes: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """Of every axis the values that a grid has; an axis that it does not name stands at its first, the default."""
+    chosen: dict[str, list[str]] = {}
+    for axis, values in axes.items():
+        given = grid.get(axis, next(iter(values)))
+        if given == "all" and "all" not in values:
+            chosen[axis] = [*values]
+        else:
+            chosen[axis] = [value_text(value) for value in (given if isinstance(given, list) else [given])]
+    return chosen
+
+
+def combinations(values: Mapping[str, Sequence[str]]) -> Iterator[dict[str, str]]:
+    """Every combination of a value of each axis."""
+    for combination in product(*values.values()):
+        yield dict(zip(values, combination, strict=True))
+
+
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """``{"a.b": {"c": 1}}`` -> ``{"a.b.c": 1}``; an empty mapping stays."""
     flat: dict[str, Any] = {}
@@ -198,8 +217,14 @@ def value_text(value: Any) -> str:
 
 
 def _text_of(value: Any) -> str:
-    whole = json.dumps(value, ensure_ascii=False)  # is YAML, too
-    plain = value if isinstance(value, str) else whole
+    return _text(value if isinstance(value, str) else None, json.dumps(value, ensure_ascii=False))
+
+
+@lru_cache(maxsize=4096)
+def _text(text: str | None, whole: str) -> str:
+    """A value as it is, or as JSON, which is YAML, too, where YAML would read something else."""
+    plain = whole if text is None else text
+    value = json.loads(whole)
     try:
         read = cast(Any, OmegaConf.to_container(OmegaConf.from_dotlist([f"x={plain}"])))["x"]
     except Exception:  # whatever YAML or OmegaConf says of it
@@ -271,7 +296,7 @@ def _axes(given: Mapping[Any, Any], path: Path) -> dict[str, dict[str, dict[str,
 
 
 def _check_figures(study: Mapping[str, Any], axes: Mapping[str, Any], path: Path) -> None:
-    methods = [*axes["method"]]
+    methods = [*axes[METHOD]]
     if value_text(study["baseline"]) not in methods:
         hint = did_you_mean(value_text(study["baseline"]), methods)
         raise ValueError(f"{path}: baseline={study['baseline']} is not a value of the axis method. {hint}")
@@ -325,7 +350,7 @@ def _cells(header: Mapping[str, Any], path: Path, out: str) -> list[Cell]:
     axes = header["axes"]
     cells: dict[str, Cell] = {}
     for grid in header["grids"].values():
-        for values in _combinations(grid, axes):
+        for values in combinations(grid_values(grid, axes)):
             name = _cell_name(values, axes)
             if name in cells and cells[name].values != values:
                 raise ValueError(f"{path}: {cells[name].values} and {values} are both named {name}; rename a value.")
@@ -333,22 +358,12 @@ def _cells(header: Mapping[str, Any], path: Path, out: str) -> list[Cell]:
     return [*cells.values()]
 
 
-def _combinations(grid: Mapping[str, Any], axes: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
-    chosen = []
-    for axis, values in axes.items():
-        given = grid.get(axis, next(iter(values)))
-        every = given == "all" and "all" not in values
-        chosen.append([*values] if every else given if isinstance(given, list) else [given])
-    for combination in product(*chosen):
-        yield dict(zip(axes, combination, strict=True))
-
-
 def _cell_name(values: Mapping[str, str], axes: Mapping[str, Mapping[str, Any]]) -> str:
     """Method first, seed last, and between them what is not the default; numbers with the name of their axis."""
     between = [axis for axis in axes if axis not in AXES and values[axis] != next(iter(axes[axis]))]
     parts = [
         values[axis] if re.match(r"[A-Za-z]", values[axis]) else f"{axis}{values[axis]}"
-        for axis in ("method", *between, "seed")
+        for axis in (METHOD, *between, SEED)
     ]
     return "-".join(re.sub(r"[^\w.+]+", "_", part) for part in parts)
 

@@ -20,8 +20,9 @@ from composer_prior.studies.comparison import (
 )
 from composer_prior.studies.costs import what_was_run
 from composer_prior.studies.numbers import average, counted, difference, mean_and_sd, relative, share
-from composer_prior.studies.report_data import METHOD, SEED, Grid, Setting, Study, numbers, read
+from composer_prior.studies.report_data import Grid, Setting, Study, numbers, read
 from composer_prior.studies.scaling_tables import scaling_blocks
+from composer_prior.studies.study import AXES, METHOD, SEED
 
 FIGURES = "study_figures"
 """The folder of the pictures, beside the page."""
@@ -31,6 +32,8 @@ _NAMED = 8  # of what is missing
 
 def write_report(results: Path) -> list[Path]:
     """Write ``study.md``, ``study.html`` and the pictures of ``study.md`` beside a results file.
+
+    Pictures of the page that was there, and that this one does not have, are removed.
 
     Returns:
         What was written, the two pages first.
@@ -44,10 +47,21 @@ def write_report(results: Path) -> list[Path]:
     pictures = {block.file: block.svg for block in page.blocks if isinstance(block, Picture)}
     if pictures:
         (results.parent / FIGURES).mkdir(exist_ok=True)
+    old = _pictures_of(results.parent / "study.md") - pictures.keys()
     written = {results.parent / name: text for name, text in {**pages, **pictures}.items()}
-    for path, text in written.items():
+    for path, text in reversed(written.items()):  # no page without its pictures
         write_whole(path, text.encode())
+    for name in old:
+        (results.parent / name).unlink(missing_ok=True)
     return list(written)
+
+
+def _pictures_of(page: Path) -> set[str]:
+    """The pictures that a page of ours in Markdown links to."""
+    if not page.is_file():
+        return set()
+    text = page.read_text(encoding="utf-8", errors="replace")
+    return set(re.findall(rf"(?<!\\)\]\(({FIGURES}/[A-Za-z0-9_.]+\.svg)\)$", text, re.MULTILINE))
 
 
 class _Page:
@@ -83,8 +97,11 @@ class _Page:
         self._say(
             f"{recipe}Methods are compared with {study.baseline}. {len(done)} of {len(planned)} runs are finished."
         )
+        if study.defaults:
+            default = ", ".join(f"{axis} {value}" for axis, value in study.defaults.items())
+            self._say(f"Where nothing else is said, runs have: {default}.")
         if missing := [key for key in planned if key not in done]:
-            names = [" ".join(f"{a} {v}" for a, v in zip(study.axes, key, strict=True)) for key in missing[:_NAMED]]
+            names = [self._run(dict(zip(study.axes, key, strict=True))) for key in missing[:_NAMED]]
             more = f"; and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
             self._say(f"Missing: {counted(len(missing), 'run')}: {'; '.join(names)}{more}.")
         if beyond := sum(cell.finished for key, cell in study.cells.items() if key not in planned):
@@ -104,6 +121,10 @@ class _Page:
             said = (f"{name} {' and '.join(sorted(of_name))}" for name, of_name in sorted(versions.items()))
             self._say(f"Versions: {', '.join(said)}.")
 
+    def _run(self, values: Mapping[str, str]) -> str:
+        setting = {axis: value for axis, value in values.items() if axis not in AXES}
+        return ", ".join(filter(None, (self.study.said(setting), values[METHOD], f"seed {values[SEED]}")))
+
     def _how(self) -> None:
         seeds = len(self.study.axes[SEED])
         known = [count for count in HELD if count <= seeds]
@@ -122,22 +143,27 @@ class _Page:
     def _grid(self, grid: Grid) -> None:
         study = self.study
         self.blocks.append(Heading(2, f"Grid {grid.name}"))
+        one = {axis: value for axis, value in grid.settings[0].items() if axis not in grid.differing}
+        common = ", ".join(f"{axis} {value}" for axis, value in one.items() if value != study.defaults[axis])
+        if common:
+            self._say(f"All runs of this grid have: {common}.")
+        without = []
         for setting in grid.settings:
-            said = study.said(setting)
-            if len(grid.settings) > 1:
-                self.blocks.append(Heading(3, said))
-            elif said:
-                self._say(f"All of {said}.")
+            title = study.words({axis: setting[axis] for axis in grid.differing})
             methods = [m for m in study.methods(grid) if study.by_seed(setting, m, grid.values[SEED])]
             if not methods:
-                self._say("No run is finished.")
+                without.append(title)
                 continue
+            if title:
+                self.blocks.append(Heading(3, title))
             if study.baseline in methods:
                 self._differences(grid, setting, methods)
                 self._steps_until(grid, setting, methods)
             else:
                 self._say(f"No run of the baseline {study.baseline} is here: nothing is compared.")
             self._curves(grid, setting, methods)
+        if without:
+            self._say(f"No run is finished of: {'; '.join(without)}." if grid.differing else "No run is finished.")
         if grid.scaling:
             self.blocks += scaling_blocks(study, grid, grid.scaling, self._looks, self._picture)
 
@@ -166,7 +192,7 @@ class _Page:
         if figures and others:
             rows = [["average of *", *(average(averages[method]) for method in others)]] if study.averaged else []
             rows += [[self._figure(name), *(relative(found[method, name]) for method in others)] for name in figures]
-            self._say(f"Relative improvement over {base}:")
+            self._say(f"Relative improvement over {base}, positive where the method is better:")
             self.blocks.append(Table(["figure", *others], rows))
             self._notes(base, others, setting, seeds, found, averages)
         if figures:
@@ -178,7 +204,12 @@ class _Page:
                 ]
                 for name in figures
             ]
-            self._say(f"{base}'s mean ± standard deviation over its seeds, and the others' difference to it:")
+            self._say(
+                f"{base}'s mean ± standard deviation over its seeds, and the others' difference to it, method minus "
+                f"{base}: positive is better where higher is, negative where lower is, as each row says."
+                if others
+                else f"{base}'s mean ± standard deviation over its seeds:"
+            )
             self.blocks.append(Table(["figure", base, *others], rows))
         self._forest(grid, setting, base, others, averages, found)
 
@@ -191,6 +222,7 @@ class _Page:
         averages: Mapping[str, Average],
         found: Mapping[tuple[str, str], Comparison],
     ) -> None:
+        study = self.study
         shown = [("average of *", {m: (a.value, a.interval) for m, a in averages.items() if a.value is not None})]
         for name in dict.fromkeys(name for _, name in found):
             of_figure = {method: found[method, name] for method in others}
@@ -200,10 +232,10 @@ class _Page:
             shown.append((self._figure(name), known))
         shown = [(name, row) for name, row in shown if row]
         if shown:
-            said = self._said(grid, setting)
-            caption = f"Relative improvement over {base} with 95 % intervals{said}"
+            said = study.said(setting, grid)
+            caption = f"{said or grid.name}: relative improvement over {base} with 95 % intervals, right is better"
             svg = plots.forest(shown, base, self._looks)
-            self.blocks.append(self._picture(svg, caption, "improvement", grid.name, said))
+            self.blocks.append(self._picture(svg, caption, grid.name, said, "improvement"))
 
     def _notes(
         self,
@@ -254,7 +286,7 @@ class _Page:
                 rows.append([method, share(reached.mean, reached.interval), told])
         self._say(
             f"Steps until the baseline's final value of {figure} is reached, as a share of the baseline's steps: the "
-            "mean over the seeds that reach it, linear between evaluations."
+            "mean over the seeds that reach it, linear between evaluations. Less is better."
         )
         self.blocks.append(Table(["method", "share of the steps", "seeds"], rows))
 
@@ -262,12 +294,13 @@ class _Page:
         for figure in dict.fromkeys([*([self.study.curve] if self.study.curve else []), *self.study.beside]):
             curves = self._of_seeds(grid, setting, methods, figure)
             if any(len(batches) > 1 for of_seeds in curves.values() for batches, _ in of_seeds.values()):
-                said = self._said(grid, setting)
+                said, better = self.study.said(setting, grid), self.study.better(figure)
                 svg = plots.learning_curves(
                     {method: list(of_seeds.values()) for method, of_seeds in curves.items()}, figure, self._looks
                 )
-                caption = f"{figure}{said}: mean over seeds, in a band from smallest to largest"
-                self.blocks.append(self._picture(svg, caption, "curve", grid.name, said, figure))
+                direction = f" ({better} is better)" if better else ""
+                caption = f"{said or grid.name}: {figure}{direction}, mean over seeds, in a band from least to most"
+                self.blocks.append(self._picture(svg, caption, grid.name, said, self.study.short(figure)))
 
     def _of_seeds(
         self, grid: Grid, setting: Setting, methods: Sequence[str], figure: str
@@ -285,7 +318,3 @@ class _Page:
 
     def _figure(self, name: str) -> str:
         return f"{name} ({self.study.figures[name]} is better){' *' if name in self.study.averaged else ''}"
-
-    def _said(self, grid: Grid, setting: Setting) -> str:
-        said = self.study.said(setting)
-        return f", {said}" if said else ""

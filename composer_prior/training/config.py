@@ -5,12 +5,15 @@ Reading one needs neither Composer nor torch, so that a key that does not exist 
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from composer_prior.data.storage import is_remote
@@ -18,6 +21,7 @@ from composer_prior.registry import did_you_mean
 
 SHIPPED = Path(__file__).parents[1] / "yamls"  # found by name where the working folder has no file of that name
 OWN_DATA = ("train", "validation")
+_REFERENCES: dict[tuple[str, Path], dict[str, Any]] = {}
 
 
 @dataclass
@@ -100,6 +104,9 @@ class TrainConfig:
     dist_timeout: float = 3600.0
 
 
+_SCHEMA = OmegaConf.structured(TrainConfig)
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a recipe, put in the recipes it names (``data``, ``reference``) and the overrides, and check its schema.
 
@@ -131,10 +138,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     data, reference = _changed(data, data_changes, path), _changed(reference, reference_changes, path)
     if own_data is not None and data is None:
         recipe.pop("benchmarks", None)  # those of the recipe are about its own data
-    recipe = cast(DictConfig, OmegaConf.merge(recipe, changes, {"data": data}))
+    recipe = cast(DictConfig, OmegaConf.unsafe_merge(recipe, changes, {"data": data}))
     if reference is not None:
-        nested = OmegaConf.merge(reference, {"data": data, "tokenizer": recipe.get("tokenizer")})
-        recipe["reference"] = asdict(_typed(cast(DictConfig, nested), path))
+        nested = OmegaConf.unsafe_merge(reference, {"data": data, "tokenizer": recipe.get("tokenizer")})
+        recipe["reference"] = _typed_reference(cast(DictConfig, nested), path)
     return _typed(recipe, path)
 
 
@@ -201,22 +208,47 @@ def _read(path: Path) -> DictConfig:
     if not path.is_file():
         raise FileNotFoundError(f"The recipe {path} does not exist.")
     try:
-        recipe = OmegaConf.load(path)  # a safe loader: tags that construct Python objects are errors
+        recipe = _load(path, path.read_bytes())
     except Exception as error:
         raise ValueError(f"{path} is not a readable YAML file: {_one_line(error)}") from error
     if not isinstance(recipe, DictConfig):
         raise ValueError(f"{path} must hold keys and values.")
-    return recipe
+    return deepcopy(recipe)
+
+
+@lru_cache(maxsize=16)
+def _load(path: Path, _: bytes) -> DictConfig | ListConfig:
+    """What a file holds, parsed once while its bytes are the same: a study reads the same recipes hundreds of times."""
+    return OmegaConf.load(path)  # a safe loader: tags that construct Python objects are errors
 
 
 def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"{override!r} is not an override; write key=value.")
+    changes = OmegaConf.create()
     try:
-        return OmegaConf.from_dotlist(list(overrides))
+        for override in overrides:
+            key, _, text = override.partition("=")
+            OmegaConf.update(changes, key, _value(text))
     except Exception as error:
         raise ValueError(f"Overrides {' '.join(overrides)}: {_one_line(error)}") from error
+    return changes
+
+
+@lru_cache(maxsize=4096)
+def _value(text: str) -> Any:
+    return cast(Any, OmegaConf.to_container(OmegaConf.from_dotlist([f"x={text}"]), resolve=False))["x"]
+
+
+def _typed_reference(recipe: DictConfig, path: Path) -> dict[str, Any]:
+    """The recipe of a reference with its values, which are found once for all cells of a study that share it."""
+    text = repr(OmegaConf.to_container(recipe, resolve=False))
+    if re.search(r"\$\{[^}]*:", text):  # a resolver may answer something else the next time
+        return asdict(_typed(recipe, path))
+    if (text, path) not in _REFERENCES:
+        _REFERENCES[text, path] = asdict(_typed(recipe, path))
+    return _REFERENCES[text, path]
 
 
 def _typed(recipe: DictConfig, path: Path) -> TrainConfig:
@@ -225,11 +257,14 @@ def _typed(recipe: DictConfig, path: Path) -> TrainConfig:
         if key not in names:
             raise ValueError(f"{path}: {key} is not a key of a recipe. {did_you_mean(key, names)}")
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(TrainConfig), recipe)
-        missing = sorted(OmegaConf.missing_keys(typed))
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}.")
-        return cast(TrainConfig, OmegaConf.to_object(typed))
+        typed = OmegaConf.unsafe_merge(deepcopy(_SCHEMA), recipe)
+        try:
+            return cast(TrainConfig, OmegaConf.to_object(typed))
+        except OmegaConfBaseException as error:
+            missing = sorted(OmegaConf.missing_keys(typed))  # slow, and so after the error alone
+            if missing:
+                raise ValueError(f"{path} lacks {', '.join(missing)}.") from error
+            raise
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {error.full_key or ''!s}: {_one_line(error)}") from error
 

@@ -13,6 +13,7 @@ from composer_prior.studies.results import (
     count_samples,
     finished,
     planned_steps,
+    read_lines,
     read_metrics,
     read_results,
     versions,
@@ -146,8 +147,18 @@ def test_a_study_may_grow_and_not_change(study):
 @pytest.mark.parametrize("content", ["[1]\n", '{"a": 1}\n', "text\n"])
 def test_a_file_of_something_else_is_refused(content):
     Path("results.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=r"results\.jsonl does not hold the results of a study"):
+    with pytest.raises(ValueError, match=r"results\.jsonl, line 1: .* does not hold the results of a study"):
         read_results(Path("results.jsonl"))
+
+
+def test_a_bad_line_is_refused_with_its_number(study):
+    file = Path("results.jsonl")
+    begin_results(file, study.header)
+    with file.open("a") as opened:
+        opened.write('{"cell": \n')
+    for read in (read_results, read_lines, lambda file: begin_results(file, study.header)):
+        with pytest.raises(ValueError, match=r"^results\.jsonl, line 2: Expecting value"):
+            read(file)
 
 
 def test_metrics_files_may_end_in_half_a_line():

@@ -198,9 +198,9 @@ def test_the_page_takes_nothing_down(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "composer_prior.studies.study_page", Broken)
     assert main(["study.yaml"]) == 0
     assert "The page of studies/tiny/results.jsonl could not be made: RuntimeError: no page" in capsys.readouterr().out
-    Broken.write_report = staticmethod(lambda file: [file.with_name("study.md")])
+    Broken.write_report = staticmethod(lambda file: [file.with_name(f"study.{end}") for end in ("md", "html", "svg")])
     assert main(["study.yaml", "report=only"]) == 0
-    assert capsys.readouterr().out == "page: studies/tiny/study.md\n"
+    assert capsys.readouterr().out == "page: studies/tiny/study.md\npage: studies/tiny/study.html\n"
     assert main(["study.yaml", "report=only", "out=nowhere"]) == 1
     assert "There are no results in nowhere/results.jsonl yet." in capsys.readouterr().err
 

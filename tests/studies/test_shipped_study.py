@@ -1,0 +1,67 @@
+"""The study that comes with the package, as it ships."""
+
+from pathlib import Path
+
+import pytest
+from common.recipes import ROOT
+
+from composer_prior import registry
+from composer_prior.models.metrics import caption_metrics
+from composer_prior.studies.runner import Plan, plan_tasks
+from composer_prior.studies.shared import share
+from composer_prior.studies.study import METHOD, SEED, Study, read_study
+from composer_prior.training.checks import check_recipe
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return read_study(ROOT / "yamls/studies/prior_vs_ntp.yaml", out="out")
+
+
+@pytest.fixture(scope="module")
+def plan(study) -> Plan:
+    return plan_tasks(study, Path("out"))
+
+
+def test_its_cells(study):
+    assert len(study.cells) == 193
+    assert {cell.values[METHOD] for cell in study.cells} == set(study.header["axes"][METHOD])
+    for axis, values in study.header["axes"].items():
+        assert {cell.values[axis] for cell in study.cells} == set(values), axis
+
+
+def test_every_recipe_passes_the_checks_of_a_run(study, plan):
+    checked = set()
+    for cell in study.cells:
+        kind = tuple(value for axis, value in cell.values.items() if axis != SEED)
+        if kind not in checked:
+            checked.add(kind)
+            check_recipe(cell.load(plan.further[cell.name]))
+    assert len(checked) == 47
+
+
+def test_its_figures_are_those_of_its_benchmarks(study):
+    header = study.header
+    named = [*header["figures"]["averaged"], *header["figures"]["beside"], header["curve"], *header["fits"]]
+    for recipe in study.recipes.values():
+        known = {f"validation/{name}" for name in caption_metrics(image_related=True)}
+        for name, arguments in recipe.benchmarks.items():
+            kind = registry.look_up("benchmark", arguments.get("benchmark", name), name)
+            known |= {f"{name}/{figure}" for figure in kind.headline.values()}
+        assert set(named) <= known
+
+
+def test_cells_that_differ_in_seed_share_all_that_is_made_before_them(study, plan):
+    by_rest: dict[tuple[str, ...], list[str]] = {}
+    for cell in study.cells:
+        by_rest.setdefault(tuple(v for axis, v in cell.values.items() if axis != SEED), []).append(cell.name)
+    assert len(by_rest) == 47
+    shared = {c.name: share(study.recipes[c.name], c.overrides, Path("out/shared")) for c in study.cells}
+    for names in by_rest.values():
+        assert len(names) in (3, 5)
+        assert len({shared[name].places for name in names}) == 1
+        assert len({plan.preparations[name].name for name in names}) == 1
+        for key in ("data.out", "tokenizer.name", "reference.run_folder", "train_loader.dataset.scores"):
+            assert len({str(shared[name].overrides.get(key)) for name in names}) == 1
+    # Data, tokenizer, reference and scores.
+    assert len(shared[next(cell.name for cell in study.cells if cell.values[METHOD] == "prior")].places) == 4
