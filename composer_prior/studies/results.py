@@ -43,7 +43,7 @@ def read_results(file: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]
 
 
 def read_lines(file: Path) -> list[Any]:
-    """The whole lines of a results file; half a line at its end, which a killed writer leaves, is ignored.
+    """The whole lines of a file of JSON; half a line at its end, which a killed writer leaves, is ignored.
 
     Raises:
         ValueError: one line that names the file and the line that is no JSON.
@@ -129,11 +129,12 @@ def collect(
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's ``metrics.jsonl``; none if it is not there."""
-    if not file.is_file():
-        return []
-    with file.open() as lines:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The whole lines of a run's ``metrics.jsonl``; none if it is not there.
+
+    Raises:
+        ValueError: as :func:`read_lines`.
+    """
+    return read_lines(file) if file.is_file() else []
 
 
 def last(records: Sequence[Mapping[str, Any]], name: str) -> Any:

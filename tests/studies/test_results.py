@@ -165,6 +165,9 @@ def test_metrics_files_may_end_in_half_a_line():
     Path("metrics.jsonl").write_text('{"batch": 1}\n{"bat')
     assert read_metrics(Path("metrics.jsonl")) == [{"batch": 1}]
     assert read_metrics(Path("nowhere.jsonl")) == []
+    Path("bad.jsonl").write_text('{"batch": 1}\n{"batch": 2{"batch": 3}\n')
+    with pytest.raises(ValueError, match=r"^bad\.jsonl, line 2: "):
+        read_metrics(Path("bad.jsonl"))
 
 
 def test_samples_and_steps_are_counted_where_they_can_be_known(study):

@@ -24,7 +24,7 @@ def plan(study) -> Plan:
 
 
 def test_its_cells(study):
-    assert len(study.cells) == 193
+    assert len(study.cells) == 196
     assert {cell.values[METHOD] for cell in study.cells} == set(study.header["axes"][METHOD])
     for axis, values in study.header["axes"].items():
         assert {cell.values[axis] for cell in study.cells} == set(values), axis
@@ -37,7 +37,7 @@ def test_every_recipe_passes_the_checks_of_a_run(study, plan):
         if kind not in checked:
             checked.add(kind)
             check_recipe(cell.load(plan.further[cell.name]))
-    assert len(checked) == 47
+    assert len(checked) == 48
 
 
 def test_its_figures_are_those_of_its_benchmarks(study):
@@ -55,7 +55,7 @@ def test_cells_that_differ_in_seed_share_all_that_is_made_before_them(study, pla
     by_rest: dict[tuple[str, ...], list[str]] = {}
     for cell in study.cells:
         by_rest.setdefault(tuple(v for axis, v in cell.values.items() if axis != SEED), []).append(cell.name)
-    assert len(by_rest) == 47
+    assert len(by_rest) == 48
     shared = {c.name: share(study.recipes[c.name], c.overrides, Path("out/shared")) for c in study.cells}
     for names in by_rest.values():
         assert len(names) in (3, 5)
