@@ -53,7 +53,7 @@ def what_was_run(study: Study) -> list[Block]:
             time = duration(_mean(cells, "seconds"))
             rows.append([name, f"{len(cells)} of {len(by_method[method])}", *map(amount, means), time])
         if sentence := equality(found, study.baseline):
-            sentences.setdefault(sentence, []).append(study.said(setting) or "at the defaults")
+            sentences.setdefault(sentence, []).append(study.said(setting) or "At the defaults")
     header = ["run", "seeds", "steps", "samples", "unique samples", "tokens", "FLOPs of the run"]
     blocks: list[Block] = [
         Heading(2, "What was run"),

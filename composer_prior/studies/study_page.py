@@ -224,7 +224,10 @@ class _Page:
     ) -> None:
         study = self.study
         shown = [("average of *", {m: (a.value, a.interval) for m, a in averages.items() if a.value is not None})]
-        for name in dict.fromkeys(name for _, name in found):
+        # The figures beside, a loss for instance, may change by many times what a benchmark does: they have curves.
+        for name in [
+            name for name in dict.fromkeys(name for _, name in found) if name in (study.averaged or study.figures)
+        ]:
             of_figure = {method: found[method, name] for method in others}
             known = {
                 m: (c.improvement, c.improvement_interval) for m, c in of_figure.items() if c.improvement is not None

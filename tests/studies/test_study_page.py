@@ -183,7 +183,7 @@ def test_a_sentence_of_equality_names_its_settings_unless_it_is_of_all_that_ran(
     study = header()
     blocks = what_was_run(read(written(tmp_path, study, lines_of(study, without))))
     (said,) = (block.text for block in blocks if isinstance(block, Paragraph) and "equal within" in block.text)
-    assert said.startswith("at the defaults: Steps, samples")
+    assert said.startswith("At the defaults: Steps, samples")
 
 
 def test_the_page_never_says_significant_and_says_how_it_measured(page):
