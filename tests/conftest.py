@@ -33,6 +33,8 @@ settings.load_profile("repeatable")
 # Files that take a minute or more, longest first: one that began last would leave the other core idle.
 LONG = [
     "test_streaming_s3",
+    "test_preflight",
+    "test_hostile",
     "test_checkpoints",
     "test_real_scale",
     "test_two_ranks",
