@@ -232,7 +232,7 @@ def _reference_flops(recipe: TrainConfig, samples: int | None, unique: int | Non
     theirs = read_metrics(Path(recipe.reference["run_folder"], "metrics.jsonl"))
     flops, trained_on = last(theirs, "compute/flops"), last(theirs, "time/sample")
     stored = bool(recipe.train_loader["dataset"].get("scores"))
-    live = not stored and (recipe.algorithms.get("prior") or {}).get("reference") is not None
+    live = any((given or {}).get("reference") is not None for given in recipe.algorithms.values())
     if not (stored or live):
         return {"reference_flops": flops, "scoring_flops": 0}
     scored = unique if stored else samples

@@ -8,6 +8,7 @@ import composer.algorithms
 import pytest
 import torch
 import torch.nn.functional as F
+from common import training
 from common.models import FAMILIES, small_lvlm
 from composer import Trainer
 from composer.algorithms import (
@@ -27,7 +28,6 @@ from composer.algorithms.low_precision_layernorm.low_precision_layernorm import 
     apply_low_precision_layernorm,
 )
 from composer.core import Algorithm, Callback, Precision
-from composer.loggers import InMemoryLogger
 
 from composer_prior import LVLM, PRIOR, importance_weights, selective_backprop_keys
 from composer_prior.algorithms.token_weighting.stacking import refusal
@@ -125,23 +125,9 @@ def copied(model):
 
 
 def fit(model, spec, algorithms, duration="4ba", lr=0.5, **changes):
-    record, memory = Record(), InMemoryLogger()
-    trainer = Trainer(
-        model=model,
-        train_dataloader=spec,
-        max_duration=duration,
-        optimizers=torch.optim.SGD(model.parameters(), lr=lr),
-        algorithms=algorithms,
-        callbacks=[record],
-        loggers=[memory],
-        accumulate_train_batch_on_tokens=True,
-        progress_bar=False,
-        device="cpu",
-        seed=0,
-        **changes,
-    )
-    trainer.fit()
-    return record, memory, trainer
+    record = Record()
+    trainer, logged = training.fit(model, spec, algorithms, duration, [record], lr, **changes)
+    return record, logged, trainer
 
 
 def assert_close(ours, expected, rtol=1e-5):
@@ -188,14 +174,14 @@ def test_gradient_clipping_scales_the_formulas_gradient(lvlm, make_spec, make_ba
 
 def test_layer_freezing_freezes_and_the_rest_learns(lvlm, make_spec, reference):
     freezing = LayerFreezing(freeze_start=0.0, freeze_level=0.5)
-    record, memory, _ = fit(lvlm, make_spec(lvlm, batch_size=48), [PRIOR(reference), freezing], "4ep")
+    record, logged, _ = fit(lvlm, make_spec(lvlm, batch_size=48), [PRIOR(reference), freezing], "4ep")
     frozen = {name for name, p in lvlm.named_parameters() if not p.requires_grad}
     before, last = record.weights[-3:-1]  # the last epoch has two steps, after which more is frozen
     held = {name for name in last if torch.equal(before[name], last[name])}
     assert held
     assert held <= frozen
     assert "model.language.lm_head.weight" not in frozen
-    assert len(memory.data["prior/loss_weighted"]) == 8
+    assert len(logged["prior/loss_weighted"]) == 8
 
 
 @pytest.mark.parametrize("microbatch", [None, 3])
@@ -210,14 +196,14 @@ def test_sam_weights_both_passes_and_logs_the_first(lvlm, make_spec, make_batch,
     there = formula_gradients(lvlm, batch, reference)
     lvlm.load_state_dict(start, strict=False)
     spec = make_spec(lvlm)
-    record, memory, _ = fit(
+    record, logged, _ = fit(
         lvlm, spec, [PRIOR(reference), SAM(rho=0.5)], "1ba", device_train_microbatch_size=microbatch
     )
     assert_close(record.gradients[0], here)
     assert_close(record.gradients[1], there, rtol=1e-4)  # the second point itself carries the rounding of the first
     assert_close(record.weights[0], {name: start[name] - 0.5 * there[name] for name in start})
-    assert len(memory.data["prior/loss_weighted"]) == 1
-    logged, total = memory.data["prior/loss_weighted"][0][1], memory.data["loss/train/total"][0][1]
+    assert len(logged["prior/loss_weighted"]) == 1
+    logged, total = logged["prior/loss_weighted"][0][1], logged["loss/train/total"][0][1]
     assert logged == pytest.approx(float(total), rel=1e-5)
 
 

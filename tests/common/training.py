@@ -5,14 +5,14 @@ from composer import Trainer
 from composer.loggers import InMemoryLogger
 
 
-def fit(model, spec, algorithms=(), duration="1ba", callbacks=(), **changes):
+def fit(model, spec, algorithms=(), duration="1ba", callbacks=(), lr=0.1, **changes):
     """The trainer after its steps, and what was logged: metric: [(time, value), ...]."""
     memory = InMemoryLogger()
     trainer = Trainer(
         model=model,
         train_dataloader=spec,
         max_duration=duration,
-        optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
+        optimizers=torch.optim.SGD(model.parameters(), lr=lr),
         algorithms=list(algorithms),
         callbacks=list(callbacks),
         loggers=[memory],

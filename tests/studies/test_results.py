@@ -95,6 +95,8 @@ def test_what_the_reference_cost_is_said_apart(study):
     assert figures("prior-seed1") == (64, 20, 3000, pytest.approx(3000 / 50 * 64 / 3))  # stored: each sample once
     live = {"train_loader.dataset.scores": None}
     assert figures("prior-seed1", **live) == (64, 20, 3000, pytest.approx(3000 / 50 * 32 / 3))  # live: as it trains
+    rho1 = {**live, "algorithms.prior": None, "algorithms.rho1.reference": "reference/model"}
+    assert figures("prior-seed1", **rho1) == figures("prior-seed1", **live)  # whichever method it is
     assert figures("ntp-seed1") == (64, 20, 3000, 0)
     cell = study.cells[0]
     recipe = cell.load()

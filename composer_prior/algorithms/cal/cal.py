@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from composer_prior.algorithms.cal.weights import check_arguments, raw_weights
-from composer_prior.algorithms.token_weighting.image_tokens import image_positions, image_token_ids
+from composer_prior.algorithms.token_weighting.image_tokens import image_token_ids, text_positions
 from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting, honours, unwrapped
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.label_logits import gathered_logits, text_label_logits_of
@@ -74,9 +74,7 @@ class CAL(TokenWeighting):
     def before_forward(self, state: State) -> None:
         model: Any = unwrapped(state.model)
         batch = state.batch
-        is_text = ~image_positions(batch["input_ids"], batch["labels"], model)
-        if "attention_mask" in batch:
-            is_text &= batch["attention_mask"].bool()
+        is_text = text_positions(batch, model)
         read = model.model.text_label_logits if isinstance(model, ComposerLVLM) else text_label_logits_of(model.model)
         with get_precision_context(state.precision or Precision.FP32, state.precision_config):
             self._without = read(batch["input_ids"], is_text, batch["labels"])

@@ -1,6 +1,7 @@
 """Where the image stands in the text of a vision-language model, so that a text-only reference does not see it."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,6 +63,12 @@ def image_positions(input_ids: Tensor, labels: Tensor, model: Any) -> Tensor:
     breaks = torch.tensor(_line_break_ids(model), dtype=torch.long, device=input_ids.device)
     is_break = torch.isin(input_ids, breaks) & (labels == IGNORE_INDEX)
     return image | (is_break & _next_to(image, is_break) & _next_to(image.flip(1), is_break.flip(1)).flip(1))
+
+
+def text_positions(batch: Mapping[str, Tensor], model: Any) -> Tensor:
+    """``[B, T]`` bool: the real positions that are not the image's, see :func:`image_positions`."""
+    is_text = ~image_positions(batch["input_ids"], batch["labels"], model)
+    return is_text & batch["attention_mask"].bool() if "attention_mask" in batch else is_text
 
 
 def _next_to(image: Tensor, is_break: Tensor) -> Tensor:

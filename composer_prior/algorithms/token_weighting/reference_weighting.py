@@ -8,7 +8,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from composer_prior.algorithms.token_weighting.image_tokens import image_positions, image_token_ids
+from composer_prior.algorithms.token_weighting.image_tokens import image_token_ids, text_positions
 from composer_prior.algorithms.token_weighting.normalize import Normalization, check_logprobs
 from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting, unwrapped
 from composer_prior.models.reference import ReferenceLM
@@ -77,9 +77,7 @@ class ReferenceWeighting(TokenWeighting):
                 )
             self.reference.to(cast(torch.device, state.device._device))
             with get_precision_context(state.precision or Precision.FP32, state.precision_config):
-                is_text = ~image_positions(batch["input_ids"], batch["labels"], unwrapped(state.model))
-                if "attention_mask" in batch:
-                    is_text &= batch["attention_mask"].bool()
+                is_text = text_positions(batch, unwrapped(state.model))
                 ref_logprobs = self.reference.logprobs(batch["input_ids"], is_text, batch["labels"])
             # The dict that the loader made stays as it is: a loader may yield it again.
             state.batch = {**batch, "ref_logprobs": ref_logprobs.to(batch["labels"].device)}
