@@ -27,6 +27,7 @@ except ImportError:
 
 # Logits held at once. On a CPU a block stays in the cache and below malloc's threshold for fresh pages from the system.
 BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+BLOCK_MULTIPLE = {"cpu": 1, "cuda": 128}
 # Probabilities kept from forward to backward, which spares computing their blocks twice.
 KEPT_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 # Tokens whose logits are held at once where the head is more than a linear layer.
@@ -287,10 +288,10 @@ def _blockwise(
 
 
 def _blocks(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
-    """The vocabulary in blocks of equal size, but for the last."""
-    elements = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"])
-    count = -(-vocabulary // max(256, elements // max(tokens, 1)))
-    size = -(-vocabulary // count)
+    """The vocabulary in blocks of equal size, but for the last; on a GPU of whole tiles of its matrix products."""
+    kind = device.type if device.type in BLOCK_ELEMENTS else "cuda"
+    count = -(-vocabulary // max(256, BLOCK_ELEMENTS[kind] // max(tokens, 1)))
+    size = -(-vocabulary // (count * BLOCK_MULTIPLE[kind])) * BLOCK_MULTIPLE[kind]
     return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
 
 

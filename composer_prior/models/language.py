@@ -15,6 +15,8 @@ from transformers import (
 from composer_prior.models.head import Head, TransformedHead
 from composer_prior.models.modeling_prior_lvlm import decoder_of, logit_transform
 
+VOCABULARY_MULTIPLE = 64
+
 
 def build_language_model(
     tokenizer: PreTrainedTokenizerBase,
@@ -22,6 +24,7 @@ def build_language_model(
     config: dict[str, Any] | None = None,
     freeze: bool = False,
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """A causal LM, pretrained or new, whose embeddings hold every token of the tokenizer.
 
@@ -31,19 +34,21 @@ def build_language_model(
         config: for a new model, ``model_type`` and the arguments of its Hugging Face configuration.
         freeze: keep its weights as they are, the embeddings of added tokens included.
         trust_remote_code: run code that comes with the pretrained model.
+        attn_implementation: transformers' name of how attention is computed, such as ``sdpa``, ``eager`` or
+            ``flash_attention_2``. Default: transformers' own choice.
 
     Raises:
         ValueError: unless exactly one of ``pretrained`` and ``config`` is given, or for an LM that :func:`check_head`
             refuses.
     """
     if pretrained is not None and config is None:
-        model = AutoModelForCausalLM.from_pretrained(
-            pretrained, trust_remote_code=trust_remote_code, dtype=torch.float32
-        )
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "attn_implementation": attn_implementation}
+        model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32, **options)
     else:
-        model = AutoModelForCausalLM.from_config(_configuration(tokenizer, pretrained, config, trust_remote_code))
+        settings = _configuration(tokenizer, pretrained, config, trust_remote_code)
+        model = AutoModelForCausalLM.from_config(settings, attn_implementation=attn_implementation)
     if len(tokenizer) > vocabulary_size(model):
-        model.resize_token_embeddings(len(tokenizer))
+        _grow(model, grown_vocabulary(len(tokenizer)))
     check_head(model, reads_embeddings=True)
     return model.requires_grad_(not freeze)
 
@@ -54,6 +59,7 @@ def language_skeleton(
     config: dict[str, Any] | None = None,
     freeze: bool = False,
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """What :func:`build_language_model` builds, without its weights: call it on the meta device.
 
@@ -62,8 +68,10 @@ def language_skeleton(
     """
     settings = _configuration(tokenizer, pretrained, config, trust_remote_code)
     text = settings.get_text_config(decoder=True)
-    text.vocab_size = max(text.vocab_size, len(tokenizer))
-    model = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
+    if len(tokenizer) > text.vocab_size:
+        text.vocab_size = grown_vocabulary(len(tokenizer))
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "attn_implementation": attn_implementation}
+    model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **options)
     check_head(model, reads_embeddings=True)
     return model.requires_grad_(not freeze)
 
@@ -89,6 +97,24 @@ def _configuration(
     return AutoConfig.for_model(settings.pop("model_type", None), **settings)
 
 
+def grown_vocabulary(tokens: int) -> int:
+    """Rows of embeddings that grow to hold so many tokens: a multiple of 64, which suits products and shards."""
+    return -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+@torch.no_grad()
+def _grow(model: PreTrainedModel, rows: int) -> None:
+    """Let a model embed more tokens, the new ones as the mean of the others.
+
+    transformers would draw them around that mean, for which it decomposes a covariance of the embeddings' width.
+    """
+    known = vocabulary_size(model)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for tensor in module.parameters():
+            tensor[known:] = tensor[:known].mean(0)
+
+
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Number of tokens that the model embeds."""
     return cast(Tensor, model.get_input_embeddings().weight).shape[0]
@@ -102,7 +128,12 @@ def hidden_size(model: PreTrainedModel) -> int:
 def last_hidden_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
     """``[B, T, D]`` hidden states that the head maps to logits.
 
-    The model may be one of PEFT around a causal LM, whose decoder holds the adapters.
+    The model may be one of PEFT around a causal LM, whose decoder holds the adapters. Sequences are padded at their end
+    or not at all, so the mask is causal.
+
+    Args:
+        model: the causal LM.
+        inputs: ``input_ids`` or ``inputs_embeds``, and what else its decoder takes.
 
     Raises:
         ValueError: for a method of PEFT that adds virtual tokens to the input.
@@ -113,6 +144,10 @@ def last_hidden_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
             raise ValueError(
                 f"{config.peft_type.value} adds virtual tokens to the text, which have no place; use LoRA."
             )
+    read: Tensor = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+    if read.is_cuda and "attention_mask" not in inputs:
+        # Without one, transformers builds a mask [B, 1, T, T], which keeps attention from its causal kernel.
+        inputs["attention_mask"] = torch.ones(read.shape[:2], dtype=torch.long, device=read.device)
     return decoder_of(causal_lm_of(model))(**inputs, use_cache=False).last_hidden_state
 
 
@@ -122,6 +157,12 @@ def head_of(model: PreTrainedModel) -> Head:
     config = causal_lm_of(model).config.get_text_config()
     scale, softcap = logit_transform(config)
     return module if (scale, softcap) == (1, None) else TransformedHead(module, scale, softcap)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The transformer blocks of an LM, in order: the modules that its class says are never split among devices."""
+    causal_lm = causal_lm_of(model)
+    return [module for module in causal_lm.modules() if type(module).__name__ in (causal_lm._no_split_modules or ())]
 
 
 def causal_lm_of(model: PreTrainedModel) -> PreTrainedModel:

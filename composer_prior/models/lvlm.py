@@ -16,7 +16,7 @@ from composer_prior.data.tokenizer import bos_id, image_token_ids, prompt_ids
 from composer_prior.models.continuation import continuation_logprobs, same
 from composer_prior.models.head import Head, TransformedHead, label_mask, labelled_nll
 from composer_prior.models.label_logits import label_logits, on_text_alone
-from composer_prior.models.language import causal_lm_of, head_of, last_hidden_states, vocabulary_size
+from composer_prior.models.language import causal_lm_of, decoder_layers, head_of, last_hidden_states, vocabulary_size
 from composer_prior.models.modeling_prior_lvlm import PriorLVLMForConditionalGeneration, decoder_of
 from composer_prior.models.packing import enable_packing, packed_hidden_states
 from composer_prior.models.pretrained import load_form, save_folder, tower_of
@@ -112,6 +112,22 @@ class LVLM(nn.Module):
         if Path(folder).exists():
             raise FileExistsError(f"{folder} exists; choose another folder, or remove it first.")
         save_folder(self, folder, self.state_dict(), self.prompt, card)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Transformer blocks of tower and language model: the units that FSDP2 shards and activations are kept by.
+
+        Embeddings, projector and head belong to none: the head is applied apart from its own forward pass.
+        """
+        return [*getattr(self.vision, "blocks", ()), *decoder_layers(self.language)]
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """Composer's question whether a module is a unit of FSDP2."""
+        return any(module is block for block in self.blocks)
+
+    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
+        """Composer's question whether what a module computes is computed again in the backward pass, and not kept."""
+        return self.fsdp_wrap_fn(module)
 
     def embed(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Input embeddings ``[B, T, D]``, image features in the places of the image tokens."""

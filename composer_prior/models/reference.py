@@ -1,18 +1,33 @@
 """The text-only reference language model, whose probabilities weight the tokens."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.models.head import target_logprobs
-from composer_prior.models.language import check_head, head_of, last_hidden_states, vocabulary_size
+from composer_prior.models.language import (
+    check_head,
+    decoder_layers,
+    head_of,
+    last_hidden_states,
+    vocabulary_size,
+)
 from composer_prior.models.matmul import use_onednn
+from composer_prior.models.sharding import fill_from_first_rank
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class ReferenceLM:
@@ -29,13 +44,29 @@ class ReferenceLM:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, batch_size: int = 64):
         check_head(model)
         self.model = model.eval().requires_grad_(False)
+        self._scorer = _Scorer(model)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
 
     @classmethod
-    def from_pretrained(cls, path: str, trust_remote_code: bool = False) -> "ReferenceLM":
-        """Load model and tokenizer from a folder or hub id in Hugging Face form."""
-        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code)
+    def from_pretrained(
+        cls, path: str, trust_remote_code: bool = False, dtype: Dtype | None = None, weights: bool = True
+    ) -> "ReferenceLM":
+        """Load model and tokenizer from a folder or hub id in Hugging Face form.
+
+        Args:
+            path: of the folder, or hub id.
+            trust_remote_code: run code that comes with the model.
+            dtype: of the weights, such as ``bfloat16``. Default: that of its files, but float32 without a GPU.
+            weights: leave them out, on the meta device, for :meth:`shard` to bring them from the first rank.
+        """
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        options = {"trust_remote_code": trust_remote_code, "dtype": dtype or _default_dtype(config)}
+        if weights:
+            model = AutoModelForCausalLM.from_pretrained(path, **options)
+        else:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, **options)
         return cls(use_onednn(model), AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code))
 
     def to(self, device: torch.device | str) -> "ReferenceLM":
@@ -44,23 +75,21 @@ class ReferenceLM:
             self.model.to(device)
         return self
 
-    def shard(self) -> "ReferenceLM":
-        """Keep one part of the weights on each rank (FSDP2); they are gathered for the scoring of a batch.
+    def shard(self, device: torch.device | str) -> "ReferenceLM":
+        """Keep one part of the weights of the first rank on each (FSDP2); a pass gathers them block by block.
 
-        Every rank must then score a batch whenever one of them does.
+        All ranks must then score as many captions as each other, and do so together.
+
+        Args:
+            device: where to compute.
         """
-        if not isinstance(self.model, FSDPModule):
-            fully_shard(self.model)
+        if not isinstance(self._scorer, FSDPModule):
+            weights = self._scorer.state_dict() if torch.distributed.get_rank() == 0 else {}
+            for block in decoder_layers(self.model):
+                fully_shard(block)
+            fully_shard(self._scorer)
+            fill_from_first_rank(self._scorer, weights, torch.device(device))
         return self
-
-    @contextmanager
-    def _gathered(self) -> Iterator[None]:
-        if isinstance(self.model, FSDPModule):
-            self.model.unshard()
-            yield
-            self.model.reshard()
-        else:
-            yield
 
     @torch.no_grad()
     def logprobs(
@@ -79,10 +108,11 @@ class ReferenceLM:
         keep = attention_mask.bool() & ~torch.isin(input_ids, torch.tensor(list(drop_token_ids), device=device).long())
         ids, targets, positions, lengths = left_pack(input_ids, keep, labels)  # [B, S]
         packed = torch.zeros(ids.shape, dtype=torch.float32, device=device)
-        with self._gathered():
-            for rows in lengths.argsort().split(self.batch_size):
-                longest = int(lengths[rows].max())
-                packed[rows, :longest] = self._score(ids[rows, :longest], targets[rows, :longest])
+        for rows in lengths.argsort().split(self.batch_size):
+            longest = int(lengths[rows].max())
+            packed[rows, :longest] = self._score(ids[rows, :longest], targets[rows, :longest])
+        if isinstance(self._scorer, FSDPModule):
+            self._scorer.reshard()  # embeddings and head, which a root keeps after its forward pass
         return torch.zeros(labels.shape, dtype=torch.float32, device=device).scatter(1, positions, packed)
 
     def _score(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -93,8 +123,7 @@ class ReferenceLM:
             return self._score(
                 torch.cat([start, ids], 1), torch.cat([torch.full_like(start, IGNORE_INDEX), targets], 1)
             )[:, 1:]
-        hidden = last_hidden_states(self.model, input_ids=ids)[:, :-1]
-        logprobs = target_logprobs(hidden[has_target[:, 1:]], head_of(self.model), targets[has_target])
+        logprobs = self._scorer(ids, has_target.flatten().nonzero()[:, 0] - 1, targets[has_target])
         return torch.zeros(ids.shape, dtype=torch.float32, device=ids.device).masked_scatter(has_target, logprobs)
 
     @torch.no_grad()
@@ -129,9 +158,7 @@ class ReferenceLM:
         place = torch.arange(ids.shape[1])
         scored = ((place >= start) & (place < lengths[:, None])).flatten().nonzero()[:, 0]
         device = self.model.device
-        hidden = last_hidden_states(self.model, input_ids=ids.to(device)).flatten(0, 1)  # [b * s, D]
-        targets = ids.flatten()[scored].to(device)
-        return target_logprobs(hidden[(scored - 1).to(device)], head_of(self.model), targets)
+        return self._scorer(ids.to(device), (scored - 1).to(device), ids.flatten()[scored].to(device))
 
     def _check_length(self, longest: int) -> None:
         positions = getattr(self.model.config, "max_position_embeddings", None)
@@ -183,6 +210,31 @@ class ReferenceLM:
                 f"The reference has another vocabulary than the model: {ours} and {theirs} tokens. Give both a "
                 "tokenizer if one only has extra image tokens."
             )
+
+
+class _Scorer(nn.Module):
+    """A language model's decoder and head in one forward pass, around which FSDP2 gathers the weights of both."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+        """Log-probability ``[n]`` float32 of each target behind the token at its place.
+
+        Args:
+            ids: ``[b, s]`` int64, padded at the end, which needs no mask.
+            places: ``[n]`` int64 in the flat ids.
+            targets: ``[n]`` int64.
+        """
+        hidden = last_hidden_states(self.model, input_ids=ids).flatten(0, 1)  # [b * s, D]
+        return target_logprobs(hidden[places], head_of(self.model), targets)
+
+
+def _default_dtype(config: PretrainedConfig) -> torch.dtype:
+    """That of the files; but float32 without a GPU, where bf16 products can be 100 times slower."""
+    dtype: Any = config.dtype
+    return dtype if dtype is not None and torch.cuda.is_available() else torch.float32
 
 
 def left_pack(input_ids: Tensor, keep: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

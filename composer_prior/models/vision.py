@@ -6,7 +6,8 @@ A tower is a module with
 - ``max_image_tokens``: the most positions that an image can take in the text sequence;
 - ``width``: the size of a feature, None if the tower is built for the language model's own width;
 - ``config``: a dict of what it is built from, from which :func:`.tower_of` makes it again;
-- ``forward(batch) -> [n, width]``: the features of every image token of the batch, in reading order.
+- ``forward(batch) -> [n, width]``: the features of every image token of the batch, in reading order;
+- ``blocks``, where it has any: its transformer blocks, by which FSDP2 shards it and activations are checkpointed.
 """
 
 from collections.abc import Mapping
@@ -134,6 +135,11 @@ class OpenCLIPTower(nn.Module):
         depth = vision.get("layers")
         if isinstance(depth, int):
             _check_layer(architecture, layer, depth)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The encoder's transformer blocks."""
+        return list(_blocks(self.encoder))
 
     def train(self, mode: bool = True) -> "OpenCLIPTower":
         return super().train(mode and not self.frozen)

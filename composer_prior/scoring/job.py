@@ -2,7 +2,9 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
+
+from composer_prior.models.reference import Dtype
 
 UNIT_SAMPLES = 4096
 
@@ -18,7 +20,8 @@ class ScoreJob:
         dataset: arguments of :class:`.StreamingCaptionDataset`, as in a recipe's ``train_loader.dataset``.
         batch_tokens: tokens of one forward pass, padding included; default: what suits the device.
         unit_samples: samples that are sorted by length, scored and put in place together.
-        amp: compute in bfloat16 where the device can; several digits of the scores are lost.
+        dtype: of the reference's weights and its computing, ``float32``, ``bfloat16`` or ``float16``; default: that of
+            its files, but float32 without a GPU.
         trust_remote_code: run code that comes with the reference.
         progress_bar: show one, of the first rank.
     """
@@ -29,13 +32,19 @@ class ScoreJob:
     dataset: dict[str, Any]
     batch_tokens: int | None = None
     unit_samples: int = UNIT_SAMPLES
-    amp: bool = False
+    dtype: str | None = None
     trust_remote_code: bool = False
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("batch_tokens", "unit_samples"):
-            value = getattr(self, name)
+        self.check(self.batch_tokens, self.unit_samples, self.dtype)
+        object.__setattr__(self, "out", os.path.expanduser(self.out))
+
+    @staticmethod
+    def check(batch_tokens: int | None = None, unit_samples: int = UNIT_SAMPLES, dtype: str | None = None) -> None:
+        """Refuse impossible values."""
+        for name, value in (("batch_tokens", batch_tokens), ("unit_samples", unit_samples)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1.")
-        object.__setattr__(self, "out", os.path.expanduser(self.out))
+        if dtype not in (None, *get_args(Dtype)):
+            raise ValueError(f"dtype={dtype}: expected one of {', '.join(get_args(Dtype))}.")

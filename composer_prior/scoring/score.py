@@ -15,7 +15,6 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 import xxhash
-from composer.core import Precision, get_precision_context
 from composer.utils import dist, get_device
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -136,12 +135,11 @@ def _score_units(
     summary = ScoreSummary(job.out)
     if not units:
         return entries, summary
-    reference = ReferenceLM.from_pretrained(job.reference, job.trust_remote_code)
+    reference = ReferenceLM.from_pretrained(job.reference, job.trust_remote_code, cast(Any, job.dtype))
     reference.to(cast(torch.device, get_device(None)._device))
-    precision = get_precision_context(Precision.AMP_BF16 if job.amp else Precision.FP32)
     total = sum(len(writer.units[unit]) for unit in units)
     disable = not job.progress_bar or dist.get_global_rank() != 0
-    with precision, tqdm(total=total, unit=" samples", desc="Scoring", disable=disable, dynamic_ncols=True) as bar:
+    with tqdm(total=total, unit=" samples", desc="Scoring", disable=disable, dynamic_ncols=True) as bar:
         for unit in units:
             samples = writer.units[unit]
             captions = read_column(data, "caption", samples)

@@ -17,6 +17,7 @@ from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.language import build_language_model, hidden_size, language_skeleton
 from composer_prior.models.lvlm import LVLM
 from composer_prior.models.projector import build_projector
+from composer_prior.models.sharding import share_tensor_attributes
 from composer_prior.registry import register
 
 
@@ -59,6 +60,24 @@ def lvlm_skeleton(tokenizer: PreTrainedTokenizerBase, language: dict[str, Any], 
             return _assemble(language_skeleton(tokenizer, **language), tokenizer, vision, **config)
     finally:
         logging.disable(logging.NOTSET)
+
+
+def build_model(
+    config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, parallelism: Mapping[str, Any] | None = None
+) -> Any:
+    """The model of a recipe; with FSDP2 the first rank alone loads weights, and Composer brings them to the others.
+
+    Args:
+        config: the recipe's ``model``.
+        tokenizer: of :func:`.build_tokenizer`.
+        parallelism: the recipe's ``parallelism_config``.
+    """
+    if "fsdp2" in (parallelism or {}) and dist.get_global_rank() != 0 and config["name"] == "lvlm":
+        try:
+            return lvlm_skeleton(tokenizer, **_without_name(config))
+        except RuntimeError:
+            pass  # a tower from outside that computes while it is built
+    return build_named("model", config, tokenizer=tokenizer)
 
 
 def _assemble(
@@ -176,10 +195,12 @@ register("parallelism", "fsdp2")(FSDP2Config)
 
 
 def prepare_sharded(model: torch.nn.Module) -> None:
-    """What a model that FSDP2 may have sharded still needs: its captions, and gradients that are averages."""
+    """What a model that FSDP2 may have sharded still needs: captions, gradients that are averages, and all tensors."""
     average_over_gloo(model)
     for module in model.modules():
         if isinstance(module, LVLM):
+            if isinstance(module, FSDPModule) and dist.get_world_size() > 1:
+                share_tensor_attributes(module, module.language.device)
             register_fsdp_forward_method(module, "generate_ids")
             register_fsdp_forward_method(module, "text_logprobs")
 

@@ -55,6 +55,8 @@ def check_recipe(recipe: TrainConfig, where: str = "") -> None:
     for key in recipe.tokenizer:
         if key not in tokenizer_keys:
             raise ValueError(f"{where}tokenizer.{key} is not a key. {did_you_mean(key, tokenizer_keys)}")
+    given = ("out", "reference", "tokenizer", "dataset", "progress_bar")
+    registry.check("scoring", "captions", recipe.scoring, f"{where}scoring", given=given)
     check_named("model", recipe.model, f"{where}model", given=("tokenizer", "image_related_metrics"))
     for key in ("train_loader", "eval_loader"):
         if getattr(recipe, key) is not None:

@@ -26,6 +26,7 @@ from composer_prior.data.captions import StreamingCaptionDataset
 from composer_prior.data.streams import CheckedStream
 from composer_prior.emoji_scenes.writing import make_emoji_scenes
 from composer_prior.registry import register
+from composer_prior.scoring.job import ScoreJob
 from composer_prior.training import builders  # noqa: F401  registers the model
 from composer_prior.training.compute import ComputeMonitor
 from composer_prior.training.data_wait import DataWaitMonitor
@@ -75,5 +76,6 @@ register("callback", "data_wait_monitor")(DataWaitMonitor)
 register("callback", "hf_checkpointer")(HuggingFaceCheckpointer)
 register("data", "emoji_scenes")(make_emoji_scenes)
 register("dataset", "captions")(StreamingCaptionDataset)
+register("scoring", "captions")(ScoreJob)
 register("stream", "stream")(CheckedStream)
 register("loader", "captions")(StreamingDataLoader)

@@ -43,6 +43,7 @@ class TrainConfig:
         data: what makes the data if they are missing: a ``name`` and its arguments, or a file with them.
         tokenizer: ``name``, a hub id or folder; ``kwargs``; ``train: {vocab_size}`` makes it if it is missing.
         reference: the recipe of the text-only reference, which is trained first if it is missing.
+        scoring: how stored scores are made, such as {dtype: bfloat16}; see :class:`.ScoreJob`.
         model: a ``name`` and its arguments.
         train_loader: ``dataset`` and the arguments of torch's DataLoader.
         eval_loader: likewise; null: no validation.
@@ -80,6 +81,7 @@ class TrainConfig:
     data: dict[str, Any] | None = None
     tokenizer: dict[str, Any] = MISSING
     reference: dict[str, Any] | None = None
+    scoring: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = MISSING
     train_loader: dict[str, Any] = MISSING
     eval_loader: dict[str, Any] | None = None

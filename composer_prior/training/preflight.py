@@ -1,13 +1,15 @@
 """Everything that can be checked before anything expensive starts, for a run and for the reference it has to train."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer.core import precision
+from composer.distributed.activation_checkpointing import generate_composer_model_check_fn
+from composer.models import ComposerModel
 from composer.utils import get_device
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -120,6 +122,25 @@ def check_parallelism(recipe: TrainConfig) -> None:
             raise ValueError(f"fsdp2.{name}={value!r}: expected {' or '.join(accepted)}")
 
 
+def check_checkpointing(parallelism: Mapping[str, Any] | None, model: ComposerModel) -> None:
+    """Refuse activation checkpointing or offloading that matches no part of a model; Composer would say nothing.
+
+    Args:
+        parallelism: the recipe's ``parallelism_config``.
+        model: with or without weights.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    fsdp2 = (parallelism or {}).get("fsdp2") or {}
+    asked = [key for key in ("activation_checkpointing", "activation_cpu_offload") if fsdp2.get(key)]
+    if asked and not any(map(generate_composer_model_check_fn(model), model.modules())):
+        raise ValueError(
+            f"parallelism_config.fsdp2.{asked[0]}=true matches no part of {type(model).__name__}: its language model "
+            "names no transformer blocks. Leave the key out, or give the model an activation_checkpointing_fn."
+        )
+
+
 def check_whole(recipe: TrainConfig, where: str = "") -> None:
     """Refuse what data, tokenizer and the shapes of the model show; no weight is made or loaded, and no shard read.
 
@@ -151,6 +172,7 @@ def _check_whole(recipe: TrainConfig, where: str) -> None:
     if isinstance(model, ComposerLVLM):
         check_fit(model, data)
         check_trainable(model)
+        check_checkpointing(recipe.parallelism_config, model)
         check_algorithms(_algorithms(recipe, where), model)
     if recipe.reference is not None:
         _check_same_data(recipe, data)

@@ -119,5 +119,5 @@ def job_of(recipe: TrainConfig, dataset: Mapping[str, Any], **changes: Any) -> S
     if not out:
         raise ValueError("Where do the scores go? Give out=..., or dataset.scores in the recipe.")
     folder = model_folder(TrainConfig(**recipe.reference))
-    given = {"tokenizer": recipe.tokenizer, "dataset": dict(dataset), "progress_bar": recipe.progress_bar, **changes}
-    return ScoreJob(out=str(out), reference=str(folder), **given)
+    given = {"tokenizer": recipe.tokenizer, "dataset": dict(dataset), "progress_bar": recipe.progress_bar}
+    return ScoreJob(out=str(out), reference=str(folder), **{**given, **recipe.scoring, **changes})

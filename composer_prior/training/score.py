@@ -19,10 +19,10 @@ from composer_prior.training.config import load_recipe
 from composer_prior.training.preflight import trained_recipes
 from composer_prior.training.prepare import job_of, prepare
 
-_OPTIONS = ("out", "loader", "batch_tokens", "unit_samples", "amp")
+_OPTIONS = ("out", "loader", "batch_tokens", "unit_samples", "dtype")
 _USAGE = (
     "usage: composer-prior score RECIPE.yaml [out=...] [loader=train|eval] [batch_tokens=...] "
-    "[unit_samples=...] [amp=true] [key=value of the recipe ...]\n"
+    "[unit_samples=...] [dtype=bfloat16] [key=value of the recipe ...]\n"
     "   or: composer-prior score out=... reference=... tokenizer.name=... dataset.local=... [...]"
 )
 

@@ -29,6 +29,7 @@ from composer_prior.reports.closing import (
 from composer_prior.training.benchmarks import RunBenchmark, build_benchmarks
 from composer_prior.training.builders import (
     build_all,
+    build_model,
     build_named,
     build_parallelism,
     build_precision,
@@ -50,6 +51,7 @@ from composer_prior.training.empty_steps import SkipEmptySteps
 from composer_prior.training.metrics_file import MetricsFile
 from composer_prior.training.preflight import (
     build_loaders,
+    check_checkpointing,
     check_fit,
     check_trainable,
     one_line_errors,
@@ -64,7 +66,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     """The Trainer of a recipe, whose data, tokenizer, reference and scores are there."""
     reproducibility.seed_all(recipe.seed)
     tokenizer = build_tokenizer(recipe.tokenizer)
-    model = use_onednn(build_named("model", recipe.model, tokenizer=tokenizer))
+    model = use_onednn(build_model(recipe.model, tokenizer, recipe.parallelism_config))
     loaders = build_loaders(recipe, model)
     train_data: StreamingCaptionDataset = loaders["train"].dataloader.dataset
     if isinstance(model, ComposerLVLM):
@@ -73,6 +75,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     if recipe.reference is not None:
         check_reference(recipe, train_data.fingerprint)
     parameters = check_trainable(model)
+    check_checkpointing(recipe.parallelism_config, model)
     identity = {
         "model": recipe.model,
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -80,7 +83,8 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         "seed": recipe.seed,
     }
     resumes = _prepare_checkpoints(recipe, identity)
-    if recipe.init_from is not None and not resumes:
+    has_weights = not any(parameter.is_meta for parameter in model.parameters())
+    if recipe.init_from is not None and not resumes and has_weights:
         announce(load_weights(recipe.init_from, model, tokenizer))
     if recipe.compile_config is not None:
         prepare_compile()

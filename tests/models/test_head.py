@@ -300,3 +300,14 @@ def test_onednn_linear_is_linear():
     assert ours(x[:0]).shape == (0, 5, 8)
     assert ours.double()(x.double()).dtype == torch.float64
     torch.testing.assert_close(matmul(x[0], x[1].T), x[0] @ x[1].T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", [97, 32000, 49152, 128256, 151936])
+@pytest.mark.parametrize("tokens", [0, 1, 600, 8192, 10**6])
+@pytest.mark.parametrize(("device", "multiple"), [("cpu", 1), ("cuda", 128)])
+def test_blocks_hold_every_token_once_and_are_whole_tiles_on_a_gpu(vocabulary, tokens, device, multiple):
+    blocks = head_module._blocks(tokens, vocabulary, torch.device(device))
+    assert [token for block in blocks for token in range(vocabulary)[block]] == list(range(vocabulary))
+    sizes = [block.stop - block.start for block in blocks]
+    assert all(size % multiple == 0 for size in sizes[:-1])
+    assert max(sizes) * tokens <= max(head_module.BLOCK_ELEMENTS[device] * 1.5, 512 * tokens)

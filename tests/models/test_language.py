@@ -112,6 +112,17 @@ def losses_and_gradients(model: PreTrainedModel, loss: Tensor) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_mask_of_ones_changes_nothing(family: str):
+    """It is what a GPU is given in the place of none, for the causal kernel."""
+    model = build(family)
+    ids = torch.randint(3, VOCABULARY, (3, 12))
+    without = last_hidden_states(model, input_ids=ids)
+    masked = last_hidden_states(model, input_ids=ids, attention_mask=torch.ones_like(ids))
+    torch.testing.assert_close(masked, without, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_gradients_are_those_of_the_models_own_logits(family: str):
     model = build(family)
     check_head(model, reads_embeddings=True)

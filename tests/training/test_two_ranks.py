@@ -8,6 +8,7 @@ import pytest
 import torch
 from common.recipes import ROOT, SHRUNKEN, VIT, fork_ranks, launch, losses, recipe
 
+from composer_prior.training.checkpoints import find_weights, read_weights
 from composer_prior.training.run import train
 
 TOLERANCE = 1e-4
@@ -26,7 +27,7 @@ def runs(tmp_path_factory):
     try:
         output = launch(folder, *program("run_name=two", "save_interval=2ba"))
         train(recipe("prior_vit", "run_name=one", "save_interval=2ba"))
-        fork_ranks(folder, *program("run_name=fsdp2", "parallelism_config.fsdp2={}"))
+        fork_ranks(folder, *program("run_name=fsdp2", "parallelism_config.fsdp2.activation_checkpointing=true"))
         fork_ranks(folder, *program("run_name=one_to_two", "load_path=runs/one/checkpoints/ep0-ba2-rank0.pt"))
         train(recipe("prior_vit", "run_name=two_to_one", "load_path=runs/two/checkpoints/ep0-ba2-rank0.pt"))
     finally:
@@ -95,6 +96,10 @@ def test_checkpoints_hold_the_model_and_nothing_that_grows_with_the_data(runs):
     state = torch.load(checkpoint, weights_only=False)["state"]
     weights = sum(tensor.numel() for tensor in state["model"].values())
     assert not any("reference" in name for name in state["model"])
+    sharded, _ = read_weights(find_weights(str(folder / "runs/fsdp2")))
+    assert {name: tensor.shape for name, tensor in sharded.items()} == {
+        name.removeprefix("module."): tensor.shape for name, tensor in state["model"].items()
+    }
     assert checkpoint.stat().st_size < 3 * 4 * weights + 300_000  # weights and two moments of Adam, and small change
 
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from composer_prior.algorithms.prior.weights import check_arguments, raw_weights
 from composer_prior.algorithms.token_weighting.normalize import Normalization
 from composer_prior.algorithms.token_weighting.reference_weighting import ReferenceWeighting
-from composer_prior.models.reference import ReferenceLM
+from composer_prior.models.reference import Dtype, ReferenceLM
 
 
 class PRIOR(ReferenceWeighting):
@@ -31,8 +31,10 @@ class PRIOR(ReferenceWeighting):
         start: time from which tokens are weighted. Default: ``"0dur"``.
         end: time from which they are not any more. Default: ``"1dur"``. Outside the interval the loss is the
             model's own next-token prediction.
-        shard_reference: keep one part of the reference's weights on each rank (FSDP2) instead of all of them; they
-            are gathered for the scoring of a batch. Default: ``False``.
+        shard_reference: keep one part of the reference's weights on each rank (FSDP2) instead of all of them; a
+            pass gathers them block by block. A path is then read by the first rank alone. Default: ``False``.
+        reference_dtype: of the weights of a reference given as a path, ``float32``, ``bfloat16`` or ``float16``.
+            Default: that of its files, but float32 without a GPU.
 
     Raises:
         ValueError: for an impossible argument, another algorithm that it cannot run beside, a reference with another
@@ -58,9 +60,10 @@ class PRIOR(ReferenceWeighting):
         start: str | Time = "0dur",
         end: str | Time = "1dur",
         shard_reference: bool = False,
+        reference_dtype: Dtype | None = None,
     ):
         self.check(alpha, normalization, floor)
-        super().__init__(reference, normalization, start, end, shard_reference)
+        super().__init__(reference, normalization, start, end, shard_reference, reference_dtype)
         self.alpha = alpha
         self.floor = floor
 

@@ -16,7 +16,7 @@ class RandomPRIOR(PermutedPRIOR):
     """Give each token a weight drawn from PRIOR's weights of the whole global batch: what does mere noise do?
 
     Args:
-        reference, alpha, normalization, floor, start, end, shard_reference: see :class:`.PRIOR`.
+        reference, alpha, normalization, floor, start, end, shard_reference, reference_dtype: see :class:`.PRIOR`.
         seed: of the draws. Default: ``0``.
 
     Raises:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from composer_prior.algorithms.rho1.weights import check_share, selected
 from composer_prior.algorithms.token_weighting.reference_weighting import ReferenceWeighting
-from composer_prior.models.reference import ReferenceLM
+from composer_prior.models.reference import Dtype, ReferenceLM
 
 
 class Rho1(ReferenceWeighting):
@@ -21,7 +21,7 @@ class Rho1(ReferenceWeighting):
         share: of a caption's tokens that are kept, in (0, 1]. Default: ``0.6``, the paper's.
         normalization: ``"sequence"`` (the loss is the mean over the tokens that are kept) or ``"none"``.
             Default: ``"sequence"``.
-        reference, start, end, shard_reference: see :class:`.ReferenceWeighting`.
+        reference, start, end, shard_reference, reference_dtype: see :class:`.ReferenceWeighting`.
 
     Raises:
         ValueError: as :class:`.ReferenceWeighting`; also for a share outside (0, 1].
@@ -39,9 +39,10 @@ class Rho1(ReferenceWeighting):
         start: str | Time = "0dur",
         end: str | Time = "1dur",
         shard_reference: bool = False,
+        reference_dtype: Dtype | None = None,
     ):
         self.check(share)
-        super().__init__(reference, normalization, start, end, shard_reference)
+        super().__init__(reference, normalization, start, end, shard_reference, reference_dtype)
         self.share = share
 
     @staticmethod

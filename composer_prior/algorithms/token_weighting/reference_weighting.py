@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from composer_prior.algorithms.token_weighting.image_tokens import image_token_ids, text_positions
 from composer_prior.algorithms.token_weighting.normalize import Normalization, check_logprobs
 from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting, unwrapped
-from composer_prior.models.reference import ReferenceLM
+from composer_prior.models.reference import Dtype, ReferenceLM
 
 
 class ReferenceWeighting(TokenWeighting):
@@ -23,8 +23,10 @@ class ReferenceWeighting(TokenWeighting):
         reference: a causal language model (:class:`.ReferenceLM`, a Hugging Face model, or the path of one), which
             scores each batch; or None, when the batch carries ``ref_logprobs``. Default: ``None``.
         normalization, start, end: see :class:`.TokenWeighting`.
-        shard_reference: keep one part of the reference's weights on each rank (FSDP2) instead of all of them; they
-            are gathered for the scoring of a batch. Default: ``False``.
+        shard_reference: keep one part of the reference's weights on each rank (FSDP2) instead of all of them; a
+            pass gathers them block by block. A path is then read by the first rank alone. Default: ``False``.
+        reference_dtype: of the weights of a reference given as a path, ``float32``, ``bfloat16`` or ``float16``.
+            Default: that of its files, but float32 without a GPU.
 
     Raises:
         ValueError: as :class:`.TokenWeighting`; also for a reference with another vocabulary than the model's, a batch
@@ -38,10 +40,12 @@ class ReferenceWeighting(TokenWeighting):
         start: str | Time = "0dur",
         end: str | Time = "1dur",
         shard_reference: bool = False,
+        reference_dtype: Dtype | None = None,
     ):
         super().__init__(normalization, start, end)
         if isinstance(reference, str):
-            reference = ReferenceLM.from_pretrained(reference)
+            reads = not self._shards(shard_reference) or dist.get_global_rank() == 0
+            reference = ReferenceLM.from_pretrained(reference, dtype=reference_dtype, weights=reads)
         elif isinstance(reference, nn.Module):  # with PEFT it is no PreTrainedModel
             reference = ReferenceLM(reference)
         self.reference = reference
@@ -51,9 +55,13 @@ class ReferenceWeighting(TokenWeighting):
         if self.reference is None:
             return
         self.reference.check_vocabulary(unwrapped(state.model))
-        if self.shard_reference and dist.get_world_size() > 1:
-            self.reference.to(cast(torch.device, state.device._device)).shard()
+        if self._shards(self.shard_reference):
+            self.reference.shard(cast(torch.device, state.device._device))
         image_token_ids(unwrapped(state.model))
+
+    @staticmethod
+    def _shards(asked: bool) -> bool:
+        return asked and dist.get_world_size() > 1
 
     def begin_batch(self, state: State, mask: Tensor) -> None:
         check_logprobs(self._score(state), mask)

@@ -1,0 +1,209 @@
+"""What sharding saves: ``python -m benchmarks.memory [hidden=768] [layers=12] [vocabulary=49152] [batch=8] [out=...]``.
+
+A language model of some 120 million weights and a small tower, in float32 with AdamW on the CPU, on one rank and on two
+(FSDP2 over gloo); each case in processes of its own. Printed is the most memory that the first and the second rank held
+beyond what they held before they made the model, as a multiple of the language model in float32. It is the memory of
+the processes themselves: pages of mapped files, which the system takes back when it needs them, do not count.
+"""
+
+import json
+import os
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.core import DataSpec
+from composer.utils import dist
+from omegaconf import OmegaConf
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.measure import prepare_process
+from benchmarks.setup import adamw, build_tokenizer, training_batches
+from composer_prior.data.batch import count_tokens
+from composer_prior.models.reference import ReferenceLM
+from composer_prior.training.builders import build_model, build_parallelism, prepare_sharded
+
+DEFAULTS = {"hidden": 768, "layers": 12, "vocabulary": 49152, "batch": 8, "out": None}
+FSDP2: dict[str, Any] = {"fsdp2": {}}
+CHECKPOINTED: dict[str, Any] = {"fsdp2": {"activation_checkpointing": True}}
+FULL: dict[str, Any] = {"fsdp2": {"state_dict_type": "full"}}
+Peaks = dict[str, int]
+
+
+class Memory:
+    """The most anonymous memory that this process holds in each phase, beyond what it held at first."""
+
+    def __init__(self) -> None:
+        self.peaks: Peaks = {}
+        self._before = anonymous_bytes()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        over = threading.Event()
+
+        def watch() -> None:
+            while True:
+                self.peaks[name] = max(self.peaks.get(name, 0), anonymous_bytes() - self._before)
+                if over.wait(0.003):
+                    return
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
+
+
+def write_language_model(folder: Path, settings: dict[str, Any]) -> int:
+    """A Llama with random weights in bfloat16, in a folder as a hub's; bytes that it has in float32."""
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=settings["vocabulary"],
+        hidden_size=settings["hidden"],
+        intermediate_size=4 * settings["hidden"],
+        num_hidden_layers=settings["layers"],
+        num_attention_heads=settings["hidden"] // 64,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.bfloat16().save_pretrained(folder, max_shard_size="100MB")
+    build_tokenizer().save_pretrained(folder)
+    return sum(4 * parameter.numel() for parameter in model.parameters())
+
+
+class _Batches(torch.utils.data.IterableDataset):
+    def __init__(self, batches: list[dict[str, torch.Tensor]]):
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+def training(folder: Path, settings: dict[str, Any], parallelism: Any, by_block: bool = True) -> Peaks:
+    """Loading, what the Trainer makes of it, three steps, a checkpoint, and the whole model for the end of a run."""
+    memory = Memory()
+    config = {
+        "name": "lvlm",
+        "language": {"pretrained": str(folder)},
+        "vision": {"name": "open_clip", "architecture": "prior-vit-tiny", "layer": -1},
+        "projector": {"name": "mlp"},
+    }
+    with memory.phase("loading"):
+        model = build_model(config, build_tokenizer(), parallelism)
+    if not by_block:
+        model.model.fsdp_wrap_fn = lambda module: False
+    batches = training_batches(1, settings["batch"], vocabulary=settings["vocabulary"]) * 3
+    with memory.phase("sharding"):
+        trainer = Trainer(
+            model=model,
+            train_dataloader=DataSpec(
+                _Batches(batches),
+                get_num_samples_in_batch=lambda batch: len(batch["labels"]),
+                get_num_tokens_in_batch=count_tokens,
+            ),
+            max_duration="3ba",
+            optimizers=adamw(model),
+            parallelism_config=build_parallelism(parallelism),
+            device_train_microbatch_size=settings["batch"],
+            accumulate_train_batch_on_tokens=True,
+            progress_bar=False,
+            device="cpu",
+        )
+        prepare_sharded(trainer.state.model)
+    with memory.phase("three steps"):
+        trainer.fit()
+    with memory.phase("a checkpoint"), tempfile.TemporaryDirectory() as out:
+        trainer.save_checkpoint(dist.all_gather_object(f"{out}/ba3/rank{{rank}}.pt")[0])
+        dist.barrier()
+    with memory.phase("the model whole"):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        get_model_state_dict(trainer.state.model, options=options)
+    return memory.peaks
+
+
+def scoring(folder: Path, settings: dict[str, Any], sharded: bool) -> Peaks:
+    """A live reference: loading, and scoring a batch."""
+    memory = Memory()
+    batch = training_batches(1, settings["batch"], vocabulary=settings["vocabulary"])[0]
+    with memory.phase("loading"):
+        reference = ReferenceLM.from_pretrained(str(folder), weights=not sharded or dist.get_global_rank() == 0)
+    with memory.phase("scoring"):
+        if sharded:
+            reference.shard("cpu")
+        reference.logprobs(batch["input_ids"], batch["attention_mask"], batch["labels"])
+    return memory.peaks
+
+
+CASES: dict[str, tuple[int, Callable[..., Peaks], tuple[Any, ...]]] = {
+    "one rank": (1, training, (None,)),
+    "one rank, checkpointing": (1, training, (CHECKPOINTED,)),
+    "two ranks, DDP": (2, training, (None,)),
+    "two ranks, FSDP2, one unit": (2, training, (FSDP2, False)),
+    "two ranks, FSDP2 by block": (2, training, (FSDP2,)),
+    "two ranks, FSDP2 by block, checkpointing": (2, training, (CHECKPOINTED,)),
+    "two ranks, FSDP2 by block, checkpoint in one file": (2, training, (FULL,)),
+    "two ranks, reference on each": (2, scoring, (False,)),
+    "two ranks, reference sharded": (2, scoring, (True,)),
+}
+
+
+def _rank(rank: int, ranks: int, port: int, case: str, folder: Path, settings: dict[str, Any], out: Path) -> None:
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**shared, "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}.items():
+        os.environ[name] = str(value)
+    prepare_process(1)
+    dist.initialize_dist("cpu", timeout=600)
+    _, measure, arguments = CASES[case]
+    (out / str(rank)).write_text(json.dumps(measure(folder, settings, *arguments)))
+
+
+def peaks_of(case: str, folder: Path, settings: dict[str, Any]) -> list[Peaks]:
+    """Of each rank, the peaks of a case."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as out:
+        free.bind(("127.0.0.1", 0))
+        ranks, port = CASES[case][0], free.getsockname()[1]
+        free.close()
+        torch.multiprocessing.spawn(_rank, (ranks, port, case, folder, settings, Path(out)), nprocs=ranks)
+        return [json.loads(Path(out, str(rank)).read_text()) for rank in range(ranks)]
+
+
+def main() -> None:
+    """Print a table."""
+    settings: Any = OmegaConf.to_container(OmegaConf.merge(DEFAULTS, OmegaConf.from_dotlist(sys.argv[1:])))
+    prepare_process(1)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        size = write_language_model(Path(folder), settings)
+        print(f"{settings}; the language model is {size / 1e6:.0f} MB in float32\n", flush=True)
+        print("| case | phase | first rank | second rank |\n| --- | --- | ---: | ---: |", flush=True)
+        for case in CASES:
+            peaks = peaks_of(case, Path(folder), settings)
+            for phase in peaks[0]:
+                multiples = [of_rank[phase] / size for of_rank in peaks]
+                rows.append({"case": case, "phase": phase, "multiples": multiples})
+                cells = " | ".join(f"{multiple:.2f} x" for multiple in multiples)
+                print(f"| {case} | {phase} | {cells} |{'' if len(multiples) > 1 else ' |'}", flush=True)
+    if settings["out"]:
+        Path(settings["out"]).write_text(json.dumps({"settings": settings, "bytes": size, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
