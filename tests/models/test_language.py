@@ -12,7 +12,13 @@ from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.models import modeling_prior_lvlm
 from composer_prior.models.compile import prepare_compile
 from composer_prior.models.head import TransformedHead, labelled_nll
-from composer_prior.models.language import build_language_model, check_head, head_of, last_hidden_states
+from composer_prior.models.language import (
+    build_language_model,
+    check_head,
+    head_of,
+    language_skeleton,
+    last_hidden_states,
+)
 
 VOCABULARY = 96
 SIZES = {
@@ -225,6 +231,50 @@ def test_a_model_that_has_a_vision_tower_is_a_reference_and_no_language_model_fo
     check_head(model)
     with pytest.raises(ValueError, match="Gemma3ForConditionalGeneration has a vision or audio tower of its own"):
         check_head(model, reads_embeddings=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("gpt2", {}), ("phi", {})]
+)
+def test_embeddings_grow_by_the_mean_to_a_multiple_of_64(family, changes, tokenizer, tmp_path):
+    """Also of a model without weights, which has the same shapes and types; files may be in bfloat16."""
+    rows = len(tokenizer) - 3
+    build(family, **changes, vocab_size=rows).bfloat16().save_pretrained(tmp_path)
+    before = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    grown = build_language_model(tokenizer, pretrained=str(tmp_path))
+    assert len(tokenizer) <= grown.config.vocab_size < len(tokenizer) + 64
+    assert grown.config.vocab_size % 64 == 0
+    for theirs, ours in (
+        (before.get_input_embeddings(), grown.get_input_embeddings()),
+        (before.get_output_embeddings(), grown.get_output_embeddings()),
+    ):
+        for old, new in zip(theirs.parameters(), ours.parameters(), strict=True):
+            assert len(new) == grown.config.vocab_size
+            torch.testing.assert_close(new[:rows], old, rtol=0, atol=0)
+            torch.testing.assert_close(new[rows:], old.mean(0).expand_as(new[rows:]))
+    assert (grown.lm_head.weight is grown.get_input_embeddings().weight) == before.config.tie_word_embeddings
+    with torch.device("meta"):
+        skeleton = language_skeleton(tokenizer, pretrained=str(tmp_path))
+    assert {name: (value.shape, value.dtype) for name, value in skeleton.state_dict().items()} == {
+        name: (value.shape, value.dtype) for name, value in grown.state_dict().items()
+    }
+    assert {parameter.dtype for parameter in grown.parameters()} == {torch.float32}
+
+
+def test_embeddings_that_hold_every_token_stay_as_they_are(tokenizer, tmp_path):
+    build("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    assert build_language_model(tokenizer, pretrained=str(tmp_path)).config.vocab_size == len(tokenizer)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_is_computed_as_asked(attention, tokenizer, tmp_path):
+    build("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    source = {"pretrained": str(tmp_path), "attn_implementation": attention}
+    with torch.device("meta"):
+        skeleton = language_skeleton(tokenizer, **source)
+    config = {"config": {"model_type": "llama", **SIZES}, "attn_implementation": attention}
+    for model in (build_language_model(tokenizer, **source), build_language_model(tokenizer, **config), skeleton):
+        assert model.config._attn_implementation == attention
 
 
 def test_a_capped_reference_scores_as_its_own_logits_do():

@@ -30,7 +30,7 @@ from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import score_captions, score_texts
 from composer_prior.scoring.writer import ScoresWriter
 from composer_prior.training.config import load_recipe
-from composer_prior.training.prepare import ensure_scores
+from composer_prior.training.prepare import ensure_scores, job_of
 from composer_prior.training.score import main
 
 CAPTIONS = [
@@ -426,6 +426,23 @@ def test_what_is_no_reference_is_refused(job: Any, tmp_path: Path) -> None:
 
 
 # recipes and the command line -----------------------------------------------------------------------------------------
+
+
+def test_scores_in_bfloat16_are_those_in_float32_but_for_some_digits(job: Any) -> None:
+    exact, rounded = (
+        np.concatenate(stored(score_captions(job(str(dtype), dtype=dtype)).out)) for dtype in (None, "bfloat16")
+    )
+    differences = np.abs(np.expm1(exact) - np.expm1(rounded))
+    assert 1e-5 < differences.mean() < 0.01
+    assert differences.max() < 0.1
+
+
+def test_a_recipe_says_how_its_scores_are_made() -> None:
+    path = ROOT / "yamls" / "prior_vit.yaml"
+    recipe = load_recipe(path, ["scoring={dtype: bfloat16, unit_samples: 8}"])
+    made = job_of(recipe, recipe.train_loader["dataset"])
+    assert (made.dtype, made.unit_samples, made.batch_tokens) == ("bfloat16", 8, None)
+    assert job_of(recipe, recipe.train_loader["dataset"], dtype="float32").dtype == "float32"
 
 
 def test_a_recipe_s_scores_are_made_once(folders: Any, scenes: Path, tmp_path: Path, capsys: Any) -> None:
