@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,7 +25,7 @@ from composer_prior.models.language import (
     vocabulary_size,
 )
 from composer_prior.models.matmul import use_onednn
-from composer_prior.models.sharding import fill_from_first_rank
+from composer_prior.models.sharding import shard_from_first_rank
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -84,11 +84,7 @@ class ReferenceLM:
             device: where to compute.
         """
         if not isinstance(self._scorer, FSDPModule):
-            weights = self._scorer.state_dict() if torch.distributed.get_rank() == 0 else {}
-            for block in decoder_layers(self.model):
-                fully_shard(block)
-            fully_shard(self._scorer)
-            fill_from_first_rank(self._scorer, weights, torch.device(device))
+            shard_from_first_rank(self._scorer, decoder_layers(self.model), torch.device(device))
         return self
 
     @torch.no_grad()

@@ -1,28 +1,41 @@
-"""Weights that the first rank alone has loaded, brought to the others, whose models are on the meta device."""
+"""FSDP2 by block, for a model whose weights the first rank alone has; those of the others are on the meta device."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
 
 
-def fill_from_first_rank(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> None:
-    """Give the sharded model of every rank its part of the weights of the first.
+def shard_from_first_rank(root: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
+    """Shard a model block by block, each when it has the first rank's weights; then no other block is whole.
 
     Args:
-        model: after ``fully_shard``; on the meta device, but for the first rank.
-        weights: whole and by name, of the first rank.
+        root: the model, on the meta device but for the first rank.
+        blocks: units of their own, none within another.
         device: where the model computes.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
-        model.to_empty(device=device)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, dict(weights), options=options)
-    for buffer in model.buffers():  # those that are in no state dict too
-        dist.broadcast(buffer, 0)
-    share_tensor_attributes(model, device)
+    within = {module for block in blocks for module in block.modules()}
+    for unit in (*blocks, root):
+        _fill([module for module in unit.modules() if unit is not root or module not in within], device)
+        fully_shard(unit)
+    share_tensor_attributes(root, device)
+
+
+def _fill(modules: Sequence[nn.Module], device: torch.device) -> None:
+    """Give modules the weights and buffers of the first rank; what several share, they share afterwards."""
+    places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    for module in modules:
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            places.setdefault(tensor, []).append((module, name))
+    for tensor, where in places.items():
+        value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+        dist.broadcast(value, 0)
+        if isinstance(tensor, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+        for module, name in where:
+            setattr(module, name, value)
 
 
 def share_tensor_attributes(model: nn.Module, device: torch.device) -> None:

@@ -1,0 +1,117 @@
+"""What a model takes of each GPU, by arithmetic: ``python -m benchmarks.arithmetic [samples=8] [text=256]``.
+
+OpenCLIP's ViT-L-14-336 and a Llama of 8 billion weights (the shapes of Llama 3), built on the meta device: their
+weights are counted, and so is what autograd saves in a block, with attention that saves what flash attention does.
+Master weights, gradients and AdamW's moments are in float32 and spread over the ranks; gathered weights and activations
+are in bfloat16. Gathered at a time are the root, which stays so, a block and the next one, and the gradients of root
+and block. Nothing else is counted: no logits, no buffers of NCCL, no fragmentation.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from benchmarks.measure import prepare_process
+from benchmarks.setup import build_tokenizer
+from composer_prior.training.builders import lvlm_skeleton
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+}
+TOWER = {"name": "open_clip", "architecture": "ViT-L-14-336-quickgelu", "freeze": True}
+RANKS = (8, 16, 64)
+GB = 1e9
+
+
+def weights(*modules: nn.Module) -> int:
+    """Weights of modules, each once."""
+    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
+
+
+class _FlashAttention(torch.autograd.Function):
+    """Saves what flash attention saves, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+    return _FlashAttention.apply(query, key, value).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("counted", _attention)
+
+
+def saved_bytes(layer: nn.Module, hidden: Tensor, **inputs: Any) -> int:
+    """Bytes that autograd saves in a forward pass of a block, its weights left out."""
+    saved: dict[int, Tensor] = {}
+    own = {id(parameter) for parameter in layer.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if id(tensor) not in own and id(tensor._base) not in own:
+            base = tensor if tensor._base is None else tensor._base
+            saved[id(base)] = base
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(hidden, **inputs)
+    return sum(tensor.numel() * tensor.element_size() for tensor in saved.values())
+
+
+def activations(model: Any, samples: int, tokens: int) -> tuple[float, float]:
+    """Bytes of activations of a microbatch in the language model: all kept, and with checkpointing."""
+    language = model.model.language.model
+    language.config._attn_implementation = "counted"
+    block = language.layers[0].to(torch.bfloat16).train()
+    hidden = torch.empty(samples, tokens, language.config.hidden_size, dtype=torch.bfloat16, device="meta")
+    rotations = torch.empty(1, tokens, block.self_attn.head_dim, dtype=torch.bfloat16, device="meta")
+    of_block = saved_bytes(block, hidden.requires_grad_(), position_embeddings=(rotations, rotations))
+    inputs = len(language.layers) * hidden.numel() * 2
+    return len(language.layers) * of_block, inputs + of_block
+
+
+def main() -> None:
+    """Print a table."""
+    settings = OmegaConf.merge({"samples": 8, "text": 256}, OmegaConf.from_dotlist(sys.argv[1:]))
+    prepare_process(1)
+    projector = {"name": "mlp"}
+    model = lvlm_skeleton(build_tokenizer(), language={"config": LLAMA_8B}, vision=TOWER, projector=projector)
+    blocks = model.model.blocks
+    every, largest = weights(model), max(weights(block) for block in blocks)
+    root = every - weights(*blocks)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokens = 1 + model.model.vision.max_image_tokens + settings.text
+    kept, checkpointed = activations(model, settings.samples, tokens)
+    print(
+        f"{every / GB:.2f} billion weights, {trained / GB:.2f} trained; {len(blocks)} blocks of at most "
+        f"{largest / 1e6:.0f} million, {root / GB:.2f} billion outside of them; in float32 {4 * every / GB:.1f} GB.\n"
+        f"Activations of {settings.samples} samples of {tokens} tokens in the language model: {kept / GB:.1f} GB, with "
+        f"checkpointing {checkpointed / GB:.1f} GB.\n"
+    )
+    units = {"one unit": 2 * every + 2 * trained, "by block": 2 * (root + 2 * largest) + 2 * (root + largest)}
+    print("| GB a GPU, without activations | weights, gradients, moments | gathered | together |")
+    print("| --- | ---: | ---: | ---: |")
+    for ranks in RANKS:
+        for name, gathered in units.items():
+            states = (4 * every + 12 * trained) / ranks
+            cells = (f"{value / GB:.1f}" for value in (states, gathered, states + gathered))
+            print(f"| {ranks} GPUs, {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
