@@ -1,10 +1,11 @@
 """What sharding saves: ``python -m benchmarks.memory [hidden=768] [layers=12] [batch=8] [only=...] [out=...]``.
 
-A language model of some 120 million weights and a small tower, in float32 with AdamW on the CPU, on one rank and on two
-(FSDP2 over gloo); each case in processes of its own. Printed is the most memory that the first and the second rank held
-beyond what they held before they made the model, as a multiple of the language model in float32. It is the memory of
-the processes themselves: pages of mapped files, which the system takes back when it needs them, do not count.
-``only`` leaves out the cases whose name lacks it; ``out`` names a file for the numbers.
+A language model of some 130 million weights, a seventh of them embeddings as in one of 8 billion, and a small tower, in
+float32 with AdamW on the CPU, on one rank and on two (FSDP2 over gloo); each case in processes of its own. Printed is
+the most memory that the first and the second rank held beyond what they held before they made the model, as a multiple
+of the language model in float32. It is memory of the processes themselves: pages of mapped files, which the system
+takes back when it needs them, do not count. ``only`` leaves out the cases whose name lacks it; ``out`` names a file for
+the numbers.
 """
 
 import json
@@ -32,7 +33,7 @@ from composer_prior.data.batch import count_tokens
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.training.builders import build_model, build_parallelism, prepare_sharded
 
-DEFAULTS = {"hidden": 768, "layers": 12, "vocabulary": 49152, "batch": 8, "only": "", "out": None}
+DEFAULTS = {"hidden": 768, "layers": 12, "vocabulary": 24576, "batch": 8, "only": "", "out": None}
 FSDP2: dict[str, Any] = {"fsdp2": {}}
 CHECKPOINTED: dict[str, Any] = {"fsdp2": {"activation_checkpointing": True}}
 FULL: dict[str, Any] = {"fsdp2": {"state_dict_type": "full"}}

@@ -29,7 +29,7 @@ except ImportError:
 BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
 BLOCK_MULTIPLE = {"cpu": 1, "cuda": 128}
 # Probabilities kept from forward to backward, which spares computing their blocks twice.
-KEPT_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+KEPT_ELEMENTS = {"cpu": 2**25, "cuda": 2**27}
 # Tokens whose logits are held at once where the head is more than a linear layer.
 CHUNK_TOKENS = 256
 
