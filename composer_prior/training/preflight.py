@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from composer.core import precision
-from composer.utils import get_device
+from composer.utils import dist, get_device
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -121,6 +121,9 @@ def check_parallelism(recipe: TrainConfig) -> None:
         value = getattr(config.fsdp2, name)
         if value not in accepted:
             raise ValueError(f"fsdp2.{name}={value!r}: expected {' or '.join(accepted)}")
+    copies, ranks = config.fsdp2.data_parallel_replicate_degree, dist.get_world_size()
+    if copies is not None and (copies < 1 or ranks % copies):
+        raise ValueError(f"fsdp2.data_parallel_replicate_degree={copies}: expected a divisor of the {ranks} ranks")
 
 
 def check_whole(recipe: TrainConfig, where: str = "") -> None:
