@@ -135,14 +135,12 @@ def _weights_in_groups(settings: list[GroupSettings], model: nn.Module, pass_ove
         of_weight = [one for one in settings[1:] if any(_begins(name, one.prefix) for name in own)]
         for one, other in pairwise(of_weight):
             if not _begins(other.prefix, one.prefix):
-                raise ValueError(
-                    f"{one.where} and {other.prefix} name the same weight, {' and '.join(own)}, which are tied."
-                )
+                tied = " and ".join(own)
+                raise ValueError(f"{one.where} and {other.prefix} name one weight, for {tied} are tied.")
         prefix, _, arguments = of_weight[-1] if of_weight else settings[0]
-        group = {**arguments, "name": prefix or _NO_GROUP, "params": []}
-        if weight in without:
-            group["weight_decay"] = 0.0
-        groups.setdefault((prefix, weight in without), group)["params"].append(weight)
+        spared = weight in without and arguments.get("weight_decay") != 0
+        group = {**arguments, **({"weight_decay": 0.0} if spared else {}), "name": prefix or _NO_GROUP, "params": []}
+        groups.setdefault((prefix, spared), group)["params"].append(weight)
     return list(groups.values())
 
 
