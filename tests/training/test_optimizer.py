@@ -70,8 +70,8 @@ def test_the_longest_prefix_decides_and_goes_on_from_the_shorter(tokenizer, tied
     assert seen["language.model.layers.0.mlp.up_proj.weight"] == ("language", 1e-3, (0.9, 0.999), 0.2)
     head = "language.model.embed_tokens.weight" if tied else "language.lm_head.weight"
     assert seen[head] == ("language.lm_head", 1e-3, (0.8, 0.9), 0.0 if tied else 0.2)
-    dotted = {"vision": {"lr": 1e-4}, "language.lm_head": {"betas": [0.8, 0.9]}, "language": GROUPS["language"] | {}}
-    dotted["language"] = {key: dotted["language"][key] for key in ("lr", "weight_decay")}
+    language = {"lr": 1e-3, "weight_decay": 0.2}
+    dotted = {"vision": {"lr": 1e-4}, "language.lm_head": {"betas": [0.8, 0.9]}, "language": language}
     again = build_optimizer(adamw(groups=dotted), model).param_groups
     assert [{**group, "params": 0} for group in again] == [{**group, "params": 0} for group in optimizer.param_groups]
 

@@ -45,7 +45,7 @@ def test_two_stages(here):
     assert all(torch.equal(one[name], tensor) for name, tensor in loaded.items())
 
     options += ["model.vision.freeze=false", "optimizer.groups.vision.lr=2.0e-6", "scheduler.t_warmup=1ba"]
-    options += ["save_interval=1ba", "save_num_checkpoints_to_keep=-1"]
+    options += ["max_duration=3ba", "save_interval=1ba", "save_num_checkpoints_to_keep=-1"]
     said = fork_ranks(here, str(ROOT / "train.py"), str(ROOT / "yamls/stage2.yaml"), *smaller(*options))
     assert "Weights: language, projector, vision from runs/stage1/checkpoints/ep1-ba2" in said
     assert "Reference: reusing" in said
@@ -58,5 +58,5 @@ def test_two_stages(here):
         assert any(not torch.equal(ended[name], tensor) for name, tensor in one.items() if f".{part}." in name)
     steps = [json.loads(line) for line in Path("runs/stage2/metrics.jsonl").read_text().splitlines()]
     rates = [(step["lr-AdamW/group0"], step["lr-AdamW/vision"]) for step in steps if "lr-AdamW/vision" in step]
-    assert rates == [pytest.approx((0.0, 0.0)), pytest.approx((2e-5, 2e-6))]
-    assert len(losses("runs/stage1")) == len(losses("runs/stage2")) == 2
+    assert rates[:2] == [pytest.approx((0.0, 0.0)), pytest.approx((2e-5, 2e-6))]
+    assert (len(losses("runs/stage1")), len(losses("runs/stage2"))) == (2, 3)
