@@ -206,8 +206,8 @@ def average_over_gloo(model: torch.nn.Module) -> None:
     """
     is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
     if is_sharded and torch.distributed.get_backend() == "gloo":
-        _fsdp_collectives._get_gradient_divide_factors = _divide_at_the_end
-        torch.cpu.Stream.record_event = lambda _: torch.cpu.Event()  # type: ignore[method-assign]
+        _fsdp_collectives._get_gradient_divide_factors = _divide_at_the_end  # type: ignore[assignment]
+        torch.cpu.Stream.record_event = lambda _: torch.cpu.Event()  # type: ignore[assignment]
 
 
 def _divide_at_the_end(shards: ProcessGroup, copies: ProcessGroup | None, *_: Any) -> tuple[float, float]:
