@@ -60,8 +60,8 @@ class TrainConfig:
         load_path: a checkpoint of this run, to go on from.
         init_from: a run folder, checkpoint or model folder whose weights a new run starts from.
         autoresume: go on from the newest whole checkpoint, if there is one.
-        parallelism_config: ``fsdp2``: its arguments, and ``data_parallel_replicate_degree``, copies of the sharded model;
-            null: every rank has the whole model.
+        parallelism_config: ``fsdp2``: its arguments, and ``data_parallel_replicate_degree``, how many copies of the
+            model; null: every rank has the whole model.
         compile_config: arguments of torch.compile, such as {dynamic: true}.
         code_paths: Python files to run first, which register components.
         progress_bar: show one.
