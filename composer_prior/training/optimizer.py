@@ -1,12 +1,13 @@
 """The optimizer of a recipe: weights in groups with settings of their own, and no weight decay where it does harm."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from composer.algorithms import Factorize, SqueezeExcite
 from composer.callbacks import LRMonitor
-from composer.core import State
+from composer.core import Algorithm, State
 from composer.loggers import Logger
 from torch import nn
 from torch.optim import Optimizer
@@ -89,7 +90,7 @@ def check_optimizer(config: Mapping[str, Any], where: str) -> None:
 
 
 def build_optimizer(config: Mapping[str, Any], model: nn.Module, where: str = "optimizer") -> Optimizer:
-    """The optimizer of a model's trained weights.
+    """The optimizer of a model's trained weights, which it is given in torch's form of groups.
 
     Args:
         config: ``name`` and arguments of the optimizer; ``groups``, by prefix of the weights' names arguments of their
@@ -103,7 +104,7 @@ def build_optimizer(config: Mapping[str, Any], model: nn.Module, where: str = "o
     """
     settings = settings_of(config, where)
     decays = registry.takes(registry.look_up("optimizer", config["name"], f"{where}.name"), "weight_decay")
-    groups = _weights_in_groups(settings, model, pass_over=decays and not config.get("decay_all", False))
+    groups = _weights_in_groups(settings, model, spare=decays and not config.get("decay_all", False))
     optimizer = registry.build("optimizer", config["name"], settings[0].arguments, where, params=groups)
     for _, place, arguments in settings[1:]:
         for key in arguments:
@@ -112,13 +113,13 @@ def build_optimizer(config: Mapping[str, Any], model: nn.Module, where: str = "o
     return optimizer
 
 
-def _weights_in_groups(settings: list[GroupSettings], model: nn.Module, pass_over: bool) -> list[dict[str, Any]]:
+def _weights_in_groups(settings: list[GroupSettings], model: nn.Module, spare: bool) -> list[dict[str, Any]]:
     """Each trained weight in one group, of the longest prefix of its names; a tied weight has several names.
 
     Args:
         settings: of :func:`settings_of`.
         model: whose ``model.`` before each name is left out.
-        pass_over: let what :func:`_undecayed` names have no weight decay.
+        spare: norms, biases and embeddings have no weight decay.
     """
     names: dict[nn.Parameter, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
@@ -129,7 +130,7 @@ def _weights_in_groups(settings: list[GroupSettings], model: nn.Module, pass_ove
     for prefix, where, _ in settings[1:]:
         if not any(_begins(name, prefix) for own in trained.values() for name in own):
             raise ValueError(f"{where}: {_why_none(prefix, [name for own in names.values() for name in own])}")
-    without = _undecayed(model) if pass_over else set()
+    undecayed = _undecayed(model) if spare else set()
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for weight, own in trained.items():
         of_weight = [one for one in settings[1:] if any(_begins(name, one.prefix) for name in own)]
@@ -138,7 +139,7 @@ def _weights_in_groups(settings: list[GroupSettings], model: nn.Module, pass_ove
                 tied = " and ".join(own)
                 raise ValueError(f"{one.where} and {other.prefix} name one weight, for {tied} are tied.")
         prefix, _, arguments = of_weight[-1] if of_weight else settings[0]
-        spared = weight in without and arguments.get("weight_decay") != 0
+        spared = weight in undecayed and arguments.get("weight_decay") != 0
         group = {**arguments, **({"weight_decay": 0.0} if spared else {}), "name": prefix or _NO_GROUP, "params": []}
         groups.setdefault((prefix, spared), group)["params"].append(weight)
     return list(groups.values())
@@ -168,6 +169,25 @@ def _undecayed(model: nn.Module) -> set[nn.Parameter]:
         for name, weight in model.named_parameters()
         if sum(side > 1 for side in weight.shape) < 2 or _UNDECAYED.search(name.rpartition(".")[2])
     }
+
+
+def check_new_weights(algorithms: Sequence[Algorithm], optimizer: Optimizer, where: str = "") -> None:
+    """Refuse algorithms that make new weights in a model whose weights are in several groups.
+
+    Args:
+        algorithms: of the run.
+        optimizer: of :func:`build_optimizer`.
+        where: prefix of the recipe's keys. Default: none.
+
+    Raises:
+        ValueError: Composer adds new weights to the group of those that they replace, and does not find one here.
+    """
+    for algorithm in algorithms:
+        if isinstance(algorithm, Factorize | SqueezeExcite) and len(optimizer.param_groups) > 1:
+            raise ValueError(
+                f"{where}algorithms: {type(algorithm).__name__} makes new weights, which are in no group of "
+                f"{where}optimizer; set its decay_all=true and leave its groups out."
+            )
 
 
 class GroupLRMonitor(LRMonitor):

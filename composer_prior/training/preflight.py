@@ -30,7 +30,7 @@ from composer_prior.training.builders import (
 )
 from composer_prior.training.checkpoints import find_weights
 from composer_prior.training.config import TrainConfig
-from composer_prior.training.optimizer import build_optimizer, settings_of
+from composer_prior.training.optimizer import build_optimizer, check_new_weights, settings_of
 from composer_prior.training.reference import check_reference, model_folder, read_card
 
 
@@ -156,8 +156,12 @@ def _check_whole(recipe: TrainConfig, where: str) -> None:
     data = loaders["train"].dataloader.dataset
     if isinstance(model, ComposerLVLM):
         check_fit(model, data)
-        build_optimizer(recipe.optimizer, model, f"{where}optimizer")
-        check_algorithms(_algorithms(recipe, where), model)
+        optimizer, algorithms = (
+            build_optimizer(recipe.optimizer, model, f"{where}optimizer"),
+            _algorithms(recipe, where),
+        )
+        check_algorithms(algorithms, model)
+        check_new_weights(algorithms, optimizer, where)
     if recipe.reference is not None:
         _check_same_data(recipe, data)
 

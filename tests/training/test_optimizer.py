@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from common.models import small_lvlm
-from common.recipes import ROOT, SHRUNKEN, VIT, fork_ranks, losses, recipe
+from common.recipes import NO_REPORT, ROOT, SHRUNKEN, VIT, fork_ranks, losses, recipe
 from common.vlms import KINDS, make_vlm
 from composer.models import HuggingFaceModel
 from peft import LoraConfig, get_peft_model
@@ -136,7 +136,7 @@ def test_groups_that_fit_no_trained_weight_are_refused(tokenizer, groups, messag
     assert "\n" not in str(refused.value)
 
 
-TRAINED = ["model.vision.freeze=false", "callbacks.lr_monitor={}", "save_interval=2ba"]
+TRAINED = ["model.vision.freeze=false", "save_interval=2ba", *NO_REPORT]
 OPTIMIZER = [
     "optimizer={name: adamw, lr: 0.01, weight_decay: 0.1, fused: true}",
     "optimizer.groups.vision={lr: 0.001, weight_decay: 0.0}",

@@ -94,6 +94,10 @@ def test_before_anything_is_made(overrides, expected):
         ),
         (["reference.model.language.config.model_type=lama"], "lama"),
         (["algorithms.mix_up={}"], "MixUp does not stack with PRIOR"),
+        (
+            ["algorithms.squeeze_excite={}"],
+            "SqueezeExcite makes new weights, which are in no group of optimizer; set its",
+        ),
         ([f"model.{part}.freeze=true" for part in ("vision", "projector", "language")], "all frozen"),
         (["optimizer.groups.vision.lr=1.0"], "optimizer.groups.vision: every weight of vision is frozen"),
         (

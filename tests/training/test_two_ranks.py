@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common.recipes import ROOT, SHRUNKEN, VIT, fork_ranks, launch, losses, recipe
+from common.recipes import NO_REPORT, ROOT, SHRUNKEN, VIT, fork_ranks, launch, losses, recipe
 
 from composer_prior.training.checkpoints import find_weights, read_weights
 from composer_prior.training.run import train
@@ -30,7 +30,7 @@ def runs(tmp_path_factory):
         fork_ranks(folder, *program("run_name=fsdp2", "parallelism_config.fsdp2={}", "save_interval=2ba"))
         copies = "parallelism_config.fsdp2.data_parallel_replicate_degree=2"
         sharded = "load_path=runs/fsdp2/checkpoints/ep0-ba2"
-        fork_ranks(folder, *program("run_name=fsdp2_to_hsdp", copies, sharded), ranks=4)
+        fork_ranks(folder, *program("run_name=fsdp2_to_hsdp", copies, sharded, *NO_REPORT), ranks=4)
         fork_ranks(folder, *program("run_name=one_to_two", "load_path=runs/one/checkpoints/ep0-ba2-rank0.pt"))
         train(recipe("prior_vit", "run_name=two_to_one", "load_path=runs/two/checkpoints/ep0-ba2-rank0.pt"))
     finally:
