@@ -40,7 +40,14 @@ def names(kind: str) -> list[str]:
     return [*_COMPONENTS.get(kind, {})]
 
 
-def check(kind: str, name: str, arguments: Mapping[str, Any], where: str, given: Collection[str] = ()) -> None:
+def check(
+    kind: str,
+    name: str,
+    arguments: Mapping[str, Any],
+    where: str,
+    given: Collection[str] = (),
+    beside: Collection[str] = (),
+) -> None:
     """Refuse arguments that the constructor does not have, of the wrong type, or missing.
 
     A constructor may say more in a static method ``check``, called with those of the arguments that it takes.
@@ -50,6 +57,7 @@ def check(kind: str, name: str, arguments: Mapping[str, Any], where: str, given:
         arguments: from the recipe.
         where: their place in the recipe, for the message.
         given: names of the arguments that the program itself will pass.
+        beside: keys that stand beside the arguments there, for the message.
 
     Raises:
         ValueError: one line naming the key, what is accepted and the nearest valid key.
@@ -58,7 +66,7 @@ def check(kind: str, name: str, arguments: Mapping[str, Any], where: str, given:
     accepted = [key for key in parameters if key not in given]
     for key, value in arguments.items():
         if key not in accepted:
-            raise ValueError(f"{where}.{key} is not a key of {name}. {did_you_mean(key, accepted)}")
+            raise ValueError(f"{where}.{key} is not a key of {name}. {did_you_mean(key, [*accepted, *beside])}")
         if not _accepts(parameters[key].annotation, value):
             expected = inspect.formatannotation(parameters[key].annotation)
             raise ValueError(f"{where}.{key}={value!r}: expected {expected}.")
@@ -133,6 +141,11 @@ def _accepts(annotation: Any, value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if annotation in (bool, str):
         return isinstance(value, annotation)
+    if origin is tuple:
+        options = options[:1] * len(value) if options[1:] == (...,) and isinstance(value, list) else options
+        return isinstance(value, list) and len(value) == len(options) and all(map(_accepts, options, value))
+    if getattr(annotation, "__name__", None) == "Tensor":
+        return False
     if (origin or annotation) in (dict, list, Mapping):
         return isinstance(value, origin or annotation)
     return True

@@ -45,6 +45,7 @@ LONG = [
     "test_real_scale_sharded",
     "test_exactness",
     "test_init_from",
+    "test_optimizer",
     "test_bad_data",
     "test_methods",
     "test_saving",

@@ -2,13 +2,16 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from composer.core import DataSpec, Precision
 from composer.utils import ParallelismConfig, dist
 from composer.utils.parallelism import FSDP2Config
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from composer_prior import registry
@@ -191,7 +194,17 @@ def build_parallelism(config: Mapping[str, Any] | None) -> ParallelismConfig | N
     return ParallelismConfig(**parts)
 
 
-register("parallelism", "fsdp2")(FSDP2Config)
+@register("parallelism", "fsdp2")
+@dataclass
+class ShardingConfig(FSDP2Config):
+    """FSDP2's configuration in Composer, with several copies of the model (HSDP) as Composer's FSDP1 has them.
+
+    Args:
+        data_parallel_replicate_degree: copies of the model, each sharded among as many ranks; None: one among all.
+    """
+
+    device_mesh: Any = field(default=None, init=False)  # Composer makes it
+    data_parallel_replicate_degree: int | None = None
 
 
 def prepare_sharded(model: torch.nn.Module) -> None:
@@ -208,17 +221,19 @@ def prepare_sharded(model: torch.nn.Module) -> None:
 def average_over_gloo(model: torch.nn.Module) -> None:
     """Let FSDP2 average gradients on the CPU, as it does on CUDA.
 
-    torch 2.7 asks the backend for an average, and gloo returns the sum: gradients come out as many times too large as
-    there are ranks.
+    torch 2.7 asks the backend for averages. Of gloo a reduce-scatter returns the sum, gradients as many times too large
+    as there are ranks, and an all-reduce, between copies of the model, fails. Let it ask for sums and divide, as torch
+    itself does where sums could overflow. Copies also need an event of the CPU's stream, which has none.
     """
-    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_all_reduce_hook(_divide_by_ranks)
+    is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    if is_sharded and torch.distributed.get_backend() == "gloo":
+        _fsdp_collectives._get_gradient_divide_factors = _divide_at_the_end  # type: ignore[assignment]
+        torch.cpu.Stream.record_event = lambda _: torch.cpu.Event()  # type: ignore[assignment]
 
 
-def _divide_by_ranks(gradient: torch.Tensor) -> None:
-    gradient.div_(dist.get_world_size())
+def _divide_at_the_end(shards: ProcessGroup, copies: ProcessGroup | None, *_: Any) -> tuple[float, float]:
+    """By what torch divides gradients before and after it adds up those of the ranks."""
+    return 1.0, float(shards.size() * (copies.size() if copies is not None else 1))
 
 
 def per_rank_batch_size(global_batch_size: int, where: str = "") -> int:

@@ -10,6 +10,7 @@ from composer_prior.registry import did_you_mean
 from composer_prior.training import components  # noqa: F401  registers them
 from composer_prior.training.benchmarks import check_benchmarks
 from composer_prior.training.config import TrainConfig
+from composer_prior.training.optimizer import check_optimizer
 
 
 def check_recipe(recipe: TrainConfig, where: str = "") -> None:
@@ -61,7 +62,7 @@ def check_recipe(recipe: TrainConfig, where: str = "") -> None:
     for key in ("train_loader", "eval_loader"):
         if getattr(recipe, key) is not None:
             check_loader(getattr(recipe, key), f"{where}{key}")
-    check_named("optimizer", recipe.optimizer, f"{where}optimizer", given=("params",))
+    check_optimizer(recipe.optimizer, f"{where}optimizer")
     check_named("scheduler", recipe.scheduler, f"{where}scheduler")
     for kind in ("algorithm", "callback", "logger"):
         for name, arguments in getattr(recipe, f"{kind}s").items():

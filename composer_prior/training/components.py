@@ -30,6 +30,7 @@ from composer_prior.scoring.job import ScoreJob
 from composer_prior.training import builders  # noqa: F401  registers the model
 from composer_prior.training.compute import ComputeMonitor
 from composer_prior.training.data_wait import DataWaitMonitor
+from composer_prior.training.optimizer import GroupLRMonitor
 from composer_prior.training.saving import HuggingFaceCheckpointer
 
 
@@ -74,6 +75,7 @@ for _weighting in _WEIGHTINGS:
 register("callback", "compute_monitor")(ComputeMonitor)
 register("callback", "data_wait_monitor")(DataWaitMonitor)
 register("callback", "hf_checkpointer")(HuggingFaceCheckpointer)
+register("callback", "lr_monitor")(GroupLRMonitor)
 register("data", "emoji_scenes")(make_emoji_scenes)
 register("dataset", "captions")(StreamingCaptionDataset)
 register("scoring", "captions")(ScoreJob)

@@ -48,7 +48,8 @@ class TrainConfig:
         train_loader: ``dataset`` and the arguments of torch's DataLoader.
         eval_loader: likewise; null: no validation.
         eval_interval: how often to evaluate; 1dur is at the end.
-        optimizer: a ``name`` and its arguments.
+        optimizer: a ``name`` and its arguments; ``groups``: by part (``vision``, ``language.lm_head``) arguments of its
+            own; ``decay_all``: weight decay on norms, biases and embeddings too.
         scheduler: a ``name`` and its arguments.
         algorithms: name: arguments, in their order; null leaves one out.
         callbacks: name: arguments; null leaves one out.
@@ -60,7 +61,8 @@ class TrainConfig:
         load_path: a checkpoint of this run, to go on from.
         init_from: a run folder, checkpoint or model folder whose weights a new run starts from.
         autoresume: go on from the newest whole checkpoint, if there is one.
-        parallelism_config: ``fsdp2``: its arguments; null: every rank has the whole model.
+        parallelism_config: ``fsdp2``: its arguments, and ``data_parallel_replicate_degree``, how many copies of the
+            model; null: every rank has the whole model.
         compile_config: arguments of torch.compile, such as {dynamic: true}.
         code_paths: Python files to run first, which register components.
         progress_bar: show one.

@@ -10,7 +10,7 @@ import torch
 from composer.core import precision
 from composer.distributed.activation_checkpointing import generate_composer_model_check_fn
 from composer.models import ComposerModel
-from composer.utils import get_device
+from composer.utils import dist, get_device
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -32,6 +32,7 @@ from composer_prior.training.builders import (
 )
 from composer_prior.training.checkpoints import find_weights
 from composer_prior.training.config import TrainConfig
+from composer_prior.training.optimizer import build_optimizer, check_new_weights, settings_of
 from composer_prior.training.reference import check_reference, model_folder, read_card
 
 
@@ -89,8 +90,10 @@ def check_parts(recipe: TrainConfig, where: str = "") -> None:
     if recipe.compile_config is not None:
         with one_line_errors(f"{where}compile_config"):
             torch.compile(nn.Identity(), **recipe.compile_config)
-    with one_line_errors(f"{where}optimizer"):
-        build_named("optimizer", recipe.optimizer, params=[nn.Parameter(torch.zeros(1))])
+    for _, place, arguments in settings_of(recipe.optimizer, f"{where}optimizer"):  # torch looks at no group's values
+        with one_line_errors(place):
+            named = {"name": recipe.optimizer["name"], **arguments}
+            build_named("optimizer", named, params=[nn.Parameter(torch.zeros(1))])
     with one_line_errors(f"{where}scheduler"):
         build_named("scheduler", recipe.scheduler)
     _algorithms(recipe, where)
@@ -120,6 +123,9 @@ def check_parallelism(recipe: TrainConfig) -> None:
         value = getattr(config.fsdp2, name)
         if value not in accepted:
             raise ValueError(f"fsdp2.{name}={value!r}: expected {' or '.join(accepted)}")
+    copies, ranks = config.fsdp2.data_parallel_replicate_degree, dist.get_world_size()
+    if copies is not None and (copies < 1 or ranks % copies):
+        raise ValueError(f"fsdp2.data_parallel_replicate_degree={copies}: expected a divisor of the {ranks} ranks")
 
 
 def check_checkpointing(parallelism: Mapping[str, Any] | None, model: ComposerModel) -> None:
@@ -171,9 +177,11 @@ def _check_whole(recipe: TrainConfig, where: str) -> None:
     data = loaders["train"].dataloader.dataset
     if isinstance(model, ComposerLVLM):
         check_fit(model, data)
-        check_trainable(model)
+        optimizer = build_optimizer(recipe.optimizer, model, f"{where}optimizer")
+        algorithms = _algorithms(recipe, where)
         check_checkpointing(recipe.parallelism_config, model)
-        check_algorithms(_algorithms(recipe, where), model)
+        check_algorithms(algorithms, model)
+        check_new_weights(algorithms, optimizer, where)
     if recipe.reference is not None:
         _check_same_data(recipe, data)
 
@@ -302,18 +310,6 @@ def check_fit(model: ComposerLVLM, data: StreamingCaptionDataset) -> None:
             f"{len(data.prompt_ids)} prompt and {data.max_caption_tokens} caption tokens; lower "
             "train_loader.dataset.max_caption_tokens or the image's size."
         )
-
-
-def check_trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that are trained.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise ValueError("Nothing to train: vision, projector and language are all frozen.")
-    return parameters
 
 
 def _algorithms(recipe: TrainConfig, where: str) -> list[Any]:

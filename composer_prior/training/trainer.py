@@ -49,13 +49,8 @@ from composer_prior.training.checkpoints import (
 from composer_prior.training.config import TrainConfig
 from composer_prior.training.empty_steps import SkipEmptySteps
 from composer_prior.training.metrics_file import MetricsFile
-from composer_prior.training.preflight import (
-    build_loaders,
-    check_checkpointing,
-    check_fit,
-    check_trainable,
-    one_line_errors,
-)
+from composer_prior.training.optimizer import build_optimizer
+from composer_prior.training.preflight import build_loaders, check_checkpointing, check_fit, one_line_errors
 from composer_prior.training.reference import check_reference, model_folder, read_card, save_reference
 from composer_prior.training.report import report_file, write_report
 from composer_prior.training.saving import HuggingFaceCheckpointer, save_architecture, save_model
@@ -74,12 +69,13 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         check_fit(model, train_data)
     if recipe.reference is not None:
         check_reference(recipe, train_data.fingerprint)
-    parameters = check_trainable(model)
     check_checkpointing(recipe.parallelism_config, model)
+    optimizer = build_optimizer(recipe.optimizer, model)
     identity = {
         "model": recipe.model,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": train_data.fingerprint,
+        "optimizer": recipe.optimizer,
         "seed": recipe.seed,
     }
     resumes = _prepare_checkpoints(recipe, identity)
@@ -102,7 +98,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         eval_dataloader=loaders.get("eval"),
         eval_interval=recipe.eval_interval,
         max_duration=recipe.max_duration,
-        optimizers=build_named("optimizer", recipe.optimizer, params=parameters),
+        optimizers=optimizer,
         schedulers=build_named("scheduler", recipe.scheduler),
         step_schedulers_every_batch=True,
         algorithms=build_all("algorithm", algorithms),

@@ -40,6 +40,7 @@ BENCHMARKS = [
     "benchmarks.scene_foils.samples=12",
     *(f"benchmarks.{n}.limit=4" for n in ("hallucination", "captioning")),
 ]
+NO_REPORT = ["sample_captions=0", *(f"benchmarks.{n}=null" for n in ("scene_foils", "hallucination", "captioning"))]
 TOWER = ["model.vision.image_size=24"]
 VIT = [*TOWER, *BENCHMARKS]
 PATCH = ["model.vision.patch_size=12", "model.vision.max_side=48", *BENCHMARKS]

@@ -29,6 +29,7 @@ def test_every_recipe_is_valid(name):
 
 def test_the_recipes_that_are_promised_are_there():
     assert {"reference", "prior_vit", "prior_patch", "ntp_vit", "ntp_patch", "prior_vit_l_14_336"} <= set(RECIPES)
+    assert {"stage1", "stage2"} <= set(RECIPES)
 
 
 @pytest.mark.parametrize("family", ["vit", "patch"])
@@ -78,6 +79,18 @@ REFUSED = [
     (["eval_loader.dataset.shuffle=maybe"], r"eval_loader.dataset.shuffle='maybe': expected bool"),
     (["optimizer.name=adam"], r"optimizer.name='adam' is not a known optimizer. Did you mean 'adamw'"),
     (["optimizer.learning_rate=1"], r"optimizer.learning_rate is not a key of decoupled_adamw"),
+    (["optimizer.betas=0.9"], r"optimizer.betas=0.9: expected tuple\[float, float\]"),
+    (["optimizer.name=adamw", "optimizer.lr=fast"], r"optimizer.lr='fast': expected"),
+    (["optimizer.group.vision.lr=1"], r"optimizer.group is not a key of decoupled_adamw. Did you mean 'groups'"),
+    (["optimizer.groups=vision"], r"optimizer.groups='vision': expected arguments by prefix"),
+    (["optimizer.groups.vision=0.1"], r"optimizer.groups.vision=0.1: expected arguments such as"),
+    (
+        ["optimizer.groups.vision.lrr=1"],
+        r"optimizer.groups.vision.lrr is not a key of decoupled_adamw. Did you mean 'lr'",
+    ),
+    (["optimizer.groups.language.lm_head.lr=x"], r"optimizer.groups.language.lm_head.lr='x': expected float"),
+    (["optimizer.decay_all=1"], r"optimizer.decay_all=1: expected bool"),
+    (["parallelism_config.fsdp2.device_mesh=[2,2]"], r"parallelism_config.fsdp2.device_mesh is not a key of fsdp2"),
     (["scheduler.t_warm=1"], r"scheduler.t_warm is not a key of cosine_with_warmup. Did you mean 't_warmup'"),
     (["algorithms.prior.alfa=1"], r"algorithms.prior.alfa is not a key of prior. Did you mean 'alpha'"),
     (["algorithms.prior.alpha=-1"], r"alpha=-1"),

@@ -1,11 +1,15 @@
-"""The recipe at real scale on two ranks, which keep a part of the model each."""
+"""The recipes at real scale on two ranks, which keep a part of the model each."""
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
 from common.real_scale import RECIPE, captions_of, check, pretrained, smaller
-from common.recipes import ROOT, fork_ranks, launch
+from common.recipes import ROOT, fork_ranks, launch, losses
+from transformers import AutoModelForCausalLM
 
+from composer_prior.models.vision import OpenCLIPTower
 from composer_prior.training.checkpoints import find_weights, read_weights
 
 
@@ -22,3 +26,38 @@ def test_on_two_ranks_sharded_in_bf16(here):
     check(fork_ranks(here, str(ROOT / "tests/common/programs/bf16_train.py"), str(RECIPE), *smaller()))
     weights, _ = read_weights(find_weights("runs/prior_vit_l_14_336"))
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_two_stages(here):
+    """The first changes the projector alone; the second begins with its weights, and changes every part at its rate."""
+    pretrained("smollm2", captions_of(here))
+    tower = {"pretrained": "emoji_scenes", "image_size": 48}
+    options = ["precision=fp32", "sample_captions=0", *(f"model.vision.{key}={value}" for key, value in tower.items())]
+    said = fork_ranks(here, str(ROOT / "train.py"), str(ROOT / "yamls/stage1.yaml"), *smaller(*options))
+    assert "Reference: training" in said
+    assert " tokens of 32 samples in s3://bucket/captions/scores" in said
+    one, _ = read_weights(find_weights("runs/stage1"))
+    lm = AutoModelForCausalLM.from_pretrained("runs/reference_smollm2/model")
+    loaded = {f"model.language.{name}": tensor for name, tensor in lm.state_dict().items()}
+    vision = OpenCLIPTower("prior-vit-tiny", layer=-2, **tower)
+    loaded |= {f"model.vision.{name}": tensor for name, tensor in vision.state_dict().items()}
+    assert {name for name in one if name not in loaded} == {name for name in one if ".projector." in name}
+    assert all(torch.equal(one[name], tensor) for name, tensor in loaded.items())
+
+    options += ["model.vision.freeze=false", "optimizer.groups.vision.lr=2.0e-6", "scheduler.t_warmup=1ba"]
+    options += ["max_duration=3ba", "save_interval=1ba", "save_num_checkpoints_to_keep=-1"]
+    said = fork_ranks(here, str(ROOT / "train.py"), str(ROOT / "yamls/stage2.yaml"), *smaller(*options))
+    assert "Weights: language, projector, vision from runs/stage1/checkpoints/ep1-ba2" in said
+    assert "Reference: reusing" in said
+    assert "Scores: reusing s3://bucket/captions/scores" in said
+    begun, _ = read_weights(Path("runs/stage2/checkpoints/ep0-ba1"))
+    ended, _ = read_weights(find_weights("runs/stage2"))
+    assert begun.keys() == one.keys()
+    assert all(torch.equal(begun[name], tensor) for name, tensor in one.items())  # the rate of the first step is 0
+    for part in ("vision", "projector", "language"):
+        assert any(not torch.equal(ended[name], tensor) for name, tensor in one.items() if f".{part}." in name)
+    steps = [json.loads(line) for line in Path("runs/stage2/metrics.jsonl").read_text().splitlines()]
+    rates = [(step["lr-AdamW/group0"], step["lr-AdamW/vision"]) for step in steps if "lr-AdamW/vision" in step]
+    assert rates[:2] == [pytest.approx((0.0, 0.0)), pytest.approx((2e-5, 2e-6))]
+    assert [batch for batch, _ in losses("runs/stage1")] == [0, 1]
+    assert [batch for batch, _ in losses("runs/stage2")] == [0, 1, 2]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common.recipes import ROOT, SHRUNKEN, VIT, fork_ranks, launch, losses, recipe
+from common.recipes import NO_REPORT, ROOT, SHRUNKEN, VIT, fork_ranks, launch, losses, recipe
 
 from composer_prior.training.checkpoints import find_weights, read_weights
 from composer_prior.training.run import train
@@ -27,7 +27,11 @@ def runs(tmp_path_factory):
     try:
         output = launch(folder, *program("run_name=two", "save_interval=2ba"))
         train(recipe("prior_vit", "run_name=one", "save_interval=2ba"))
-        fork_ranks(folder, *program("run_name=fsdp2", "parallelism_config.fsdp2.activation_checkpointing=true"))
+        checkpointing = "parallelism_config.fsdp2.activation_checkpointing=true"
+        fork_ranks(folder, *program("run_name=fsdp2", checkpointing, "save_interval=2ba"))
+        copies = "parallelism_config.fsdp2.data_parallel_replicate_degree=2"
+        sharded = "load_path=runs/fsdp2/checkpoints/ep0-ba2"
+        fork_ranks(folder, *program("run_name=fsdp2_to_hsdp", copies, sharded, *NO_REPORT), ranks=4)
         fork_ranks(folder, *program("run_name=one_to_two", "load_path=runs/one/checkpoints/ep0-ba2-rank0.pt"))
         train(recipe("prior_vit", "run_name=two_to_one", "load_path=runs/two/checkpoints/ep0-ba2-rank0.pt"))
     finally:
@@ -48,10 +52,20 @@ def test_two_ranks_reach_the_losses_of_one(runs, name):
     assert_close(losses(folder / "runs" / name), one)
 
 
-@pytest.mark.parametrize("name", ["two_to_one", "one_to_two"])
+@pytest.mark.parametrize("name", ["two_to_one", "one_to_two", "fsdp2_to_hsdp"])
 def test_a_run_goes_on_with_another_number_of_ranks(runs, name):
     folder, _ = runs
     assert_close(losses(folder / "runs" / name), losses(folder / "runs/one")[2:])
+
+
+def test_one_copy_of_the_model_is_saved(runs):
+    """HSDP: of four ranks the two of the first copy write their parts."""
+    folder, _ = runs
+    saved = folder / "runs/fsdp2_to_hsdp/checkpoints/ep0-ba4"
+    assert {path.name for path in saved.iterdir()} >= {".metadata", "__0_0.distcp", "__1_0.distcp"}
+    assert len([*saved.glob("*.distcp")]) == 2
+    ours, expected = (read_weights(find_weights(folder / "runs" / name))[0] for name in ("fsdp2_to_hsdp", "one"))
+    torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
 
 
 def test_only_one_rank_reports(runs):

@@ -1,4 +1,4 @@
-"""The gradient of one optimizer step, under any cut of one fixed batch; also what the launcher runs on two ranks."""
+"""The gradient of one optimizer step, under any cut of one fixed batch; also what several ranks run."""
 
 import sys
 from itertools import product
@@ -41,7 +41,7 @@ METHODS = {
     "cal": lambda reference, shard: CAL(low=0.1, high=0.5),
     "focal": lambda reference, shard: Focal(1.5),
 }
-STRATEGIES = {"ddp": None, "fsdp2": {"fsdp2": {}}}
+STRATEGIES = {"ddp": None, "fsdp2": {"fsdp2": {}}, "hsdp": {"fsdp2": {"data_parallel_replicate_degree": 2}}}
 BATCH = 12
 
 
@@ -114,7 +114,7 @@ def step_gradients(family, tokenizer, method, microbatch=None, strategy="ddp", s
         seed=0,
     )
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
-    assert sharded == (strategy == "fsdp2" and dist.get_world_size() > 1), "the ranks share another way than asked for"
+    assert sharded == (strategy != "ddp" and dist.get_world_size() > 1), "the ranks share another way than asked for"
     average_over_gloo(model)
     trainer.fit()
     shards = getattr(trainer.state.algorithms[0], "shard_reference", False)
@@ -122,14 +122,15 @@ def step_gradients(family, tokenizer, method, microbatch=None, strategy="ddp", s
     return {name.removeprefix("module."): value for name, value in gradients.value.items()}
 
 
-def main(tokenizer_folder, out):
-    """Every strategy, family and method, with a microbatch that leaves an uneven last one."""
+def main(tokenizer_folder, out, strategies, methods):
+    """Strategies and methods, joined by ``|``, of both families, with a microbatch that leaves an uneven last one."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    microbatch = BATCH // dist.get_world_size() * 2 // 3
     results = {
         (strategy, family, method): step_gradients(
-            family, tokenizer, method, 4, strategy, shard_reference=strategy == "fsdp2"
+            family, tokenizer, method, microbatch, strategy, shard_reference=strategy == "fsdp2"
         )
-        for strategy, family, method in product(STRATEGIES, FAMILIES, METHODS)
+        for strategy, family, method in product(strategies.split("|"), FAMILIES, methods.split("|"))
     }
     if dist.get_global_rank() == 0:
         torch.save(results, out)
