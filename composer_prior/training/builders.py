@@ -214,8 +214,17 @@ def prepare_sharded(model: torch.nn.Module) -> None:
         if isinstance(module, LVLM):
             if isinstance(module, FSDPModule) and dist.get_world_size() > 1:
                 share_tensor_attributes(module, module.language.device)
+            _keep_out_of_backward(module.vision)
             register_fsdp_forward_method(module, "generate_ids")
             register_fsdp_forward_method(module, "text_logprobs")
+
+
+def _keep_out_of_backward(tower: torch.nn.Module | None) -> None:
+    """Let FSDP2 not gather a frozen tower again for a backward pass, which does not reach it."""
+    if tower is not None and not any(parameter.requires_grad for parameter in tower.parameters()):
+        for module in tower.modules():
+            if isinstance(module, FSDPModule):
+                module.set_unshard_in_backward(False)
 
 
 def average_over_gloo(model: torch.nn.Module) -> None:

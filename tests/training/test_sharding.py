@@ -50,6 +50,7 @@ def test_each_block_is_a_unit(ranks):
         tower = [f"model.vision.encoder.transformer.resblocks.{number}" for number in range(3)]
         assert model["checkpointed"] == [*tower, *BLOCKS]
         assert model["units"] == ["model", *(f"{name}._checkpoint_wrapped_module" for name in model["checkpointed"])]
+        assert model["gathered_in_backward"] == [name for name in model["units"] if "vision" not in name]
         assert not any("vision" in name for name in model["trained"])
         assert any("language" in name for name in model["trained"])
 

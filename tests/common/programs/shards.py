@@ -45,6 +45,11 @@ def sharded_model(folder, tokenizer):
             if isinstance(value, torch.Tensor)
         },
         "units": [name for name, module in modules.items() if isinstance(module, FSDPModule)],
+        "gathered_in_backward": [
+            name
+            for name, module in modules.items()
+            if isinstance(module, FSDPModule) and module._get_fsdp_state()._fsdp_param_group.unshard_in_backward
+        ],
         "checkpointed": [name for name, module in modules.items() if isinstance(module, CheckpointWrapper)],
         "trained": sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad),
     }
