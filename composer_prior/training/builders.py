@@ -12,6 +12,7 @@ from composer.utils.parallelism import FSDP2Config
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from composer_prior import registry
@@ -234,10 +235,11 @@ def average_over_gloo(model: torch.nn.Module) -> None:
     as there are ranks, and an all-reduce, between copies of the model, fails. Let it ask for sums and divide, as torch
     itself does where sums could overflow. Copies also need an event of the CPU's stream, which has none.
     """
-    is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
-    if is_sharded and torch.distributed.get_backend() == "gloo":
+    meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    if meshes and torch.distributed.get_backend() == "gloo":
         _fsdp_collectives._get_gradient_divide_factors = _divide_at_the_end  # type: ignore[assignment]
-        torch.cpu.Stream.record_event = lambda _: torch.cpu.Event()  # type: ignore[assignment]
+        if any(mesh.ndim > 1 for mesh in meshes):
+            torch.cpu.Stream.record_event = lambda _: torch.cpu.Event()  # type: ignore[assignment]
 
 
 def _divide_at_the_end(shards: ProcessGroup, copies: ProcessGroup | None, *_: Any) -> tuple[float, float]:
