@@ -16,6 +16,7 @@ from composer_prior.algorithms.token_weighting.token_weighting import check_algo
 from composer_prior.data.captions import StreamingCaptionDataset, check_scorable
 from composer_prior.data.messages import OneLineError, one_line
 from composer_prior.data.scores import Scores, ScoresCard, ScoresError
+from composer_prior.data.storage import is_remote
 from composer_prior.data.tokenizer import build_tokenizer
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.training.builders import (
@@ -99,10 +100,8 @@ def check_parts(recipe: TrainConfig, where: str = "") -> None:
     if recipe.init_from is not None:
         with one_line_errors(f"{where}init_from={recipe.init_from}"):
             find_weights(recipe.init_from)
-    if recipe.load_path is not None:
-        is_plain = "://" not in recipe.load_path and "{" not in recipe.load_path  # Composer fills in {rank}
-        if is_plain and not Path(recipe.load_path).exists():
-            raise ValueError(f"{where}load_path={recipe.load_path}: there is no such checkpoint.")
+    if recipe.load_path is not None and not is_remote(recipe.load_path) and not Path(recipe.load_path).exists():
+        raise ValueError(f"{where}load_path={recipe.load_path}: there is no such checkpoint.")
 
 
 def check_parallelism(recipe: TrainConfig) -> None:
