@@ -111,7 +111,7 @@ def holds_no_code(path: str | Path, parts: Sequence[tuple[int, int]] | None = No
         read_metadata(path.parent)
         return True
     with open(path, "rb") as file:
-        for value in [file] if parts is None else [_create_file_view(file, *part) for part in parts]:
+        for value in [file] if parts is None else (_create_file_view(file, *part) for part in parts):
             try:
                 foreign = get_unsafe_globals_in_checkpoint(cast(IO[bytes], value))
             except Exception as error:  # what torch says of bytes that it did not write has many types

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from composer_prior.algorithms.token_weighting.token_weighting import check_algorithms, weighting_of
 from composer_prior.data.captions import StreamingCaptionDataset, check_scorable
 from composer_prior.data.messages import OneLineError, one_line
+from composer_prior.data.nodes import on_first_rank
 from composer_prior.data.scores import Scores, ScoresCard, ScoresError
 from composer_prior.data.storage import is_remote
 from composer_prior.data.tokenizer import build_tokenizer
@@ -53,10 +54,15 @@ def one_line_errors(where: str = "") -> Iterator[None]:
 
 
 def trained_recipes(recipe: TrainConfig) -> list[tuple[TrainConfig, str]]:
-    """The recipes that will be trained, in order, each with the prefix of its keys: a missing reference first."""
-    reference = TrainConfig(**recipe.reference) if recipe.reference is not None else None
-    missing = reference is not None and read_card(reference) is None
-    return [*([(reference, "reference.")] if reference is not None and missing else []), (recipe, "")]
+    """The recipes that will be trained, in order, each with the prefix of its keys: a reference first that is missing.
+
+    Every rank calls it, and the first one looks.
+    """
+    if recipe.reference is None:
+        return [(recipe, "")]
+    reference = TrainConfig(**recipe.reference)
+    missing = on_first_rank(lambda: read_card(reference) is None)
+    return [(reference, "reference."), (recipe, "")] if missing else [(recipe, "")]
 
 
 def check_parts(recipe: TrainConfig, where: str = "") -> None:

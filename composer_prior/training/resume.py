@@ -38,8 +38,7 @@ def find_start(recipe: TrainConfig, identity: Mapping[str, Any]) -> str | None:
     The first rank of all looks, checks and removes, and the others do as it says.
 
     Raises:
-        ValueError: for a checkpoint that is not whole, would run code or belongs to another run, and for a new run in a
-            bucket that holds another's.
+        ValueError: for a checkpoint that is not whole, would run code or belongs to another run.
         StorageError: for a bucket that cannot be read.
     """
     return on_first_rank(lambda: _find_start(recipe, identity))
@@ -53,8 +52,8 @@ def _find_start(recipe: TrainConfig, identity: Mapping[str, Any]) -> str | None:
         _check_remote(start, identity)
     elif start is not None:
         check_checkpoint(start, identity)
-    if folder is not None and not recipe.autoresume:
-        _leave_behind(folder, start)
+    if folder is not None and not recipe.autoresume and not is_remote(folder):
+        _leave_behind(Path(folder), start)
     return start
 
 
@@ -66,25 +65,31 @@ def newest_saved(folder: str) -> str | None:
     return None if newest is None else str(newest)
 
 
-def _leave_behind(folder: str, start: str | None) -> None:
-    """Remove what is not of the past of a run that begins at a checkpoint, or anew; in a bucket, refuse it."""
-    if is_remote(folder):
-        newest = _Bucket(folder).newest()
-        if newest is not None:
-            raise ValueError(
-                f"save_folder={folder} holds {newest.rpartition('/')[2]} of an earlier run, which stays there: go on "
-                "with it (autoresume=true), name another run_name or save_folder, or empty it."
-            )
+def check_bucket(recipe: TrainConfig) -> None:
+    """Refuse to save into a bucket that cannot be read, or beside checkpoints of another run: they stay there.
+
+    Raises:
+        ValueError, StorageError: naming it.
+    """
+    folder = recipe.save_folder
+    newest = _Bucket(folder).newest() if folder is not None and is_remote(folder) else None
+    if newest is not None and not recipe.autoresume:
+        raise ValueError(
+            f"{newest} is of an earlier run, and nothing in a bucket is removed: go on with it (autoresume=true), name "
+            "another run_name or save_folder, or empty it."
+        )
+
+
+def _leave_behind(folder: Path, start: str | None) -> None:
+    """Remove what is not of the past of a run that begins at a checkpoint, or anew."""
+    begin = None if start is None else Path(start).resolve()
+    if begin is None or folder.resolve() not in begin.parents:
+        shutil.rmtree(folder, ignore_errors=True)
         return
-    here = Path(folder)
-    if start is None or here.resolve() not in Path(start).resolve().parents:
-        shutil.rmtree(here, ignore_errors=True)
-        return
-    begin = batch_of(Path(start).resolve())
-    for path, batch in checkpoints_in(here).items():
-        if begin is not None and batch > begin:
+    for path, batch in checkpoints_in(folder).items():
+        if batch > (batch_of(begin) or 0):
             remove_checkpoint(path)
-    mend_checkpoints(here)
+    mend_checkpoints(folder)
 
 
 class _Bucket:
