@@ -37,7 +37,10 @@ def test_on_a_shared_disk_a_run_is_resumed_from_its_newest_whole_checkpoint(disk
 
 @pytest.mark.parametrize(
     ("key", "shared"),
-    [("reference.save_folder", []), ("data.out", ["save_folder={}/a", "reference.save_folder={}/b"])],
+    [
+        ("data.out", []),
+        ("save_folder", ["data.out={}/data", "tokenizer.name={}/tokenizer", "reference.run_folder={}/reference"]),
+    ],
 )
 def test_folders_that_nodes_do_not_share_are_named_by_all_and_nothing_is_made(tmp_path, key, shared):
     nodes = [tmp_path / "node0", tmp_path / "node1"]
@@ -48,7 +51,7 @@ def test_folders_that_nodes_do_not_share_are_named_by_all_and_nothing_is_made(tm
     lines = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(lines) == 2
     assert all(line.startswith(f"error: {key}: ") and "not seen by rank 1" in line for line in lines)
-    assert not any([*node.iterdir()] for node in nodes)
+    assert {*tmp_path.rglob("*")} == {*nodes}
 
 
 def test_copies_on_each_node_will_do_and_must_be_the_same(tmp_path, monkeypatch):
