@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -115,7 +116,7 @@ class _Bucket:
         return next((f"{self.folder}/{name}" for name in newest_first if self._is_whole(name)), None)
 
     def _is_whole(self, name: str) -> bool:
-        if name.endswith(".pt"):
+        if _is_one_file(name):
             return True  # an object is there when all of it is
         with self._local(name) as local:
             if not self._download(f"{name}/{METADATA}", local / METADATA):
@@ -128,12 +129,13 @@ class _Bucket:
     def check(self, name: str, identity: Mapping[str, Any]) -> None:
         """:func:`check_checkpoint`, for which those shards are downloaded that hold more than tensors, or the file."""
         with self._local(name) as local:
-            if self._download(f"{name}/{METADATA}", local / METADATA):
-                wanted = {f"{name}/{shard}": local / shard for shard in pickles(read_metadata(local))}
-            else:
-                wanted = {name: local}
-            if not all(self._download(address, file) for address, file in wanted.items()):
+            there = self._download(name, local) if _is_one_file(name) else self._is_whole(name)
+            if not there:
                 raise ValueError(f"{local} is not there, or not all of it.")
+            if not _is_one_file(name):
+                self._download(f"{name}/{METADATA}", local / METADATA)
+                for shard in pickles(read_metadata(local)):
+                    self._download(f"{name}/{shard}", local / shard)
             check_checkpoint(local, identity)
 
     @contextmanager
@@ -172,6 +174,10 @@ class _Bucket:
             raise StorageError(f"{self.folder} cannot be read ({one_line(error, 200)}).") from error
 
 
+def _is_one_file(name: str) -> bool:
+    return name.endswith(".pt")
+
+
 def _check_remote(address: str, identity: Mapping[str, Any]) -> None:
     folder, _, name = address.rstrip("/").rpartition("/")
     _Bucket(folder).check(name, identity)
@@ -198,6 +204,9 @@ class Checkpoints(CheckpointSaver):
             num_checkpoints_to_keep=0 if remote else recipe.save_num_checkpoints_to_keep,
         )
         self.save_folder = recipe.save_folder
+        if self.remote_uploader is not None:
+            # In a process of its own it would import Composer for each rank, and SIGTERM to the group would end it.
+            self.remote_uploader.upload_executor = ThreadPoolExecutor(max_workers=1)
 
     def save(self, state: State, logger: Logger) -> str:
         """Save now, wait until all ranks have written or uploaded theirs, and say where to."""

@@ -14,6 +14,7 @@ import sys
 import time
 
 import numpy as np
+from composer.utils import checkpoint
 
 import composer_prior.training.run  # noqa: F401
 
@@ -27,6 +28,7 @@ def run(arguments, folder, environment, printed):
     os.environ.clear()
     os.environ.update(environment)
     np.random.seed()  # random does so by itself, and torch begins with the same seed in every process
+    checkpoint._TORCH_DISTRIBUTED_CHECKPOINTS_FILENAME = f"__{environment['RANK']}_0.distcp"  # made by its import
     sys.argv, sys.path[0] = arguments, os.path.dirname(arguments[0])
     runpy.run_path(arguments[0], run_name="__main__")
 
