@@ -1,7 +1,8 @@
-"""For ``code_paths``: a callback by which the first rank receives SIGTERM after a batch, as from a launcher."""
+"""For ``code_paths``: callbacks by which SIGTERM comes after a batch, as from a launcher, or saving takes long."""
 
 import os
 import signal
+import time
 
 from composer.core import Callback
 from composer.utils import dist
@@ -11,7 +12,7 @@ from composer_prior.registry import register
 
 @register("callback", "preempt")
 class Preempt(Callback):
-    """SIGTERM comes after so many batches."""
+    """The first rank receives SIGTERM after so many batches."""
 
     def __init__(self, batch: int):
         self.batch = batch
@@ -19,3 +20,15 @@ class Preempt(Callback):
     def batch_end(self, state, logger):
         if state.timestamp.batch == self.batch and dist.get_global_rank() == 0:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+@register("callback", "slow_save")
+class SlowSave(Callback):
+    """A checkpoint takes so many seconds."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def state_dict(self):
+        time.sleep(self.seconds)
+        return {}
