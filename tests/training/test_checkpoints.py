@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from common import hostile
 from common.recipes import ROOT, SHRUNKEN, VIT, losses, recipe
+from common.s3_server import s3_server
+from composer.utils import S3ObjectStore
 from composer.utils.checkpoint import safe_torch_load
 
 from composer_prior.training.checkpoints import ASKED_BY_COMPOSER, LATEST_NAME, check_checkpoint, mend_checkpoints
@@ -138,9 +140,13 @@ def test_a_finished_run_is_reported_again(copied, capsys):
     assert "reference has finished already" in capsys.readouterr().out
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
-    """A short soak; tools/soak_resume.py kills 20 times."""
-    assert soak(tmp_path, kills=2, seed=1) == 0
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    """A short soak, with the reference's checkpoints on the disk and the run's in a bucket; the tool kills 20 times."""
+    with s3_server("soak") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert soak(tmp_path, kills=2, seed=1, bucket="s3://soak") == 0
+        assert S3ObjectStore("soak").list_objects("killed-0/ep1-ba12-rank0.pt")
 
 
 def test_sigterm_saves_and_says_where_the_run_resumes(copied):
