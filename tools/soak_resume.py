@@ -1,8 +1,8 @@
 """Kill a run with SIGKILL at random moments until it has finished, and compare its metrics with a run never killed.
 
 ``python tools/soak_resume.py [kills=20] [seed=0] [folder=...] [bucket=...]`` runs ``prior_vit.yaml``, shrunken, from
-nothing: data, tokenizer, reference, scores and LVLM, with a checkpoint after each batch. Kills fall at random moments of
-it all. With a bucket, such as ``s3://soak``, the runs that are killed save the LVLM there, and the reference on the disk.
+nothing: data, tokenizer, reference, scores and LVLM, with a checkpoint after each batch. Kills fall at random moments.
+With a bucket, such as ``s3://soak``, the runs that are killed save the LVLM there, and the reference on the disk.
 """
 
 import json

@@ -50,7 +50,8 @@ def _find_start(recipe: TrainConfig, identity: Mapping[str, Any]) -> str | None:
     if folder is not None and recipe.autoresume:
         start = newest_saved(folder) or start
     if start is not None and is_remote(start):
-        _check_remote(start, identity)
+        place, _, name = start.rstrip("/").rpartition("/")
+        _Bucket(place).check(name, identity)
     elif start is not None:
         check_checkpoint(start, identity)
     if folder is not None and not recipe.autoresume and not is_remote(folder):
@@ -112,31 +113,29 @@ class _Bucket:
             objects = map(PurePosixPath, self.store.list_objects(str(self.prefix)))
         below = {name.relative_to(self.prefix).parts[0] for name in objects if self.prefix in name.parents}
         batches = {name: batch for name in below if (batch := batch_of(Path(name))) is not None}
-        newest_first = sorted(batches, key=lambda name: batches[name], reverse=True)
-        return next((f"{self.folder}/{name}" for name in newest_first if self._is_whole(name)), None)
-
-    def _is_whole(self, name: str) -> bool:
-        if _is_one_file(name):
-            return True  # an object is there when all of it is
-        with self._local(name) as local:
-            if not self._download(f"{name}/{METADATA}", local / METADATA):
-                return False
-            ends: dict[str, int] = {}
-            for part in (read_metadata(local).storage_data or {}).values():
-                ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
-        return all(self._size(f"{name}/{shard}") == end for shard, end in ends.items())
+        for name in sorted(batches, key=lambda name: batches[name], reverse=True):
+            with self._local(name) as local:
+                if _is_one_file(name) or self._is_whole(name, local):  # an object is there when all of it is
+                    return f"{self.folder}/{name}"
+        return None
 
     def check(self, name: str, identity: Mapping[str, Any]) -> None:
         """:func:`check_checkpoint`, for which those shards are downloaded that hold more than tensors, or the file."""
         with self._local(name) as local:
-            there = self._download(name, local) if _is_one_file(name) else self._is_whole(name)
-            if not there:
+            if not (self._download(name, local) if _is_one_file(name) else self._is_whole(name, local)):
                 raise ValueError(f"{local} is not there, or not all of it.")
-            if not _is_one_file(name):
-                self._download(f"{name}/{METADATA}", local / METADATA)
-                for shard in pickles(read_metadata(local)):
-                    self._download(f"{name}/{shard}", local / shard)
+            for shard in pickles(read_metadata(local)) if local.is_dir() else ():
+                self._download(f"{name}/{shard}", local / shard)
             check_checkpoint(local, identity)
+
+    def _is_whole(self, name: str, local: Path) -> bool:
+        """Whether a sharded checkpoint has all shards, of the lengths that its metadata tell, which are downloaded."""
+        if not self._download(f"{name}/{METADATA}", local / METADATA):
+            return False
+        ends: dict[str, int] = {}
+        for part in (read_metadata(local).storage_data or {}).values():
+            ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+        return all(self._size(f"{name}/{shard}") == end for shard, end in ends.items())
 
     @contextmanager
     def _local(self, name: str) -> Iterator[Path]:
@@ -176,11 +175,6 @@ class _Bucket:
 
 def _is_one_file(name: str) -> bool:
     return name.endswith(".pt")
-
-
-def _check_remote(address: str, identity: Mapping[str, Any]) -> None:
-    folder, _, name = address.rstrip("/").rpartition("/")
-    _Bucket(folder).check(name, identity)
 
 
 class Checkpoints(CheckpointSaver):
