@@ -198,9 +198,10 @@ class Checkpoints(CheckpointSaver):
             num_checkpoints_to_keep=0 if remote else recipe.save_num_checkpoints_to_keep,
         )
         self.save_folder = recipe.save_folder
-        if self.remote_uploader is not None:
+        uploader: Any = self.remote_uploader
+        if uploader is not None:
             # In a process of its own it would import Composer for each rank, and SIGTERM to the group would end it.
-            self.remote_uploader.upload_executor = ThreadPoolExecutor(max_workers=1)
+            uploader.upload_executor = ThreadPoolExecutor(max_workers=1)
 
     def save(self, state: State, logger: Logger) -> str:
         """Save now, wait until all ranks have written or uploaded theirs, and say where to."""

@@ -122,8 +122,3 @@ def test_a_new_run_does_not_mix_with_another_in_a_bucket(bucket):
             train(recipe("reference", "autoresume=false", "run_name=new", *overrides))
         assert "\n" not in str(caught.value)
         assert not Path("runs/new").exists()
-
-
-def test_a_checkpoint_in_a_bucket_can_be_named(bucket, capsys):
-    train(recipe("reference", "load_path=s3://runs/single/ep0-ba2-rank0.pt", "run_name=named", "max_duration=2ba"))
-    assert "named has finished already" in capsys.readouterr().out

@@ -1,12 +1,14 @@
 """Two nodes of one rank each: what is made once where they share a disk, and what they are told where they do not."""
 
 import pytest
-from common.recipes import ROOT, SHRUNKEN, VIT, fork_ranks, losses
+from common.recipes import ROOT, SHRUNKEN, TOWER, fork_ranks, losses
 from composer.utils import dist
 
 from composer_prior.data.nodes import check_same, check_shared
 
-PROGRAM = [str(ROOT / "train.py"), str(ROOT / "yamls/prior_vit.yaml"), *SHRUNKEN, *VIT]
+NO_BENCHMARKS = [f"benchmarks.{name}=null" for name in ("scene_foils", "hallucination", "captioning")]
+PROGRAM = [str(ROOT / "train.py"), str(ROOT / "yamls/prior_vit.yaml"), *SHRUNKEN, *TOWER, *NO_BENCHMARKS]
+PROGRAM += ["sample_captions=0"]
 SHARDED = "parallelism_config.fsdp2={}"
 
 
