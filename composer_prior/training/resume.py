@@ -54,9 +54,23 @@ def _find_start(recipe: TrainConfig, identity: Mapping[str, Any]) -> str | None:
         _Bucket(place).check(name, identity)
     elif start is not None:
         check_checkpoint(start, identity)
+    if start is not None:
+        _check_kind(start, recipe)
     if folder is not None and not recipe.autoresume and not is_remote(folder):
         _leave_behind(Path(folder), start)
     return start
+
+
+def _check_kind(start: str, recipe: TrainConfig) -> None:
+    fsdp2 = (recipe.parallelism_config or {}).get("fsdp2")
+    sharded = fsdp2 is not None and fsdp2.get("state_dict_type", "sharded") == "sharded"
+    one_file = _is_one_file(start) if is_remote(start) else Path(start).is_file()
+    if one_file == sharded:
+        raise ValueError(
+            f"{start} is {'one file' if one_file else 'sharded'}, and with this parallelism_config checkpoints are "
+            f"{'sharded' if sharded else 'one file'}: go on with that of the run (fsdp2.state_dict_type=full is one "
+            "file), or give init_from and a run_name of its own."
+        )
 
 
 def newest_saved(folder: str) -> str | None:

@@ -73,8 +73,9 @@ def again(bucket, tmp_path):
         folder = f"{tmp_path.name}-{len(names)}"
         for name in names:
             store.upload_object(f"{folder}/{name}", tmp_path / name)
-        start = recipe("reference", f"save_folder=s3://runs/{folder}", "autoresume=true")
-        found = find_start(start, {**identity, **changes})
+        kind = ["parallelism_config.fsdp2={}"] if names and "/" in names[0] else []
+        resumed = recipe("reference", f"save_folder=s3://runs/{folder}", "autoresume=true", *kind)
+        found = find_start(resumed, {**identity, **changes})
         return found and found.removeprefix(f"s3://runs/{folder}/")
 
     return tmp_path, find

@@ -120,6 +120,12 @@ def test_a_run_that_starts_anew_replaces_the_one_before(copied):
     assert sorted(path.name for path in copied.iterdir()) == ["ep0-ba2-rank0.pt", "ep0-ba4-rank0.pt", LATEST_NAME]
 
 
+def test_a_checkpoint_of_another_kind_is_refused(copied):
+    """One file where the run would read shards; Composer says so of neither kind by its name."""
+    with pytest.raises(ValueError, match=r"ep0-ba4-rank0.pt is one file, and with this parallelism_config .* sharded"):
+        train(recipe("reference", "autoresume=true", "parallelism_config.fsdp2={}"))
+
+
 def test_going_back_leaves_what_came_after_behind(copied):
     shutil.copy(copied / "ep0-ba4-rank0.pt", copied / "ep0-ba6-rank0.pt")
     train(recipe("reference", f"load_path={copied}/ep0-ba2-rank0.pt", "autoresume=false", "max_duration=3ba"))
