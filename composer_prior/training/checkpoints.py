@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from composer_prior.data.storage import is_remote
 from composer_prior.data.tokenizer import add_image_tokens, tokenizer_fingerprint
 from composer_prior.models.lvlm import LVLM
 from composer_prior.models.modeling_prior_lvlm import PriorLVLMConfig
@@ -210,6 +211,8 @@ def find_weights(path: str) -> Path:
     Raises:
         ValueError: if there is none of them.
     """
+    if is_remote(path):
+        raise ValueError("weights are not read from a bucket; download the checkpoint first")
     place = Path(path).expanduser()
     if place.is_file() or (place / METADATA).is_file() or (place / "config.json").is_file():
         return place
