@@ -6,6 +6,7 @@ A job's module is imported when the job begins: Composer's import takes seconds,
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import dropwhile
 from typing import Any, NamedTuple
 
 from composer_prior.data.messages import one_line
@@ -27,6 +28,12 @@ JOBS = {
         "RECIPE.yaml [train=DATA validation=DATA] [key=value ...]",
         "composer_prior.training.config:TrainConfig",
         "composer_prior.training.run:main",
+    ),
+    "launch": Job(
+        "start a job on many ranks, of this node or of several",
+        "[option=value ...] JOB ...",
+        "composer_prior.training.launch:launch",
+        "composer_prior.training.launch:main",
     ),
     "score": Job(
         "store the reference's log-probabilities beside the captions",
@@ -95,8 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options |= benchmark_options(words)
         print(f"usage: composer-prior {name} {job.usage}\n\n{show_options(options)}")
         sys.exit(0)
-    if name == "train" and words[1:]:
-        _check_recipe(words[1:])
+    started = [*dropwhile(lambda word: "=" in word, words[1:])] if name == "launch" else words
+    if not started or started[0] not in JOBS:
+        sys.exit(f"usage: composer-prior launch {job.usage}")
+    if started[0] == "train" and started[1:]:
+        _check_recipe(started[1:])
     sys.exit(_load(job.run)(words[1:]))
 
 

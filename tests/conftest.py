@@ -40,6 +40,7 @@ LONG = [
     "test_two_ranks",
     "test_composability",
     "test_run",
+    "test_bucket",
     "test_compile",
     "test_end_to_end",
     "test_real_scale_sharded",

@@ -48,7 +48,13 @@ def test_help_of_a_recipe_names_every_key_and_its_default(capsys):
 
 @pytest.mark.parametrize(
     "words",
-    [["train", "--help"], ["train", "prior_vit.yaml", "max_durtion=2ba"], ["score", "--help"], ["convert", "--help"]],
+    [
+        ["train", "--help"],
+        ["train", "prior_vit.yaml", "max_durtion=2ba"],
+        ["launch", "nproc=2", "train", "prior_vit.yaml", "max_durtion=2ba"],
+        ["score", "--help"],
+        ["convert", "--help"],
+    ],
 )
 def test_some_answers_need_no_composer(tmp_path, words):
     code = f"""if True:
@@ -63,6 +69,12 @@ def test_some_answers_need_no_composer(tmp_path, words):
     last = done.stdout.splitlines()[-1]
     assert last.endswith("set()"), last
     assert "--help" in words or "max_durtion is not a key of a recipe. Did you mean 'max_duration'?" in last
+
+
+@pytest.mark.parametrize("words", [["launch"], ["launch", "nproc=2"], ["launch", "nproc=2", "trian"]])
+def test_a_launch_of_no_job_says_how(words):
+    with pytest.raises(SystemExit, match=r"usage: composer-prior launch \[option=value ...\] JOB ..."):
+        main(words)
 
 
 def test_options_are_typed():

@@ -1,7 +1,8 @@
 """Kill a run with SIGKILL at random moments until it has finished, and compare its metrics with a run never killed.
 
-``python tools/soak_resume.py [kills=20] [seed=0] [folder=...]`` runs ``prior_vit.yaml``, shrunken, from nothing:
-data, tokenizer, reference, scores and LVLM, with a checkpoint after each batch. Kills fall at random moments of it all.
+``python tools/soak_resume.py [kills=20] [seed=0] [folder=...] [bucket=...]`` runs ``prior_vit.yaml``, shrunken, from
+nothing: data, tokenizer, reference, scores and LVLM, with a checkpoint after each batch. Kills fall at random moments.
+With a bucket, such as ``s3://soak``, the runs that are killed save the LVLM there, and the reference on the disk.
 """
 
 import json
@@ -48,9 +49,9 @@ RECIPE = [
 ]
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
+def start(folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
     """The same command every time, in a process group of its own, writing to ``log.txt``."""
-    command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "yamls/prior_vit.yaml"), *RECIPE]
+    command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "yamls/prior_vit.yaml"), *RECIPE, *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = (folder / "log.txt").open("ab")
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -80,8 +81,14 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def soak(folder: Path, kills: int, seed: int) -> int:
+def soak(folder: Path, kills: int, seed: int, bucket: str | None = None) -> int:
     """Kill that many times, starting over whenever a run has finished; return how many finished runs were not the same.
+
+    Args:
+        folder: to work in.
+        kills: how many.
+        seed: of the moments.
+        bucket: where the runs that are killed save to. Default: the disk.
 
     Raises:
         RuntimeError: if a run ends with an error.
@@ -100,7 +107,7 @@ def soak(folder: Path, kills: int, seed: int) -> int:
         run = folder / f"killed-{finished}"
         run.mkdir(exist_ok=True)
         written = (run / "log.txt").stat().st_size if (run / "log.txt").exists() else 0
-        process = start(run)
+        process = start(run, *([f"save_folder={bucket}/{run.name}"] if bucket else []))
         try:
             if killed < kills:
                 _wait_for_output(run, written)
@@ -140,9 +147,11 @@ def _last_line(folder: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    options = OmegaConf.merge({"kills": 20, "seed": 0, "folder": None}, OmegaConf.from_dotlist(arguments))
+    options = OmegaConf.merge(
+        {"kills": 20, "seed": 0, "folder": None, "bucket": None}, OmegaConf.from_dotlist(arguments)
+    )
     folder = Path(options.folder or tempfile.mkdtemp(prefix="soak-"))
-    different = soak(folder, options.kills, options.seed)
+    different = soak(folder, options.kills, options.seed, options.bucket)
     print(f"{options.kills} kills, {different} runs with other metrics")
     if options.folder is None:
         shutil.rmtree(folder)

@@ -1,6 +1,8 @@
 """Where files go: folders and remotes, one writer at a time, and what is written is whole or not there."""
 
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from composer_prior.data.messages import DataError, one_line
@@ -89,8 +92,14 @@ def write_whole(file: Path, data: bytes) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes its final name in one step when its writing has succeeded."""
-    temporary = folder.with_name(f".{folder.name}.partial")
+    """A temporary folder of this process that takes its final name in one step when its writing has succeeded."""
+    host = platform.node()
+    name = re.compile(rf"\.{re.escape(folder.name)}\.(\d+)@{re.escape(host)}\.partial")
+    for left in folder.parent.glob(".*.partial"):
+        match = name.fullmatch(left.name)
+        if match and not psutil.pid_exists(int(match[1])):  # it was killed, on this machine
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}@{host}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:

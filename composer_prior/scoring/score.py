@@ -5,12 +5,13 @@ it is whole, and the index is written last: a job that was killed goes on where 
 """
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,15 +25,14 @@ from transformers.utils import cached_file
 from composer_prior.data.captions import BadSampleError, StreamingCaptionDataset
 from composer_prior.data.mds import read_column
 from composer_prior.data.messages import announce
-from composer_prior.data.scores import Scores, ScoresCard, ScoresError
+from composer_prior.data.nodes import check_shared, on_first_rank
+from composer_prior.data.scores import INDEX, Scores, ScoresCard, ScoresError
 from composer_prior.data.storage import StorageError, is_remote, locked
 from composer_prior.data.tokenizer import CaptionFormat, build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.scoring.align import align_logprobs, token_edges
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.writer import ScoresWriter
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -68,15 +68,16 @@ def score_captions(job: ScoreJob) -> ScoreSummary:
 
 def _score_captions(job: ScoreJob) -> ScoreSummary:
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
+    check_shared({"scores": os.path.join(job.out, INDEX)})
     arguments = {key: value for key, value in job.dataset.items() if key != "scores"}
     data = StreamingCaptionDataset(tokenizer=build_tokenizer(job.tokenizer), batch_size=1, **arguments)
-    card, whole = _from_first_rank(lambda: _look(job, data))
+    card, whole = on_first_rank(lambda: _look(job, data))
     summary = ScoreSummary(job.out, reused=whole)
     if whole:
         return summary
     with _sole_writer(job.out) if rank == 0 else nullcontext():
         writer = ScoresWriter(job.out, card, job.unit_samples, worker=rank)
-        entries = _from_first_rank(writer.begin)
+        entries = on_first_rank(writer.begin)
         summary.reused = entries is None  # another job has made them meanwhile
         if entries is not None:
             missing = [unit for unit in range(len(writer.units)) if unit not in entries]
@@ -103,20 +104,6 @@ def _look(job: ScoreJob, data: StreamingCaptionDataset) -> tuple[ScoresCard, boo
         return card, False
     there.check(card, job.out)
     return card, True
-
-
-def _from_first_rank(function: Callable[[], T]) -> T:
-    """What a function returns, or raises, on the first rank."""
-    found: list[Any] = [None, None]
-    if dist.get_global_rank() == 0:
-        try:
-            found[0] = function()
-        except (ValueError, OSError, StorageError) as error:
-            found[1] = error
-    dist.broadcast_object_list(found)
-    if found[1] is not None:
-        raise found[1]
-    return found[0]
 
 
 def _sole_writer(out: str) -> AbstractContextManager[None]:

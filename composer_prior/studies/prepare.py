@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from composer_prior.data.messages import OneLineError, one_line
 from composer_prior.training.checks import check_recipe
 from composer_prior.training.config import TrainConfig, load_recipe
-from composer_prior.training.preflight import trained_recipes
 from composer_prior.training.prepare import ensure_scores, prepare
 
 
@@ -25,7 +24,7 @@ def main(arguments: Sequence[str]) -> None:
             check_recipe(TrainConfig(**recipe.reference), "reference.")
         else:
             check_recipe(recipe)
-        prepare(recipe, [(stage, where) for stage, where in trained_recipes(recipe) if stage is not recipe])
+        prepare(recipe, itself=False)
         ensure_scores(recipe)
     except (ValueError, OSError, OneLineError) as error:
         sys.exit(f"error: {one_line(error)}")

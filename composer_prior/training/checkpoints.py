@@ -7,9 +7,9 @@ import re
 import shutil
 import signal
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from composer.core import Callback, State
@@ -19,27 +19,33 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultLoadPlanner, load
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.utils import _create_file_view
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from composer_prior.data.storage import is_remote
 from composer_prior.data.tokenizer import add_image_tokens, tokenizer_fingerprint
 from composer_prior.models.lvlm import LVLM
 from composer_prior.models.modeling_prior_lvlm import PriorLVLMConfig
 
+# Set by a run: CHECKPOINT_VALIDATION_FUNCTION is the variable by which Composer knows what to call.
+ASKED_BY_COMPOSER = {"CHECKPOINT_VALIDATION_FUNCTION": f"{__name__}.holds_no_code"}
 CHECKPOINT_NAME = "ep{epoch}-ba{batch}-rank{rank}.pt"
 LATEST_NAME = "latest-rank0.pt"
-_METADATA = ".metadata"  # of a sharded checkpoint, which is a folder
+METADATA = ".metadata"  # of a sharded checkpoint, which is a folder
 # What Composer puts into a checkpoint beside tensors and plain containers: times, and numpy's random state.
 _ALLOWED_GLOBALS = re.compile(
     r"datetime\.timedelta|torch\.torch_version\.TorchVersion|numpy\.(dtype|ndarray|dtypes\.\w+DType)"
     r"|numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)"
 )
-
 # What describes the contents of a sharded checkpoint.
 _ALLOWED_IN_METADATA = re.compile(
-    r"pathlib\.\w*Path|torch\.(Size|[a-z]+\d+\w*|bool|serialization\._get_layout)"
-    r"|torch\.distributed\.checkpoint\.(metadata\.\w+|filesystem\._StorageInfo)"
+    r"pathlib\.\w*Path|torch\.(Size|bool|(bfloat|complex|float|int|uint)\d+\w*|serialization\._get_layout)"
+    r"|torch\.distributed\.checkpoint\.metadata\.((Tensor|Bytes|Chunk)Storage)?Metadata"
+    r"|torch\.distributed\.checkpoint\.metadata\.(MetadataIndex|StorageMeta|TensorProperties|_MEM_FORMAT_ENCODING)"
+    r"|torch\.distributed\.checkpoint\.filesystem\._StorageInfo"
 )
+_SHARD = re.compile(r"__\d+_\d+\.distcp")  # a file of a sharded checkpoint
 
 
 class RunIdentity(Callback):
@@ -67,7 +73,11 @@ def check_checkpoint(path: str | Path, identity: Mapping[str, Any]) -> None:
         ValueError: if it is not whole, would run code when loaded, or belongs to a run of another identity; one line
             that names the keys.
     """
-    theirs = _read_identity(Path(path))
+    path = Path(path)
+    if path.is_dir():
+        for shard, parts in pickles(read_metadata(path)).items():
+            holds_no_code(path / shard, parts)
+    theirs = _read_identity(path)
     if theirs is None:
         raise ValueError(f"{path} was not written by a run of this program: it does not say what it was made from.")
     there, here = _flat(theirs), _flat(identity)
@@ -81,12 +91,39 @@ def check_checkpoint(path: str | Path, identity: Mapping[str, Any]) -> None:
         )
 
 
+def holds_no_code(path: str | Path, parts: Sequence[tuple[int, int]] | None = None) -> bool:
+    """Refuse a file that would run code when it is unpickled.
+
+    Composer, which unpickles whatever it finds, calls this for each file of a checkpoint before it reads it; see
+    :data:`ASKED_BY_COMPOSER`.
+
+    Args:
+        path: a checkpoint of one file; ``.metadata`` or a shard of a sharded one.
+        parts: offset and length of each value that is read from a shard.
+
+    Returns:
+        that it is so.
+
+    Raises:
+        ValueError: naming what it holds.
+    """
+    path = Path(path)
+    if path.name == METADATA:
+        read_metadata(path.parent)
+        return True
+    with open(path, "rb") as file:
+        for value in [file] if parts is None else (_create_file_view(file, *part) for part in parts):
+            try:
+                foreign = get_unsafe_globals_in_checkpoint(cast(IO[bytes], value))
+            except Exception as error:  # what torch says of bytes that it did not write has many types
+                raise ValueError(f"{path} is not a whole checkpoint.") from error
+            _refuse_foreign(path, foreign, _ALLOWED_GLOBALS)
+    return True
+
+
 def _read_state(path: Path) -> dict[str, Any]:
     """The state in a checkpoint of one file, its tensors mapped from the disk."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not a whole checkpoint.")
-    _refuse_foreign(path, get_unsafe_globals_in_checkpoint(path), _ALLOWED_GLOBALS)
-    # Nothing but the allowed names is in there, as was just seen.
+    holds_no_code(path)
     content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
     state = content.get("state") if isinstance(content, Mapping) else None
     if not (isinstance(state, Mapping) and isinstance(state.get("model"), Mapping)):
@@ -125,9 +162,9 @@ def mend_checkpoints(folder: Path) -> Path | None:
     Returns:
         the newest whole checkpoint, a file or the folder of a sharded one, or None.
     """
-    for path in _checkpoints(folder):
+    for path in checkpoints_in(folder):
         if not _is_whole(path):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove_checkpoint(path)
     latest = folder / LATEST_NAME
     if latest.is_symlink():
         latest.unlink()
@@ -139,18 +176,29 @@ def mend_checkpoints(folder: Path) -> Path | None:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a folder, a file or the folder of a sharded one, or None."""
-    whole = {batch: path for path, batch in _checkpoints(folder).items() if _is_whole(path)}
+    whole = {batch: path for path, batch in checkpoints_in(folder).items() if _is_whole(path)}
     return whole[max(whole)] if whole else None
 
 
-def _checkpoints(folder: Path) -> dict[Path, int]:
+def checkpoints_in(folder: Path) -> dict[Path, int]:
     """Checkpoints, whole or not, and the batch of each."""
-    matches = {path: re.match(r"ep\d+-ba(\d+)", path.name) for path in sorted(folder.glob("ep*-ba*"))}
-    return {path: int(match[1]) for path, match in matches.items() if match is not None}
+    batches = {path: batch_of(path) for path in sorted(folder.glob("ep*-ba*"))}
+    return {path: batch for path, batch in batches.items() if batch is not None}
+
+
+def batch_of(path: Path) -> int | None:
+    """The batch after which a checkpoint was saved, by its name; None for another name."""
+    match = re.match(r"ep\d+-ba(\d+)", path.name)
+    return int(match[1]) if match else None
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint, a file or the folder of a sharded one."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _is_whole(path: Path) -> bool:
-    return (path / _METADATA).is_file() if path.is_dir() else zipfile.is_zipfile(path)
+    return (path / METADATA).is_file() if path.is_dir() else zipfile.is_zipfile(path)
 
 
 def find_weights(path: str) -> Path:
@@ -163,8 +211,10 @@ def find_weights(path: str) -> Path:
     Raises:
         ValueError: if there is none of them.
     """
+    if is_remote(path):
+        raise ValueError("weights are not read from a bucket; download the checkpoint first")
     place = Path(path).expanduser()
-    if place.is_file() or (place / _METADATA).is_file() or (place / "config.json").is_file():
+    if place.is_file() or (place / METADATA).is_file() or (place / "config.json").is_file():
         return place
     for folder in (place / "checkpoints", place):
         newest = newest_checkpoint(folder)
@@ -227,7 +277,7 @@ def read_weights(source: Path) -> tuple[dict[str, Tensor], str | None]:
         state = _read_state(source)
         weights = {name.removeprefix("module."): tensor for name, tensor in state["model"].items()}
         return weights, state.get("callbacks", {}).get(RunIdentity.__qualname__, {}).get("tokenizer")
-    if (source / _METADATA).is_file():
+    if (source / METADATA).is_file():
         prefix = "state.model."
         weights = {name.removeprefix(prefix): tensor for name, tensor in _read_sharded(source, prefix).items()}
         return weights, (_read_identity(source) or {}).get("tokenizer")
@@ -249,24 +299,43 @@ def _read_sharded(folder: Path, prefix: str) -> dict[str, Any]:
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         if isinstance(entry, TensorStorageMetadata)
         else None
-        for name, entry in _read_metadata(folder).state_dict_metadata.items()
+        for name, entry in read_metadata(folder).state_dict_metadata.items()
         if name.startswith(prefix)
     }
     load(entries, checkpoint_id=folder, planner=_WeightsOnly(flatten_state_dict=False), no_dist=True)
     return entries
 
 
-def _read_metadata(folder: Path) -> Metadata:
-    with open(folder / _METADATA, "rb") as file:
-        return _MetadataUnpickler(file).load()
+def read_metadata(folder: Path) -> Metadata:
+    """What describes a sharded checkpoint.
+
+    Raises:
+        ValueError: if it would run code when it is unpickled, is none, or names files elsewhere.
+    """
+    path = folder / METADATA
+
+    class Restricted(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            _refuse_foreign(path, [f"{module}.{name}"], _ALLOWED_IN_METADATA)
+            return super().find_class(module, name)
+
+    try:
+        metadata = Restricted(io.BytesIO(path.read_bytes())).load()
+        shards = {info.relative_path for info in metadata.storage_data.values()}
+    except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} does not describe a checkpoint.") from error
+    if not all(_SHARD.fullmatch(shard) for shard in shards):
+        raise ValueError(f"{path} names files that do not belong to a checkpoint.")
+    return metadata
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads what describes a sharded checkpoint, a pickle, and refuses any other object in it."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        _refuse_foreign(Path(_METADATA), [f"{module}.{name}"], _ALLOWED_IN_METADATA)
-        return super().find_class(module, name)
+def pickles(metadata: Metadata) -> dict[str, list[tuple[int, int]]]:
+    """Where the values of a sharded checkpoint are that are no tensors: offset and length of each, by file."""
+    places: dict[str, list[tuple[int, int]]] = {}
+    for index, info in (metadata.storage_data or {}).items():
+        if not isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+            places.setdefault(info.relative_path, []).append((info.offset, info.length))
+    return places
 
 
 class _WeightsOnly(DefaultLoadPlanner):

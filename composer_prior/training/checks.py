@@ -47,6 +47,9 @@ def check_recipe(recipe: TrainConfig, where: str = "") -> None:
         )
     if recipe.autoresume and recipe.save_folder is None:
         raise ValueError(f"{where}autoresume=true needs {where}save_folder, where the checkpoints are.")
+    for key in ("save_folder", "load_path"):
+        if "{" in (getattr(recipe, key) or ""):
+            raise ValueError(f"{where}{key}={getattr(recipe, key)}: Composer's placeholders are not filled in here.")
     for key in ("global_train_batch_size", "device_eval_batch_size"):
         if getattr(recipe, key) < 1:
             raise ValueError(f"{where}{key}={getattr(recipe, key)}: expected at least 1.")

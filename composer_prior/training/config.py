@@ -55,9 +55,9 @@ class TrainConfig:
         callbacks: name: arguments; null leaves one out.
         loggers: name: arguments; null leaves one out.
         benchmarks: name: arguments, with ``interval`` and ``limit``; ``benchmark`` if the name is another.
-        save_folder: where checkpoints go; null: none are saved.
+        save_folder: where checkpoints go, a folder that all nodes see or a bucket; null: none are saved.
         save_interval: how often to save a checkpoint.
-        save_num_checkpoints_to_keep: how many checkpoints stay; -1: all.
+        save_num_checkpoints_to_keep: how many checkpoints stay; -1: all, as in a bucket always.
         load_path: a checkpoint of this run, to go on from.
         init_from: a run folder, checkpoint or model folder whose weights a new run starts from.
         autoresume: go on from the newest whole checkpoint, if there is one.

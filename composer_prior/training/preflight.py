@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from composer_prior.algorithms.token_weighting.token_weighting import check_algorithms, weighting_of
 from composer_prior.data.captions import StreamingCaptionDataset, check_scorable
 from composer_prior.data.messages import OneLineError, one_line
+from composer_prior.data.nodes import on_first_rank
 from composer_prior.data.scores import Scores, ScoresCard, ScoresError
+from composer_prior.data.storage import is_remote
 from composer_prior.data.tokenizer import build_tokenizer
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.training.builders import (
@@ -55,10 +57,15 @@ def one_line_errors(where: str = "") -> Iterator[None]:
 
 
 def trained_recipes(recipe: TrainConfig) -> list[tuple[TrainConfig, str]]:
-    """The recipes that will be trained, in order, each with the prefix of its keys: a missing reference first."""
-    reference = TrainConfig(**recipe.reference) if recipe.reference is not None else None
-    missing = reference is not None and read_card(reference) is None
-    return [*([(reference, "reference.")] if reference is not None and missing else []), (recipe, "")]
+    """The recipes that will be trained, in order, each with the prefix of its keys: a reference first that is missing.
+
+    Every rank calls it, and the first one looks.
+    """
+    if recipe.reference is None:
+        return [(recipe, "")]
+    reference = TrainConfig(**recipe.reference)
+    missing = on_first_rank(lambda: read_card(reference) is None)
+    return [(reference, "reference."), (recipe, "")] if missing else [(recipe, "")]
 
 
 def check_parts(recipe: TrainConfig, where: str = "") -> None:
@@ -104,10 +111,8 @@ def check_parts(recipe: TrainConfig, where: str = "") -> None:
     if recipe.init_from is not None:
         with one_line_errors(f"{where}init_from={recipe.init_from}"):
             find_weights(recipe.init_from)
-    if recipe.load_path is not None:
-        is_plain = "://" not in recipe.load_path and "{" not in recipe.load_path  # Composer fills in {rank}
-        if is_plain and not Path(recipe.load_path).exists():
-            raise ValueError(f"{where}load_path={recipe.load_path}: there is no such checkpoint.")
+    if recipe.load_path is not None and not is_remote(recipe.load_path) and not Path(recipe.load_path).exists():
+        raise ValueError(f"{where}load_path={recipe.load_path}: there is no such checkpoint.")
 
 
 def check_parallelism(recipe: TrainConfig) -> None:

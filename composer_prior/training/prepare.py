@@ -1,7 +1,9 @@
 """Make what a recipe needs and does not find: data, tokenizer, reference, scores, in this order."""
 
 import gc
+import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,41 +12,73 @@ from composer.utils import dist, get_device
 from composer_prior import registry
 from composer_prior.data.captions import read_captions
 from composer_prior.data.messages import announce
+from composer_prior.data.nodes import check_shared, on_first_rank
+from composer_prior.data.scores import INDEX
 from composer_prior.data.storage import whole_folder
 from composer_prior.data.tokenizer import train_tokenizer
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import score_captions
+from composer_prior.training.checkpoints import CHECKPOINT_NAME
 from composer_prior.training.config import TrainConfig
-from composer_prior.training.preflight import check_parts, check_whole
-from composer_prior.training.reference import check_reference, model_folder, read_card
+from composer_prior.training.preflight import check_parts, check_whole, one_line_errors, trained_recipes
+from composer_prior.training.reference import REFERENCE_CARD, check_reference, model_folder
+from composer_prior.training.resume import check_bucket
 from composer_prior.training.trainer import build_trainer, finish
 
 
-def prepare(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> None:
-    """Make the data, tokenizer and reference that a recipe needs and does not find.
+def prepare(recipe: TrainConfig, itself: bool = True) -> None:
+    """Make the data, tokenizer and reference that a recipe needs and does not find; the first rank of all does.
 
     Args:
         recipe: of the run.
-        stages: of :func:`.trained_recipes`, those that will be trained; all that can be known of them is checked first.
+        itself: whether the recipe will be trained afterwards. All that can be known of what will be trained is checked
+            before anything is made.
 
     Raises:
         ValueError, OSError: naming what cannot work.
     """
+    dist.initialize_dist(get_device(None), timeout=recipe.dist_timeout)
+    stages = [stage for stage in trained_recipes(recipe) if itself or stage[0] is not recipe]
+    check_shared(_places(recipe, stages))
     for stage, where in stages:
         check_parts(stage, where)
-    dist.initialize_dist(get_device(None), timeout=recipe.dist_timeout)
-    prepare_data(recipe)
+        with one_line_errors(f"{where}save_folder"):
+            on_first_rank(partial(check_bucket, stage))
+    on_first_rank(lambda: _make_data(recipe.data))
+    _make_tokenizer(recipe.tokenizer, recipe.train_loader["dataset"])
     for stage, where in stages:
         check_whole(stage, where)
     if recipe.reference is not None:
-        _prepare_reference(recipe)
+        _prepare_reference(recipe, missing=any(stage is not recipe for stage, _ in stages))
 
 
-def _prepare_reference(recipe: TrainConfig) -> None:
+def _places(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> dict[str, str]:
+    """Where nodes have to find the same: what the first rank makes, what ranks save, and what the recipe names."""
+    places: dict[str, Any] = {}
+    if recipe.data is not None:
+        places["data.out"] = recipe.data["out"]
+    if recipe.tokenizer.get("train") is not None:
+        places["tokenizer.name"] = recipe.tokenizer["name"]
+    if recipe.reference is not None:
+        places["reference.run_folder"] = str(model_folder(TrainConfig(**recipe.reference)) / REFERENCE_CARD)
+    for stage, where in stages:
+        if stage.save_folder is not None:
+            places[f"{where}save_folder"] = os.path.join(stage.save_folder, CHECKPOINT_NAME)
+        places |= {f"{where}{key}": getattr(stage, key) for key in ("load_path", "init_from")}
+        for name in ("train_loader", "eval_loader"):
+            dataset = (getattr(stage, name) or {}).get("dataset") or {}
+            if dataset.get("scores"):
+                places[f"{where}{name}.dataset.scores"] = os.path.join(dataset["scores"], INDEX)
+            if not dataset.get("remote"):
+                places[f"{where}{name}.dataset.local"] = dataset.get("local")
+    return {key: place for key, place in places.items() if place is not None}
+
+
+def _prepare_reference(recipe: TrainConfig, missing: bool) -> None:
     assert recipe.reference is not None
     reference = TrainConfig(**recipe.reference)
     folder = model_folder(reference)
-    if read_card(reference) is None:
+    if missing:
         resuming = Path(reference.run_folder, "checkpoints").exists()
         announce(f"Reference: {'resuming' if resuming else 'training'} {reference.run_name}, into {folder}")
         finish(reference, build_trainer(reference))
@@ -52,14 +86,6 @@ def _prepare_reference(recipe: TrainConfig) -> None:
     else:
         announce(f"Reference: reusing {folder}")
     check_reference(recipe)
-
-
-def prepare_data(recipe: TrainConfig) -> None:
-    """Make data and tokenizer if they are missing; the first rank of each node does it while the others wait."""
-    with dist.run_local_rank_zero_first():
-        if dist.get_local_rank() == 0:
-            _make_data(recipe.data)
-    _make_tokenizer(recipe.tokenizer, recipe.train_loader["dataset"])
 
 
 def _make_data(config: Mapping[str, Any] | None) -> None:
@@ -75,17 +101,18 @@ def _make_tokenizer(config: Mapping[str, Any], dataset: Mapping[str, Any]) -> No
     if config.get("train") is None:
         return
     folder = Path(config["name"])
-    missing = not folder.exists()
-    if not any(dist.all_gather_object(missing)):  # on every node
+    if on_first_rank(folder.exists):
         announce(f"Tokenizer: reusing {folder}")
         return
     vocab_size = config["train"]["vocab_size"]
     announce(f"Tokenizer: training {vocab_size} tokens on the training captions, into {folder}")
     captions = read_captions(dataset)
-    with dist.run_local_rank_zero_first():
-        if missing and dist.get_local_rank() == 0:
-            with whole_folder(folder) as temporary:
-                train_tokenizer(captions, vocab_size).save_pretrained(temporary)
+
+    def make() -> None:
+        with whole_folder(folder) as temporary:
+            train_tokenizer(captions, vocab_size).save_pretrained(temporary)
+
+    on_first_rank(make)
 
 
 def ensure_scores(recipe: TrainConfig) -> None:

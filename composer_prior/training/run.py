@@ -11,7 +11,6 @@ from composer import Trainer
 from composer_prior.data.messages import OneLineError, one_line
 from composer_prior.training.checks import check_recipe
 from composer_prior.training.config import TrainConfig, load_recipe
-from composer_prior.training.preflight import trained_recipes
 from composer_prior.training.prepare import ensure_scores, prepare
 from composer_prior.training.trainer import build_trainer, finish
 
@@ -54,6 +53,6 @@ def train(recipe: TrainConfig) -> Trainer:
 def start(recipe: TrainConfig) -> Trainer:
     """Everything up to the first step: data, tokenizer, reference, and the Trainer."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
-    prepare(recipe, trained_recipes(recipe))
+    prepare(recipe)
     ensure_scores(recipe)
     return build_trainer(recipe)

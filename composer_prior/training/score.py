@@ -16,7 +16,6 @@ from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import score_captions
 from composer_prior.training.checks import check_recipe
 from composer_prior.training.config import load_recipe
-from composer_prior.training.preflight import trained_recipes
 from composer_prior.training.prepare import job_of, prepare
 
 _OPTIONS = ("out", "loader", "batch_tokens", "unit_samples", "dtype")
@@ -54,7 +53,7 @@ def _recipe_job(arguments: Sequence[str]) -> ScoreJob:
     if config is None:
         raise ValueError(f"The recipe has no {loader}_loader.")
     job = job_of(recipe, config["dataset"], **options)
-    prepare(recipe, [(stage, where) for stage, where in trained_recipes(recipe) if stage is not recipe])
+    prepare(recipe, itself=False)
     return job
 
 

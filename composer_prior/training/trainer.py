@@ -1,9 +1,8 @@
 """From a recipe to a Composer Trainer, and from its first step to what a run leaves behind."""
 
-import shutil
+import os
 import signal
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from omegaconf import OmegaConf
 
 from composer_prior.data.captions import StreamingCaptionDataset
 from composer_prior.data.messages import announce
+from composer_prior.data.nodes import check_same
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.compile import prepare_compile
 from composer_prior.models.composer_lvlm import ComposerLVLM
@@ -37,14 +37,11 @@ from composer_prior.training.builders import (
     without_reference,
 )
 from composer_prior.training.checkpoints import (
-    CHECKPOINT_NAME,
-    LATEST_NAME,
+    ASKED_BY_COMPOSER,
     Preempted,
     RunIdentity,
     StopOnSigterm,
-    check_checkpoint,
     load_weights,
-    mend_checkpoints,
 )
 from composer_prior.training.config import TrainConfig
 from composer_prior.training.empty_steps import SkipEmptySteps
@@ -53,6 +50,7 @@ from composer_prior.training.optimizer import build_optimizer
 from composer_prior.training.preflight import build_loaders, check_checkpointing, check_fit, one_line_errors
 from composer_prior.training.reference import check_reference, model_folder, read_card, save_reference
 from composer_prior.training.report import report_file, write_report
+from composer_prior.training.resume import Checkpoints, find_start
 from composer_prior.training.saving import HuggingFaceCheckpointer, save_architecture, save_model
 
 
@@ -78,9 +76,10 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         "optimizer": recipe.optimizer,
         "seed": recipe.seed,
     }
-    resumes = _prepare_checkpoints(recipe, identity)
+    check_same(identity)
+    start = find_start(recipe, identity)
     has_weights = not any(parameter.is_meta for parameter in model.parameters())
-    if recipe.init_from is not None and not resumes and has_weights:
+    if recipe.init_from is not None and start is None and has_weights:
         announce(load_weights(recipe.init_from, model, tokenizer))
     if recipe.compile_config is not None:
         prepare_compile()
@@ -90,6 +89,8 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     for callback in callbacks:
         if isinstance(callback, HuggingFaceCheckpointer):
             callback.recipe = recipe
+    saver = [] if recipe.save_folder is None else [Checkpoints(recipe)]
+    os.environ.update(ASKED_BY_COMPOSER)
     # Where samples carry stored scores, no reference is loaded for nothing.
     algorithms = recipe.algorithms if train_data.scores is None else without_reference(recipe.algorithms)
     trainer = Trainer(
@@ -102,7 +103,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         schedulers=build_named("scheduler", recipe.scheduler),
         step_schedulers_every_batch=True,
         algorithms=build_all("algorithm", algorithms),
-        callbacks=[RunIdentity(identity), StopOnSigterm(), *skips, *callbacks],
+        callbacks=[RunIdentity(identity), StopOnSigterm(), *skips, *callbacks, *saver],
         loggers=[MetricsFile(Path(recipe.run_folder, "metrics.jsonl")), *build_all("logger", recipe.loggers)],
         run_name=recipe.run_name,
         seed=recipe.seed,
@@ -112,36 +113,12 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         parallelism_config=build_parallelism(recipe.parallelism_config),
         compile_config=recipe.compile_config,
         progress_bar=recipe.progress_bar,
-        save_folder=recipe.save_folder,
-        save_interval=recipe.save_interval,
-        save_num_checkpoints_to_keep=recipe.save_num_checkpoints_to_keep,
-        save_filename=CHECKPOINT_NAME,
-        save_latest_filename=LATEST_NAME,
-        save_overwrite=True,
-        load_path=recipe.load_path,
-        autoresume=recipe.autoresume,
+        load_path=start,
+        load_progress_bar=recipe.progress_bar,
         dist_timeout=recipe.dist_timeout,
     )
     prepare_sharded(trainer.state.model)
     return trainer
-
-
-def _prepare_checkpoints(recipe: TrainConfig, identity: Mapping[str, Any]) -> bool:
-    """Find the checkpoint that the run goes on from, and refuse one of another run; whether there is one."""
-    sources = [] if recipe.load_path is None else [Path(recipe.load_path)]
-    if recipe.save_folder is not None and "://" not in recipe.save_folder:
-        folder = Path(recipe.save_folder)
-        if recipe.autoresume:
-            with dist.run_local_rank_zero_first():
-                newest = mend_checkpoints(folder) if dist.get_local_rank() == 0 else None
-            sources = sources if newest is None else [newest]
-        elif dist.get_global_rank() == 0 and not any(folder in source.parents for source in sources):
-            shutil.rmtree(folder, ignore_errors=True)  # a run that starts anew replaces the one before it
-    for source in sources:
-        if source.exists():
-            check_checkpoint(source, identity)
-    dist.barrier()
-    return bool(sources)
 
 
 def _fit(recipe: TrainConfig, trainer: Trainer) -> None:
@@ -150,14 +127,16 @@ def _fit(recipe: TrainConfig, trainer: Trainer) -> None:
         trainer.fit()
     except Preempted:
         batch = trainer.state.timestamp.batch.value
-        if recipe.save_folder is None:
-            announce(f"{recipe.run_name} was stopped by SIGTERM after batch {batch}; it keeps no checkpoints.")
-        else:
-            saved = trainer.save_checkpoint(str(Path(recipe.save_folder, CHECKPOINT_NAME)))
+        stopped = f"{recipe.run_name} was stopped by SIGTERM after batch {batch}"
+        savers = [callback for callback in trainer.state.callbacks if isinstance(callback, Checkpoints)]
+        if savers:
             announce(
-                f"{recipe.run_name} was stopped by SIGTERM after batch {batch} and saved {saved}; "
-                "the same command with autoresume=true goes on from there."
+                f"{stopped} and saves; Composer's launcher waits 30 s for that, composer-prior launch for its end."
             )
+            saved = savers[0].save(trainer.state, trainer.logger)
+            announce(f"{saved} is saved; the same command with autoresume=true goes on from there.")
+        else:
+            announce(f"{stopped}; it keeps no checkpoints.")
         trainer.close()
         sys.exit(128 + signal.SIGTERM)
 

@@ -94,30 +94,36 @@ def forks():
     return process
 
 
-def fork_ranks(folder, program, *arguments, ranks=2, timeout=400):
+def fork_ranks(folder, program, *arguments, ranks=2, timeout=400, expect=0, nodes=None):
     """What all ranks print that :func:`launch` would start, without its three imports of Composer.
 
-    The launcher is replaced by the variables that it sets; each rank is a process of its own nevertheless.
+    The launcher is replaced by the variables that it sets; each rank is a process of its own nevertheless. With
+    ``nodes``, each of these folders is where a node of its own is, with its share of the ranks. Where the ranks shall
+    fail (``expect``), each has to end by itself.
     """
+    nodes = nodes or [folder or Path.cwd()]
+    local = ranks // len(nodes)
     with socket.socket() as free, tempfile.TemporaryDirectory() as outputs:
         free.bind(("127.0.0.1", 0))
-        shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+        shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": local, "MASTER_ADDR": "127.0.0.1"}
         shared |= {"MASTER_PORT": free.getsockname()[1], "OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT / "tests"}
         free.close()
         printed = [Path(outputs, f"rank{rank}.txt") for rank in range(ranks)]
+        of_ranks = [{"RANK": r, "LOCAL_RANK": r % local, "NODE_RANK": r // local} for r in range(ranks)]
         request = {
             "arguments": [str(word) for word in (program, *arguments)],
-            "folder": str(folder or Path.cwd()),
+            "folders": [str(nodes[of_rank["NODE_RANK"]]) for of_rank in of_ranks],
             "environments": [
                 {**os.environ, **{name: str(value) for name, value in {**shared, **of_rank}.items()}}
-                for of_rank in ({"RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks))
+                for of_rank in of_ranks
             ],
             "printed": [str(path) for path in printed],
             "timeout": timeout,
+            "patience": 60 if expect else 0,
         }
         forks().stdin.write(json.dumps(request) + "\n")
         forks().stdin.flush()
         statuses = json.loads(forks().stdout.readline())
         output = "".join(path.read_text() for path in printed if path.exists())
-    assert statuses == [0] * ranks, f"{statuses}: {output[-3000:]}"
+    assert statuses == [expect] * ranks, f"{statuses}: {output[-3000:]}"
     return output

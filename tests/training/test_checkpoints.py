@@ -10,10 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from common import hostile
 from common.recipes import ROOT, SHRUNKEN, VIT, losses, recipe
+from common.s3_server import s3_server
+from composer.utils import S3ObjectStore
+from composer.utils.checkpoint import safe_torch_load
 
-from composer_prior.training.checkpoints import LATEST_NAME, check_checkpoint, mend_checkpoints
+from composer_prior.training.checkpoints import ASKED_BY_COMPOSER, LATEST_NAME, check_checkpoint, mend_checkpoints
+from composer_prior.training.checks import check_recipe
 from composer_prior.training.run import train
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -86,16 +90,22 @@ def test_a_checkpoint_of_another_run_is_refused(copied, overrides, keys, how):
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_with_code_is_refused_before_it_runs(copied):
-    class Hostile:
-        def __reduce__(self):
-            return os.mkdir, ("executed",)
-
-    path = copied / "ep0-ba4-rank0.pt"
-    torch.save({"state": {"callbacks": {}, "x": Hostile()}}, path)
-    with pytest.raises(ValueError, match=r"holds Python objects \(posix.mkdir\) and is not loaded"):
+def test_a_checkpoint_with_code_is_refused_before_it_runs(copied, monkeypatch):
+    hostile.one_file(copied / "ep0-ba4-rank0.pt")
+    message = r"ep0-ba4-rank0.pt holds Python objects \(posix.mkdir\) and is not loaded"
+    with pytest.raises(ValueError, match=message):
         train(recipe("reference", "autoresume=true"))
+    for name, function in ASKED_BY_COMPOSER.items():
+        monkeypatch.setenv(name, function)
+    with pytest.raises(ValueError, match=message):  # whatever else leads Composer to it
+        safe_torch_load(copied / "ep0-ba4-rank0.pt")
     assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("key", ["save_folder", "load_path"])
+def test_names_that_composer_would_fill_in_are_refused(key):
+    with pytest.raises(ValueError, match=f"{key}=.*: Composer's placeholders are not filled in here"):
+        check_recipe(recipe("reference", f"{key}='runs/{{run_name}}/checkpoints'"))
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
@@ -110,6 +120,23 @@ def test_a_run_that_starts_anew_replaces_the_one_before(copied):
     assert sorted(path.name for path in copied.iterdir()) == ["ep0-ba2-rank0.pt", "ep0-ba4-rank0.pt", LATEST_NAME]
 
 
+def test_a_checkpoint_of_another_kind_is_refused(copied):
+    """One file where the run would read shards; Composer says so of neither kind by its name."""
+    with pytest.raises(ValueError, match=r"ep0-ba4-rank0.pt is one file, and with this parallelism_config .* sharded"):
+        train(recipe("reference", "autoresume=true", "parallelism_config.fsdp2={}"))
+
+
+def test_going_back_leaves_what_came_after_behind(copied):
+    shutil.copy(copied / "ep0-ba4-rank0.pt", copied / "ep0-ba6-rank0.pt")
+    train(recipe("reference", f"load_path={copied}/ep0-ba2-rank0.pt", "autoresume=false", "max_duration=3ba"))
+    assert sorted(path.name for path in copied.iterdir()) == ["ep0-ba2-rank0.pt", "ep0-ba3-rank0.pt", LATEST_NAME]
+
+
+def test_the_number_of_checkpoints_holds_over_resumptions(copied):
+    train(recipe("reference", "autoresume=true", "save_interval=2ba", "max_duration=6ba"))
+    assert sorted(path.name for path in copied.iterdir()) == ["ep0-ba4-rank0.pt", "ep0-ba6-rank0.pt", LATEST_NAME]
+
+
 def test_a_finished_run_is_reported_again(copied, capsys):
     metrics = (copied.parent / "metrics.jsonl").read_text().splitlines()
     train(recipe("reference", "autoresume=true"))
@@ -119,15 +146,21 @@ def test_a_finished_run_is_reported_again(copied, capsys):
     assert "reference has finished already" in capsys.readouterr().out
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
-    """A short soak; tools/soak_resume.py kills 20 times."""
-    assert soak(tmp_path, kills=2, seed=1) == 0
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    """A short soak, with the reference's checkpoints on the disk and the run's in a bucket; the tool kills 20 times."""
+    with s3_server("soak") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert soak(tmp_path, kills=2, seed=1, bucket="s3://soak") == 0
+        assert S3ObjectStore("soak").list_objects("killed-0/ep1-ba12-rank0.pt")
 
 
 def test_sigterm_saves_and_says_where_the_run_resumes(copied):
-    composer = str(Path(sys.executable).with_name("composer"))
-    command = [composer, str(ROOT / "train.py"), str(ROOT / "yamls/prior_vit.yaml"), *SHRUNKEN, *VIT]
-    command += ["max_duration=100000ba", "save_interval=100000ba", "autoresume=true"]
+    """Through the launcher, and though saving takes longer than it would wait."""
+    programs = ROOT / "tests/common/programs"
+    command = [sys.executable, str(programs / "impatient.py"), "launch", "nproc=1", "train", "prior_vit.yaml"]
+    command += [*SHRUNKEN, *VIT, "max_duration=100000ba", "save_interval=100000ba", "autoresume=true"]
+    command += [f"code_paths=[{programs / 'preempt.py'}]", "callbacks.slow_save={seconds: 4}"]
     printed, metrics = Path("printed.txt"), Path("runs/prior_vit/metrics.jsonl")
     with printed.open("w") as out:
         process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=out, stderr=out)
@@ -136,14 +169,13 @@ def test_sigterm_saves_and_says_where_the_run_resumes(copied):
             assert process.poll() is None, printed.read_text()
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        process.wait(120)
+        assert process.wait(120) == 143
     finally:
         if process.poll() is None:
             kill(process)
     output = printed.read_text()
-    assert "was stopped by SIGTERM after batch" in output
     assert "goes on from there" in output
-    assert "[rank0]: Traceback" not in output  # the launcher prints one of its own
+    assert "Traceback" not in output
     batch = int(output.split("was stopped by SIGTERM after batch ")[1].split()[0])
     train(recipe("prior_vit", f"max_duration={batch + 2}ba", "autoresume=true"))
     assert [number for number, _ in losses("runs/prior_vit")] == list(range(batch + 2))

@@ -5,11 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import hostile
 from common.data import write_tiles
 from common.recipes import ROOT, SHRUNKEN, VIT, fork_ranks, losses, recipe
 from common.tokenizers import plain_tokenizer
+from composer.utils.checkpoint import FileSystemReaderWithValidation
+from torch.distributed.checkpoint import load
+from torch.distributed.checkpoint.api import CheckpointException
 
 from composer_prior.training.checkpoints import (
+    ASKED_BY_COMPOSER,
+    LATEST_NAME,
     RunIdentity,
     _read_identity,
     check_checkpoint,
@@ -94,7 +100,8 @@ def test_a_sharded_checkpoint_is_resumed_and_a_foreign_one_refused(here):
         check_checkpoint(checkpoint, {**identity, "seed": 3})
     arguments = [str(ROOT / "train.py"), str(ROOT / "yamls/ntp_vit.yaml"), *SHRUNKEN, *VIT, *PROJECTOR_ALONE]
     again = ["run_name=sharded", "parallelism_config.fsdp2={}", "autoresume=true", "max_duration=5ba"]
-    fork_ranks(here, *arguments, *again)
+    fork_ranks(here, *arguments, *again, "save_num_checkpoints_to_keep=1")
+    assert {path.name for path in checkpoint.parent.iterdir()} == {"ep0-ba5", LATEST_NAME}
     assert [batch for batch, _ in losses("runs/sharded")] == [0, 1, 2, 3, 4]
 
 
@@ -140,12 +147,30 @@ def test_another_tokenizer_of_the_same_size_is_refused(here, tokenizer):
         load_weights("runs/stage1", Model(), plain_tokenizer("gpt2", ["a tile"] * 9, 400))
 
 
-def test_code_in_a_sharded_checkpoint_is_not_run(here):
-    metadata = next(Path("runs/sharded/checkpoints").glob("ep0-ba4*/.metadata"))
-    metadata.write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
-    with pytest.raises(ValueError, match=r"holds Python objects \(os.system\) and is not loaded"):
-        load_weights("runs/sharded", torch.nn.Module(), None)
-    assert not Path("owned").exists()
+@pytest.mark.parametrize(
+    ("plant", "message"),
+    [
+        (hostile.metadata, r"ep0-ba4/.metadata holds Python objects \(posix.mkdir\) and is not loaded"),
+        (hostile.value, r"ep0-ba4/__0_0.distcp holds Python objects \(posix.mkdir\) and is not loaded"),
+        (hostile.file_elsewhere, r"ep0-ba4/.metadata names files that do not belong to a checkpoint"),
+    ],
+)
+def test_code_in_a_sharded_checkpoint_is_not_run(here, monkeypatch, plant, message):
+    """On any road: goes on from it, starts from its weights, or Composer reads it after all."""
+    checkpoint = find_weights("runs/sharded")
+    identity = _read_identity(checkpoint)
+    check_checkpoint(checkpoint, RunIdentity(identity).state_dict())
+    plant(checkpoint)
+    with pytest.raises(ValueError, match=message):
+        check_checkpoint(checkpoint, identity)
+    if plant != hostile.value:  # which no weights need
+        with pytest.raises(ValueError, match=message):
+            load_weights("runs/sharded", torch.nn.Module(), None)
+    for name, function in ASKED_BY_COMPOSER.items():
+        monkeypatch.setenv(name, function)
+    with pytest.raises((ValueError, CheckpointException), match=message):
+        load({"state.run_name": None}, storage_reader=FileSystemReaderWithValidation(str(checkpoint)), no_dist=True)
+    assert not Path("executed").exists()
 
 
 def test_the_newest_checkpoint_of_a_run_folder_is_meant(here):

@@ -67,6 +67,7 @@ def refused(name, *overrides):
         (["callbacks.generate={prompts: [a], interval: soon}"], "callbacks.generate: .*soon"),
         (["load_path=nowhere.pt"], "load_path=nowhere.pt: there is no such checkpoint"),
         (["init_from=nowhere"], "init_from=nowhere: expected a run folder with a checkpoint"),
+        (["init_from=s3://bucket/run"], "init_from=s3://bucket/run: weights are not read from a bucket"),
         (["load_path=a.pt", "init_from=b.pt"], "init_from and load_path are both given"),
         (["autoresume=true", "save_folder=null"], "autoresume=true needs save_folder"),
         *(([f"loggers.{name}={{}}"], f"loggers.{name}: .*{package}") for name, package in PACKAGES.items()),

@@ -1,0 +1,238 @@
+"""Which checkpoint a run goes on from, and how it saves others: in a folder that all nodes see, or in a bucket."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from composer.callbacks import CheckpointSaver
+from composer.core import State
+from composer.loggers import Logger
+from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
+from composer.utils.checkpoint import get_save_filename
+
+from composer_prior.data.messages import one_line
+from composer_prior.data.nodes import on_first_rank
+from composer_prior.data.storage import StorageError, is_remote
+from composer_prior.training.checkpoints import (
+    CHECKPOINT_NAME,
+    LATEST_NAME,
+    METADATA,
+    batch_of,
+    check_checkpoint,
+    checkpoints_in,
+    mend_checkpoints,
+    pickles,
+    read_metadata,
+    remove_checkpoint,
+)
+from composer_prior.training.config import TrainConfig
+
+
+def find_start(recipe: TrainConfig, identity: Mapping[str, Any]) -> str | None:
+    """The checkpoint that a run goes on from, a path or an address, or None; what a new run replaces is removed.
+
+    The first rank of all looks, checks and removes, and the others do as it says.
+
+    Raises:
+        ValueError: for a checkpoint that is not whole, would run code or belongs to another run.
+        StorageError: for a bucket that cannot be read.
+    """
+    return on_first_rank(lambda: _find_start(recipe, identity))
+
+
+def _find_start(recipe: TrainConfig, identity: Mapping[str, Any]) -> str | None:
+    folder, start = recipe.save_folder, recipe.load_path
+    if folder is not None and recipe.autoresume:
+        start = newest_saved(folder) or start
+    if start is not None and is_remote(start):
+        place, _, name = start.rstrip("/").rpartition("/")
+        _Bucket(place).check(name, identity)
+    elif start is not None:
+        check_checkpoint(start, identity)
+    if start is not None:
+        _check_kind(start, recipe)
+    if folder is not None and not recipe.autoresume and not is_remote(folder):
+        _leave_behind(Path(folder), start)
+    return start
+
+
+def _check_kind(start: str, recipe: TrainConfig) -> None:
+    fsdp2 = (recipe.parallelism_config or {}).get("fsdp2")
+    sharded = fsdp2 is not None and fsdp2.get("state_dict_type", "sharded") == "sharded"
+    one_file = _is_one_file(start) if is_remote(start) else Path(start).is_file()
+    if one_file == sharded:
+        raise ValueError(
+            f"{start} is {'one file' if one_file else 'sharded'}, and with this parallelism_config checkpoints are "
+            f"{'sharded' if sharded else 'one file'}: go on with that of the run (fsdp2.state_dict_type=full is one "
+            "file), or give init_from and a run_name of its own."
+        )
+
+
+def newest_saved(folder: str) -> str | None:
+    """The newest whole checkpoint of a folder, in which those that are not whole are removed, or of a bucket."""
+    if is_remote(folder):
+        return _Bucket(folder).newest()
+    newest = mend_checkpoints(Path(folder))
+    return None if newest is None else str(newest)
+
+
+def check_bucket(recipe: TrainConfig) -> None:
+    """Refuse to save into a bucket that cannot be read, or beside checkpoints of another run: they stay there.
+
+    Raises:
+        ValueError, StorageError: naming it.
+    """
+    folder = recipe.save_folder
+    newest = _Bucket(folder).newest() if folder is not None and is_remote(folder) else None
+    if newest is not None and not recipe.autoresume:
+        raise ValueError(
+            f"{newest} is of an earlier run, and nothing in a bucket is removed: go on with it (autoresume=true), name "
+            "another run_name or save_folder, or empty it."
+        )
+
+
+def _leave_behind(folder: Path, start: str | None) -> None:
+    """Remove what is not of the past of a run that begins at a checkpoint, or anew."""
+    begin = None if start is None else Path(start).resolve()
+    if begin is None or folder.resolve() not in begin.parents:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for path, batch in checkpoints_in(folder).items():
+        if batch > (batch_of(begin) or 0):
+            remove_checkpoint(path)
+    mend_checkpoints(folder)
+
+
+class _Bucket:
+    """The folder of a bucket that checkpoints are saved to, read through Composer, as it wrote them.
+
+    Args:
+        folder: its address.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = folder.rstrip("/")
+        self.prefix = PurePosixPath(parse_uri(self.folder)[2])
+        with self._reading():
+            self.store: Any = maybe_create_object_store_from_uri(self.folder)
+
+    def newest(self) -> str | None:
+        """The address of the newest whole checkpoint: shards arrive in any order, and a run may end before the last."""
+        with self._reading():
+            objects = map(PurePosixPath, self.store.list_objects(str(self.prefix)))
+        below = {name.relative_to(self.prefix).parts[0] for name in objects if self.prefix in name.parents}
+        batches = {name: batch for name in below if (batch := batch_of(Path(name))) is not None}
+        for name in sorted(batches, key=lambda name: batches[name], reverse=True):
+            with self._local(name) as local:
+                if _is_one_file(name) or self._is_whole(name, local):  # an object is there when all of it is
+                    return f"{self.folder}/{name}"
+        return None
+
+    def check(self, name: str, identity: Mapping[str, Any]) -> None:
+        """:func:`check_checkpoint`, for which those shards are downloaded that hold more than tensors, or the file."""
+        with self._local(name) as local:
+            if not (self._download(name, local) if _is_one_file(name) else self._is_whole(name, local)):
+                raise ValueError(f"{local} is not there, or not all of it.")
+            for shard in pickles(read_metadata(local)) if local.is_dir() else ():
+                self._download(f"{name}/{shard}", local / shard)
+            check_checkpoint(local, identity)
+
+    def _is_whole(self, name: str, local: Path) -> bool:
+        """Whether a sharded checkpoint has all shards, of the lengths that its metadata tell, which are downloaded."""
+        if not self._download(f"{name}/{METADATA}", local / METADATA):
+            return False
+        ends: dict[str, int] = {}
+        for part in (read_metadata(local).storage_data or {}).values():
+            ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+        return all(self._size(f"{name}/{shard}") == end for shard, end in ends.items())
+
+    @contextmanager
+    def _local(self, name: str) -> Iterator[Path]:
+        """A place for a copy, about which errors are told of what it is a copy of."""
+        with tempfile.TemporaryDirectory() as temporary:
+            local = Path(temporary, name)
+            try:
+                yield local
+            except ValueError as error:
+                raise ValueError(str(error).replace(str(local), f"{self.folder}/{name}")) from error
+
+    def _download(self, name: str, file: Path) -> bool:
+        """Download an object; whether there is one."""
+        try:
+            with self._reading():
+                self.store.download_object(str(self.prefix / name), str(file))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _size(self, name: str) -> int | None:
+        try:
+            with self._reading():
+                return self.store.get_object_size(str(self.prefix / name))
+        except FileNotFoundError:
+            return None
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # of the libraries of all stores
+            raise StorageError(f"{self.folder} cannot be read ({one_line(error, 200)}).") from error
+
+
+def _is_one_file(name: str) -> bool:
+    return name.endswith(".pt")
+
+
+class Checkpoints(CheckpointSaver):
+    """Composer's saver, which counts those of the run's earlier starts too, and leaves no copies of remote ones.
+
+    Args:
+        recipe: of the run, with a ``save_folder``.
+    """
+
+    def __init__(self, recipe: TrainConfig):
+        assert recipe.save_folder is not None
+        remote = is_remote(recipe.save_folder)
+        super().__init__(
+            folder=recipe.save_folder,
+            filename=CHECKPOINT_NAME,
+            remote_file_name=os.path.join(parse_uri(recipe.save_folder)[2], CHECKPOINT_NAME),
+            latest_filename=None if remote else LATEST_NAME,
+            latest_remote_file_name=None,
+            save_interval=recipe.save_interval,
+            overwrite=True,
+            num_checkpoints_to_keep=0 if remote else recipe.save_num_checkpoints_to_keep,
+        )
+        self.save_folder = recipe.save_folder
+        uploader: Any = self.remote_uploader
+        if uploader is not None:
+            # In a process of its own it would import Composer for each rank, and SIGTERM to the group would end it.
+            uploader.upload_executor = ThreadPoolExecutor(max_workers=1)
+
+    def save(self, state: State, logger: Logger) -> str:
+        """Save now, wait until all ranks have written or uploaded theirs, and say where to."""
+        self._save_checkpoint(state, logger)
+        self.fit_end(state, logger)
+        dist.barrier()
+        saved = Path(get_save_filename(state, self.filename.format(state, keep_placeholders=True)))
+        return f"{self.save_folder}/{saved.parent.name if state.fsdp_sharded_state_dict_enabled else saved.name}"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # Composer's has a line for every checkpoint ever saved
+
+    def _rotate_checkpoints(self, sharding_enabled: bool = False) -> None:
+        if self.remote_uploader is not None:
+            shutil.rmtree(Path(self.folder))  # the uploader has a copy of its own
+        elif dist.get_global_rank() == 0:
+            saved = checkpoints_in(Path(self.folder))
+            oldest_first = sorted(saved, key=lambda path: saved[path])
+            for path in oldest_first[: max(0, len(saved) - self.num_checkpoints_to_keep)]:
+                remove_checkpoint(path)
