@@ -4,8 +4,6 @@ import os
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from composer_prior.models.reference import Dtype
-
 UNIT_SAMPLES = 4096
 
 
@@ -43,6 +41,8 @@ class ScoreJob:
     @staticmethod
     def check(batch_tokens: int | None = None, unit_samples: int = UNIT_SAMPLES, dtype: str | None = None) -> None:
         """Refuse impossible values."""
+        from composer_prior.models.reference import Dtype  # here, so that the command's help comes without torch
+
         for name, value in (("batch_tokens", batch_tokens), ("unit_samples", unit_samples)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1.")

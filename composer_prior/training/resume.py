@@ -201,11 +201,12 @@ class Checkpoints(CheckpointSaver):
     def __init__(self, recipe: TrainConfig):
         assert recipe.save_folder is not None
         remote = is_remote(recipe.save_folder)
+        links = not remote and dist.get_global_rank() == 0  # of a sharded run each rank would remove the first's link
         super().__init__(
             folder=recipe.save_folder,
             filename=CHECKPOINT_NAME,
             remote_file_name=os.path.join(parse_uri(recipe.save_folder)[2], CHECKPOINT_NAME),
-            latest_filename=None if remote else LATEST_NAME,
+            latest_filename=LATEST_NAME if links else None,
             latest_remote_file_name=None,
             save_interval=recipe.save_interval,
             overwrite=True,

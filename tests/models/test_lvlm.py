@@ -246,8 +246,8 @@ def test_embeddings_grow_for_the_image_tokens():
         tokenizer, language={"config": config}, vision={"name": "patches", "patch_size": 8, "max_side": 32}
     )
     assert model.image_token_ids == (3, 4)
-    assert model.model.language.get_input_embeddings().weight.shape[0] == 5
-    assert model.model.language.get_output_embeddings().weight.shape[0] == 5
+    assert model.model.language.get_input_embeddings().weight.shape[0] == 64
+    assert model.model.language.get_output_embeddings().weight.shape[0] == 64
 
 
 def tokenizer_of_size(size):

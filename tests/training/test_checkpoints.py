@@ -13,11 +13,12 @@ import pytest
 from common import hostile
 from common.recipes import ROOT, SHRUNKEN, VIT, losses, recipe
 from common.s3_server import s3_server
-from composer.utils import S3ObjectStore
+from composer.utils import S3ObjectStore, dist
 from composer.utils.checkpoint import safe_torch_load
 
 from composer_prior.training.checkpoints import ASKED_BY_COMPOSER, LATEST_NAME, check_checkpoint, mend_checkpoints
 from composer_prior.training.checks import check_recipe
+from composer_prior.training.resume import Checkpoints
 from composer_prior.training.run import train
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -179,3 +180,10 @@ def test_sigterm_saves_and_says_where_the_run_resumes(copied):
     batch = int(output.split("was stopped by SIGTERM after batch ")[1].split()[0])
     train(recipe("prior_vit", f"max_duration={batch + 2}ba", "autoresume=true"))
     assert [number for number, _ in losses("runs/prior_vit")] == list(range(batch + 2))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_alone_has_a_link_to_the_latest(rank, monkeypatch):
+    """Composer lets every rank of a sharded run remove the link, also after the first one has made it."""
+    monkeypatch.setattr(dist, "get_global_rank", lambda: rank)
+    assert (Checkpoints(recipe("prior_vit")).latest_filename is None) == (rank != 0)

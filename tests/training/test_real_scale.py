@@ -32,6 +32,5 @@ def test_with_every_kind_of_tokenizer(here, kind, capsys):
     ids = saved(text, add_special_tokens=False)["input_ids"]
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(saved) == len(tokenizer) + 2
-    assert load_file("runs/reference_smollm2/model/model.safetensors")["model.embed_tokens.weight"].shape[0] == len(
-        saved
-    )
+    weights = load_file("runs/reference_smollm2/model/model.safetensors")
+    assert len(weights["model.embed_tokens.weight"]) == -(-len(saved) // 64) * 64
