@@ -97,6 +97,11 @@ def resident_bytes() -> int:
     return _status("VmRSS")
 
 
+def anonymous_bytes() -> int:
+    """Memory of the process itself, without the pages of files that it maps."""
+    return _status("RssAnon")
+
+
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024

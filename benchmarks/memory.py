@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.measure import prepare_process
+from benchmarks.measure import anonymous_bytes, prepare_process
 from benchmarks.setup import adamw, build_tokenizer, training_batches
 from composer_prior.data.batch import count_tokens
 from composer_prior.models.reference import ReferenceLM
@@ -64,11 +64,6 @@ class Memory:
         finally:
             over.set()
             thread.join()
-
-
-def anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
 
 
 def write_language_model(folder: Path, settings: dict[str, Any]) -> int:

@@ -161,8 +161,12 @@ def head_of(model: PreTrainedModel) -> Head:
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The transformer blocks of an LM, in order: the modules that its class says are never split among devices."""
-    causal_lm = causal_lm_of(model)
-    return [module for module in causal_lm.modules() if type(module).__name__ in (causal_lm._no_split_modules or ())]
+    return [module for module in causal_lm_of(model).modules() if is_decoder_layer(module, model)]
+
+
+def is_decoder_layer(module: nn.Module, model: PreTrainedModel) -> bool:
+    """Whether a module of an LM is one of its :func:`decoder_layers`; before FSDP2, which gives it another class."""
+    return type(module).__name__ in (causal_lm_of(model)._no_split_modules or ())
 
 
 def causal_lm_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -16,7 +16,14 @@ from composer_prior.data.tokenizer import bos_id, image_token_ids, prompt_ids
 from composer_prior.models.continuation import continuation_logprobs, same
 from composer_prior.models.head import Head, TransformedHead, label_mask, labelled_nll
 from composer_prior.models.label_logits import label_logits, on_text_alone
-from composer_prior.models.language import causal_lm_of, decoder_layers, head_of, last_hidden_states, vocabulary_size
+from composer_prior.models.language import (
+    causal_lm_of,
+    decoder_layers,
+    head_of,
+    is_decoder_layer,
+    last_hidden_states,
+    vocabulary_size,
+)
 from composer_prior.models.modeling_prior_lvlm import PriorLVLMForConditionalGeneration, decoder_of
 from composer_prior.models.packing import enable_packing, packed_hidden_states
 from composer_prior.models.pretrained import load_form, save_folder, tower_of
@@ -122,8 +129,9 @@ class LVLM(nn.Module):
         return [*getattr(self.vision, "blocks", ()), *decoder_layers(self.language)]
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """Composer's question whether a module is a unit of FSDP2."""
-        return any(module is block for block in self.blocks)
+        """Composer's question, about each module of the model, whether it is a unit of FSDP2: one of :attr:`blocks`."""
+        in_tower = any(module is block for block in getattr(self.vision, "blocks", ()))
+        return in_tower or is_decoder_layer(module, self.language)
 
     def activation_checkpointing_fn(self, module: nn.Module) -> bool:
         """Composer's question whether what a module computes is computed again in the backward pass, and not kept."""
