@@ -156,6 +156,7 @@ def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
             _fit(recipe, trainer)
         else:
             announce(f"{recipe.run_name} has finished already; set another max_duration or run_name to train on.")
+            trainer.logger.log_metrics(_times(trainer))  # it may have been stopped before it had logged them
             trainer.eval()
         for benchmark in _benchmarks(trainer):
             benchmark.run(trainer.state, trainer.logger)
@@ -172,6 +173,13 @@ def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
         raise
     trainer.close()
     return trainer
+
+
+def _times(trainer: Trainer) -> dict[str, float]:
+    """What Composer logs at the end of training."""
+    now = trainer.state.timestamp
+    times = {"batch": now.batch, "sample": now.sample, "epoch": now.epoch, "token": now.token}
+    return {f"time/{unit}": time.value for unit, time in times.items()}
 
 
 def _report(recipe: TrainConfig, trainer: Trainer) -> None:

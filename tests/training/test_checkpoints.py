@@ -139,11 +139,16 @@ def test_the_number_of_checkpoints_holds_over_resumptions(copied):
 
 
 def test_a_finished_run_is_reported_again(copied, capsys):
-    metrics = (copied.parent / "metrics.jsonl").read_text().splitlines()
+    """Also one that was stopped after its last checkpoint, before Composer had logged how much it had trained on."""
+    file = copied.parent / "metrics.jsonl"
+    *metrics, last = file.read_text().splitlines(keepends=True)
+    stopped = {name: value for name, value in json.loads(last).items() if not name.startswith("time/")}
+    file.write_text("".join(metrics) + json.dumps(stopped) + "\n")
     train(recipe("reference", "autoresume=true"))
-    again = (copied.parent / "metrics.jsonl").read_text().splitlines()
-    assert again[:-1] == metrics[:-1]
-    assert json.loads(again[-1])["metrics/eval/loss"] == json.loads(metrics[-1])["metrics/eval/loss"]
+    *again, repeated = file.read_text().splitlines(keepends=True)
+    assert again == metrics
+    for name in ("metrics/eval/loss", "time/batch", "time/sample", "time/token"):
+        assert json.loads(repeated)[name] == json.loads(last)[name]
     assert "reference has finished already" in capsys.readouterr().out
 
 
