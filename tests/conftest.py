@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the CPU path is the oracle; GPU checks are scripts
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub; asked without a network it costs half a minute
 
 import resource
 from collections.abc import Callable, Iterator
