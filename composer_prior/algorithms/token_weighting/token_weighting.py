@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from composer_prior.algorithms.token_weighting.normalize import (
     Normalization,
     check_normalization,
-    normalize,
-    normalize_by,
+    normalize_part,
+    sums_of_part,
 )
 from composer_prior.algorithms.token_weighting.stacking import check_stack
 from composer_prior.data.batch import IGNORE_INDEX
@@ -61,7 +61,7 @@ class TokenWeighting(Algorithm, ABC):
         self.normalization = normalization
         self.start = Time.from_timestring(start) if isinstance(start, str) else start
         self.end = Time.from_timestring(end) if isinstance(end, str) else end
-        self._batch_sums: tuple[Tensor, Tensor] | None = None
+        self._batch_sums: Tensor | None = None
         self._statistics: list[tuple[dict[str, Tensor], Tensor]] = []
         self._nll: Tensor | None = None
         self._logged = False
@@ -122,20 +122,13 @@ class TokenWeighting(Algorithm, ABC):
         mask = self._loss_mask(state.batch)
         self.begin_batch(state, mask)
         if self.normalization == "batch":
-            weights = self.raw_weights(state, mask)
-            sums = state.device.tensor_to_device(torch.stack([weights.sum(dtype=torch.float64), mask.sum()]))
-            dist.all_reduce(sums, reduce_operation="SUM")
-            self._batch_sums = (sums[0], sums[1])
+            self._batch_sums = state.device.tensor_to_device(sums_of_part(self.raw_weights(state, mask), mask))
+            dist.all_reduce(self._batch_sums, reduce_operation="SUM")
 
     def _insert_weights(self, state: State) -> None:
         mask = self._loss_mask(state.batch)
         weights = self.raw_weights(state, mask)
-        if self.normalization == "batch":
-            weight_sum, token_count = self._batch_sums or (weights.sum(), mask.sum())
-            weights = normalize_by(weights.double(), mask, weight_sum, token_count).float()
-        else:
-            weights = normalize(weights, mask, self.normalization)
-        state.batch["token_weights"] = weights
+        state.batch["token_weights"] = normalize_part(weights, mask, self.normalization, self._batch_sums)
 
     def _finish_loss(self, state: State) -> None:
         mask = self._loss_mask(state.batch)
