@@ -1,17 +1,22 @@
 """One optimizer step of a small LLaVA with PRIOR in trainers of Hugging Face: its loss and its gradient."""
 
 import torch
-from common.models import small_lm
-from common.vlms import LM, WORDS, make_processor, make_tokenizer, make_vlm
 from datasets import Dataset
 from PIL import Image
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from common.models import small_lm
+from common.vlms import LM, WORDS, make_processor, make_tokenizer, make_vlm
 from composer_prior import PRIORMixin, ReferenceLM
 
 LENGTHS = (20, 1, 9, 4, 2, 13, 1, 6)  # of captions: the batches of a step have unlike numbers of labels
+OPTIONS = {
+    "paper": {},
+    "batch": {"normalization": "batch", "alpha": 2.0, "floor": 0.1},
+    "none": {"normalization": "none"},
+}
 
 
 class PRIORTrainer(PRIORMixin, Trainer):
@@ -42,9 +47,9 @@ def make_data():
     return Dataset.from_list(rows)
 
 
-def make_collator():
+def make_collator(completion_only_loss=True):
     """TRL's for pictures with prompt and completion."""
-    return DataCollatorForVisionLanguageModeling(make_processor("llava"), completion_only_loss=True)
+    return DataCollatorForVisionLanguageModeling(make_processor("llava"), completion_only_loss=completion_only_loss)
 
 
 def make_reference(**changes):
@@ -54,8 +59,8 @@ def make_reference(**changes):
     return ReferenceLM(lm, make_tokenizer("llava"))
 
 
-def make_trainer(name, folder, data=None, model=None, changes=None, **options):
-    """A trainer of a step of all the data, with the options of PRIOR."""
+def make_trainer(name, folder, changes=None, **options):
+    """A trainer of a step of all the data; ``changes`` are of its arguments, ``options`` its own or PRIOR's."""
     trainer, arguments = TRAINERS[name]
     given = {
         "max_steps": 1,
@@ -72,14 +77,13 @@ def make_trainer(name, folder, data=None, model=None, changes=None, **options):
         **({"max_length": None} if name == "SFTTrainer" else {"remove_unused_columns": False}),
         **(changes or {}),
     }
-    return trainer(
-        model=make_vlm("llava") if model is None else model,
-        args=arguments(str(folder), **given),
-        data_collator=make_collator(),
-        train_dataset=make_data() if data is None else data,
-        processing_class=make_processor("llava"),
-        **options,
-    )
+    parts = {
+        "model": make_vlm("llava"),
+        "data_collator": make_collator(),
+        "train_dataset": make_data(),
+        "processing_class": make_processor("llava"),
+    }
+    return trainer(args=arguments(str(folder), **given), **{**parts, **options})
 
 
 class Gradient(TrainerCallback):

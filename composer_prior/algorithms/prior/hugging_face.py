@@ -1,14 +1,13 @@
 """PRIOR in transformers' ``Trainer`` and the trainers made from it, such as TRL's ``SFTTrainer``."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from composer_prior.algorithms.prior.weights import check_arguments, raw_weights
@@ -19,7 +18,8 @@ from composer_prior.algorithms.token_weighting.normalize import (
     normalize_part,
     sums_of_part,
 )
-from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.algorithms.token_weighting.statistics import heaviest, summary, token_sums
+from composer_prior.data.batch import IGNORE_INDEX, ScoresCollator
 from composer_prior.models.head import logits_nll
 from composer_prior.models.reference import Dtype, ReferenceLM
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 else:
     Trainer = object  # whoever mixes this in has imported theirs
 
-COLUMN = "ref_logprobs"
-
 
 class PRIORMixin(Trainer):
     """Weight the loss of each caption token by ``(1 - P_r)^alpha`` in a Hugging Face trainer.
 
     The weights of an optimizer step are made before its first forward pass, of all its batches on all ranks, so that
     nothing depends on ``gradient_accumulation_steps`` or the number of ranks. Evaluation is not weighted.
+
+    Logged beside the trainer's own: what :class:`.PRIOR` logs, over the tokens since the last time.
 
     Args:
         args, kwargs: of the trainer.
@@ -60,6 +60,15 @@ class PRIORMixin(Trainer):
 
             trainer = PRIORTrainer(model, options, train_dataset=data, reference="runs/reference/model")
     """
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        trainers = [base for base in cls.__bases__ if hasattr(base, "compute_loss")]
+        if not issubclass(trainers[0], PRIORMixin):
+            name = trainers[0].__name__
+            raise TypeError(
+                f"Name PRIORMixin before {name}, or nothing is weighted: class {cls.__name__}(PRIORMixin, {name})."
+            )
 
     def __init__(
         self,
@@ -86,6 +95,7 @@ class PRIORMixin(Trainer):
                 )
             self.reference.check_vocabulary(self._reader)
             image_token_ids(self._reader)
+        self._sums: dict[str, Tensor] = {}
         self.data_collator = ScoresCollator(self.data_collator)
         # The loss is divided here by the tokens of the whole step: let the trainer not divide it again by the batches.
         self._evaluates_on_items, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, True
@@ -104,21 +114,22 @@ class PRIORMixin(Trainer):
         def scores(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
             samples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             batch = self.data_collator(samples)
-            rows = zip(self.ref_logprobs(batch), batch["labels"] != IGNORE_INDEX, strict=True)
-            return {COLUMN: [logprobs[mask].cpu().numpy() for logprobs, mask in rows]}
+            rows = zip(self.ref_logprobs(batch), self._loss_mask(batch), strict=True)
+            return {"ref_logprobs": [logprobs[mask].cpu().numpy() for logprobs, mask in rows]}
 
+        dataset = self._remove_unused_columns(dataset)  # as in training: a collator may look at what there is
         # With a name for the result, the reference's weights are not hashed for one.
         options = {"batched": True, "batch_size": batch_size, "new_fingerprint": uuid4().hex}
         return dataset.map(scores, remove_columns=dataset.column_names, desc="Scoring", **options)
 
     def ref_logprobs(self, batch: Mapping[str, Tensor]) -> Tensor:
         """``log P_r(labels[t] | text before t)``, ``[B, T]`` float32: the batch's own, or else the reference's."""
-        if COLUMN in batch:
-            return batch[COLUMN]
+        if "ref_logprobs" in batch:
+            return batch["ref_logprobs"]
         if self.reference is None:
             name = type(self).__name__
             raise ValueError(
-                f"{name} found neither `{COLUMN}` in the data nor a reference model: give {name}(reference=...) a "
+                f"{name} found neither `ref_logprobs` in the data nor a reference model: give {name}(reference=...) a "
                 "causal LM trained on the captions, or a data set with stored scores."
             )
         with self.accelerator.autocast():
@@ -136,17 +147,20 @@ class PRIORMixin(Trainer):
         raw = [self._raw_weights(batch, mask) for batch, mask in zip(batches, masks, strict=True)]
         sums = torch.stack([sums_of_part(*part) for part in zip(raw, masks, strict=True)]).sum(0)
         sums = self.accelerator.reduce(sums.to(self.args.device), "sum")
-        weighted = [
-            {**batch, "token_weights": normalize_part(weights, mask, self.normalization, sums.to(weights.device))}
-            for batch, weights, mask in zip(batches, raw, masks, strict=True)
+        weights = [
+            normalize_part(part, mask, self.normalization, sums.to(part.device))
+            for part, mask in zip(raw, masks, strict=True)
         ]
+        self._add({"top": heaviest(torch.cat([part[mask] for part, mask in zip(weights, masks, strict=True)]))})
         count = sums[1].clamp(min=1).float()
         # DDP averages the gradients of the ranks. Unless the trainer makes up for that, the count does.
-        return weighted, count if self.args.average_tokens_across_devices else count / self.accelerator.num_processes
+        count = count if self.args.average_tokens_across_devices else count / self.accelerator.num_processes
+        return [{**batch, "token_weights": part} for batch, part in zip(batches, weights, strict=True)], count
 
     def _raw_weights(self, batch: Mapping[str, Tensor], mask: Tensor) -> Tensor:
         logprobs = self.ref_logprobs(batch)
         check_logprobs(logprobs, mask)
+        self._add({"reference_nll": -logprobs[mask].double().sum()})
         return raw_weights(logprobs, mask, self.alpha, self.floor)
 
     def _loss_mask(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -167,8 +181,8 @@ class PRIORMixin(Trainer):
     ) -> Any:
         """The trainer's own, with weights in training."""
         weights = inputs.pop("token_weights", None)
-        inputs.pop(COLUMN, None)
-        if not self.model.training:
+        inputs.pop("ref_logprobs", None)
+        if not cast(nn.Module, self.model).training:
             items = num_items_in_batch if self._evaluates_on_items else None
             return super().compute_loss(model, inputs, return_outputs, items)
         if weights is None:
@@ -176,60 +190,51 @@ class PRIORMixin(Trainer):
                 f"{type(self).__name__} got a batch without weights: the trainer that it is mixed into must take the "
                 "batches of a step from `get_batch_samples`, as transformers.Trainer and TRL's SFTTrainer do."
             )
-        return super().compute_loss(partial(_weighted, model, weights), inputs, return_outputs, num_items_in_batch)
+        weighted: Any = partial(self._weighted, model, weights)
+        return super().compute_loss(weighted, inputs, return_outputs, num_items_in_batch)
+
+    def _weighted(self, model: Any, weights: Tensor, /, **inputs: Any) -> Any:
+        """The model's outputs, with weights in what the trainer makes its loss of."""
+        if inputs.get("fused_lm_head"):  # TRL's trainer, which sums the log-probabilities of labels[:, 1:]
+            labels, outputs = inputs["labels"], model(**inputs)
+            nll = torch.nn.functional.pad(-outputs["log_probs"], (1, 0))
+            outputs["log_probs"] = outputs["log_probs"] * weights[:, 1:]
+        else:
+            labels, count = inputs.pop("labels"), inputs.pop("num_items_in_batch")
+            outputs = model(**inputs)
+            nll = logits_nll(_logits(outputs), labels)
+            outputs["loss"] = (nll * weights).sum() / count
+        mask = labels != IGNORE_INDEX
+        self._add(token_sums(weights[mask], nll.detach()[mask].float()))
+        return outputs
+
+    def _add(self, sums: Mapping[str, Tensor]) -> None:
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0) + value.to(self.args.device)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The trainer's own, with the statistics of the weights since the last time."""
+        if "loss" in logs and self._sums:
+            values = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum")
+            metrics = summary(dict(zip(self._sums, values.tolist(), strict=True)))
+            logs.update({f"prior/{name}": value for name, value in metrics.items()})
+            self._sums.clear()
+        super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if COLUMN not in self._signature_columns:
-            self._signature_columns.append(COLUMN)  # so that it is not taken for an unused column
+        columns = cast(list[str], self._signature_columns)
+        if "ref_logprobs" not in columns:
+            columns.append("ref_logprobs")  # not an unused one
 
 
-@dataclass(frozen=True)
-class ScoresCollator:
-    """A collator for samples that may have ``ref_logprobs``, one log-probability for each of their labels in order.
-
-    Args:
-        collator: makes a batch of the rest, with ``labels`` ``[B, T]``. The batch gets ``ref_logprobs`` ``[B, T]``
-            float32, 0 where there is no label.
-
-    Raises:
-        ValueError: if a sample has more or fewer of them than labels.
-    """
-
-    collator: Callable[[list[Any]], Any]
-
-    def __call__(self, samples: Sequence[Any]) -> Any:
-        if not isinstance(samples[0], Mapping) or COLUMN not in samples[0]:
-            return self.collator(list(samples))
-        rest = [{key: value for key, value in sample.items() if key != COLUMN} for sample in samples]
-        batch = self.collator(rest)
-        mask = batch["labels"] != IGNORE_INDEX
-        scores = [torch.as_tensor(sample[COLUMN], dtype=torch.float32) for sample in samples]
-        for row, (values, count) in enumerate(zip(scores, mask.sum(1).tolist(), strict=True)):
-            if len(values) != count:
-                raise ValueError(
-                    f"Row {row} of a batch has {len(values)} stored reference log-probabilities for {count} labels: "
-                    "score the data with the tokenizer, prompt and lengths that they are trained with."
-                )
-        batch[COLUMN] = torch.zeros(mask.shape).masked_scatter(mask, torch.cat(scores))
-        return batch
-
-
-def _weighted(model: Any, weights: Tensor, /, **inputs: Any) -> Any:
-    """The model's outputs, with weights in what the trainer makes its loss of."""
-    if inputs.get("fused_lm_head"):  # TRL's trainer, which sums the log-probabilities of labels[:, 1:]
-        outputs = model(**inputs)
-        outputs["log_probs"] = outputs["log_probs"] * weights[:, 1:]
-        return outputs
-    labels, count = inputs.pop("labels"), inputs.pop("num_items_in_batch")
-    outputs = model(**inputs)
+def _logits(outputs: Any) -> Tensor:
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
     if logits is None:
         raise ValueError(
             f"PRIOR needs the per-token `logits` in the model's outputs, as a dict; got {type(outputs).__name__}."
         )
-    outputs["loss"] = (logits_nll(logits, labels) * weights).sum() / count
-    return outputs
+    return logits
 
 
 def _check_trainer(trainer: Any) -> None:

@@ -18,6 +18,7 @@ from composer_prior.algorithms.token_weighting.normalize import (
     sums_of_part,
 )
 from composer_prior.algorithms.token_weighting.stacking import check_stack
+from composer_prior.algorithms.token_weighting.statistics import heaviest, summary, token_sums
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.models.head import logits_nll, weighted_mean
 
@@ -138,7 +139,7 @@ class TokenWeighting(Algorithm, ABC):
         if not honours(state):
             state.loss = weighted_mean(nll, weights, state.batch["labels"])
         weights, nll = weights.detach(), nll.detach()
-        sums = _sums(weights[mask], nll[mask].float()) | self.sums(state, mask)
+        sums = token_sums(weights[mask], nll[mask].float()) | self.sums(state, mask)
         self._statistics.append((sums, weights[mask]))
 
     def nll(self, state: State) -> Tensor:
@@ -175,22 +176,14 @@ class TokenWeighting(Algorithm, ABC):
         return batch["labels"] != IGNORE_INDEX
 
     def _log(self, logger: Logger) -> None:
-        names = list(self._statistics[0][0])
-        total = torch.stack([torch.stack(list(sums.values())) for sums, _ in self._statistics]).sum(0)
-        weights = torch.cat([weights for _, weights in self._statistics])
+        sums, weights = zip(*self._statistics, strict=True)
         self._statistics.clear()
-        top = weights.topk(-(-len(weights) // 10)).values.sum() if len(weights) else weights.sum()
-        total = torch.cat([total, top.double().reshape(1)])
-        dist.all_reduce(total, reduce_operation="SUM")
-        sums = dict(zip([*names, "top"], total.tolist(), strict=True))
-        count, weight, squares = (sums.pop(name) for name in ("count", "weight", "squares"))
-        if count == 0:
-            return
-        share = sums.pop("top") / weight if weight else 0.0
-        size = weight**2 / (count * squares) if squares else 0.0
-        means = {name: value / count for name, value in sums.items()}
-        logged = {"effective_sample_size": size, "top_decile_share": share, **means}
-        logger.log_metrics({f"{self.name}/{name}": value for name, value in logged.items()})
+        totals = {name: sum(part[name] for part in sums) for name in sums[0]} | {"top": heaviest(torch.cat(weights))}
+        values = torch.stack(list(totals.values()))
+        dist.all_reduce(values, reduce_operation="SUM")
+        metrics = summary(dict(zip(totals, values.tolist(), strict=True)))
+        if metrics:
+            logger.log_metrics({f"{self.name}/{name}": value for name, value in metrics.items()})
 
 
 def check_algorithms(algorithms: Sequence[Algorithm], model: Any) -> None:
@@ -214,18 +207,6 @@ def weighting_of(algorithms: Sequence[Algorithm]) -> str | None:
     if len(names) > 1:
         raise ValueError(f"{' and '.join(names)} both weight the tokens: leave all but one out.")
     return names[0] if names else None
-
-
-def _sums(weights: Tensor, nll: Tensor) -> dict[str, Tensor]:
-    """Sums over tokens, in float64."""
-    terms = {
-        "count": torch.ones_like(weights),
-        "weight": weights,
-        "squares": weights**2,
-        "loss_weighted": weights * nll,
-        "loss_unweighted": nll,
-    }
-    return {name: term.sum(dtype=torch.float64) for name, term in terms.items()}
 
 
 def honours(state: State) -> bool:
