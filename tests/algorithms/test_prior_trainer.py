@@ -1,10 +1,14 @@
 """PRIOR in transformers' Trainer and TRL's SFTTrainer: the loss and the gradient of the Composer algorithm."""
 
+import json
+import re
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from common.hf_trainers import (
@@ -17,11 +21,10 @@ from common.hf_trainers import (
     step,
 )
 from common.recipes import ROOT, fork_ranks
-from common.vlms import make_tokenizer, make_vlm
+from common.vlms import make_processor, make_tokenizer, make_vlm
 from composer import Callback, DataSpec, Trainer
 from composer.loggers import InMemoryLogger
 from composer.models import HuggingFaceModel
-from datasets import concatenate_datasets
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer as HFTrainer
@@ -126,7 +129,7 @@ def test_stored_scores_equal_a_live_reference(name, tmp_path):
     scores = make_trainer(name, tmp_path, reference=make_reference()).score(data, batch_size=3)
     assert scores.column_names == ["ref_logprobs"]
     scores.save_to_disk(tmp_path / "scores")
-    scored = concatenate_datasets([data, scores.load_from_disk(tmp_path / "scores")], axis=1)
+    scored = datasets.concatenate_datasets([data, datasets.load_from_disk(tmp_path / "scores")], axis=1)
     trainer = make_trainer(name, tmp_path, cut(2), train_dataset=scored)
     assert_close(step(trainer), in_composer("paper"))
 
@@ -136,7 +139,7 @@ def test_evaluation_is_not_weighted(name, tmp_path):
     base = TRAINERS[name][0].__mro__[2]
     data = make_data()
     trainer = make_trainer(name, tmp_path, eval_dataset=data, reference=make_reference())
-    scored = concatenate_datasets([data, trainer.score(data)], axis=1)
+    scored = datasets.concatenate_datasets([data, trainer.score(data)], axis=1)
     plain = base(
         model=make_vlm("llava"),
         args=trainer.args,
@@ -203,7 +206,7 @@ def test_another_weighting_of_trl_is_refused(tmp_path):
 
 
 def test_mixed_in_the_wrong_way_round():
-    with pytest.raises(TypeError, match=r"unless PRIORMixin comes first: class Wrong\(PRIORMixin, Trainer\)"):
+    with pytest.raises(TypeError, match=r"Name PRIORMixin before Trainer, .*: class Wrong\(PRIORMixin, Trainer\)"):
         type("Wrong", (HFTrainer, PRIORMixin), {})
 
 
@@ -223,3 +226,29 @@ def test_needs_neither_composer_nor_a_trainer():
     code += "print({'composer', 'transformers.trainer', 'datasets'} & {*sys.modules})"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.split() == ["False", "set()"]
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    """docs/trainer.md from top to bottom, in a folder that has what it names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for part in (make_vlm("llava"), make_processor("llava")):
+        part.save_pretrained("llava")
+    for part in (make_reference().model, make_reference().tokenizer):
+        part.save_pretrained("runs/reference/model")
+    Path("photos").mkdir()
+    with open("photos/metadata.jsonl", "w") as metadata:
+        for number, row in enumerate(make_data()):
+            row["images"][0].save(f"photos/{number}.png")
+            caption = {"file_name": f"{number}.png", "text": row["completion"].removesuffix("\n<eos>")}
+            metadata.write(json.dumps(caption) + "\n")
+    page, namespace, logged = (ROOT / "docs/trainer.md").read_text(), {}, []
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, namespace)
+        logged.append([entry for entry in namespace["trainer"].state.log_history if "loss" in entry])
+    live, own, _, stored = logged
+    assert namespace["trainer"].reference is None
+    for step_log in (*live, *own, *stored):
+        assert step_log["loss"] == pytest.approx(step_log["prior/loss_weighted"], abs=1e-4)
+        assert step_log["prior/loss_weighted"] != step_log["prior/loss_unweighted"]
+        assert step_log["prior/reference_nll"] == pytest.approx(live[0]["prior/reference_nll"], rel=TOLERANCE)
