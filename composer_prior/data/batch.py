@@ -97,6 +97,24 @@ class ScoresCollator:
         return batch
 
 
+def loss_mask(batch: Any, name: str) -> Tensor:
+    """``[B, T]`` bool, True on the loss-generating tokens of a batch.
+
+    Args:
+        batch: a dict with ``labels``.
+        name: of who needs it.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        got = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(
+            f"{name} needs a batch that is a dict with `labels` [B, T], -100 where there is none; got {got}."
+        )
+    return batch["labels"] != IGNORE_INDEX
+
+
 # Composer divides by the tokens of a step over all ranks. Where no sample could be used, this lets the loss be 0 and
 # not 0 / 0; beside any real token it is lost in rounding.
 NO_TOKENS = 1e-9

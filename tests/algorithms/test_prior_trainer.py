@@ -175,7 +175,10 @@ class Bare(nn.Module):
         ({"reference": "own", "model": "bare"}, "needs the per-token `logits` in the model's outputs"),
         ({"reference": "own", "compute_loss_func": len}, "does not run with compute_loss_func: PRIOR is a loss itself"),
         ({"reference": "own", "changes": {"label_smoothing_factor": 0.1}}, "does not run with label_smoothing_factor"),
-        ({"reference": "own", "data_collator": "unlabelled"}, "needs a batch with `labels` .* got input_ids, "),
+        (
+            {"reference": "own", "data_collator": "unlabelled"},
+            "is a dict with `labels` .* got input_ids, ",
+        ),
         ({"reference": "own", "data_collator": "flat"}, "this batch holds several in one"),
     ],
 )
@@ -203,6 +206,13 @@ def test_bad_use_is_refused_in_one_line(options, message, tmp_path):
 def test_another_weighting_of_trl_is_refused(tmp_path):
     with pytest.raises(ValueError, match="PRIORSFTTrainer does not run with loss_type='dft': it weights tokens too"):
         make_trainer("SFTTrainer", tmp_path, {"loss_type": "dft"}, reference=make_reference())
+
+
+def test_captions_without_padding_are_refused(tmp_path):
+    data = make_data().remove_columns("images")
+    texts = data.map(lambda row: {"prompt": "<bos>w7"})
+    with pytest.raises(ValueError, match="PRIORSFTTrainer does not run with padding_free: its captions share a row"):
+        make_trainer("SFTTrainer", tmp_path, {"padding_free": True}, train_dataset=texts, data_collator=None)
 
 
 def test_mixed_in_the_wrong_way_round():

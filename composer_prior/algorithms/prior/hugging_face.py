@@ -19,7 +19,7 @@ from composer_prior.algorithms.token_weighting.normalize import (
     sums_of_part,
 )
 from composer_prior.algorithms.token_weighting.statistics import heaviest, summary, token_sums
-from composer_prior.data.batch import IGNORE_INDEX, ScoresCollator
+from composer_prior.data.batch import IGNORE_INDEX, ScoresCollator, loss_mask
 from composer_prior.models.head import logits_nll
 from composer_prior.models.reference import Dtype, ReferenceLM
 
@@ -164,17 +164,13 @@ class PRIORMixin(Trainer):
         return raw_weights(logprobs, mask, self.alpha, self.floor)
 
     def _loss_mask(self, batch: Mapping[str, Tensor]) -> Tensor:
-        if "labels" not in batch:
-            raise ValueError(
-                f"{type(self).__name__} needs a batch with `labels` [B, T], -100 where there is none; got "
-                f"{', '.join(map(str, batch))}."
-            )
+        mask = loss_mask(batch, type(self).__name__)
         if "attention_mask" not in batch and "position_ids" in batch:
             raise ValueError(
                 f"{type(self).__name__} needs one caption in each row, but this batch holds several in one, without "
                 "padding: use a collator that pads."
             )
-        return batch["labels"] != IGNORE_INDEX
+        return mask
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

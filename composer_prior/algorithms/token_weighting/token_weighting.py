@@ -19,7 +19,7 @@ from composer_prior.algorithms.token_weighting.normalize import (
 )
 from composer_prior.algorithms.token_weighting.stacking import check_stack
 from composer_prior.algorithms.token_weighting.statistics import heaviest, summary, token_sums
-from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.data.batch import loss_mask
 from composer_prior.models.head import logits_nll, weighted_mean
 
 _STEP_EVENTS = (
@@ -167,13 +167,7 @@ class TokenWeighting(Algorithm, ABC):
         return logits
 
     def _loss_mask(self, batch: Any) -> Tensor:
-        if not isinstance(batch, Mapping) or "labels" not in batch:
-            got = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-            raise ValueError(
-                f"{type(self).__name__} needs a batch that is a dict with `labels` [B, T], -100 where there is none; "
-                f"got {got}."
-            )
-        return batch["labels"] != IGNORE_INDEX
+        return loss_mask(batch, type(self).__name__)
 
     def _log(self, logger: Logger) -> None:
         sums, weights = zip(*self._statistics, strict=True)
