@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from composer_prior.algorithms.prior import PRIOR, importance_weights
+    from composer_prior.algorithms.prior.hugging_face import PRIORMixin
     from composer_prior.algorithms.token_weighting.selective_backprop import selective_backprop_keys
     from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting
     from composer_prior.data.captions import StreamingCaptionDataset
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "PRIOR": "composer_prior.algorithms.prior.prior",
+    "PRIORMixin": "composer_prior.algorithms.prior.hugging_face",
     "importance_weights": "composer_prior.algorithms.prior.weights",
     "ComposerLVLM": "composer_prior.models.composer_lvlm",
     "LVLM": "composer_prior.models.lvlm",
@@ -34,6 +36,7 @@ __all__ = [
     "LVLM",
     "PRIOR",
     "ComposerLVLM",
+    "PRIORMixin",
     "ReferenceLM",
     "StreamingCaptionDataset",
     "TokenWeighting",

@@ -3,7 +3,7 @@
 A batch is a dict of tensors with Hugging Face's names, every per-token tensor aligned with ``labels``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,55 @@ class CaptionCollator:
         batch.update(stack_images([{key: sample[key] for key in image_keys} for sample in samples]))
         batch["sample_id"] = torch.tensor([sample["sample_id"] for sample in samples])
         return batch
+
+
+@dataclass(frozen=True)
+class ScoresCollator:
+    """A collator for samples that may have ``ref_logprobs``, one log-probability for each of their labels in order.
+
+    Args:
+        collator: makes a batch of the rest, with ``labels`` ``[B, T]``. The batch gets ``ref_logprobs`` ``[B, T]``
+            float32, 0 where there is no label.
+
+    Raises:
+        ValueError: if a sample has more or fewer of them than labels.
+    """
+
+    collator: Callable[[list[Any]], Any]
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        if not isinstance(samples[0], Mapping) or "ref_logprobs" not in samples[0]:
+            return self.collator(list(samples))
+        rest = [{key: value for key, value in sample.items() if key != "ref_logprobs"} for sample in samples]
+        batch = self.collator(rest)
+        mask = batch["labels"] != IGNORE_INDEX
+        scores = [torch.as_tensor(sample["ref_logprobs"], dtype=torch.float32) for sample in samples]
+        for row, (values, count) in enumerate(zip(scores, mask.sum(1).tolist(), strict=True)):
+            if len(values) != count:
+                raise ValueError(
+                    f"Row {row} of a batch has {len(values)} stored reference log-probabilities for {count} labels: "
+                    "score the data with the tokenizer, prompt and lengths that they are trained with."
+                )
+        batch["ref_logprobs"] = torch.zeros(mask.shape).masked_scatter(mask, torch.cat(scores))
+        return batch
+
+
+def loss_mask(batch: Any, name: str) -> Tensor:
+    """``[B, T]`` bool, True on the loss-generating tokens of a batch.
+
+    Args:
+        batch: a dict with ``labels``.
+        name: of who needs it.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        got = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(
+            f"{name} needs a batch that is a dict with `labels` [B, T], -100 where there is none; got {got}."
+        )
+    return batch["labels"] != IGNORE_INDEX
 
 
 # Composer divides by the tokens of a step over all ranks. Where no sample could be used, this lets the loss be 0 and

@@ -1,7 +1,7 @@
 """The text-only reference language model, whose probabilities weight the tokens."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,15 @@ class ReferenceLM:
         self._scorer = _Scorer(model)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+
+    @classmethod
+    def of(
+        cls, model: "ReferenceLM | nn.Module | str", dtype: Dtype | None = None, weights: bool = True
+    ) -> "ReferenceLM":
+        """One of these as it is, one around a Hugging Face model, or one of a path, see :meth:`from_pretrained`."""
+        if isinstance(model, str):
+            return cls.from_pretrained(model, dtype=dtype, weights=weights)
+        return model if isinstance(model, cls) else cls(cast(PreTrainedModel, model))  # with PEFT it is none
 
     @classmethod
     def from_pretrained(

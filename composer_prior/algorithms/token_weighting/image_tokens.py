@@ -20,6 +20,7 @@ _CONFIG_NAMES = (
     "vision_end_token_id",
     "boi_token_index",
     "eoi_token_index",
+    "row_token_id",
 )
 # Tokens around and between those, which only the tokenizer knows (Idefics3, SmolVLM, InternVL, Pixtral, Gemma 3 ...).
 _TOKEN = re.compile(

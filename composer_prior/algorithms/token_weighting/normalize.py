@@ -33,6 +33,23 @@ def normalize_by(weights: Tensor, mask: Tensor, weight_sum: Tensor, token_count:
     return torch.where(mask, torch.where(weight_sum > 0, normalized, 1.0), 0.0)
 
 
+def sums_of_part(weights: Tensor, mask: Tensor) -> Tensor:
+    """``[2]`` float64: the sum of the weights of a part of a batch, and its tokens. Add those of all parts."""
+    return torch.stack([weights.sum(dtype=torch.float64), mask.sum()])
+
+
+def normalize_part(weights: Tensor, mask: Tensor, normalization: Normalization, sums: Tensor | None) -> Tensor:
+    """Weights of a part of a batch, a microbatch on one rank, as :func:`normalize` makes them of the whole.
+
+    Args:
+        weights, mask, normalization: of :func:`normalize`.
+        sums: ``[2]``, those of :func:`sums_of_part` over all parts; None, if this is the only one.
+    """
+    if normalization != "batch" or sums is None:
+        return normalize(weights, mask, normalization)
+    return normalize_by(weights.double(), mask, sums[0], sums[1]).float()
+
+
 def mix_in(weights: Tensor, floor: float) -> Tensor:
     """Weights with a share of next-token prediction: ``floor + (1 - floor) * weights``."""
     # w + f (1 - w) is the same, and exactly 1 when w is 1.

@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from composer.core import Precision, State, Time, get_precision_context
 from composer.utils import dist
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from composer_prior.algorithms.token_weighting.image_tokens import image_token_ids, text_positions
@@ -43,12 +43,8 @@ class ReferenceWeighting(TokenWeighting):
         reference_dtype: Dtype | None = None,
     ):
         super().__init__(normalization, start, end)
-        if isinstance(reference, str):
-            reads = not self._shards(shard_reference) or dist.get_global_rank() == 0
-            reference = ReferenceLM.from_pretrained(reference, dtype=reference_dtype, weights=reads)
-        elif isinstance(reference, nn.Module):  # with PEFT it is no PreTrainedModel
-            reference = ReferenceLM(reference)
-        self.reference = reference
+        reads = not self._shards(shard_reference) or dist.get_global_rank() == 0
+        self.reference = None if reference is None else ReferenceLM.of(reference, reference_dtype, reads)
         self.shard_reference = shard_reference
 
     def prepare(self, state: State) -> None:

@@ -14,11 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from composer_prior.algorithms.token_weighting.normalize import (
     Normalization,
     check_normalization,
-    normalize,
-    normalize_by,
+    normalize_part,
+    sums_of_part,
 )
 from composer_prior.algorithms.token_weighting.stacking import check_stack
-from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.algorithms.token_weighting.statistics import heaviest, summary, token_sums
+from composer_prior.data.batch import loss_mask
 from composer_prior.models.head import logits_nll, weighted_mean
 
 _STEP_EVENTS = (
@@ -61,7 +62,7 @@ class TokenWeighting(Algorithm, ABC):
         self.normalization = normalization
         self.start = Time.from_timestring(start) if isinstance(start, str) else start
         self.end = Time.from_timestring(end) if isinstance(end, str) else end
-        self._batch_sums: tuple[Tensor, Tensor] | None = None
+        self._batch_sums: Tensor | None = None
         self._statistics: list[tuple[dict[str, Tensor], Tensor]] = []
         self._nll: Tensor | None = None
         self._logged = False
@@ -122,20 +123,13 @@ class TokenWeighting(Algorithm, ABC):
         mask = self._loss_mask(state.batch)
         self.begin_batch(state, mask)
         if self.normalization == "batch":
-            weights = self.raw_weights(state, mask)
-            sums = state.device.tensor_to_device(torch.stack([weights.sum(dtype=torch.float64), mask.sum()]))
-            dist.all_reduce(sums, reduce_operation="SUM")
-            self._batch_sums = (sums[0], sums[1])
+            self._batch_sums = state.device.tensor_to_device(sums_of_part(self.raw_weights(state, mask), mask))
+            dist.all_reduce(self._batch_sums, reduce_operation="SUM")
 
     def _insert_weights(self, state: State) -> None:
         mask = self._loss_mask(state.batch)
         weights = self.raw_weights(state, mask)
-        if self.normalization == "batch":
-            weight_sum, token_count = self._batch_sums or (weights.sum(), mask.sum())
-            weights = normalize_by(weights.double(), mask, weight_sum, token_count).float()
-        else:
-            weights = normalize(weights, mask, self.normalization)
-        state.batch["token_weights"] = weights
+        state.batch["token_weights"] = normalize_part(weights, mask, self.normalization, self._batch_sums)
 
     def _finish_loss(self, state: State) -> None:
         mask = self._loss_mask(state.batch)
@@ -145,7 +139,7 @@ class TokenWeighting(Algorithm, ABC):
         if not honours(state):
             state.loss = weighted_mean(nll, weights, state.batch["labels"])
         weights, nll = weights.detach(), nll.detach()
-        sums = _sums(weights[mask], nll[mask].float()) | self.sums(state, mask)
+        sums = token_sums(weights[mask], nll[mask].float()) | self.sums(state, mask)
         self._statistics.append((sums, weights[mask]))
 
     def nll(self, state: State) -> Tensor:
@@ -173,31 +167,17 @@ class TokenWeighting(Algorithm, ABC):
         return logits
 
     def _loss_mask(self, batch: Any) -> Tensor:
-        if not isinstance(batch, Mapping) or "labels" not in batch:
-            got = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-            raise ValueError(
-                f"{type(self).__name__} needs a batch that is a dict with `labels` [B, T], -100 where there is none; "
-                f"got {got}."
-            )
-        return batch["labels"] != IGNORE_INDEX
+        return loss_mask(batch, type(self).__name__)
 
     def _log(self, logger: Logger) -> None:
-        names = list(self._statistics[0][0])
-        total = torch.stack([torch.stack(list(sums.values())) for sums, _ in self._statistics]).sum(0)
-        weights = torch.cat([weights for _, weights in self._statistics])
+        sums, weights = zip(*self._statistics, strict=True)
         self._statistics.clear()
-        top = weights.topk(-(-len(weights) // 10)).values.sum() if len(weights) else weights.sum()
-        total = torch.cat([total, top.double().reshape(1)])
-        dist.all_reduce(total, reduce_operation="SUM")
-        sums = dict(zip([*names, "top"], total.tolist(), strict=True))
-        count, weight, squares = (sums.pop(name) for name in ("count", "weight", "squares"))
-        if count == 0:
-            return
-        share = sums.pop("top") / weight if weight else 0.0
-        size = weight**2 / (count * squares) if squares else 0.0
-        means = {name: value / count for name, value in sums.items()}
-        logged = {"effective_sample_size": size, "top_decile_share": share, **means}
-        logger.log_metrics({f"{self.name}/{name}": value for name, value in logged.items()})
+        totals = {name: sum(part[name] for part in sums) for name in sums[0]} | {"top": heaviest(torch.cat(weights))}
+        values = torch.stack(list(totals.values()))
+        dist.all_reduce(values, reduce_operation="SUM")
+        metrics = summary(dict(zip(totals, values.tolist(), strict=True)))
+        if metrics:
+            logger.log_metrics({f"{self.name}/{name}": value for name, value in metrics.items()})
 
 
 def check_algorithms(algorithms: Sequence[Algorithm], model: Any) -> None:
@@ -221,18 +201,6 @@ def weighting_of(algorithms: Sequence[Algorithm]) -> str | None:
     if len(names) > 1:
         raise ValueError(f"{' and '.join(names)} both weight the tokens: leave all but one out.")
     return names[0] if names else None
-
-
-def _sums(weights: Tensor, nll: Tensor) -> dict[str, Tensor]:
-    """Sums over tokens, in float64."""
-    terms = {
-        "count": torch.ones_like(weights),
-        "weight": weights,
-        "squares": weights**2,
-        "loss_weighted": weights * nll,
-        "loss_unweighted": nll,
-    }
-    return {name: term.sum(dtype=torch.float64) for name, term in terms.items()}
 
 
 def honours(state: State) -> bool:

@@ -1,0 +1,48 @@
+"""What is logged of the weights of a step, from sums that add up over microbatches and ranks."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def token_sums(weights: Tensor, nll: Tensor) -> dict[str, Tensor]:
+    """Sums over tokens, in float64.
+
+    Args:
+        weights: ``[n]``.
+        nll: ``[n]``, the model's negative log-likelihood of each token.
+    """
+    terms = {
+        "count": torch.ones_like(weights),
+        "weight": weights,
+        "squares": weights**2,
+        "loss_weighted": weights * nll,
+        "loss_unweighted": nll,
+    }
+    return {name: term.sum(dtype=torch.float64) for name, term in terms.items()}
+
+
+def heaviest(weights: Tensor) -> Tensor:
+    """What the heaviest tenth of the tokens weighs, in float64: the sum ``top`` of :func:`summary`."""
+    return weights.topk(-(-len(weights) // 10)).values.sum(dtype=torch.float64)
+
+
+def summary(sums: Mapping[str, float]) -> dict[str, float]:
+    """What is logged: effective sample size, share of the heaviest tenth, and the mean of every further sum.
+
+    Args:
+        sums: of :func:`token_sums` and :func:`heaviest` (``top``), and any others over the same tokens.
+
+    Returns:
+        nothing, if there are no tokens.
+    """
+    further = dict(sums)
+    count, weight, squares, top = (further.pop(name) for name in ("count", "weight", "squares", "top"))
+    if not count:
+        return {}
+    return {
+        "effective_sample_size": weight**2 / (count * squares) if squares else 0.0,
+        "top_decile_share": top / weight if weight else 0.0,
+        **{name: value / count for name, value in further.items()},
+    }
