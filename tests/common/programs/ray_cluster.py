@@ -8,7 +8,9 @@ from ray.cluster_utils import Cluster
 cluster = Cluster()
 for number, folder in enumerate(sys.argv[1:], 2):
     os.chdir(folder)  # that of the node's processes, too
-    cluster.add_node(num_cpus=1, object_store_memory=80 << 20, include_dashboard=False, node_ip_address=f"127.0.0.{number}")
+    cluster.add_node(
+        num_cpus=1, object_store_memory=80 << 20, include_dashboard=False, node_ip_address=f"127.0.0.{number}"
+    )
 print(cluster.address, flush=True)
 sys.stdin.read()
 cluster.shutdown()
