@@ -357,10 +357,10 @@ def test_two_ranks_share_what_is_missing(job: Any, data: StreamingCaptionDataset
     assert_all_close(stored(shared.out), values, atol=1e-5, rtol=2**-10)
 
 
-def score_on(*nodes: Path, **options: Any) -> str:
+def score_on(*nodes: Path, out: str = "scores", **options: Any) -> str:
     """What a job prints on nodes of these folders, which it names everything from."""
     words = [
-        *("out=scores", "reference=reference", "tokenizer.name=reference", "dataset.local=data"),
+        *(f"out={out}", "reference=reference", "tokenizer.name=reference", "dataset.local=data"),
         *("dataset.max_caption_tokens=20", "unit_samples=20", "progress_bar=false"),
     ]
     program = ROOT / "scripts" / "score_captions.py"
@@ -385,19 +385,23 @@ def node(folders: Any, scenes: Path, tmp_path: Path) -> Callable[[str, str], Pat
 def test_two_nodes_on_one_disk_leave_the_bytes_of_one_process(node: Any) -> None:
     alone, disk = node("alone"), node("disk")
     for output in (score_on(alone), score_on(disk, disk)):
-        assert output.count("tokens of 76 samples in scores") == 1
+        assert output.count("tokens of 96 samples in scores") == 1
     files = {path.name: path.read_bytes() for path in (alone / "scores").iterdir()}
-    assert len(files) == 6, "four units, the card and the index"
+    assert len(files) == 7, "five units, the card and the index"
     assert {path.name: path.read_bytes() for path in (disk / "scores").iterdir()} == files
 
 
 @pytest.mark.parametrize(("key", "lacking"), [("reference", "reference"), ("dataset.local", "data"), ("scores", "")])
-def test_what_nodes_do_not_share_is_named_by_all_and_nothing_is_made(key: str, lacking: str, node: Any) -> None:
+def test_what_nodes_do_not_share_is_named_by_all_and_nothing_is_made(
+    key: str, lacking: str, node: Any, tmp_path: Path
+) -> None:
     places = [node("node0"), node("node1", lacking)]
-    lines = [line for line in score_on(*places, expect=1).splitlines() if line.startswith("error: ")]
+    out = str(tmp_path / "shared") if lacking else "scores"
+    lines = [line for line in score_on(*places, out=out, expect=1).splitlines() if line.startswith("error: ")]
     assert len(lines) == 2
     assert all(line.startswith(f"error: {key}: ") and "not seen by rank 1" in line for line in lines)
-    assert not any((place / "scores").exists() for place in places)
+    assert {*tmp_path.iterdir()} == {*places}
+    assert {path.name for place in places for path in place.iterdir()} == {"reference", "data"}
 
 
 def png() -> bytes:
