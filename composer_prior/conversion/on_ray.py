@@ -5,6 +5,7 @@ machine alone that is started for the conversion.
 """
 
 import platform
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -20,7 +21,7 @@ from composer_prior.conversion.options import ConversionError
 from composer_prior.conversion.units import Advance, Result, Results, Task, Units, convert_unit
 from composer_prior.data.messages import one_line
 
-_END_SECONDS = 60  # for a unit that was cancelled
+_END_SECONDS = 60  # for the units that were cancelled
 
 
 class _Converted(NamedTuple):
@@ -84,9 +85,10 @@ def _run(task: Task, units: Units, advance: Advance) -> Results:
         finally:
             for unfinished in pending:
                 ray.cancel(unfinished)
+            end = time.monotonic() + _END_SECONDS
             for unfinished in pending:  # nobody writes any more when this returns
                 with suppress(RayError):
-                    ray.get(unfinished, timeout=_END_SECONDS)
+                    ray.get(unfinished, timeout=max(0, end - time.monotonic()))
 
 
 def _finished(pending: list[ray.ObjectRef], advance: Advance) -> Results:
