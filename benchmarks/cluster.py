@@ -38,7 +38,7 @@ LLAMAS = {
 DEFAULTS = {"samples": 8, "text": 256, "caption": 40, "mfu": 0.4, "tflops": 989, "write": 2, "gpu_gb": 80}
 NODES, GPUS = (1, 2, 4, 8, 16), 8
 MEMORY = ("model", "nodes", "weights, gradients, moments", "gathered", "activations", "together")
-TIME = ("model", "nodes", "h for a million captions", "checkpoint, GB", "s to write it")
+TIME = ("model", "nodes", "minutes for a million captions", "checkpoint, GB", "s to write it")
 
 
 def operations(model: Any, caption: int) -> float:
@@ -73,9 +73,9 @@ def main() -> None:
             together = f"{sum(taken):.1f}" if sum(taken) <= settings.gpu_gb else f"{sum(taken):.1f}, too much"
             memory.append((name, str(nodes), *(f"{value:.1f}" for value in taken), together))
             if sum(taken) <= settings.gpu_gb:
-                hours = 1e6 * work / (gpus * settings.tflops * 1e12 * settings.mfu) / 3600
+                minutes = 1e6 * work / (gpus * settings.tflops * 1e12 * settings.mfu) / 60
                 written = checkpoint / (nodes * settings.write)
-                time.append((name, str(nodes), f"{hours:.2f}", f"{checkpoint:.0f}", f"{written:.0f}"))
+                time.append((name, str(nodes), f"{minutes:.1f}", f"{checkpoint:.0f}", f"{written:.0f}"))
     print(*table(MEMORY, memory), "", *table(TIME, time), sep="\n")
 
 
