@@ -123,12 +123,21 @@ def _needed(task: Task) -> Iterator[dict[str, Path]]:
 
 
 def _check_nodes(needed: Mapping[str, Path]) -> None:
-    """Refuse a node that does not see what is needed, before any unit is converted."""
+    """Refuse a node that does not see what is needed, or cannot run this module, before any unit is converted."""
     look = ray.remote(num_cpus=0)(_look)  # also on a node that is busy
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     on = (NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes)
     for seen in [look.options(scheduling_strategy=strategy).remote(needed) for strategy in on]:
-        ray.get(seen)
+        try:
+            ray.get(seen)
+        except RayTaskError as error:
+            if isinstance(error.cause, ConversionError):
+                raise
+            problem = str(error.cause).strip().rpartition("\n")[2]  # below a traceback
+            raise ConversionError(
+                f"distributor=ray: a node of the cluster cannot take part ({problem}); install the same composer-prior "
+                "on all of them, with the extra ray."
+            ) from None
 
 
 def _look(needed: Mapping[str, Path]) -> None:

@@ -167,6 +167,21 @@ def test_a_node_that_does_not_see_the_output_is_told_before_anything_is_converte
     assert not [*cluster.folders[0].rglob("*.mds")]
 
 
+def test_a_node_with_another_version_is_told_in_one_line(cluster, source, tmp_path, monkeypatch):
+    (tmp_path / "other/composer_prior").mkdir(parents=True)
+    (tmp_path / "other/composer_prior/__init__.py").touch()
+    job = {"runtime_env": {"env_vars": {"PYTHONPATH": str(tmp_path / "other")}}}
+    monkeypatch.setitem(cluster.environment, "RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    _, (line,) = cluster.convert(source, tmp_path / "out", status=1)
+    assert line.startswith("error: distributor=ray: a node of the cluster cannot take part (ModuleNotFoundError: ")
+
+
+def test_an_address_without_a_cluster_is_told_in_one_line(cluster, source, tmp_path, monkeypatch):
+    monkeypatch.setitem(cluster.environment, "RAY_ADDRESS", "nowhere")
+    _, (line,) = cluster.convert(source, tmp_path / "out", status=1)
+    assert line.startswith("error: distributor=ray: no cluster to be had (")
+
+
 def test_an_error_in_a_unit_is_the_line_that_processes_would_print(cluster, tmp_path):
     (tmp_path / "in").mkdir()
     for number in range(8):
