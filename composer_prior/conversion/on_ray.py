@@ -60,7 +60,7 @@ def convert_on_ray(task: Task, units: Units, advance: Advance) -> Results:
     except RayTaskError as error:
         if isinstance(error.cause, RayError):  # it could not be sent as it was
             raise ConversionError(f"{task.place.label}: {one_line(error.cause)}") from None
-        raise error.cause from None
+        raise error.cause from error
     except RayError as error:
         problem = f"Ray has given a unit up ({one_line(error, 200)})"
         raise ConversionError(f"{task.place.label}: {problem}; run the same command again to go on.") from None
