@@ -8,7 +8,8 @@ and block. Nothing else is counted: no logits, no buffers of NCCL, no fragmentat
 """
 
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
@@ -85,30 +86,61 @@ def activations(model: Any, samples: int, tokens: int) -> tuple[float, float]:
     return len(language.layers) * of_block, inputs + of_block
 
 
+class Parts(NamedTuple):
+    """Weights of an LVLM by what becomes of them."""
+
+    every: int
+    trained: int
+    root: int  # outside of the blocks: it stays gathered
+    largest: int  # of the blocks
+
+    @property
+    def states(self) -> int:
+        """Bytes of weights, gradients and moments, in float32, of all ranks together."""
+        return 4 * self.every + 12 * self.trained
+
+    @property
+    def gathered(self) -> int:
+        """Bytes that FSDP2 by block gathers on each rank: root, a block and the next, gradients of root and block."""
+        return 2 * (self.root + 2 * self.largest) + 2 * (self.root + self.largest)
+
+
+def build(language: Mapping[str, Any]) -> Any:
+    """The LVLM of a language model of this configuration, behind a frozen ViT-L-14-336, on the meta device."""
+    projector = {"name": "mlp"}
+    return lvlm_skeleton(build_tokenizer(), language={"config": dict(language)}, vision=TOWER, projector=projector)
+
+
+def parts_of(model: Any) -> Parts:
+    """Count the weights of a model."""
+    blocks = model.model.blocks
+    every = weights(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Parts(every, trained, every - weights(*blocks), max(weights(block) for block in blocks))
+
+
 def main() -> None:
     """Print a table."""
     settings = OmegaConf.merge({"samples": 8, "text": 256}, OmegaConf.from_dotlist(sys.argv[1:]))
     prepare_process(1)
-    projector = {"name": "mlp"}
-    model = lvlm_skeleton(build_tokenizer(), language={"config": LLAMA_8B}, vision=TOWER, projector=projector)
-    blocks = model.model.blocks
-    every, largest = weights(model), max(weights(block) for block in blocks)
-    root = every - weights(*blocks)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model = build(LLAMA_8B)
+    parts = parts_of(model)
     tokens = 1 + model.model.vision.max_image_tokens + settings.text
     kept, checkpointed = activations(model, settings.samples, tokens)
+    blocks = len(model.model.blocks)
     print(
-        f"{every / GB:.2f} billion weights, {trained / GB:.2f} trained; {len(blocks)} blocks of at most "
-        f"{largest / 1e6:.0f} million, {root / GB:.2f} billion outside of them; in float32 {4 * every / GB:.1f} GB.\n"
+        f"{parts.every / GB:.2f} billion weights, {parts.trained / GB:.2f} trained; {blocks} blocks of at most "
+        f"{parts.largest / 1e6:.0f} million, {parts.root / GB:.2f} billion outside of them; in float32 "
+        f"{4 * parts.every / GB:.1f} GB.\n"
         f"Activations of {settings.samples} samples of {tokens} tokens in the language model: {kept / GB:.1f} GB, with "
         f"checkpointing {checkpointed / GB:.1f} GB.\n"
     )
-    units = {"one unit": 2 * every + 2 * trained, "by block": 2 * (root + 2 * largest) + 2 * (root + largest)}
+    units = {"one unit": 2 * parts.every + 2 * parts.trained, "by block": parts.gathered}
     print("| GB a GPU, without activations | weights, gradients, moments | gathered | together |")
     print("| --- | ---: | ---: | ---: |")
     for ranks in RANKS:
         for name, gathered in units.items():
-            states = (4 * every + 12 * trained) / ranks
+            states = parts.states / ranks
             cells = (f"{value / GB:.1f}" for value in (states, gathered, states + gathered))
             print(f"| {ranks} GPUs, {name} | {' | '.join(cells)} |")
 

@@ -24,20 +24,26 @@ def head_forward(lm: PreTrainedModel, tokens: int) -> float:
     return 2 * config.hidden_size * config.vocab_size * tokens
 
 
+def tower_forward(lvlm: Any) -> float:
+    """Of one image in the tower."""
+    encoder, patches = lvlm.vision.encoder, lvlm.vision.max_image_tokens + 1
+    blocks = encoder.transformer.resblocks
+    attention = 4 * encoder.conv1.out_channels * len(blocks) * patches**2
+    linear = 2 * sum(p.numel() for p in blocks.parameters() if p.ndim == 2) * patches
+    return float(linear + attention + 2 * encoder.conv1.weight.numel() * (patches - 1))
+
+
+def projector_forward(lvlm: Any) -> float:
+    """Of one image in the projector."""
+    return float(2 * _linear_parameters(lvlm.projector) * lvlm.vision.max_image_tokens)
+
+
 def training_parts(model: ComposerLVLM, batch: Mapping[str, Tensor]) -> dict[str, float]:
     """Of one training step on a batch: forward and backward, nothing computed twice."""
     lvlm: Any = model.model
-    encoder = lvlm.vision.encoder
-    images, width = len(batch["input_ids"]), encoder.conv1.out_channels
-    patches = lvlm.vision.max_image_tokens + 1
-    blocks = encoder.transformer.resblocks
-    attention = 4 * width * len(blocks) * patches**2
-    tower = images * (2 * sum(p.numel() for p in blocks.parameters() if p.ndim == 2) * patches + attention)
-    tower += images * 2 * encoder.conv1.weight.numel() * (patches - 1)
-    projector = 2 * _linear_parameters(lvlm.projector) * images * (patches - 1)
     labelled = int((batch["labels"] != IGNORE_INDEX).sum())
     return {
-        "tower and projector": 3 * float(tower + projector),
+        "tower and projector": 3 * len(batch["input_ids"]) * (tower_forward(lvlm) + projector_forward(lvlm)),
         "LM": 3 * lm_forward(lvlm.language, batch["attention_mask"].sum(1)),
         "head": 3 * head_forward(lvlm.language, labelled),
     }

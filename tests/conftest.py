@@ -56,6 +56,7 @@ LONG = [
     "test_trl",
     "test_cli",
     "test_convert",
+    "test_convert_on_ray",
 ]
 
 

@@ -26,3 +26,15 @@ def test_the_losses_of_both_models_agree(setup):
         keys = ("input_ids", "attention_mask", "labels", "pixel_values")
         assert float(theirs(**{key: batch[key] for key in keys}).loss) == pytest.approx(loss, abs=1e-4)
     assert 7 < loss < 9  # of untrained weights: about the logarithm of 2,000
+
+
+def test_the_tables_of_the_page_on_clusters_are_what_their_command_prints(setup, capsys, monkeypatch):
+    from benchmarks import cluster
+
+    monkeypatch.setattr(sys, "argv", ["cluster"])
+    monkeypatch.setattr(cluster, "prepare_process", lambda threads: None)  # it silences the logs of all tests
+    cluster.main()
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    page = (ROOT / "docs/cluster.md").read_text()
+    assert len(tables) == 2
+    assert all(f"\n\n{table}\n\n" in page for table in tables)

@@ -1,9 +1,9 @@
 """Turns image-caption pairs of any usual form into an MDS data set, in parallel and resumably.
 
-A source is cut into fixed units of work. Each unit becomes its own shards, in any process; when they are in place, one
-small file, written atomically, says so. ``index.json`` is put together from these files and written last. So the output
-is a function of the source and the options alone: not of the number of processes, nor of how often the conversion was
-killed and started again, and what has no index is not whole.
+A source is cut into fixed units of work. Each unit becomes its own shards, in any process of any machine; when they are
+in place, one small file, written atomically, says so. ``index.json`` is put together from these files and written last.
+So the output is a function of the source and the options alone: not of where its units are converted, nor of how often
+the conversion was killed and started again, and what has no index is not whole.
 
     OUT/index.json                      the data set, written last
     OUT/shard.<unit>.<number>.mds
@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from composer_prior.conversion.distribute import convert_units, distributor_of
 from composer_prior.conversion.options import VERSION, ConversionError, ConversionOptions, ConversionSummary
-from composer_prior.conversion.processes import convert_units
 from composer_prior.conversion.sources import Source, SourceError, SourceOptions, describe, open_source
-from composer_prior.conversion.units import WHAT_TO_DO, json_line, unit_file
+from composer_prior.conversion.units import WHAT_TO_DO, json_line, scratch, unit_file
 from composer_prior.data.messages import say
 from composer_prior.data.storage import REMOTES, LockedError, Place, StorageError, is_remote, locked, write_whole
 from composer_prior.options import options_of, parse_options
@@ -59,9 +59,10 @@ def convert_captions(
     Raises:
         SourceError: the source has an unknown or ambiguous form, or cannot be read at all.
         ConversionError: ``out`` holds something else, too many samples were rejected (``rejected.jsonl`` is in place,
-            and there is no index), a process died, or an upload failed for good.
+            and there is no index), a process died, an upload failed for good, or ``distributor`` lacks what it needs.
     """
     options = replace(options or ConversionOptions(), **overrides)
+    distributor = distributor_of(options)
     opened = open_source(source, **{f.name: getattr(options, f.name) for f in dataclasses.fields(SourceOptions)})
     place_of_source = str(source).rstrip("/") if is_remote(source) else os.path.realpath(Path(source).expanduser())
     identity = hashlib.blake2b(place_of_source.encode(errors="surrogateescape"), digest_size=8).hexdigest()
@@ -74,7 +75,7 @@ def convert_captions(
             return complete
         if options.on_bad_file == "raise":
             _refuse_bad_files(source, opened, place)
-        units = convert_units(opened, place, options)
+        units = convert_units(opened, place, options, distributor)
         return _finish(place, settings, units, options.max_rejected)
 
 
@@ -92,7 +93,7 @@ def _refuse_bad_files(source: str | Path, opened: Source, place: Place) -> None:
 def _place(out: str, options: ConversionOptions) -> Place:
     scheme = urlparse(out).scheme
     if not is_remote(out):
-        folder = Path(out).expanduser()
+        folder = Path(out).expanduser().absolute()
         if folder.exists() and not folder.is_dir():
             raise ConversionError(f"{out}: this is a file; name a folder or a remote.")
         state = folder / ".convert"
@@ -103,7 +104,7 @@ def _place(out: str, options: ConversionOptions) -> Place:
     remote = out.rstrip("/")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "composer-prior" / "convert"
     digest = hashlib.blake2b(remote.encode(), digest_size=8).hexdigest()
-    state = Path(options.work).expanduser() if options.work else cache / digest
+    state = Path(options.work).expanduser().absolute() if options.work else cache / digest
     state.mkdir(parents=True, exist_ok=True)
     return Place(None, remote, state, options.upload_attempts)
 
@@ -164,8 +165,7 @@ def _finish(place: Place, settings: dict[str, Any], units: int, max_rejected: fl
     reasons: Counter[str] = Counter()
     shards: list[dict[str, Any]] = []
     example = ""
-    folder = place.state / f"tmp{os.getpid()}"
-    folder.mkdir(exist_ok=True)
+    folder = scratch(place)
     lost_in = _losses(place, units)
     with open(folder / "rejected.jsonl", "wb") as lines:
         for number in range(units):

@@ -8,7 +8,7 @@ from composer_prior.conversion.sources import SourceOptions, expect_number
 
 VERSION = 2  # of the output
 _WITHOUT_EFFECT_ON_OUTPUT = (
-    *("processes", "max_rejected", "on_bad_file", "progress", "work"),
+    *("distributor", "processes", "max_rejected", "on_bad_file", "progress", "work"),
     *("upload_attempts", "download_timeout"),
 )
 
@@ -35,7 +35,10 @@ class ConversionOptions(SourceOptions):
             that was cut. ``"raise"``: an error that names it. ``"skip"``: it is left out, what was read of it is kept,
             and what it held counts as rejected: what its footer says, or else what the readable files hold on average.
             Samples that are damaged within a file that goes on behind them are rejected one by one in any case.
-        processes: how many processes; one per CPU by default. The output does not depend on it.
+        distributor: where units of work are converted: in ``"processes"`` of this machine, or as tasks of a ``"ray"``
+            cluster, the one of ``RAY_ADDRESS`` or of this machine. The output does not depend on it.
+        processes: how many processes, one per CPU by default; with Ray, how many tasks at a time, by default as many as
+            the cluster has room for. The output does not depend on it.
         progress: show a progress bar; by default where standard error is a terminal.
         work: where a conversion to a remote keeps its state, in order to be resumed. By default a folder of the user's
             cache, named after the remote.
@@ -50,6 +53,7 @@ class ConversionOptions(SourceOptions):
     size_limit: int | str = 64 << 20
     max_rejected: float = 0.1
     on_bad_file: str = "raise"
+    distributor: str = "processes"
     processes: int | None = None
     progress: bool | None = None
     work: str | None = None
@@ -61,6 +65,7 @@ class ConversionOptions(SourceOptions):
         _expect("check", self.check, self.check in ("structure", "full"), "structure or full")
         _expect("max_rejected", self.max_rejected, _number(self.max_rejected) and 0 <= self.max_rejected <= 1, "0 to 1")
         _expect("on_bad_file", self.on_bad_file, self.on_bad_file in ("raise", "skip"), "raise or skip")
+        _expect("distributor", self.distributor, self.distributor in ("processes", "ray"), "processes or ray")
         _expect("progress", self.progress, self.progress in (None, True, False), "true or false")
         self._as_text("work")
         for name in ("max_caption_chars", "upload_attempts", "resize", "processes"):

@@ -1,103 +1,44 @@
-"""Converts the units of a source that are not done yet, in one process or in several."""
+"""The distributor ``processes``: units of work are converted in this process, or in several of this machine."""
 
-import json
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from composer_prior.conversion.options import ConversionError, ConversionOptions
-from composer_prior.conversion.sources import Source
-from composer_prior.conversion.units import Task, convert_unit, digest, unit_file
-from composer_prior.data.storage import Place
+from composer_prior.conversion.options import ConversionError
+from composer_prior.conversion.units import Advance, Result, Results, Task, Units, convert_unit
 
 _REPORT_EVERY = 32
 
 
-def convert_units(source: Source, place: Place, options: ConversionOptions) -> int:
-    """Convert every unit that is not done yet, and return how many units there are."""
-    task = Task(source, place, options, source.folder)
-    count = 0
+def convert_in_processes(task: Task, units: Units, advance: Advance) -> Results:
+    """Convert units and yield their numbers and results as they finish.
 
-    def missing() -> Iterator[tuple[int, Any]]:
-        nonlocal count
-        present = place.names()
-        for number, unit in enumerate(source.units()):
-            count = number + 1
-            done = _done(place.state, number, unit, present)
-            if done is None:
-                yield number, unit
-            else:
-                progress.skip(done)
+    Args:
+        task: what is converted, and how.
+        units: numbers and units; no more than two for each process are taken from it before they finish.
+        advance: called with captions and image bytes as they are done.
 
-    disable = None if options.progress is None else not options.progress
-    disable = True if sys.stderr is None else disable
-    processes = options.processes or len(os.sched_getaffinity(0))
-    with tqdm(total=source.total, unit=" samples", smoothing=0.1, disable=disable, dynamic_ncols=True) as bar:
-        progress = Progress(bar)
-        try:
-            if processes == 1:
-                for number, unit in missing():
-                    convert_unit(task, number, unit, progress.advance)
-            else:
-                _run_parallel(task, missing(), processes, progress)
-        except BrokenProcessPool:
-            raise ConversionError(
-                f"{place.label}: a process died (out of memory?); run the same command again to go on, with fewer "
-                "processes= if memory is short."
-            ) from None
-    return count
-
-
-def _done(state: Path, number: int, unit: Any, present: set[str] | None) -> int | None:
-    """How many captions a finished unit read, or ``None`` if it has to be converted."""
+    Raises:
+        ConversionError: if a process died.
+    """
+    processes = task.options.processes or len(os.sched_getaffinity(0))
+    if processes == 1:
+        for number, unit in units:
+            yield number, convert_unit(task, number, unit, advance)
+        return
     try:
-        known = json.loads(unit_file(state, number).read_bytes())
-    except FileNotFoundError:
-        return None
-    names = {shard["raw_data"]["basename"] for shard in known["shards"]}
-    whole = known["unit"] == digest(unit) and (present is None or names <= present)
-    return known["read"] if whole else None
-
-
-class Progress:
-    """A progress bar in samples/s and MB/s; several processes add to counters that they share, and one shows them."""
-
-    def __init__(self, bar: "tqdm[Any]", counters: Any = None):
-        self.bar = bar
-        self.counters = counters
-        self.bytes = 0
-        self.start = time.monotonic()
-        self._shown = (0, 0)
-
-    def advance(self, samples: int, size: int) -> None:
-        """Count what was converted."""
-        self.bytes += size
-        if not self.bar.disable:
-            rate = self.bytes / (time.monotonic() - self.start + 1e-9) / 1e6
-            self.bar.set_postfix_str(f"{rate:.1f} MB/s", refresh=False)
-            self.bar.update(samples)
-
-    def skip(self, samples: int) -> None:
-        """Count what was converted before, which says nothing about the speed."""
-        if not self.bar.disable:
-            self.bar.initial += samples
-            self.bar.update(samples)
-
-    def show(self) -> None:
-        """Show what the processes have added to the counters."""
-        samples, size = self.counters[:]
-        self.advance(samples - self._shown[0], size - self._shown[1])
-        self._shown = samples, size
+        yield from _in_parallel(task, units, processes, advance)
+    except BrokenProcessPool:
+        raise ConversionError(
+            f"{task.place.label}: a process died (out of memory?); run the same command again to go on, with fewer "
+            "processes= if memory is short."
+        ) from None
 
 
 class _Stopped(Exception):
@@ -115,11 +56,12 @@ class _Worker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=self._follow, args=(parent,), daemon=True).start()
 
-    def convert(self, number: int, unit: Any) -> None:
+    def convert(self, number: int, unit: Any) -> Result:
         """Convert one unit."""
         self._waiting = (0, 0, 0)
-        convert_unit(self.task, number, unit, self._advance)
+        result = convert_unit(self.task, number, unit, self._advance)
         self._report()
+        return result
 
     def _advance(self, samples: int, size: int) -> None:
         records, all_samples, all_bytes = self._waiting
@@ -149,33 +91,50 @@ def _start_worker(*arguments: Any) -> None:
     _worker = _Worker(*arguments)
 
 
-def _work(number: int, unit: Any) -> None:
-    _worker.convert(number, unit)
+def _work(number: int, unit: Any) -> tuple[int, Result]:
+    return number, _worker.convert(number, unit)
 
 
-def _run_parallel(task: Task, units: Iterator[tuple[int, Any]], processes: int, progress: Progress) -> None:
+class _Counters:
+    """Samples and bytes that all processes add to, and that one of them tells."""
+
+    def __init__(self, shared: Any, advance: Advance):
+        self.shared = shared
+        self.advance = advance
+        self._told = (0, 0)
+
+    def tell(self) -> None:
+        """Tell what was added."""
+        samples, size = self.shared[:]
+        self.advance(samples - self._told[0], size - self._told[1])
+        self._told = samples, size
+
+
+def _in_parallel(task: Task, units: Units, processes: int, advance: Advance) -> Results:
     """Keep every process busy, with no more than two units each in memory."""
     # Forked processes start at once, and do not run a script again that calls this without a main guard.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    progress.counters, stop = context.Array("q", 2), context.Event()
-    arguments = (task, progress.counters, stop, os.getpid())
+    counters, stop = _Counters(context.Array("q", 2), advance), context.Event()
+    arguments = (task, counters.shared, stop, os.getpid())
     with ProcessPoolExecutor(processes, context, _start_worker, arguments) as pool:
         try:
-            pending: set[Future[None]] = set()
+            pending: set[Future[tuple[int, Result]]] = set()
             for number, unit in units:
-                pending = _wait_for(pending | {pool.submit(_work, number, unit)}, 2 * processes - 1, progress)
-            _wait_for(pending, 0, progress)
+                pending.add(pool.submit(_work, number, unit))
+                while len(pending) >= 2 * processes:
+                    yield from _finished(pending, counters)
+            while pending:
+                yield from _finished(pending, counters)
         except BaseException:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _wait_for(pending: set[Future[None]], limit: int, progress: Progress) -> set[Future[None]]:
-    """Wait until no more than so many units are left; an error in one of them is raised."""
-    while len(pending) > limit:
-        done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-        progress.show()
-        for future in done:
-            future.result()
-    return pending
+def _finished(pending: set[Future[tuple[int, Result]]], counters: _Counters) -> Results:
+    """Take out what has finished, waiting a little; an error in one of them is raised."""
+    done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+    counters.tell()
+    pending -= done
+    for future in done:
+        yield future.result()

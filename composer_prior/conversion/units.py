@@ -1,10 +1,11 @@
-"""Units of work: each becomes shards of its own, in any process, and a small file that says so."""
+"""Units of work: each becomes shards of its own, in any process, and a result that a small file holds."""
 
 import hashlib
 import io
 import json
 import os
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,12 @@ from composer_prior.conversion.sources import (
 )
 from composer_prior.data.images import ImageError, check_image, reencode_image
 from composer_prior.data.mds import ShardWriter
-from composer_prior.data.storage import Place, write_whole
+from composer_prior.data.storage import Place
+
+Result = dict[str, Any]  # what the unit's file holds
+Units = Iterator[tuple[int, Any]]  # with their numbers
+Results = Generator[tuple[int, Result], None, None]  # likewise, in any order
+Advance = Callable[[int, int], None]  # counts captions and bytes of images
 
 WHAT_TO_DO = "mend the source, or leave them out with on_bad_file=skip"
 
@@ -58,17 +64,27 @@ def digest(unit: Any) -> str:
     return hashlib.blake2b(repr(unit).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def convert_unit(task: Task, number: int, unit: Any, advance: Callable[[int, int], None]) -> None:
-    """Convert one unit of work: its shards go to their place, then its unit file says that they are there.
+def scratch(place: Place) -> Path:
+    """A folder of this process for what is not whole yet; processes of other nodes may have the same number."""
+    folder = place.state / f"tmp{os.getpid()}@{platform.node()}"
+    # A remote's state is a folder of each node; that of a local output is there, or this node does not see it.
+    folder.mkdir(parents=place.out is None, exist_ok=True)
+    return folder
+
+
+def convert_unit(task: Task, number: int, unit: Any, advance: Advance) -> Result:
+    """Convert one unit of work: its shards go to their place.
 
     Args:
         task: what is converted, and how.
         number: the unit's number.
         unit: the unit.
         advance: called with captions and image bytes as they are done; may raise in order to stop.
+
+    Returns:
+        What its unit file has to hold, now that they are there.
     """
-    folder = task.place.state / f"tmp{os.getpid()}"
-    folder.mkdir(exist_ok=True)
+    folder = scratch(task.place)
     size_limit = size_in_bytes(task.options.size_limit) or 0
     writer = ShardWriter(folder, f"shard.{number:06}", task.columns, size_limit, task.buffer)
     rejected: list[Rejected] = []
@@ -89,7 +105,7 @@ def convert_unit(task: Task, number: int, unit: Any, advance: Callable[[int, int
     writer.finish()
     task.place.publish(folder, [shard["raw_data"]["basename"] for shard in writer.shards])
     counts = {"read": read, "captions": captions, "samples": samples}
-    result = {
+    return {
         "unit": digest(unit),
         "file": file_of(unit),
         **counts,
@@ -97,7 +113,6 @@ def convert_unit(task: Task, number: int, unit: Any, advance: Callable[[int, int
         "rejected": [_line(problem) for problem in rejected],
         "cut": any(isinstance(problem, BadFile) for problem in rejected),
     }
-    write_whole(unit_file(task.place.state, number), json_line(result))
 
 
 def _line(problem: Rejected) -> dict[str, Any]:

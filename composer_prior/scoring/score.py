@@ -68,7 +68,7 @@ def score_captions(job: ScoreJob) -> ScoreSummary:
 
 def _score_captions(job: ScoreJob) -> ScoreSummary:
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
-    check_shared({"scores": os.path.join(job.out, INDEX)})
+    check_shared(_places(job))
     arguments = {key: value for key, value in job.dataset.items() if key != "scores"}
     data = StreamingCaptionDataset(tokenizer=build_tokenizer(job.tokenizer), batch_size=1, **arguments)
     card, whole = on_first_rank(lambda: _look(job, data))
@@ -93,6 +93,16 @@ def _score_captions(job: ScoreJob) -> ScoreSummary:
             shutil.rmtree(Path(job.out, ".scoring"), ignore_errors=True)
         dist.barrier()
     return summary
+
+
+def _places(job: ScoreJob) -> dict[str, str]:
+    """Where nodes have to find the same; a reference or tokenizer that is not there is named by its hub id."""
+    named = {"reference": job.reference, "tokenizer.name": job.tokenizer["name"]}
+    there = on_first_rank(lambda: [key for key, place in named.items() if Path(place).expanduser().exists()])
+    places = {"scores": os.path.join(job.out, INDEX), **{key: named[key] for key in there}}
+    if not job.dataset.get("remote") and job.dataset.get("local"):
+        places["dataset.local"] = job.dataset["local"]
+    return places
 
 
 def _look(job: ScoreJob, data: StreamingCaptionDataset) -> tuple[ScoresCard, bool]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from common.models import small_lm, small_lvlm
-from common.recipes import ROOT, launch
+from common.recipes import ROOT, fork_ranks, launch
 from composer import Trainer
 from composer.loggers import InMemoryLogger
 from PIL import Image
@@ -355,6 +355,53 @@ def test_two_ranks_share_what_is_missing(job: Any, data: StreamingCaptionDataset
     assert "tokens/s" in output
     assert Path(shared.out, "shard.00003.000.mds").stat().st_mtime_ns == kept
     assert_all_close(stored(shared.out), values, atol=1e-5, rtol=2**-10)
+
+
+def score_on(*nodes: Path, out: str = "scores", **options: Any) -> str:
+    """What a job prints on nodes of these folders, which it names everything from."""
+    words = [
+        *(f"out={out}", "reference=reference", "tokenizer.name=reference", "dataset.local=data"),
+        *("dataset.max_caption_tokens=20", "unit_samples=20", "progress_bar=false"),
+    ]
+    program = ROOT / "scripts" / "score_captions.py"
+    return fork_ranks(None, program, *words, ranks=len(nodes), nodes=[*nodes], **options)
+
+
+@pytest.fixture
+def node(folders: Any, scenes: Path, tmp_path: Path) -> Callable[[str, str], Path]:
+    """A function that makes the folder of a node, without one of the things that it needs."""
+
+    def make(name: str, lacking: str = "") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for thing, source in {"reference": folders[0], "data": str(scenes / "train")}.items():
+            if thing != lacking:
+                (folder / thing).symlink_to(source)
+        return folder
+
+    return make
+
+
+def test_two_nodes_on_one_disk_leave_the_bytes_of_one_process(node: Any) -> None:
+    alone, disk = node("alone"), node("disk")
+    for output in (score_on(alone), score_on(disk, disk)):
+        assert output.count("tokens of 96 samples in scores") == 1
+    files = {path.name: path.read_bytes() for path in (alone / "scores").iterdir()}
+    assert len(files) == 7, "five units, the card and the index"
+    assert {path.name: path.read_bytes() for path in (disk / "scores").iterdir()} == files
+
+
+@pytest.mark.parametrize(("key", "lacking"), [("reference", "reference"), ("dataset.local", "data"), ("scores", "")])
+def test_what_nodes_do_not_share_is_named_by_all_and_nothing_is_made(
+    key: str, lacking: str, node: Any, tmp_path: Path
+) -> None:
+    places = [node("node0"), node("node1", lacking)]
+    out = str(tmp_path / "shared") if lacking else "scores"
+    lines = [line for line in score_on(*places, out=out, expect=1).splitlines() if line.startswith("error: ")]
+    assert len(lines) == 2
+    assert all(line.startswith(f"error: {key}: ") and "not seen by rank 1" in line for line in lines)
+    assert {*tmp_path.iterdir()} == {*places}
+    assert {path.name for place in places for path in place.iterdir()} == {"reference", "data"}
 
 
 def png() -> bytes:

@@ -56,7 +56,7 @@ def open_source(path: str | Path, options: SourceOptions | None = None, **overri
         from composer_prior.conversion.sources.remote import RemoteSource  # imports streaming, which takes its time
 
         return RemoteSource.open(str(path), options)
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().absolute()  # units may be read by processes that work elsewhere
     form, files = _recognise(path, options.form)
     if form in ("webdataset", "parquet"):
         root = path if path.is_dir() else path.parent

@@ -45,7 +45,7 @@ class RemoteSource:
     @property
     def images(self) -> Path:
         """Where Parquet files without the images' bytes find them: a folder on the disk, if an option names one."""
-        return asked_folder(self.options.images) if self.options.images else Path(os.devnull)
+        return Path(self.options.images or os.devnull)
 
     @property
     def folder(self) -> Path:
@@ -73,6 +73,8 @@ class RemoteSource:
                 f"{remote}: {problem}. Of a remote, these two are read; copy other forms to a disk first."
             )
         ((form, files),) = found.items()
+        if options.images:
+            options = replace(options, images=str(asked_folder(options.images)))
         source = cls(folder, tuple(file.as_posix() for file in files), options, form)
         bad: list[BadFile] = []
         for name in source.files:

@@ -1,0 +1,100 @@
+"""Converts the units of a source that are not done yet, by the distributor that the options name.
+
+A distributor is a function that takes units of work and yields their results as they finish, in any order. It alone
+knows where they are converted; what says that a unit is done is written here.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from composer_prior.conversion.options import ConversionError, ConversionOptions
+from composer_prior.conversion.processes import convert_in_processes
+from composer_prior.conversion.sources import Source
+from composer_prior.conversion.units import Advance, Results, Task, Units, digest, json_line, unit_file
+from composer_prior.data.storage import Place, write_whole
+
+Distributor = Callable[[Task, Units, Advance], Results]
+
+
+def distributor_of(options: ConversionOptions) -> Distributor:
+    """The distributor that the options name.
+
+    Raises:
+        ConversionError: if its package is missing.
+    """
+    if options.distributor == "processes":
+        return convert_in_processes
+    try:
+        import ray  # noqa: F401  an optional package, and a missing one is not to be taken for a missing module of ours
+    except ImportError as error:
+        raise ConversionError("distributor=ray needs the package ray: pip install 'composer-prior[ray]'.") from error
+    from composer_prior.conversion.on_ray import convert_on_ray
+
+    return convert_on_ray
+
+
+def convert_units(source: Source, place: Place, options: ConversionOptions, distributor: Distributor) -> int:
+    """Convert every unit that is not done yet, and return how many units there are."""
+    count = 0
+
+    def missing() -> Units:
+        nonlocal count
+        present = place.names()
+        for number, unit in enumerate(source.units()):
+            count = number + 1
+            done = _done(place.state, number, unit, present)
+            if done is None:
+                yield number, unit
+            else:
+                progress.skip(done)
+
+    disable = None if options.progress is None else not options.progress
+    disable = True if sys.stderr is None else disable
+    with tqdm(total=source.total, unit=" samples", smoothing=0.1, disable=disable, dynamic_ncols=True) as bar:
+        progress = Progress(bar)
+        task = Task(source, place, options, source.folder)
+        with closing(distributor(task, missing(), progress.advance)) as results:
+            for number, result in results:
+                write_whole(unit_file(place.state, number), json_line(result))
+    return count
+
+
+def _done(state: Path, number: int, unit: Any, present: set[str] | None) -> int | None:
+    """How many captions a finished unit read, or ``None`` if it has to be converted."""
+    try:
+        known = json.loads(unit_file(state, number).read_bytes())
+    except FileNotFoundError:
+        return None
+    names = {shard["raw_data"]["basename"] for shard in known["shards"]}
+    whole = known["unit"] == digest(unit) and (present is None or names <= present)
+    return known["read"] if whole else None
+
+
+class Progress:
+    """A progress bar in samples/s and MB/s."""
+
+    def __init__(self, bar: "tqdm[Any]"):
+        self.bar = bar
+        self.bytes = 0
+        self.start = time.monotonic()
+
+    def advance(self, samples: int, size: int) -> None:
+        """Count what was converted."""
+        self.bytes += size
+        if not self.bar.disable:
+            rate = self.bytes / (time.monotonic() - self.start + 1e-9) / 1e6
+            self.bar.set_postfix_str(f"{rate:.1f} MB/s", refresh=False)
+            self.bar.update(samples)
+
+    def skip(self, samples: int) -> None:
+        """Count what was converted before, which says nothing about the speed."""
+        if not self.bar.disable:
+            self.bar.initial += samples
+            self.bar.update(samples)
