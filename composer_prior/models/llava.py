@@ -14,6 +14,7 @@ from typing import Any
 
 import open_clip
 import torch
+import transformers
 from PIL import Image
 from tokenizers import processors
 from torch import Tensor, nn
@@ -154,8 +155,10 @@ def llava_of(model: LVLM) -> tuple[Any, Any]:
             f"the language model {type(model.language).__name__}",
             f"transformers makes a {type(stock).__name__} of its configuration, not a {type(decoder).__name__}",
         )
+    encoder = getattr(llava.model.vision_tower, "vision_model", llava.model.vision_tower)  # transformers 5: without it
+    place = next(name for name, module in llava.named_modules() if module is encoder)
     weights = {
-        **{f"model.vision_tower.{name}": tensor for name, tensor in vision.weights.items()},
+        **{f"{place}.{name}": tensor for name, tensor in vision.weights.items()},
         **{f"model.multi_modal_projector.{name}": tensor for name, tensor in projector.items()},
         **language,
     }
@@ -241,9 +244,11 @@ def _language(language: Any) -> tuple[PretrainedConfig, dict[str, Tensor]]:
     if len(widths) > 1:
         raise refusal(what, "its embeddings, hidden states and LM head differ in width")
     config.vocab_size = vocabulary_size(language)
-    config.tie_word_embeddings = head.weight is embeddings.weight
+    decoder = decoder_of(language)
+    # LLaVA of transformers 5 looks for tied embeddings under this name only, and one without fails.
+    config.tie_word_embeddings = head.weight is embeddings.weight and hasattr(decoder, "embed_tokens")
     config.use_cache = True
-    weights = {f"model.language_model.{name}": t.detach() for name, t in decoder_of(language).state_dict().items()}
+    weights = {f"model.language_model.{name}": t.detach() for name, t in decoder.state_dict().items()}
     return config, {**weights, "lm_head.weight": head.weight.detach()}
 
 
@@ -264,14 +269,15 @@ def _processor(model: LVLM, tower: OpenCLIPTower, vision: StockVision) -> Any:
 def _image_processor(tower: OpenCLIPTower) -> CLIPImageProcessor:
     """The one on Pillow, whose resizing is OpenCLIP's to the bit; the one on torch rounds otherwise.
 
-    It takes the rows of a picture that is 1 or 3 pixels high for channels.
+    It takes the rows of a picture that is 1 or 3 pixels high for channels. transformers 5 gave its name to the other.
     """
+    on_pillow: type[CLIPImageProcessor] = getattr(transformers, "CLIPImageProcessorPil", CLIPImageProcessor)
     given, size = tower.config["preprocess"], tower.image_size
     if given["resize_mode"] == "longest":
         raise refusal("resize_mode=longest", "no image processor of transformers pads a picture like that")
     square = {"height": size, "width": size}
     crops = given["resize_mode"] == "shortest"
-    return CLIPImageProcessor(
+    return on_pillow(
         size={"shortest_edge": size} if crops else square,
         do_center_crop=crops,
         crop_size=square,
