@@ -61,7 +61,7 @@ class LlavaReport:
             f"{self.folder}: LLaVA in {self.dtype}; on {PICTURES} pictures the captions are the same, logits differ by "
             f"at most {self.found.logits:.1e} and pixels by {self.found.pixels:.1e} in float32."
         )
-        return f"{line}\nwarning: {self.found.warning}" if self.found.warning else line
+        return "\nwarning: ".join([line, *self.found.warnings])
 
 
 def export_llava(model: LVLM, folder: str | Path, *, dtype: str | None = None, overwrite: bool = False) -> LlavaReport:
@@ -88,8 +88,8 @@ def export_llava(model: LVLM, folder: str | Path, *, dtype: str | None = None, o
         llava.save_pretrained(temporary, max_shard_size=SHARD_SIZE)
         processor.save_pretrained(temporary)
         del llava
-        stock, stock_processor = _load(temporary)
-        found = compare(model, stock, stock_processor)
+        stock, *stock_processors = _load(temporary)
+        found = compare(model, stock, *stock_processors)
         if kept != own:
             for config in (stock.config, stock.config.text_config, stock.config.vision_config):
                 config.dtype = kept  # each part is loaded in its own
@@ -249,7 +249,8 @@ def _language(language: Any) -> tuple[PretrainedConfig, dict[str, Tensor]]:
     config.tie_word_embeddings = head.weight is embeddings.weight and hasattr(decoder, "embed_tokens")
     config.use_cache = True
     weights = {f"model.language_model.{name}": t.detach() for name, t in decoder.state_dict().items()}
-    return config, {**weights, "lm_head.weight": head.weight.detach()}
+    shared = head.weight.detach() if config.tie_word_embeddings else head.weight.detach().clone()
+    return config, {**weights, "lm_head.weight": shared}
 
 
 def _processor(model: LVLM, tower: OpenCLIPTower, vision: StockVision) -> Any:
@@ -326,11 +327,11 @@ def _alike_everywhere(settings: Any) -> Any:
     return changed
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
-    """What stock transformers makes of a folder."""
-    processor = AutoProcessor.from_pretrained(folder)
+def _load(folder: Path) -> tuple[Any, Any, Any]:
+    """What stock transformers makes of a folder: the model, and the processors on Pillow and by default."""
+    on_pillow, default = [AutoProcessor.from_pretrained(folder, **backend) for backend in ({"backend": "pil"}, {})]
     llava, found = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     odd = differing_weights(found)
     if odd:
         raise LlavaError(f"LLaVA, loaded again, differs in {len(odd)} weights, such as {odd[0]}; nothing is written.")
-    return llava.eval(), processor
+    return llava.eval(), on_pillow, default
