@@ -121,7 +121,7 @@ def _compare(model: LVLM, llava: Any, processor: LlavaProcessor, default: LlavaP
 
 def _backend_warning(pixels: float) -> str:
     return (
-        "AutoProcessor.from_pretrained(folder) of transformers 5 fits pictures with torchvision, which rounds otherwise: "
+        "AutoProcessor.from_pretrained(folder) of transformers 5 fits pictures with torchvision, not with Pillow: "
         f'pixels differ by up to {pixels:.1e}; from_pretrained(folder, backend="pil") has no such difference.'
     )
 
