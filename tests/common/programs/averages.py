@@ -15,17 +15,17 @@ reduce_scatter = torch.distributed.reduce_scatter_tensor
 factors = _fsdp_collectives._get_gradient_divide_factors
 
 
-def adds_up(output, input, op=ReduceOp.SUM, group=None):  # as gloo of torch 2.7
+def adds_up(output, input, op=ReduceOp.SUM, group=None, async_op=False):  # as gloo of torch 2.7
     reduce_scatter(output, input, ReduceOp.SUM, group)
 
 
-def averages(output, input, op=ReduceOp.SUM, group=None):
+def averages(output, input, op=ReduceOp.SUM, group=None, async_op=False):
     adds_up(output, input, op, group)
     if op == ReduceOp.AVG:
         output.div_(torch.distributed.get_world_size(group))
 
 
-def is_wrong(output, input, op=ReduceOp.SUM, group=None):
+def is_wrong(output, input, op=ReduceOp.SUM, group=None, async_op=False):
     averages(output, input, op, group)
     output.mul_(3)
 
