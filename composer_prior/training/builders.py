@@ -270,12 +270,13 @@ def _reduced_gradient(mesh: DeviceMesh) -> float:
 
 def _ask_for_sums() -> None:
     """Let FSDP2 divide all gradients itself, as it does those in float16, which hold no large sums."""
-    factors: Any = _fsdp_collectives._get_gradient_divide_factors
+    collectives: Any = _fsdp_collectives
+    factors = collectives._get_gradient_divide_factors
 
     def of_float16(shards: Any, copies: Any, dtype: torch.dtype, *rest: Any) -> Any:
         return factors(shards, copies, torch.float16, *rest)
 
-    _fsdp_collectives._get_gradient_divide_factors = of_float16
+    collectives._get_gradient_divide_factors = of_float16
 
 
 def per_rank_batch_size(global_batch_size: int, where: str = "") -> int:
