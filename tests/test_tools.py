@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from composer_prior.training.config import load_recipe
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -39,6 +41,13 @@ def test_what_differs_is_named_and_the_status_says_so(check_cuda, monkeypatch, c
     out = capsys.readouterr().out
     assert "DIFFERS" in out
     assert "differ: head in blocks, float32: losses" in out.splitlines()[-1]
+
+
+def test_the_recipe_takes_the_overrides(check_cuda):
+    recipe = load_recipe(check_cuda.RECIPE, check_cuda.overrides("in_float32", "fp32"))
+    assert recipe.train_loader["dataset"]["local"] == "data/train"
+    assert recipe.train_loader["dataset"]["remote"] is None
+    assert recipe.algorithms["prior"]["reference"] == "runs/reference_in_float32/model"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -194,9 +194,20 @@ def runs(tokenizer: PreTrainedTokenizerFast, device: torch.device) -> Iterator[R
 
 def train(folder: str, name: str, device: torch.device, precision: str) -> list[float]:
     """The losses of a run of its own, with a reference and scores of its own."""
+    hidden = {} if device.type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "composer_prior", "train", str(RECIPE), *overrides(name, precision)]
+    done = subprocess.run(command, cwd=folder, env={**os.environ, **hidden}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-3000:]}")
+    lines = [json.loads(text) for text in Path(folder, "runs", name, "metrics.jsonl").read_text().splitlines()]
+    return [step["loss/train/total"] for step in lines if "loss/train/total" in step]
+
+
+def overrides(name: str, precision: str) -> list[str]:
+    """What makes the recipe small, in a folder with the data and the language model."""
     loaders = [f"{prefix}{kind}_loader" for prefix in ("", "reference.") for kind in ("train", "eval")]
     data = {"train": "data/train", "eval": "data/validation"}
-    overrides = [
+    return [
         f"run_name={name}",
         f"reference.run_name=reference_{name}",
         f"max_duration={STEPS}ba",
@@ -218,13 +229,6 @@ def train(folder: str, name: str, device: torch.device, precision: str) -> list[
         *(f"{loader}.dataset.local={data[loader.split('.')[-1].removesuffix('_loader')]}" for loader in loaders),
         f"train_loader.dataset.scores=scores_{name}",
     ]
-    hidden = {} if device.type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "composer_prior", "train", str(RECIPE), *overrides]
-    done = subprocess.run(command, cwd=folder, env={**os.environ, **hidden}, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-3000:]}")
-    lines = [json.loads(text) for text in Path(folder, "runs", name, "metrics.jsonl").read_text().splitlines()]
-    return [step["loss/train/total"] for step in lines if "loss/train/total" in step]
 
 
 def make_batch(model: ComposerLVLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:
