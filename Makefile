@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.installed
+NEXT := $(VENV)-next/.installed
 
-.PHONY: train test lint clean
+.PHONY: train test test-next lint clean
 
 # Where this is set, as in many containers, each of the suite's processes compiles thousands of modules anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -15,18 +16,26 @@ train: $(ENVIRONMENT)
 test: $(ENVIRONMENT)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+test-next: $(NEXT)
+	$(<D)/bin/python -m pytest -n 2 --dist loadfile
+
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# uv installs what pip would, several times faster; constraints.txt holds versions that are known to work together.
-$(ENVIRONMENT): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+# uv installs what pip would, several times faster; constraints.txt holds versions that are known to work together, and
+# constraints-next.txt newer ones, which Composer and streaming do not ask for.
+$(ENVIRONMENT): VERSIONS := --constraint constraints.txt
+$(ENVIRONMENT): constraints.txt
+$(NEXT): VERSIONS := --constraint constraints-next.txt --override overrides-next.txt
+$(NEXT): constraints-next.txt overrides-next.txt
+$(ENVIRONMENT) $(NEXT): pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet uv
+	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python $(VERSIONS) --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) data runs
+	rm -rf $(VENV) $(VENV)-next data runs

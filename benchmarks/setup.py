@@ -96,7 +96,8 @@ def build_llava(ours: ComposerLVLM) -> LlavaForConditionalGeneration:
             use_cache=False,
         )
     )
-    clip: Any = llava.model.vision_tower.vision_model
+    tower: Any = llava.model.vision_tower
+    clip = getattr(tower, "vision_model", tower)  # transformers 5 has it without this layer
     clip.load_state_dict(_clip_weights(encoder.state_dict(), len(blocks)), strict=False)
     projector: Any = llava.model.multi_modal_projector
     projector.linear_1.load_state_dict(lvlm.projector[0].state_dict())

@@ -68,7 +68,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
     backend.pop("padding", None)
     backend.pop("truncation", None)
-    text = json.dumps([backend, tokenizer.special_tokens_map], sort_keys=True, default=str)
+    # transformers 5 has the further ones beside the map of those that have a name.
+    further = getattr(tokenizer, "additional_special_tokens", tokenizer.extra_special_tokens)
+    special = {**tokenizer.special_tokens_map, **({"additional_special_tokens": further} if further else {})}
+    text = json.dumps([backend, special], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

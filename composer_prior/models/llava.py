@@ -14,6 +14,7 @@ from typing import Any
 
 import open_clip
 import torch
+import transformers
 from PIL import Image
 from tokenizers import processors
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class LlavaReport:
             f"{self.folder}: LLaVA in {self.dtype}; on {PICTURES} pictures the captions are the same, logits differ by "
             f"at most {self.found.logits:.1e} and pixels by {self.found.pixels:.1e} in float32."
         )
-        return f"{line}\nwarning: {self.found.warning}" if self.found.warning else line
+        return "\nwarning: ".join([line, *self.found.warnings])
 
 
 def export_llava(model: LVLM, folder: str | Path, *, dtype: str | None = None, overwrite: bool = False) -> LlavaReport:
@@ -87,8 +88,8 @@ def export_llava(model: LVLM, folder: str | Path, *, dtype: str | None = None, o
         llava.save_pretrained(temporary, max_shard_size=SHARD_SIZE)
         processor.save_pretrained(temporary)
         del llava
-        stock, stock_processor = _load(temporary)
-        found = compare(model, stock, stock_processor)
+        stock, *stock_processors = _load(temporary)
+        found = compare(model, stock, *stock_processors)
         if kept != own:
             for config in (stock.config, stock.config.text_config, stock.config.vision_config):
                 config.dtype = kept  # each part is loaded in its own
@@ -154,8 +155,10 @@ def llava_of(model: LVLM) -> tuple[Any, Any]:
             f"the language model {type(model.language).__name__}",
             f"transformers makes a {type(stock).__name__} of its configuration, not a {type(decoder).__name__}",
         )
+    encoder = getattr(llava.model.vision_tower, "vision_model", llava.model.vision_tower)  # transformers 5: without it
+    place = next(name for name, module in llava.named_modules() if module is encoder)
     weights = {
-        **{f"model.vision_tower.{name}": tensor for name, tensor in vision.weights.items()},
+        **{f"{place}.{name}": tensor for name, tensor in vision.weights.items()},
         **{f"model.multi_modal_projector.{name}": tensor for name, tensor in projector.items()},
         **language,
     }
@@ -241,10 +244,13 @@ def _language(language: Any) -> tuple[PretrainedConfig, dict[str, Tensor]]:
     if len(widths) > 1:
         raise refusal(what, "its embeddings, hidden states and LM head differ in width")
     config.vocab_size = vocabulary_size(language)
-    config.tie_word_embeddings = head.weight is embeddings.weight
+    decoder = decoder_of(language)
+    # LLaVA of transformers 5 looks for tied embeddings under this name only, and one without fails.
+    config.tie_word_embeddings = head.weight is embeddings.weight and hasattr(decoder, "embed_tokens")
     config.use_cache = True
-    weights = {f"model.language_model.{name}": t.detach() for name, t in decoder_of(language).state_dict().items()}
-    return config, {**weights, "lm_head.weight": head.weight.detach()}
+    weights = {f"model.language_model.{name}": t.detach() for name, t in decoder.state_dict().items()}
+    shared = head.weight.detach() if config.tie_word_embeddings else head.weight.detach().clone()
+    return config, {**weights, "lm_head.weight": shared}
 
 
 def _processor(model: LVLM, tower: OpenCLIPTower, vision: StockVision) -> Any:
@@ -264,14 +270,15 @@ def _processor(model: LVLM, tower: OpenCLIPTower, vision: StockVision) -> Any:
 def _image_processor(tower: OpenCLIPTower) -> CLIPImageProcessor:
     """The one on Pillow, whose resizing is OpenCLIP's to the bit; the one on torch rounds otherwise.
 
-    It takes the rows of a picture that is 1 or 3 pixels high for channels.
+    It takes the rows of a picture that is 1 or 3 pixels high for channels. transformers 5 gave its name to the other.
     """
+    on_pillow: type[CLIPImageProcessor] = getattr(transformers, "CLIPImageProcessorPil", CLIPImageProcessor)
     given, size = tower.config["preprocess"], tower.image_size
     if given["resize_mode"] == "longest":
         raise refusal("resize_mode=longest", "no image processor of transformers pads a picture like that")
     square = {"height": size, "width": size}
     crops = given["resize_mode"] == "shortest"
-    return CLIPImageProcessor(
+    return on_pillow(
         size={"shortest_edge": size} if crops else square,
         do_center_crop=crops,
         crop_size=square,
@@ -320,11 +327,11 @@ def _alike_everywhere(settings: Any) -> Any:
     return changed
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
-    """What stock transformers makes of a folder."""
-    processor = AutoProcessor.from_pretrained(folder)
+def _load(folder: Path) -> tuple[Any, Any, Any]:
+    """What stock transformers makes of a folder: the model, and the processors on Pillow and by default."""
+    on_pillow, default = [AutoProcessor.from_pretrained(folder, **backend) for backend in ({"backend": "pil"}, {})]
     llava, found = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     odd = differing_weights(found)
     if odd:
         raise LlavaError(f"LLaVA, loaded again, differs in {len(odd)} weights, such as {odd[0]}; nothing is written.")
-    return llava.eval(), processor
+    return llava.eval(), on_pillow, default

@@ -29,12 +29,12 @@ class Comparison(NamedTuple):
     Args:
         logits: the largest difference of a logit.
         pixels: the largest difference of a normalized pixel.
-        warning: of which pictures pixels differ all the same; None for none.
+        warnings: of which pictures pixels differ all the same.
     """
 
     logits: float
     pixels: float
-    warning: str | None
+    warnings: tuple[str, ...]
 
 
 def refusal(what: str, why: str) -> LlavaError:
@@ -54,12 +54,14 @@ def failure(language: Any, error: Exception) -> LlavaError:
 
 
 @torch.no_grad()
-def compare(model: LVLM, llava: Any, processor: LlavaProcessor) -> Comparison:
+def compare(model: LVLM, llava: Any, processor: LlavaProcessor, default: LlavaProcessor) -> Comparison:
     """Hold a model in LLaVA form against the model.
 
     Args:
         model: in any precision; float32 is compared.
-        llava, processor: ``LlavaForConditionalGeneration``, in float32, and its processor, as transformers loads them.
+        llava, processor: ``LlavaForConditionalGeneration``, in float32, and its processor, as transformers loads them,
+            with pictures fitted by Pillow.
+        default: the processor that transformers loads when it is not asked for one on Pillow.
 
     Raises:
         LlavaError: one line, naming what differs.
@@ -69,7 +71,7 @@ def compare(model: LVLM, llava: Any, processor: LlavaProcessor) -> Comparison:
     training = model.training
     model.eval()
     try:
-        return _compare(model, llava.to(model.language.device), processor)
+        return _compare(model, llava.to(model.language.device), processor, default)
     except LlavaError:
         raise
     except Exception as error:  # whatever a language model says to what LLaVA gives it
@@ -89,7 +91,7 @@ def _in_float32(model: LVLM) -> LVLM:
     return copied
 
 
-def _compare(model: LVLM, llava: Any, processor: LlavaProcessor) -> Comparison:
+def _compare(model: LVLM, llava: Any, processor: LlavaProcessor, default: LlavaProcessor) -> Comparison:
     tower: Any = model.vision
     shortest = tower.config["preprocess"]["resize_mode"] == "shortest"
     pictures, shifted = _pictures(tower.image_size, shortest)
@@ -105,14 +107,23 @@ def _compare(model: LVLM, llava: Any, processor: LlavaProcessor) -> Comparison:
         raise LlavaError(f"Logits differ by up to {logits:.1e}, more than {bound:.1e}; nothing is written.")
     if expected != theirs:
         raise LlavaError(f"LLaVA captions {theirs}, and the model {expected}; nothing is written.")
+    by_default = _difference(_inputs(model, default, pictures)[0]["pixel_values"], ours["pixel_values"])
+    warnings = () if by_default <= PIXEL_TOLERANCE else (_backend_warning(by_default),)
     if not shifted:
-        return Comparison(logits, pixels, None)
+        return Comparison(logits, pixels, warnings)
     inputs, ours = _inputs(model, processor, shifted)
     same = sum(
         a == b for a, b in zip(_captions(model, shifted), _stock_captions(llava, processor, inputs), strict=True)
     )
     differing = _logit_difference(model, llava, inputs, ours)[0]
-    return Comparison(logits, pixels, _shift_warning(tower.image_size, differing, same, len(shifted)))
+    return Comparison(logits, pixels, (*warnings, _shift_warning(tower.image_size, differing, same, len(shifted))))
+
+
+def _backend_warning(pixels: float) -> str:
+    return (
+        "AutoProcessor.from_pretrained(folder) of transformers 5 fits pictures with torchvision, not with Pillow: "
+        f'pixels differ by up to {pixels:.1e}; from_pretrained(folder, backend="pil") has no such difference.'
+    )
 
 
 def _shift_warning(image_size: int, logits: float, same: int, of: int) -> str:

@@ -329,7 +329,9 @@ class PriorLVLMPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Parts initialise themselves when they are built."""
+        """Parts initialise themselves when they are built; transformers 5 leaves empty then what is in no file."""
+        if hasattr(module, "init_non_persistent_buffers"):  # of timm
+            module.init_non_persistent_buffers()
 
 
 class PriorLVLMModel(PriorLVLMPreTrainedModel):

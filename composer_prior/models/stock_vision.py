@@ -50,7 +50,7 @@ class StockVision(NamedTuple):
 
     Args:
         config: its configuration, with as many blocks as the encoder has left: the last one gives the features.
-        weights: by their names in the model.
+        weights: by their names in the model's transformer.
         class_tokens: how many tokens stand before those of the patches.
     """
 
@@ -104,7 +104,7 @@ def _siglip(encoder: TimmModel, image_size: int) -> StockVision:
     _expect(blocks, Block)
     names = _all_names(SIGLIP_NAMES, "trunk.blocks", SIGLIP_BLOCK, ("attn.qkv.weight", "attn.qkv.bias"), len(blocks))
     weights = _renamed(encoder.state_dict(), names)
-    position = "vision_model.embeddings.position_embedding.weight"
+    position = "embeddings.position_embedding.weight"
     weights[position] = weights[position][0]
     config = SiglipVisionConfig(
         hidden_size=trunk.embed_dim,
@@ -143,11 +143,11 @@ def _renamed(state: Mapping[str, Tensor], names: Mapping[str, list[str]]) -> dic
     weights: dict[str, Tensor] = {}
     for ours, theirs in names.items():
         parts = state[ours].detach().chunk(len(theirs))
-        weights |= {f"vision_model.{name}": part.clone() for name, part in zip(theirs, parts, strict=True)}
+        weights |= {name: part.clone() for name, part in zip(theirs, parts, strict=True)}
     # Nobody reads these: they come after the features, and the encoder has them no more.
-    norm = weights["vision_model.encoder.layers.0.layer_norm1.weight"]
-    weights["vision_model.post_layernorm.weight"] = torch.ones_like(norm)
-    weights["vision_model.post_layernorm.bias"] = torch.zeros_like(norm)
+    norm = weights["encoder.layers.0.layer_norm1.weight"]
+    weights["post_layernorm.weight"] = torch.ones_like(norm)
+    weights["post_layernorm.bias"] = torch.zeros_like(norm)
     return weights
 
 

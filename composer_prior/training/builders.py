@@ -1,16 +1,18 @@
 """From the parts of a recipe to the objects of a run."""
 
 import logging
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from composer.core import DataSpec, Precision
 from composer.utils import ParallelismConfig, dist
 from composer.utils.parallelism import FSDP2Config
-from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -231,20 +233,50 @@ def _keep_out_of_backward(tower: torch.nn.Module | None) -> None:
 def average_over_gloo(model: torch.nn.Module) -> None:
     """Let FSDP2 average gradients on the CPU, as it does on CUDA.
 
-    torch 2.7 asks the backend for averages. Of gloo a reduce-scatter returns the sum, gradients as many times too large
-    as there are ranks, and an all-reduce, between copies of the model, fails. Let it ask for sums and divide, as torch
-    itself does where sums could overflow. Copies also need an event of the CPU's stream, which has none.
+    FSDP2 asks the backend for averages. Some versions of gloo return the sum instead, gradients as many times too large
+    as there are ranks, or refuse to average between copies of the model; others do as they are asked. A gradient that
+    is known shows which; where it is no average, FSDP2 asks for sums and divides, as it does where sums could overflow.
+    Copies also need an event of the CPU's stream, which has none.
+
+    Raises:
+        RuntimeError: if gradients are no averages then, either.
     """
-    meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
-    if meshes and torch.distributed.get_backend() == "gloo":
-        _fsdp_collectives._get_gradient_divide_factors = _divide_at_the_end  # type: ignore[assignment]
-        if any(mesh.ndim > 1 for mesh in meshes):
-            torch.cpu.Stream.record_event = lambda _: torch.cpu.Event()  # type: ignore[assignment]
+    meshes = dict.fromkeys(parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor))
+    if not meshes or torch.distributed.get_backend() != "gloo":
+        return
+    if any(mesh.ndim > 1 for mesh in meshes):
+        torch.cpu.Stream.record_event = lambda _: torch.cpu.Event()  # type: ignore[assignment]
+    for mesh in meshes:
+        with suppress(RuntimeError):  # gloo's refusal
+            if math.isclose(_reduced_gradient(mesh), 1, rel_tol=1e-3):
+                continue
+        _ask_for_sums()
+        found = _reduced_gradient(mesh)
+        if not math.isclose(found, 1, rel_tol=1e-3):
+            raise RuntimeError(
+                f"FSDP2 of torch {torch.__version__} makes gradients over gloo that are {found:g} times their average; "
+                "train on CUDA, with DDP (without parallelism_config), or with a version in constraints.txt."
+            )
 
 
-def _divide_at_the_end(shards: ProcessGroup, copies: ProcessGroup | None, *_: Any) -> tuple[float, float]:
-    """By what torch divides gradients before and after it adds up those of the ranks."""
-    return 1.0, float(shards.size() * (copies.size() if copies is not None else 1))
+def _reduced_gradient(mesh: DeviceMesh) -> float:
+    """A gradient that FSDP2 has reduced over the ranks of a mesh, as many times as it should be: an average is 1."""
+    linear = torch.nn.utils.skip_init(torch.nn.Linear, 1, 1, bias=False, device="cpu")  # which draws no random number
+    probe = fully_shard(linear, mesh=mesh)
+    of_this_rank = mesh.size() if not any(mesh.get_coordinate() or ()) else 0
+    probe(torch.full((1, 1), float(of_this_rank))).sum().backward()
+    return cast(DTensor, probe.weight.grad).full_tensor().item()
+
+
+def _ask_for_sums() -> None:
+    """Let FSDP2 divide all gradients itself, as it does those in float16, which hold no large sums."""
+    collectives: Any = _fsdp_collectives
+    factors = collectives._get_gradient_divide_factors
+
+    def of_float16(shards: Any, copies: Any, dtype: torch.dtype, *rest: Any) -> Any:
+        return factors(shards, copies, torch.float16, *rest)
+
+    collectives._get_gradient_divide_factors = of_float16
 
 
 def per_rank_batch_size(global_batch_size: int, where: str = "") -> int:

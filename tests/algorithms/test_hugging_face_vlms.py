@@ -62,8 +62,11 @@ def collate(kind, samples):
         rows["input_ids"].append([*prefix, *caption, *[PAD] * (longest - length)])
         rows["labels"].append([*[IGNORE_INDEX] * len(prefix), *caption, *[IGNORE_INDEX] * (longest - length)])
         rows["attention_mask"].append([1] * length + [0] * (longest - length))
-    images = {key: torch.cat([tensors[key] for *_, tensors in samples]) for key in samples[0][2]}
-    return {**{key: torch.tensor(value) for key, value in rows.items()}, **images}
+    text = {key: torch.tensor(value) for key, value in rows.items()}
+    if kind == "qwen2_vl":  # transformers 5 asks for it, and Composer leaves out what 4 does not know
+        image = make_tokenizer(kind).convert_tokens_to_ids("<|image_pad|>")
+        text["mm_token_type_ids"] = (text["input_ids"] == image).long()
+    return {**text, **{key: torch.cat([tensors[key] for *_, tensors in samples]) for key in samples[0][2]}}
 
 
 def make_spec(kind, size=6, **changes):

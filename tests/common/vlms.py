@@ -73,7 +73,12 @@ def make_vlm(kind):
             image_size=16,
             patch_size=8,
         )
-        config = LlavaConfig(vision, LlamaConfig(**LM), image_token_index=ids("<image>"), vision_feature_layer=-1)
+        config = LlavaConfig(
+            vision_config=vision,
+            text_config=LlamaConfig(**LM),
+            image_token_index=ids("<image>"),
+            vision_feature_layer=-1,
+        )
         return LlavaForConditionalGeneration(config)
     if kind == "qwen2_vl":
         config = Qwen2VLConfig(

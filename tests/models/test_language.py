@@ -215,13 +215,19 @@ def test_a_cap_whose_name_is_not_known_is_seen_at_small_weights(monkeypatch: pyt
             },
             "makes more of token ids than the embeddings in whose place images stand, which is not supported",
         ),
-        ("openai-gpt", {}, "cannot be used as a language model: TypeError: .*use_cache"),
     ],
 )
 def test_language_models_that_cannot_read_images_are_refused_in_one_line(family, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         check_head(build(family, **changes), reads_embeddings=True)
     assert "\n" not in str(error.value)
+
+
+def test_a_decoder_that_takes_other_arguments_is_refused_in_one_line():
+    model = build("llama")
+    model.model.forward = lambda input_ids=None, inputs_embeds=None: None
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM cannot be used as a language model: TypeError: .*$"):
+        check_head(model)
 
 
 def test_a_model_that_has_a_vision_tower_is_a_reference_and_no_language_model_for_another():

@@ -52,7 +52,8 @@ def hugging_face_clip(encoder, depth):
             theirs[f"{b}.layer_norm2.{kind}"] = ours[f"{a}.ln_2.{kind}"]
             theirs[f"{b}.mlp.fc1.{kind}"] = ours[f"{a}.mlp.c_fc.{kind}"]
             theirs[f"{b}.mlp.fc2.{kind}"] = ours[f"{a}.mlp.c_proj.{kind}"]
-    missing, unexpected = model.vision_model.load_state_dict(theirs, strict=False)
+    inner = getattr(model, "vision_model", model)  # transformers 5 has it without this layer
+    missing, unexpected = inner.load_state_dict(theirs, strict=False)
     assert not unexpected
     unused = [f"encoder.layers.{i}" for i in range(len(encoder.transformer.resblocks), depth)]
     assert all(name.startswith(("post_layernorm", "embeddings.position_ids", *unused)) for name in missing)

@@ -117,7 +117,12 @@ def test_saved_and_loaded_it_is_the_same(family, tokenizer, tmp_path):
     assert files == sorted(path.name for path in (tmp_path / "again").iterdir())
     for name in {*files} - {"special_tokens_map.json"}:  # transformers writes tokens that it has read in another form
         one, two = ((tmp_path / folder / name).read_bytes() for folder in ("model", "again"))
-        assert one == two or (name.endswith(".json") and json.loads(one) == json.loads(two)), name
+        assert one == two or (name.endswith(".json") and settings(one) == settings(two)), name
+
+
+def settings(text):
+    """What a file of JSON says, but for where transformers 5 has read it from."""
+    return {key: value for key, value in json.loads(text).items() if key not in ("is_local", "local_files_only")}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

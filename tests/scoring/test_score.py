@@ -238,7 +238,7 @@ def test_further_image_tokens_do_not_make_another_tokenizer(tokenizer: Any, refe
     import copy
 
     further = copy.deepcopy(tokenizer)
-    further.add_special_tokens({"additional_special_tokens": ["<video>"]}, replace_additional_special_tokens=False)
+    further.add_special_tokens({"additional_special_tokens": ["<video>"]}, False)  # beside those that there are
     assert reference.reads(further)
     further.add_tokens(["snail"])
     assert not reference.reads(further)

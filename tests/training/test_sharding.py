@@ -1,5 +1,7 @@
 """FSDP2 by block, with weights that the first rank alone reads; what the ranks have of it."""
 
+import json
+
 import pytest
 import torch
 from common.models import small_lm, small_lvlm
@@ -9,6 +11,7 @@ from common.tokenizers import plain_tokenizer
 from composer_prior import ReferenceLM
 from composer_prior.training.preflight import check_checkpointing
 
+PROGRAMS = ROOT / "tests/common/programs"
 BLOCKS = ["model.language.model.layers.0", "model.language.model.layers.1"]
 
 
@@ -20,7 +23,7 @@ def ranks(tmp_path_factory):
     lm = small_lm(tokenizer, rope_scaling={"rope_type": "dynamic", "factor": 2.0}, vocab_size=len(tokenizer) + 5)
     lm.bfloat16().save_pretrained(folder / "lm")
     tokenizer.save_pretrained(folder / "lm")
-    fork_ranks(folder, ROOT / "tests/common/programs/shards.py", folder / "lm", folder)
+    fork_ranks(folder, PROGRAMS / "shards.py", folder / "lm", folder)
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -35,13 +38,13 @@ def test_the_first_rank_alone_reads_weights(ranks):
 
 
 def test_the_other_rank_has_all_that_is_no_weight(ranks):
-    first, second = (rank["model"] for rank in ranks[1])
-    for kind, example in (("buffers", "inv_freq"), ("attributes", "original_inv_freq")):
-        assert any(name.endswith(example) for name in first[kind])
-        assert list(first[kind]) == list(second[kind])
-        for name, value in first[kind].items():
-            assert not second[kind][name].is_meta
-            assert torch.equal(second[kind][name], value), name
+    """The original frequencies are attributes in transformers 4, and buffers in 5."""
+    first, second = ({**rank["model"]["buffers"], **rank["model"]["attributes"]} for rank in ranks[1])
+    assert all(any(name.endswith(example) for name in first) for example in (".inv_freq", ".original_inv_freq"))
+    assert list(first) == list(second)
+    for name, value in first.items():
+        assert not second[name].is_meta
+        assert torch.equal(second[name], value), name
 
 
 def test_each_block_is_a_unit(ranks):
@@ -79,3 +82,12 @@ def test_checkpointing_that_matches_nothing_is_refused(tokenizer, monkeypatch, k
     check_checkpointing(None, model)
     with pytest.raises(ValueError, match=f"fsdp2.{key}=true matches no part of ComposerLVLM"):
         check_checkpointing({"fsdp2": {key: True}}, model)
+
+
+def test_gradients_are_averages_whatever_gloo_makes_of_an_average(tmp_path):
+    """Versions of torch differ in what their gloo returns when it is asked for an average."""
+    fork_ranks(tmp_path, PROGRAMS / "averages.py", "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    refusal = found.pop("is_wrong")
+    assert found == {"its own": 1.5, "adds_up": 1.5, "averages": 1.5}
+    assert "makes gradients over gloo that are 3 times their average; train on CUDA" in refusal
