@@ -4,7 +4,9 @@ The cluster is found as by any program of Ray's: ``RAY_ADDRESS``, or the one tha
 machine alone that is started for the conversion.
 """
 
+import os
 import platform
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -52,6 +54,7 @@ def convert_on_ray(task: Task, units: Units, advance: Advance) -> Results:
     mine = not ray.is_initialized()
     if mine:
         try:
+            _check_address()
             ray.init()
         except (OSError, RuntimeError, ValueError) as error:
             raise ConversionError(f"distributor=ray: no cluster to be had ({one_line(error, 200)}).") from error
@@ -67,6 +70,13 @@ def convert_on_ray(task: Task, units: Units, advance: Advance) -> Results:
     finally:
         if mine:
             ray.shutdown()
+
+
+def _check_address() -> None:
+    """Refuse an address where nobody listens: Ray would wait there for many minutes."""
+    host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition("/")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _run(task: Task, units: Units, advance: Advance) -> Results:

@@ -168,8 +168,9 @@ def test_a_node_that_does_not_see_the_output_is_told_before_anything_is_converte
 
 
 def test_a_node_with_another_version_is_told(cluster, source, tmp_path, monkeypatch):
-    (tmp_path / "other/composer_prior").mkdir(parents=True)
-    (tmp_path / "other/composer_prior/__init__.py").touch()
+    (tmp_path / "other/composer_prior/conversion").mkdir(parents=True)
+    for package in ("composer_prior", "composer_prior/conversion"):
+        (tmp_path / "other" / package / "__init__.py").touch()
     job = {"runtime_env": {"env_vars": {"PYTHONPATH": str(tmp_path / "other")}}}
     monkeypatch.setitem(cluster.environment, "RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
     _, errors = cluster.convert(source, tmp_path / "out", status=1)
@@ -177,8 +178,9 @@ def test_a_node_with_another_version_is_told(cluster, source, tmp_path, monkeypa
     assert errors[-1].startswith(beginning), errors  # behind what Ray itself says
 
 
-def test_an_address_without_a_cluster_is_told_in_one_line(cluster, source, tmp_path, monkeypatch):
-    monkeypatch.setitem(cluster.environment, "RAY_ADDRESS", "nowhere")
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_an_address_without_a_cluster_is_told_in_one_line(address, cluster, source, tmp_path, monkeypatch):
+    monkeypatch.setitem(cluster.environment, "RAY_ADDRESS", address)
     _, (line,) = cluster.convert(source, tmp_path / "out", status=1)
     assert line.startswith("error: distributor=ray: no cluster to be had (")
 

@@ -24,7 +24,7 @@ def plan(study) -> Plan:
 
 
 def test_its_cells(study):
-    assert len(study.cells) == 196
+    assert len(study.cells) == 172
     assert {cell.values[METHOD] for cell in study.cells} == set(study.header["axes"][METHOD])
     for axis, values in study.header["axes"].items():
         assert {cell.values[axis] for cell in study.cells} == set(values), axis
