@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 from composer.core import Precision, get_precision_context
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from composer_prior import LVLM, ComposerLVLM, ReferenceLM
 from composer_prior.algorithms.prior.weights import importance_weights
@@ -31,8 +31,14 @@ from composer_prior.models.head import linear_nll
 from composer_prior.models.projector import build_projector
 from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding
 
-RECIPE = Path(__file__).parents[1] / "yamls/prior_vit_l_14_336.yaml"
-FAMILIES = ("encoder", "patches")
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from common.models import FAMILIES, small_lm  # noqa: E402 - of the tests
+from common.recipes import LOADERS, SMALL_REAL_SCALE  # noqa: E402
+
+RECIPE = ROOT / "yamls/prior_vit_l_14_336.yaml"
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}
 SAMPLES, STEPS = 12, 4
 # Differences relative to the norm of what is expected: float32 in another order, and bf16's eight bits.
 FLOAT32, BFLOAT16 = 1e-4, 3e-2
@@ -182,7 +188,7 @@ def runs(tokenizer: PreTrainedTokenizerFast, device: torch.device) -> Iterator[R
         make_emoji_scenes(
             folder + "/data", train_samples=16 * STEPS, validation_samples=8, canvas=48, num_workers=0, progress=False
         )
-        small_lm(tokenizer, max_position_embeddings=512).save_pretrained(folder + "/pretrained")
+        small_lm(tokenizer, max_position_embeddings=512, **SIZES).save_pretrained(folder + "/pretrained")
         tokenizer.save_pretrained(folder + "/pretrained")
         expected = train(folder, "on_the_cpu", torch.device("cpu"), "fp32")
         found = train(folder, "in_float32", device, "fp32")
@@ -205,28 +211,19 @@ def train(folder: str, name: str, device: torch.device, precision: str) -> list[
 
 def overrides(name: str, precision: str) -> list[str]:
     """What makes the recipe small, in a folder with the data and the language model."""
-    loaders = [f"{prefix}{kind}_loader" for prefix in ("", "reference.") for kind in ("train", "eval")]
     data = {"train": "data/train", "eval": "data/validation"}
     return [
+        *SMALL_REAL_SCALE,
         f"run_name={name}",
         f"reference.run_name=reference_{name}",
         f"max_duration={STEPS}ba",
         f"reference.max_duration={STEPS}ba",
         "scheduler.t_warmup=1ba",
-        "tokenizer.name=pretrained",
-        "reference.model.language.pretrained=pretrained",
-        "model.vision.architecture=prior-vit-tiny",
-        "model.vision.pretrained=null",
-        "model.vision.image_size=48",
-        *(f"{prefix}global_train_batch_size=16" for prefix in ("", "reference.")),
-        *(f"{prefix}device_train_microbatch_size=4" for prefix in ("", "reference.")),
         *(f"{prefix}parallelism_config=null" for prefix in ("", "reference.")),
         *(f"{prefix}precision={precision}" for prefix in ("", "reference.")),
-        *(f"{prefix}progress_bar=false" for prefix in ("", "reference.")),
-        *(f"{loader}.num_workers=1" for loader in loaders),
-        *(f"{loader}.dataset.remote=null" for loader in loaders),
-        *(f"{loader}.dataset.cache_limit=null" for loader in loaders if "train" in loader),
-        *(f"{loader}.dataset.local={data[loader.split('.')[-1].removesuffix('_loader')]}" for loader in loaders),
+        *(f"{loader}.dataset.remote=null" for loader in LOADERS),
+        *(f"{loader}.dataset.cache_limit=null" for loader in LOADERS if "train" in loader),
+        *(f"{loader}.dataset.local={data[loader.split('.')[-1].removesuffix('_loader')]}" for loader in LOADERS),
         f"train_loader.dataset.scores=scores_{name}",
     ]
 
@@ -254,18 +251,9 @@ def to(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def small_lm(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    return LlamaForCausalLM(
-        LlamaConfig(**{"vocab_size": len(tokenizer), "initializer_range": 0.1, **sizes, **ids, **changes})
-    )
-
-
 def reference_logprobs(model: ComposerLVLM, tokenizer: PreTrainedTokenizerFast, batch: Mapping[str, Tensor]) -> Tensor:
     """By a reference that is sure of some tokens, so that weights are far from equal, where the batch is."""
-    lm = small_lm(tokenizer, seed=1).to(batch["labels"].device)
+    lm = small_lm(tokenizer, seed=1, **SIZES).to(batch["labels"].device)
     with torch.no_grad():
         lm.lm_head.weight.mul_(5)
     text = (batch[key] for key in ("input_ids", "attention_mask", "labels"))
@@ -274,7 +262,7 @@ def reference_logprobs(model: ComposerLVLM, tokenizer: PreTrainedTokenizerFast, 
 
 def small_model(family: str, tokenizer: PreTrainedTokenizerFast, pack: bool = False) -> ComposerLVLM:
     """A model of either family; the same weights each time."""
-    lm = small_lm(tokenizer)
+    lm = small_lm(tokenizer, **SIZES)
     width = lm.config.hidden_size
     if family == "encoder":
         tower: Any = OpenCLIPTower("prior-vit-tiny", image_size=48)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.models import small_lm
-from common.recipes import ROOT, losses
+from common.recipes import LOADERS, ROOT, SMALL_REAL_SCALE, losses
 from common.s3_server import s3_server
 from common.tokenizers import plain_tokenizer
 from composer_prior.conversion.convert import convert_captions
@@ -59,21 +59,9 @@ def pretrained(kind, tokenizer_captions):
 
 def smaller(*overrides):
     """What makes the shipped recipe small; and the places that stand for a hub and for a disk of each node."""
-    loaders = [f"{prefix}{name}_loader" for prefix in ("", "reference.") for name in ("train", "eval")]
     return [
-        "tokenizer.name=pretrained",
-        "reference.model.language.pretrained=pretrained",
-        "model.vision.architecture=prior-vit-tiny",
-        "model.vision.pretrained=null",
-        "model.vision.image_size=48",
-        "global_train_batch_size=16",
-        "device_train_microbatch_size=4",
-        "reference.global_train_batch_size=16",
-        "reference.device_train_microbatch_size=4",
-        *(f"{loader}.num_workers=1" for loader in loaders),
-        *(f"{loader}.dataset.local=cache/{loader.split('.')[-1]}" for loader in loaders),
-        "progress_bar=false",
-        "reference.progress_bar=false",
+        *SMALL_REAL_SCALE,
+        *(f"{loader}.dataset.local=cache/{loader.split('.')[-1]}" for loader in LOADERS),
         "train_loader.dataset.scores=s3://bucket/captions/scores-" + Path.cwd().name,
         *overrides,
     ]

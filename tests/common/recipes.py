@@ -43,6 +43,19 @@ BENCHMARKS = [
 NO_REPORT = ["sample_captions=0", *(f"benchmarks.{n}=null" for n in ("scene_foils", "hallucination", "captioning"))]
 TOWER = ["model.vision.image_size=24"]
 VIT = [*TOWER, *BENCHMARKS]
+# The recipe at real scale made small, beside a language model with its tokenizer in the folder ``pretrained``.
+LOADERS = [f"{prefix}{kind}_loader" for prefix in ("", "reference.") for kind in ("train", "eval")]
+SMALL_REAL_SCALE = [
+    "tokenizer.name=pretrained",
+    "reference.model.language.pretrained=pretrained",
+    "model.vision.architecture=prior-vit-tiny",
+    "model.vision.pretrained=null",
+    "model.vision.image_size=48",
+    *(f"{prefix}global_train_batch_size=16" for prefix in ("", "reference.")),
+    *(f"{prefix}device_train_microbatch_size=4" for prefix in ("", "reference.")),
+    *(f"{prefix}progress_bar=false" for prefix in ("", "reference.")),
+    *(f"{loader}.num_workers=1" for loader in LOADERS),
+]
 PATCH = ["model.vision.patch_size=12", "model.vision.max_side=48", *BENCHMARKS]
 
 
