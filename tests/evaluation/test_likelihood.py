@@ -80,6 +80,8 @@ def test_models_of_transformers(kind, prompt, end):
             inputs = processor(images=[image], text=[token + (prompt or "")], return_tensors="pt")
             inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([ids])], 1)
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            if "mm_token_type_ids" in inputs:  # Qwen2-VL's, in transformers 5
+                inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, len(ids)))
             with torch.no_grad():
                 logits = model(**inputs).logits[0, -len(ids) - 1 : -1]
             expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]

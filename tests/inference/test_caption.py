@@ -98,6 +98,7 @@ def test_the_page_shades_tokens_by_their_probability(here, beams):
 def test_a_caption_is_whole_where_the_tokenizer_rewrites_what_it_said(here):
     model = LVLM.from_pretrained("model")
     model.tokenizer.clean_up_tokenization_spaces = True
+    model.tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True  # transformers 5
     ids = model.tokenizer("I do n't , know .", add_special_tokens=False)["input_ids"]
     caption = model._in_pieces(ids, torch.full([len(ids)], 0.5))
     assert caption.text == model.tokenizer.decode(ids)
