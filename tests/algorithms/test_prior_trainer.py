@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer as HFTrainer
 
 from composer_prior import PRIOR, PRIORMixin
+from composer_prior.algorithms.prior.hugging_face import _check_trainer
 from composer_prior.algorithms.token_weighting.image_tokens import image_token_ids
 from composer_prior.data.batch import ScoresCollator, count_tokens
 from composer_prior.models.modeling_prior_lvlm import PriorLVLMConfig
@@ -208,11 +209,36 @@ def test_another_weighting_of_trl_is_refused(tmp_path):
         make_trainer("SFTTrainer", tmp_path, {"loss_type": "dft"}, reference=make_reference())
 
 
-def test_captions_without_padding_are_refused(tmp_path):
+@pytest.mark.parametrize(("option", "max_length"), [("packing", 64), ("padding_free", None)])
+def test_captions_that_share_a_row_are_refused(option, max_length, tmp_path):
     data = make_data().remove_columns("images")
     texts = data.map(lambda row: {"prompt": "<bos>w7"})
-    with pytest.raises(ValueError, match="PRIORSFTTrainer does not run with padding_free: its captions share a row"):
-        make_trainer("SFTTrainer", tmp_path, {"padding_free": True}, train_dataset=texts, data_collator=None)
+    changes = {option: True, "max_length": max_length}
+    with pytest.raises(ValueError, match=f"PRIORSFTTrainer does not run with {option}: its captions share a row"):
+        make_trainer("SFTTrainer", tmp_path, changes, train_dataset=texts, data_collator=None)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "option"),
+    [
+        ("args", {"n_gpu": 2}, "nn.DataParallel: start one process for each GPU"),
+        ("trainer", {"is_deepspeed_enabled": True}, "DeepSpeed: it makes bfloat16 of the weights"),
+        (
+            "accelerator",
+            {"parallelism_config": SimpleNamespace(non_data_parallel_size=2)},
+            "tensor, context or sequence parallelism: a rank must have whole captions",
+        ),
+    ],
+)
+def test_what_takes_gpus_is_refused(part, changes, option):
+    """Of a stand-in: none of these can be turned on without a GPU."""
+    args = SimpleNamespace(label_smoothing_factor=0.0, n_gpu=1)
+    accelerator = SimpleNamespace(parallelism_config=None)
+    trainer = SimpleNamespace(args=args, accelerator=accelerator, compute_loss_func=None, is_deepspeed_enabled=False)
+    _check_trainer(trainer)
+    vars({"args": args, "accelerator": accelerator, "trainer": trainer}[part]).update(changes)
+    with pytest.raises(ValueError, match=f"SimpleNamespace does not run with {option}"):
+        _check_trainer(trainer)
 
 
 def test_mixed_in_the_wrong_way_round():
