@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from composer_prior import ComposerLVLM, ReferenceLM, StreamingCaptionDataset
 from composer_prior.data.captions import caption_data_spec
-from composer_prior.data.streams import closed_after_looking, shared_numbers
+from composer_prior.data.streams import shared_numbers
 from composer_prior.data.tokenizer import train_tokenizer
 from composer_prior.emoji_scenes.writing import make_emoji_scenes, make_sample
 
@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def shared_memory() -> Iterator[None]:
     """For the data sets of plain streaming too: a few hundred in one process run out of file descriptors, and those of
     two processes take each other's number."""
-    with shared_numbers(), closed_after_looking():
+    with shared_numbers():
         yield
 
 

@@ -12,10 +12,13 @@ import atexit
 import json
 import os
 import threading
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from tempfile import gettempdir
 from time import sleep, time_ns
 from typing import Any, cast
 
@@ -25,7 +28,14 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
 from streaming.base import dataset as streaming_dataset
-from streaming.base.constant import DEFAULT_TIMEOUT, LOCALS, SHM_TO_CLEAN, TICK
+from streaming.base.constant import (
+    BARRIER_FILELOCK,
+    CACHE_FILELOCK,
+    DEFAULT_TIMEOUT,
+    LOCALS,
+    SHM_TO_CLEAN,
+    TICK,
+)
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.format import FileInfo, Reader, get_index_basename
 from streaming.base.format.mds import MDSReader
@@ -41,6 +51,7 @@ from composer_prior.data.messages import DataError, one_line
 
 FAILED = ".failed"  # a file beside a shard that could not be downloaded, which says why
 _CLAIMS = 20
+_NUMBERS = 10**6  # streaming writes them with six digits
 _LOCK_TICK = 0.001  # seconds between looks at the lock of the workers' barrier, which is held for microseconds
 _UNREADABLE = 255  # a state of a shard beside streaming's: its download has failed for good, in any process of the node
 
@@ -310,10 +321,9 @@ def _claim_number(
 
 
 def _take_number(streams_local: list[str], streams_remote: list[str | None], retry: int) -> tuple[int, SharedMemory]:
-    with closed_after_looking():
+    with _closed_after_looking():
         for _ in range(_CLAIMS):
-            looks = (prefix._check_and_find_retrying(streams_local, streams_remote, n, retry) for n in SHM_TO_CLEAN)
-            number = max(looks)
+            number = _free_number(streams_local, streams_remote, retry)
             data = prefix._pack_locals(streams_local, number)
             try:
                 memory = SharedMemory(prefix._get_path(number, LOCALS), True, len(data))
@@ -324,8 +334,34 @@ def _take_number(streams_local: list[str], streams_remote: list[str | None], ret
     raise FileExistsError(f"no number in shared memory could be had in {_CLAIMS} attempts")
 
 
+def _free_number(streams_local: list[str], streams_remote: list[str | None], retry: int) -> int:
+    """A number that is free now. Streaming looks at all that are not, once for each name: at thousands for seconds."""
+    if any(streams_remote):  # their caches must not be those of others
+        first = prefix._check_and_find_retrying(streams_local, streams_remote, LOCALS, retry)
+    else:
+        first = bisect_left(range(_NUMBERS), True, key=lambda number: not _is_taken(number))
+    return next(number for number in count(first) if not _is_taken(number))
+
+
+def _is_taken(number: int) -> bool:
+    """Whether anything is left of a data set of this number, such as one that was killed while it made it."""
+    locks = (prefix._get_path(number, name) for name in (BARRIER_FILELOCK, CACHE_FILELOCK))
+    if any(Path(gettempdir(), lock).exists() for lock in locks):
+        return True
+    for name in SHM_TO_CLEAN:
+        try:
+            memory = SharedMemory(prefix._get_path(number, name), False, auto_cleanup=False)
+        except FileNotFoundError:
+            continue
+        except PermissionError:  # another user's
+            return True
+        memory.cleanup()
+        return True
+    return False
+
+
 @contextmanager
-def closed_after_looking() -> Iterator[None]:
+def _closed_after_looking() -> Iterator[None]:
     """Close what streaming opens to find free shared memory.
 
     A new data set opens that of all others on the node and never closes it again: where there are many, or a process
