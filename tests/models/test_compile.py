@@ -31,7 +31,7 @@ def model():
 
 def make_batches():
     batches = [torch.randint(0, 64, (3, length)) for length in (7, 12, 9)]
-    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in batches]
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()} for ids in batches]
 
 
 def test_losses_and_gradients_of_the_traced_model(model):
