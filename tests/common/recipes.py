@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -90,6 +91,18 @@ def launch(folder, *command, expect=0, ranks=2, timeout=400):
     composer = Path(sys.executable).with_name("composer")
     options = {"ok": expect == 0, "timeout": timeout, "cwd": folder, "PYTHONPATH": str(ROOT / "tests")}
     return "".join(run_program(composer, "-n", ranks, *command, **options))
+
+
+def launch_nodes(nodes, *job):
+    """What a job prints on nodes of one rank each, as many launchers of ours."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [sys.executable, "-m", "composer_prior", "launch", "nproc=1", f"world_size={nodes}"]
+    start += ["master_addr=127.0.0.1", f"master_port={port}"]
+    with ThreadPoolExecutor(nodes) as pool:
+        running = [pool.submit(run_program, *start, f"node_rank={node}", *job) for node in range(nodes)]
+    return "".join(text for one in running for text in one.result())
 
 
 @cache

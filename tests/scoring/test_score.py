@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from common.models import small_lm, small_lvlm
-from common.recipes import ROOT, fork_ranks, launch
+from common.recipes import ROOT, fork_ranks, launch_nodes
 from composer import Trainer
 from composer.loggers import InMemoryLogger
 from PIL import Image
@@ -335,7 +335,7 @@ def test_a_place_that_cannot_be_written_to_is_an_error_of_one_line(job: Any, tmp
     assert "\n" not in str(error.value)
 
 
-def test_two_ranks_share_what_is_missing(job: Any, data: StreamingCaptionDataset, folders: Any) -> None:
+def test_two_nodes_under_launchers_share_what_is_missing(job: Any, data: StreamingCaptionDataset, folders: Any) -> None:
     alone = score_captions(job("alone"))
     shared = job("shared")
     writer = ScoresWriter(shared.out, Scores(alone.out, Path(alone.out)).card, 20)
@@ -350,7 +350,7 @@ def test_two_ranks_share_what_is_missing(job: Any, data: StreamingCaptionDataset
         "unit_samples=20",
         *(f"dataset.{key}={value}" for key, value in shared.dataset.items()),
     ]
-    output = launch(None, ROOT / "scripts" / "score_captions.py", *words)
+    output = launch_nodes(2, "score", *words)
     assert "tokens of 76 samples" in output
     assert "tokens/s" in output
     assert Path(shared.out, "shard.00003.000.mds").stat().st_mtime_ns == kept
