@@ -175,7 +175,7 @@ def test_sigterm_saves_and_says_where_the_run_resumes(copied):
             assert process.poll() is None, printed.read_text()
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 143
+        assert process.wait(120) == 143, printed.read_text()[-5000:]
     finally:
         if process.poll() is None:
             kill(process)
