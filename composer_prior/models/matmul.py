@@ -4,8 +4,13 @@ PyTorch's float32 products on the CPU go to MKL, which leaves processors of othe
 instructions; oneDNN, which PyTorch ships too, does not. Without it, scoring took 1.22 times as long on two cores of an
 AMD EPYC with AVX2, and a training step 1.02 times (``python -m benchmarks.libraries``). The results differ in rounding
 only.
+
+Before its version 3.11.2, oneDNN lets the stack pointer lead into the heap while it multiplies, and a signal that comes
+then, such as SIGTERM to a run, destroys what lies there (uxlfoundation/oneDNN, pull request 4855). Python handles signals
+on a stack of their own where there is one, as :mod:`faulthandler` makes it.
 """
 
+import faulthandler
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
+_STDERR = 2  # by number, because sys.stderr may be None or a notebook's
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -79,6 +85,8 @@ def _onednn(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _opaque_linear(a, weight, bias)
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return F.linear(a, weight, bias)
+    if not faulthandler.is_enabled():
+        faulthandler.enable(_STDERR)
     return torch.ops.mkldnn._linear_pointwise(a, weight, bias, "none", [], "")
 
 
