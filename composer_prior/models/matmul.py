@@ -6,8 +6,8 @@ AMD EPYC with AVX2, and a training step 1.02 times (``python -m benchmarks.libra
 only.
 
 Before its version 3.11.2, oneDNN lets the stack pointer lead into the heap while it multiplies, and a signal that comes
-then, such as SIGTERM to a run, destroys what lies there (uxlfoundation/oneDNN, pull request 4855). Python handles signals
-on a stack of their own where there is one, as :mod:`faulthandler` makes it.
+then, such as SIGTERM to a run, destroys what lies there (uxlfoundation/oneDNN, pull request 4855). Python handles
+signals on a stack of their own where there is one, as :mod:`faulthandler` makes it.
 """
 
 import faulthandler
