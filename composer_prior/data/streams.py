@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import count
+from multiprocessing.shared_memory import SharedMemory as BuiltinSharedMemory
 from pathlib import Path
 from tempfile import gettempdir
 from time import sleep, time_ns
@@ -41,6 +42,7 @@ from streaming.base.format import FileInfo, Reader, get_index_basename
 from streaming.base.format.mds import MDSReader
 from streaming.base.format.mds.encodings import is_mds_encoding_safe
 from streaming.base.hashing import is_hash
+from streaming.base.shared import memory as streaming_memory
 from streaming.base.shared import prefix
 from streaming.base.shared.memory import SharedMemory
 from streaming.base.shuffle import algos as SHUFFLES
@@ -52,6 +54,7 @@ from composer_prior.data.messages import DataError, one_line
 FAILED = ".failed"  # a file beside a shard that could not be downloaded, which says why
 _CLAIMS = 20
 _NUMBERS = 10**6  # streaming writes them with six digits
+_SIZED_WITHIN = 5.0  # seconds; it takes microseconds, and longer where many processes share few cores
 _LOCK_TICK = 0.001  # seconds between looks at the lock of the workers' barrier, which is held for microseconds
 _UNREADABLE = 255  # a state of a shard beside streaming's: its download has failed for good, in any process of the node
 
@@ -199,6 +202,10 @@ class CheckedDataset(StreamingDataset):
         with shared_numbers():
             super().__init__(streams=[CheckedStream(**place) for place in places], **given)
 
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        with _whole_memory():  # all ranks of a node make the memory for it
+            super().load_state_dict(obj)
+
     def shard_name(self, shard_id: int) -> str:
         """Where a shard comes from."""
         stream = cast(CheckedStream, self.streams[self.stream_per_shard[shard_id]])
@@ -288,9 +295,34 @@ def shared_numbers() -> Iterator[None]:
     theirs = streaming_dataset.get_shm_prefix
     streaming_dataset.get_shm_prefix = _claim_number
     try:
-        yield
+        with _whole_memory():
+            yield
     finally:
         streaming_dataset.get_shm_prefix = theirs
+
+
+@contextmanager
+def _whole_memory() -> Iterator[None]:
+    """Let streaming wait for shared memory that another process is making at this moment."""
+    streaming_memory.BuiltinSharedMemory = _open_when_whole  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        streaming_memory.BuiltinSharedMemory = BuiltinSharedMemory  # type: ignore[misc]
+
+
+def _open_when_whole(name: str, create: bool, size: int) -> BuiltinSharedMemory:
+    """Shared memory that its maker has given a size, which takes a second call of the system.
+
+    In between it is empty, and Python fails with "cannot mmap an empty file". That of a maker killed in between stays
+    empty; whoever searches passes over memory that it is not permitted to open.
+    """
+    for _ in range(int(_SIZED_WITHIN / TICK)):
+        try:
+            return BuiltinSharedMemory(name, create, size)
+        except ValueError:
+            sleep(TICK)
+    raise PermissionError(f"the shared memory {name} is empty: the program that made it was killed at that moment")
 
 
 def _claim_number(
@@ -353,7 +385,7 @@ def _is_taken(number: int) -> bool:
             memory = SharedMemory(prefix._get_path(number, name), False, auto_cleanup=False)
         except FileNotFoundError:
             continue
-        except PermissionError:  # another user's
+        except PermissionError:  # another user's, or empty
             return True
         memory.cleanup()
         return True
