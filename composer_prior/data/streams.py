@@ -54,7 +54,7 @@ from composer_prior.data.messages import DataError, one_line
 FAILED = ".failed"  # a file beside a shard that could not be downloaded, which says why
 _CLAIMS = 20
 _NUMBERS = 10**6  # streaming writes them with six digits
-_SIZED_WITHIN = 5.0  # seconds; it takes microseconds, and longer where many processes share few cores
+_SIZED_WITHIN = 2.0  # seconds; it takes microseconds, and longer where many processes share few cores
 _LOCK_TICK = 0.001  # seconds between looks at the lock of the workers' barrier, which is held for microseconds
 _UNREADABLE = 255  # a state of a shard beside streaming's: its download has failed for good, in any process of the node
 
@@ -304,11 +304,12 @@ def shared_numbers() -> Iterator[None]:
 @contextmanager
 def _whole_memory() -> Iterator[None]:
     """Let streaming wait for shared memory that another process is making at this moment."""
+    theirs = streaming_memory.BuiltinSharedMemory
     streaming_memory.BuiltinSharedMemory = _open_when_whole  # type: ignore[assignment, misc]
     try:
         yield
     finally:
-        streaming_memory.BuiltinSharedMemory = BuiltinSharedMemory  # type: ignore[misc]
+        streaming_memory.BuiltinSharedMemory = theirs  # type: ignore[misc]
 
 
 def _open_when_whole(name: str, create: bool, size: int) -> BuiltinSharedMemory:

@@ -219,23 +219,31 @@ def _training(records: Sequence[Mapping[str, Any]], recipe: TrainConfig, seconds
         "samples": samples,
         "unique_samples": unique,
         "tokens": last(records, "time/token"),
-        "flops": last(records, "compute/flops"),
-        **_reference_flops(recipe, samples, unique),
+        **_flops(recipe, last(records, "compute/flops"), samples, unique),
         "seconds": seconds,
     }
 
 
-def _reference_flops(recipe: TrainConfig, samples: int | None, unique: int | None) -> dict[str, Any]:
-    """What the reference's training and its passes over the captions cost; 0 where the cell has none of them."""
+def _flops(recipe: TrainConfig, counted: float | None, samples: int | None, unique: int | None) -> dict[str, Any]:
+    """What the run, its reference's training and the reference's passes over the captions cost, each apart.
+
+    Args:
+        recipe: of the run.
+        counted: in the run.
+        samples: that it has trained on.
+        unique: samples of its data.
+    """
     if recipe.reference is None:
-        return {"reference_flops": 0, "scoring_flops": 0}
+        return {"flops": counted, "reference_flops": 0, "scoring_flops": 0}
     theirs = read_metrics(Path(recipe.reference["run_folder"], "metrics.jsonl"))
     flops, trained_on = last(theirs, "compute/flops"), last(theirs, "time/sample")
     stored = bool(recipe.train_loader["dataset"].get("scores"))
     live = any((given or {}).get("reference") is not None for given in recipe.algorithms.values())
     if not (stored or live):
-        return {"reference_flops": flops, "scoring_flops": 0}
+        return {"flops": counted, "reference_flops": flops, "scoring_flops": 0}
     scored = unique if stored else samples
     known = flops is not None and trained_on and scored is not None
-    # A forward pass is a third of a training step.
-    return {"reference_flops": flops, "scoring_flops": flops / trained_on * scored / 3 if known else None}
+    scoring = flops / trained_on * scored / 3 if known else None  # a forward pass is a third of a training step
+    if not stored and counted is not None:  # the passes of a live reference are counted in the run
+        counted = None if scoring is None else counted - scoring
+    return {"flops": counted, "reference_flops": flops, "scoring_flops": scoring}

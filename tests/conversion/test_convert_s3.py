@@ -17,7 +17,6 @@ from common.fault_proxy import Fault, FaultProxy
 from common.s3_server import s3_server
 from PIL import Image
 from streaming import StreamingDataset
-from streaming.base.util import clean_stale_shared_memory
 
 from composer_prior.conversion.convert import ConversionError, convert_captions, main
 from composer_prior.conversion.sources import SourceError
@@ -85,7 +84,6 @@ def test_the_bucket_holds_what_a_folder_would(bucket, source, tmp_path):
 
 def test_streaming_reads_it_with_validated_hashes(bucket, source, tmp_path):
     convert_captions(source, "s3://captions/read/", size_limit="4kb", processes=1)
-    clean_stale_shared_memory()
     data = StreamingDataset(
         local=str(tmp_path / "local"),
         remote="s3://captions/read",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from common.data import write_tiles
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_USAGE, LOCALS, RESUME
+from streaming.base.shared import memory as streaming_memory
 from streaming.base.shared import prefix
 from streaming.base.shared.memory import SharedMemory
 
@@ -75,14 +76,15 @@ def empty_memory(number, name):
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_number_whose_program_was_killed_as_it_took_it_is_passed_over(remote, tiles, tmp_path, monkeypatch):
     place = {"local": tiles, "remote": None} if not remote else {"local": str(tmp_path / "cache"), "remote": tiles}
+    monkeypatch.setattr(streams, "_SIZED_WITHIN", 0.05)
     number = streams._free_number([place["local"]], [place["remote"]], retry=0)
     os.close(empty_memory(number, LOCALS))
-    monkeypatch.setattr(streams, "_SIZED_WITHIN", 0.05)
     try:
         dataset = CheckedDataset(**place, batch_size=1)
     finally:
         _posixshmem.shm_unlink(f"/{prefix._get_path(number, LOCALS)}")
     assert dataset._shm_prefix_int != number
+    assert streaming_memory.BuiltinSharedMemory is streams._open_when_whole  # as conftest.py has it for all tests
     assert dataset[3]["caption"].startswith("a tile of shade 3")
 
 
@@ -92,8 +94,8 @@ def test_memory_that_another_rank_is_making_is_waited_for(tiles):
     descriptor = empty_memory(dataset._shm_prefix_int, RESUME)
     name = prefix._get_path(dataset._shm_prefix_int, RESUME)
     maker = threading.Timer(0.3, os.ftruncate, (descriptor, 4096))
-    maker.start()
     try:
+        maker.start()
         with pytest.raises(ValueError, match=r"^cannot mmap an empty file$"):
             BuiltinSharedMemory(name, create=False)
         dataset.load_state_dict({"epoch": 2})

@@ -89,15 +89,17 @@ def test_what_the_reference_cost_is_said_apart(study):
     costs = ("unique_samples", "flops", "reference_flops", "scoring_flops")
 
     def figures(name, **further):
-        training = lines_of(study, name, **{**shared, **further})[-1]["figures"]
+        records = [*RECORDS, {"batch": 4, "compute/flops": 2000}]
+        training = lines_of(study, name, records, **{**shared, **further})[-1]["figures"]
         return tuple(training[one] for one in costs)
 
-    assert figures("prior-seed1") == (64, 20, 3000, pytest.approx(3000 / 50 * 64 / 3))  # stored: each sample once
+    assert figures("prior-seed1") == (64, 2000, 3000, pytest.approx(3000 / 50 * 64 / 3))  # stored: each sample once
     live = {"train_loader.dataset.scores": None}
-    assert figures("prior-seed1", **live) == (64, 20, 3000, pytest.approx(3000 / 50 * 32 / 3))  # live: as it trains
+    passes = 3000 / 50 * 32 / 3  # live: as it trains, and counted with it
+    assert figures("prior-seed1", **live) == (64, pytest.approx(2000 - passes), 3000, pytest.approx(passes))
     rho1 = {**live, "algorithms.prior": None, "algorithms.rho1.reference": "reference/model"}
     assert figures("prior-seed1", **rho1) == figures("prior-seed1", **live)  # whichever method it is
-    assert figures("ntp-seed1") == (64, 20, 3000, 0)
+    assert figures("ntp-seed1") == (64, 2000, 3000, 0)
     cell = study.cells[0]
     recipe = cell.load()
     recipe.reference = None
