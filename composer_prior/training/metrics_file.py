@@ -24,7 +24,7 @@ class MetricsFile(LoggerDestination):
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # the working directory may be another one when the run is closed
         self._record: dict[str, Any] = {}  # of the current step
         self._start = 0  # where its line begins in the file
         self._found = False
@@ -80,6 +80,7 @@ class MetricsFile(LoggerDestination):
 
     def close(self, state: State, logger: Logger) -> None:
         self._write()  # the last evaluation may come after the end of training
+        self._record = {}  # Composer closes again when the program ends: the file may be another run's by then
 
     def _write(self) -> int:
         """Write the line of the current step, again if it was there, and return where the next one begins."""

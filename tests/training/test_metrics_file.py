@@ -1,6 +1,7 @@
 """metrics.jsonl of runs that are killed and go on."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 from composer_prior.training.metrics_file import MetricsFile
@@ -74,3 +75,22 @@ def test_what_never_began_writes_nothing(tmp_path):
     metrics.log_metrics({"loss": 9.0}, 0)
     metrics.close(at(0), None)
     assert path.read_text() == before
+
+
+def test_what_is_closed_writes_no_more(tmp_path, monkeypatch):
+    """Composer closes at the end of a run and again at that of the program, when other runs have been."""
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    first_run(Path("metrics.jsonl"))
+    metrics = MetricsFile("metrics.jsonl")
+    metrics.fit_start(at(4), None)
+    metrics.log_metrics({"metrics/eval/loss": 2.0}, 4)
+    monkeypatch.chdir(tmp_path / "there")
+    Path("metrics.jsonl").write_text("another run's\n")
+    metrics.close(at(4), None)
+    assert Path("metrics.jsonl").read_text() == "another run's\n"
+    assert lines(tmp_path / "here/metrics.jsonl")[-1]["metrics/eval/loss"] == 2.0
+    (tmp_path / "here/metrics.jsonl").write_text("that of a run of the same name\n")
+    metrics.close(at(4), None)
+    assert (tmp_path / "here/metrics.jsonl").read_text() == "that of a run of the same name\n"
