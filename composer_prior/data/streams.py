@@ -15,13 +15,14 @@ import threading
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from multiprocessing.shared_memory import SharedMemory as BuiltinSharedMemory
 from pathlib import Path
 from tempfile import gettempdir
 from time import sleep, time_ns
 from typing import Any, cast
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -292,24 +293,13 @@ class CheckedDataset(StreamingDataset):
 @contextmanager
 def shared_numbers() -> Iterator[None]:
     """Let data sets that are opened meanwhile get their number in shared memory from :func:`_claim_number`."""
-    theirs = streaming_dataset.get_shm_prefix
-    streaming_dataset.get_shm_prefix = _claim_number
-    try:
-        with _whole_memory():
-            yield
-    finally:
-        streaming_dataset.get_shm_prefix = theirs
-
-
-@contextmanager
-def _whole_memory() -> Iterator[None]:
-    """Let streaming wait for shared memory that another process is making at this moment."""
-    theirs = streaming_memory.BuiltinSharedMemory
-    streaming_memory.BuiltinSharedMemory = _open_when_whole  # type: ignore[assignment, misc]
-    try:
+    with patch.object(streaming_dataset, "get_shm_prefix", _claim_number), _whole_memory():
         yield
-    finally:
-        streaming_memory.BuiltinSharedMemory = theirs  # type: ignore[misc]
+
+
+def _whole_memory() -> AbstractContextManager[Any]:
+    """Let streaming wait for shared memory that another process is making at this moment."""
+    return patch.object(streaming_memory, "BuiltinSharedMemory", _open_when_whole)
 
 
 def _open_when_whole(name: str, create: bool, size: int) -> BuiltinSharedMemory:
@@ -409,20 +399,16 @@ def _closed_after_looking() -> Iterator[None]:
             opened.append(SharedMemory(*which))
             return opened[-1]
 
-        prefix.SharedMemory = recorded  # type: ignore[assignment, misc]
         try:
-            return look(*arguments, **keywords)
+            with patch.object(prefix, "SharedMemory", recorded):
+                return look(*arguments, **keywords)
         finally:
-            prefix.SharedMemory = SharedMemory  # type: ignore[misc]
             for memory in opened:
                 atexit.unregister(memory.cleanup)
                 memory.cleanup()
 
-    prefix._check_and_find = look_and_close
-    try:
+    with patch.object(prefix, "_check_and_find", look_and_close):
         yield
-    finally:
-        prefix._check_and_find = look
 
 
 def _wait_for(file: Path, seconds: float) -> None:
