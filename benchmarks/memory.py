@@ -10,7 +10,6 @@ the numbers.
 
 import json
 import os
-import socket
 import sys
 import tempfile
 import threading
@@ -23,6 +22,7 @@ import torch
 from composer import Trainer
 from composer.core import DataSpec
 from composer.utils import dist
+from composer.utils.misc import get_free_tcp_port
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -174,10 +174,8 @@ def _rank(rank: int, ranks: int, port: int, case: str, folder: Path, settings: d
 
 def peaks_of(case: str, folder: Path, settings: dict[str, Any]) -> list[Peaks]:
     """Of each rank, the peaks of a case."""
-    with socket.socket() as free, tempfile.TemporaryDirectory() as out:
-        free.bind(("127.0.0.1", 0))
-        ranks, port = CASES[case][0], free.getsockname()[1]
-        free.close()
+    with tempfile.TemporaryDirectory() as out:
+        ranks, port = CASES[case][0], get_free_tcp_port()
         torch.multiprocessing.spawn(_rank, (ranks, port, case, folder, settings, Path(out)), nprocs=ranks)
         return [json.loads(Path(out, str(rank)).read_text()) for rank in range(ranks)]
 

@@ -3,13 +3,14 @@
 import atexit
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+
+from composer.utils.misc import get_free_tcp_port
 
 from composer_prior.training.config import load_recipe
 
@@ -93,17 +94,10 @@ def launch(folder, *command, expect=0, ranks=2, timeout=400):
     return "".join(run_program(composer, "-n", ranks, *command, **options))
 
 
-def free_port():
-    """A port on loopback where nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def launch_nodes(nodes, *job):
     """What a job prints on nodes of one rank each, as many launchers of ours."""
     start = [sys.executable, "-m", "composer_prior", "launch", "nproc=1", f"world_size={nodes}"]
-    start += ["master_addr=127.0.0.1", f"master_port={free_port()}"]
+    start += ["master_addr=127.0.0.1", f"master_port={get_free_tcp_port()}"]
     with ThreadPoolExecutor(nodes) as pool:
         running = [pool.submit(run_program, *start, f"node_rank={node}", *job) for node in range(nodes)]
     return "".join(text for one in running for text in one.result())
@@ -135,7 +129,7 @@ def fork_ranks(folder, program, *arguments, ranks=2, timeout=400, expect=0, node
     local = ranks // len(nodes)
     with tempfile.TemporaryDirectory() as outputs:
         shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": local, "MASTER_ADDR": "127.0.0.1"}
-        shared |= {"MASTER_PORT": free_port(), "OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT / "tests"}
+        shared |= {"MASTER_PORT": get_free_tcp_port(), "OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT / "tests"}
         printed = [Path(outputs, f"rank{rank}.txt") for rank in range(ranks)]
         of_ranks = [{"RANK": r, "LOCAL_RANK": r % local, "NODE_RANK": r // local} for r in range(ranks)]
         request = {
