@@ -29,7 +29,7 @@ from composer_prior.conversion.distribute import convert_units, distributor_of
 from composer_prior.conversion.options import VERSION, ConversionError, ConversionOptions, ConversionSummary
 from composer_prior.conversion.sources import Source, SourceError, SourceOptions, describe, open_source
 from composer_prior.conversion.units import WHAT_TO_DO, json_line, scratch, unit_file
-from composer_prior.data.messages import say
+from composer_prior.data.messages import one_line, say
 from composer_prior.data.storage import REMOTES, LockedError, Place, StorageError, is_remote, locked, write_whole
 from composer_prior.options import options_of, parse_options
 
@@ -256,6 +256,6 @@ def main(arguments: Sequence[str]) -> int:
         print("Stopped. Run the same command again to go on.", file=sys.stderr)
         return 130
     except (SourceError, ConversionError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, ImageInputs, count_tokens
 from composer_prior.data.download import ATTEMPTS
 from composer_prior.data.images import ImageError, decode_rgb
-from composer_prior.data.messages import OneLineError, one_line
+from composer_prior.data.messages import OneLineError, one_line, visible
 from composer_prior.data.scores import ScoresError, index_fingerprint, open_scores
 from composer_prior.data.streams import CheckedDataset
 from composer_prior.data.tokenizer import CaptionFormat, bos_id, encode_caption, image_token_ids, prompt_ids
@@ -121,7 +121,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             message = f"{self._place(sample_id)}: {error}"
             if self.on_bad_sample == "raise":
                 raise BadSampleError(f"{message} (on_bad_sample=skip goes on without it)") from error
-            log.warning("Skipped %s", message)
+            log.warning("Skipped %s", visible(message))
             return self._without_labels(sample_id)
 
     def image_and_caption(self, sample_id: int) -> tuple[Image.Image, str]:

@@ -1,10 +1,27 @@
-"""Files of one JSON object per line that are written as results come, and gone on with when a job is started again."""
+"""Files of JSON: one object, or one per line, written as results come and gone on with when a job is started again."""
 
 import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from composer_prior.data.messages import DataError, one_line
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object that a file of JSON holds.
+
+    Raises:
+        DataError: naming the file.
+    """
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} cannot be read: {one_line(error)}; restore or remove it.") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{file} cannot be read: it holds no object; restore or remove it.")
+    return found
 
 
 def begin_lines(out: Path, settings: Mapping[str, Any], overwrite: bool = False) -> list[dict[str, Any]]:
@@ -39,4 +56,9 @@ def begin_lines(out: Path, settings: Mapping[str, Any], overwrite: bool = False)
     whole = whole[: whole.rfind(b"\n") + 1]
     with open(out, "r+b") as file:
         file.truncate(len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise DataError(
+            f"{out} has a line that is no JSON ({one_line(error)}); give another out=, or repair it."
+        ) from error

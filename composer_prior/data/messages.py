@@ -2,7 +2,10 @@
 
 import os
 import sys
+import unicodedata
 from contextlib import suppress
+
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # categories of Unicode: controls, formats, surrogates, separators
 
 
 class OneLineError(Exception):
@@ -17,16 +20,29 @@ class DataError(OneLineError, OSError):
     """Data that cannot be read, named: an index, a shard."""
 
 
+def visible(text: str, keep: str = "") -> str:
+    """Text in which what is invisible, reorders text or steers a terminal is written out, such as ``[U+001B]``.
+
+    Args:
+        text: any, such as a caption or the name of a file.
+        keep: characters that stay, such as line breaks; the joiners of scripts and emoji always do.
+    """
+    return "".join(
+        f"[U+{ord(char):04X}]" if unicodedata.category(char) in _UNSEEN and char not in f"\u200c\u200d{keep}" else char
+        for char in text
+    )
+
+
 def one_line(error: BaseException, length: int = 500) -> str:
-    """The message of an error as one line, or its type."""
-    return " ".join(str(error).split())[:length] or type(error).__name__
+    """The message of an error as one line that a terminal shows as it is, or its type."""
+    return visible(" ".join(str(error).split()))[:length] or type(error).__name__
 
 
 def say(message: object) -> None:
     """Print a line, whatever characters the terminal knows, and also when nobody reads any more or the disk is full."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
-        print(str(message).encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        print(visible(str(message), keep="\n\t").encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except OSError:
         with suppress(OSError, ValueError):  # what is left in its buffer goes there too
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from composer_prior.data.captions import SPANS_COLUMN, decode_image
+from composer_prior.data.captions import SPANS_COLUMN, BadSampleError, decode_image
+from composer_prior.data.messages import DataError, one_line
 from composer_prior.data.scores import index_fingerprint
 from composer_prior.reports.inspection import open_captions, sample_captions
 
@@ -39,6 +40,7 @@ class CaptionSamples:
     """
 
     def __init__(self, data: str):
+        self.data = data
         self._cache = tempfile.TemporaryDirectory()
         self._dataset, index = open_captions(data, self._cache.name)
         self.fingerprint = index_fingerprint([index])
@@ -47,6 +49,9 @@ class CaptionSamples:
         return len(self._dataset)
 
     def __getitem__(self, number: int) -> CaptionSample:
-        sample: Mapping[str, Any] = self._dataset[number]
-        spans = sample.get(SPANS_COLUMN)
-        return CaptionSample(decode_image(sample["image"]), sample["image"], sample_captions(sample), spans)
+        try:
+            sample: Mapping[str, Any] = self._dataset[number]
+            image = decode_image(sample["image"])
+        except (LookupError, ValueError, RuntimeError, BadSampleError) as error:
+            raise DataError(f"{self.data}: sample {number} cannot be read ({one_line(error)}).") from error
+        return CaptionSample(image, sample["image"], sample_captions(sample), sample.get(SPANS_COLUMN))

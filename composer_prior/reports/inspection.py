@@ -20,10 +20,10 @@ from PIL import Image
 
 from composer_prior.conversion.sources import expect_number
 from composer_prior.data.images import IMAGE_FORMATS
-from composer_prior.data.messages import one_line, say
+from composer_prior.data.messages import one_line, say, visible
 from composer_prior.data.storage import is_remote
 from composer_prior.options import options_of, parse_options
-from composer_prior.reports.page import Shade, sample_card, samples_page, visible
+from composer_prior.reports.page import Shade, sample_card, samples_page
 
 
 @dataclass(frozen=True)
@@ -302,6 +302,6 @@ def main(arguments: Sequence[str]) -> int:
             return 2
         say(inspect_captions(words[0], **chosen))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0

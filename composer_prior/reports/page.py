@@ -3,12 +3,12 @@
 import base64
 import html
 import io
-import unicodedata
 from collections.abc import Iterable, Sequence
 
 from PIL import Image
 
 from composer_prior.data.images import ImageError, decode_rgb
+from composer_prior.data.messages import visible
 
 Shade = tuple[str, float | None]
 """A piece of a caption and how strongly to shade it: 1.0 is an average weight, ``None`` stands for no weight."""
@@ -127,23 +127,10 @@ def _shaded(pieces: Sequence[Shade]) -> str:
 
 def escape(text: str) -> str:
     """Text for HTML, with control characters made visible, so that none can reorder or hide its surroundings."""
-    return "".join(_mark(char) if _is_control(char) else html.escape(char) for char in text)
+    shown = ((char, visible(char, keep="\n\t")) for char in text)
+    return "".join(html.escape(c) if c == said else f'<span class="control">{said}</span>' for c, said in shown)
 
 
 def plain(text: str) -> str:
     """The same for the places of HTML that hold no elements, such as titles and attributes."""
     return html.escape(visible(text))
-
-
-def _mark(char: str) -> str:
-    return f'<span class="control">[U+{ord(char):04X}]</span>'
-
-
-def visible(text: str) -> str:
-    """One line of text for a terminal."""
-    return "".join(f"[U+{ord(char):04X}]" if _is_control(char) or char in "\t\n" else char for char in text)
-
-
-def _is_control(char: str) -> bool:
-    """Whether a character is invisible or reorders text. Line breaks and the joiners of scripts and emoji are not."""
-    return unicodedata.category(char) in ("Cc", "Cf", "Cs") and char not in "\t\n\u200c\u200d"

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from composer_prior.reports.page import document, escape, plain, table, visible
+from composer_prior.data.messages import visible
+from composer_prior.reports.page import document, escape, plain, table
 
 _STYLE = """
 td { white-space: normal; vertical-align: top }

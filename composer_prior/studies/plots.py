@@ -18,8 +18,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from composer_prior.data.messages import visible
 from composer_prior.reports.chart import log_ticks, ticks
-from composer_prior.reports.page import visible
 from composer_prior.studies.comparison import Curve, Interval
 from composer_prior.studies.scaling import Fit, Points
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from composer_prior import __version__
+from composer_prior.data.lines import read_object
 from composer_prior.data.messages import one_line
 from composer_prior.data.storage import write_whole
 from composer_prior.studies.study import differences
@@ -149,7 +150,7 @@ def count_samples(dataset: Mapping[str, Any]) -> int | None:
     index = Path(dataset["local"], dataset.get("split") or "", "index.json")
     if not index.is_file():
         return None
-    return sum(shard["samples"] for shard in json.loads(index.read_text())["shards"])
+    return sum(shard["samples"] for shard in read_object(index)["shards"])
 
 
 def planned_steps(recipe: TrainConfig) -> int | None:

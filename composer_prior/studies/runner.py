@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from composer_prior.data.messages import one_line, say
+from composer_prior.data.messages import one_line, say, visible
 from composer_prior.data.storage import is_remote
 from composer_prior.studies.results import append_results, collect, finished, planned_steps, read_metrics
 from composer_prior.studies.shared import digest, preparations, share
@@ -168,7 +168,9 @@ class _Runner:
         done = sum(map(self._done, self.pending))
         with (
             _caught(self.signals),
-            tqdm(total=sum(self.batches.values()), initial=done, unit="ba", desc=self.study.name, disable=None) as bar,
+            tqdm(
+                total=sum(self.batches.values()), initial=done, unit="ba", desc=visible(self.study.name), disable=None
+            ) as bar,
         ):
             self.bar = bar
             try:

@@ -9,6 +9,7 @@ from typing import Any
 from composer.utils import dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from composer_prior.data.lines import read_object
 from composer_prior.data.storage import whole_folder
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.lvlm import LVLM
@@ -68,7 +69,7 @@ def save_reference(recipe: TrainConfig, model: LVLM, data: str, validation: Mapp
 def read_card(reference: TrainConfig) -> dict[str, Any] | None:
     """The card of the reference that a recipe names, or None if it has not been trained to its end."""
     path = model_folder(reference) / REFERENCE_CARD
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_object(path) if path.is_file() else None
 
 
 def check_reference(recipe: TrainConfig, data: str | None = None) -> None:

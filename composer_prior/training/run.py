@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         finish(recipe, trainer)
     except OneLineError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error)}")
     except RuntimeError as error:
         if not re.search("Connection (closed|reset) by peer", str(error)):
             raise

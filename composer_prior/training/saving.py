@@ -1,6 +1,5 @@
 """The model of a run with a vision tower: the folder that it leaves, and how a model is loaded from what a run left."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from omegaconf import OmegaConf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from composer_prior.data.download import ATTEMPTS
+from composer_prior.data.lines import read_object
 from composer_prior.data.messages import announce, one_line
 from composer_prior.data.storage import Place, is_remote
 from composer_prior.data.tokenizer import tokenizer_fingerprint
@@ -154,7 +154,7 @@ print(captioner(images="photo.jpg", text="<image>{recipe.train_loader["dataset"]
 def _licence(recipe: TrainConfig) -> str:
     """What the data say of their licence."""
     file = Path((recipe.data or {}).get("out", "."), "recipe.json")
-    known: Any = json.loads(file.read_text()) if recipe.data and file.is_file() else {}
+    known: Any = read_object(file) if recipe.data and file.is_file() else {}
     return known.get("licence", "not stated; it is that of the images and captions")
 
 
