@@ -2,7 +2,8 @@
 
 mosaicml-streaming does the rest. Left alone, it moves a shard to its final place before it has checked it, lets every
 process that needs a shard wait for ever for one that failed to download it, and ends the epoch of a loader's worker
-early, without an error, when a download fails.
+early, without an error, when a download fails. It also removes shards of a stream that has no other place to download
+them from: here such a stream is the user's own folder, in which nothing is removed and nothing counts for the cache.
 
 Three overrides are for speed. ``python -m benchmarks.libraries`` reads captions from a remote, all in the cache, with 2
 and with 8 workers; without one of them it takes as many times longer as is said there.
@@ -38,7 +39,7 @@ from streaming.base.constant import (
     SHM_TO_CLEAN,
     TICK,
 )
-from streaming.base.dataset import _Iterator, _ShardState
+from streaming.base.dataset import NEVER, _Iterator, _ShardState
 from streaming.base.format import FileInfo, Reader, get_index_basename
 from streaming.base.format.mds import MDSReader
 from streaming.base.format.mds.encodings import is_mds_encoding_safe
@@ -68,11 +69,21 @@ class CheckedStream(Stream):
 
     Args:
         local: a folder, which may begin with ``~``.
+        remote: a bucket or a folder; one that is the local folder, under whatever name, is none.
         kwargs: those of :class:`streaming.Stream`.
     """
 
-    def __init__(self, *, local: str | None = None, **kwargs: Any):
-        super().__init__(local=local and os.path.expanduser(local), **kwargs)
+    def __init__(self, *, local: str | None = None, remote: str | None = None, **kwargs: Any):
+        local, remote = (path and os.path.expanduser(path) for path in (local, remote))
+        super().__init__(local=local, remote=remote, **kwargs)
+
+    def apply_default(self, default: dict[str, Any]) -> None:
+        super().apply_default(default)
+        places = [os.path.join(place or "", self.split) for place in (self.remote, self.local)]
+        if self.remote and all(map(os.path.exists, places)) and os.path.samefile(*places):
+            self.remote = None
+        if self.remote is None:
+            self.safe_keep_zip = True
 
     @property
     def place(self) -> str:
@@ -124,11 +135,20 @@ class CheckedStream(Stream):
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
         """Remove what a run before left in the cache: parts of files, and what it could not download."""
         folder = Path(self.local, self.split)
-        for file in folder.rglob("*") if self.remote else ():
+        if self.remote is None:  # nothing is removed; of no size but 0, by which streaming knows what is missing
+            for number, shard in enumerate(shards):
+                files = (folder / info.basename for pair in shard.file_pairs for info in pair if info)
+                cache_usage_per_shard[number] = any(file.is_file() for file in files)
+            return
+        for file in folder.rglob("*"):
             expected = self._expected.get(str(file.relative_to(folder)))
             if {".partial", FAILED} & set(file.suffixes) or (expected and file.stat().st_size != expected.bytes):
                 file.unlink(missing_ok=True)
         super().set_up_local(shards, cache_usage_per_shard)
+
+    def prepare_shard(self, shard: Reader) -> int:
+        used = super().prepare_shard(shard)
+        return used if self.remote else 0
 
     def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
         local = Path(self.local, self.split, to_basename or from_basename)
@@ -228,9 +248,26 @@ class CheckedDataset(StreamingDataset):
         except Exception as error:
             if hasattr(self, "_cache_filelock"):
                 self._cache_filelock.release(force=True)
+            if self._is_own[shard_id]:  # whoever needs it finds the same, and no file is left in the user's folder
+                self._shard_states[shard_id] = _ShardState.REMOTE
+                raise DataError(f"{self.shard_name(shard_id)} cannot be read: {one_line(error)}") from error
             self._give_up(shard_id, one_line(error))
         if self._shard_states[shard_id] == _UNREADABLE:
             raise DataError(f"{self.shard_name(shard_id)} cannot be read: {self._failed_file(shard_id).read_text()}")
+
+    @property
+    def _is_own(self) -> NDArray[np.bool_]:
+        """Of each shard, whether it lies in a folder of the user's and cannot be downloaded again."""
+        return np.array([stream.remote is None for stream in self.streams])[self.stream_per_shard]
+
+    def _evict_coldest_shard(self) -> None:
+        self._shard_access_times.numpy()[self._is_own] = NEVER
+        super()._evict_coldest_shard()
+
+    def _evict_shard(self, shard_id: int) -> None:
+        if self._is_own[shard_id]:
+            raise DataError(f"{self.shard_name(shard_id)} has no remote, and is not removed: cache_limit is too low.")
+        super()._evict_shard(shard_id)
 
     def _is_there(self, shard_id: int) -> bool:
         return self._shard_states[shard_id] == _ShardState.LOCAL and self.shards[shard_id].compression is None

@@ -4,17 +4,20 @@ import _posixshmem
 import os
 import tempfile
 import threading
+from contextlib import suppress
 from multiprocessing.shared_memory import SharedMemory as BuiltinSharedMemory
 from pathlib import Path
 
 import pytest
 from common.data import write_tiles
+from streaming import MDSWriter
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_USAGE, LOCALS, RESUME
 from streaming.base.shared import memory as streaming_memory
 from streaming.base.shared import prefix
 from streaming.base.shared.memory import SharedMemory
 
 from composer_prior.data import streams
+from composer_prior.data.captions import read_captions
 from composer_prior.data.messages import DataError
 from composer_prior.data.streams import CheckedDataset
 
@@ -104,3 +107,72 @@ def test_memory_that_another_rank_is_making_is_waited_for(tiles):
         maker.join()
         os.close(descriptor)
         _posixshmem.shm_unlink(f"/{name}")
+
+
+CAPTIONS = [f"{number:03} " + "word " * 200 for number in range(24)]
+
+
+def write_shards(folder, compression=None):
+    """About ten shards of 3 kB of captions."""
+    with MDSWriter(out=str(folder), columns={"caption": "str"}, size_limit=3000, compression=compression) as writer:
+        for caption in CAPTIONS:
+            writer.write({"caption": caption})
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_small_cache_never_takes_shards_without_a_remote(tmp_path):
+    own, bucket, cache = write_shards(tmp_path / "own"), write_shards(tmp_path / "bucket"), tmp_path / "cache"
+    before = contents(own)
+    places = {"own": {"local": str(own)}, "bucket": {"remote": str(bucket), "local": str(cache)}}
+    limited = {"streams": places, "cache_limit": 16_000}
+    for _ in range(2):
+        assert list(read_captions(limited)) == 2 * CAPTIONS
+        assert contents(own) == before
+    data = CheckedDataset(batch_size=1, **limited)
+    assert {data[number]["caption"] for number in range(48)} == set(CAPTIONS)
+    assert 0 < sum(path.stat().st_size for path in cache.glob("*.mds")) <= 16_000 < sum(map(len, before.values()))
+    with pytest.raises(DataError, match=r"own/shard\.00000\.mds has no remote, and is not removed"):
+        data.evict_shard(0)
+    for _ in range(data.num_shards):
+        with suppress(ValueError, DataError):  # there are none left
+            data.evict_coldest_shard()
+    assert contents(own) == before
+    assert not list(cache.glob("*.mds"))
+
+
+@pytest.mark.parametrize("remote", ["own", "own/", "./own", "{folder}/own", "link", "{folder}/other/../own"])
+def test_a_remote_that_is_the_local_folder_is_none(remote, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = write_shards(tmp_path / "own", "zstd")
+    (tmp_path / "link").symlink_to(own)
+    (tmp_path / "other").mkdir()
+    place = {"remote": remote.format(folder=tmp_path), "local": "own", "cache_limit": 16_000}
+    before = contents(own)
+    assert list(read_captions(place)) == CAPTIONS
+    assert before.items() <= contents(own).items()
+
+
+def test_shards_that_lost_their_compressed_form_stay(tmp_path):
+    """As they lie in the cache of a remote, which another recipe then names as local."""
+    own = write_shards(tmp_path / "own", "zstd")
+    assert list(read_captions({"local": str(own)})) == CAPTIONS
+    for file in own.glob("*.zstd"):
+        file.unlink()
+    before = contents(own)
+    assert list(read_captions({"local": str(own)})) == CAPTIONS
+    assert contents(own) == before
+
+
+def test_a_missing_shard_leaves_nothing_in_the_folder_of_the_user(tmp_path):
+    own = write_shards(tmp_path / "own")
+    (own / "shard.00003.mds").unlink()
+    before = contents(own)
+    data = CheckedDataset(local=str(own), batch_size=1)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"own/shard\.00003\.mds cannot be read: .* there is no remote"):
+            [data[number] for number in range(24)]
+    assert contents(own) == before
