@@ -10,11 +10,10 @@ A tower is a module with
 - ``blocks``, where it has any: its transformer blocks, by which FSDP2 shards it and activations are checkpointed.
 """
 
+import pickle
 from collections.abc import Mapping
-from copy import deepcopy
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -23,11 +22,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from composer_prior.data.batch import IMAGE, ROW_SEPARATOR, ImageInputs
+from composer_prior.data.messages import announce, one_line
 from composer_prior.models.modeling_prior_lvlm import cut_patches, encoder_features, prune_encoder
-from composer_prior.registry import did_you_mean, register
-
-open_clip.add_model_config(Path(__file__).parent / "open_clip_configs")
-SHIPPED_WEIGHTS = Path(__file__).parent / "open_clip_weights"  # ARCHITECTURE.TAG.safetensors
+from composer_prior.models.open_clip_source import brings_weights, find_source
+from composer_prior.registry import register
 
 
 @register("vision", "open_clip")
@@ -35,19 +33,26 @@ class OpenCLIPTower(nn.Module):
     """Patch features of an OpenCLIP visual encoder, ``pixel_values [B, 3, H, W] -> [B * N, width]``.
 
     Args:
-        architecture: name of an OpenCLIP architecture (``open_clip.list_models()``), such as ``ViT-L-14-336``.
+        architecture: name of an OpenCLIP architecture (``open_clip.list_models()``), such as
+            ``ViT-L-14-336-quickgelu``; or ``local-dir:FOLDER`` or ``hf-hub:ORG/NAME``, which hold
+            ``open_clip_config.json`` and the weights.
         pretrained: an OpenCLIP tag (downloaded), a tag of weights that come with this package (``emoji_scenes`` of
-            ``prior-vit-tiny``) or a local checkpoint; None starts from random weights.
+            ``prior-vit-tiny``) or a local checkpoint; None starts from random weights, but for ``local-dir:`` and
+            ``hf-hub:``, which bring theirs.
         image_size: side of the square input in pixels; default: the architecture's.
         layer: block whose output is used, counted as in a list; default: ``-2``, the second to last. Later blocks are
             removed. The class token is dropped.
-        resize_mode: how OpenCLIP fits an image to the square: ``shortest`` (crops), ``longest`` (pads) or ``squash``;
-            default: the architecture's own.
+        resize_mode: how OpenCLIP fits an image to the square: ``shortest`` (crops), ``longest`` (pads) or ``squash``.
+            Default of this and the next three: what the weights were trained with, as OpenCLIP's table or the
+            ``open_clip_config.json`` beside a checkpoint says it.
+        interpolation: ``bicubic`` or ``bilinear``, of the resizing.
+        mean, std: of each channel, in [0, 1], which pixels are normalized by.
         freeze: keep the tower's weights as they are; it then runs in eval mode without gradient.
 
     Raises:
-        ValueError: for an unknown architecture, a missing checkpoint, a patch size that does not divide the image
-            size, or a layer the encoder does not have.
+        ValueError: for an unknown architecture, a missing checkpoint, weights that were trained with another
+            activation or an unknown preprocessing, a patch size that does not divide the image size, or a layer the
+            encoder does not have.
     """
 
     def __init__(
@@ -56,25 +61,40 @@ class OpenCLIPTower(nn.Module):
         pretrained: str | None = None,
         image_size: int | None = None,
         layer: int = -2,
-        resize_mode: str | None = None,
+        resize_mode: Literal["shortest", "longest", "squash"] | None = None,
         freeze: bool = False,
+        interpolation: Literal["bicubic", "bilinear"] | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
     ):
         super().__init__()
-        self.check(architecture, pretrained, image_size, layer)
+        given: dict[str, Any] = {"mean": mean, "std": std, "interpolation": interpolation, "resize_mode": resize_mode}
+        self.check(architecture, pretrained, image_size, layer, **given)
+        source = find_source(architecture, pretrained, given)
+        device = torch.empty(0).device
+        loads = device.type != "meta"  # where only shapes are wanted
+        if loads and source.assumption:
+            announce(source.assumption)
         # The encoder's own preprocessing at evaluation: an LVLM learns captions of whole images, without augmentation.
-        clip = open_clip.create_model(
-            architecture,
-            pretrained=str(_shipped_weights(architecture).get(pretrained, pretrained)) if pretrained else None,
-            force_image_size=image_size,
-            force_preprocess_cfg={"resize_mode": resize_mode} if resize_mode else None,
-            device=torch.empty(0).device,  # meta, where only shapes are wanted
-            pretrained_text=False,
-        )
+        try:
+            clip = open_clip.create_model(
+                architecture,
+                pretrained=source.weights if loads else None,
+                load_weights=loads,
+                force_image_size=image_size,
+                force_preprocess_cfg=source.preprocess,
+                device=device,
+                pretrained_text=False,
+                require_pretrained=loads and brings_weights(architecture),
+            )
+        except (RuntimeError, OSError, AssertionError, LookupError, pickle.UnpicklingError) as error:
+            what = f"architecture={architecture}" if pretrained is None else f"pretrained={pretrained}"
+            raise ValueError(f"model.vision.{what} cannot be loaded: {one_line(error)}") from error
         self.encoder = clip.visual
         depth = len(_blocks(self.encoder))
         _check_layer(architecture, layer, depth)
         prune_encoder(self.encoder, layer % depth)
-        description = deepcopy(open_clip.get_model_config(architecture))
+        description = source.config
         if image_size is not None:
             description["vision_cfg"]["image_size"] = image_size
         self._describe(
@@ -112,21 +132,19 @@ class OpenCLIPTower(nn.Module):
         self.image_processor = partial(_encoder_inputs, transform, self.max_image_tokens)
 
     @staticmethod
-    def check(architecture: str, pretrained: str | None = None, image_size: int | None = None, layer: int = -2) -> None:
+    def check(
+        architecture: str,
+        pretrained: str | None = None,
+        image_size: int | None = None,
+        layer: int = -2,
+        mean: Any = None,
+        std: Any = None,
+        interpolation: str | None = None,
+        resize_mode: str | None = None,
+    ) -> None:
         """Refuse impossible arguments without building anything."""
-        config = open_clip.get_model_config(architecture)
-        if config is None:
-            raise ValueError(
-                f"model.vision.architecture={architecture!r} is not in OpenCLIP. "
-                f"{did_you_mean(architecture, open_clip.list_models())}"
-            )
-        tags = [*open_clip.list_pretrained_tags_by_model(architecture), *_shipped_weights(architecture)]
-        if pretrained and pretrained not in tags and not Path(pretrained).is_file():
-            raise ValueError(
-                f"model.vision.pretrained={pretrained!r} is neither a file nor a tag of {architecture} "
-                f"({', '.join(tags) or 'it has none'})."
-            )
-        vision = config["vision_cfg"]
+        given = {"mean": mean, "std": std, "interpolation": interpolation, "resize_mode": resize_mode}
+        vision = find_source(architecture, pretrained, given).config["vision_cfg"]
         size, patch = image_size or vision.get("image_size"), vision.get("patch_size")
         if isinstance(size, int) and isinstance(patch, int) and size % patch:
             raise ValueError(
@@ -194,12 +212,6 @@ def patch_inputs(image: Image.Image, patch_size: int, max_side: int) -> ImageInp
 
 def _encoder_inputs(transform: Any, num_tokens: int, image: Image.Image) -> ImageInputs:
     return ImageInputs({"pixel_values": transform(image)}, [IMAGE] * num_tokens)
-
-
-def _shipped_weights(architecture: str) -> dict[str, Path]:
-    """Files of weights that come with this package, by their tags."""
-    files = sorted(SHIPPED_WEIGHTS.glob(f"{architecture}.*.safetensors"))
-    return {file.name.split(".")[-2]: file for file in files}
 
 
 def _check_layer(architecture: str, layer: int, depth: int) -> None:

@@ -24,6 +24,7 @@ from composer_prior.models.language import build_language_model, hidden_size, la
 from composer_prior.models.lvlm import LVLM
 from composer_prior.models.projector import build_projector
 from composer_prior.models.sharding import share_tensor_attributes
+from composer_prior.models.vision import OpenCLIPTower
 from composer_prior.registry import register
 
 
@@ -58,8 +59,9 @@ def lvlm_skeleton(tokenizer: PreTrainedTokenizerBase, language: dict[str, Any], 
         ValueError: as :func:`build_lvlm`, but for what only weights can show.
     """
     vision = config.pop("vision", None)
-    if vision is not None and registry.takes(registry.look_up("vision", vision["name"], "model.vision"), "pretrained"):
-        vision = {**vision, "pretrained": None}
+    tower: Any = None if vision is None else registry.look_up("vision", vision["name"], "model.vision")
+    if vision is not None and tower is not OpenCLIPTower and registry.takes(tower, "pretrained"):
+        vision = {**vision, "pretrained": None}  # OpenCLIP's says by it what becomes of pictures, and loads nothing
     logging.disable(logging.WARNING)  # OpenCLIP says that there are no weights, and not that none are wanted
     try:
         with torch.device("meta"):
