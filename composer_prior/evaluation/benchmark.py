@@ -2,6 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -29,13 +30,14 @@ class Benchmark(ABC):
     fingerprint: str  # of what the samples are made from
     batch_size: int = 16  # samples that are given to the model at once
     headline: Mapping[str, str] = MappingProxyType({})  # the figures that a closing line tells, by its words
+    undefined: Mapping[str, str] = MappingProxyType({})  # why a figure may have no value, by its name
 
     @abstractmethod
     def __len__(self) -> int:
         """How many samples there are."""
 
     def other(self, number: int) -> int:
-        """Another sample, whose image takes the place of its own."""
+        """Another sample, whose image takes the place of its own; itself where there is no other image."""
         return (number + max(1, len(self) // 2)) % len(self)
 
     @abstractmethod
@@ -133,10 +135,14 @@ def run_benchmark(
 
 
 def figures_of(benchmark: Benchmark, predictions: Sequence[Mapping[str, Any]], seed: int = 17) -> Figures:
-    """Figures with 95 % percentile intervals of a bootstrap over samples; what is not defined is None."""
+    """Figures with 95 % percentile intervals of a bootstrap over samples; what is not defined is None.
+
+    There is no interval of one sample, nor of a category that has one (``name/category``).
+    """
     if not predictions:
         return {}
     counts = [benchmark.count(prediction) for prediction in predictions]
+    sizes = Counter(category for one in counts for category in {_category(name) for name in one})
     names = sorted({name for one in counts for name in one})
     table = np.array([[one.get(name, 0.0) for name in names] for one in counts]).reshape(len(counts), len(names))
     draws = np.random.default_rng(seed).multinomial(
@@ -148,7 +154,21 @@ def figures_of(benchmark: Benchmark, predictions: Sequence[Mapping[str, Any]], s
             return benchmark.figures(dict(zip(names, np.moveaxis(sums, -1, 0), strict=True)))
 
     values, resampled = evaluate(table.sum(0)), evaluate(draws @ table)
-    return {name: _interval(value, resampled[name]) for name, value in values.items()}
+    return {
+        name: _interval(value, resampled[name] if sizes[_category(name)] > 1 else resampled[name][:0])
+        for name, value in values.items()
+    }
+
+
+def reasons(benchmark: Benchmark, figures: Figures) -> dict[str, str]:
+    """Why figures have no value, by their names."""
+    other = "there is no other image or nothing to divide by"
+    named = {name: name.partition("/")[0] for name, one in figures.items() if one["value"] is None}
+    return {name: benchmark.undefined.get(figure, other) for name, figure in named.items()}
+
+
+def _category(name: str) -> str:
+    return name.partition("/")[2]
 
 
 def _interval(value: Any, resampled: np.ndarray) -> dict[str, float | None]:

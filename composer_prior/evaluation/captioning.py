@@ -29,7 +29,7 @@ class Captioning(Benchmark):
 
     The figures are pycocoevalcap's (papers often give them times 100, of which CIDEr-D's maximum is 1000). CIDEr-D's
     document frequencies come from the references of all images, also where only the first are captioned; in a
-    category they are the category's own.
+    category they are the category's own. Where these are the same for all images, as of one image, it is undefined.
 
     Args:
         data: an MDS folder, or the annotations of COCO, of Karpathy's splits or of NoCaps.
@@ -40,6 +40,7 @@ class Captioning(Benchmark):
     """
 
     headline = MappingProxyType({"CIDEr-D": "cider_d", "BLEU-4": "bleu_4", "ROUGE-L": "rouge_l"})
+    undefined = MappingProxyType({"cider_d": "no n-gram of the references tells one image from another"})
 
     def __init__(
         self,
@@ -84,7 +85,9 @@ class Captioning(Benchmark):
         found = with_category(counts, category)
         for name in dict.fromkeys(("", category)):
             key = f"cider_d/{name}" if name else "cider_d"
-            found[key] = cider_d(caption, references, *self._documents[name])
+            frequency, documents = self._documents[name]
+            told = any(count < documents for count in frequency.values())  # else all weights are 0
+            found[key] = cider_d(caption, references, frequency, documents) if told else np.nan
         return found
 
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -108,5 +111,6 @@ class Captioning(Benchmark):
 
 def _figures(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     count = sums["captions"]
-    named = {"cider_d": sums["cider_d"] / count, **{f"bleu_{n}": b for n, b in zip(ORDERS, bleu(sums), strict=True)}}
-    return {**named, "rouge_l": sums["rouge_l"] / count}
+    means = {name: sums[name] / count for name in ("cider_d", "rouge_l")}
+    of_orders = zip(ORDERS, bleu(sums), strict=True)
+    return {**means, **{f"bleu_{n}": np.where(count > 0, value, np.nan) for n, value in of_orders}}

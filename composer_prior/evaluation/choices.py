@@ -85,13 +85,14 @@ class ChoiceBenchmark(Benchmark):
             for source, pictures in ((model, images), (model, others), (text_only, blanks(images)))
         ]
         predictions = []
-        for sample, own, shuffled, prior in zip(samples, *found, strict=True):
+        for number, sample, own, shuffled, prior in zip(numbers, samples, *found, strict=True):
+            alone = self.other(number) == number
             predictions.append(
                 {
                     "category": sample.category,
                     "texts": list(sample.texts),
                     "logprobs": [sum(text.values) for text in own],
-                    "logprobs_shuffled": [sum(text.values) for text in shuffled],
+                    "logprobs_shuffled": None if alone else [sum(text.values) for text in shuffled],
                     "logprobs_prior": [sum(text.values) for text in prior],
                     "tokens": [len(text.values) for text in own],
                     **(sample.details or {}),
@@ -116,7 +117,7 @@ class ChoiceBenchmark(Benchmark):
         tokens, prior = np.array(prediction["tokens"]), np.array(prediction["logprobs_prior"])
         points = {"chance": 1 / len(tokens), "text_only": point(prior)}
         for key, suffix in (("logprobs", ""), ("logprobs_shuffled", "_shuffled")):
-            scores = np.array(prediction[key])
+            scores = np.array(prediction[key] or [np.nan] * len(tokens))
             points |= {f"{name}{suffix}": point(score(scores, prior, tokens)) for name, score in SCORES.items()}
         return points
 
@@ -132,6 +133,6 @@ def _accuracies(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def point(scores: np.ndarray) -> float:
-    """1 if the first score is the highest, shared among those within a tie."""
+    """1 if the first score is the highest, shared among those within a tie; NaN where scores are."""
     best = scores >= scores.max() - TIE
-    return float(best[0]) / float(best.sum())
+    return float(best[0]) / float(best.sum()) if best.any() else np.nan

@@ -162,15 +162,16 @@ class Hallucination(Benchmark):
                 "caption": caption,
                 "named": self.vocabulary.find(caption),
                 "there": self.there[number],
-                "there_in_another": self.there[self.other(number)],
+                "there_in_another": None if (other := self.other(number)) == number else self.there[other],
             }
             for number, caption in zip(numbers, captions, strict=True)
         ]
 
     def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
         counts = chair_counts(prediction["named"], prediction["there"])
-        another = chair_counts(prediction["named"], prediction["there_in_another"])
-        counts |= {f"{name}_shuffled": another[name] for name in ("named_right", "there")}
+        there = prediction["there_in_another"]
+        another = dict[str, float]() if there is None else chair_counts(prediction["named"], there)
+        counts |= {f"{name}_shuffled": another.get(name, np.nan) for name in ("named_right", "there")}
         return with_category(counts, prediction["category"])
 
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

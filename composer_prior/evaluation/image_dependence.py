@@ -70,19 +70,21 @@ class ImageDependence(Benchmark):
                 "ends": [end for _, end in own.offsets],
                 "with_image": own.values,
                 "without": without.values,
-                "with_another": another.values,
+                "with_another": None if self.other(number) == number else another.values,
                 "related": None if sample.spans is None else overlaps(own.offsets, sample.spans),
                 "weights": weight,
             }
-            for sample, (text,), own, without, another, weight in zip(samples, texts, *found, weights, strict=True)
+            for number, sample, (text,), own, without, another, weight in zip(
+                numbers, samples, texts, *found, weights, strict=True
+            )
         ]
 
     def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
         dependence = _dependence(prediction)
-        with_image = np.array(prediction["with_image"])
-        shuffled = np.array(prediction["with_another"]) - np.array(prediction["without"])
+        with_image, another = np.array(prediction["with_image"]), np.array(prediction["with_another"], float)
+        shuffled = another - np.array(prediction["without"])
         sums = {"tokens": float(len(dependence)), "dependence": dependence.sum(), "shuffled": shuffled.sum()}
-        sums["gain"] = (with_image - np.array(prediction["with_another"])).sum()
+        sums["gain"] = (with_image - another).sum()
         weights = prediction["weights"]
         if weights is not None and np.ptp(weights) and np.ptp(dependence):  # where all are equal, there is no rank
             sums |= {"correlation": spearmanr(weights, dependence).statistic, "correlated": 1.0}

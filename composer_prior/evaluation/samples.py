@@ -191,10 +191,10 @@ def load_image(file: Path) -> Image.Image:
 
 
 def other_images(images: Sequence[Any]) -> list[int]:
-    """For each sample another one, half of all samples away, that has another image where there is one."""
+    """For each sample another one, half of all samples away, that has another image; itself where there is none."""
     count = len(images)
     if len(set(images)) < 2:
-        return [(number + max(1, count // 2)) % count for number in range(count)]
+        return list(range(count))
     found = []
     for number, image in enumerate(images):
         other = (number + max(1, count // 2)) % count

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from composer_prior import registry
 from composer_prior.data.messages import DataError, OneLineError, announce, one_line
 from composer_prior.evaluation import components  # noqa: F401  registers the benchmarks
-from composer_prior.evaluation.benchmark import Figures, run_benchmark
+from composer_prior.evaluation.benchmark import Figures, reasons, run_benchmark
 from composer_prior.evaluation.likelihood import HuggingFaceModel, OwnModel
 from composer_prior.models.modeling_prior_lvlm import PriorLVLMConfig
 from composer_prior.options import Option, options_of, parse_options
@@ -94,6 +94,7 @@ def evaluate(
         "data": built.fingerprint,
         "samples": len(predictions),
         "figures": figures,
+        "undefined": reasons(built, figures),
         **built.details(predictions),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
@@ -172,6 +173,9 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     announce(f"{results['benchmark']}, {results['samples']} samples, with 95 % intervals:")
     announce(figures_table(results["figures"]))
+    for reason in dict.fromkeys(results["undefined"].values()):
+        names = (name for name, why in results["undefined"].items() if why == reason)
+        announce(f"undefined, as {reason}: {', '.join(names)}")
     return 0
 
 

@@ -170,7 +170,7 @@ def _results(validation: Mapping[str, Mapping[str, float]], benchmarks: Mapping[
     ]
     names = [(said, name) for said, name in names if any(_shown(row.get(name)) for row in validation.values())]
     if names:
-        rows = [[model, *(_shown(row.get(name)) for _, name in names)] for model, row in validation.items()]
+        rows = [[model, *(_shown(row.get(name)) or "-" for _, name in names)] for model, row in validation.items()]
         parts.append(table(["validation", *(said for said, _ in names)], rows))
     for benchmark, figures in benchmarks.items():
         whole = [name for name in figures if "/" not in name]
@@ -191,9 +191,11 @@ def _benchmark_table(benchmark: str, figures: Mapping[str, Figure], names: Seque
         end = f"{slash}{category}"
         others = [f"{figure}{_SHUFFLED}{end}", f"{_TEXT_ONLY}{end}", f"{_CHANCE}{end}", f"{_ORACLE}{end}"]
         interval = [_shown(figures[name].get(bound)) for bound in ("low", "high")]
-        shown = [_shown(figures.get(other, {}).get("value")) for other in others]
+        shown = [_shown(figures[other]["value"]) or "-" if other in figures else "" for other in others]
         said = " · ".join(filter(None, (benchmark, category, _said(figure))))
-        rows.append([said, _shown(figures[name].get("value")), " to ".join(interval) if all(interval) else "", *shown])
+        rows.append(
+            [said, _shown(figures[name].get("value")) or "-", " to ".join(interval) if all(interval) else "", *shown]
+        )
     header = ["benchmark", "this model", "95 % interval", "shuffled images", "text only", "chance", "oracle"]
     used = [column for column in range(len(header)) if column < 2 or any(row[column] for row in rows)]
     cells = [[row[column] for column in used] for row in rows]

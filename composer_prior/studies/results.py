@@ -201,10 +201,10 @@ def _place_of(metric: str) -> str:
 
 
 def _curve(curve: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
-    """The last value of each figure, and all of them by batch."""
+    """The value of each figure where they were last taken, None if it was undefined then, and all of them by batch."""
     batches = sorted({batch for points in curve.values() for batch in points})
     return {
-        "figures": {name: points[max(points)] for name, points in curve.items()},
+        "figures": {name: points.get(batches[-1]) for name, points in curve.items()},
         "curve": {"batch": batches, **{name: [points.get(b) for b in batches] for name, points in curve.items()}},
     }
 

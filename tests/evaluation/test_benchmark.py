@@ -7,7 +7,7 @@ import pytest
 from common.judged import Blind
 from PIL import Image
 
-from composer_prior.evaluation.benchmark import Benchmark, figures_of, run_benchmark
+from composer_prior.evaluation.benchmark import Benchmark, figures_of, reasons, run_benchmark
 from composer_prior.evaluation.choices import Choice, ChoiceBenchmark
 
 
@@ -49,6 +49,27 @@ def test_a_figure_has_the_interval_of_a_bootstrap_over_samples():
 def test_one_sample_has_no_interval_and_none_no_figure():
     assert figures_of(Numbers(), [{"answer": 3}])["mean"] == {"value": 3.0, "low": None, "high": None}
     assert run_benchmark(Numbers(0), Blind()) == ({}, [])
+
+
+class OneChoice(ChoiceBenchmark):
+    fingerprint = "one"
+
+    def __len__(self):
+        return 1
+
+    def choice(self, number):
+        return Choice(Image.new("RGB", (8, 8)), ("true", "false"))
+
+
+def test_what_takes_another_image_is_undefined_where_there_is_none():
+    found, (line,) = run_benchmark(OneChoice(), Blind())
+    assert line["logprobs_shuffled"] is None
+    undefined = {name for name, one in found.items() if one["value"] is None}
+    assert undefined == {"total_shuffled", "per_token_shuffled", "without_prior_shuffled"}
+    assert {*reasons(OneChoice(), found).values()} == {"there is no other image or nothing to divide by"}
+    assert reasons(Numbers(), figures_of(Numbers(), [{"answer": 3}])) == {
+        "undefined": "there is no other image or nothing to divide by"
+    }
 
 
 def test_what_was_stopped_goes_on_where_it_was(tmp_path):

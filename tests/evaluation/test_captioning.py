@@ -9,7 +9,7 @@ from common.fakes import FakeModel, shade, write_image, write_json
 import composer_prior.evaluation.components  # noqa: F401  registers the benchmarks
 from composer_prior import registry
 from composer_prior.data.messages import DataError
-from composer_prior.evaluation.benchmark import run_benchmark
+from composer_prior.evaluation.benchmark import reasons, run_benchmark
 from composer_prior.evaluation.captioning import Captioning
 
 TEXTS = ("a red cat sits on a mat", "two dogs run in the park", "one white bird above the sea")
@@ -76,7 +76,7 @@ def test_the_domains_of_nocaps_are_categories_with_documents_of_their_own(tmp_pa
     found, _ = figures(benchmark)
     is_maximum(found)
     assert found["cider_d/out-domain"] == pytest.approx(10)
-    assert found["cider_d/in-domain"] == 0, "the words of the only image tell it from no other"
+    assert found["cider_d/in-domain"] is None, "the words of the only image tell it from no other"
     assert found["bleu_4/in-domain"] == pytest.approx(1)
     mixed, _ = figures(benchmark, lambda image: TEXTS[0])
     assert (mixed["rouge_l/in-domain"], mixed["rouge_l/out-domain"] < 0.5) == (1, True)
@@ -101,6 +101,31 @@ def test_document_frequencies_are_those_of_all_images_where_only_the_first_are_c
     benchmark = Captioning(data=write_json(tmp_path / "captions.json", coco(tmp_path)))
     found, _ = run_benchmark(benchmark, FakeModel(lambda image: TEXTS[0]), limit=1)
     assert found["cider_d"]["value"] == pytest.approx(10)
+
+
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS[:1] * 3, ["."]], ids=["one image", "alike", "no words"])
+def test_cider_that_tells_no_image_from_another_is_undefined(tmp_path, texts):
+    content = coco(tmp_path)
+    content["images"] = content["images"][: len(texts)]
+    for one, text in zip(content["annotations"], texts, strict=False):
+        one["caption"] = text
+    benchmark = Captioning(data=write_json(tmp_path / "captions.json", content))
+    found, _ = run_benchmark(benchmark, FakeModel(lambda image: texts[0]))
+    assert found["cider_d"] == {"value": None, "low": None, "high": None}
+    assert reasons(benchmark, found) == {"cider_d": "no n-gram of the references tells one image from another"}
+    if texts[0] == TEXTS[0]:
+        assert [found[name]["value"] for name in ("bleu_1", "bleu_4", "rouge_l")] == pytest.approx([1, 1, 1])
+
+
+def test_the_interval_of_a_category_is_that_of_its_own_images(tmp_path):
+    """Resamples without any image of a category say nothing of it; of one image there is no interval."""
+    content = coco(tmp_path)
+    for image, domain in zip(content["images"], ("in-domain", "out-domain", "out-domain"), strict=True):
+        image["domain"] = domain
+    benchmark = Captioning(data=write_json(tmp_path / "nocaps.json", content))
+    found, _ = run_benchmark(benchmark, FakeModel(lambda image: TEXTS[shade(image)]))
+    assert found["bleu_4/in-domain"] == {"value": pytest.approx(1), "low": None, "high": None}
+    assert [found["bleu_4/out-domain"][bound] for bound in ("low", "high")] == pytest.approx([1, 1])
 
 
 def test_what_cannot_be_used_is_counted_and_named(tmp_path, capfd):

@@ -163,7 +163,9 @@ def test_another_image_takes_the_place_of_the_own_one_where_there_is_one(tmp_pat
     benchmark = Foils(data=write_json(tmp_path / "own.jsonl", lines), images=images)
     assert all(benchmark.samples[i].image != benchmark.samples[benchmark.other(i)].image for i in range(16))
     one = Foils(data=write_json(tmp_path / "one.jsonl", lines[:4]), images=images)
-    assert [one.other(i) for i in range(4)] == [2, 3, 0, 1]
+    assert [one.other(i) for i in range(4)] == [0, 1, 2, 3]
+    found, _ = run_benchmark(one, FakeModel())
+    assert (found["total_shuffled"]["value"], found["total"]["value"]) == (None, pytest.approx(1 / 3))
 
 
 def test_nothing_is_left_out_without_a_word(tmp_path, images, capfd):

@@ -45,6 +45,13 @@ def figures(benchmark, captions):
     return {name: figure["value"] for name, figure in found.items()}, predictions
 
 
+def test_what_there_is_nothing_to_divide_by_has_no_value(tmp_path, objects):
+    benchmark = Hallucination(data=annotations(tmp_path, ["a dog"]), objects=objects)
+    found, _ = figures(benchmark, ["a dog"])
+    others = {"precision_shuffled": None, "recall_shuffled": None}  # there is no other image
+    assert found == {"chair_i": 0, "chair_s": 0, "recall": 1, "precision": 1, "all_right": 1, **others}
+
+
 def test_chair_by_hand(tmp_path, objects):
     data = annotations(tmp_path, ["a man and a dog", "two ducks", "a cup", "a train and a puppy"])
     captions = [

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from common.models import small_lm, small_lvlm
 from common.recipes import launch
+from streaming import MDSWriter
 
 from composer_prior import load
 from composer_prior.cli import main as command
+from composer_prior.emoji_scenes.writing import make_sample
 from composer_prior.inference.evaluate import load_judged, main, model_fingerprint
 from composer_prior.models.llava import export_llava
 
@@ -46,6 +48,23 @@ def test_results_can_be_recounted(here, capsys):
     out = capsys.readouterr().out
     assert out.startswith("image_dependence, 10 samples, with 95 % intervals:\n")
     assert "rank_correlation" in out
+
+
+def test_an_undefined_figure_is_null_and_has_a_reason(here, capsys):
+    """Of one image, CIDEr-D's frequencies tell nothing, and there is no other image."""
+    with MDSWriter(out="one", columns={"image": "bytes", "caption": "str"}) as writer:
+        writer.write({"image": make_sample("validation", 0)["image"], "caption": "an owl"})
+    for benchmark, figure, reason in (
+        ("captioning", "cider_d", "no n-gram of the references tells one image from another"),
+        ("image_dependence", "dependence_shuffled", "there is no other image or nothing to divide by"),
+    ):
+        assert main(["model", f"benchmark={benchmark}", "data=one", f"out={benchmark}"]) == 0
+        results = json.loads(Path(benchmark, "results.json").read_text())
+        assert results["figures"][figure] == {"value": None, "low": None, "high": None}
+        assert results["undefined"][figure] == reason
+        out = capsys.readouterr().out
+        assert re.search(rf"^{figure} +-  \[ +-, +-\]$", out, flags=re.MULTILINE)
+        assert f"undefined, as {reason}: {figure}" in out
 
 
 def test_an_export_to_transformers_gets_the_figures_of_the_model(here):

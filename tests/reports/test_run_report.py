@@ -133,7 +133,7 @@ def test_results_stand_beside_the_reference_and_chance():
     assert cells(run_report([evaluated(1)], "run", benchmarks=figures)) == [
         ["benchmark", "this model", "95 % interval"],
         ["captioning · cider", "1.5000", "1.0000 to 2.0000"],
-        ["captioning · none", "", ""],
+        ["captioning · none", "-", ""],
     ]
 
 

@@ -80,6 +80,14 @@ def test_figures_are_last_values_and_curves_all_of_them(study):
         lines_of(study, "prior-seed1", [])
 
 
+def test_a_figure_that_is_undefined_at_the_end_has_no_earlier_value(study):
+    records = [{"batch": 2, "eval/captioning/cider_d": 0.7, "eval/captioning/bleu_4": 0.1}]
+    records += [{"batch": 4, "eval/captioning/bleu_4": 0.2}]
+    captioning = lines_of(study, "prior-seed1", records)[0]
+    assert captioning["figures"] == {"cider_d": None, "bleu_4": 0.2}
+    assert captioning["curve"] == {"batch": [2, 4], "cider_d": [0.7, None], "bleu_4": [0.1, 0.2]}
+
+
 def test_what_the_reference_cost_is_said_apart(study):
     run_folder("reference", {"batch": 4, "time/sample": 50, "compute/flops": 3000})
     data = Path("data/train")
