@@ -9,6 +9,7 @@ from importlib import import_module
 from itertools import dropwhile
 from typing import Any, NamedTuple
 
+from composer_prior.data.locks import check_ranks
 from composer_prior.data.messages import one_line
 from composer_prior.options import options_of, show_options
 
@@ -79,6 +80,8 @@ JOBS = {
     ),
 }
 
+RANKED = ("train", "score", "evaluate", "study")  # jobs that many ranks share, or that start such
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a job and end the program: ``composer-prior JOB ...``.
@@ -105,6 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = [*dropwhile(lambda word: "=" in word, words[1:])] if name == "launch" else words
     if not started or started[0] not in JOBS:
         sys.exit(f"usage: composer-prior launch {job.usage}")
+    if name in RANKED:
+        try:
+            check_ranks()
+        except ValueError as error:
+            sys.exit(f"error: {error}")
     if started[0] == "train" and started[1:]:
         _check_recipe(started[1:])
     sys.exit(_load(job.run)(words[1:]))

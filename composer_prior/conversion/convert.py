@@ -29,8 +29,9 @@ from composer_prior.conversion.distribute import convert_units, distributor_of
 from composer_prior.conversion.options import VERSION, ConversionError, ConversionOptions, ConversionSummary
 from composer_prior.conversion.sources import Source, SourceError, SourceOptions, describe, open_source
 from composer_prior.conversion.units import WHAT_TO_DO, json_line, scratch, unit_file
+from composer_prior.data.locks import LockedError, locked
 from composer_prior.data.messages import one_line, say
-from composer_prior.data.storage import REMOTES, LockedError, Place, StorageError, is_remote, locked, write_whole
+from composer_prior.data.storage import REMOTES, Place, StorageError, is_remote, write_whole
 from composer_prior.options import options_of, parse_options
 
 _LOCK_SECONDS = 3  # the system takes a lock back when the last process of a killed conversion has ended
@@ -104,7 +105,7 @@ def _place(out: str, options: ConversionOptions) -> Place:
     remote = out.rstrip("/")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "composer-prior" / "convert"
     digest = hashlib.blake2b(remote.encode(), digest_size=8).hexdigest()
-    state = Path(options.work).expanduser().absolute() if options.work else cache / digest
+    state = (Path(options.work).expanduser().absolute() if options.work else cache) / digest
     state.mkdir(parents=True, exist_ok=True)
     return Place(None, remote, state, options.upload_attempts)
 

@@ -3,12 +3,14 @@
 import os
 import pickle
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from composer.utils import dist
 
+from composer_prior.data.locks import sole_writer
 from composer_prior.data.messages import one_line
 from composer_prior.data.storage import is_remote
 
@@ -39,6 +41,23 @@ def _to_send(error: Exception) -> Exception:
         return pickle.loads(pickle.dumps(error))
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {one_line(error)}")
+
+
+@contextmanager
+def sole_job(places: Mapping[str, str | Path]) -> Iterator[None]:
+    """Hold the only right to write to folders, on the first rank for all ranks of a job; see :func:`.sole_writer`.
+
+    Args:
+        places: folders by the key that names them.
+    """
+    with ExitStack() as held:
+
+        def hold() -> None:
+            for key, place in places.items():
+                held.enter_context(sole_writer(place, key, inside=True))
+
+        on_first_rank(hold)
+        yield
 
 
 def check_shared(places: Mapping[str, str | Path]) -> None:

@@ -1,21 +1,22 @@
 """Where files go: folders and remotes, one writer at a time, and what is written is whole or not there."""
 
+import json
 import os
 import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock, Timeout
 
-from composer_prior.data.messages import DataError, one_line
+from composer_prior.data.messages import DataError, OneLineError, one_line
 
+MARK = ".composer-prior.json"  # in a folder: the names of what this program wrote there
 REMOTES = ("s3", "gs", "oci", "azure", "azure-dl", "hf", "dbfs", "alipan")
 
 
@@ -23,8 +24,8 @@ class StorageError(RuntimeError):
     """A place that cannot be written to, or not be read."""
 
 
-class LockedError(StorageError):
-    """A place that another process writes to."""
+class WriteError(OneLineError, OSError):
+    """A place that nothing can be written to, or whose disk is full."""
 
 
 def is_remote(path: str | Path) -> bool:
@@ -49,37 +50,6 @@ def list_remote(remote: str) -> list[str]:
     return [name if is_remote(name) else f"{root}/{name}" for name in names or ()]
 
 
-@contextmanager
-def locked(file: Path, seconds: float = -1, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold a lock, which the system takes back from a process that is killed.
-
-    Args:
-        file: stands for it; made if it is missing, with its folder.
-        seconds: the longest wait for another process; -1 is as long as it takes.
-        waiting: called once if another process holds it.
-
-    Raises:
-        LockedError: if another process holds it for longer.
-    """
-    lock = FileLock(file)
-    patience: float = 0
-    while not lock.is_locked:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=patience)
-        except FileNotFoundError:  # who held it has removed the folder
-            continue
-        except Timeout as error:
-            if patience == seconds:
-                raise LockedError(f"{file} is held by another process.") from error
-            waiting()
-            patience = seconds
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def write_whole(file: Path, data: bytes) -> None:
     """Write a whole file or none of it, also if the power fails."""
     temporary = file.with_name(f"{file.name}.tmp{os.getpid()}")
@@ -91,8 +61,16 @@ def write_whole(file: Path, data: bytes) -> None:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder of this process that takes its final name in one step when its writing has succeeded."""
+def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder of this process that takes its final name in one step when its writing has succeeded.
+
+    Args:
+        folder: which must not exist, or be empty.
+        replace: it may: what this program wrote there before is removed then, and what it did not write stays.
+    """
+    before = folder.with_name(f".{folder.name}.replaced")
+    if before.is_dir() and replace:  # killed while it was replaced
+        _take_over(before, folder) if folder.exists() else os.replace(before, folder)
     host = platform.node()
     name = re.compile(rf"\.{re.escape(folder.name)}\.(\d+)@{re.escape(host)}\.partial")
     for left in folder.parent.glob(".*.partial"):
@@ -104,9 +82,35 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        if replace:
+            (temporary / MARK).write_text(json.dumps(sorted({MARK, *os.listdir(temporary)})))
+            if folder.exists():
+                os.replace(folder, before)
         os.replace(temporary, folder)
+        if before.is_dir() and replace:
+            _take_over(before, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_over(before: Path, folder: Path) -> None:
+    """Move what this program did not write from a folder to the one that has replaced it, and remove the rest."""
+    own = {*written_here(before), *os.listdir(folder)}
+    for entry in before.iterdir():
+        if entry.name not in own:
+            os.replace(entry, folder / entry.name)
+        elif entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    before.rmdir()
+
+
+def written_here(folder: Path) -> list[str]:
+    """The names of what this program wrote into a folder that it may replace; none for a folder that it did not."""
+    with suppress(OSError, ValueError):
+        return list(json.loads((folder / MARK).read_bytes()))
+    return []
 
 
 @dataclass(frozen=True)

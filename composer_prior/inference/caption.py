@@ -18,6 +18,7 @@ from composer_prior.data.batch import ImageInputs
 from composer_prior.data.download import download_from
 from composer_prior.data.images import decode_rgb
 from composer_prior.data.lines import begin_lines
+from composer_prior.data.locks import sole_writer
 from composer_prior.data.messages import OneLineError, one_line, say
 from composer_prior.data.storage import is_remote, list_remote
 from composer_prior.models.lvlm import LVLM, Caption
@@ -155,32 +156,37 @@ def caption_images(
     decoding = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "temperature": temperature, "seed": seed}
     lines = Path(out).expanduser()
     settings = {"model": model, "prompt": prompt, **decoding}
-    done = {line["image"] for line in begin_lines(lines, settings, overwrite)}
-    lvlm = load(model, trust_remote_code)
-    if prompt is not None:
-        lvlm.prompt = prompt
-    lvlm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    torch.manual_seed(seed)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": temperature > 0}
-    options["probabilities"] = page is not None
-    if temperature > 0:
-        options["temperature"] = temperature
-    images = Images(sources, done, lvlm.image_processor, PAGE_IMAGES if page is not None else 0)
-    counts = {"captioned": 0, "errors": 0, "before": len(done)}
-    cards: list[str] = []
-    disable = None if progress is None else not progress
-    with open(lines, "a") as file, tqdm(unit=" images", disable=disable) as bar:
-        for batch in caption_loaded(
-            lvlm, images, batch_size, num_workers, options | {"probabilities": page is not None}
-        ):
-            for image, caption in batch:
-                line = {"error": image.error} if caption is None else {"caption": caption.text}
-                file.write(json.dumps({"image": image.name, **line}) + "\n")
-                counts["errors" if caption is None else "captioned"] += 1
-                if image.encoded and caption is not None:
-                    cards.append(sample_card(len(cards), image.encoded, [caption.text], [caption.pieces]))
-            file.flush()
-            bar.update(len(batch))
+    with sole_writer(lines, "out"):
+        done = {line["image"] for line in begin_lines(lines, settings, overwrite)}
+        lvlm = load(model, trust_remote_code)
+        if prompt is not None:
+            lvlm.prompt = prompt
+        lvlm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.manual_seed(seed)
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "num_beams": num_beams,
+            "do_sample": temperature > 0,
+        }
+        options["probabilities"] = page is not None
+        if temperature > 0:
+            options["temperature"] = temperature
+        images = Images(sources, done, lvlm.image_processor, PAGE_IMAGES if page is not None else 0)
+        counts = {"captioned": 0, "errors": 0, "before": len(done)}
+        cards: list[str] = []
+        disable = None if progress is None else not progress
+        with open(lines, "a") as file, tqdm(unit=" images", disable=disable) as bar:
+            for batch in caption_loaded(
+                lvlm, images, batch_size, num_workers, options | {"probabilities": page is not None}
+            ):
+                for image, caption in batch:
+                    line = {"error": image.error} if caption is None else {"caption": caption.text}
+                    file.write(json.dumps({"image": image.name, **line}) + "\n")
+                    counts["errors" if caption is None else "captioned"] += 1
+                    if image.encoded and caption is not None:
+                        cards.append(sample_card(len(cards), image.encoded, [caption.text], [caption.pieces]))
+                file.flush()
+                bar.update(len(batch))
     if page is not None:
         legend = "The darker a token, the more probable it was, which the pointer shows."
         Path(page).expanduser().write_text(samples_page(cards, f"Captions of {model}", legend), encoding="utf-8")

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 
 from composer_prior import registry
 from composer_prior.data.messages import DataError, OneLineError, announce, one_line
+from composer_prior.data.nodes import sole_job
 from composer_prior.evaluation import components  # noqa: F401  registers the benchmarks
 from composer_prior.evaluation.benchmark import Figures, reasons, run_benchmark
 from composer_prior.evaluation.likelihood import HuggingFaceModel, OwnModel
@@ -78,31 +79,32 @@ def evaluate(
     fingerprint = model_fingerprint(network)
     known = {"model": fingerprint, "benchmark": benchmark, "data": built.fingerprint, **arguments}
     folder = Path(out).expanduser()
-    figures, predictions = run_benchmark(
-        built,
-        judged,
-        predictions=folder / "predictions.jsonl",
-        settings=json.loads(json.dumps(known, default=str)),
-        limit=limit,
-        progress=progress,
-        overwrite=overwrite,
-    )
-    results = {
-        "benchmark": benchmark,
-        "arguments": arguments,
-        "model": {"path": model, "fingerprint": fingerprint},
-        "data": built.fingerprint,
-        "samples": len(predictions),
-        "figures": figures,
-        "undefined": reasons(built, figures),
-        **built.details(predictions),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-    }
-    if dist.get_global_rank() == 0:
-        (folder / "results.json").write_text(json.dumps(results, indent=2, default=str) + "\n")
-        if page is not None:
-            title = f"{benchmark}: {model}"
-            Path(page).expanduser().write_text(built.page(predictions, title), encoding="utf-8")
+    with sole_job({"out": folder}):
+        figures, predictions = run_benchmark(
+            built,
+            judged,
+            predictions=folder / "predictions.jsonl",
+            settings=json.loads(json.dumps(known, default=str)),
+            limit=limit,
+            progress=progress,
+            overwrite=overwrite,
+        )
+        results = {
+            "benchmark": benchmark,
+            "arguments": arguments,
+            "model": {"path": model, "fingerprint": fingerprint},
+            "data": built.fingerprint,
+            "samples": len(predictions),
+            "figures": figures,
+            "undefined": reasons(built, figures),
+            **built.details(predictions),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        }
+        if dist.get_global_rank() == 0:
+            (folder / "results.json").write_text(json.dumps(results, indent=2, default=str) + "\n")
+            if page is not None:
+                title = f"{benchmark}: {model}"
+                Path(page).expanduser().write_text(built.page(predictions, title), encoding="utf-8")
     return results
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from composer_prior.data.locks import sole_writer
 from composer_prior.data.messages import OneLineError, one_line, say
 from composer_prior.options import options_of, parse_options
 from composer_prior.registry import did_you_mean
@@ -43,7 +44,8 @@ def export_model(
     from composer_prior.training.saving import load
 
     check_output(Path(out).expanduser(), dtype, overwrite)
-    return export_llava(load(model, trust_remote_code), out, dtype=dtype, overwrite=overwrite)
+    with sole_writer(out, "out"):
+        return export_llava(load(model, trust_remote_code), out, dtype=dtype, overwrite=overwrite)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -7,7 +7,6 @@ the folder is there.
 import copy
 import functools
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from transformers import (
 )
 
 from composer_prior.data.messages import one_line
-from composer_prior.data.storage import whole_folder
+from composer_prior.data.storage import whole_folder, written_here
 from composer_prior.data.tokenizer import bos_id
 from composer_prior.models.language import vocabulary_size
 from composer_prior.models.llava_check import PICTURES, Comparison, LlavaError, compare, failure, refusal
@@ -84,7 +83,7 @@ def export_llava(model: LVLM, folder: str | Path, *, dtype: str | None = None, o
     llava, processor = llava_of(model)
     own: torch.dtype = llava.dtype
     kept = DTYPES[dtype] if dtype else own
-    with whole_folder(folder) as temporary:
+    with whole_folder(folder, replace=True) as temporary:
         llava.save_pretrained(temporary, max_shard_size=SHARD_SIZE)
         processor.save_pretrained(temporary)
         del llava
@@ -94,8 +93,6 @@ def export_llava(model: LVLM, folder: str | Path, *, dtype: str | None = None, o
             for config in (stock.config, stock.config.text_config, stock.config.vision_config):
                 config.dtype = kept  # each part is loaded in its own
             stock.to(dtype=kept).save_pretrained(temporary, max_shard_size=SHARD_SIZE)
-        if folder.exists():
-            shutil.rmtree(folder)
     return LlavaReport(folder, str(kept).removeprefix("torch."), found)
 
 
@@ -111,11 +108,8 @@ def check_output(folder: Path, dtype: str | None, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"{folder} exists; choose another folder, or overwrite=true.")
-    try:
-        found = json.loads((folder / "config.json").read_bytes())["model_type"]
-    except (OSError, ValueError, LookupError, TypeError):
-        found = None
-    if found != LlavaConfig.model_type:
+    found = folder / "config.json"
+    if found.name not in written_here(folder) or json.loads(found.read_bytes())["model_type"] != LlavaConfig.model_type:
         raise FileExistsError(f"{folder} holds no earlier export, so it is not overwritten; choose another folder.")
 
 

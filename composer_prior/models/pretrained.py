@@ -108,7 +108,7 @@ def save_folder(
 
     Args:
         model: with a vision tower of ours.
-        folder: must not exist.
+        folder: one that was written before is replaced, but for what was not written so.
         weights: by their names in the model, whole and on the CPU; None leaves them out.
         prompt: text between image and caption in training.
         card: text of the model card. Default: none is written.
@@ -121,7 +121,7 @@ def save_folder(
         form = PriorLVLMForConditionalGeneration(config)
     form.generation_config = _generation_config(model.tokenizer)
     state = None if weights is None else hugging_face_weights(weights, form)
-    with whole_folder(Path(folder)) as temporary:
+    with whole_folder(Path(folder), replace=True) as temporary:
         if state is None:
             config.save_pretrained(temporary)
             form.generation_config.save_pretrained(temporary)

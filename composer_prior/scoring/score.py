@@ -23,11 +23,12 @@ from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from composer_prior.data.captions import BadSampleError, StreamingCaptionDataset
+from composer_prior.data.locks import locked
 from composer_prior.data.mds import read_column
 from composer_prior.data.messages import announce
 from composer_prior.data.nodes import check_shared, on_first_rank
 from composer_prior.data.scores import INDEX, Scores, ScoresCard, ScoresError
-from composer_prior.data.storage import StorageError, is_remote, locked
+from composer_prior.data.storage import StorageError, is_remote
 from composer_prior.data.tokenizer import CaptionFormat, build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.scoring.align import align_logprobs, token_edges

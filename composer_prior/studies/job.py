@@ -10,8 +10,9 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
+from composer_prior.data.locks import LockedError, locked, sole_writer
 from composer_prior.data.messages import OneLineError, one_line, say
-from composer_prior.data.storage import LockedError, StorageError, locked
+from composer_prior.data.storage import StorageError
 from composer_prior.options import options_of, parse_options
 from composer_prior.registry import did_you_mean
 from composer_prior.studies.plan import collect_remote, show_plan, throughput
@@ -77,7 +78,7 @@ def run_study(
         speed = None if measured is None else throughput(Path(measured).expanduser())
         say(show_plan(whole, tasks, read_results(file)[1], gpus, speed))
         return 0
-    with locked(folder / "study.lock", seconds=0):
+    with locked(folder / "study.lock", seconds=0), sole_writer(file, "results"):
         # The folder of the runs says what they are of, too: unfinished ones would go on with other values in silence.
         begin_results(folder / "study.jsonl", whole.header, folder)
         lines = begin_results(file, whole.header)

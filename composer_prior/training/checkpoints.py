@@ -1,13 +1,14 @@
 """Checkpoints: which are whole, to which run they belong, and what may be unpickled from them."""
 
+import errno
 import io
 import json
 import pickle
 import re
-import shutil
 import signal
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from composer_prior.data.messages import one_line
 from composer_prior.data.storage import is_remote
 from composer_prior.data.tokenizer import add_image_tokens, tokenizer_fingerprint
 from composer_prior.models.lvlm import LVLM
@@ -45,7 +47,16 @@ _ALLOWED_IN_METADATA = re.compile(
     r"|torch\.distributed\.checkpoint\.metadata\.(MetadataIndex|StorageMeta|TensorProperties|_MEM_FORMAT_ENCODING)"
     r"|torch\.distributed\.checkpoint\.filesystem\._StorageInfo"
 )
+_NAME = re.compile(r"ep\d+-ba(\d+)(-rank\d+\.pt)?")  # of a checkpoint
 _SHARD = re.compile(r"__\d+_\d+\.distcp")  # a file of a sharded checkpoint
+
+
+class DamagedError(ValueError):
+    """A checkpoint that is not whole."""
+
+
+class ForeignError(ValueError):
+    """A file that would run code when it is unpickled."""
 
 
 class RunIdentity(Callback):
@@ -62,22 +73,26 @@ class RunIdentity(Callback):
         return dict(self.identity)
 
 
-def check_checkpoint(path: str | Path, identity: Mapping[str, Any]) -> None:
+def check_checkpoint(path: str | Path, identity: Mapping[str, Any], whole: bool = True) -> None:
     """Refuse a checkpoint before Composer unpickles it.
 
     Args:
         path: of a checkpoint, a file or the folder of a sharded one.
         identity: that of the run, see :class:`RunIdentity`.
+        whole: all of it is there, and is compared with the sums that it holds. Default: ``True``.
 
     Raises:
-        ValueError: if it is not whole, would run code when loaded, or belongs to a run of another identity; one line
-            that names the keys.
+        DamagedError: if it is not whole.
+        ValueError: if it would run code when loaded, or belongs to a run of another identity; one line that names the
+            keys.
     """
     path = Path(path)
+    if whole:
+        check_sums(path)
     if path.is_dir():
         for shard, parts in pickles(read_metadata(path)).items():
             holds_no_code(path / shard, parts)
-    theirs = _read_identity(path)
+    theirs = read_identity(path)
     if theirs is None:
         raise ValueError(f"{path} was not written by a run of this program: it does not say what it was made from.")
     there, here = _flat(theirs), _flat(identity)
@@ -89,6 +104,34 @@ def check_checkpoint(path: str | Path, identity: Mapping[str, Any]) -> None:
             f"{here.get(key)!r} here). load_path and autoresume go on with the same run; to start another from "
             f"its weights, give init_from={path} and a run_name of its own; to start anew, delete it."
         )
+
+
+def check_sums(path: Path, prefix: str = "") -> None:
+    """Refuse a checkpoint that is cut or whose bytes have changed, by the CRC that torch stores with each value.
+
+    Args:
+        path: a file or the folder of a sharded one.
+        prefix: of a sharded one, the names of the values to read. Default: all.
+
+    Raises:
+        DamagedError: naming what is damaged.
+    """
+    whole: dict[str, Any] = {"": [None]}
+    parts = _places(read_metadata(path), prefix) if path.is_dir() else whole
+    for shard, places in parts.items():
+        file = path / shard
+        try:
+            with open(file, "rb") as opened:
+                for place in places:
+                    opened.seek(place[0] if place else 0)
+                    value: Any = io.BytesIO(opened.read(place[1])) if place else opened
+                    with zipfile.ZipFile(value) as one:
+                        if (damaged := one.testzip()) is not None:
+                            raise zipfile.BadZipFile(f"{damaged} in it has changed")
+        except Exception as error:  # what is said of damaged bytes has many types
+            if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.EINVAL):
+                raise  # the disk's trouble, and not that of the checkpoint
+            raise DamagedError(f"{file} is not a whole checkpoint: {one_line(error)}.") from error
 
 
 def holds_no_code(path: str | Path, parts: Sequence[tuple[int, int]] | None = None) -> bool:
@@ -116,13 +159,14 @@ def holds_no_code(path: str | Path, parts: Sequence[tuple[int, int]] | None = No
             try:
                 foreign = get_unsafe_globals_in_checkpoint(cast(IO[bytes], value))
             except Exception as error:  # what torch says of bytes that it did not write has many types
-                raise ValueError(f"{path} is not a whole checkpoint.") from error
+                raise DamagedError(f"{path} is not a whole checkpoint.") from error
             _refuse_foreign(path, foreign, _ALLOWED_GLOBALS)
     return True
 
 
 def _read_state(path: Path) -> dict[str, Any]:
     """The state in a checkpoint of one file, its tensors mapped from the disk."""
+    check_sums(path)
     holds_no_code(path)
     content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
     state = content.get("state") if isinstance(content, Mapping) else None
@@ -131,7 +175,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def _read_identity(path: Path) -> dict[str, Any] | None:
+def read_identity(path: Path) -> dict[str, Any] | None:
     """What a checkpoint says that its run was made of, or None; of a sharded one with the keys ``a.b`` joined."""
     if path.is_dir():
         prefix = f"state.callbacks.{RunIdentity.__qualname__}."
@@ -142,7 +186,9 @@ def _read_identity(path: Path) -> dict[str, Any] | None:
 def _refuse_foreign(path: Path, names: Iterable[str], allowed: re.Pattern[str]) -> None:
     foreign = sorted(name for name in names if not allowed.fullmatch(name))
     if foreign:
-        raise ValueError(f"{path} holds Python objects ({', '.join(foreign)}) and is not loaded: they could run code.")
+        raise ForeignError(
+            f"{path} holds Python objects ({', '.join(foreign)}) and is not loaded: they could run code."
+        )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -163,12 +209,12 @@ def mend_checkpoints(folder: Path) -> Path | None:
         the newest whole checkpoint, a file or the folder of a sharded one, or None.
     """
     for path in checkpoints_in(folder):
-        if not _is_whole(path):
+        if not is_complete(path):
             remove_checkpoint(path)
     latest = folder / LATEST_NAME
-    if latest.is_symlink():
-        latest.unlink()
     newest = newest_checkpoint(folder)
+    if latest.is_symlink() or (newest is not None and latest.exists()):  # a run that was copied may have a file there
+        remove_checkpoint(latest)
     if newest is not None:
         latest.symlink_to(newest.name)
     return newest
@@ -176,7 +222,7 @@ def mend_checkpoints(folder: Path) -> Path | None:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a folder, a file or the folder of a sharded one, or None."""
-    whole = {batch: path for path, batch in checkpoints_in(folder).items() if _is_whole(path)}
+    whole = {batch: path for path, batch in checkpoints_in(folder).items() if is_complete(path)}
     return whole[max(whole)] if whole else None
 
 
@@ -188,16 +234,24 @@ def checkpoints_in(folder: Path) -> dict[Path, int]:
 
 def batch_of(path: Path) -> int | None:
     """The batch after which a checkpoint was saved, by its name; None for another name."""
-    match = re.match(r"ep\d+-ba(\d+)", path.name)
+    match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, a file or the folder of a sharded one."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Remove a checkpoint, a file or the folder of a sharded one, in which other files stay."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    for file in path.iterdir():
+        if _SHARD.fullmatch(file.name) or file.name in (METADATA, f"{METADATA}.tmp"):
+            file.unlink()
+    with suppress(OSError):
+        path.rmdir()
 
 
-def _is_whole(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
+    """Whether the writing of a checkpoint came to its end; what has become of it since, :func:`check_sums` tells."""
     return (path / METADATA).is_file() if path.is_dir() else zipfile.is_zipfile(path)
 
 
@@ -280,7 +334,7 @@ def read_weights(source: Path) -> tuple[dict[str, Tensor], str | None]:
     if (source / METADATA).is_file():
         prefix = "state.model."
         weights = {name.removeprefix(prefix): tensor for name, tensor in _read_sharded(source, prefix).items()}
-        return weights, (_read_identity(source) or {}).get("tokenizer")
+        return weights, (read_identity(source) or {}).get("tokenizer")
     if json.loads((source / "config.json").read_bytes()).get("model_type") == PriorLVLMConfig.model_type:
         model = LVLM.from_pretrained(source)
         weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -295,6 +349,7 @@ def read_weights(source: Path) -> tuple[dict[str, Tensor], str | None]:
 
 def _read_sharded(folder: Path, prefix: str) -> dict[str, Any]:
     """The entries of a checkpoint of FSDP2 whose names begin with a prefix, whole, without running any code in it."""
+    check_sums(folder, prefix)
     entries: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         if isinstance(entry, TensorStorageMetadata)
@@ -322,8 +377,10 @@ def read_metadata(folder: Path) -> Metadata:
     try:
         metadata = Restricted(io.BytesIO(path.read_bytes())).load()
         shards = {info.relative_path for info in metadata.storage_data.values()}
-    except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} does not describe a checkpoint.") from error
+    except Exception as error:  # what pickle says of damaged bytes has many types
+        if isinstance(error, ForeignError | OSError) and not isinstance(error, FileNotFoundError):
+            raise
+        raise DamagedError(f"{path} does not describe a checkpoint.") from error
     if not all(_SHARD.fullmatch(shard) for shard in shards):
         raise ValueError(f"{path} names files that do not belong to a checkpoint.")
     return metadata
@@ -331,9 +388,14 @@ def read_metadata(folder: Path) -> Metadata:
 
 def pickles(metadata: Metadata) -> dict[str, list[tuple[int, int]]]:
     """Where the values of a sharded checkpoint are that are no tensors: offset and length of each, by file."""
+    return _places(metadata, tensors=False)
+
+
+def _places(metadata: Metadata, prefix: str = "", tensors: bool = True) -> dict[str, list[tuple[int, int]]]:
     places: dict[str, list[tuple[int, int]]] = {}
     for index, info in (metadata.storage_data or {}).items():
-        if not isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+        is_tensor = isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata)
+        if index.fqn.startswith(prefix) and (tensors or not is_tensor):
             places.setdefault(info.relative_path, []).append((info.offset, info.length))
     return places
 

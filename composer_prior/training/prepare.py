@@ -2,7 +2,8 @@
 
 import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from composer.utils import dist, get_device
 from composer_prior import registry
 from composer_prior.data.captions import read_captions
 from composer_prior.data.messages import announce
-from composer_prior.data.nodes import check_shared, on_first_rank
+from composer_prior.data.nodes import check_shared, on_first_rank, sole_job
 from composer_prior.data.scores import INDEX
-from composer_prior.data.storage import whole_folder
+from composer_prior.data.storage import is_remote, whole_folder
 from composer_prior.data.tokenizer import train_tokenizer
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import score_captions
@@ -22,8 +23,24 @@ from composer_prior.training.checkpoints import CHECKPOINT_NAME
 from composer_prior.training.config import TrainConfig
 from composer_prior.training.preflight import check_parts, check_whole, one_line_errors, trained_recipes
 from composer_prior.training.reference import REFERENCE_CARD, check_reference, model_folder
-from composer_prior.training.resume import check_bucket
+from composer_prior.training.resume import check_bucket, check_replaced
 from composer_prior.training.trainer import build_trainer, finish
+
+
+@contextmanager
+def sole_run(recipe: TrainConfig, where: str = "") -> Iterator[None]:
+    """Hold the folders that a run writes to, see :func:`.sole_job`.
+
+    Args:
+        recipe: of one run.
+        where: prefix of its keys.
+    """
+    dist.initialize_dist(get_device(None), timeout=recipe.dist_timeout)
+    places, saved = {"run_folder": recipe.run_folder}, recipe.save_folder or ""
+    if saved and not is_remote(saved) and Path(recipe.run_folder).resolve() not in Path(saved).resolve().parents:
+        places["save_folder"] = saved
+    with sole_job({f"{where}{key}": place for key, place in places.items()}):
+        yield
 
 
 def prepare(recipe: TrainConfig, itself: bool = True) -> None:
@@ -40,10 +57,18 @@ def prepare(recipe: TrainConfig, itself: bool = True) -> None:
     dist.initialize_dist(get_device(None), timeout=recipe.dist_timeout)
     stages = [stage for stage in trained_recipes(recipe) if itself or stage[0] is not recipe]
     check_shared(_places(recipe, stages))
+    with ExitStack() as held:
+        if recipe.reference is not None and len(stages) > itself:
+            held.enter_context(sole_run(stages[0][0], stages[0][1]))
+        _prepare(recipe, stages)
+
+
+def _prepare(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> None:
     for stage, where in stages:
         check_parts(stage, where)
         with one_line_errors(f"{where}save_folder"):
             on_first_rank(partial(check_bucket, stage))
+        on_first_rank(partial(check_replaced, stage, where))
     on_first_rank(lambda: _make_data(recipe.data))
     _make_tokenizer(recipe.tokenizer, recipe.train_loader["dataset"])
     for stage, where in stages:

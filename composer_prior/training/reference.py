@@ -1,7 +1,6 @@
 """The text-only reference that a recipe names: where it lies, what it was made from, what is refused."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,9 +55,7 @@ def save_reference(recipe: TrainConfig, model: LVLM, data: str, validation: Mapp
         "recipe": {key: getattr(recipe, key) for key in _IDENTITY},
         "validation": validation,
     }
-    folder = model_folder(recipe)
-    shutil.rmtree(folder, ignore_errors=True)
-    with whole_folder(folder) as temporary:
+    with whole_folder(model_folder(recipe), replace=True) as temporary:
         prefix = "language."
         language: Any = model.language
         language.save_pretrained(temporary, state_dict={k.removeprefix(prefix): v for k, v in weights.items()})

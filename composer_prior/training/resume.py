@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,22 +15,28 @@ from composer.loggers import Logger
 from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
 from composer.utils.checkpoint import get_save_filename
 
-from composer_prior.data.messages import one_line
+from composer_prior.data.messages import announce, one_line
 from composer_prior.data.nodes import on_first_rank
-from composer_prior.data.storage import StorageError, is_remote
+from composer_prior.data.storage import StorageError, is_remote, written_here
+from composer_prior.models.modeling_prior_lvlm import PriorLVLMConfig
 from composer_prior.training.checkpoints import (
     CHECKPOINT_NAME,
     LATEST_NAME,
     METADATA,
+    DamagedError,
     batch_of,
     check_checkpoint,
     checkpoints_in,
     mend_checkpoints,
     pickles,
+    read_identity,
     read_metadata,
     remove_checkpoint,
 )
 from composer_prior.training.config import TrainConfig
+from composer_prior.training.reference import REFERENCE_CARD, model_folder
+
+RUN_FILES = ("config.yaml", "metrics.jsonl", "report.html")  # that a run writes into its folder
 
 
 def find_start(recipe: TrainConfig, identity: Mapping[str, Any]) -> str | None:
@@ -47,13 +53,10 @@ def find_start(recipe: TrainConfig, identity: Mapping[str, Any]) -> str | None:
 
 def _find_start(recipe: TrainConfig, identity: Mapping[str, Any]) -> str | None:
     folder, start = recipe.save_folder, recipe.load_path
-    if folder is not None and recipe.autoresume:
-        start = newest_saved(folder) or start
-    if start is not None and is_remote(start):
-        place, _, name = start.rstrip("/").rpartition("/")
-        _Bucket(place).check(name, identity)
-    elif start is not None:
-        check_checkpoint(start, identity)
+    saved = _newest_whole(folder, identity) if folder is not None and recipe.autoresume else None
+    if saved is None and start is not None:
+        _check(start, identity)
+    start = saved or start
     if start is not None:
         _check_kind(start, recipe)
     if folder is not None and not recipe.autoresume and not is_remote(folder):
@@ -73,12 +76,32 @@ def _check_kind(start: str, recipe: TrainConfig) -> None:
         )
 
 
-def newest_saved(folder: str) -> str | None:
+def _newest_whole(folder: str, identity: Mapping[str, Any]) -> str | None:
     """The newest whole checkpoint of a folder, in which those that are not whole are removed, or of a bucket."""
-    if is_remote(folder):
-        return _Bucket(folder).newest()
-    newest = mend_checkpoints(Path(folder))
-    return None if newest is None else str(newest)
+    if bucket := _Bucket(folder) if is_remote(folder) else None:
+        saved = bucket.whole()
+    else:
+        mend_checkpoints(Path(folder))
+        batches = checkpoints_in(Path(folder))
+        saved = map(str, sorted(batches, key=lambda path: batches[path], reverse=True))
+    for start in saved:
+        try:
+            _check(start, identity)
+            return start
+        except DamagedError as error:
+            announce(f"{error} The one before it is taken, if there is one.")
+            if bucket is None:
+                remove_checkpoint(Path(start))
+                mend_checkpoints(Path(folder))
+    return None
+
+
+def _check(start: str, identity: Mapping[str, Any]) -> None:
+    if is_remote(start):
+        place, _, name = start.rstrip("/").rpartition("/")
+        _Bucket(place).check(name, identity)
+    else:
+        check_checkpoint(start, identity)
 
 
 def check_bucket(recipe: TrainConfig) -> None:
@@ -88,7 +111,7 @@ def check_bucket(recipe: TrainConfig) -> None:
         ValueError, StorageError: naming it.
     """
     folder = recipe.save_folder
-    newest = _Bucket(folder).newest() if folder is not None and is_remote(folder) else None
+    newest = next(_Bucket(folder).whole(), None) if folder is not None and is_remote(folder) else None
     if newest is not None and not recipe.autoresume:
         raise ValueError(
             f"{newest} is of an earlier run, and nothing in a bucket is removed: go on with it (autoresume=true), name "
@@ -99,13 +122,41 @@ def check_bucket(recipe: TrainConfig) -> None:
 def _leave_behind(folder: Path, start: str | None) -> None:
     """Remove what is not of the past of a run that begins at a checkpoint, or anew."""
     begin = None if start is None else Path(start).resolve()
-    if begin is None or folder.resolve() not in begin.parents:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
+    done = -1 if begin is None or folder.resolve() not in begin.parents else batch_of(begin) or 0
     for path, batch in checkpoints_in(folder).items():
-        if batch > (batch_of(begin) or 0):
+        if batch > done:
             remove_checkpoint(path)
-    mend_checkpoints(folder)
+    if mend_checkpoints(folder) is None and os.path.lexists(folder / LATEST_NAME):
+        remove_checkpoint(folder / LATEST_NAME)
+
+
+def check_replaced(recipe: TrainConfig, where: str = "") -> None:
+    """Refuse folders in which a run would write over what no run has written.
+
+    Args:
+        recipe: of one run.
+        where: prefix of its keys.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    folder, run, model = recipe.save_folder, Path(recipe.run_folder), model_folder(recipe)
+    foreign = []
+    if folder is not None and not is_remote(folder) and not recipe.autoresume:
+        for path in checkpoints_in(Path(folder)):
+            with suppress(DamagedError):
+                foreign += [] if read_identity(path) else [("save_folder", path)]
+    if "run_name:" not in _text(run / "config.yaml"):
+        foreign += [("run_folder", run / name) for name in RUN_FILES if (run / name).exists()]
+    if not ({*written_here(model)} or (model / REFERENCE_CARD).exists()):
+        text = _text(model / "config.json")
+        foreign += [("run_folder", model)] if text and PriorLVLMConfig.model_type not in text else []
+    for key, path in foreign[:1]:
+        raise ValueError(f"{where}{key}: {path} was not written by a run of this program; name another folder.")
+
+
+def _text(file: Path) -> str:
+    return file.read_text(errors="replace") if file.is_file() else ""
 
 
 class _Bucket:
@@ -121,8 +172,9 @@ class _Bucket:
         with self._reading():
             self.store: Any = maybe_create_object_store_from_uri(self.folder)
 
-    def newest(self) -> str | None:
-        """The address of the newest whole checkpoint: shards arrive in any order, and a run may end before the last."""
+    def whole(self) -> Iterator[str]:
+        """The addresses of whole checkpoints, newest first: shards arrive in any order, and a run may end before the
+        last."""
         with self._reading():
             objects = map(PurePosixPath, self.store.list_objects(str(self.prefix)))
         below = {name.relative_to(self.prefix).parts[0] for name in objects if self.prefix in name.parents}
@@ -130,24 +182,27 @@ class _Bucket:
         for name in sorted(batches, key=lambda name: batches[name], reverse=True):
             with self._local(name) as local:
                 if _is_one_file(name) or self._is_whole(name, local):  # an object is there when all of it is
-                    return f"{self.folder}/{name}"
-        return None
+                    yield f"{self.folder}/{name}"
 
     def check(self, name: str, identity: Mapping[str, Any]) -> None:
         """:func:`check_checkpoint`, for which those shards are downloaded that hold more than tensors, or the file."""
         with self._local(name) as local:
             if not (self._download(name, local) if _is_one_file(name) else self._is_whole(name, local)):
-                raise ValueError(f"{local} is not there, or not all of it.")
+                raise DamagedError(f"{local} is not there, or not all of it.")
             for shard in pickles(read_metadata(local)) if local.is_dir() else ():
                 self._download(f"{name}/{shard}", local / shard)
-            check_checkpoint(local, identity)
+            check_checkpoint(local, identity, whole=local.is_file())
 
     def _is_whole(self, name: str, local: Path) -> bool:
         """Whether a sharded checkpoint has all shards, of the lengths that its metadata tell, which are downloaded."""
         if not self._download(f"{name}/{METADATA}", local / METADATA):
             return False
         ends: dict[str, int] = {}
-        for part in (read_metadata(local).storage_data or {}).values():
+        try:
+            parts = read_metadata(local).storage_data or {}
+        except DamagedError:
+            return False
+        for part in parts.values():
             ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
         return all(self._size(f"{name}/{shard}") == end for shard, end in ends.items())
 
@@ -159,7 +214,7 @@ class _Bucket:
             try:
                 yield local
             except ValueError as error:
-                raise ValueError(str(error).replace(str(local), f"{self.folder}/{name}")) from error
+                raise type(error)(str(error).replace(str(local), f"{self.folder}/{name}")) from error
 
     def _download(self, name: str, file: Path) -> bool:
         """Download an object; whether there is one."""

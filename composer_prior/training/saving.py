@@ -1,7 +1,6 @@
 """The model of a run with a vision tower: the folder that it leaves, and how a model is loaded from what a run left."""
 
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,10 +31,8 @@ def save_architecture(recipe: TrainConfig, model: LVLM, data: Any) -> None:
     """Write what a checkpoint of the run lacks to be a model: configuration, tokenizer, processor. Rank 0 does."""
     if dist.get_global_rank() != 0:
         return
-    folder = Path(recipe.run_folder, ARCHITECTURE)
-    shutil.rmtree(folder, ignore_errors=True)
     try:
-        save_folder(model, folder, None, data.prompt)
+        save_folder(model, Path(recipe.run_folder, ARCHITECTURE), None, data.prompt)
     except ValueError as error:
         announce(f"Model: the run will leave checkpoints alone, as {one_line(error)}.")
 
@@ -65,7 +62,6 @@ def save_model(
     try:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "model") if is_remote(out) else Path(out)
-            shutil.rmtree(folder, ignore_errors=True)
             save_folder(model, folder, weights, data.prompt, card)
             if is_remote(out):
                 Place(None, out, Path(temporary), ATTEMPTS).publish(folder, sorted(os.listdir(folder)))

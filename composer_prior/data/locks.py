@@ -1,0 +1,94 @@
+"""One writer at a time: locks on folders and files, which the system takes back from a process that is killed."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from composer_prior.data.messages import OneLineError
+from composer_prior.data.storage import StorageError, WriteError
+
+LOCK = ".lock"  # in a folder that a job writes to, while it does
+# How many processes a launcher started that sets no RANK and WORLD_SIZE: Slurm, Open MPI, MPICH.
+_TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+class LockedError(OneLineError, StorageError):
+    """A place that another process writes to."""
+
+
+@contextmanager
+def locked(file: Path, seconds: float = -1, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold a lock.
+
+    Args:
+        file: stands for it; made if it is missing, with its folder.
+        seconds: the longest wait for another process; -1 is as long as it takes.
+        waiting: called once if another process holds it.
+
+    Raises:
+        LockedError: if another process holds it for longer.
+    """
+    lock = FileLock(file)
+    patience: float = 0
+    while not lock.is_locked:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=patience)
+        except FileNotFoundError:  # who held it has removed the folder
+            continue
+        except Timeout as error:
+            if patience == seconds:
+                raise LockedError(f"{file} is held by another process.") from error
+            waiting()
+            patience = seconds
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def sole_writer(place: str | Path, key: str, inside: bool = False) -> Iterator[None]:
+    """Hold the only right to write to a place, or fail at once.
+
+    Args:
+        place: a folder or a file.
+        key: what names it in the recipe or command, for messages.
+        inside: the lock lies in the folder, and not beside it. Default: ``False``.
+
+    Raises:
+        LockedError, WriteError: one line, if another process writes there, or nobody can.
+    """
+    path = Path(place).expanduser()
+    file = path / LOCK if inside else path.with_name(f".{path.name}{LOCK}")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(file, seconds=0))
+        except LockedError:
+            raise LockedError(
+                f"{key}={place}: another process is writing there; let it end first, or name another place."
+            ) from None
+        except OSError as error:
+            raise WriteError(f"{key}={place} cannot be written to ({error.strerror}).") from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                file.unlink()  # who waits for the lock takes a new file
+
+
+def check_ranks() -> None:
+    """Refuse to be one of many processes of which each would take itself for the only rank.
+
+    Raises:
+        ValueError: one line.
+    """
+    for name in _TASKS if not {"RANK", "WORLD_SIZE"} & {*os.environ} else ():
+        if os.environ.get(name, "1") not in ("", "0", "1"):
+            raise ValueError(
+                f"{name}={os.environ[name]} processes were started, and none knows its rank (RANK, WORLD_SIZE): start "
+                "the ranks of each node with composer-prior launch, or one process alone (srun -n 1)."
+            )
