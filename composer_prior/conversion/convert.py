@@ -31,7 +31,7 @@ from composer_prior.conversion.sources import Source, SourceError, SourceOptions
 from composer_prior.conversion.units import WHAT_TO_DO, json_line, scratch, unit_file
 from composer_prior.data.locks import LockedError, locked
 from composer_prior.data.messages import one_line, say
-from composer_prior.data.storage import REMOTES, Place, StorageError, is_remote, write_whole
+from composer_prior.data.storage import REMOTES, Place, StorageError, full_disk_told, is_remote, write_whole
 from composer_prior.options import options_of, parse_options
 
 _LOCK_SECONDS = 3  # the system takes a lock back when the last process of a killed conversion has ended
@@ -114,7 +114,7 @@ def _place(out: str, options: ConversionOptions) -> Place:
 def _sole_writer(place: Place) -> Iterator[None]:
     """Hold the only right to write to a place, and let what goes wrong there be an error of the conversion."""
     try:
-        with locked(place.state / "lock", _LOCK_SECONDS):
+        with locked(place.state / "lock", _LOCK_SECONDS), full_disk_told(place.out or place.state):
             yield
     except LockedError:
         raise ConversionError(f"{place.label}: another conversion is writing here; let it end first.") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from composer_prior.data.messages import OneLineError
-from composer_prior.data.storage import StorageError, WriteError
+from composer_prior.data.storage import StorageError, WriteError, full_disk_told
 
 LOCK = ".lock"  # in a folder that a job writes to, while it does
 # How many processes a launcher started that sets no RANK and WORLD_SIZE: Slurm, Open MPI, MPICH.
@@ -60,7 +60,7 @@ def sole_writer(place: str | Path, key: str, inside: bool = False) -> Iterator[N
         inside: the lock lies in the folder, and not beside it. Default: ``False``.
 
     Raises:
-        LockedError, WriteError: one line, if another process writes there, or nobody can.
+        LockedError, WriteError: one line, if another process writes there, or nobody can, as on a full disk.
     """
     path = Path(place).expanduser()
     file = path / LOCK if inside else path.with_name(f".{path.name}{LOCK}")
@@ -74,7 +74,8 @@ def sole_writer(place: str | Path, key: str, inside: bool = False) -> Iterator[N
         except OSError as error:
             raise WriteError(f"{key}={place} cannot be written to ({error.strerror}).") from error
         try:
-            yield
+            with full_disk_told(place):
+                yield
         finally:
             with suppress(OSError):
                 file.unlink()  # who waits for the lock takes a new file

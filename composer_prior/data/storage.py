@@ -1,5 +1,6 @@
 """Where files go: folders and remotes, one writer at a time, and what is written is whole or not there."""
 
+import errno
 import json
 import os
 import platform
@@ -17,6 +18,10 @@ import psutil
 from composer_prior.data.messages import DataError, OneLineError, one_line
 
 MARK = ".composer-prior.json"  # in a folder: the names of what this program wrote there
+_FULL = re.compile(
+    rf"(?:os error|\[Errno) ({errno.ENOSPC}|{errno.EDQUOT}|{errno.EFBIG})\b"
+    r"|No space left on device|unexpected pos \d+|PytorchStreamWriter failed"
+)
 REMOTES = ("s3", "gs", "oci", "azure", "azure-dl", "hf", "dbfs", "alipan")
 
 
@@ -48,6 +53,34 @@ def list_remote(remote: str) -> list[str]:
             raise StorageError(f"{remote}: cannot be listed ({one_line(error, 200)}).") from error
     root = "/".join(remote.split("/")[:3])
     return [name if is_remote(name) else f"{root}/{name}" for name in names or ()]
+
+
+@contextmanager
+def full_disk_told(place: str | Path, size: int | None = None, remedy: str = "") -> Iterator[None]:
+    """Let a disk that is full while a place is written to be one line that names it, whatever a library says of it.
+
+    Args:
+        place: a folder or file.
+        size: what is to be written there, in bytes, if it is known.
+        remedy: a sentence on what to do.
+
+    Raises:
+        WriteError: with what is free there.
+    """
+    try:
+        yield
+    except BaseException as error:  # torch's on sharded checkpoints is no Exception
+        chain = [error]
+        while (below := chain[-1].__cause__ or chain[-1].__context__) is not None and below not in chain:
+            chain.append(below)
+        told = [match for one in chain if (match := _FULL.search(f"[Errno {getattr(one, 'errno', None)}] {one}"))]
+        if isinstance(error, WriteError) or not told:
+            raise
+        there = next(one for one in (Path(place).absolute(), *Path(place).absolute().parents) if one.exists())
+        needed = "" if size is None else f"it takes {size / 1e6:,.1f} MB, and "
+        free = f"{shutil.disk_usage(there).free / 1e6:,.1f} MB are free there"
+        reason = os.strerror(int(next((match[1] for match in told if match[1]), errno.ENOSPC)))
+        raise WriteError(f"{place} cannot be written ({reason}): {needed}{free}. {remedy}".strip()) from error
 
 
 def write_whole(file: Path, data: bytes) -> None:

@@ -28,7 +28,7 @@ from composer_prior.data.mds import read_column
 from composer_prior.data.messages import announce
 from composer_prior.data.nodes import check_shared, on_first_rank
 from composer_prior.data.scores import INDEX, Scores, ScoresCard, ScoresError
-from composer_prior.data.storage import StorageError, is_remote
+from composer_prior.data.storage import StorageError, full_disk_told, is_remote
 from composer_prior.data.tokenizer import CaptionFormat, build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.scoring.align import align_logprobs, token_edges
@@ -62,7 +62,8 @@ def score_captions(job: ScoreJob) -> ScoreSummary:
         ValueError: if the reference cannot score these captions at all.
     """
     try:
-        return _score_captions(job)
+        with full_disk_told(job.out):
+            return _score_captions(job)
     except (StorageError, OSError) as error:  # of the place that they go to
         raise ScoresError(f"{job.out}: the scores cannot be made: {error}") from error
 

@@ -11,6 +11,8 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
+from composer_prior.data.storage import full_disk_told
+
 
 class MetricsFile(LoggerDestination):
     """Write ``metrics.jsonl``: one JSON object per step, ``batch`` and then Composer's metric names.
@@ -86,11 +88,14 @@ class MetricsFile(LoggerDestination):
         """Write the line of the current step, again if it was there, and return where the next one begins."""
         if not self._record or not self._found or not self.path.is_file():
             return self._start
-        with self.path.open("r+") as file:
+        record, self._record = self._record, {}  # on a full disk it is not tried again when the run is closed
+        with full_disk_told(self.path), self.path.open("r+") as file:
             file.seek(self._start)
-            file.write(json.dumps(self._record) + "\n")
+            file.write(json.dumps(record) + "\n")
             file.truncate()
-            return file.tell()
+            end = file.tell()
+        self._record = record
+        return end
 
 
 def _number(value: Any) -> Any:

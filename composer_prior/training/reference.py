@@ -9,7 +9,7 @@ from composer.utils import dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from composer_prior.data.lines import read_object
-from composer_prior.data.storage import whole_folder
+from composer_prior.data.storage import full_disk_told, whole_folder
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.lvlm import LVLM
 from composer_prior.training.config import TrainConfig
@@ -46,7 +46,7 @@ def save_reference(recipe: TrainConfig, model: LVLM, data: str, validation: Mapp
         validation: final metrics.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, submodules={model.language}, options=options)
+    weights: Any = get_model_state_dict(model, submodules={model.language}, options=options)
     if dist.get_global_rank() != 0:
         return
     card = {
@@ -55,7 +55,8 @@ def save_reference(recipe: TrainConfig, model: LVLM, data: str, validation: Mapp
         "recipe": {key: getattr(recipe, key) for key in _IDENTITY},
         "validation": validation,
     }
-    with whole_folder(model_folder(recipe), replace=True) as temporary:
+    folder, size = model_folder(recipe), sum(tensor.nbytes for tensor in weights.values())
+    with full_disk_told(folder, size), whole_folder(folder, replace=True) as temporary:
         prefix = "language."
         language: Any = model.language
         language.save_pretrained(temporary, state_dict={k.removeprefix(prefix): v for k, v in weights.items()})

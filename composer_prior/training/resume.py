@@ -17,7 +17,7 @@ from composer.utils.checkpoint import get_save_filename
 
 from composer_prior.data.messages import announce, one_line
 from composer_prior.data.nodes import on_first_rank
-from composer_prior.data.storage import StorageError, is_remote, written_here
+from composer_prior.data.storage import StorageError, WriteError, full_disk_told, is_remote, written_here
 from composer_prior.models.modeling_prior_lvlm import PriorLVLMConfig
 from composer_prior.training.checkpoints import (
     CHECKPOINT_NAME,
@@ -28,6 +28,7 @@ from composer_prior.training.checkpoints import (
     check_checkpoint,
     checkpoints_in,
     mend_checkpoints,
+    newest_checkpoint,
     pickles,
     read_identity,
     read_metadata,
@@ -280,6 +281,19 @@ class Checkpoints(CheckpointSaver):
         dist.barrier()
         saved = Path(get_save_filename(state, self.filename.format(state, keep_placeholders=True)))
         return f"{self.save_folder}/{saved.parent.name if state.fsdp_sharded_state_dict_enabled else saved.name}"
+
+    def _save_checkpoint(self, state: State, logger: Logger) -> None:
+        earlier = newest_checkpoint(Path(self.folder))
+        files = () if earlier is None else earlier.rglob("*") if earlier.is_dir() else (earlier,)
+        remedy = "The checkpoints before stay; make room, and the same command with autoresume=true goes on from there."
+        try:
+            with full_disk_told(self.folder, sum(file.stat().st_size for file in files) or None, remedy):
+                super()._save_checkpoint(state, logger)
+        except WriteError:
+            batch = int(state.timestamp.batch)
+            for path in [path for path, at in checkpoints_in(Path(self.folder)).items() if at == batch]:
+                remove_checkpoint(path)
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         return {}  # Composer's has a line for every checkpoint ever saved

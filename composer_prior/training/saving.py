@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from composer_prior.data.download import ATTEMPTS
 from composer_prior.data.lines import read_object
 from composer_prior.data.messages import announce, one_line
-from composer_prior.data.storage import Place, is_remote
+from composer_prior.data.storage import Place, StorageError, WriteError, full_disk_told, is_remote
 from composer_prior.data.tokenizer import tokenizer_fingerprint
 from composer_prior.models.lvlm import LVLM
 from composer_prior.models.pretrained import ModelFolderError, empty_form, hugging_face_weights, save_folder
@@ -60,12 +60,15 @@ def save_model(
     out = out or str(model_folder(recipe))
     card = model_card(recipe, model, data.fingerprint, validation)
     try:
-        with tempfile.TemporaryDirectory() as temporary:
+        size = sum(tensor.nbytes for tensor in weights.values())
+        with full_disk_told(out, size), tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "model") if is_remote(out) else Path(out)
             save_folder(model, folder, weights, data.prompt, card)
             if is_remote(out):
                 Place(None, out, Path(temporary), ATTEMPTS).publish(folder, sorted(os.listdir(folder)))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StorageError) as error:
+        if isinstance(error, WriteError) and out == str(model_folder(recipe)):
+            raise  # the run's end; on the way it goes on without
         announce(f"Model: {out} was not written: {one_line(error)}.")
 
 
