@@ -223,6 +223,15 @@ class CheckedDataset(StreamingDataset):
         with shared_numbers():
             super().__init__(streams=[CheckedStream(**place) for place in places], **given)
 
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Where the data set is; an epoch that has begun and has no sample of its own any more is over.
+
+        So Composer counts at an epoch's end, where streaming would begin the same epoch again.
+        """
+        state = super().state_dict(num_samples, from_beginning)
+        over = from_beginning and num_samples == 0 and self.next_epoch > 0
+        return {**state, "epoch": self.next_epoch} if over else state
+
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         with _whole_memory():  # all ranks of a node make the memory for it
             super().load_state_dict(obj)

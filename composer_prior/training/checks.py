@@ -50,9 +50,9 @@ def check_recipe(recipe: TrainConfig, where: str = "") -> None:
     for key in ("save_folder", "load_path"):
         if "{" in (getattr(recipe, key) or ""):
             raise ValueError(f"{where}{key}={getattr(recipe, key)}: Composer's placeholders are not filled in here.")
-    for key in ("global_train_batch_size", "device_eval_batch_size"):
-        if getattr(recipe, key) < 1:
-            raise ValueError(f"{where}{key}={getattr(recipe, key)}: expected at least 1.")
+    for key, least in (("global_train_batch_size", 1), ("device_eval_batch_size", 1), ("nan_steps", 0)):
+        if getattr(recipe, key) < least:
+            raise ValueError(f"{where}{key}={getattr(recipe, key)}: expected at least {least}.")
     if recipe.data is not None:
         check_named("data", recipe.data, f"{where}data")
     tokenizer_keys = ("name", "kwargs", "train")

@@ -76,6 +76,7 @@ register("callback", "compute_monitor")(ComputeMonitor)
 register("callback", "data_wait_monitor")(DataWaitMonitor)
 register("callback", "hf_checkpointer")(HuggingFaceCheckpointer)
 register("callback", "lr_monitor")(GroupLRMonitor)
+register("callback", "nan_monitor")(composer.callbacks.NaNMonitor)  # which snake_case makes na_n_monitor
 register("data", "emoji_scenes")(make_emoji_scenes)
 register("dataset", "captions")(StreamingCaptionDataset)
 register("scoring", "captions")(ScoreJob)

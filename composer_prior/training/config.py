@@ -40,6 +40,7 @@ class TrainConfig:
         device_train_microbatch_size: samples; null: those of the rank at once; auto: what fits, on CUDA without fsdp2.
         device_eval_batch_size: samples that a rank evaluates at once.
         precision: auto is amp_bf16 on CUDA and fp32 on the CPU.
+        nan_steps: how many steps whose loss or gradient is not finite change nothing; the next one ends the run.
         data: what makes the data if they are missing: a ``name`` and its arguments, or a file with them.
         tokenizer: ``name``, a hub id or folder; ``kwargs``; ``train: {vocab_size}`` makes it if it is missing.
         reference: the recipe of the text-only reference, which is trained first if it is missing.
@@ -80,6 +81,7 @@ class TrainConfig:
     device_train_microbatch_size: Any = None
     device_eval_batch_size: int = 64
     precision: str = "auto"
+    nan_steps: int = 0
     data: dict[str, Any] | None = None
     tokenizer: dict[str, Any] = MISSING
     reference: dict[str, Any] | None = None

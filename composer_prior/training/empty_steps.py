@@ -6,6 +6,7 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
+from torch import nn
 
 from composer_prior.data.batch import IGNORE_INDEX
 
@@ -25,5 +26,10 @@ class SkipEmptySteps(Callback):
         dist.all_reduce(count, reduce_operation="SUM")
         if count.item() == 0:
             log.warning("Batch %d holds no sample that can be used: it changes nothing.", int(state.timestamp.batch))
-            for parameter in state.model.parameters():
-                parameter.grad = None  # optimizers pass over these
+            change_nothing(state.model)
+
+
+def change_nothing(model: nn.Module) -> None:
+    """Let the step that follows change neither weights nor moments."""
+    for parameter in model.parameters():
+        parameter.grad = None  # optimizers pass over these

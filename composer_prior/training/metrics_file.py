@@ -77,6 +77,9 @@ class MetricsFile(LoggerDestination):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         self._write()  # before the checkpoint, so that what it has behind it is on disk
 
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        self._write()
+
     def fit_end(self, state: State, logger: Logger) -> None:
         self._write()
 

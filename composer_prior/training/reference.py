@@ -13,6 +13,7 @@ from composer_prior.data.storage import full_disk_told, whole_folder
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.lvlm import LVLM
 from composer_prior.training.config import TrainConfig
+from composer_prior.training.finite import check_weights
 
 REFERENCE_CARD = "reference.json"
 # What decides which model a recipe makes; a reference made with other values is not the one that a recipe asks for.
@@ -45,6 +46,8 @@ def save_reference(recipe: TrainConfig, model: LVLM, data: str, validation: Mapp
         data: fingerprint of the training data.
         validation: final metrics.
     """
+    folder = model_folder(recipe)
+    check_weights(model, f"{folder} is not written")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: Any = get_model_state_dict(model, submodules={model.language}, options=options)
     if dist.get_global_rank() != 0:
@@ -55,7 +58,7 @@ def save_reference(recipe: TrainConfig, model: LVLM, data: str, validation: Mapp
         "recipe": {key: getattr(recipe, key) for key in _IDENTITY},
         "validation": validation,
     }
-    folder, size = model_folder(recipe), sum(tensor.nbytes for tensor in weights.values())
+    size = sum(tensor.nbytes for tensor in weights.values())
     with full_disk_told(folder, size), whole_folder(folder, replace=True) as temporary:
         prefix = "language."
         language: Any = model.language

@@ -35,6 +35,7 @@ from composer_prior.training.checkpoints import (
     remove_checkpoint,
 )
 from composer_prior.training.config import TrainConfig
+from composer_prior.training.finite import check_weights
 from composer_prior.training.reference import REFERENCE_CARD, model_folder
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "report.html")  # that a run writes into its folder
@@ -283,6 +284,9 @@ class Checkpoints(CheckpointSaver):
         return f"{self.save_folder}/{saved.parent.name if state.fsdp_sharded_state_dict_enabled else saved.name}"
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
+        check_weights(
+            state.model, f"{state.run_name}: no checkpoint is saved after batch {state.timestamp.batch.value}"
+        )
         earlier = newest_checkpoint(Path(self.folder))
         files = () if earlier is None else earlier.rglob("*") if earlier.is_dir() else (earlier,)
         remedy = "The checkpoints before stay; make room, and the same command with autoresume=true goes on from there."

@@ -22,6 +22,7 @@ from composer_prior.models.pretrained import ModelFolderError, empty_form, huggi
 from composer_prior.reports.closing import trained_model, validation_metrics
 from composer_prior.training.checkpoints import find_weights, read_weights
 from composer_prior.training.config import TrainConfig
+from composer_prior.training.finite import check_weights
 from composer_prior.training.reference import model_folder
 
 ARCHITECTURE = "architecture"  # a folder of the run: the model in Hugging Face form without weights, for checkpoints
@@ -51,13 +52,14 @@ def save_model(
         validation: metrics.
         out: folder or remote. Default: ``model`` in the run's folder.
     """
+    out = out or str(model_folder(recipe))
+    check_weights(model, f"{out} is not written")
     if not has_architecture(recipe):
         return  # the run has said why
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: Any = get_model_state_dict(model, options=options)
     if dist.get_global_rank() != 0:
         return
-    out = out or str(model_folder(recipe))
     card = model_card(recipe, model, data.fingerprint, validation)
     try:
         size = sum(tensor.nbytes for tensor in weights.values())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from composer import Trainer
+from composer.core import Event, Time, TimeUnit
 from composer.utils import dist, reproducibility
 from omegaconf import OmegaConf
 
@@ -45,6 +46,7 @@ from composer_prior.training.checkpoints import (
 )
 from composer_prior.training.config import TrainConfig
 from composer_prior.training.empty_steps import SkipEmptySteps
+from composer_prior.training.finite import FiniteSteps, check_weights
 from composer_prior.training.metrics_file import MetricsFile
 from composer_prior.training.optimizer import build_optimizer
 from composer_prior.training.preflight import build_loaders, check_checkpointing, check_fit, one_line_errors
@@ -103,7 +105,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         schedulers=build_named("scheduler", recipe.scheduler),
         step_schedulers_every_batch=True,
         algorithms=build_all("algorithm", algorithms),
-        callbacks=[RunIdentity(identity), StopOnSigterm(), *skips, *callbacks, *saver],
+        callbacks=[RunIdentity(identity), FiniteSteps(recipe.nan_steps), StopOnSigterm(), *skips, *callbacks, *saver],
         loggers=[MetricsFile(Path(recipe.run_folder, "metrics.jsonl")), *build_all("logger", recipe.loggers)],
         run_name=recipe.run_name,
         seed=recipe.seed,
@@ -118,7 +120,30 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         dist_timeout=recipe.dist_timeout,
     )
     prepare_sharded(trainer.state.model)
+    if start is not None:
+        _check_start(recipe, trainer, start)
     return trainer
+
+
+def _check_start(recipe: TrainConfig, trainer: Trainer, start: str) -> None:
+    """Refuse a checkpoint that cannot be gone on from, and say what the schedule makes of the one that is loaded."""
+    state = trainer.state
+    check_weights(state.model, f"{start} is not gone on from; delete it for an earlier one")
+    now, end = state.timestamp, cast(Time[int], state.max_duration)
+    done = now.get(end.unit)
+    begun = f" and {now.batch_in_epoch.value} batches" if end.unit == TimeUnit.EPOCH and now.batch_in_epoch else ""
+    if done > end or (done == end and begun):
+        raise ValueError(
+            f"{recipe.run_name}: max_duration={recipe.max_duration} is less than {start} has done, "
+            f"{done.to_timestring()}{begun}; give more, an earlier one as load_path, or another run_name."
+        )
+    if done < end:
+        schedule: Any = state.schedulers[0]
+        rate, following = state.optimizers[0].param_groups[0]["lr"], schedule.base_lrs[0] * schedule.lr_lambdas[0](0)
+        announce(
+            f"{recipe.run_name} goes on after batch {now.batch.value}, from {start}. The schedule is that of "
+            f"max_duration={recipe.max_duration}: the learning rate goes from {rate:.3g} to {following:.3g} there."
+        )
 
 
 def _fit(recipe: TrainConfig, trainer: Trainer) -> None:
@@ -157,7 +182,10 @@ def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
         else:
             announce(f"{recipe.run_name} has finished already; set another max_duration or run_name to train on.")
             trainer.logger.log_metrics(_times(trainer))  # it may have been stopped before it had logged them
-            trainer.eval()
+            if trainer.state.evaluators:
+                trainer.eval()
+            else:
+                trainer.engine.run_event(Event.EVAL_STANDALONE_START)  # the metrics' file is to be gone on with
         for benchmark in _benchmarks(trainer):
             benchmark.run(trainer.state, trainer.logger)
         if isinstance(model, ComposerLVLM):

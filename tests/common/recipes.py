@@ -45,6 +45,9 @@ BENCHMARKS = [
 NO_REPORT = ["sample_captions=0", *(f"benchmarks.{n}=null" for n in ("scene_foils", "hallucination", "captioning"))]
 TOWER = ["model.vision.image_size=24"]
 VIT = [*TOWER, *BENCHMARKS]
+FAULTS = f"code_paths=[{ROOT / 'tests/common/programs/faults.py'}]"
+LANGUAGE = "{model_type: llama, hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}"
+ALONE = ["reference=null", "model.language.pretrained=null", f"model.language.config={LANGUAGE}"]  # without a reference
 # The recipe at real scale made small, beside a language model with its tokenizer in the folder ``pretrained``.
 LOADERS = [f"{prefix}{kind}_loader" for prefix in ("", "reference.") for kind in ("train", "eval")]
 SMALL_REAL_SCALE = [

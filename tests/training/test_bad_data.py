@@ -9,12 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from common.data import write_tiles
-from common.recipes import ROOT, SHRUNKEN, VIT, fork_ranks, losses, recipe
+from common.recipes import ALONE, ROOT, SHRUNKEN, VIT, fork_ranks, losses, recipe
 
 from composer_prior.training.run import main, train
-
-LANGUAGE = "{model_type: llama, hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}"
-ALONE = ["reference=null", "model.language.pretrained=null", f"model.language.config={LANGUAGE}"]
 
 
 @pytest.fixture(autouse=True)

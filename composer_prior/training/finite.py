@@ -1,0 +1,115 @@
+"""Losses, gradients and weights that are not finite: no step takes them, and nothing of them is saved."""
+
+from typing import Any
+
+import torch
+from composer.core import Callback, Precision, State
+from composer.loggers import Logger
+from composer.utils import dist, ensure_tuple
+from torch import Tensor, nn
+
+from composer_prior.data.messages import OneLineError, announce
+from composer_prior.training.empty_steps import change_nothing
+
+
+class NotFiniteError(OneLineError, ValueError):
+    """A loss, a gradient or a weight that is not finite."""
+
+
+class FiniteSteps(Callback):
+    """Stop at the first step whose loss or gradient norm is not finite, on any rank, before it changes anything.
+
+    With a gradient scaler (``amp_fp16``) a gradient that is not finite lowers the scale, and stops the run where the
+    scale is 1 or less.
+
+    Args:
+        allowed: so many such steps, of each start of the run, change neither weights, nor buffers, nor the optimizer's
+            moments, nor metrics, and training goes on. Default: ``0``.
+
+    Raises:
+        NotFiniteError: on every rank, naming the batch.
+    """
+
+    def __init__(self, allowed: int = 0):
+        self.allowed, self._left_out = allowed, 0
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._found: dict[str, Tensor] = {}  # 0, or else not finite
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        zero = state.device.tensor_to_device(torch.zeros(()))
+        self._found = {"loss": zero, "gradient norm": zero}
+        if self.allowed:
+            self._buffers = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
+
+    def before_backward(self, state: State, logger: Logger) -> None:
+        losses: Any = state.loss.values() if isinstance(state.loss, dict) else ensure_tuple(state.loss)
+        for loss in losses:
+            self._found["loss"] = self._found["loss"] + loss.detach().float().sum() * 0
+
+    def after_backward(self, state: State, logger: Logger) -> None:  # here: later it may have been clipped
+        scale = state.scaler.get_scale() if state.precision == Precision.AMP_FP16 and state.scaler is not None else 1.0
+        gradients = [_local(weight.grad) for weight in state.model.parameters() if weight.grad is not None]
+        if scale <= 1 and gradients:
+            norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
+            self._found["gradient norm"] = (
+                self._found["gradient norm"] + norms.norm().to(self._found["loss"].device) * 0
+            )
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        found = torch.stack([~value.isfinite() for value in self._found.values()]).to(torch.uint8)
+        by_rank = torch.stack([*dist.all_gather(found)]).T.tolist()
+        by_name = {
+            name: [rank for rank, mark in enumerate(marks) if mark]
+            for name, marks in zip(self._found, by_rank, strict=True)
+        }
+        what = next((name for name, ranks in by_name.items() if ranks), None)
+        if what is None:
+            return
+        where = f" on rank {', '.join(map(str, by_name[what]))}" if dist.get_world_size() > 1 else ""
+        message = f"{state.run_name}, batch {state.timestamp.batch.value}: the {what} is not finite{where}"
+        weight = not_finite_weight(state.model)
+        if weight is not None:
+            raise NotFiniteError(f"{message}, nor is the weight {weight}. Nothing of it is saved; {_REMEDY}.")
+        if self._left_out == self.allowed:
+            more = f"or let such steps change nothing with nan_steps={self.allowed + 1}"
+            raise NotFiniteError(f"{message}. Nothing of it is saved; {_REMEDY}, {more}.")
+        self._left_out += 1
+        change_nothing(state.model)
+        for buffer, before in self._buffers:
+            buffer.copy_(before)
+        for metric in (state.train_metrics or {}).values():
+            metric.reset()
+        announce(f"{message}. The step changes nothing ({self._left_out} of nan_steps={self.allowed}).")
+
+
+_REMEDY = "earlier checkpoints stay; look at that batch, lower optimizer.lr, clip gradients"
+
+
+def check_weights(model: nn.Module, what: str) -> None:
+    """Refuse weights that are not finite; every rank calls it.
+
+    Args:
+        model: whose weights may be sharded among the ranks.
+        what: the begin of the message, such as what is not written.
+
+    Raises:
+        NotFiniteError: on every rank, naming a weight.
+    """
+    weight = not_finite_weight(model)
+    if weight is not None:
+        raise NotFiniteError(f"{what}: the weight {weight} is not finite.")
+
+
+@torch.no_grad()
+def not_finite_weight(model: nn.Module) -> str | None:
+    """The name of a weight that is not finite on some rank, or None; every rank calls it."""
+    weights = {name: _local(weight).isfinite().all() for name, weight in model.named_parameters()}
+    finite = torch.stack([mark.cpu() for mark in weights.values()]).tolist() if weights else []
+    ours = next((name for name, good in zip(weights, finite, strict=True) if not good), None)
+    found = next((name for name in dist.all_gather_object(ours) if name is not None), None)
+    return found and found.removeprefix("module.").removeprefix("model.")
+
+
+def _local(tensor: Any) -> Tensor:
+    """The part of a sharded tensor that this rank has."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
