@@ -64,6 +64,7 @@ def sole_writer(place: str | Path, key: str, inside: bool = False) -> Iterator[N
     """
     path = Path(place).expanduser()
     file = path / LOCK if inside else path.with_name(f".{path.name}{LOCK}")
+    made = [folder for folder in file.absolute().parents if not folder.exists()]
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(file, seconds=0))
@@ -79,6 +80,8 @@ def sole_writer(place: str | Path, key: str, inside: bool = False) -> Iterator[N
         finally:
             with suppress(OSError):
                 file.unlink()  # who waits for the lock takes a new file
+                for folder in made:
+                    folder.rmdir()  # unless something was written there
 
 
 def check_ranks() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 import unicodedata
 from contextlib import suppress
 
@@ -46,6 +47,12 @@ def say(message: object) -> None:
     except OSError:
         with suppress(OSError, ValueError):  # what is left in its buffer goes there too
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def failure(error: BaseException) -> str:
+    """The message of an error as one line, and below it where it is from and where its traceback is logged."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{one_line(error)}\n  ({where.filename}, line {where.lineno}; the traceback is in the log, on stderr)"
 
 
 def announce(message: object) -> None:

@@ -45,11 +45,7 @@ def _to_send(error: Exception) -> Exception:
 
 @contextmanager
 def sole_job(places: Mapping[str, str | Path]) -> Iterator[None]:
-    """Hold the only right to write to folders, on the first rank for all ranks of a job; see :func:`.sole_writer`.
-
-    Args:
-        places: folders by the key that names them.
-    """
+    """Hold the only right to write to folders, by their keys, for all ranks of a job; see :func:`.sole_writer`."""
     with ExitStack() as held:
 
         def hold() -> None:

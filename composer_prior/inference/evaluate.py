@@ -79,6 +79,8 @@ def evaluate(
     fingerprint = model_fingerprint(network)
     known = {"model": fingerprint, "benchmark": benchmark, "data": built.fingerprint, **arguments}
     folder = Path(out).expanduser()
+    if (folder / "results.json").exists() and not ((folder / "predictions.jsonl").exists() or overwrite):
+        raise FileExistsError(f"{folder}/results.json is of something else; give another out=, or overwrite=true.")
     with sole_job({"out": folder}):
         figures, predictions = run_benchmark(
             built,

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 from composer_prior.data.captions import StreamingCaptionDataset
-from composer_prior.data.messages import announce, one_line
+from composer_prior.data.messages import announce, failure, one_line
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.lvlm import Caption
 from composer_prior.reports.run_report import TOKENS
@@ -42,8 +42,8 @@ def closing_report(parts: Sequence[Callable[[], object]]) -> None:
             if text:
                 announce(text)
         except Exception as error:
-            log.debug("The closing report", exc_info=True)
-            announce(f"\nThe closing report lacks a part: {type(error).__name__}: {one_line(error)}")
+            log.exception("The closing report")
+            announce(f"\nThe closing report lacks a part: {type(error).__name__}: {failure(error)}")
 
 
 def trained_model(state: State) -> torch.nn.Module:

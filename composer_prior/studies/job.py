@@ -1,5 +1,6 @@
 """Studies from the command line: ``composer-prior study STUDY.yaml [option=value ...] [key=value ...]``."""
 
+import logging
 import os
 import re
 import sys
@@ -11,7 +12,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from composer_prior.data.locks import LockedError, locked, sole_writer
-from composer_prior.data.messages import OneLineError, one_line, say
+from composer_prior.data.messages import OneLineError, failure, one_line, say
 from composer_prior.data.storage import StorageError
 from composer_prior.options import options_of, parse_options
 from composer_prior.registry import did_you_mean
@@ -70,8 +71,7 @@ def run_study(
     if report == "only":
         if read_results(file)[0] is None:
             raise FileNotFoundError(f"There are no results in {file} yet.")
-        write_page(file)
-        return 0
+        return 0 if write_page(file) else 1
     whole = read_study(study, overrides, folder)
     tasks = plan_tasks(whole, folder)
     if plan:
@@ -108,15 +108,18 @@ def _read_back(study: Study, tasks: Plan, file: Path, lines: list[dict[str, Any]
     write_page(file)
 
 
-def write_page(results: Path) -> None:
-    """Make the page of results; what goes wrong with it is said and takes nothing down."""
+def write_page(results: Path) -> bool:
+    """Make the page of results, or say what went wrong with it, which takes nothing down."""
     try:
         from composer_prior.studies.study_page import write_report  # here: it draws, which takes a second to import
 
         for path in write_report(results)[:2]:  # its pictures follow
             say(f"page: {path}")
+        return True
     except Exception as error:
-        say(f"The page of {results} could not be made: {type(error).__name__}: {one_line(error)}")
+        logging.getLogger(__name__).exception("The page of %s", results)
+        say(f"The page of {results} could not be made: {type(error).__name__}: {failure(error)}")
+        return False
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ from composer.utils import create_interval_scheduler
 from torch.distributed.fsdp import FSDPModule
 
 from composer_prior import registry
-from composer_prior.data.messages import announce, one_line
+from composer_prior.data.messages import announce, failure
 from composer_prior.evaluation import components  # noqa: F401  registers the benchmarks
 from composer_prior.evaluation.benchmark import Benchmark, Figures, run_benchmark
 from composer_prior.evaluation.likelihood import OwnModel
@@ -58,8 +58,8 @@ class RunBenchmark(Callback):
             with get_precision_context(state.precision, state.precision_config):
                 self.figures, _ = run_benchmark(self.benchmark, OwnModel(model.model), limit=self.limit, share=share)
         except Exception as error:  # whatever it is, the training goes on
-            log.debug("Benchmark %s", self.name, exc_info=True)
-            announce(f"\nBenchmark {self.name}: no figures after batch {self._batch}: {one_line(error)}")
+            log.exception("Benchmark %s", self.name)
+            announce(f"\nBenchmark {self.name}: no figures after batch {self._batch}: {failure(error)}")
         values = {name: one["value"] for name, one in self.figures.items() if one["value"] is not None}
         logger.log_metrics({f"eval/{self.name}/{name}": value for name, value in values.items()})
 

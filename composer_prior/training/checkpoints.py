@@ -90,7 +90,7 @@ def check_checkpoint(path: str | Path, identity: Mapping[str, Any], whole: bool 
     if whole:
         check_sums(path)
     if path.is_dir():
-        for shard, parts in pickles(read_metadata(path)).items():
+        for shard, parts in places_of(read_metadata(path), tensors=False).items():
             holds_no_code(path / shard, parts)
     theirs = read_identity(path)
     if theirs is None:
@@ -117,7 +117,7 @@ def check_sums(path: Path, prefix: str = "") -> None:
         DamagedError: naming what is damaged.
     """
     whole: dict[str, Any] = {"": [None]}
-    parts = _places(read_metadata(path), prefix) if path.is_dir() else whole
+    parts = places_of(read_metadata(path), prefix) if path.is_dir() else whole
     for shard, places in parts.items():
         file = path / shard
         try:
@@ -166,7 +166,6 @@ def holds_no_code(path: str | Path, parts: Sequence[tuple[int, int]] | None = No
 
 def _read_state(path: Path) -> dict[str, Any]:
     """The state in a checkpoint of one file, its tensors mapped from the disk."""
-    check_sums(path)
     holds_no_code(path)
     content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
     state = content.get("state") if isinstance(content, Mapping) else None
@@ -255,6 +254,19 @@ def is_complete(path: Path) -> bool:
     return (path / METADATA).is_file() if path.is_dir() else zipfile.is_zipfile(path)
 
 
+def find_checkpoint(path: str) -> None:
+    """Refuse what is no checkpoint, a file or the folder of a sharded one, but what holds or is made from one."""
+    place = Path(path)
+    if not place.exists():
+        raise ValueError("there is no such checkpoint")
+    if not place.is_dir() or any(place.glob("*.distcp")) or (place / METADATA).exists():
+        return
+    if (place / "config.json").is_file():
+        raise ValueError("this is a model, without what a run goes on from; init_from starts a run from its weights")
+    newest = newest_checkpoint(place / "checkpoints") or newest_checkpoint(place)
+    raise ValueError(f"this is a folder; name a checkpoint{f' in it, such as {newest}' if newest else ''}")
+
+
 def find_weights(path: str) -> Path:
     """Where the weights are that a path names: a checkpoint, or a model in Hugging Face form.
 
@@ -328,6 +340,7 @@ def _part(name: str) -> str:
 def read_weights(source: Path) -> tuple[dict[str, Tensor], str | None]:
     """Weights by their names in a :class:`.ComposerLVLM`, and the fingerprint of their tokenizer where it is known."""
     if source.is_file():
+        check_sums(source)
         state = _read_state(source)
         weights = {name.removeprefix("module."): tensor for name, tensor in state["model"].items()}
         return weights, state.get("callbacks", {}).get(RunIdentity.__qualname__, {}).get("tokenizer")
@@ -386,12 +399,8 @@ def read_metadata(folder: Path) -> Metadata:
     return metadata
 
 
-def pickles(metadata: Metadata) -> dict[str, list[tuple[int, int]]]:
-    """Where the values of a sharded checkpoint are that are no tensors: offset and length of each, by file."""
-    return _places(metadata, tensors=False)
-
-
-def _places(metadata: Metadata, prefix: str = "", tensors: bool = True) -> dict[str, list[tuple[int, int]]]:
+def places_of(metadata: Metadata, prefix: str = "", tensors: bool = True) -> dict[str, list[tuple[int, int]]]:
+    """Where a sharded checkpoint's values are, or those that are no tensors: offset and length of each, by file."""
     places: dict[str, list[tuple[int, int]]] = {}
     for index, info in (metadata.storage_data or {}).items():
         is_tensor = isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata)

@@ -1,6 +1,7 @@
 """Refuses a recipe whose components do not exist or do not take what they are given."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from composer.core import Precision, Time
@@ -27,6 +28,8 @@ def check_recipe(recipe: TrainConfig, where: str = "") -> None:
             raise ValueError(
                 f"{where}{key}={getattr(recipe, key)!r}: expected a time such as 500ba, 2ep or 1dur."
             ) from error
+    if not Path(recipe.run_name).parts or ".." in Path(recipe.run_name).parts:
+        raise ValueError(f"{where}run_name={recipe.run_name}: it names a folder in runs/; leave out the dots.")
     precisions = ["auto", *(p.value for p in Precision)]
     if recipe.precision not in precisions:
         raise ValueError(f"{where}precision={recipe.precision!r}. {did_you_mean(recipe.precision, precisions)}")

@@ -32,7 +32,7 @@ from composer_prior.training.builders import (
     per_rank_batch_size,
     without_reference,
 )
-from composer_prior.training.checkpoints import find_weights
+from composer_prior.training.checkpoints import find_checkpoint, find_weights
 from composer_prior.training.config import TrainConfig
 from composer_prior.training.optimizer import build_optimizer, check_new_weights, settings_of
 from composer_prior.training.reference import check_reference, model_folder, read_card
@@ -111,8 +111,9 @@ def check_parts(recipe: TrainConfig, where: str = "") -> None:
     if recipe.init_from is not None:
         with one_line_errors(f"{where}init_from={recipe.init_from}"):
             find_weights(recipe.init_from)
-    if recipe.load_path is not None and not is_remote(recipe.load_path) and not Path(recipe.load_path).exists():
-        raise ValueError(f"{where}load_path={recipe.load_path}: there is no such checkpoint.")
+    if recipe.load_path is not None and not is_remote(recipe.load_path):
+        with one_line_errors(f"{where}load_path={recipe.load_path}"):
+            find_checkpoint(recipe.load_path)
 
 
 def check_parallelism(recipe: TrainConfig) -> None:

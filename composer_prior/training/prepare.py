@@ -29,12 +29,7 @@ from composer_prior.training.trainer import build_trainer, finish
 
 @contextmanager
 def sole_run(recipe: TrainConfig, where: str = "") -> Iterator[None]:
-    """Hold the folders that a run writes to, see :func:`.sole_job`.
-
-    Args:
-        recipe: of one run.
-        where: prefix of its keys.
-    """
+    """Hold the folders that a run writes to, see :func:`.sole_job`; ``where`` is the prefix of its keys."""
     dist.initialize_dist(get_device(None), timeout=recipe.dist_timeout)
     places, saved = {"run_folder": recipe.run_folder}, recipe.save_folder or ""
     if saved and not is_remote(saved) and Path(recipe.run_folder).resolve() not in Path(saved).resolve().parents:

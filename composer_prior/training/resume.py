@@ -29,7 +29,7 @@ from composer_prior.training.checkpoints import (
     checkpoints_in,
     mend_checkpoints,
     newest_checkpoint,
-    pickles,
+    places_of,
     read_identity,
     read_metadata,
     remove_checkpoint,
@@ -133,15 +133,7 @@ def _leave_behind(folder: Path, start: str | None) -> None:
 
 
 def check_replaced(recipe: TrainConfig, where: str = "") -> None:
-    """Refuse folders in which a run would write over what no run has written.
-
-    Args:
-        recipe: of one run.
-        where: prefix of its keys.
-
-    Raises:
-        ValueError: naming the key.
-    """
+    """Refuse folders in which a run would write over what no run has written; ``where`` is the prefix of its keys."""
     folder, run, model = recipe.save_folder, Path(recipe.run_folder), model_folder(recipe)
     foreign = []
     if folder is not None and not is_remote(folder) and not recipe.autoresume:
@@ -191,7 +183,7 @@ class _Bucket:
         with self._local(name) as local:
             if not (self._download(name, local) if _is_one_file(name) else self._is_whole(name, local)):
                 raise DamagedError(f"{local} is not there, or not all of it.")
-            for shard in pickles(read_metadata(local)) if local.is_dir() else ():
+            for shard in places_of(read_metadata(local), tensors=False) if local.is_dir() else ():
                 self._download(f"{name}/{shard}", local / shard)
             check_checkpoint(local, identity, whole=local.is_file())
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 from composer.utils import dist, get_device
 from omegaconf import OmegaConf
 
-from composer_prior.data.messages import announce, one_line
+from composer_prior.data.messages import OneLineError, announce, one_line
 from composer_prior.registry import did_you_mean
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import score_captions
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         recipe_given = "=" not in arguments[0]
         announce(str(score_captions(_recipe_job(arguments) if recipe_given else _explicit_job(arguments))))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OneLineError) as error:
         sys.exit(f"error: {one_line(error)}")
 
 

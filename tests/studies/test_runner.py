@@ -198,6 +198,8 @@ def test_the_page_takes_nothing_down(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "composer_prior.studies.study_page", Broken)
     assert main(["study.yaml"]) == 0
     assert "The page of studies/tiny/results.jsonl could not be made: RuntimeError: no page" in capsys.readouterr().out
+    assert main(["study.yaml", "report=only"]) == 1
+    assert "could not be made: RuntimeError: no page of studies/tiny/results.jsonl" in capsys.readouterr().out
     Broken.write_report = staticmethod(lambda file: [file.with_name(f"study.{end}") for end in ("md", "html", "svg")])
     assert main(["study.yaml", "report=only"]) == 0
     assert capsys.readouterr().out == "page: studies/tiny/study.md\npage: studies/tiny/study.html\n"

@@ -8,6 +8,7 @@ import pytest
 from common.recipes import losses, recipe
 
 from composer_prior.training.checkpoints import LATEST_NAME, DamagedError, check_sums, newest_checkpoint
+from composer_prior.training.checks import check_recipe
 from composer_prior.training.run import train
 
 EVERY_SECOND = "save_interval=2ba"
@@ -133,3 +134,24 @@ def test_folders_that_no_run_has_written_are_refused(copied):
     with pytest.raises(ValueError, match=r"^run_folder: theirs/config.yaml was not written by a run"):
         train(recipe("reference", "run_folder=theirs", "autoresume=true"))
     assert (theirs / "config.yaml").read_text() == "name: mine"
+
+
+@pytest.mark.parametrize("name", ["a/../../b", "..", "."])
+def test_a_run_stays_within_its_folder(name):
+    with pytest.raises(ValueError, match=f"^run_name={name}: it names a folder in runs/"):
+        check_recipe(recipe("reference", f"run_name={name}"))
+    with pytest.raises(ValueError, match=f"^reference.run_name={name}: it names"):
+        check_recipe(recipe("prior_vit", f"reference.run_name={name}"))
+    check_recipe(recipe("reference", "run_name=group/v1..2"))
+
+
+def test_what_is_no_checkpoint_says_what_it_is(copied):
+    newest = {name: newest_checkpoint(copied / name / "checkpoints") for name in KINDS}
+    for place, said in {
+        "runs/reference/model": "this is a model, .*; init_from starts a run from its weights",
+        "runs/reference": f"this is a folder; name a checkpoint in it, such as {newest['reference']}",
+        "runs/sharded/checkpoints": f"this is a folder; name a checkpoint in it, such as {newest['sharded']}",
+        "data": "this is a folder; name a checkpoint",
+    }.items():
+        with pytest.raises(ValueError, match=f"^load_path={place}: {said}$"):
+            train(recipe("reference", f"load_path={place}", "autoresume=false", "run_name=other"))
