@@ -9,15 +9,17 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from composer_prior.data.captions import overlaps
-from composer_prior.evaluation.benchmark import Benchmark
+from composer_prior.evaluation.benchmark import Benchmark, figures_of
 from composer_prior.evaluation.likelihood import TextOnly, TokenLogprobs, VisionLanguageModel, blanks
 from composer_prior.evaluation.mds_samples import CaptionSamples
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.registry import register
-from composer_prior.reports.page import sample_card, samples_page
+from composer_prior.reports.page import legend, sample_card, samples_page
+from composer_prior.reports.run_report import results
 from composer_prior.scoring.align import align_logprobs, token_edges
 
 PAGE_SAMPLES = 100
+PAGE_NATS = 5.0  # of the strongest colour
 FEWEST = 5  # occurrences of a word whose mean is told
 
 
@@ -128,18 +130,22 @@ class ImageDependence(Benchmark):
         return {"words": sorted(means, key=lambda one: -one["dependence"])}
 
     def page(self, predictions: Sequence[Mapping[str, Any]], title: str) -> str:
-        """Captions shaded by their dependence on the image, and below by the reference's weights."""
+        """The figures; captions shaded by their dependence on the image, and below by the reference's weights."""
         cards = []
         for prediction in predictions[:PAGE_SAMPLES]:
-            shades = [_shades(prediction, _dependence(prediction).clip(min=0).tolist())]
+            values = _dependence(prediction)
+            shades = [_shades(prediction, values.tolist())]
+            labels = [f"what the image adds: {values.sum():.3g} nats, {values.mean():.3g} per token", "weights, 1 - P"]
             if prediction["weights"] is not None:
                 shades.append(_shades(prediction, prediction["weights"]))
-            number = prediction["sample"]
-            cards.append(sample_card(number, self.samples[number].encoded, [""] * len(shades), shades))
-        text = "The darker a token, the more the image raises its probability, in nats, which the pointer shows."
+            number, texts = prediction["sample"], [""] * len(shades)
+            full = (PAGE_NATS, 1.0)
+            cards.append(sample_card(number, self.samples[number].encoded, texts, shades, labels[: len(shades)], full))
+        above = results({}, {"image_dependence": figures_of(self, predictions)})
+        above += legend("The stronger the colour, the more nats the image adds to log P of a token", PAGE_NATS)
         if self.reference is not None:
-            text += "\nBelow: the darker a token, the larger its weight under the reference, 1 - P."
-        return samples_page(cards, title, text)
+            above += legend("Below, the stronger the colour, the larger the weight 1 - P under the reference")
+        return samples_page(cards, title, above=above)
 
 
 def _weights(reference: TokenLogprobs, own: TokenLogprobs, text: str) -> list[float]:

@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from composer_prior.data.messages import OneLineError, one_line, say
 from composer_prior.data.storage import is_remote, list_remote
 from composer_prior.models.lvlm import LVLM, Caption
 from composer_prior.options import options_of, parse_options
-from composer_prior.reports.page import sample_card, samples_page
+from composer_prior.reports.page import legend, sample_card, samples_page
 from composer_prior.training.saving import load
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -38,13 +39,11 @@ class Decoded:
         name: as it was found.
         inputs: for the model; None if it cannot be used.
         error: why not.
-        encoded: its bytes, where a page will show it.
     """
 
     name: str
     inputs: ImageInputs | None
     error: str = ""
-    encoded: bytes = b""
 
 
 class Images(IterableDataset[Decoded]):
@@ -54,27 +53,22 @@ class Images(IterableDataset[Decoded]):
         sources: paths of images and of folders, whose subfolders are read too, and addresses of remotes.
         done: names that are left out.
         image_processor: of the model.
-        keep: how many images keep their bytes.
     """
 
-    def __init__(self, sources: Sequence[str], done: set[str], image_processor: Any, keep: int = 0):
+    def __init__(self, sources: Sequence[str], done: set[str], image_processor: Any):
         self.sources = sources
         self.done = done
         self.image_processor = image_processor
-        self.keep = keep
 
     def __iter__(self) -> Iterator[Decoded]:
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         names = (name for name in find_images(self.sources) if name not in self.done)
-        for number, name in islice(enumerate(names), first, None, step):
-            yield self._decode(name, number < self.keep)
+        yield from map(self._decode, islice(names, first, None, step))
 
-    def _decode(self, name: str, keep: bool) -> Decoded:
+    def _decode(self, name: str) -> Decoded:
         try:
-            data = read_bytes(name)
-            inputs = self.image_processor(decode_rgb(data))
-            return Decoded(name, inputs, encoded=data if keep else b"")
+            return Decoded(name, self.image_processor(decode_rgb(read_bytes(name))))
         except Exception as error:  # one image's trouble, whatever it is
             return Decoded(name, None, one_line(error))
 
@@ -120,7 +114,8 @@ def caption_images(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, int]:
-    """Caption images, one line of JSON each: ``{"image", "caption"}``, or ``{"image", "error"}`` for one that is none.
+    """Caption images, one line of JSON each: ``{"image", "caption"}``, or ``{"image", "error"}`` for one that is none;
+    with a page also ``tokens``, the pieces of the caption with their probabilities.
 
     Lines are written as soon as they are known. The same call goes on where an earlier one was stopped; with other
     options it is refused.
@@ -129,7 +124,7 @@ def caption_images(
         model: a run folder, a model folder, a checkpoint or a hub id.
         sources: images, folders of images, and addresses of either in a remote.
         out: the file that the lines go to. Default: ``captions.jsonl``.
-        page: a page of HTML with the first 200 images, each token of a caption shaded by its probability.
+        page: a page of HTML with the first 200 images of ``out``, each token of a caption shaded by its probability.
         batch_size: images that are captioned at once.
         prompt: text between image and caption. Default: that of training.
         max_new_tokens: longest caption in tokens.
@@ -153,9 +148,13 @@ def caption_images(
             raise FileNotFoundError(f"{source}: there is no such image or folder.")
     if min(batch_size, max_new_tokens, num_beams) < 1 or (num_workers or 0) < 0 or temperature < 0:
         raise ValueError("batch_size, max_new_tokens and num_beams are at least 1, num_workers and temperature 0.")
+    if page is not None:
+        Path(page).expanduser().parent.mkdir(parents=True, exist_ok=True)
     decoding = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "temperature": temperature, "seed": seed}
     lines = Path(out).expanduser()
     settings = {"model": model, "prompt": prompt, **decoding}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": temperature > 0}
+    options |= {"probabilities": page is not None, **({"temperature": temperature} if temperature > 0 else {})}
     with sole_writer(lines, "out"):
         done = {line["image"] for line in begin_lines(lines, settings, overwrite)}
         lvlm = load(model, trust_remote_code)
@@ -163,34 +162,35 @@ def caption_images(
             lvlm.prompt = prompt
         lvlm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.manual_seed(seed)
-        options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "num_beams": num_beams,
-            "do_sample": temperature > 0,
-        }
-        options["probabilities"] = page is not None
-        if temperature > 0:
-            options["temperature"] = temperature
-        images = Images(sources, done, lvlm.image_processor, PAGE_IMAGES if page is not None else 0)
+        images = Images(sources, done, lvlm.image_processor)
         counts = {"captioned": 0, "errors": 0, "before": len(done)}
-        cards: list[str] = []
         disable = None if progress is None else not progress
         with open(lines, "a") as file, tqdm(unit=" images", disable=disable) as bar:
-            for batch in caption_loaded(
-                lvlm, images, batch_size, num_workers, options | {"probabilities": page is not None}
-            ):
+            for batch in caption_loaded(lvlm, images, batch_size, num_workers, options):
                 for image, caption in batch:
-                    line = {"error": image.error} if caption is None else {"caption": caption.text}
+                    line: dict[str, Any] = {"error": image.error} if caption is None else {"caption": caption.text}
+                    if caption is not None and page is not None:
+                        line["tokens"] = caption.pieces
                     file.write(json.dumps({"image": image.name, **line}) + "\n")
                     counts["errors" if caption is None else "captioned"] += 1
-                    if image.encoded and caption is not None:
-                        cards.append(sample_card(len(cards), image.encoded, [caption.text], [caption.pieces]))
                 file.flush()
                 bar.update(len(batch))
     if page is not None:
-        legend = "The darker a token, the more probable it was, which the pointer shows."
-        Path(page).expanduser().write_text(samples_page(cards, f"Captions of {model}", legend), encoding="utf-8")
+        Path(page).expanduser().write_text(_page(lines, f"Captions of {model}"), encoding="utf-8")
     return counts
+
+
+def _page(lines: Path, title: str) -> str:
+    """The first captions of a file, also those of earlier calls, which have no shades if these asked for no page."""
+    cards = []
+    with open(lines) as file:
+        for line in islice((line for line in map(json.loads, file) if "caption" in line), PAGE_IMAGES):
+            data = b""
+            with suppress(OSError, OneLineError):  # it was there when it was captioned
+                data = read_bytes(line["image"])
+            pieces = [line.get("tokens") or [(line["caption"], None)]]
+            cards.append(sample_card(line["image"], data, [line["caption"]], pieces, full=(1.0,)))
+    return samples_page(cards, title, above=legend("The stronger the colour of a token, the more probable it was"))
 
 
 def caption_loaded(

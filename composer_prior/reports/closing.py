@@ -80,12 +80,13 @@ def benchmarks_table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
 
 @dataclass
 class Samples:
-    """Validation images, their captions and those that the model generates; and why others were left out."""
+    """Validation images, their captions and those that the model generates; why others were left out; their numbers."""
 
     images: list[Image.Image] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     generated: list[Caption] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
         """The captions, one pair below the other."""
@@ -127,6 +128,7 @@ def _first_samples(data: StreamingCaptionDataset, count: int) -> Samples:
             image, caption = data.image_and_caption(sample_id)
             samples.images.append(image)
             samples.captions.append(caption)
+            samples.numbers.append(sample_id)
         except Exception as error:
             samples.left_out.append(one_line(error))
     return samples

@@ -23,7 +23,7 @@ from composer_prior.data.images import IMAGE_FORMATS
 from composer_prior.data.messages import one_line, say, visible
 from composer_prior.data.storage import is_remote
 from composer_prior.options import options_of, parse_options
-from composer_prior.reports.page import Shade, sample_card, samples_page
+from composer_prior.reports.page import Shade, legend, sample_card, samples_page
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,9 @@ def inspect_captions(
         undecodable, found.most_common(10),
     )  # fmt: skip
     if page is not None:
-        legend = "" if shades is None else "\n\nThe darker a token, the larger its weight, which the pointer shows."
-        Path(page).expanduser().write_text(samples_page(cards, f"{data}", f"{report}{legend}"), encoding="utf-8")
+        says = "The stronger the colour of a token, the larger its weight, of which the mean over a caption is 1"
+        above = legend(says, None) if shades else ""
+        Path(page).expanduser().write_text(samples_page(cards, f"{data}", f"{report}", above), encoding="utf-8")
     return report
 
 

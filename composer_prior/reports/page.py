@@ -11,7 +11,7 @@ from composer_prior.data.images import ImageError, decode_rgb
 from composer_prior.data.messages import visible
 
 Shade = tuple[str, float | None]
-"""A piece of a caption and how strongly to shade it: 1.0 is an average weight, ``None`` stands for no weight."""
+"""A piece of a caption and the value that shades it, such as its probability or weight; ``None`` is no shade."""
 
 _THUMBNAIL = 320
 _STYLE = """
@@ -26,6 +26,7 @@ figcaption p { margin: .25rem 0; overflow-wrap: anywhere; unicode-bidi: isolate;
 small { opacity: .7 }
 mark { background: rgb(255 140 0 / var(--w)); color: inherit; border-radius: .15rem }
 .control { color: #c22; font-size: .8em }
+@media (prefers-color-scheme: dark) { mark { background: rgb(168 82 0 / var(--w)) } .control { color: #f77 } }
 .wide { overflow-x: auto; margin: .75rem 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .75rem; text-align: right; border-bottom: 1px solid #8886; white-space: nowrap }
@@ -52,15 +53,30 @@ def document(title: str, body: str, style: str = "") -> str:
     )
 
 
-def samples_page(cards: Iterable[str], title: str, text: str = "") -> str:
+def samples_page(cards: Iterable[str], title: str, text: str = "", above: str = "") -> str:
     """A page of samples.
 
     Args:
         cards: what :func:`sample_card` returned for each sample.
         title: the page's title, as plain text.
         text: what stands above the samples, as plain text.
+        above: what stands there as HTML, such as a :func:`legend`.
     """
-    return document(title, f"<pre>{escape(text)}</pre>\n{samples_grid(cards)}")
+    return document(title, f"{f'<pre>{escape(text)}</pre>' if text else ''}\n{above}{samples_grid(cards)}")
+
+
+def legend(says: str, full: float | None = 1.0) -> str:
+    """What the shades of :func:`sample_card` say, as HTML: a sentence and the scale.
+
+    Args:
+        says: such as "The stronger the colour of a token, the more probable it was".
+        full: as that of the cards.
+    """
+    steps = (
+        {0: "0", 1: "the largest of the caption"} if full is None else {w: f"{full * w:g}" for w in (0, 0.25, 0.5, 1)}
+    )
+    marks = " ".join(f'<mark style="--w:{part:.3f}">&nbsp;{escape(said)}&nbsp;</mark>' for part, said in steps.items())
+    return f"<p>{escape(says)}; the pointer shows the value. Scale: {marks}</p>\n"
 
 
 def samples_grid(cards: Iterable[str]) -> str:
@@ -69,20 +85,22 @@ def samples_grid(cards: Iterable[str]) -> str:
 
 
 def sample_card(
-    number: int,
+    name: str | int,
     image: bytes | Image.Image,
     captions: Sequence[str],
     shades: Sequence[Sequence[Shade]] | None = None,
     labels: Sequence[str] = (),
+    full: Sequence[float] = (),
 ) -> str:
     """One sample as HTML: a thumbnail, and its captions as text that cannot be anything but text.
 
     Args:
-        number: the sample's number.
+        name: of the image's file, or the sample's number.
         image: RGB, or encoded: then it is decoded here and drawn anew; what cannot be decoded is named instead.
         captions: its captions.
-        shades: for each caption the pieces it is made of, each with a weight; the larger, the darker.
+        shades: for each caption the pieces it is made of, each with a value; the larger, the stronger its colour.
         labels: what stands above each caption. Default: nothing.
+        full: for each caption the value from which on the colour is at its strongest. Default: its largest value.
 
     Returns:
         A ``figure`` element.
@@ -99,10 +117,11 @@ def sample_card(
         shown, size = f"<p><em>{escape(str(error))}</em></p>", "no image"
     above = [f"<small>{escape(label)}</small>" for label in labels] or [""] * len(captions)
     paragraphs = [
-        f'{above[index]}<p dir="auto">{escape(caption) if shades is None else _shaded(shades[index])}</p>'
-        for index, caption in enumerate(captions)
+        f'{above[i]}<p dir="auto">{_shaded(shades[i], full[i] if full else None) if shades else escape(text)}</p>'
+        for i, text in enumerate(captions)
     ]
-    return f"<figure>{shown}<figcaption>{''.join(paragraphs)}<small>{number:,} · {size}</small></figcaption></figure>\n"
+    below = f"<small>{escape(name if isinstance(name, str) else f'sample {name:,}')} · {size} pixels</small>"
+    return f"<figure>{shown}<figcaption>{''.join(paragraphs)}{below}</figcaption></figure>\n"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -115,12 +134,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n'
 
 
-def _shaded(pieces: Sequence[Shade]) -> str:
-    largest = max((weight for _, weight in pieces if weight is not None), default=0.0) or 1.0
+def _shaded(pieces: Sequence[Shade], full: float | None) -> str:
+    full = full or max((weight for _, weight in pieces if weight is not None), default=0.0) or 1.0
     return "".join(
         escape(text)
         if weight is None
-        else f'<mark style="--w:{max(0.0, weight) / largest:.3f}" title="{weight:.3g}">{escape(text)}</mark>'
+        else f'<mark style="--w:{min(1.0, max(0.0, weight) / full):.3f}" title="{weight:.3g}">{escape(text)}</mark>'
         for text, weight in pieces
     )
 

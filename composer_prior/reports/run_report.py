@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from composer_prior.reports.chart import COLOURS, STYLE, Curve, Dash, Line, chart
-from composer_prior.reports.page import document, escape, samples_grid, table
+from composer_prior.reports.page import document, escape, legend, samples_grid, table
 
 TOKENS = {"all": "", "image-related": "_image_related", "other": "_other"}
 """The tokens that metrics are over, and how the names of those metrics end."""
@@ -15,8 +15,35 @@ TOKENS = {"all": "", "image-related": "_image_related", "other": "_other"}
 Figure = Mapping[str, float | None]
 """``value``, and ``low`` and ``high`` of its interval where there is one."""
 
+# What figures are called, and what they say; of those with a "lower" the lower is better.
+_WORDS = {
+    "loss": ("", "nats per token, lower is better; image-related tokens are those that the image determines"),
+    "total": ("", "chooses the true text by log P(text | image)"),
+    "per_token": ("", "chooses it by log P(text | image) per token"),
+    "without_prior": ("", "chooses it by log P(text | image) - log P(text), so that a likely text has no advantage"),
+    "cider_d": ("CIDEr-D", "how many rare n-grams captions share with people's, 0 to 10"),
+    "bleu": ("BLEU", "share of a caption's n-grams up to that length that people's captions have, 0 to 1"),
+    "rouge_l": ("ROUGE-L", "longest common sequence of words with people's captions, 0 to 1"),
+    "chair_i": ("CHAIR-i", "share of the mentions of objects that are not in the image; lower is better"),
+    "chair_s": ("CHAIR-s", "share of the captions that mention such an object; lower is better"),
+    "recall": ("", "share of what is there that is named"),
+    "precision": ("", "share of what is named that is there"),
+    "all_right": ("", "share of the captions that name all objects that are there and no other"),
+    "yes": ("", "share of the answers that are yes; neither is better"),
+    "f1": ("F1", "harmonic mean of precision and recall"),
+    "dependence": ("", "nats per token that the image adds to log P"),
+    "own_minus_another": ("", "nats per token by which its own image is better than another's"),
+    "rank_correlation": ("", "of the reference's weights with the dependence, within a caption"),
+    "precision_of_weights": ("", "share of image-related tokens among the heaviest"),
+}
 # Figures that others are compared with.
 _SHUFFLED, _TEXT_ONLY, _CHANCE, _ORACLE = "_shuffled", "text_only", "chance", "oracle"
+_COMPARED = {
+    _SHUFFLED: "shuffled images: what the model gets with the image of another sample",
+    _TEXT_ONLY: "text only: by log P(text) alone",
+    _CHANCE: "chance: by guessing",
+    _ORACLE: "oracle: by reading the scene itself, the most there is to get",
+}
 
 
 @dataclass
@@ -75,15 +102,15 @@ def run_report(
     logged = Logged.of(records)
     if benchmarks is None:
         benchmarks = _last_figures(logged)
-    figures = _results(validation or {}, benchmarks)
+    figures = results(validation or {}, benchmarks)
     charts = "".join(_training_charts(logged) + _benchmark_charts(logged))
     cards = list(cards)
     parts = [f"<p>{escape(_summary(logged))}</p>\n", figures]
     if charts:
         parts.append(f'<h2>Curves</h2>\n<p>{_thinning(logged)}</p>\n<div class="charts">\n{charts}</div>\n')
     if cards:
-        legend = "The darker a token, the more probable it was to the model; the pointer shows the probability."
-        parts.append(f"<h2>Captions of validation images</h2>\n<p>{legend}</p>\n{samples_grid(cards)}")
+        says = legend("The stronger the colour of a generated token, the more probable it was to the model")
+        parts.append(f"<h2>Captions of validation images</h2>\n{says}{samples_grid(cards)}")
     if recipe:
         parts.append(f"<details><summary>Recipe</summary><pre>{escape(recipe)}</pre></details>\n")
     return document(title, "".join(parts), STYLE)
@@ -126,7 +153,7 @@ def _training_charts(logged: Logged) -> list[str]:
         ("Accuracy", accuracy, "share of the tokens", False),
         ("Training loss with and without PRIOR's weights", weighted, "nats per token", True),
         ("PRIOR's weights", weights, "share", False),
-        ("Learning rate", rate, "learning rate", False),
+        *(("Learning rate", rate[i : i + COLOURS], "learning rate", False) for i in range(0, len(rate), COLOURS)),
     ]
     return [chart(title, lines, "batch", label, logged.end, log) for title, lines, label, log in found if lines]
 
@@ -141,15 +168,17 @@ def _benchmark_charts(logged: Logged) -> list[str]:
             by_benchmark[benchmark].append(figure)
     charts = []
     for benchmark, figures in by_benchmark.items():
-        lines, own = list[Line](), [figure for figure in figures if not _is_comparison(figure)]
-        for number, figure in enumerate(own):
-            for end, said in (("", ""), (_SHUFFLED, ", shuffled images")):
-                metric, colour = f"eval/{benchmark}/{figure}{end}", number % (COLOURS - 1)
-                lines += logged.line(metric, f"{_said(figure)}{said}", colour, dash="dashed" if end else "", dots=True)
-        lines += logged.line(f"eval/{benchmark}/{_TEXT_ONLY}", _said(_TEXT_ONLY), COLOURS - 1, "dashed")
-        lines += logged.line(f"eval/{benchmark}/{_CHANCE}", _CHANCE, COLOURS - 1, "dotted")
-        if lines:
-            charts.append(chart(f"Benchmark: {benchmark}", lines, "batch", "value", logged.end))
+        own = [figure for figure in figures if not _is_comparison(figure)]
+        for start in range(0, max(1, len(own)), COLOURS - 1):  # a colour for each
+            lines = list[Line]()
+            for colour, figure in enumerate(own[start : start + COLOURS - 1]):
+                for end, said in (("", ""), (_SHUFFLED, ", shuffled images")):
+                    metric, name = f"eval/{benchmark}/{figure}{end}", f"{_said(figure)}{said}"
+                    lines += logged.line(metric, name, colour, "dashed" if end else "", dots=True)
+            lines += logged.line(f"eval/{benchmark}/{_TEXT_ONLY}", _said(_TEXT_ONLY), COLOURS - 1, "dashed")
+            lines += logged.line(f"eval/{benchmark}/{_CHANCE}", _CHANCE, COLOURS - 1, "dotted")
+            if lines:
+                charts.append(chart(f"Benchmark: {benchmark}", lines, "batch", "value", logged.end))
     return charts
 
 
@@ -163,7 +192,7 @@ def _last_figures(logged: Logged) -> dict[str, dict[str, Figure]]:
     return found
 
 
-def _results(validation: Mapping[str, Mapping[str, float]], benchmarks: Mapping[str, Mapping[str, Figure]]) -> str:
+def results(validation: Mapping[str, Mapping[str, float]], benchmarks: Mapping[str, Mapping[str, Figure]]) -> str:
     parts = []
     names = [
         (f"{value}, {tokens}", f"{value}{end}") for value in ("loss", "accuracy") for tokens, end in TOKENS.items()
@@ -178,7 +207,20 @@ def _results(validation: Mapping[str, Mapping[str, float]], benchmarks: Mapping[
         if categories := [name for name in figures if "/" in name]:
             rest = _benchmark_table(benchmark, figures, categories)
             parts.append(f"<details><summary>{escape(benchmark)} by category</summary>{rest}</details>\n")
-    return f"<h2>Results</h2>\n{''.join(parts)}" if any(parts) else ""
+    shown = ["loss"] * bool(names) + [name.partition("/")[0] for figures in benchmarks.values() for name in figures]
+    return f"<h2>Results</h2>\n{''.join(parts)}{_explained(shown)}" if any(parts) else ""
+
+
+def _explained(figures: Sequence[str]) -> str:
+    """What the figures of the tables say, and what they are compared with."""
+    said = defaultdict[str, list[str]](list)
+    for figure in dict.fromkeys(figures):
+        if (words := _words(figure)[1]) and not _is_comparison(figure):
+            said[words].append(_said(figure))
+    lines = [f"{', '.join(names)}: {words}" for words, names in said.items()]
+    compared = [figure for figure in figures if _is_comparison(figure)]
+    lines += [words for end, words in _COMPARED.items() if any(figure.endswith(end) for figure in compared)]
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>\n" if lines else ""
 
 
 def _benchmark_table(benchmark: str, figures: Mapping[str, Figure], names: Sequence[str]) -> str:
@@ -192,7 +234,8 @@ def _benchmark_table(benchmark: str, figures: Mapping[str, Figure], names: Seque
         others = [f"{figure}{_SHUFFLED}{end}", f"{_TEXT_ONLY}{end}", f"{_CHANCE}{end}", f"{_ORACLE}{end}"]
         interval = [_shown(figures[name].get(bound)) for bound in ("low", "high")]
         shown = [_shown(figures[other]["value"]) or "-" if other in figures else "" for other in others]
-        said = " · ".join(filter(None, (benchmark, category, _said(figure))))
+        low = "lower is better" if "lower is better" in _words(figure)[1] else ""
+        said = " · ".join(filter(None, (benchmark, category, _said(figure), low)))
         rows.append(
             [said, _shown(figures[name].get("value")) or "-", " to ".join(interval) if all(interval) else "", *shown]
         )
@@ -206,8 +249,14 @@ def _is_comparison(figure: str) -> bool:
     return figure in (_TEXT_ONLY, _CHANCE, _ORACLE) or figure.endswith(_SHUFFLED)
 
 
+def _words(figure: str) -> tuple[str, str]:
+    """The name of a figure, or of that which its own begins with, if it has one, and what it says."""
+    return _WORDS.get(figure) or _WORDS.get(figure.rpartition("_")[0], ("", ""))
+
+
 def _said(figure: str) -> str:
-    return figure.replace("_", " ")
+    name, number = _words(figure)[0], figure.rpartition("_")[2]
+    return f"{name}-{number}" if name == "BLEU" else name or figure.replace("_", " ")
 
 
 def _shown(value: float | None) -> str:

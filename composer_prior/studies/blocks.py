@@ -9,7 +9,8 @@ from composer_prior.data.messages import visible
 from composer_prior.reports.page import document, escape, plain, table
 
 _STYLE = """
-td { white-space: normal; vertical-align: top }
+td { white-space: normal; vertical-align: top } th:first-child { white-space: normal; min-width: 9rem }
+table { font-size: .9em } th, td { padding: .2rem .4rem }
 figure { margin: 1rem 0; overflow-x: auto } figure svg { display: block; max-width: 100%; height: auto }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 0 1rem }
 """
@@ -76,7 +77,12 @@ def _html(block: Block) -> str:
 
 def _kept_together(cell: str) -> str:
     """A cell that breaks between a number, its interval and words, but not inside one of them."""
-    return re.sub(r"(\[[^\[\]]*,) ", "\\1\u00a0", cell).replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
+    return (
+        re.sub(r"(\[[^\[\]]*,) ", "\\1\u00a0", cell)
+        .replace(" %", "\u00a0%")
+        .replace(" ± ", "\u00a0±\u00a0")
+        .replace(" min", "\u00a0min")
+    )
 
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:

@@ -1,5 +1,6 @@
 """The page of a study, from its results file alone: what was run, what differs from the baseline, and how surely."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ FIGURES = "study_figures"
 """The folder of the pictures, beside the page."""
 
 _NAMED = 8  # of what is missing
+_ABREAST = 5  # methods, in columns of a table
 
 
 def write_report(results: Path) -> list[Path]:
@@ -64,6 +66,12 @@ def _pictures_of(page: Path) -> set[str]:
     return set(re.findall(rf"(?<!\\)\]\(({FIGURES}/[A-Za-z0-9_.]+\.svg)\)$", text, re.MULTILINE))
 
 
+def _side_by_side(methods: Sequence[str]) -> list[Sequence[str]]:
+    """Methods in as many parts as it takes for their columns to fit a screen."""
+    size = math.ceil(len(methods) / math.ceil(len(methods) / _ABREAST)) if methods else 1
+    return [methods[start : start + size] for start in range(0, max(1, len(methods)), size)]
+
+
 class _Page:
     """The blocks of a study's page, in order."""
 
@@ -75,10 +83,11 @@ class _Page:
         self._files: Counter[str] = Counter()
         self._overview()
         if any(cell.finished for cell in study.cells.values()):
-            self.blocks += what_was_run(study)
-            self._how()
             for grid in study.grids:
                 self._grid(grid)
+            self._how()
+            self.blocks += what_was_run(study)
+            self._made_of()
 
     def _say(self, *texts: str) -> None:
         self.blocks += (Paragraph(text) for text in texts if text)
@@ -104,14 +113,17 @@ class _Page:
             names = [self._run(dict(zip(study.axes, key, strict=True))) for key in missing[:_NAMED]]
             more = f"; and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
             self._say(f"Missing: {counted(len(missing), 'run')}: {'; '.join(names)}{more}.")
-        if beyond := sum(cell.finished for key, cell in study.cells.items() if key not in planned):
-            self._say(f"The file has {counted(beyond, 'finished run')} that no grid plans; the page is without them.")
         if not done:
             self._say("No run of this study is finished: there is nothing to compare yet.")
-            return
+
+    def _made_of(self) -> None:
+        study, planned = self.study, self.study.planned
+        done = [key for key in planned if key in study.cells and study.cells[key].finished]
+        if beyond := sum(cell.finished for key, cell in study.cells.items() if key not in planned):
+            self._say(f"The file has {counted(beyond, 'finished run')} that no grid plans; the page is without them.")
         known = {name for key in done for name, value in study.cells[key].figures.items() if value is not None}
         known |= {name for key in done for name in study.cells[key].curves}
-        if absent := [name for name in study.named if name not in known]:
+        if done and (absent := [name for name in study.named if name not in known]):
             self._say(f"No finished run has a number for: {', '.join(absent)}.")
         versions = dict[str, set[str]]()
         for key in done:
@@ -190,27 +202,25 @@ class _Page:
             for method in others
         }
         if figures and others:
-            rows = [["average of *", *(average(averages[method]) for method in others)]] if study.averaged else []
-            rows += [[self._figure(name), *(relative(found[method, name]) for method in others)] for name in figures]
             self._say(f"Relative improvement over {base}, positive where the method is better:")
-            self.blocks.append(Table(["figure", *others], rows))
+            for some in _side_by_side(others):
+                rows = [["average of *", *(average(averages[method]) for method in some)]] if study.averaged else []
+                rows += [[self._figure(name), *(relative(found[method, name]) for method in some)] for name in figures]
+                self.blocks.append(Table(["figure", *some], rows))
             self._notes(base, others, setting, seeds, found, averages)
         if figures:
-            rows = [
-                [
-                    self._figure(name),
-                    mean_and_sd(numbers(values[base, name])),
-                    *(difference(found[method, name]) for method in others),
-                ]
-                for name in figures
-            ]
+            own = {name: mean_and_sd(numbers(values[base, name])) for name in figures}
             self._say(
                 f"{base}'s mean ± standard deviation over its seeds, and the others' difference to it, method minus "
                 f"{base}: positive is better where higher is, negative where lower is, as each row says."
                 if others
                 else f"{base}'s mean ± standard deviation over its seeds:"
             )
-            self.blocks.append(Table(["figure", base, *others], rows))
+            for some in _side_by_side(others):
+                rows = [
+                    [self._figure(name), own[name], *(difference(found[m, name]) for m in some)] for name in figures
+                ]
+                self.blocks.append(Table(["figure", base, *some], rows))
         self._forest(grid, setting, base, others, averages, found)
 
     def _forest(

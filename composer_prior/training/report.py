@@ -42,9 +42,9 @@ def write_report(
     file.unlink(missing_ok=True)
     logged = next(logger for logger in trainer.logger.destinations if isinstance(logger, MetricsFile))
     cards = [
-        sample_card(number, image, [true, own.text], [[(true, None)], own.pieces], ["true", "generated"])
-        for number, (image, true, own) in enumerate(
-            zip(samples.images, samples.captions, samples.generated, strict=True), 1
+        sample_card(number, image, [true, own.text], [[(true, None)], own.pieces], ["true", "generated"], (1, 1))
+        for number, image, true, own in zip(
+            samples.numbers, samples.images, samples.captions, samples.generated, strict=True
         )
     ]
     text = Path(recipe.run_folder, "config.yaml").read_text()

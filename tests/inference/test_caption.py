@@ -1,6 +1,8 @@
 """The command that captions images: from files, folders and buckets, with bad images, resumed and refused."""
 
+import html
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,37 @@ def test_the_page_shades_tokens_by_their_probability(here, beams):
         )
     assert all(0 <= probability <= 1 for _, probability in caption.pieces)
     assert "".join(text for text, _ in caption.pieces) == caption.text == lines()[0]["caption"]
+
+
+def test_the_page_has_all_captions_of_the_file(here):
+    """In whatever number of calls they were made; those of a call without page= have no shades."""
+    run("photo.jpg", "images", "num_workers=0", "page=whole/page.html", "out=whole.jsonl")
+    whole = Path("whole/page.html").read_text()
+    run("photo.jpg", "num_workers=0", "page=page.html")
+    for _ in range(2):  # the last call has nothing left to do
+        run("photo.jpg", "images", "num_workers=0", "page=page.html")
+        assert Path("page.html").read_text() == whole
+    named = [Path(name).name for name in re.findall(r"<small>([^<]*) · \d+ by \d+ pixels</small>", whole)]
+    assert named == ["photo.jpg", "0.png", "1.png", "2.png", "4.png", "3.png"]
+    run("photo.jpg", "num_workers=0", "out=other.jsonl")
+    Path("photo.jpg").unlink()
+    run("images/0.png", "num_workers=0", "out=other.jsonl", "page=other.html")
+    first, second = re.findall("<figure>.*?</figure>", Path("other.html").read_text(), flags=re.DOTALL)
+    assert ("<mark" in first, "no image" in first, lines("other.jsonl")[0]["caption"] in html.unescape(first)) == (
+        False,
+        True,
+        True,
+    )
+    assert "<mark" in second
+
+
+def test_the_shade_of_a_token_is_its_probability(here):
+    run("images", "num_workers=0", "page=page.html")
+    figures = "".join(re.findall("<figure>.*?</figure>", Path("page.html").read_text(), flags=re.DOTALL))
+    shades = re.findall(r'<mark style="--w:([\d.]+)" title="([^"]+)"', figures)
+    assert shades
+    assert all(float(shade) == pytest.approx(float(value), abs=6e-4, rel=6e-3) for shade, value in shades)
+    assert max(float(shade) for shade, _ in shades) < 0.5  # a model that was never trained is sure of nothing
 
 
 def test_a_caption_is_whole_where_the_tokenizer_rewrites_what_it_said(here):

@@ -137,6 +137,31 @@ def test_results_stand_beside_the_reference_and_chance():
     ]
 
 
+def test_figures_are_explained_and_curves_have_colours_of_their_own():
+    figures = {f"bleu_{n}": 0.1 for n in (1, 2, 3, 4)} | {"cider_d": 0.2, "rouge_l": 0.3, "chair_i": 0.4, "total": 0.5}
+    figures |= {"total_shuffled": 0.4, "oracle": 1.0}
+    records = [{"batch": b, **{f"eval/all/{name}": v + b / 10 for name, v in figures.items()}} for b in (1, 2)]
+    page = run_report(records, "run", validation={"run": {"loss": 2.0}})
+    rows = [row[0] for row in cells(page)]
+    assert {"all · CIDEr-D", "all · BLEU-4", "all · ROUGE-L", "all · CHAIR-i · lower is better"} <= {*rows}
+    said = "\n".join(re.findall("<li>(.*?)</li>", page))
+    for words in (
+        "loss: nats per token, lower is better",
+        "CHAIR-i: share of the mentions of objects that are not in the image; lower is better",
+        "BLEU-1, BLEU-2, BLEU-3, BLEU-4: ",
+        "CIDEr-D: ",
+        "total: ",
+        "shuffled images: ",
+        "oracle: ",
+    ):
+        assert words in said
+    assert "text only" not in said  # nothing is explained that is not there
+    assert charts(page) == ["Benchmark: all"] * 2
+    for svg in re.findall("<svg.*?</svg>", page, flags=re.DOTALL):
+        drawn = re.findall(r'<g class="(k\d)"><polyline class="(.*?)"', svg)
+        assert len(drawn) == len(set(drawn))
+
+
 def test_what_a_run_lacks_is_not_there():
     for records in ([], [{"batch": 0}], [{"batch": 0, "metrics/train/loss": None, "lr-x": math.nan, "note": "text"}]):
         page = run_report(records, "run")

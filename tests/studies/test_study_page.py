@@ -63,13 +63,13 @@ def page(folder) -> tuple[str, str]:
 
 def test_differences_are_found_and_none_where_there_is_none(page):
     markdown, _ = page
-    assert tables(markdown)[1][0] == ["figure", "prior", "noise"]
-    assert row(markdown, 1, "foils/total")[1].endswith(" better")
-    assert row(markdown, 1, "validation/loss (lower")[1].startswith("+")
-    assert row(markdown, 1, "validation/loss (lower")[1].endswith(" better")
-    assert row(markdown, 1, "validation/loss_other")[1].startswith("-")
-    assert row(markdown, 1, "validation/loss_other")[1].endswith(" worse")
-    assert row(markdown, 1, "captions/cider")[1].endswith(" no difference seen")
+    assert tables(markdown)[0][0] == ["figure", "prior", "noise"]
+    assert row(markdown, 0, "foils/total")[1].endswith(" better")
+    assert row(markdown, 0, "validation/loss (lower")[1].startswith("+")
+    assert row(markdown, 0, "validation/loss (lower")[1].endswith(" better")
+    assert row(markdown, 0, "validation/loss_other")[1].startswith("-")
+    assert row(markdown, 0, "validation/loss_other")[1].endswith(" worse")
+    assert row(markdown, 0, "captions/cider")[1].endswith(" no difference seen")
     for table in tables(markdown):
         for cells in table[2:]:
             for cell in cells:
@@ -80,6 +80,25 @@ def test_differences_are_found_and_none_where_there_is_none(page):
                         assert low > 0 or high < 0
                     if low < 0 < high:
                         assert match[4] == "no difference seen"
+
+
+def test_the_answer_comes_before_the_bookkeeping(page):
+    """The first table is the first comparison; how it was measured and what was run follow all grids."""
+    for text in page:
+        places = [
+            text.index(words) for words in ("Relative improvement", "How it was measured", "What was run", "Versions: ")
+        ]
+        assert places == sorted(places)
+        assert text.index("Grid compute") < places[1]
+
+
+def test_tables_of_many_methods_fit_a_screen(tmp_path):
+    methods = {"ntp": {}, **{f"m{number}": {} for number in range(7)}}
+    study = header(axes={"method": methods, "seed": [1, 2, 3]}, grids=METHODS, fits={})
+    markdown, _ = report(tmp_path, study, lines_of(study))
+    compared = [table[0] for table in tables(markdown) if table[0][0] == "figure"]
+    assert compared[:2] == [["figure", "m0", "m1", "m2", "m3"], ["figure", "m4", "m5", "m6"]]
+    assert compared[2:] == [["figure", "ntp", "m0", "m1", "m2", "m3"], ["figure", "ntp", "m4", "m5", "m6"]]
 
 
 def test_figures_are_those_of_the_file(page, tmp_path):
@@ -93,15 +112,15 @@ def test_figures_are_those_of_the_file(page, tmp_path):
         ]  # fmt: skip
 
     ntp, prior = of("ntp", "validation", "loss"), of("prior", "validation", "loss")
-    cells = row(markdown, 2, "validation/loss (lower")
+    cells = row(markdown, 1, "validation/loss (lower")
     mean, sd = map(float, cells[1].split(" ± "))
     assert (mean, sd) == (pytest.approx(fmean(ntp), abs=0.001), pytest.approx(stdev(ntp), rel=0.05))
     assert float(cells[2].split()[0]) == pytest.approx(fmean(prior) - fmean(ntp), abs=0.0005)
     foils = fmean(of("prior", "foils", "total")) / fmean(of("ntp", "foils", "total")) - 1
     captions = fmean(of("prior", "captions", "cider")) / fmean(of("ntp", "captions", "cider")) - 1
-    average = row(markdown, 1, "average of")
+    average = row(markdown, 0, "average of")
     assert float(average[1].split()[0]) == pytest.approx(100 * (foils + captions) / 2, abs=0.006)
-    run = row(markdown, 0, "prior")
+    run = row(markdown, -1, "prior")
     assert run[1:] == ["5 of 5", "40", "320", "100", "", "5.24e+10", "2e+09", "0", "0.6 min"]
     assert (
         "Steps, samples and unique samples are equal within 0.5 %; prior used 1.31 times the FLOPs of ntp; " in markdown
@@ -259,17 +278,17 @@ def test_what_is_missing_is_named(tmp_path):
     assert "No finished run has a number for: pope/accuracy." in markdown
     assert "noise, foils/total: without a number at seed 3, which is left out of this figure." in markdown
     assert "prior: 4 seeds in common with ntp." in markdown
-    assert row(markdown, 0, "prior")[1] == "4 of 5"
+    assert row(markdown, -1, "prior")[1] == "4 of 5"
     assert "pope" not in json.dumps(tables(markdown))
 
 
 def test_differences_are_called_better_or_worse_whatever_their_sign(page):
     markdown, _ = page
-    assert row(markdown, 2, "validation/loss (lower")[2].startswith("-")
-    assert row(markdown, 2, "validation/loss (lower")[2].endswith("] better")
-    assert row(markdown, 2, "validation/loss_other")[2].startswith("+")
-    assert row(markdown, 2, "validation/loss_other")[2].endswith("] worse")
-    assert row(markdown, 2, "captions/cider")[2].endswith("]")
+    assert row(markdown, 1, "validation/loss (lower")[2].startswith("-")
+    assert row(markdown, 1, "validation/loss (lower")[2].endswith("] better")
+    assert row(markdown, 1, "validation/loss_other")[2].startswith("+")
+    assert row(markdown, 1, "validation/loss_other")[2].endswith("] worse")
+    assert row(markdown, 1, "captions/cider")[2].endswith("]")
     assert "method minus ntp: positive is better where higher is, negative where lower is" in markdown
 
 
@@ -291,7 +310,7 @@ def test_a_baseline_of_0_has_no_relative_improvement(tmp_path):
 
     study = header(grids=METHODS)
     markdown, _ = report(tmp_path, study, lines_of(study, zero))
-    assert row(markdown, 1, "foils/total")[1] == "none better"
+    assert row(markdown, 0, "foils/total")[1] == "none better"
     assert "prior, foils/total: the baseline's mean is 0, so there is no relative improvement." in markdown
     assert "prior: the average is without foils/total." in markdown
 
