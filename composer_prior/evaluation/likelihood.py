@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from composer_prior.data.messages import DataError, one_line
 from composer_prior.data.tokenizer import CaptionFormat, encode_caption
 from composer_prior.models.continuation import continuation_logprobs, same
-from composer_prior.models.language import head_of
+from composer_prior.models.language import generate_greedily, head_of
 from composer_prior.models.lvlm import LVLM
 from composer_prior.models.reference import ReferenceLM
 
@@ -79,13 +79,15 @@ class HuggingFaceModel:
     """Any image-text-to-text model of transformers, through its processor.
 
     Args:
-        model: such as a LLaVA, a Qwen2-VL or an Idefics3; put in evaluation mode.
+        model: such as a LLaVA, a Qwen2-VL or an Idefics3; put in evaluation mode, and its defaults of generation, such
+            as a repetition penalty, are taken away.
         processor: of the model. With a chat template, image and prompt are what the user says.
     """
 
     def __init__(self, model: Any, processor: Any):
         self.model = model.eval()
         self.processor = processor
+        generate_greedily(model)
         if not hasattr(model, "model") or model.get_output_embeddings() is None:
             raise DataError(f"{type(model).__name__} has no decoder and head that texts could be scored with.")
 

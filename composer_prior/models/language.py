@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -16,6 +17,11 @@ from composer_prior.models.head import Head, TransformedHead
 from composer_prior.models.modeling_prior_lvlm import decoder_of, logit_transform
 
 VOCABULARY_MULTIPLE = 64
+# Of what transformers' GenerationConfig holds, that which changes no text.
+_KEPT = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("use_cache", "output_attentions", "output_hidden_states", "transformers_version"),
+}
 
 
 def build_language_model(
@@ -113,6 +119,30 @@ def _grow(model: PreTrainedModel, rows: int) -> None:
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         for tensor in module.parameters():
             tensor[known:] = tensor[:known].mean(0)
+
+
+def generate_greedily(model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Let a model generate the most likely tokens unless a call says otherwise, and be saved so.
+
+    A model of a hub brings defaults, such as a repetition penalty, beams or a temperature, which transformers applies
+    without a word and may refuse to write.
+
+    Args:
+        model: of transformers, or one of PEFT around it.
+        tokenizer: whose beginning, end and padding of a sequence the model takes. Default: it keeps its own.
+    """
+    model = causal_lm_of(model)
+    neutral = {name: value for name, value in vars(GenerationConfig()).items() if name not in _KEPT}
+    for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
+        for name in vars(config).keys() & neutral.keys():
+            setattr(config, name, getattr(PretrainedConfig(), name, None))
+    if model.generation_config is not None:  # of a class that generates
+        vars(model.generation_config).update(neutral)
+        if tokenizer is not None:
+            eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+            model.generation_config.update(
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=pad if pad is not None else eos
+            )
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

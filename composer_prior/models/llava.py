@@ -30,7 +30,7 @@ from transformers import (
 from composer_prior.data.messages import one_line
 from composer_prior.data.storage import whole_folder, written_here
 from composer_prior.data.tokenizer import bos_id
-from composer_prior.models.language import vocabulary_size
+from composer_prior.models.language import generate_greedily, vocabulary_size
 from composer_prior.models.llava_check import PICTURES, Comparison, LlavaError, compare, failure, refusal
 from composer_prior.models.lvlm import LVLM
 from composer_prior.models.modeling_prior_lvlm import CHAT_TEMPLATE, IMAGE_TOKEN, decoder_of, logit_transform
@@ -164,11 +164,7 @@ def llava_of(model: LVLM) -> tuple[Any, Any]:
     except RuntimeError as error:
         raise refusal("the model", one_line(error)) from error
     llava.tie_weights()
-    llava.generation_config.update(
-        eos_token_id=model.tokenizer.eos_token_id,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        bos_token_id=model.tokenizer.bos_token_id,
-    )
+    generate_greedily(llava, model.tokenizer)
     return llava, processor
 
 

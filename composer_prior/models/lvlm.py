@@ -19,6 +19,7 @@ from composer_prior.models.label_logits import label_logits, on_text_alone
 from composer_prior.models.language import (
     causal_lm_of,
     decoder_layers,
+    generate_greedily,
     head_of,
     is_decoder_layer,
     last_hidden_states,
@@ -70,6 +71,7 @@ class LVLM(nn.Module):
             raise ValueError(f"label_smoothing={label_smoothing}: expected a share in [0, 1).")
         if label_smoothing:
             _linear_part(head_of(language))  # or refuse it before training
+        generate_greedily(language, tokenizer)
         self.label_smoothing = label_smoothing
         self.vision = vision
         self.projector = projector or nn.Identity()

@@ -17,13 +17,13 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoProcessor,
-    GenerationConfig,
     PreTrainedTokenizerBase,
 )
 
 from composer_prior.data.messages import DataError, one_line
 from composer_prior.data.storage import whole_folder
 from composer_prior.data.tokenizer import image_token_ids
+from composer_prior.models.language import generate_greedily
 from composer_prior.models.modeling_prior_lvlm import (
     PriorLVLMConfig,
     PriorLVLMForConditionalGeneration,
@@ -118,8 +118,8 @@ def save_folder(
     """
     config = hugging_face_config(model)
     with torch.device("meta"):
-        form = PriorLVLMForConditionalGeneration(config)
-    form.generation_config = _generation_config(model.tokenizer)
+        form: Any = PriorLVLMForConditionalGeneration(config)
+    generate_greedily(form, model.tokenizer)
     state = None if weights is None else hugging_face_weights(weights, form)
     with whole_folder(Path(folder), replace=True) as temporary:
         if state is None:
@@ -130,12 +130,6 @@ def save_folder(
         build_processor(model, prompt).save_pretrained(temporary)
         if card is not None:
             (temporary / "README.md").write_text(card)
-
-
-def _generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    eos = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
-    return GenerationConfig(eos_token_id=eos, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id)
 
 
 def hugging_face_weights(weights: Mapping[str, Tensor], form: PriorLVLMForConditionalGeneration) -> dict[str, Tensor]:

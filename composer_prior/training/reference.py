@@ -5,15 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from composer.utils import dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch import Tensor
 
 from composer_prior.data.lines import read_object
-from composer_prior.data.storage import full_disk_told, whole_folder
+from composer_prior.data.storage import whole_folder
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.lvlm import LVLM
 from composer_prior.training.config import TrainConfig
-from composer_prior.training.finite import check_weights
 
 REFERENCE_CARD = "reference.json"
 # What decides which model a recipe makes; a reference made with other values is not the one that a recipe asks for.
@@ -35,31 +33,31 @@ def model_folder(recipe: TrainConfig) -> Path:
     return Path(recipe.run_folder) / "model"
 
 
-def save_reference(recipe: TrainConfig, model: LVLM, data: str, validation: Mapping[str, float]) -> None:
+def write_reference(
+    folder: Path,
+    recipe: TrainConfig,
+    model: LVLM,
+    weights: Mapping[str, Tensor],
+    data: str,
+    validation: Mapping[str, float],
+) -> None:
     """Write model, tokenizer and a card of what they were made from; the folder exists only when it is whole.
 
-    Every rank calls it, since the weights may be sharded among them; rank 0 writes.
-
     Args:
+        folder: where to.
         recipe: of the run.
         model: without a vision tower.
+        weights: of the model, whole and on the CPU.
         data: fingerprint of the training data.
-        validation: final metrics.
+        validation: metrics.
     """
-    folder = model_folder(recipe)
-    check_weights(model, f"{folder} is not written")
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights: Any = get_model_state_dict(model, submodules={model.language}, options=options)
-    if dist.get_global_rank() != 0:
-        return
     card = {
         "data": data,
         "tokenizer": tokenizer_fingerprint(model.tokenizer),
         "recipe": {key: getattr(recipe, key) for key in _IDENTITY},
         "validation": validation,
     }
-    size = sum(tensor.nbytes for tensor in weights.values())
-    with full_disk_told(folder, size), whole_folder(folder, replace=True) as temporary:
+    with whole_folder(folder, replace=True) as temporary:
         prefix = "language."
         language: Any = model.language
         language.save_pretrained(temporary, state_dict={k.removeprefix(prefix): v for k, v in weights.items()})

@@ -23,7 +23,7 @@ from composer_prior.reports.closing import trained_model, validation_metrics
 from composer_prior.training.checkpoints import find_weights, read_weights
 from composer_prior.training.config import TrainConfig
 from composer_prior.training.finite import check_weights
-from composer_prior.training.reference import model_folder
+from composer_prior.training.reference import model_folder, write_reference
 
 ARCHITECTURE = "architecture"  # a folder of the run: the model in Hugging Face form without weights, for checkpoints
 
@@ -43,33 +43,38 @@ def save_model(
 ) -> None:
     """Write the model in Hugging Face form, with a card of what it was made from; the folder is whole or not there.
 
-    Every rank calls it, since the weights may be sharded among them; rank 0 writes.
+    A model without a vision tower is written as a reference. Every rank calls it, since the weights may be sharded
+    among them; rank 0 writes.
 
     Args:
         recipe: of the run.
-        model: with a vision tower.
+        model: to be written.
         data: the training data, a :class:`.StreamingCaptionDataset`.
         validation: metrics.
         out: folder or remote. Default: ``model`` in the run's folder.
     """
     out = out or str(model_folder(recipe))
     check_weights(model, f"{out} is not written")
-    if not has_architecture(recipe):
+    if model.vision is not None and not has_architecture(recipe):
         return  # the run has said why
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: Any = get_model_state_dict(model, options=options)
     if dist.get_global_rank() != 0:
         return
-    card = model_card(recipe, model, data.fingerprint, validation)
     try:
         size = sum(tensor.nbytes for tensor in weights.values())
         with full_disk_told(out, size), tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "model") if is_remote(out) else Path(out)
-            save_folder(model, folder, weights, data.prompt, card)
+            if model.vision is None:
+                write_reference(folder, recipe, model, weights, data.fingerprint, validation)
+            else:
+                card = model_card(recipe, model, data.fingerprint, validation)
+                save_folder(model, folder, weights, data.prompt, card)
             if is_remote(out):
                 Place(None, out, Path(temporary), ATTEMPTS).publish(folder, sorted(os.listdir(folder)))
     except (ValueError, OSError, StorageError) as error:
-        if isinstance(error, WriteError) and out == str(model_folder(recipe)):
+        needed = model.vision is None or isinstance(error, WriteError)
+        if needed and out == str(model_folder(recipe)):
             raise  # the run's end; on the way it goes on without
         announce(f"Model: {out} was not written: {one_line(error)}.")
 

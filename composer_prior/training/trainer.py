@@ -50,7 +50,7 @@ from composer_prior.training.finite import FiniteSteps, check_weights
 from composer_prior.training.metrics_file import MetricsFile
 from composer_prior.training.optimizer import build_optimizer
 from composer_prior.training.preflight import build_loaders, check_checkpointing, check_fit, one_line_errors
-from composer_prior.training.reference import check_reference, model_folder, read_card, save_reference
+from composer_prior.training.reference import check_reference, model_folder, read_card
 from composer_prior.training.report import report_file, write_report
 from composer_prior.training.resume import Checkpoints, find_start
 from composer_prior.training.saving import HuggingFaceCheckpointer, save_architecture, save_model
@@ -189,11 +189,7 @@ def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
         for benchmark in _benchmarks(trainer):
             benchmark.run(trainer.state, trainer.logger)
         if isinstance(model, ComposerLVLM):
-            metrics = validation_metrics(trainer.state)
-            if model.model.vision is None:
-                save_reference(recipe, model.model, data.fingerprint, metrics)
-            else:
-                save_model(recipe, model.model, data, metrics)
+            save_model(recipe, model.model, data, validation_metrics(trainer.state))
         dist.barrier()
         _report(recipe, trainer)
     except BaseException:
