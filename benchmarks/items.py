@@ -49,7 +49,6 @@ from composer_prior.data.batch import CaptionCollator
 from composer_prior.data.captions import StreamingCaptionDataset, caption_data_spec
 from composer_prior.models.head import labelled_nll, weighted_mean
 from composer_prior.models.language import head_of, last_hidden_states
-from composer_prior.models.matmul import use_onednn
 from composer_prior.models.reference import ReferenceLM
 
 Row = dict[str, Any]
@@ -73,7 +72,7 @@ def prior_over_ntp(repetitions: int) -> list[Row]:
     ours = build_ours()
     torch.manual_seed(5)
     lm = build_lm()
-    reference = PRIOR(ReferenceLM(use_onednn(lm), build_tokenizer()))
+    reference = PRIOR(ReferenceLM(lm, build_tokenizer()))
     stamps = {name: Stamps() for name in ("ntp", "stored", "live")}
     runs = {
         "ntp": (our_trainer(copy.deepcopy(ours), without_scores, stamps["ntp"]), stamps["ntp"]),
@@ -157,7 +156,7 @@ def scoring(repetitions: int) -> list[Row]:
     lm = build_lm().eval()
     lengths = caption_lengths(512, 3.13, 0.65, 154)
     texts = [[1, *torch.randint(FIRST_WORD, VOCABULARY, (n,)).tolist()] for n in lengths.tolist()]
-    reference = ReferenceLM(use_onednn(copy.deepcopy(lm)), build_tokenizer())
+    reference = ReferenceLM(copy.deepcopy(lm), build_tokenizer())
     results: dict[str, list[Tensor]] = {}
     seconds = interleaved(
         {
@@ -305,7 +304,7 @@ def growth(repetitions: int) -> list[Row]:
 def _growth_case(**arguments: Any) -> tuple[Callable[[], None], Callable[[], Any], Callable[[], float]]:
     batch = training_batches(1, **arguments)[0]
     model = build_ours(arguments.get("vocabulary", VOCABULARY))
-    reference = ReferenceLM(use_onednn(build_lm(arguments.get("vocabulary", VOCABULARY))), build_tokenizer())
+    reference = ReferenceLM(build_lm(arguments.get("vocabulary", VOCABULARY)), build_tokenizer())
     optimizer = adamw(model)
     losses: list[float] = []
 

@@ -1,8 +1,7 @@
 """What our own code gains over the library's: ``python -m benchmarks.libraries [images=4096] [rounds=7]``.
 
 The same job takes turns with a piece of ours and with what the library has instead: a conversion with our writer of
-shards and with ``MDSWriter``, reading from a remote with our loops and with those of ``StreamingDataset``, scoring and
-a training step with oneDNN's products and with PyTorch's own.
+shards and with ``MDSWriter``, and reading from a remote with our loops and with those of ``StreamingDataset``.
 """
 
 import json
@@ -22,13 +21,10 @@ from streaming import MDSWriter, StreamingDataset
 from benchmarks.conversion import make_source
 from benchmarks.measure import in_process, interleaved, prepare_process, ratio
 from benchmarks.reading import epochs
-from benchmarks.setup import adamw, build_lm, build_ours, build_tokenizer, training_batches
 from composer_prior.conversion import units
 from composer_prior.conversion.convert import convert_captions
 from composer_prior.data.captions import StreamingCaptionDataset, caption_data_spec
 from composer_prior.data.tokenizer import train_tokenizer
-from composer_prior.models import matmul
-from composer_prior.models.reference import ReferenceLM
 
 DEFAULTS = {"images": 4096, "rounds": 7, "threads": os.cpu_count(), "folder": None}
 
@@ -112,34 +108,6 @@ def reading(given: Any, folder: Path, workers: int) -> None:
     report(f"reading, {workers} workers", interleaved({name: epoch(name) for name in loaders}, given.rounds))
 
 
-def products(given: Any) -> None:
-    """Scoring and a training step with either products."""
-    batches = training_batches(4)
-    model = build_ours()
-    reference = ReferenceLM(matmul.use_onednn(build_lm()), build_tokenizer())
-    optimizer = adamw(model)
-
-    def score() -> None:
-        for batch in batches:
-            reference.logprobs(batch["input_ids"], batch["attention_mask"], batch["labels"], model.image_token_ids)
-
-    def step() -> None:
-        for batch in batches:
-            model.loss(model(batch), batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def by_pytorch(function: Callable[[], None]) -> Callable[[], None]:
-        def run() -> None:
-            with patch.object(matmul, "_has_onednn", lambda *_: False):
-                function()
-
-        return run
-
-    for name, job in {"scoring": score, "training": step}.items():
-        report(name, interleaved({"ours": job, "PyTorch's products": by_pytorch(job)}, given.rounds))
-
-
 def report(what: str, seconds: Mapping[str, list[float]]) -> None:
     """One line for each thing instead of ours: how many times longer it takes."""
     (_, ours), *others = seconds.items()
@@ -153,7 +121,6 @@ def main(arguments: list[str]) -> None:
     given = OmegaConf.merge(DEFAULTS, OmegaConf.from_dotlist(arguments))
     prepare_process(given.threads)
     print("| what | instead of ours | ours | it takes | in each round |\n| --- | --- | --- | --- | --- |", flush=True)
-    products(given)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         writing(given, Path(folder))
         for workers in (2, 8):

@@ -27,7 +27,6 @@ from composer_prior.data.batch import IGNORE_INDEX, count_tokens
 from composer_prior.data.tokenizer import add_image_tokens, image_token_ids
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.lvlm import LVLM
-from composer_prior.models.matmul import use_onednn
 from composer_prior.models.projector import build_projector
 from composer_prior.models.vision import OpenCLIPTower
 
@@ -68,7 +67,7 @@ def build_ours(vocabulary: int = VOCABULARY) -> ComposerLVLM:
     torch.manual_seed(17)
     tower = OpenCLIPTower("prior-vit-tiny", layer=-1)
     lm = build_lm(vocabulary)
-    return use_onednn(ComposerLVLM(LVLM(tower, build_projector("mlp", tower.width, HIDDEN), lm, build_tokenizer())))
+    return ComposerLVLM(LVLM(tower, build_projector("mlp", tower.width, HIDDEN), lm, build_tokenizer()))
 
 
 def build_llava(ours: ComposerLVLM) -> LlavaForConditionalGeneration:

@@ -46,7 +46,6 @@ from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.captions import caption_data_spec
 from composer_prior.data.tokenizer import train_tokenizer
 from composer_prior.emoji_scenes.writing import make_emoji_scenes, make_sample
-from composer_prior.models.matmul import use_onednn
 from composer_prior.models.projector import build_projector
 from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding
 
@@ -318,10 +317,8 @@ def small_model(family: str, **settings: Any) -> ComposerLVLM:
     if family == "encoder":
         tower: nn.Module = OpenCLIPTower("prior-vit-tiny", image_size=24)
         projector = build_projector("mlp", tower.width, 32)  # type: ignore[arg-type]
-        return use_onednn(ComposerLVLM(LVLM(tower, projector, lm, tokenizer, **settings)))
-    return use_onednn(
-        ComposerLVLM(LVLM(PatchEmbedding(32, patch_size=16, max_side=48), None, lm, tokenizer, **settings))
-    )
+        return ComposerLVLM(LVLM(tower, projector, lm, tokenizer, **settings))
+    return ComposerLVLM(LVLM(PatchEmbedding(32, patch_size=16, max_side=48), None, lm, tokenizer, **settings))
 
 
 def run(name: str, case: Case, family: str, order: str) -> str:

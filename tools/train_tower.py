@@ -27,7 +27,6 @@ from composer_prior.emoji_scenes.scenes import (
     sample_rng,
     sample_scene,
 )
-from composer_prior.models.matmul import use_onednn
 from composer_prior.models.vision import OpenCLIPTower
 from composer_prior.options import options_of, parse_options
 
@@ -64,7 +63,7 @@ def train_tower(
     tower = OpenCLIPTower(architecture, layer=-1)
     tower.encoder.load_state_dict(clip.visual.state_dict(), strict=False)
     heads = Heads(tower.width)
-    model = use_onednn(nn.ModuleList([tower, heads]))
+    model = nn.ModuleList([tower, heads])
     matrices = [p for name, p in model.named_parameters() if "resblocks" in name and p.ndim == 2]
     chosen = set(matrices)
     muon = Muon(matrices)

@@ -2,26 +2,22 @@
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, ClassVar
-
-import numpy as np
+from typing import ClassVar
 
 from composer_prior.emoji_scenes.drawings import check_drawings, versions
 from composer_prior.emoji_scenes.scenes import CLASSES, draw_scene
 from composer_prior.emoji_scenes.statements import Statements
-from composer_prior.evaluation.choices import Choice, ChoiceBenchmark, point
-from composer_prior.evaluation.likelihood import VisionLanguageModel
-from composer_prior.evaluation.oracle import SCENE, SceneOracle
+from composer_prior.evaluation.choices import Choice, ChoiceBenchmark
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.registry import did_you_mean
+
+SCENE = "scene"  # the key of an image's `info` that holds its scene
 
 
 class SceneChoices(ChoiceBenchmark):
     """Choices among texts about emoji scenes, none of which training shows: all are held-out combinations.
-
-    Beside the figures of every choice between texts stands what one gets who reads the scene itself (``oracle``).
 
     Args:
         samples: how many; categories take turns.
@@ -73,17 +69,6 @@ class SceneChoices(ChoiceBenchmark):
 
     def choice(self, number: int) -> Choice:
         return self._choice(number)
-
-    def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        predictions = super().predict(model, numbers)
-        for number, prediction in zip(numbers, predictions, strict=True):
-            sample = self.choice(number)
-            (scores,) = SceneOracle().logprobs([sample.image], [sample.texts], sample.prompt)
-            prediction["logprobs_oracle"] = [sum(text.values) for text in scores]
-        return predictions
-
-    def points(self, prediction: Mapping[str, Any]) -> dict[str, float]:
-        return super().points(prediction) | {"oracle": point(np.array(prediction["logprobs_oracle"]))}
 
     def _make_choice(self, number: int) -> Choice:
         index, turn = divmod(number, len(self.categories))

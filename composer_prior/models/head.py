@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from composer_prior.data.batch import IGNORE_INDEX
-from composer_prior.models.matmul import OneDNNLinear, matmul
 
 try:  # the extra `cuda`
     from cut_cross_entropy import linear_cross_entropy
@@ -158,7 +157,7 @@ def is_plain_linear(head: nn.Module) -> bool:
     """Whether the head is its weight and bias and nothing else: no adapter, no hook (FSDP's, say), no shards."""
     return (
         isinstance(head, nn.Linear)
-        and type(head).forward in (nn.Linear.forward, OneDNNLinear.forward)
+        and type(head).forward is nn.Linear.forward
         and type(head.weight) in (Tensor, nn.Parameter)
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
     )
@@ -239,11 +238,11 @@ class _LinearNLL(torch.autograd.Function):
                 p = p.to(hidden.dtype)  # [n, v], the probabilities within the block, times the cap's slopes
                 share = shares[number, :, None]  # [n, 1], the probability of the block
                 if grad_hidden is not None:
-                    grad_hidden.addcmul_(matmul(p, weight[block]).to(grad_hidden.dtype), share)
+                    grad_hidden.addcmul_((p @ weight[block]).to(grad_hidden.dtype), share)
                 row_scale = grad[:, None] * share
                 if grad_weight is not None:
                     scaled = (hidden * row_scale).to(hidden.dtype)
-                    grad_weight[block] = matmul(scaled.T.contiguous(), p).T
+                    grad_weight[block] = p.T @ scaled
                 if grad_bias is not None:
                     grad_bias[block] = (row_scale.to(p.dtype).T @ p)[0]
         if grad_hidden is not None:
@@ -296,7 +295,7 @@ def _blocks(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, block: slice) -> Tensor:
-    logits = _at_least_float32(matmul(hidden, weight[block].T))
+    logits = _at_least_float32(hidden @ weight[block].T)
     if bias is not None:
         logits.add_(bias[block])
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)

@@ -24,7 +24,6 @@ from composer_prior.models.language import (
     last_hidden_states,
     vocabulary_size,
 )
-from composer_prior.models.matmul import use_onednn
 from composer_prior.models.sharding import shard_from_first_rank
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -76,7 +75,7 @@ class ReferenceLM:
         else:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, **options)
-        return cls(use_onednn(model), AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code))
+        return cls(model, AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code))
 
     def to(self, device: torch.device | str) -> "ReferenceLM":
         """Move the model's weights; does nothing when they are there already."""

@@ -37,12 +37,11 @@ _WORDS = {
     "precision_of_weights": ("", "share of image-related tokens among the heaviest"),
 }
 # Figures that others are compared with.
-_SHUFFLED, _TEXT_ONLY, _CHANCE, _ORACLE = "_shuffled", "text_only", "chance", "oracle"
+_SHUFFLED, _TEXT_ONLY, _CHANCE = "_shuffled", "text_only", "chance"
 _COMPARED = {
     _SHUFFLED: "shuffled images: what the model gets with the image of another sample",
     _TEXT_ONLY: "text only: by log P(text) alone",
     _CHANCE: "chance: by guessing",
-    _ORACLE: "oracle: by reading the scene itself, the most there is to get",
 }
 
 
@@ -231,7 +230,7 @@ def _benchmark_table(benchmark: str, figures: Mapping[str, Figure], names: Seque
         if _is_comparison(figure):
             continue
         end = f"{slash}{category}"
-        others = [f"{figure}{_SHUFFLED}{end}", f"{_TEXT_ONLY}{end}", f"{_CHANCE}{end}", f"{_ORACLE}{end}"]
+        others = [f"{figure}{_SHUFFLED}{end}", f"{_TEXT_ONLY}{end}", f"{_CHANCE}{end}"]
         interval = [_shown(figures[name].get(bound)) for bound in ("low", "high")]
         shown = [_shown(figures[other]["value"]) or "-" if other in figures else "" for other in others]
         low = "lower is better" if "lower is better" in _words(figure)[1] else ""
@@ -239,14 +238,14 @@ def _benchmark_table(benchmark: str, figures: Mapping[str, Figure], names: Seque
         rows.append(
             [said, _shown(figures[name].get("value")) or "-", " to ".join(interval) if all(interval) else "", *shown]
         )
-    header = ["benchmark", "this model", "95 % interval", "shuffled images", "text only", "chance", "oracle"]
+    header = ["benchmark", "this model", "95 % interval", "shuffled images", "text only", "chance"]
     used = [column for column in range(len(header)) if column < 2 or any(row[column] for row in rows)]
     cells = [[row[column] for column in used] for row in rows]
     return table([header[column] for column in used], cells) if rows else ""
 
 
 def _is_comparison(figure: str) -> bool:
-    return figure in (_TEXT_ONLY, _CHANCE, _ORACLE) or figure.endswith(_SHUFFLED)
+    return figure in (_TEXT_ONLY, _CHANCE) or figure.endswith(_SHUFFLED)
 
 
 def _words(figure: str) -> tuple[str, str]:

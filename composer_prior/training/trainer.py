@@ -17,7 +17,6 @@ from composer_prior.data.nodes import check_same
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.compile import prepare_compile
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.models.matmul import use_onednn
 from composer_prior.reports.closing import (
     Samples,
     benchmarks_table,
@@ -61,7 +60,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     """The Trainer of a recipe, whose data, tokenizer, reference and scores are there."""
     reproducibility.seed_all(recipe.seed)
     tokenizer = build_tokenizer(recipe.tokenizer)
-    model = use_onednn(build_model(recipe.model, tokenizer, recipe.parallelism_config))
+    model = build_model(recipe.model, tokenizer, recipe.parallelism_config)
     loaders = build_loaders(recipe, model)
     train_data: StreamingCaptionDataset = loaders["train"].dataloader.dataset
     if isinstance(model, ComposerLVLM):

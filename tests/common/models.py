@@ -6,7 +6,6 @@ from composer.utils import reproducibility
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from composer_prior import LVLM, ComposerLVLM
-from composer_prior.models.matmul import use_onednn
 from composer_prior.models.projector import build_projector
 from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding
 
@@ -43,4 +42,4 @@ def small_lvlm(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, *
         projector = build_projector("mlp", tower.width, width)
     else:
         tower, projector = PatchEmbedding(width, patch_size=16, max_side=48), None
-    return use_onednn(ComposerLVLM(LVLM(tower, projector, lm, tokenizer), image_related_metrics=True))  # as in a run
+    return ComposerLVLM(LVLM(tower, projector, lm, tokenizer), image_related_metrics=True)  # as in a run

@@ -12,7 +12,7 @@ from composer_prior.emoji_scenes.foils import make_foils
 from composer_prior.emoji_scenes.questions import make_question
 from composer_prior.emoji_scenes.scenes import BACKGROUNDS, CLASSES, is_held_out, sample_rng, sample_scene
 from composer_prior.emoji_scenes.statements import Statements
-from composer_prior.evaluation.oracle import answers, falsehoods
+from tests.common.scene_oracle import answers, falsehoods
 
 ITEMS = 240
 FOILS = {category: [make_foils(category, index) for index in range(ITEMS)] for category in foils.CATEGORIES}

@@ -16,11 +16,11 @@ from composer_prior.emoji_scenes.scenes import draw_scene, is_held_out
 from composer_prior.evaluation import components  # noqa: F401  registers the benchmarks
 from composer_prior.evaluation.benchmark import run_benchmark
 from composer_prior.evaluation.likelihood import OwnModel, TokenLogprobs
-from composer_prior.evaluation.oracle import SCENE, SceneOracle
-from composer_prior.evaluation.scene_choices import SceneChoices
+from composer_prior.evaluation.scene_choices import SCENE, SceneChoices
 from composer_prior.evaluation.scene_foils import SceneFoils
 from composer_prior.evaluation.scene_questions import SceneQuestions
 from composer_prior.registry import build, check
+from tests.common.scene_oracle import SceneOracle
 
 BENCHMARKS = {
     "foils": lambda **arguments: SceneFoils(**arguments),
@@ -149,4 +149,3 @@ def test_a_model_whose_projector_gives_zeros_is_at_text_only_level_and_at_chance
     found = {name: one["value"] for name, one in figures.items()}
     assert found["without_prior"] == found["without_prior_shuffled"] == pytest.approx(found["chance"])
     assert found["total"] == found["total_shuffled"] == found["text_only"]
-    assert found["oracle"] == 1.0

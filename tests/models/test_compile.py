@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from composer_prior.data.tokenizer import add_image_tokens
 from composer_prior.models.compile import prepare_compile
 from composer_prior.models.lvlm import LVLM
-from composer_prior.models.matmul import use_onednn
 
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>"}
 
@@ -26,7 +25,7 @@ def model():
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=64, **sizes))
     prepare_compile()
     prepare_compile()  # once is enough
-    return use_onednn(LVLM(None, None, lm, tokenizer))
+    return LVLM(None, None, lm, tokenizer)
 
 
 def make_batches():

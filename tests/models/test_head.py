@@ -18,7 +18,6 @@ from composer_prior.models.head import (
     target_logprobs,
     weighted_mean,
 )
-from composer_prior.models.matmul import OneDNNLinear, matmul, use_onednn
 
 WIDTH, VOCABULARY = 16, 1031
 
@@ -281,25 +280,6 @@ def test_logits_nll_refuses_what_is_not_aligned():
 def test_logits_nll_is_labelled_nll_on_full_logits():
     hidden, head, labels, _ = make_case(0.5)
     torch.testing.assert_close(logits_nll(head(hidden), labels), labelled_nll(hidden, head, labels)[0])
-
-
-def test_onednn_linear_is_linear():
-    torch.manual_seed(17)
-    plain = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8, bias=False))
-    ours = use_onednn(copy.deepcopy(plain))
-    assert all(type(layer) is OneDNNLinear for layer in (ours[0], ours[2]))
-    x = torch.randn(3, 5, 16)
-    results = []
-    for model in (plain, ours):
-        inputs = x.clone().requires_grad_()
-        output = model(inputs)
-        output.square().sum().backward()
-        results.append([output, inputs.grad, *(parameter.grad for parameter in model.parameters())])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert ours(x[:0]).shape == (0, 5, 8)
-    assert ours.double()(x.double()).dtype == torch.float64
-    torch.testing.assert_close(matmul(x[0], x[1].T), x[0] @ x[1].T, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("vocabulary", [97, 32000, 49152, 128256, 151936])

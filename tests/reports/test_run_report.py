@@ -139,7 +139,7 @@ def test_results_stand_beside_the_reference_and_chance():
 
 def test_figures_are_explained_and_curves_have_colours_of_their_own():
     figures = {f"bleu_{n}": 0.1 for n in (1, 2, 3, 4)} | {"cider_d": 0.2, "rouge_l": 0.3, "chair_i": 0.4, "total": 0.5}
-    figures |= {"total_shuffled": 0.4, "oracle": 1.0}
+    figures |= {"total_shuffled": 0.4, "chance": 0.25}
     records = [{"batch": b, **{f"eval/all/{name}": v + b / 10 for name, v in figures.items()}} for b in (1, 2)]
     page = run_report(records, "run", validation={"run": {"loss": 2.0}})
     rows = [row[0] for row in cells(page)]
@@ -152,7 +152,7 @@ def test_figures_are_explained_and_curves_have_colours_of_their_own():
         "CIDEr-D: ",
         "total: ",
         "shuffled images: ",
-        "oracle: ",
+        "chance: ",
     ):
         assert words in said
     assert "text only" not in said  # nothing is explained that is not there

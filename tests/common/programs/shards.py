@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 
 from composer_prior.algorithms.prior.prior import PRIOR
 from composer_prior.data.tokenizer import add_image_tokens
-from composer_prior.models.matmul import use_onednn
 from composer_prior.training.builders import build_model, build_parallelism, prepare_sharded
 
 
@@ -25,7 +24,7 @@ def sharded_model(folder, tokenizer):
     """Of each rank, what it had before and after; of the first, the whole weights and tensors outside of them too."""
     torch.manual_seed(dist.get_global_rank())  # the ranks would draw different weights
     parallelism = {"fsdp2": {"activation_checkpointing": True}}
-    model = use_onednn(build_model(model_config(folder), tokenizer, parallelism))
+    model = build_model(model_config(folder), tokenizer, parallelism)
     on_meta = [parameter.is_meta for parameter in model.parameters()]
     before = {name: value.clone() for name, value in model.state_dict().items() if not value.is_meta}
     trainer = Trainer(model=model, parallelism_config=build_parallelism(parallelism), device="cpu", progress_bar=False)

@@ -5,7 +5,8 @@ from PIL import Image
 
 from composer_prior.emoji_scenes.captions import write_caption
 from composer_prior.emoji_scenes.scenes import PlacedObject, Scene, draw_scene, sample_rng, sample_scene
-from composer_prior.evaluation.oracle import SCENE, SceneOracle, answers, falsehoods
+from composer_prior.evaluation.scene_choices import SCENE
+from tests.common.scene_oracle import SceneOracle, answers, falsehoods
 
 SCENE_OF_THREE = Scene(
     96,

@@ -12,9 +12,9 @@ from PIL import Image
 from composer_prior.emoji_scenes.captions import COUNT_WORDS, RELATIONS, plural, with_article
 from composer_prior.emoji_scenes.scenes import BACKGROUNDS, CLASSES, SIZES, PlacedObject, Scene
 from composer_prior.evaluation.likelihood import TokenLogprobs
+from composer_prior.evaluation.scene_choices import SCENE
 
 CERTAINTY = 1000.0  # nats: more than any text is less likely than another before the image is seen
-SCENE = "scene"  # the key of an image's `info` under which its scene lies
 
 _NAMES = {word: name for name in CLASSES for word in (name, plural(name))}
 _NUMBERS = {"a": 1, "an": 1, **{word: number for number, word in enumerate(COUNT_WORDS, start=1)}}
