@@ -92,7 +92,7 @@ def check_checkpoint(path: str | Path, identity: Mapping[str, Any], whole: bool 
     if path.is_dir():
         for shard, parts in places_of(read_metadata(path), tensors=False).items():
             holds_no_code(path / shard, parts)
-    theirs = read_identity(path)
+    theirs = _read_identity(path)
     if theirs is None:
         raise ValueError(f"{path} was not written by a run of this program: it does not say what it was made from.")
     there, here = _flat(theirs), _flat(identity)
@@ -174,7 +174,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def read_identity(path: Path) -> dict[str, Any] | None:
+def _read_identity(path: Path) -> dict[str, Any] | None:
     """What a checkpoint says that its run was made of, or None; of a sharded one with the keys ``a.b`` joined."""
     if path.is_dir():
         prefix = f"state.callbacks.{RunIdentity.__qualname__}."
@@ -347,7 +347,7 @@ def read_weights(source: Path) -> tuple[dict[str, Tensor], str | None]:
     if (source / METADATA).is_file():
         prefix = "state.model."
         weights = {name.removeprefix(prefix): tensor for name, tensor in _read_sharded(source, prefix).items()}
-        return weights, (read_identity(source) or {}).get("tokenizer")
+        return weights, (_read_identity(source) or {}).get("tokenizer")
     if json.loads((source / "config.json").read_bytes()).get("model_type") == PriorLVLMConfig.model_type:
         model = LVLM.from_pretrained(source)
         weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}

@@ -24,13 +24,13 @@ from composer_prior.training.checkpoints import (
     LATEST_NAME,
     METADATA,
     DamagedError,
+    _read_identity,
     batch_of,
     check_checkpoint,
     checkpoints_in,
     mend_checkpoints,
     newest_checkpoint,
     places_of,
-    read_identity,
     read_metadata,
     remove_checkpoint,
 )
@@ -139,7 +139,7 @@ def check_replaced(recipe: TrainConfig, where: str = "") -> None:
     if folder is not None and not is_remote(folder) and not recipe.autoresume:
         for path in checkpoints_in(Path(folder)):
             with suppress(DamagedError):
-                foreign += [] if read_identity(path) else [("save_folder", path)]
+                foreign += [] if _read_identity(path) else [("save_folder", path)]
     if "run_name:" not in _text(run / "config.yaml"):
         foreign += [("run_folder", run / name) for name in RUN_FILES if (run / name).exists()]
     if not ({*written_here(model)} or (model / REFERENCE_CARD).exists()):
