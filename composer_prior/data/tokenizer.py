@@ -9,6 +9,9 @@ from typing import Any
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from composer_prior.data.hub import ModelFolderError, load_pretrained
+from composer_prior.data.messages import one_line
+
 IMAGE_TOKEN = "<image>"
 ROW_TOKEN = "<row>"
 SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", IMAGE_TOKEN, ROW_TOKEN]
@@ -20,12 +23,11 @@ def build_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     It gets the image tokens here, if it has none, so that every run, reference and score of a recipe sees the same one.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config["name"], **config.get("kwargs", {}))
+        tokenizer = load_pretrained(AutoTokenizer, config["name"], **config.get("kwargs", {}))
+    except ModelFolderError as error:
+        raise ModelFolderError(f"tokenizer.name={error}") from error
     except OSError as error:
-        raise OSError(
-            f"tokenizer.name={config['name']!r} is neither a folder with a tokenizer, nor one of a hub that can be "
-            "reached."
-        ) from error
+        raise OSError(f"tokenizer.name={config['name']!r} is no folder with a tokenizer: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer.name={config['name']!r} has no fast version, which knows a token's characters.")
     if tokenizer.eos_token_id is None:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from composer_prior.data.hub import ModelFolderError, load_pretrained
 from composer_prior.data.messages import DataError, one_line
 from composer_prior.data.tokenizer import CaptionFormat, encode_caption
 from composer_prior.models.continuation import continuation_logprobs, same
@@ -99,8 +100,10 @@ class HuggingFaceModel:
             DataError: one line, naming what is wrong.
         """
         try:
-            model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=trust_remote_code)
-            processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+            model = load_pretrained(AutoModelForImageTextToText, path, trust_remote_code)
+            processor = load_pretrained(AutoProcessor, path, trust_remote_code)
+        except ModelFolderError:
+            raise
         except Exception as error:  # whatever the code of some model raises
             raise DataError(f"{path} holds no image-text-to-text model: {one_line(error)}") from error
         return cls(model, processor)

@@ -22,6 +22,7 @@ from composer_prior.data.lines import begin_lines
 from composer_prior.data.locks import sole_writer
 from composer_prior.data.messages import OneLineError, one_line, say
 from composer_prior.data.storage import is_remote, list_remote
+from composer_prior.inference.device import check_device
 from composer_prior.models.lvlm import LVLM, Caption
 from composer_prior.options import options_of, parse_options
 from composer_prior.reports.page import legend, sample_card, samples_page
@@ -143,6 +144,9 @@ def caption_images(
     Raises:
         ValueError, OSError: naming the option, the model or the source.
     """
+    check_device(device)
+    if model.lower().endswith(SUFFIXES):
+        raise ValueError(f"{model} is an image, where a model is expected: the model comes first, then the images.")
     for source in sources:
         if not is_remote(source) and not os.path.exists(source):
             raise FileNotFoundError(f"{source}: there is no such image or folder.")

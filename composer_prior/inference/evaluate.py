@@ -16,11 +16,13 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig
 
 from composer_prior import registry
+from composer_prior.data.hub import ModelFolderError, load_pretrained
 from composer_prior.data.messages import DataError, OneLineError, announce, one_line
 from composer_prior.data.nodes import sole_job
 from composer_prior.evaluation import components  # noqa: F401  registers the benchmarks
 from composer_prior.evaluation.benchmark import Figures, reasons, run_benchmark
 from composer_prior.evaluation.likelihood import HuggingFaceModel, OwnModel
+from composer_prior.inference.device import check_device
 from composer_prior.models.modeling_prior_lvlm import PriorLVLMConfig
 from composer_prior.options import Option, options_of, parse_options
 from composer_prior.training.saving import load
@@ -69,6 +71,7 @@ def evaluate(
     for file in code_paths or ():
         runpy.run_path(file)
     registry.check("benchmark", benchmark, arguments, "benchmark")
+    check_device(device)
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: expected at least 1, or null for all.")
     dist.initialize_dist(get_device(None))
@@ -119,14 +122,15 @@ def load_judged(path: str, trust_remote_code: bool = False) -> OwnModel | Huggin
     place = Path(path).expanduser()
     if place.exists() and not (place / "config.json").is_file():
         return OwnModel(load(place, trust_remote_code))
-    source = place if place.exists() else path  # or a hub id
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = load_pretrained(AutoConfig, path, trust_remote_code)
+    except ModelFolderError:
+        raise
     except Exception as error:  # whatever the code of some model raises
         raise DataError(f"{path} holds no model: {one_line(error)}") from error
     if config.model_type == PriorLVLMConfig.model_type:
-        return OwnModel(load(source, trust_remote_code))
-    return HuggingFaceModel.from_pretrained(source, trust_remote_code)
+        return OwnModel(load(path, trust_remote_code))
+    return HuggingFaceModel.from_pretrained(path, trust_remote_code)
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:

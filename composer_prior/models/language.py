@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from composer_prior.data.hub import ModelFolderError, load_pretrained
+from composer_prior.data.messages import one_line
 from composer_prior.models.head import Head, TransformedHead
 from composer_prior.models.modeling_prior_lvlm import decoder_of, logit_transform
 
@@ -49,7 +51,7 @@ def build_language_model(
     """
     if pretrained is not None and config is None:
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "attn_implementation": attn_implementation}
-        model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32, **options)
+        model = load_pretrained(AutoModelForCausalLM, pretrained, dtype=torch.float32, **options)
     else:
         settings = _configuration(tokenizer, pretrained, config, trust_remote_code)
         model = AutoModelForCausalLM.from_config(settings, attn_implementation=attn_implementation)
@@ -93,11 +95,12 @@ def _configuration(
         raise ValueError("model.language needs either `pretrained` (a hub id or folder) or `config` (a new model).")
     if pretrained is not None:
         try:
-            return AutoConfig.from_pretrained(pretrained, trust_remote_code=trust_remote_code)
-        except OSError as error:
+            return load_pretrained(AutoConfig, pretrained, trust_remote_code)
+        except ModelFolderError as error:
+            raise ModelFolderError(f"model.language.pretrained={error}") from error
+        except (OSError, ValueError) as error:
             raise OSError(
-                f"model.language.pretrained={pretrained!r} is neither a folder with a model, nor a model of a hub that "
-                "can be reached."
+                f"model.language.pretrained={pretrained!r} is no folder with a model: {one_line(error)}"
             ) from error
     settings = {"vocab_size": len(tokenizer), **dict(config or {})}
     return AutoConfig.for_model(settings.pop("model_type", None), **settings)

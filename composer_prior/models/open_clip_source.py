@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
+from huggingface_hub import constants
 from open_clip.pretrained import download_pretrained_from_hf, get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.transform import PreprocessCfg
 
+from composer_prior.data.hub import model_place
 from composer_prior.data.messages import one_line
 from composer_prior.registry import did_you_mean
 
@@ -76,14 +78,17 @@ def _with_own_weights(architecture: str, pretrained: str | None) -> Source:
     if pretrained:
         raise ValueError(f"{what} brings its weights; leave model.vision.pretrained out.")
     try:
-        file = Path(place, CONFIG) if architecture.startswith(LOCAL) else download_pretrained_from_hf(place, CONFIG)
+        local = architecture.startswith(LOCAL)
+        if not local and not constants.HF_HUB_OFFLINE:
+            model_place(place)  # which says at once that a hub is not there
+        file = Path(place, CONFIG) if local else download_pretrained_from_hf(place, CONFIG)
         told = json.loads(Path(file).read_bytes())
         config, preprocess = told["model_cfg"], told.get("preprocess_cfg")
         if not {"embed_dim", "vision_cfg", "text_cfg"} <= {*config}:
             raise ValueError("its model_cfg lacks embed_dim, vision_cfg or text_cfg")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{what}: {CONFIG} cannot be read: {one_line(error)}") from error
-    if architecture.startswith(LOCAL) and not any(file.suffix in WEIGHTS for file in Path(place).iterdir()):
+    if local and not any(file.suffix in WEIGHTS for file in Path(place).iterdir()):
         raise ValueError(f"{what}: there are no weights ({', '.join(WEIGHTS)}).")
     return Source(config, None, {**asdict(PreprocessCfg()), **preprocess} if preprocess else {})
 

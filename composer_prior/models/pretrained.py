@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from composer_prior.data.messages import DataError, one_line
+from composer_prior.data.hub import ModelFolderError, load_pretrained, model_place
+from composer_prior.data.messages import one_line
 from composer_prior.data.storage import whole_folder
 from composer_prior.data.tokenizer import image_token_ids
 from composer_prior.models.language import generate_greedily
@@ -38,10 +39,6 @@ AutoImageProcessor.register(PriorLVLMConfig, slow_image_processor_class=PriorLVL
 AutoProcessor.register(PriorLVLMConfig, PriorLVLMProcessor, exist_ok=True)
 
 SHARD_SIZE = "5GB"
-
-
-class ModelFolderError(DataError):
-    """A folder that holds no model that can be read."""
 
 
 def hugging_face_config(model: Any) -> PriorLVLMConfig:
@@ -182,11 +179,15 @@ def load_form(
     Raises:
         ModelFolderError: one line, naming what is wrong.
     """
+    path = model_place(path)
     _check_folder(path)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        processor = PriorLVLMProcessor.from_pretrained(path, **options)
-        form, found = PriorLVLMForConditionalGeneration.from_pretrained(path, output_loading_info=True, **options)
+        processor = load_pretrained(PriorLVLMProcessor, path, trust_remote_code)
+        form, found = load_pretrained(
+            PriorLVLMForConditionalGeneration, path, trust_remote_code, output_loading_info=True
+        )
+    except ModelFolderError:
+        raise
     except Exception as error:
         raise ModelFolderError(f"{path} holds no model that can be loaded: {one_line(error)}") from error
     differing = differing_weights(found)
@@ -200,7 +201,9 @@ def differing_weights(found: Mapping[str, Any]) -> list[str]:
     return sorted({*found["missing_keys"], *found["unexpected_keys"], *map(str, found["mismatched_keys"])})
 
 
-def empty_form(path: Path) -> tuple[PriorLVLMForConditionalGeneration, PriorLVLMProcessor]:
+def empty_form(
+    path: Path, trust_remote_code: bool = False
+) -> tuple[PriorLVLMForConditionalGeneration, PriorLVLMProcessor]:
     """Model and processor of a folder without weights; the model's are random.
 
     Raises:
@@ -208,8 +211,10 @@ def empty_form(path: Path) -> tuple[PriorLVLMForConditionalGeneration, PriorLVLM
     """
     _check_folder(path)
     try:
-        processor = PriorLVLMProcessor.from_pretrained(path)
-        return PriorLVLMForConditionalGeneration(AutoConfig.from_pretrained(path)), processor
+        processor = load_pretrained(PriorLVLMProcessor, path, trust_remote_code)
+        return PriorLVLMForConditionalGeneration(load_pretrained(AutoConfig, path, trust_remote_code)), processor
+    except ModelFolderError:
+        raise
     except Exception as error:
         raise ModelFolderError(f"{path} holds no model that can be loaded: {one_line(error)}") from error
 

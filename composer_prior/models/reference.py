@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.data.hub import load_pretrained
 from composer_prior.models.head import target_logprobs
 from composer_prior.models.language import (
     check_head,
@@ -68,14 +69,14 @@ class ReferenceLM:
             dtype: of the weights, such as ``bfloat16``. Default: that of its files, but float32 without a GPU.
             weights: leave them out, on the meta device, for :meth:`shard` to bring them from the first rank.
         """
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        options = {"trust_remote_code": trust_remote_code, "dtype": dtype or _default_dtype(config)}
+        config = load_pretrained(AutoConfig, path, trust_remote_code)
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": dtype or _default_dtype(config)}
         if weights:
-            model = AutoModelForCausalLM.from_pretrained(path, **options)
+            model = load_pretrained(AutoModelForCausalLM, path, **options)
         else:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, **options)
-        return cls(model, AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code))
+        return cls(model, load_pretrained(AutoTokenizer, path, trust_remote_code))
 
     def to(self, device: torch.device | str) -> "ReferenceLM":
         """Move the model's weights; does nothing when they are there already."""

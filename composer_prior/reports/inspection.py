@@ -196,7 +196,9 @@ def _length(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
 def _load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    from composer_prior.data.hub import load_pretrained
+
+    return load_pretrained(AutoTokenizer, name)
 
 
 def _shades(

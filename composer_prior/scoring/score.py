@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from composer_prior.data.captions import BadSampleError, StreamingCaptionDataset
+from composer_prior.data.hub import load_pretrained, model_place
 from composer_prior.data.locks import locked
 from composer_prior.data.mds import read_column
 from composer_prior.data.messages import announce
@@ -263,7 +264,8 @@ def reference_identity(path: str, trust_remote_code: bool = False) -> dict[str, 
         ScoresError: if there is no such model.
     """
     try:
-        folder = Path(path) if Path(path).is_dir() else Path(cached_file(path, "config.json") or "").parent
+        place = model_place(path)
+        folder = place if isinstance(place, Path) else Path(cached_file(place, "config.json") or "").parent
         config = json.loads(Path(folder, "config.json").read_text())
     except OSError as error:
         raise ScoresError(f"The reference {path} is neither a folder with a language model nor a hub id.") from error
@@ -280,5 +282,5 @@ def reference_identity(path: str, trust_remote_code: bool = False) -> dict[str, 
         "path": path,
         "config": xxhash.xxh3_128(json.dumps(config, sort_keys=True)).hexdigest()[:16],
         "weights": digest.hexdigest()[:16],
-        "tokenizer": tokenizer_fingerprint(AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)),
+        "tokenizer": tokenizer_fingerprint(load_pretrained(AutoTokenizer, path, trust_remote_code)),
     }

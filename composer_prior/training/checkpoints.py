@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from composer_prior.data.hub import load_pretrained
 from composer_prior.data.messages import one_line
 from composer_prior.data.storage import is_remote
 from composer_prior.data.tokenizer import add_image_tokens, tokenizer_fingerprint
@@ -352,8 +353,8 @@ def read_weights(source: Path) -> tuple[dict[str, Tensor], str | None]:
         model = LVLM.from_pretrained(source)
         weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         return weights, tokenizer_fingerprint(model.tokenizer)
-    lm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    lm = load_pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
+    tokenizer = load_pretrained(AutoTokenizer, source)
     add_image_tokens(tokenizer)
     return {f"model.language.{name}": tensor for name, tensor in lm.state_dict().items()}, tokenizer_fingerprint(
         tokenizer

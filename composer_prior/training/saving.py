@@ -176,24 +176,24 @@ def load(path: str | Path, trust_remote_code: bool = False) -> LVLM:
     """
     place = Path(path).expanduser()
     if (place / "config.json").is_file() or not place.exists():
-        return LVLM.from_pretrained(place if place.exists() else path, trust_remote_code)
+        return LVLM.from_pretrained(path, trust_remote_code)
     if (place / "model" / "config.json").is_file():
         return LVLM.from_pretrained(place / "model", trust_remote_code)
     try:
         source = find_weights(str(place))
     except ValueError as error:
         raise ModelFolderError(f"{path}: {one_line(error)}.") from error
-    return _load_checkpoint(source)
+    return _load_checkpoint(source, trust_remote_code)
 
 
-def _load_checkpoint(source: Path) -> LVLM:
+def _load_checkpoint(source: Path, trust_remote_code: bool) -> LVLM:
     """The model of a checkpoint, which tells the weights; the run folder above it tells the rest."""
     source = source.resolve()
     runs = [parent for parent in source.parents if (parent / ARCHITECTURE / "config.json").is_file()]
     if not runs:
         raise ModelFolderError(f"{source} has no {ARCHITECTURE}/ in a folder above it; leave it in its run folder.")
     processor: Any
-    form, processor = empty_form(runs[0] / ARCHITECTURE)
+    form, processor = empty_form(runs[0] / ARCHITECTURE, trust_remote_code)
     try:
         weights, fingerprint = read_weights(source)
     except (ValueError, OSError) as error:

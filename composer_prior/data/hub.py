@@ -1,0 +1,74 @@
+"""Models and tokenizers in Hugging Face form: found in a folder or on a hub, and loaded without running their code."""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, model_info
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+from composer_prior.data.messages import DataError
+
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+SECONDS = 5.0  # that a hub may take to answer
+
+
+class ModelFolderError(DataError):
+    """A folder or hub id that holds no model that can be read."""
+
+
+def model_place(path: str | Path) -> str | Path:
+    """The folder that a path names, or else the hub id, for ``from_pretrained``.
+
+    A hub is asked once whether it has the model: transformers asks for many files, five times each.
+
+    Raises:
+        ModelFolderError: one line, if there is no such folder, or no such model of a hub that can be reached.
+    """
+    place, name = Path(path).expanduser(), str(path)
+    if place.exists():
+        return place
+    first = name.partition("/")[0]
+    if not HUB_ID.fullmatch(name) or ("/" in name and (first == "runs" or Path(first).exists())):
+        raise ModelFolderError(f"{name!r} does not exist: expected a folder, or a hub id such as organisation/model.")
+    if not Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}").exists():
+        _ask_hub(name)
+    return name
+
+
+@cache
+def _ask_hub(name: str) -> None:
+    try:
+        model_info(name, timeout=SECONDS)
+    except Exception as error:  # of whichever library asks
+        if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
+            return  # a mirror that knows files alone
+        raise ModelFolderError(
+            f"{name!r} is neither a folder, nor a model of a hub that can be reached ({type(error).__name__})."
+        ) from error
+
+
+def load_pretrained(auto: Any, path: str | Path, trust_remote_code: bool = False, **options: Any) -> Any:
+    """``auto.from_pretrained`` of a folder or hub id; code that comes with it runs only if the user has said so.
+
+    transformers would ask at the terminal, and run it after one key.
+
+    Args:
+        auto: an ``Auto`` class of transformers, or another class with ``from_pretrained``.
+        path: the folder or hub id.
+        trust_remote_code: what the user has said. Default: ``False``.
+        options: further ones of ``from_pretrained``.
+
+    Raises:
+        ModelFolderError: one line, if there is no such folder or model, or if it needs code that is not to run.
+    """
+    place = model_place(path)
+    try:
+        return auto.from_pretrained(place, trust_remote_code=bool(trust_remote_code), **options)
+    except ValueError as error:
+        if "custom code" not in str(error):
+            raise
+        raise ModelFolderError(
+            f"{str(path)!r} comes with Python code of its own, which is not run unless you say trust_remote_code=true."
+        ) from error
