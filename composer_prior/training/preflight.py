@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,13 @@ def one_line_errors(where: str = "") -> Iterator[None]:
         if not where and isinstance(error, ValueError | TypeError | LookupError):
             raise  # a line of ours, or a fault of ours, which needs its traceback
         kind = f"{type(error).__name__}: " if isinstance(error, RuntimeError | LookupError) else ""
-        raise StartError(f"{where}: {kind}{one_line(error)}".removeprefix(": ")) from error
+        said = kind + one_line(error)
+        missing = error.__cause__ or error
+        if isinstance(missing, ModuleNotFoundError) and missing.name:  # Composer's advice is its own extras
+            package, extras = missing.name.partition(".")[0], metadata("composer-prior").get_all("Provides-Extra") or ()
+            how = f"-e '.[{package}]'" if package in extras else package
+            said = f"the package {package} is missing: pip install -c constraints.txt {how}"
+        raise StartError(f"{where}: {said}".removeprefix(": ")) from error
 
 
 def trained_recipes(recipe: TrainConfig) -> list[tuple[TrainConfig, str]]:

@@ -29,6 +29,7 @@ def main(arguments: Sequence[str]) -> None:
         held.enter_context(sole_run(recipe))
         trainer = start(recipe)
     except (ValueError, OSError, OneLineError) as error:
+        held.close()  # what did not start leaves no folder
         sys.exit(f"error: {one_line(error)}")
     try:
         with held:

@@ -70,7 +70,15 @@ def refused(name, *overrides):
         (["init_from=s3://bucket/run"], "init_from=s3://bucket/run: weights are not read from a bucket"),
         (["load_path=a.pt", "init_from=b.pt"], "init_from and load_path are both given"),
         (["autoresume=true", "save_folder=null"], "autoresume=true needs save_folder"),
-        *(([f"loggers.{name}={{}}"], f"loggers.{name}: .*{package}") for name, package in PACKAGES.items()),
+        *(
+            (
+                [f"loggers.{name}={{}}"],
+                f"{name}: the package {package} is missing: pip install -c constraints.txt {package}$",
+            )
+            for name, package in PACKAGES.items()
+            if name != "wandb"
+        ),
+        (["loggers.wandb={}"], r"wandb is missing: pip install -c constraints\.txt -e '\.\[wandb\]'$"),
     ],
 )
 def test_before_anything_is_made(overrides, expected):
