@@ -29,6 +29,7 @@ from composer_prior.conversion.distribute import convert_units, distributor_of
 from composer_prior.conversion.options import VERSION, ConversionError, ConversionOptions, ConversionSummary
 from composer_prior.conversion.sources import Source, SourceError, SourceOptions, describe, open_source
 from composer_prior.conversion.units import WHAT_TO_DO, json_line, scratch, unit_file
+from composer_prior.data.files import parse_json
 from composer_prior.data.locks import LockedError, locked
 from composer_prior.data.messages import one_line, say
 from composer_prior.data.storage import REMOTES, Place, StorageError, full_disk_told, is_remote, write_whole
@@ -127,12 +128,14 @@ def _begin(place: Place, settings: dict[str, Any]) -> ConversionSummary | None:
     names = place.names()
     finished = place.read("conversion.json", names)
     if finished is not None and (names is None or "index.json" in names):
-        known = json.loads(finished)
-        _same_settings(place, {**known["settings"], "version": VERSION}, settings)  # it is whole, whoever made it
-        return ConversionSummary(**known["summary"])
+        with _own_file(place, "conversion.json"):
+            known = parse_json(finished)
+            _same_settings(place, {**known["settings"], "version": VERSION}, settings)  # it is whole, whoever made it
+            return ConversionSummary(**known["summary"])
     started = place.state / "settings.json"
     if started.exists():
-        _same_settings(place, json.loads(started.read_bytes()), settings)
+        with _own_file(place, started.name):
+            _same_settings(place, parse_json(started.read_bytes()), settings)
     else:
         other = (names or set()) - {".convert"}
         if (place.out is not None and other) or "index.json" in other:
@@ -144,6 +147,17 @@ def _begin(place: Place, settings: dict[str, Any]) -> ConversionSummary | None:
         shutil.rmtree(leftover, ignore_errors=True)
     (place.state / "units").mkdir(exist_ok=True)
     return None
+
+
+@contextmanager
+def _own_file(place: Place, name: str) -> Iterator[None]:
+    """Let a file of the conversion's that holds something else be one line."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConversionError(
+            f"{place.label}: its {name} is none of a conversion's ({one_line(error, 100)}); choose another place."
+        ) from error
 
 
 def _same_settings(place: Place, known: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -252,7 +266,12 @@ def main(arguments: Sequence[str]) -> int:
         if len(words) != 2 or any(word.startswith("-") for word in words):
             print(f"usage: SOURCE OUT [option=value ...], with the options {', '.join(options)}", file=sys.stderr)
             return 2
-        say(convert_captions(words[0], words[1], **chosen))
+        summary = convert_captions(words[0], words[1], **chosen)
+        say(
+            f"{summary}\nThe reasons are in {words[1]}/rejected.jsonl."
+            if summary.rejected or summary.ignored
+            else summary
+        )
     except KeyboardInterrupt:
         print("Stopped. Run the same command again to go on.", file=sys.stderr)
         return 130

@@ -4,7 +4,6 @@ A distributor is a function that takes units of work and yields their results as
 knows where they are converted; what says that a unit is done is written here.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from composer_prior.conversion.options import ConversionError, ConversionOptions
 from composer_prior.conversion.processes import convert_in_processes
 from composer_prior.conversion.sources import Source
 from composer_prior.conversion.units import Advance, Results, Task, Units, digest, json_line, unit_file
+from composer_prior.data.files import parse_json
 from composer_prior.data.storage import Place, write_whole
 
 Distributor = Callable[[Task, Units, Advance], Results]
@@ -69,12 +69,12 @@ def convert_units(source: Source, place: Place, options: ConversionOptions, dist
 def _done(state: Path, number: int, unit: Any, present: set[str] | None) -> int | None:
     """How many captions a finished unit read, or ``None`` if it has to be converted."""
     try:
-        known = json.loads(unit_file(state, number).read_bytes())
-    except FileNotFoundError:
+        known = parse_json(unit_file(state, number).read_bytes())
+        names = {shard["raw_data"]["basename"] for shard in known["shards"]}
+        whole = known["unit"] == digest(unit) and (present is None or names <= present)
+        return known["read"] if whole else None
+    except (FileNotFoundError, ValueError, LookupError, TypeError):  # or one that is damaged
         return None
-    names = {shard["raw_data"]["basename"] for shard in known["shards"]}
-    whole = known["unit"] == digest(unit) and (present is None or names <= present)
-    return known["read"] if whole else None
 
 
 class Progress:

@@ -16,13 +16,13 @@ from composer_prior.conversion.sources import (
     BadFile,
     Record,
     Rejected,
-    RejectedImage,
     Source,
     file_of,
     read_image,
 )
 from composer_prior.data.images import ImageError, check_image, reencode_image
 from composer_prior.data.mds import ShardWriter
+from composer_prior.data.messages import short
 from composer_prior.data.storage import Place
 
 Result = dict[str, Any]  # what the unit's file holds
@@ -118,10 +118,10 @@ def convert_unit(task: Task, number: int, unit: Any, advance: Advance) -> Result
 def _line(problem: Rejected) -> dict[str, Any]:
     """The line of a rejection, which says for how many captions it stands if not for one."""
     line: dict[str, Any] = {
-        "id": problem.key,
+        "id": short(problem.key),
         "reason": problem.reason,
-        "source": problem.where,
-        "detail": problem.detail,
+        "source": short(problem.where, 5000),
+        "detail": short(problem.detail, 1000),
     }
     if problem.count != 1 or problem.estimated:
         line.update(captions=problem.count, estimated=problem.estimated)
@@ -140,12 +140,12 @@ def _convert(item: Record | Rejected, task: Task) -> tuple[list[dict[str, Any]],
         if isinstance(image, str):
             image = read_image(task.source.images, image, options.max_image_bytes, task.folder)
         elif len(image) > options.max_image_bytes:
-            raise RejectedImage("image too large", f"{len(image)} bytes")
+            raise ImageError("image too large", f"{len(image)} bytes")
         if options.resize is not None or options.reencode is not None:
             image = reencode_image(image, options.resize, options.reencode)
         else:
             check_image(image, options.check)
-    except (ImageError, RejectedImage) as error:
+    except ImageError as error:
         return [], [Rejected(key, error.reason, item.where, error.detail) for key in keys], 0
     if not item.captions:
         return [], [Rejected(item.key, "missing caption", item.where, item.note)], len(image)

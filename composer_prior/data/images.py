@@ -9,20 +9,28 @@ A full check and decoding are one function, so they agree on every image. What a
 the image: where orientation, transparency or other metadata make no sense, the pixels are taken as they stand.
 """
 
+import base64
+import errno
 import io
 import math
+import os
 import re
 import warnings
 import zlib
 from contextlib import suppress
 from typing import Any, NoReturn
+from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from composer_prior.data.files import read_plain
+
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_IMAGE_PIXELS = 89_478_485
 """Pillow's own limit, at which Pillow only warns; here it is an error."""
+MAX_IMAGE_BYTES = 64 << 20
+"""Of an encoded image; a larger file is not read."""
 MAX_ASPECT_RATIO = 50
 """Long side to short side. Panoramas reach 10, receipts 20, screenshots of whole pages 50; a tower that fits the short
 side to its square and then crops makes that many squares: 20 MB and 0.1 s at 336 pixels, 170 MB and 0.6 s at 1,024."""
@@ -56,6 +64,8 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_KEY_BYTES = {0: range(2, 3), 2: range(6, 7), 3: range(1, 257)}  # length of tRNS, by colour type
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 _JPEG_END = b"\xff\xd9"
+_BASE64 = re.compile(r"\s*[A-Za-z0-9+/_\-\r\n]{36}")
+_URL_SAFE = str.maketrans("-_", "+/")
 
 
 class ImageError(ValueError):
@@ -70,6 +80,55 @@ class ImageError(ValueError):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
+
+
+def read_image_file(path: str | os.PathLike[str], limit: int = MAX_IMAGE_BYTES) -> bytes:
+    """The bytes of a file that may be an image.
+
+    Args:
+        path: the file.
+        limit: the largest file to read, in bytes.
+
+    Raises:
+        ImageError: it is missing, unreadable, no plain file, or too large.
+    """
+    try:
+        return read_plain(path, limit)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ImageError("missing file", "not in the folder of images, which images= names") from None
+    except OSError as error:
+        kinds = {errno.EINVAL: ("not a regular file",), errno.EFBIG: ("image too large", error.strerror or "")}
+        known = kinds.get(error.errno or 0, ("unreadable file", error.strerror or str(error)))
+        raise ImageError(*known) from None
+
+
+def image_in_text(text: str, is_path: bool = True) -> bytes | None:
+    """The bytes of an image that a text holds, as a data URI or as base64 in any of its forms; ``None`` for a path.
+
+    Args:
+        text: the text.
+        is_path: whether it may be a path.
+
+    Raises:
+        ImageError: naming the first character that does not belong there.
+    """
+    start, comma, data = text.partition(",") if text[:5].lower() == "data:" else ("base64", "", text)
+    if not comma and is_path and not _BASE64.match(text):
+        return None
+    if not comma and is_path and not _format(_decoded(text[:36])) and max(map(len, text.split("/"))) < 256:
+        return None
+    found = _decoded(unquote(data)) if start.rstrip().lower().endswith("base64") else unquote_to_bytes(data)
+    if not found:
+        raise ImageError("empty image")
+    return found
+
+
+def _decoded(text: str) -> bytes:
+    text = "".join(text.split()).rstrip("=").translate(_URL_SAFE)
+    if wrong := re.search(r"[^A-Za-z0-9+/]", text):
+        raise ImageError("undecodable image", f"its base64 has {wrong[0]!r} as character {wrong.start() + 1}")
+    text = text[: len(text) - (len(text) % 4 == 1)]  # one character alone is cut
+    return base64.b64decode(text + "=" * (-len(text) % 4))
 
 
 def check_image(data: bytes, check: str = "structure") -> None:

@@ -39,6 +39,11 @@ def one_line(error: BaseException, length: int = 500) -> str:
     return visible(" ".join(str(error).split()))[:length] or type(error).__name__
 
 
+def short(text: str, length: int = 200) -> str:
+    """The beginning of a text that may be of any length."""
+    return text if len(text) <= length else f"{text[:length]}… ({len(text):,} characters)"
+
+
 def say(message: object) -> None:
     """Print a line, whatever characters the terminal knows, and also when nobody reads any more or the disk is full."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"

@@ -30,6 +30,7 @@ from streaming.base.format import FileInfo
 from transformers import PreTrainedTokenizerBase
 
 from composer_prior.data.download import ATTEMPTS, check_file, download_from
+from composer_prior.data.files import parse_json
 from composer_prior.data.mds import sample_extent
 from composer_prior.data.messages import DataError
 from composer_prior.data.storage import is_remote
@@ -106,7 +107,7 @@ class ScoresCard:
             ScoresError: if it is not one, or one of another version.
         """
         try:
-            known = json.loads(text)
+            known = parse_json(text)
             if known["version"] != VERSION:
                 raise ScoresError(f"{where}: scores of version {known['version']}, {VERSION} is read. Score again.")
             return cls(**known)
@@ -214,7 +215,7 @@ class Scores:
         self.card = ScoresCard.from_json(_fetch(path, CARD, *self.patience), path)
         index = _fetch(path, INDEX, *self.patience)
         try:
-            self.shards = [_parse_entry(entry) for entry in json.loads(index)["shards"]]
+            self.shards = [_parse_entry(entry) for entry in parse_json(index)["shards"]]
         except (ValueError, TypeError, KeyError) as error:
             raise ScoresError(f"{path}/{INDEX} is not an index of scores ({error}).") from error
         self.bounds = np.cumsum([0, *(shard.samples for shard in self.shards)])  # [shards + 1]

@@ -18,6 +18,7 @@ from composer_prior.evaluation.samples import (
     data_files,
     digest,
     file_size,
+    image_name,
     load_image,
     numbered,
     read_json,
@@ -35,14 +36,14 @@ class CaptionedImage:
     Args:
         name: of the image.
         references: captions that people wrote.
-        image: its file, or its number in an MDS data set.
+        image: its file, its bytes, or its number in an MDS data set.
         category: such as NoCaps' domain.
         coco_id: its number in COCO, where it is one of those.
     """
 
     name: str
     references: tuple[str, ...]
-    image: Path | int
+    image: Path | bytes | int
     category: str = ""
     coco_id: int | None = None
 
@@ -74,7 +75,7 @@ class CaptionedImages:
             entries, make = _of_annotations(file, read_json(file), ImageFolder(images or file.parent), split)
         self.samples = usable(data, entries, make)
         if self._mds is None:
-            sizes = [file_size(one.image) for one in self.samples if isinstance(one.image, Path)]
+            sizes = [file_size(one.image) for one in self.samples if not isinstance(one.image, int)]
         self.fingerprint = digest([(s.name, s.references, s.category) for s in self.samples], sizes)
 
     def __len__(self) -> int:
@@ -87,7 +88,7 @@ class CaptionedImages:
             DataError: naming it.
         """
         place = self.samples[number].image
-        if isinstance(place, Path):
+        if not isinstance(place, int):
             return load_image(place)
         assert self._mds is not None
         try:
@@ -156,14 +157,16 @@ def _of_coco(entry: Any, captions: Mapping[Any, Sequence[Any]], images: ImageFol
     references = _written(captions.get(number, []))
     category = entry.get("domain")
     coco_id = number if isinstance(number, int) and category is None else None
-    return CaptionedImage(name, references, images.find(name), category or "", coco_id)
+    image = images.find(name)
+    return CaptionedImage(image_name(image, name), references, image, category or "", coco_id)
 
 
 def _of_karpathy(entry: Any, images: ImageFolder) -> CaptionedImage:
     name = text(entry, "filename")
     references = _written([sentence.get("raw") for sentence in entry["sentences"]])
     folder = entry.get("filepath") or ""
-    return CaptionedImage(name, references, images.find(str(Path(folder, name)), name), coco_id=entry.get("cocoid"))
+    image = images.find(str(Path(folder, name)), name)
+    return CaptionedImage(image_name(image, name), references, image, coco_id=entry.get("cocoid"))
 
 
 def _written(captions: Any) -> tuple[str, ...]:

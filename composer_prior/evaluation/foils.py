@@ -16,6 +16,7 @@ from composer_prior.evaluation.samples import (
     data_files,
     digest,
     file_size,
+    image_name,
     load_image,
     numbered,
     other_images,
@@ -36,7 +37,7 @@ class Foil:
     """One sample.
 
     Args:
-        image: its file.
+        image: its file, or its bytes.
         caption: true of it.
         foils: not true of it.
         category: which figures it belongs to.
@@ -45,7 +46,7 @@ class Foil:
         least: from how many samples on a group counts there.
     """
 
-    image: Path
+    image: Path | bytes
     caption: str
     foils: tuple[str, ...]
     category: str = ""
@@ -100,7 +101,7 @@ class Foils(ChoiceBenchmark):
     def choice(self, number: int) -> Choice:
         sample = self.samples[number]
         image = load_image(sample.image)
-        details = {"image": sample.image.name, **({"group": sample.group} if sample.group else {})}
+        details = {"image": image_name(sample.image), **({"group": sample.group} if sample.group else {})}
         texts = (sample.caption, *sample.foils)
         return Choice(image.crop(sample.box) if sample.box else image, texts, sample.category, self.prompt, details)
 

@@ -28,14 +28,14 @@ class Question(NamedTuple):
     """One line of a file.
 
     Args:
-        image: its file.
+        image: its file, or its bytes.
         question: such as "Is there a snowboard in the image?".
         yes: whether that is the answer.
         category: the name of the file, where there are several.
         identity: ``question_id``.
     """
 
-    image: Path
+    image: Path | bytes
     question: str
     yes: bool
     category: str

@@ -1,10 +1,10 @@
 """What benchmarks that are made from files share: files read or refused in one line, entries left out by name, images
 found and decoded, and figures per category."""
 
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,8 +13,10 @@ import numpy as np
 import xxhash
 from PIL import Image
 
-from composer_prior.data.images import ImageError, decode_rgb
-from composer_prior.data.messages import DataError, announce, one_line
+from composer_prior.conversion.sources.images import find_inside, normal_form
+from composer_prior.data.files import MAX_JSON_BYTES, parse_json, read_plain
+from composer_prior.data.images import ImageError, check_image, decode_rgb, image_in_text, read_image_file
+from composer_prior.data.messages import DataError, announce, one_line, short
 
 T = TypeVar("T")
 
@@ -87,7 +89,7 @@ def text(entry: Any, *names: str) -> str:
     """
     found = value(entry, *names)
     if not isinstance(found, str) or not found.strip():
-        raise Unusable(f"without {names[0]}", f"its {names[0]} is {found!r}, not a text")
+        raise Unusable(f"without {names[0]}", f"its {names[0]} is {short(repr(found))}, not a text")
     return found
 
 
@@ -111,18 +113,18 @@ def read_json(file: Path) -> Any:
         DataError: naming the file and the line.
     """
     try:
-        written = file.read_text("utf-8-sig")
+        written = read_plain(file, MAX_JSON_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {one_line(error)}") from error
     try:
-        return json.loads(written)
+        return parse_json(written)
     except ValueError as error:
         whole = error
     found = []
     for number, line in enumerate(written.split("\n"), start=1):
         try:
             if line.strip():
-                found.append(json.loads(line))
+                found.append(parse_json(line))
         except ValueError as error:
             wrong = error if found else whole
             place = f"line {number}" if found else "it"
@@ -142,6 +144,8 @@ def numbered(file: Path, content: Any) -> list[tuple[str, Any]]:
 class ImageFolder:
     """Images by the names that annotations give them, in a folder or in one of the folders below it.
 
+    No name leads out of it, but for a link that stands in it and leads to another folder, which its user has made.
+
     Raises:
         DataError: if there is no such folder.
     """
@@ -150,23 +154,43 @@ class ImageFolder:
         self.folder = Path(folder).expanduser()
         if not self.folder.is_dir():
             raise DataError(f"images={folder}: there is no such folder.")
+        self._root = self.folder.resolve()
+        with os.scandir(self._root) as entries:
+            self._also = [Path(entry).resolve() for entry in entries if entry.is_symlink() and entry.is_dir()]
 
-    def find(self, *names: str) -> Path:
-        """The file of an image that has one of these names.
+    def find(self, *names: str) -> Path | bytes:
+        """The file of an image that has one of these names, or the image itself where the name is its base64.
 
         Raises:
             Unusable: if it has none, or one that stands for several files.
         """
+        try:
+            if (embedded := image_in_text(names[0])) is not None:
+                check_image(embedded)
+                return embedded
+        except ImageError as error:
+            raise Unusable("without their image", f"{short(names[0], 40)}: {error}") from error
+        problem = f"there is no {short(names[0])} in {self.folder}"
         for name in names:
-            if (self.folder / name).is_file():
-                return self.folder / name
+            try:
+                if (file := self._file(name)) is not None:
+                    return file
+            except ImageError as error:
+                problem = f"{short(name)}: {error}"
         for name in names:
-            found = self._below.get(os.path.basename(name), [])
+            found = self._below.get(normal_form(os.path.basename(name)), [])
             if len(found) > 1:
                 raise Unusable("with a name of several images", f"{name} is both {found[0]} and {found[1]}")
-            if found:
-                return found[0]
-        raise Unusable("without their image", f"there is no {names[0]} in {self.folder}")
+            with suppress(ImageError):
+                if found and self._file(str(found[0].relative_to(self.folder))) is not None:
+                    return found[0]
+        raise Unusable("without their image", problem)
+
+    def _file(self, name: str) -> Path | None:
+        place = Path(find_inside(self._root, name, *self._also))
+        if place.exists() and not place.is_file():
+            raise ImageError("not a regular file")
+        return place if place.exists() else None
 
     @cached_property
     def _below(self) -> dict[str, list[Path]]:
@@ -174,20 +198,21 @@ class ImageFolder:
         for folder, folders, files in os.walk(self.folder):
             folders.sort()
             for name in files:
-                found[name].append(Path(folder, name))
+                found[normal_form(name)].append(Path(folder, name))
         return found
 
 
-def load_image(file: Path) -> Image.Image:
-    """An image as RGB.
+def load_image(image: Path | bytes) -> Image.Image:
+    """An image as RGB, from its file or its bytes.
 
     Raises:
         DataError: naming the file.
     """
     try:
-        return decode_rgb(file.read_bytes())
-    except (OSError, ImageError) as error:
-        raise DataError(f"{file} cannot be read: {one_line(error)}; replace it or take its entry out.") from error
+        return decode_rgb(image if isinstance(image, bytes) else read_image_file(image))
+    except ImageError as error:
+        name = image_name(image) if isinstance(image, bytes) else image
+        raise DataError(f"{name} cannot be read: {one_line(error)}; replace it or take its entry out.") from error
 
 
 def other_images(images: Sequence[Any]) -> list[int]:
@@ -209,9 +234,14 @@ def digest(*parts: Any) -> str:
     return xxhash.xxh64(repr(parts).encode()).hexdigest()
 
 
-def file_size(file: Path) -> tuple[str, int]:
+def image_name(image: Path | bytes, name: str = "") -> str:
+    """A name of an image, by default that of its file; a digest where it has none."""
+    return f"image {xxhash.xxh64(image).hexdigest()}" if isinstance(image, bytes) else name or image.name
+
+
+def file_size(image: Path | bytes) -> tuple[str, int]:
     """What a fingerprint says of an image: its name and size."""
-    return file.name, file.stat().st_size
+    return image_name(image), len(image) if isinstance(image, bytes) else image.stat().st_size
 
 
 def with_category(counts: Mapping[str, float], category: str) -> dict[str, float]:

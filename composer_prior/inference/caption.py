@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from composer_prior.data.batch import ImageInputs
 from composer_prior.data.download import download_from
-from composer_prior.data.images import decode_rgb
+from composer_prior.data.images import decode_rgb, read_image_file
 from composer_prior.data.lines import begin_lines
 from composer_prior.data.locks import sole_writer
 from composer_prior.data.messages import OneLineError, one_line, say
@@ -90,11 +90,11 @@ def find_images(sources: Sequence[str]) -> Iterator[str]:
 def read_bytes(name: str) -> bytes:
     """The bytes of a file, or of an object of a remote."""
     if not is_remote(name):
-        return Path(name).read_bytes()
+        return read_image_file(name)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "image")
         download_from(name, file, attempts=3)
-        return file.read_bytes()
+        return read_image_file(file)
 
 
 def caption_images(

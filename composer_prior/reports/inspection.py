@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image
 
 from composer_prior.conversion.sources import expect_number
+from composer_prior.data.files import MAX_JSON_BYTES, read_plain
 from composer_prior.data.images import IMAGE_FORMATS
 from composer_prior.data.messages import one_line, say, visible
 from composer_prior.data.storage import is_remote
@@ -134,6 +135,8 @@ def inspect_captions(
             except (LookupError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{data}: sample {number} cannot be read ({one_line(error)}).") from error
             captions = sample_captions(sample)
+            if not all(isinstance(caption, str) for caption in captions):
+                raise ValueError(f"{data}: the captions of sample {number} are not texts; convert the data again.")
             found.update(captions)
             lengths += map(length, captions)
             header = _header(sample["image"])
@@ -159,7 +162,8 @@ def inspect_captions(
 
 def sample_captions(sample: Mapping[str, Any]) -> list[str]:
     """The captions of a sample, whether it has one or several."""
-    return [sample["caption"]] if "caption" in sample else list(sample["captions"])
+    captions = [sample["caption"]] if "caption" in sample else sample["captions"]
+    return captions if isinstance(captions, list) else [captions]
 
 
 def _cut(text: str, length: int) -> str:
@@ -266,12 +270,12 @@ def open_captions(data: str, cache: str) -> tuple[Any, bytes]:
     index = Path(data if remote is None else cache) / "index.json"
     if not index.exists():
         raise FileNotFoundError(f"{data}: no index.json here; name a data set made by composer-prior convert.")
-    content = index.read_bytes()
+    content = read_plain(index, MAX_JSON_BYTES)
     try:
         for shard in json.loads(content)["shards"]:
             _check_columns(data, shard)
         return LocalDataset(data) if remote is None else remote, content
-    except (LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{data}: its index.json is no index of a data set ({type(error).__name__}).") from error
 
 

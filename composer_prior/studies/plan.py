@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from composer_prior.data.files import load_yaml
 from composer_prior.data.messages import DataError, one_line
 from composer_prior.data.storage import is_remote, list_remote
 from composer_prior.studies.results import collect, finished, last, planned_steps, read_metrics
@@ -132,7 +133,7 @@ def _check_same(file: Path, recipe: TrainConfig) -> None:
     """Refuse a run that has the name of a cell and was made with other values."""
     if not file.is_file():
         return
-    theirs: Any = OmegaConf.to_container(OmegaConf.load(file))
+    theirs: Any = OmegaConf.to_container(load_yaml(file))
     for key in _SAME:
         if theirs.get(key) != getattr(recipe, key):
             raise ValueError(f"its {key} is {theirs.get(key)}, that of the study {getattr(recipe, key)}")

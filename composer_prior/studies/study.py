@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
+from composer_prior.data.files import load_yaml
 from composer_prior.data.messages import one_line
 from composer_prior.registry import did_you_mean
 from composer_prior.training.config import SHIPPED, TrainConfig, load_recipe
@@ -254,7 +255,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"The study {path} does not exist.")
     try:
-        study = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # interpolations are the recipes'
+        study = OmegaConf.to_container(load_yaml(path), resolve=False)  # interpolations are the recipes'
     except Exception as error:
         raise ValueError(f"{path} is not a readable YAML file: {one_line(error)}") from error
     if not isinstance(study, dict):

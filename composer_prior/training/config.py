@@ -16,6 +16,7 @@ from typing import Any, cast
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from composer_prior.data.files import load_yaml
 from composer_prior.data.storage import is_remote
 from composer_prior.registry import did_you_mean
 
@@ -225,7 +226,7 @@ def _read(path: Path) -> DictConfig:
 @lru_cache(maxsize=16)
 def _load(path: Path, _: bytes) -> DictConfig | ListConfig:
     """What a file holds, parsed once while its bytes are the same: a study reads the same recipes hundreds of times."""
-    return OmegaConf.load(path)  # a safe loader: tags that construct Python objects are errors
+    return load_yaml(path)  # a safe loader: tags that construct Python objects are errors
 
 
 def _parse_overrides(overrides: Sequence[str]) -> DictConfig:

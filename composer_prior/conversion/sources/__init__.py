@@ -34,8 +34,9 @@ from composer_prior.conversion.sources.base import (
     file_of,
 )
 from composer_prior.conversion.sources.files import describe
-from composer_prior.conversion.sources.images import RejectedImage, read_image
+from composer_prior.conversion.sources.images import read_image
 from composer_prior.conversion.sources.recognition import open_source
+from composer_prior.data.images import ImageError as RejectedImage
 from composer_prior.data.storage import is_remote
 
 __all__ = [

@@ -2,13 +2,14 @@
 
 import hashlib
 import os
-import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
+
+from composer_prior.data.images import MAX_IMAGE_BYTES
 
 FORMS = ("jsonl", "csv", "tsv", "json", "coco", "webdataset", "parquet", "hf")
 SPANS = "image_related_spans"
@@ -110,7 +111,7 @@ class SourceOptions:
     key_column: str | None = None
     split: str | None = None
     unit_samples: int = 2048
-    max_image_bytes: int = 64 << 20
+    max_image_bytes: int = MAX_IMAGE_BYTES
     download_timeout: float = 600.0
 
     def __post_init__(self) -> None:
@@ -170,11 +171,6 @@ class Source(Protocol):
 
     def read(self, unit: Any) -> Iterator[Record | Rejected]:
         """The records of one unit, in a fixed order."""
-
-
-def is_remote(path: str | Path) -> bool:
-    """Whether a path names a remote of streaming rather than a file or folder of this machine."""
-    return "://" in str(path) or str(path).startswith("dbfs:")
 
 
 def pick(names: Sequence[str], wanted: str | None, usual: Sequence[str], option: str, where: str) -> str:
@@ -244,7 +240,3 @@ def asked_folder(images: str) -> Path:
     if not folder.is_dir():
         raise SourceError(f"images={images}: no such folder.")
     return folder.resolve()
-
-
-def one_line(error: BaseException) -> str:
-    return re.sub(r"\s+", " ", str(error))[:200]

@@ -4,13 +4,13 @@ import bz2
 import gzip
 import lzma
 import os
-import stat
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from composer_prior.conversion.sources.base import BadFile, FileUnit
+from composer_prior.data.files import open_plain
 
 _KINDS = (
     (b"version https://git-lfs", "a Git LFS pointer; fetch the file itself with git lfs pull"),
@@ -49,11 +49,8 @@ def beginning(path: Path) -> tuple[bytes, int]:
     Raises:
         OSError: also for what is no regular file.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a named pipe would wait for a writer
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("not a regular file")
-        return file.read(512), status.st_size
+    with open_plain(path) as file:
+        return file.read(512), os.fstat(file.fileno()).st_size
 
 
 def parquet_problem(path: Path) -> str | None:

@@ -58,8 +58,10 @@ class HFSource:
         data, seen = _load_saved(self.path, self.options.split), Seen()
         for start in range(0, len(data), self.options.unit_samples):
             stop = min(start + self.options.unit_samples, len(data))
-            keys = data.select_columns(self.options.key_column)[start:stop] if self.options.key_column else {}
-            repeated = [n for n, key in enumerate(next(iter(keys.values()), ())) if not seen.add(key)]
+            names = [self.options.key_column] if self.options.key_column else []
+            batches = data.with_format("arrow").select_columns(names)[start:stop].to_batches() if names else ()
+            keys = (key for batch in batches for row in batch_rows(batch) for key in row.values())
+            repeated = [n for n, key in enumerate(keys) if not seen.add(key)]
             yield data._fingerprint, start, stop, tuple(repeated)
 
     def read(self, unit: tuple[str, int, int, tuple[int, ...]]) -> Iterator[Record | Rejected]:

@@ -2,22 +2,16 @@
 
 import os
 import re
-import stat
+import unicodedata
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote
 
+from composer_prior.data.images import ImageError, read_image_file
+
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _HUB_REPOSITORY = re.compile(r"(datasets|models|spaces)--.+")
-
-
-class RejectedImage(ValueError):
-    """An image that is not to be read; ``reason`` and ``detail`` as in :class:`Rejected`."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
 
 
 def read_image(root: Path, name: str, limit: int, *also: Path) -> bytes:
@@ -33,29 +27,46 @@ def read_image(root: Path, name: str, limit: int, *also: Path) -> bytes:
         The file's bytes.
 
     Raises:
-        RejectedImage: the path leads out of the folders; the file is missing, unreadable, not a regular file or too
-            large.
+        ImageError: the path leads out of the folders; the file is missing, unreadable, not a regular file or too large.
+    """
+    return read_image_file(find_inside(root, name, *also), limit)
+
+
+def find_inside(root: Path, name: str, *also: Path) -> str:
+    """Where an image really lies, see :func:`inside`; where no file has its name, the one whose name is the same text
+    in another Unicode form, as files have it that macOS wrote.
+
+    Raises:
+        ImageError: as for :func:`inside`, or two files have such names.
     """
     path = inside(root, name, *also)
-    try:
-        with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise RejectedImage("not a regular file")
-            if status.st_size > limit:
-                raise RejectedImage("image too large", f"{status.st_size} bytes, at most {limit} are accepted")
-            return file.read() or b""
-    except (FileNotFoundError, NotADirectoryError):
-        raise RejectedImage("missing file", "not in the folder of images, which images= names") from None
-    except IsADirectoryError:
-        raise RejectedImage("not a regular file") from None
-    except OSError as error:
-        raise RejectedImage("unreadable file", error.strerror or str(error)) from None
+    if path.isascii() or os.path.exists(path):
+        return path
+    found = "/"
+    for part in Path(os.path.join(root, _plain_path(root, name))).parts[1:]:
+        same = [part] if os.path.lexists(os.path.join(found, part)) else _forms_in(found).get(normal_form(part), [])
+        if len(same) > 1:
+            raise ImageError("ambiguous name", f"{len(same)} files have it in other Unicode forms; keep one of them")
+        if not same:
+            return path
+        found = os.path.join(found, same[0])
+    return inside(root, found.removeprefix(os.path.join(root, "")), *also)
 
 
-def _open_without_waiting(path: str, flags: int) -> int:
-    """Open a file; a named pipe would otherwise wait for a writer."""
-    return os.open(path, flags | os.O_NONBLOCK)
+@lru_cache(maxsize=64)
+def _forms_in(folder: str) -> dict[str, list[str]]:
+    """The names in a folder that are not ASCII, by their normal form."""
+    found: dict[str, list[str]] = {}
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            if not name.isascii():
+                found.setdefault(normal_form(name), []).append(name)
+    return found
+
+
+def normal_form(name: str) -> str:
+    """A name in the one of its Unicode forms (NFC) that all others are compared in."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def inside(root: Path, name: str, *also: Path) -> str:
@@ -66,38 +77,37 @@ def inside(root: Path, name: str, *also: Path) -> str:
     folders, except into the blobs of the Hugging Face cache's repository that ``root`` is a snapshot of.
 
     Raises:
-        RejectedImage: saying what to do about it.
+        ImageError: saying what to do about it.
     """
     name = _plain_path(root, name)
     folder, base = os.path.split(os.path.join(root, name))
     path = os.path.join(_real_folder(folder), base)
-    if os.path.islink(path):
-        link, path = path, os.path.realpath(path)
-        blobs = _hub_blobs(str(root))
-        if blobs and path.startswith(blobs) and link.startswith(os.path.join(root, "")):
-            return path
-    if any(path.startswith(os.path.join(place, "")) for place in (root, *also)):
+    real = os.path.realpath(path) if os.path.islink(path) else path
+    blobs = _hub_blobs(str(root)) if real != path else None
+    if blobs and real.startswith(blobs) and path.startswith(os.path.join(root, "")):
+        return path
+    if any(real.startswith(os.path.join(place, "")) for place in (root, *also)):
         return path
     how = "it is absolute, and not below the source" if name.startswith("/") else "through a symbolic link"
-    raise RejectedImage("path leaves the source", f"{how}; name the folder that holds the images with images=")
+    raise ImageError("path leaves the source", f"{how}; name the folder that holds the images with images=")
 
 
 def _plain_path(root: Path, name: str) -> str:
     """A path as this system writes it, without ``..``."""
     if name[:7].lower() == "file://":
         name = "/" + unquote(name[7:].partition("/")[2])
-    elif "://" in name or name.startswith("data:"):
-        raise RejectedImage("image is a URL", "download the images first, with img2dataset for example")
+    elif "://" in name:
+        raise ImageError("image is a URL", "download the images first, with img2dataset for example")
     if not name or "\0" in name or not _can_be_a_path(name):
-        raise RejectedImage("bad path", "empty, or with characters that no path can have")
+        raise ImageError("bad path", "empty, or with characters that no path can have")
     if _DRIVE.match(name):
-        raise RejectedImage("path leaves the source", "a drive of Windows; write paths relative to images=")
+        raise ImageError("path leaves the source", "a drive of Windows; write paths relative to images=")
     if "\\" in name and not os.path.lexists(os.path.join(root, name)):
         name = name.replace("\\", "/")
     if ".." in name.split("/"):
         name = os.path.normpath(name)
         if name.split("/")[0] == "..":
-            raise RejectedImage("path leaves the source", "by '..'; write paths relative to images=")
+            raise ImageError("path leaves the source", "by '..'; write paths relative to images=")
     return "/" + name.lstrip("/") if name.startswith("//") else name
 
 

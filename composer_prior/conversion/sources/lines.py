@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from composer_prior.data.files import open_plain
+
 LINE_LIMIT = 16 << 20
 _RECORD_LIMIT = 1 << 20  # characters of one row of several lines
 _DIALECT_ROWS = 1000
@@ -25,7 +27,7 @@ codecs.register_error(_MARK, lambda error: ("\udcff", error.end))  # type: ignor
 
 def encoding_of(path: Path) -> str:
     """The encoding of a text file by its byte order mark; UTF-8 without one."""
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         head = file.read(4)
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "utf-32"

@@ -24,11 +24,14 @@ from composer_prior.conversion.sources.base import (
     pick,
 )
 from composer_prior.conversion.sources.files import beginning, kind_of
-from composer_prior.conversion.sources.images import RejectedImage, inside
+from composer_prior.conversion.sources.images import find_inside
 from composer_prior.conversion.sources.lines import LINE_LIMIT, encoding_of, header_of, lines, open_text, rows
-from composer_prior.conversion.sources.records import record_of, value_of
+from composer_prior.conversion.sources.records import image_of, record_of, value_of
+from composer_prior.data.files import MAX_JSON_BYTES, bounded, parse_json
+from composer_prior.data.images import ImageError
 
 _MOST_DIGITS = 4000
+_UNIT_BYTES = 64 << 20  # of images that the list holds itself
 _PADDING = re.compile(r"[ \t\r\n,]*")
 _BEHIND = re.compile(r"[ \t\r\n,\]]")
 
@@ -67,12 +70,13 @@ class ListSource:
         return iter(())  # without its list a source cannot be opened
 
     def units(self) -> Iterator[tuple[Record | Rejected, ...]]:
-        unit: list[Record | Rejected] = []
+        unit, size = list[Record | Rejected](), 0
         for item in _unique(_grouped(self._entries())):
             unit.append(item)
-            if len(unit) >= self.options.unit_samples:
+            size += len(item.image) if isinstance(item, Record) and isinstance(item.image, bytes) else 0
+            if len(unit) >= self.options.unit_samples or size >= _UNIT_BYTES:
                 yield tuple(unit)
-                unit = []
+                unit, size = [], 0
         if unit:
             yield tuple(unit)
 
@@ -117,8 +121,8 @@ def _images_folder(file: Path, asked: str | None, names: list[str]) -> Path:
 
 def _exists(root: Path, name: str) -> bool:
     try:
-        return os.path.exists(inside(root, name))
-    except (RejectedImage, OSError, ValueError):
+        return os.path.exists(find_inside(root, name))
+    except (OSError, ValueError):
         return False
 
 
@@ -131,10 +135,10 @@ def _read_jsonl(path: Path, options: SourceOptions) -> Iterator[Record | Rejecte
         if not line.strip():
             continue
         try:
-            entry = json.loads(line.decode("utf-8"))
+            entry = parse_json(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             yield Rejected(key, "invalid UTF-8", where, f"byte {error.start} of the line")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             yield Rejected(key, "malformed JSON", where, str(error)[:200])
         else:
             yield entry_record(entry, key, where, options)
@@ -155,8 +159,8 @@ def _read_table(path: Path, options: SourceOptions) -> Iterator[Record | Rejecte
         entry: dict[str, Any] = dict(zip(header, row if header == padded else map(str.strip, row), strict=True))
         if SPANS in entry:
             try:
-                entry[SPANS] = json.loads(entry[SPANS] or "null")
-            except (ValueError, RecursionError):
+                entry[SPANS] = parse_json(entry[SPANS] or "null")
+            except ValueError:
                 yield Rejected(key, "bad spans", where, "not JSON")
                 continue
         yield entry_record(entry, key, where, chosen)
@@ -182,7 +186,10 @@ def _columns(path: Path, options: SourceOptions) -> tuple[str, list[str], Source
 def _read_json_array(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:
     for number, entry in enumerate(_json_array(path)):
         where, key = f"{path.name}[{number}]", f"item {number}"
-        yield entry if isinstance(entry, BadFile) else entry_record(entry, key, where, options)
+        try:
+            yield entry if isinstance(entry, BadFile) else entry_record(bounded(entry), key, where, options)
+        except ValueError as error:
+            yield Rejected(key, "malformed JSON", where, str(error))
 
 
 def _json_array(path: Path, chunk: int = 1 << 20) -> Iterator[Any]:
@@ -231,15 +238,17 @@ def _whole_number(digits: str) -> int | None:
 
 def _read_coco(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes, at most {MAX_JSON_BYTES} are accepted")
         with open_text(path) as file:
-            data = json.load(file)
+            data = parse_json(file.read())
         images, annotations = data["images"], data["annotations"]
         by_image: dict[Any, list[dict[str, Any]]] = {}
         for annotation in annotations:
             by_image.setdefault(annotation["image_id"], []).append(annotation)
         entries = [(image["id"], image["file_name"]) for image in images]
         known = {image_id for image_id, _ in entries}
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise SourceError(
             f"{path}: not COCO captions, which need 'images' (id, file_name) and 'annotations' (image_id, caption): "
             f"{type(error).__name__} {error}."
@@ -248,13 +257,16 @@ def _read_coco(path: Path, options: SourceOptions) -> Iterator[Record | Rejected
     for number, (image_id, file_name) in enumerate(entries):
         where = f"{path.name}:images[{number}]"
         found = by_image.pop(image_id, [])
-        if not isinstance(file_name, str):
-            detail = "file_name is not text"
-            yield Rejected(str(image_id), "missing image", where, detail, max(1, len(found)))
+        try:
+            if not isinstance(file_name, str):
+                raise ImageError("missing image", "file_name is not text")
+            image = image_of(file_name) or ""
+        except ImageError as error:
+            yield Rejected(str(image_id), error.reason, where, error.detail, max(1, len(found)))
             continue
         captions = tuple(annotation.get(name) for annotation in found)
         spans = tuple(a.get(SPANS) for a in found) if any(SPANS in a for a in found) else None
-        yield Record(str(image_id), file_name, captions, where, spans, explicit=True)
+        yield Record(str(image_id), image, captions, where, spans, explicit=True)
     for image_id, orphans in by_image.items():
         if image_id not in known:
             for orphan in orphans:
@@ -270,7 +282,7 @@ def entry_record(entry: Any, key: str, where: str, options: SourceOptions) -> Re
     name = str(own) if isinstance(own, (str, int)) and str(own) else None
     image = value_of(entry, options.image_column, IMAGE_COLUMNS)
     caption = value_of(entry, options.caption_column, CAPTION_COLUMNS)
-    key = name or (image if isinstance(image, str) and image else key)
+    key = name or (image if isinstance(image, str) and 0 < len(image) < 256 and image[:5] != "data:" else key)
     return record_of(image, caption, entry.get(SPANS), key, where, name is not None, SPANS in entry)
 
 

@@ -1,6 +1,6 @@
 """Parquet files, and what they share with saved Hugging Face datasets: rows of Arrow."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from composer_prior.conversion.sources.records import record_of
 from composer_prior.data.messages import one_line
 
 ROWS_AT_ONCE = 32
+_UNPACKED = 64 << 20  # bytes of a row group's columns that need no further look
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ class ParquetSource:
             return ()
         if self.options.key_column not in opened.schema_arrow.names:
             raise LookupError(f"no column {self.options.key_column!r}")
-        table = opened.read_row_groups(range(first, last), columns=[self.options.key_column])
-        keys = table.column(0).to_pylist()
+        batches = _batches(opened, range(first, last), [self.options.key_column])
+        keys = (key for batch in batches for row in batch_rows(batch) for key in row.values())
         return tuple(number for number, key in enumerate(keys) if not seen.add(key))
 
     def read(self, unit: FileUnit | BadFile) -> Iterator[Record | Rejected]:
@@ -121,7 +122,7 @@ class ParquetSource:
             with parquet.ParquetFile(self.root / unit.name, buffer_size=1 << 20) as file:
                 rows = sum(file.metadata.row_group(group).num_rows for group in range(unit.first, unit.last))
                 groups = range(unit.first, unit.last)
-                for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=columns, use_threads=False):
+                for batch in _batches(file, groups, columns):
                     for entry in batch_rows(batch):
                         key, where = str(unit.row + number), f"{unit.name}:{unit.row + number}"
                         yield row_record(entry, self.image, self.caption, self.options, key, where, number in repeated)
@@ -131,11 +132,31 @@ class ParquetSource:
                 yield Rejected(str(lost), "unreadable row", f"{unit.name}:{lost}", one_line(error, 200))
 
 
+def _batches(opened: Any, groups: Iterable[int], columns: list[str]) -> Iterator[Any]:
+    """A few rows of some columns at a time, fewer where a value that is stored once may stand in each.
+
+    Raises:
+        OSError: a row group unpacks to far more than images and captions do.
+    """
+    for number in groups:
+        group = opened.metadata.row_group(number)
+        chunks = [group.column(index) for index in range(group.num_columns)]
+        chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
+        packed, unpacked = (
+            sum(getattr(c, f"total_{kind}_size") for c in chunks) for kind in ("compressed", "uncompressed")
+        )
+        if unpacked > max(_UNPACKED, 200 * packed):
+            raise OSError(f"row group {number} of {packed} bytes unpacks to {unpacked}, more than 200 times as many")
+        rows = ROWS_AT_ONCE if unpacked < 4 * packed else max(1, min(ROWS_AT_ONCE, 4 * _UNPACKED // unpacked))
+        yield from opened.iter_batches(rows, row_groups=[number], columns=columns, use_threads=False)
+
+
 def batch_rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """The rows of an Arrow batch; text that is not UTF-8 keeps its bad bytes as surrogates instead of failing."""
+    """The rows of an Arrow batch; text that is not UTF-8 keeps its bad bytes as surrogates instead of failing, and a
+    time that Python has not is a number."""
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):
         arrow = load("pyarrow")
         for index in range(batch.num_rows):
             row = batch.slice(index, 1)
@@ -145,14 +166,14 @@ def batch_rows(batch: Any) -> Iterator[dict[str, Any]]:
 def _scalar(arrow: Any, value: Any) -> Any:
     try:
         return value.as_py()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):
         if arrow.types.is_struct(value.type):
             return {name: _scalar(arrow, value[name]) for name in value}
         if arrow.types.is_list(value.type) or arrow.types.is_large_list(value.type):
             return [_scalar(arrow, item) for item in value.values]
-        return (
-            value.as_buffer().to_pybytes().decode("utf-8", "surrogateescape") if hasattr(value, "as_buffer") else None
-        )
+        if not hasattr(value, "as_buffer"):
+            return getattr(value, "value", None)
+        return value.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
 
 
 def row_record(

@@ -1,13 +1,12 @@
 """What the fields of an entry mean, in whichever form it came: its one image, its captions, LLaVA's conversations."""
 
-import base64
 import codecs
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from composer_prior.conversion.sources.base import Record, Rejected
-from composer_prior.conversion.sources.images import RejectedImage
+from composer_prior.data.files import parse_json
+from composer_prior.data.images import ImageError, image_in_text
 
 _HUMAN = ("human", "user")
 _MODEL = ("gpt", "assistant", "model", "chatgpt", "bot")
@@ -48,7 +47,7 @@ def record_of(
         found = image_of(image)
         if found is None and turns:
             found = image_of([part for _, _, images in turns for part in images if part != _PLACEHOLDER])
-    except RejectedImage as error:
+    except ImageError as error:
         return Rejected(key, error.reason, where, error.detail, count)
     if found is None:
         if turns and not any(images for _, _, images in turns):
@@ -66,21 +65,21 @@ def image_of(value: Any) -> bytes | str | None:
     """The one image that a field holds, as bytes or as a path; ``None`` where there is none.
 
     Raises:
-        RejectedImage: for several images.
+        ImageError: for several images, or base64 that is none.
     """
     if isinstance(value, (list, tuple)):
         if len(value) > 1:
-            raise RejectedImage("several images", f"{len(value)} of them; a record has one")
+            raise ImageError("several images", f"{len(value)} of them; a record has one")
         return image_of(value[0]) if value else None
     if isinstance(value, dict):
-        data = value.get("bytes")
+        data = next((value[name] for name in ("bytes", "data", "base64") if value.get(name)), None)
         if isinstance(data, str):  # JSON has no bytes
-            try:
-                data = base64.b64decode(data, validate=True)
-            except ValueError:
-                raise RejectedImage("undecodable image", "its bytes are not base64") from None
-        return image_of(data or value.get("path") or value.get("url"))
-    return value if isinstance(value, (bytes, str)) and value else None
+            data = image_in_text(data, is_path=False)
+        return image_of(data or value.get("path") or value.get("url") or value.get("source"))
+    if isinstance(value, str) and value:
+        found = image_in_text(value)
+        return value if found is None else found
+    return value if isinstance(value, bytes) and value else None
 
 
 def several(caption: Any, spans: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -107,8 +106,8 @@ def _turns(value: Any) -> list[Turn] | None:
         if not value.startswith("["):
             return None
         try:
-            return _turns(json.loads(value))
-        except (ValueError, RecursionError):
+            return _turns(parse_json(value))
+        except ValueError:
             return None
     if not (isinstance(value, (list, tuple)) and value and all(isinstance(turn, dict) for turn in value)):
         return None
@@ -133,7 +132,7 @@ def _turn(turn: dict[str, Any]) -> Turn:
 
 def _part_images(part: dict[str, Any]) -> Iterator[Any]:
     if "image" in str(part.get("type")):
-        named = (part.get(name) for name in ("image", "image_url", "path", "url"))
+        named = (part.get(name) for name in ("image", "image_url", "path", "url", "base64", "source", "data"))
         yield next((image for image in named if image), _PLACEHOLDER)
 
 

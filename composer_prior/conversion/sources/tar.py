@@ -1,6 +1,5 @@
 """WebDataset shards: tar archives of images and captions."""
 
-import json
 import lzma
 import os
 import re
@@ -23,14 +22,24 @@ from composer_prior.conversion.sources.base import (
     SourceOptions,
 )
 from composer_prior.conversion.sources.files import beginning, file_unit, tar_problem
+from composer_prior.conversion.sources.images import normal_form
 from composer_prior.conversion.sources.records import decode_text, record_of, value_of
+from composer_prior.data.files import parse_json
 
 _TEXT_SUFFIXES = ("txt", "caption", "text")
 _DOCUMENT = re.compile(r"readme|licen[cs]e|notice|changelog|copying|thumbs|desktop", re.IGNORECASE)
+_MOST_UNPACKED = 200  # times the size of a compressed archive; images and their captions make 2
+_MOST_NAMING = 1 << 20  # bytes of a header that names the next member
 _ZEROS_BETWEEN = 1 << 20  # bytes of zeros that may lie behind an archive; more are a file that never came
 _NO_SAMPLE, _NO_IMAGE, _NEITHER = "not a sample", "missing image", "neither image nor caption"
 _WITHOUT_IMAGE = (_NO_SAMPLE, _NO_IMAGE, _NEITHER)
 _TOGETHER = "the members of a sample must stand together: pack the archive again, with tar --sort=name"
+
+
+def _together(key: str) -> str:
+    """What to do about members of a sample that are apart."""
+    forms = "" if key.isascii() else ", after their names have one Unicode form, as convmv --nfc gives them"
+    return _TOGETHER + forms
 
 
 @dataclass(frozen=True)
@@ -126,9 +135,9 @@ class TarSource:
         entry: dict[str, Any] = {}
         if members.get("json"):
             try:
-                parsed = json.loads(decode_text(members["json"] or b""))
+                parsed = parse_json(decode_text(members["json"] or b""))
                 entry = parsed if isinstance(parsed, dict) else {}
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 return Rejected(key, "malformed JSON", where, str(error)[:200])
         record = record_of(
             members[images[0]], self._caption(members, entry), entry.get(SPANS), key, where, has_spans=SPANS in entry
@@ -136,7 +145,7 @@ class TarSource:
         if isinstance(record, Rejected) or record.captions:
             return record
         others = ", ".join(name for name in {**members, **entry} if name not in (images[0], "json"))[:200]
-        return replace(record, note=f"choose one of {others} with caption_column=" if others else _TOGETHER)
+        return replace(record, note=f"choose one of {others} with caption_column=" if others else _together(key))
 
     def _caption(self, members: dict[str, bytes | None], entry: dict[str, Any]) -> Any:
         """The caption of the member of text, unless that is empty, and otherwise that of the JSON."""
@@ -164,7 +173,7 @@ class _Group:
 
     def add(self, name: str, suffix: str, data: bytes | None, plain: bool) -> Iterator[Record | Rejected]:
         """Take one member in; a pair of a longer name is complete when the next name begins."""
-        key, _, last = name.rpartition(".")
+        key, _, last = normal_form(name).rpartition(".")
         if plain or "." not in suffix:
             self.twice = self.twice or (name if suffix in self.members else "")
             self.members[suffix] = data
@@ -203,7 +212,7 @@ class _Group:
     def _record(self) -> Record | Rejected:
         where = f"{self.file}:{self.key}"
         if self.key in self.seen:
-            return Rejected(self.key, "duplicate key", where, _TOGETHER)
+            return Rejected(self.key, "duplicate key", where, _together(self.key))
         self.seen.add(self.key)
         if self.twice:
             return Rejected(self.key, "duplicate key", where, f"several members {self.twice}")
@@ -216,7 +225,23 @@ def _split_name(name: str) -> tuple[str, str]:
     stem, _, suffix = base.partition(".")
     if not stem or "__MACOSX" in folder.split("/"):
         return name, ""
-    return folder + slash + stem, suffix.lower()
+    return normal_form(folder + slash + stem), suffix.lower()
+
+
+class _Header(tarfile.TarInfo):
+    """A header, read only where the size that it claims and that of the archive behind it are within bounds."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
+        most = _MOST_UNPACKED * os.path.getsize(archive.name or "")
+        if archive.offset > most:
+            raise tarfile.ReadError(f"it unpacks to more than {most} bytes, {_MOST_UNPACKED} times its size")
+        return super().fromtarfile(archive)  # type: ignore[return-value]
+
+    def _proc_member(self, archive: tarfile.TarFile) -> Any:  # what tarfile means to be overridden
+        if self.type in (b"L", b"K", b"x", b"g", b"X") and not 0 <= self.size <= _MOST_NAMING:
+            raise tarfile.ReadError(f"a header of {self.size} bytes, at most {_MOST_NAMING} are accepted")
+        return super()._proc_member(archive)  # type: ignore[misc]
 
 
 def _tar_members(
@@ -237,10 +262,12 @@ def _tar_members(
         return "", Rejected(label, "broken archive", label, problem, count, estimated=count > 1)
 
     try:
-        with tarfile.open(path, "r:*", ignore_zeros=True) as tar:
+        with tarfile.open(path, "r:*", ignore_zeros=True, tarinfo=_Header) as tar:
             while True:
                 member = tar.next()
                 tar.members.clear()  # type: ignore[attr-defined]
+                if member and tar.offset <= end:
+                    raise tarfile.ReadError("a member of a negative size")
                 size, problem = _lost(tar, end, None if member is None else member.offset)
                 if problem and not stems:
                     first = size, problem
@@ -274,7 +301,7 @@ def _tar_members(
                     yield name, (file.read() if file else b"")
                 else:
                     yield name, None
-    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError) as error:
         if first and stems:
             yield damaged(*first)
         yield "", BadFile(label, "broken archive", label, f"cut or damaged behind byte {end} ({str(error)[:160]})")
