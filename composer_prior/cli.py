@@ -109,10 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not started or started[0] not in JOBS:
         sys.exit(f"usage: composer-prior launch {job.usage}")
     if name in RANKED:
-        try:
-            check_ranks()
-        except ValueError as error:
-            sys.exit(f"error: {error}")
+        check_ranks()
     if started[0] == "train" and started[1:]:
         _check_recipe(started[1:])
     sys.exit(_load(job.run)(words[1:]))

@@ -1,6 +1,7 @@
 """One writer at a time: locks on folders and files, which the system takes back from a process that is killed."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -21,15 +22,9 @@ class LockedError(OneLineError, StorageError):
 
 @contextmanager
 def locked(file: Path, seconds: float = -1, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold a lock.
+    """Hold the lock that a file stands for, or raise :class:`LockedError` if another process does for so many seconds.
 
-    Args:
-        file: stands for it; made if it is missing, with its folder.
-        seconds: the longest wait for another process; -1 is as long as it takes.
-        waiting: called once if another process holds it.
-
-    Raises:
-        LockedError: if another process holds it for longer.
+    ``-1`` waits as long as it takes; ``waiting`` is called once if another process holds it.
     """
     lock = FileLock(file)
     patience: float = 0
@@ -52,15 +47,12 @@ def locked(file: Path, seconds: float = -1, waiting: Callable[[], None] = lambda
 
 @contextmanager
 def sole_writer(place: str | Path, key: str, inside: bool = False) -> Iterator[None]:
-    """Hold the only right to write to a place, or fail at once.
+    """Hold the only right to write to a folder or file, or raise one line at once if another process does or none can.
 
     Args:
-        place: a folder or a file.
-        key: what names it in the recipe or command, for messages.
+        place: what a recipe or command names by ``key``.
+        key: for messages.
         inside: the lock lies in the folder, and not beside it. Default: ``False``.
-
-    Raises:
-        LockedError, WriteError: one line, if another process writes there, or nobody can, as on a full disk.
     """
     path = Path(place).expanduser()
     file = path / LOCK if inside else path.with_name(f".{path.name}{LOCK}")
@@ -85,14 +77,10 @@ def sole_writer(place: str | Path, key: str, inside: bool = False) -> Iterator[N
 
 
 def check_ranks() -> None:
-    """Refuse to be one of many processes of which each would take itself for the only rank.
-
-    Raises:
-        ValueError: one line.
-    """
+    """End the program with one line if it is one of many of which each would take itself for the only rank."""
     for name in _TASKS if not {"RANK", "WORLD_SIZE"} & {*os.environ} else ():
         if os.environ.get(name, "1") not in ("", "0", "1"):
-            raise ValueError(
-                f"{name}={os.environ[name]} processes were started, and none knows its rank (RANK, WORLD_SIZE): start "
-                "the ranks of each node with composer-prior launch, or one process alone (srun -n 1)."
+            sys.exit(
+                f"error: {name}={os.environ[name]} processes were started, and none knows its rank (RANK, WORLD_SIZE): "
+                "start the ranks of each node with composer-prior launch, or one process alone (srun -n 1)."
             )

@@ -57,16 +57,7 @@ def list_remote(remote: str) -> list[str]:
 
 @contextmanager
 def full_disk_told(place: str | Path, size: int | None = None, remedy: str = "") -> Iterator[None]:
-    """Let a disk that is full while a place is written to be one line that names it, whatever a library says of it.
-
-    Args:
-        place: a folder or file.
-        size: what is to be written there, in bytes, if it is known.
-        remedy: a sentence on what to do.
-
-    Raises:
-        WriteError: with what is free there.
-    """
+    """Let a full disk be one line that names a place, the bytes to be written there and those that are free."""
     try:
         yield
     except BaseException as error:  # torch's on sharded checkpoints is no Exception
@@ -76,7 +67,7 @@ def full_disk_told(place: str | Path, size: int | None = None, remedy: str = "")
         told = [match for one in chain if (match := _FULL.search(f"[Errno {getattr(one, 'errno', None)}] {one}"))]
         if isinstance(error, WriteError) or not told:
             raise
-        there = next(one for one in (Path(place).absolute(), *Path(place).absolute().parents) if one.exists())
+        there = next(one for one in (Path(place) / "_").absolute().parents if one.exists())
         needed = "" if size is None else f"it takes {size / 1e6:,.1f} MB, and "
         free = f"{shutil.disk_usage(there).free / 1e6:,.1f} MB are free there"
         reason = os.strerror(int(next((match[1] for match in told if match[1]), errno.ENOSPC)))

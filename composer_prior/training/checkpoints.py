@@ -260,12 +260,11 @@ def find_checkpoint(path: str) -> None:
     place = Path(path)
     if not place.exists():
         raise ValueError("there is no such checkpoint")
-    if not place.is_dir() or any(place.glob("*.distcp")) or (place / METADATA).exists():
-        return
     if (place / "config.json").is_file():
         raise ValueError("this is a model, without what a run goes on from; init_from starts a run from its weights")
-    newest = newest_checkpoint(place / "checkpoints") or newest_checkpoint(place)
-    raise ValueError(f"this is a folder; name a checkpoint{f' in it, such as {newest}' if newest else ''}")
+    if place.is_dir() and not any(_SHARD.fullmatch(file.name) or file.name == METADATA for file in place.iterdir()):
+        newest = newest_checkpoint(place / "checkpoints") or newest_checkpoint(place)
+        raise ValueError(f"this is a folder; name a checkpoint{f' in it, such as {newest}' if newest else ''}")
 
 
 def find_weights(path: str) -> Path:

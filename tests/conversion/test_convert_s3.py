@@ -289,3 +289,12 @@ def test_credentials_stay_out_of_what_is_written(bucket, source, server):
     written = b"".join(objects(bucket, "secret").values())
     assert os.environ["S3_ENDPOINT_URL"].encode() not in written
     assert b"AWS" not in written
+
+
+def test_the_folder_of_the_state_keeps_what_lies_there(bucket, source, tmp_path):
+    work = tmp_path / "work"
+    (work / "units").mkdir(parents=True)
+    (work / "units/mine.txt").write_text("mine")
+    convert_captions(source, "s3://captions/beside", processes=1, work=str(work))
+    assert "index.json" in objects(bucket, "beside")
+    assert [path.relative_to(work) for path in sorted(work.rglob("*"))] == [Path("units"), Path("units/mine.txt")]
