@@ -32,7 +32,15 @@ from composer_prior.conversion.units import WHAT_TO_DO, json_line, scratch, unit
 from composer_prior.data.files import parse_json
 from composer_prior.data.locks import LockedError, locked
 from composer_prior.data.messages import one_line, say
-from composer_prior.data.storage import REMOTES, Place, StorageError, full_disk_told, is_remote, write_whole
+from composer_prior.data.storage import (
+    REMOTES,
+    Place,
+    StorageError,
+    check_writable,
+    full_disk_told,
+    is_remote,
+    write_whole,
+)
 from composer_prior.options import options_of, parse_options
 
 _LOCK_SECONDS = 3  # the system takes a lock back when the last process of a killed conversion has ended
@@ -142,6 +150,8 @@ def _begin(place: Place, settings: dict[str, Any]) -> ConversionSummary | None:
             shutil.rmtree(place.state, ignore_errors=True)
             some = ", ".join(sorted(other)[:3])
             raise ConversionError(f"{place.label}: holds something else ({some}); choose an empty place.")
+        if place.remote is not None:
+            check_writable(place.remote)
         write_whole(started, json_line(settings))
     for leftover in place.state.glob("tmp*"):
         shutil.rmtree(leftover, ignore_errors=True)

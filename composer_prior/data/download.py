@@ -13,9 +13,10 @@ from typing import Any, cast
 from streaming.base.constant import DEFAULT_TIMEOUT
 from streaming.base.format import FileInfo
 from streaming.base.hashing import get_hash
-from streaming.base.storage.download import BOTOCORE_CLIENT_ERROR_CODES, CloudDownloader
+from streaming.base.storage.download import CloudDownloader, S3Downloader
 
-from composer_prior.data.messages import DataError, one_line
+from composer_prior.data.messages import DataError
+from composer_prior.data.stores import is_final, service, told
 
 _SHA3 = ("sha3_512", "sha3_384", "sha3_256", "sha3_224")
 _SHA2 = ("sha512", "sha384", "sha256", "sha224")
@@ -43,6 +44,7 @@ def download(
     attempts: int,
     seconds: float,
     clean_up: Callable[[], None] = lambda: None,
+    remote: str = "",
 ) -> None:
     """Download a file under another name, check it, and put it in place; try again if that fails.
 
@@ -55,19 +57,20 @@ def download(
         attempts: how often to try.
         seconds: the longest time of an attempt.
         clean_up: called after one that failed.
+        remote: its address, for messages.
 
     Raises:
         DataError: saying what happened in the last attempt; from the error itself.
     """
     for attempt in range(attempts):
         try:
-            _attempt(fetch, file, check, seconds, attempt)
+            _attempt(fetch, file, check, seconds, attempt, remote)
             return
         except Exception as error:
             clean_up()
             if is_final(error) or attempt + 1 == attempts:
                 times = f"{attempt + 1} attempts, the last: " if attempt else ""
-                raise DataError(f"{times}{one_line(error)}") from error
+                raise DataError(f"{times}{told(error, remote)}") from error
         sleep(FIRST_PAUSE * 2.0**attempt)
 
 
@@ -79,9 +82,30 @@ def download_from(
     seconds: float = DEFAULT_TIMEOUT,
 ) -> None:
     """:func:`download` from the address of one file of a remote."""
-    download(
-        lambda partial: CloudDownloader.direct_download(remote, str(partial), seconds), file, check, attempts, seconds
-    )
+
+    def fetch(partial: Path) -> None:
+        downloader = downloader_of(remote)
+        downloader.download(remote, str(partial), seconds)
+        downloader.clean_up()
+
+    download(fetch, file, check, attempts, seconds, remote=remote)
+
+
+class _S3(S3Downloader):
+    """Streaming's, which answers each 400 with another request without credentials, for ever; here it is one."""
+
+    _unsigned = False
+
+    def _create_s3_client(self, unsigned: bool = False, timeout: float = DEFAULT_TIMEOUT) -> None:
+        if unsigned and self._unsigned:
+            raise  # the answer that streaming is handling
+        self._unsigned = unsigned
+        super()._create_s3_client(unsigned, timeout)
+
+
+def downloader_of(remote: str | None) -> CloudDownloader:
+    """Streaming's downloader of a remote or a folder."""
+    return _S3() if remote is not None and remote.startswith("s3://") else CloudDownloader.get(remote)
 
 
 def patience(attempts: int, seconds: float) -> float:
@@ -90,7 +114,7 @@ def patience(attempts: int, seconds: float) -> float:
 
 
 def _attempt(
-    fetch: Callable[[Path], None], file: Path, check: Callable[[Path], Any], seconds: float, attempt: int
+    fetch: Callable[[Path], None], file: Path, check: Callable[[Path], Any], seconds: float, attempt: int, remote: str
 ) -> None:
     partial = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}-{attempt}.partial")
     fetched = in_thread(lambda: fetch(partial))
@@ -99,7 +123,8 @@ def _attempt(
         check(partial)
         os.replace(partial, file)
     except FutureTimeoutError:
-        raise TimeoutError(f"no answer, or not all of it, within {seconds:g} s") from None
+        by = f" of {service(remote)}" if service(remote) else ""
+        raise TimeoutError(f"no answer{by}, or not all of it, within {seconds:g} s") from None
     finally:  # at once, or when the download that nobody waits for has ended
         fetched.add_done_callback(lambda _: partial.unlink(missing_ok=True))
 
@@ -138,10 +163,3 @@ def in_thread(job: Callable[[], Any]) -> "Future[None]":
 
     threading.Thread(target=run, daemon=True).start()
     return future
-
-
-def is_final(error: BaseException | None) -> bool:
-    """Whether another attempt would change nothing: the file is not there, or not for us."""
-    response = getattr(error, "response", None) or {}  # None where botocore had no answer at all
-    code = str(response.get("Error", {}).get("Code"))
-    return code in BOTOCORE_CLIENT_ERROR_CODES or isinstance(error, FileNotFoundError | PermissionError)

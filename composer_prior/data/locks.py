@@ -8,7 +8,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from composer_prior.data.messages import OneLineError
 from composer_prior.data.storage import StorageError, WriteError, full_disk_told
 
 LOCK = ".lock"  # in a folder that a job writes to, while it does
@@ -16,7 +15,7 @@ LOCK = ".lock"  # in a folder that a job writes to, while it does
 _TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
-class LockedError(OneLineError, StorageError):
+class LockedError(StorageError):
     """A place that another process writes to."""
 
 

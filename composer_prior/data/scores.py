@@ -34,6 +34,7 @@ from composer_prior.data.files import parse_json
 from composer_prior.data.mds import sample_extent
 from composer_prior.data.messages import DataError
 from composer_prior.data.storage import is_remote
+from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import tokenizer_fingerprint
 
 COLUMN = "ref_logprobs"
@@ -313,6 +314,8 @@ def _fetch(path: str, name: str, attempts: int, seconds: float) -> bytes:
             _download(f"{path.rstrip('/')}/{name}", file, lambda file: json.loads(file.read_bytes()), attempts, seconds)
             return file.read_bytes()
     except (OSError, ScoresError) as error:
+        if is_denied(error):
+            raise
         raise ScoresError(
             f"{path} holds no whole scores: {name} cannot be read ({error}). Run composer-prior score."
         ) from error

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import psutil
 
-from composer_prior.data.messages import DataError, OneLineError, one_line
+from composer_prior.data.messages import DataError, OneLineError
+from composer_prior.data.stores import PROBE, is_denied, is_final, told
 
 MARK = ".composer-prior.json"  # in a folder: the names of what this program wrote there
 _FULL = re.compile(
@@ -25,7 +27,7 @@ _FULL = re.compile(
 REMOTES = ("s3", "gs", "oci", "azure", "azure-dl", "hf", "dbfs", "alipan")
 
 
-class StorageError(RuntimeError):
+class StorageError(OneLineError, RuntimeError):
     """A place that cannot be written to, or not be read."""
 
 
@@ -44,15 +46,64 @@ def list_remote(remote: str) -> list[str]:
     Raises:
         StorageError: if it cannot be listed.
     """
-    from streaming.base.storage.upload import CloudUploader  # here: conversion starts without streaming
-
-    with tempfile.TemporaryDirectory() as empty:
-        try:
-            names = CloudUploader.get((empty, remote.rstrip("/")), keep_local=True).list_objects()
-        except Exception as error:
-            raise StorageError(f"{remote}: cannot be listed ({one_line(error, 200)}).") from error
+    with telling(remote, ": cannot be listed"), tempfile.TemporaryDirectory() as empty:
+        names = uploader_of(remote, empty).list_objects()
     root = "/".join(remote.split("/")[:3])
     return [name if is_remote(name) else f"{root}/{name}" for name in names or ()]
+
+
+def uploader_of(remote: str, empty: str) -> Any:
+    """Streaming's uploader to a remote, which asks it for the bucket; also what lists it."""
+    from streaming.base.storage.upload import CloudUploader  # here: conversion starts without streaming
+
+    return CloudUploader.get((empty, remote.rstrip("/")), keep_local=True, retry=1)
+
+
+@contextmanager
+def telling(remote: str, what: str = ": cannot be written to") -> Iterator[None]:
+    """Let what goes wrong with a remote be one line that names it; an object that is missing stays what it is.
+
+    Args:
+        remote: its address.
+        what: words for it.
+    """
+    try:
+        yield
+    except Exception as error:  # of the libraries of all stores
+        missing = isinstance(error, FileNotFoundError) and not is_denied(error)  # Composer says so of 403, too
+        if missing or isinstance(error, StorageError | WriteError | NotImplementedError):
+            raise
+        raise StorageError(f"{remote}{what} ({told(error, remote, 200)}).") from error
+
+
+def check_readable(remote: str) -> None:
+    """Refuse a remote whose bucket gives no access.
+
+    Raises:
+        StorageError: naming it.
+    """
+    with telling(remote, " cannot be read"), tempfile.TemporaryDirectory() as empty:
+        uploader_of(remote, empty)
+
+
+def check_writable(remote: str) -> None:
+    """Refuse a remote that cannot be written to; the object that tries it is removed where that is permitted.
+
+    Raises:
+        StorageError: naming it.
+    """
+    with telling(remote), tempfile.TemporaryDirectory() as folder:
+        uploader = uploader_of(remote, folder)
+        Path(folder, PROBE).write_bytes(b"\n")
+        uploader.upload_file(PROBE)
+        remove_probe(getattr(uploader, "s3", None), remote)
+
+
+def remove_probe(client: Any, remote: str) -> None:
+    """Remove what was written to try a remote, where its client is boto3's."""
+    bucket, _, key = remote.partition("://")[2].strip("/").partition("/")
+    with suppress(Exception):
+        client.delete_object(Bucket=bucket, Key=f"{key}/{PROBE}".lstrip("/"))
 
 
 @contextmanager
@@ -164,28 +215,25 @@ class Place:
                 os.replace(folder / name, self.out / name)
             return
         for name in names:
-            try:
-                self.uploader(folder).upload_file(name)
-            except Exception as error:
-                raise StorageError(
-                    f"{self.remote}/{name}: the upload failed {self.attempts} times ({one_line(error, 200)}); "
-                    "run the same command again to go on."
-                ) from error
+            for attempt in range(1, self.attempts + 1):
+                try:
+                    self.uploader(folder).upload_file(name)
+                    break
+                except Exception as error:
+                    if attempt == self.attempts or isinstance(error, StorageError) or is_final(error):
+                        raise StorageError(
+                            f"{self.remote}/{name}: the upload failed {attempt} times "
+                            f"({told(error, self.remote or '', 200)}); run the same command again to go on."
+                        ) from error
+                sleep(2.0 ** (attempt - 1))
             (folder / name).unlink(missing_ok=True)
 
     def uploader(self, folder: Path) -> Any:
         """Streaming's uploader from a local folder."""
         key = (self.remote, str(folder), os.getpid())
         if key not in _UPLOADERS:
-            from streaming.base.storage.upload import CloudUploader  # here, for the same reason
-
-            empty = Path(tempfile.mkdtemp(dir=self.state))
-            try:
-                uploader = CloudUploader.get((str(empty), self.remote or ""), keep_local=True, retry=self.attempts)
-            except Exception as error:
-                raise StorageError(f"{self.remote}: cannot be written to ({one_line(error, 200)}).") from error
-            finally:
-                empty.rmdir()
+            with telling(self.remote or ""), tempfile.TemporaryDirectory(dir=self.state) as empty:
+                uploader = uploader_of(self.remote or "", empty)
             uploader.local = str(folder)
             _UPLOADERS[key] = uploader
         return _UPLOADERS[key]
@@ -195,10 +243,11 @@ class Place:
         if self.out is not None:
             return {entry.name for entry in os.scandir(self.out)}
         try:
-            listed = self.uploader(self.state).list_objects()
+            with telling(self.label, ": cannot be listed"):
+                listed = self.uploader(self.state).list_objects()
         except (NotImplementedError, FileNotFoundError):
             return None
-        return None if listed is None else {name.rpartition("/")[2] for name in listed}
+        return None if listed is None else {name.rpartition("/")[2] for name in listed} - {PROBE}
 
     def read(self, name: str, names: set[str] | None) -> bytes | None:
         """One small file of the output, or ``None`` if it is not there.
@@ -220,7 +269,7 @@ class Place:
                 download_from(f"{self.remote}/{name}", local, attempts=1 if names is None else self.attempts)
                 return local.read_bytes()
             except DataError as error:
-                if names is not None:
+                if names is not None or is_denied(error):
                     raise StorageError(f"{self.remote}/{name} cannot be read: {error}.") from error
                 return None  # remotes say in many ways that a file is missing
 

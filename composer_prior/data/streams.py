@@ -50,7 +50,7 @@ from streaming.base.shared.memory import SharedMemory
 from streaming.base.shuffle import algos as SHUFFLES
 from streaming.base.world import World
 
-from composer_prior.data.download import ATTEMPTS, check_file, download, patience
+from composer_prior.data.download import ATTEMPTS, check_file, download, downloader_of, patience
 from composer_prior.data.messages import DataError, one_line
 
 FAILED = ".failed"  # a file beside a shard that could not be downloaded, which says why
@@ -76,6 +76,7 @@ class CheckedStream(Stream):
     def __init__(self, *, local: str | None = None, remote: str | None = None, **kwargs: Any):
         local, remote = (path and os.path.expanduser(path) for path in (local, remote))
         super().__init__(local=local, remote=remote, **kwargs)
+        self._downloader = downloader_of(remote)
 
     def apply_default(self, default: dict[str, Any]) -> None:
         super().apply_default(default)
@@ -170,6 +171,7 @@ class CheckedStream(Stream):
             self.download_retry,
             self.download_timeout,
             self._downloader.clean_up,
+            remote,
         )
         return str(local)
 

@@ -21,7 +21,7 @@ from composer_prior.data.images import decode_rgb, read_image_file
 from composer_prior.data.lines import begin_lines
 from composer_prior.data.locks import sole_writer
 from composer_prior.data.messages import OneLineError, one_line, say
-from composer_prior.data.storage import is_remote, list_remote
+from composer_prior.data.storage import check_readable, is_remote, list_remote
 from composer_prior.inference.device import check_device
 from composer_prior.models.lvlm import LVLM, Caption
 from composer_prior.options import options_of, parse_options
@@ -150,6 +150,8 @@ def caption_images(
     for source in sources:
         if not is_remote(source) and not os.path.exists(source):
             raise FileNotFoundError(f"{source}: there is no such image or folder.")
+        if is_remote(source) and not source.lower().endswith(SUFFIXES):
+            check_readable(source)
     if min(batch_size, max_new_tokens, num_beams) < 1 or (num_workers or 0) < 0 or temperature < 0:
         raise ValueError("batch_size, max_new_tokens and num_beams are at least 1, num_workers and temperature 0.")
     if page is not None:

@@ -20,7 +20,8 @@ from composer_prior.data.captions import StreamingCaptionDataset, check_scorable
 from composer_prior.data.messages import OneLineError, one_line
 from composer_prior.data.nodes import on_first_rank
 from composer_prior.data.scores import Scores, ScoresCard, ScoresError
-from composer_prior.data.storage import is_remote
+from composer_prior.data.storage import StorageError, check_writable, is_remote
+from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import build_tokenizer
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.training.builders import (
@@ -48,6 +49,8 @@ def one_line_errors(where: str = "") -> Iterator[None]:
     """Let what the libraries below raise at a run's start be one line that says where it comes from."""
     try:
         yield
+    except StorageError as error:
+        raise StartError(f"{where}: {error}".removeprefix(": ")) from error
     except OneLineError:
         raise
     except (ValueError, OSError, RuntimeError, ImportError, TypeError, LookupError) as error:
@@ -254,7 +257,11 @@ def _check_stored_scores(path: str, data: StreamingCaptionDataset) -> None:
     """Refuse scores that are there and belong to other data, another tokenizer or other settings."""
     try:
         card = Scores(path, Path(path)).card
-    except ScoresError:
+    except ScoresError as error:
+        if is_denied(error):
+            raise
+        if is_remote(path):
+            on_first_rank(lambda: check_writable(path))
         return  # none, or not whole: they will be made
     card.check(ScoresCard.of(data, {}), path, reference=False)
 

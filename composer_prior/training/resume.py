@@ -15,9 +15,10 @@ from composer.loggers import Logger
 from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
 from composer.utils.checkpoint import get_save_filename
 
-from composer_prior.data.messages import announce, one_line
+from composer_prior.data.messages import announce
 from composer_prior.data.nodes import on_first_rank
-from composer_prior.data.storage import StorageError, WriteError, full_disk_told, is_remote, written_here
+from composer_prior.data.storage import WriteError, full_disk_told, is_remote, remove_probe, telling, written_here
+from composer_prior.data.stores import PROBE
 from composer_prior.models.modeling_prior_lvlm import PriorLVLMConfig
 from composer_prior.training.checkpoints import (
     CHECKPOINT_NAME,
@@ -107,18 +108,24 @@ def _check(start: str, identity: Mapping[str, Any]) -> None:
 
 
 def check_bucket(recipe: TrainConfig) -> None:
-    """Refuse to save into a bucket that cannot be read, or beside checkpoints of another run: they stay there.
+    """Refuse to save into a bucket that cannot be read or written to, or beside checkpoints of another run: they stay.
 
     Raises:
         ValueError, StorageError: naming it.
     """
-    folder = recipe.save_folder
+    folder, start = recipe.save_folder, recipe.load_path
+    if start is not None and is_remote(start):
+        place, _, name = start.rstrip("/").rpartition("/")
+        if not _Bucket(place).holds(name):
+            raise ValueError(f"{start} is not there, or not all of it.")
     newest = next(_Bucket(folder).whole(), None) if folder is not None and is_remote(folder) else None
     if newest is not None and not recipe.autoresume:
         raise ValueError(
             f"{newest} is of an earlier run, and nothing in a bucket is removed: go on with it (autoresume=true), name "
             "another run_name or save_folder, or empty it."
         )
+    if folder is not None and is_remote(folder):
+        _Bucket(folder).try_to_write()
 
 
 def _leave_behind(folder: Path, start: str | None) -> None:
@@ -163,13 +170,13 @@ class _Bucket:
     def __init__(self, folder: str):
         self.folder = folder.rstrip("/")
         self.prefix = PurePosixPath(parse_uri(self.folder)[2])
-        with self._reading():
+        with telling(self.folder, " cannot be read"):
             self.store: Any = maybe_create_object_store_from_uri(self.folder)
 
     def whole(self) -> Iterator[str]:
         """The addresses of whole checkpoints, newest first: shards arrive in any order, and a run may end before the
         last."""
-        with self._reading():
+        with telling(self.folder, " cannot be read"):
             objects = map(PurePosixPath, self.store.list_objects(str(self.prefix)))
         below = {name.relative_to(self.prefix).parts[0] for name in objects if self.prefix in name.parents}
         batches = {name: batch for name in below if (batch := batch_of(Path(name))) is not None}
@@ -186,6 +193,16 @@ class _Bucket:
             for shard in places_of(read_metadata(local), tensors=False) if local.is_dir() else ():
                 self._download(f"{name}/{shard}", local / shard)
             check_checkpoint(local, identity, whole=local.is_file())
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a checkpoint of this name."""
+        return self._size(name if _is_one_file(name) else f"{name}/{METADATA}") is not None
+
+    def try_to_write(self) -> None:
+        """Write a small object as Composer will write checkpoints."""
+        with telling(self.folder), tempfile.NamedTemporaryFile() as file:
+            self.store.upload_object(str(self.prefix / PROBE), file.name)
+            remove_probe(getattr(self.store, "client", None), self.folder)
 
     def _is_whole(self, name: str, local: Path) -> bool:
         """Whether a sharded checkpoint has all shards, of the lengths that its metadata tell, which are downloaded."""
@@ -213,7 +230,7 @@ class _Bucket:
     def _download(self, name: str, file: Path) -> bool:
         """Download an object; whether there is one."""
         try:
-            with self._reading():
+            with telling(self.folder, " cannot be read"):
                 self.store.download_object(str(self.prefix / name), str(file))
         except FileNotFoundError:
             return False
@@ -221,19 +238,10 @@ class _Bucket:
 
     def _size(self, name: str) -> int | None:
         try:
-            with self._reading():
+            with telling(self.folder, " cannot be read"):
                 return self.store.get_object_size(str(self.prefix / name))
         except FileNotFoundError:
             return None
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # of the libraries of all stores
-            raise StorageError(f"{self.folder} cannot be read ({one_line(error, 200)}).") from error
 
 
 def _is_one_file(name: str) -> bool:
@@ -264,6 +272,8 @@ class Checkpoints(CheckpointSaver):
         self.save_folder = recipe.save_folder
         uploader: Any = self.remote_uploader
         if uploader is not None:
+            for name in ("init", "check_workers", "wait"):  # where errors of uploads are raised
+                setattr(uploader, name, telling(self.save_folder)(getattr(uploader, name)))
             # In a process of its own it would import Composer for each rank, and SIGTERM to the group would end it.
             uploader.upload_executor = ThreadPoolExecutor(max_workers=1)
 

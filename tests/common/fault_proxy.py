@@ -10,6 +10,7 @@ from types import TracebackType
 from urllib.parse import urlsplit
 
 HOST = "127.0.0.1"
+CODES = {400: "ExpiredToken", 403: "AccessDenied"}  # as S3 calls them
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,17 @@ class FaultProxy:
     Args:
         target: address of the server, such as ``http://127.0.0.1:5000``.
         plan: the fault of the ``n``-th GET of a path, counted from 0; None for none.
+        refuse: the status that a request of a method and a path gets instead of its answer, such as 403; None for none.
     """
 
-    def __init__(self, target: str, plan: Plan = lambda path, n: None):
+    def __init__(
+        self,
+        target: str,
+        plan: Plan = lambda path, n: None,
+        refuse: Callable[[str, str], int | None] = lambda method, path: None,
+    ):
+        self.refuse = refuse
+        self.refused: Counter[str] = Counter()
         self.target = urlsplit(target).netloc
         self.plan = plan
         self.gets: Counter[str] = Counter()
@@ -113,6 +122,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(fault.status)
             return
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        refusal = self.proxy.refuse(self.command, self.path)
+        if refusal is not None:
+            self.proxy.refused[self.command] += 1
+            self.send_response(refusal)
+            answer = f"<Error><Code>{CODES.get(refusal, 'Other')}</Code><Message>Refused</Message></Error>".encode()
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(answer)
+            return
         connection = http.client.HTTPConnection(self.proxy.target, timeout=60)
         connection.request(self.command, self.path, body, dict(self.headers))
         answer = connection.getresponse()

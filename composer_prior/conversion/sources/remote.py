@@ -6,19 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from urllib.parse import urlparse
-
-from streaming.base.storage.upload import CloudUploader
 
 from composer_prior.conversion.sources.base import BadFile, Record, Rejected, SourceError, SourceOptions, asked_folder
 from composer_prior.conversion.sources.files import describe, file_unit, parquet_problem, tar_problem
 from composer_prior.conversion.sources.recognition import archives_of, open_source
-from composer_prior.data.download import ATTEMPTS, download_from, is_final
-from composer_prior.data.messages import DataError, one_line
+from composer_prior.data.download import download_from
+from composer_prior.data.messages import DataError
+from composer_prior.data.storage import StorageError, list_remote
+from composer_prior.data.stores import is_denied, is_final, told
 
 
 class _NotThereError(Exception):
-    """A file of a remote that no other attempt would get: it is not there any more, or not for us."""
+    """A file of a remote that no other attempt would get, as it is not there any more."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +128,8 @@ class RemoteSource:
             try:
                 download_from(remote, file, seconds=self.options.download_timeout)
             except DataError as error:
+                if is_denied(error):
+                    raise SourceError(f"{remote} cannot be read: {error}.") from error
                 if is_final(error.__cause__):
                     raise _NotThereError(f"{remote} cannot be read: {error}") from error
                 raise SourceError(f"{remote} cannot be read: {error}; run the same command again to go on.") from error
@@ -137,12 +138,10 @@ class RemoteSource:
 
 def _names(remote: str) -> list[str]:
     """Names of all files below a remote, in order."""
-    prefix = urlparse(remote).path.strip("/")
-    with tempfile.TemporaryDirectory() as empty:
-        try:
-            keys = CloudUploader.get((empty, remote), keep_local=True, retry=ATTEMPTS).list_objects() or []
-        except NotImplementedError:
-            raise SourceError(f"{remote}: a remote of this kind cannot be listed; name one of its files.") from None
-        except Exception as error:
-            raise SourceError(f"{remote} cannot be listed: {one_line(error, 200)}.") from error
-    return sorted(key.removeprefix(f"{prefix}/") for key in keys)
+    try:
+        names = list_remote(remote)
+    except NotImplementedError:
+        raise SourceError(f"{remote}: a remote of this kind cannot be listed; name one of its files.") from None
+    except (StorageError, FileNotFoundError) as error:
+        raise SourceError(f"{remote} cannot be listed: {told(error.__cause__ or error, remote, 200)}.") from error
+    return sorted(name.removeprefix(f"{remote}/") for name in names)
