@@ -40,8 +40,8 @@ class ConversionOptions(SourceOptions):
         processes: how many processes, one per CPU by default; with Ray, how many tasks at a time, by default as many as
             the cluster has room for. The output does not depend on it.
         progress: show a progress bar; by default where standard error is a terminal.
-        work: the folder in which a conversion to a remote keeps its state, in order to be resumed. By default the user's
-            cache. What else lies there stays.
+        work: the folder in which a conversion to a remote keeps its state, in order to be resumed, and in which all
+            else stays. By default the user's cache.
         upload_attempts: how often an upload is tried, with 1, 2, 4 … s between.
     """
 
