@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from composer_prior.models.head import Head, target_logprobs
+from composer_prior.models.language import is_recurrent
 from composer_prior.models.reference import batches_by_length
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}  # of one pass, its beginning included
@@ -51,7 +52,12 @@ def continuation_logprobs(
         return [[] for _ in texts]
     owners = torch.repeat_interleave(torch.tensor(counts))  # [N], the beginning of each text
     lengths = torch.tensor([len(text) for text in ids])
-    start = decoder(**prefix, use_cache=True)
+    again = is_recurrent(decoder)
+    if again and "inputs_embeds" not in prefix:
+        raise ValueError(
+            f"{type(decoder).__name__} is recurrent: it keeps nothing that several texts could go on from."
+        )
+    start = decoder(**prefix, use_cache=not again)
     last = start.last_hidden_state[:, -1]  # [P, D], predicts the first token
     values: list[list[float]] = [[] for _ in ids]
     budget = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])

@@ -19,6 +19,8 @@ from composer_prior.models.head import Head, TransformedHead
 from composer_prior.models.modeling_prior_lvlm import decoder_of, logit_transform
 
 VOCABULARY_MULTIPLE = 64
+# Kinds of layers in which tokens see each other by attention alone; the last three tell their MLPs.
+_ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention", "dense", "sparse", "moe"}
 # Of what transformers' GenerationConfig holds, that which changes no text.
 _KEPT = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
@@ -192,6 +194,22 @@ def head_of(model: PreTrainedModel) -> Head:
     return module if (scale, softcap) == (1, None) else TransformedHead(module, scale, softcap)
 
 
+def is_recurrent(model: Any) -> bool:
+    """Whether some layer carries more from token to token than attention's keys and values, as Mamba's or LFM2's.
+
+    Padding before a text, several texts in one row and a cache that is cut would change what such a layer computes.
+    Decided by the kinds of layers alone; a kind that is not known is taken for one of these.
+
+    Args:
+        model: of transformers, or one of PEFT around it; with or without weights.
+    """
+    model = causal_lm_of(model)
+    config = model.config.get_text_config(decoder=True)
+    kinds = {kind for name in ("layer_types", "layers_block_type") for kind in getattr(config, name, None) or ()}
+    layers = getattr(model, "language_model", model).modules()  # beside one there may be a tower
+    return bool(model._is_stateful or kinds - _ATTENTION or any(isinstance(layer, nn.Conv1d) for layer in layers))
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The transformer blocks of an LM, in order: the modules that its class says are never split among devices."""
     return [module for module in causal_lm_of(model).modules() if is_decoder_layer(module, model)]
@@ -224,6 +242,8 @@ def check_head(model: PreTrainedModel, reads_embeddings: bool = False) -> None:
     name, was_training = type(causal_lm_of(model)).__name__, model.training
     if reads_embeddings and model.config.get_text_config() is not model.config:
         raise ValueError(f"{name} has a vision or audio tower of its own; give its text model, saved alone.")
+    if any("recurrent_states" in vars(module) for module in model.modules()):  # RecurrentGemma
+        raise ValueError(f"{name} keeps the states of one batch for the next, which is not supported.")
     if model.device.type == "meta":
         return
     model.eval()

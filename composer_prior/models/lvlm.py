@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from composer_prior.data.batch import ImageInputs, stack_images
+from composer_prior.data.messages import one_line
 from composer_prior.data.tokenizer import bos_id, image_token_ids, prompt_ids
 from composer_prior.models.continuation import continuation_logprobs, same
 from composer_prior.models.head import Head, TransformedHead, label_mask, labelled_nll
@@ -21,7 +23,9 @@ from composer_prior.models.language import (
     decoder_layers,
     generate_greedily,
     head_of,
+    hidden_size,
     is_decoder_layer,
+    is_recurrent,
     last_hidden_states,
     vocabulary_size,
 )
@@ -83,6 +87,8 @@ class LVLM(nn.Module):
         self.pack = pack
         if pack:
             enable_packing(language)
+        if vision is not None:
+            _check_generation(language)
         if vision is not None and len(tokenizer) > vocabulary_size(language):
             raise ValueError(f"The LM embeds {vocabulary_size(language)} of {len(tokenizer)} tokens.")
 
@@ -226,11 +232,22 @@ class LVLM(nn.Module):
             kwargs |= {"return_dict_in_generate": True, "output_logits": True}
         was_training = self.training
         self.eval()
-        batch, attention_mask = self._generation_batch(images, self.prompt if prompt is None else prompt)
+        text = self.prompt if prompt is None else prompt
+        # A recurrent layer reads padding too, so images of one length go together.
+        groups = same([len(image.layout) for image in images]) if is_recurrent(self.language) else [range(len(images))]
+        captions: list[Any] = [None] * len(images)
         try:
-            found: Any = self.generate_ids(batch, attention_mask, max_new_tokens=max_new_tokens, **kwargs)
+            for rows in groups:
+                batch, attention_mask = self._generation_batch([images[row] for row in rows], text)
+                found = self.generate_ids(batch, attention_mask, max_new_tokens=max_new_tokens, **kwargs)
+                for row, caption in zip(rows, self._captions(found, probabilities), strict=True):
+                    captions[row] = caption
         finally:
             self.train(was_training)
+        return captions
+
+    def _captions(self, found: Any, probabilities: bool) -> list[Caption]:
+        """What :meth:`generate_ids` has returned, as text."""
         if not probabilities:
             return [Caption(text) for text in self.tokenizer.batch_decode(found, skip_special_tokens=True)]
         language: Any = self.language
@@ -296,6 +313,11 @@ class LVLM(nn.Module):
         eos = self.tokenizer.eos_token_id
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else eos
         generate: Any = self.language.generate
+        if kwargs.get("num_beams", 1) > 1 and is_recurrent(self.language):
+            name = type(causal_lm_of(self.language)).__name__
+            raise ValueError(
+                f"num_beams={kwargs['num_beams']}: {name} is recurrent, and its states follow no beam; use 1."
+            )
         return generate(
             inputs_embeds=self.embed(batch),
             attention_mask=attention_mask,
@@ -313,6 +335,23 @@ class LVLM(nn.Module):
         attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         batch = {"input_ids": input_ids, **stack_images([p.tensors for p in images])}
         return {key: value.to(device) for key, value in batch.items()}, attention_mask.to(device)
+
+
+@torch.no_grad()
+def _check_generation(language: PreTrainedModel) -> None:
+    """Refuse, before it is trained on images, an LM that cannot generate from embeddings."""
+    model: Any = causal_lm_of(language)
+    reason = "its generate takes no inputs_embeds"
+    works = model.can_generate() and "inputs_embeds" in signature(model.prepare_inputs_for_generation).parameters
+    if works and is_recurrent(model) and model.device.type != "meta":
+        image = torch.zeros(1, 3, hidden_size(model), device=model.device, dtype=model.dtype)
+        mask = torch.ones(1, 3, dtype=torch.long, device=model.device)
+        try:
+            model.generate(inputs_embeds=image, attention_mask=mask, max_new_tokens=2)
+        except Exception as error:  # whatever the code of some model raises
+            works, reason = False, one_line(error)
+    if not works:
+        raise ValueError(f"{type(model).__name__} cannot caption images ({reason}); give another language model.")
 
 
 def label_margin(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from composer_prior.models.language import hidden_size, last_hidden_states
+from composer_prior.models.language import hidden_size, is_recurrent, last_hidden_states
 
 ATTENTION = "packed_sdpa"
 
@@ -28,6 +28,8 @@ def enable_packing(model: PreTrainedModel) -> None:
     """
     before = model.config._attn_implementation
     refusal = f"{type(model).__name__} cannot keep packed sequences apart"
+    if is_recurrent(model):  # whose leaks are small at small weights
+        raise ValueError(f"{refusal}, since some of its layers are recurrent: leave model.pack false.")
     if before not in ("sdpa", ATTENTION):  # others know caps and sinks, which this one would leave out
         raise ValueError(f"{refusal}, its attention being {before!r} and not 'sdpa': leave model.pack false.")
     try:

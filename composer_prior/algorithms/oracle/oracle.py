@@ -43,6 +43,6 @@ class Oracle(TokenWeighting):
         if "image_related" not in state.batch:
             raise ValueError(
                 "Oracle needs `image_related` [B, T] in the batch: data whose captions mark what the image determines "
-                "(the column `spans`), as the embedded data do."
+                "(the column `image_related_spans`), as the embedded data do."
             )
         return raw_weights(state.batch["image_related"], mask, self.floor)
