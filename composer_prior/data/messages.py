@@ -22,12 +22,8 @@ class DataError(OneLineError, OSError):
 
 
 def visible(text: str, keep: str = "") -> str:
-    """Text in which what is invisible, reorders text or steers a terminal is written out, such as ``[U+001B]``.
-
-    Args:
-        text: any, such as a caption or the name of a file.
-        keep: characters that stay, such as line breaks; the joiners of scripts and emoji always do.
-    """
+    """Text in which what is invisible, reorders text or steers a terminal is written out, such as ``[U+001B]``; the
+    joiners of scripts and emoji stay, and what ``keep`` holds."""
     return "".join(
         f"[U+{ord(char):04X}]" if unicodedata.category(char) in _UNSEEN and char not in f"\u200c\u200d{keep}" else char
         for char in text

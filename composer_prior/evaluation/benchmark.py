@@ -135,14 +135,12 @@ def run_benchmark(
 
 
 def figures_of(benchmark: Benchmark, predictions: Sequence[Mapping[str, Any]], seed: int = 17) -> Figures:
-    """Figures with 95 % percentile intervals of a bootstrap over samples; what is not defined is None.
-
-    There is no interval of one sample, nor of a category that has one (``name/category``).
-    """
+    """Figures with 95 % percentile intervals of a bootstrap over samples; what is not defined is None, as an interval
+    of one sample is, and of a category that has one (``name/category``)."""
     if not predictions:
         return {}
     counts = [benchmark.count(prediction) for prediction in predictions]
-    sizes = Counter(category for one in counts for category in {_category(name) for name in one})
+    sizes = Counter(category for one in counts for category in {name.partition("/")[2] for name in one})
     names = sorted({name for one in counts for name in one})
     table = np.array([[one.get(name, 0.0) for name in names] for one in counts]).reshape(len(counts), len(names))
     draws = np.random.default_rng(seed).multinomial(
@@ -155,7 +153,7 @@ def figures_of(benchmark: Benchmark, predictions: Sequence[Mapping[str, Any]], s
 
     values, resampled = evaluate(table.sum(0)), evaluate(draws @ table)
     return {
-        name: _interval(value, resampled[name] if sizes[_category(name)] > 1 else resampled[name][:0])
+        name: _interval(value, resampled[name] if sizes[name.partition("/")[2]] > 1 else resampled[name][:0])
         for name, value in values.items()
     }
 
@@ -165,10 +163,6 @@ def reasons(benchmark: Benchmark, figures: Figures) -> dict[str, str]:
     other = "there is no other image or nothing to divide by"
     named = {name: name.partition("/")[0] for name, one in figures.items() if one["value"] is None}
     return {name: benchmark.undefined.get(figure, other) for name, figure in named.items()}
-
-
-def _category(name: str) -> str:
-    return name.partition("/")[2]
 
 
 def _interval(value: Any, resampled: np.ndarray) -> dict[str, float | None]:

@@ -29,8 +29,6 @@ _WORDS = {
     "recall": ("", "share of what is there that is named"),
     "precision": ("", "share of what is named that is there"),
     "all_right": ("", "share of the captions that name all objects that are there and no other"),
-    "yes": ("", "share of the answers that are yes; neither is better"),
-    "f1": ("F1", "harmonic mean of precision and recall"),
     "dependence": ("", "nats per token that the image adds to log P"),
     "own_minus_another": ("", "nats per token by which its own image is better than another's"),
     "rank_correlation": ("", "of the reference's weights with the dependence, within a caption"),
@@ -217,8 +215,7 @@ def _explained(figures: Sequence[str]) -> str:
         if (words := _words(figure)[1]) and not _is_comparison(figure):
             said[words].append(_said(figure))
     lines = [f"{', '.join(names)}: {words}" for words, names in said.items()]
-    compared = [figure for figure in figures if _is_comparison(figure)]
-    lines += [words for end, words in _COMPARED.items() if any(figure.endswith(end) for figure in compared)]
+    lines += [words for end, words in _COMPARED.items() if any(f.endswith(end) for f in figures if _is_comparison(f))]
     return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>\n" if lines else ""
 
 
