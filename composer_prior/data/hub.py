@@ -3,12 +3,14 @@
 import re
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from huggingface_hub import constants, model_info
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from safetensors import SafetensorError
 
-from composer_prior.data.messages import DataError
+from composer_prior.data.messages import DataError, one_line
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 SECONDS = 5.0  # that a hub may take to answer
@@ -72,3 +74,8 @@ def load_pretrained(auto: Any, path: str | Path, trust_remote_code: bool = False
         raise ModelFolderError(
             f"{str(path)!r} comes with Python code of its own, which is not run unless you say trust_remote_code=true."
         ) from error
+    except Exception as error:
+        damaged = type(error) is Exception or isinstance(error, SafetensorError | UnpicklingError | EOFError)
+        if not damaged and "PytorchStreamReader" not in str(error):  # tokenizers raises Exception itself
+            raise
+        raise ModelFolderError(f"{str(path)!r} has a file that is damaged or cut ({one_line(error)}).") from error

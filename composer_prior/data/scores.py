@@ -215,13 +215,8 @@ class Scores:
         self.patience = (attempts, seconds)
         self.card = ScoresCard.from_json(_fetch(path, CARD, *self.patience), path)
         index = _fetch(path, INDEX, *self.patience)
-        try:
-            self.shards = [_parse_entry(entry) for entry in parse_json(index)["shards"]]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ScoresError(f"{path}/{INDEX} is not an index of scores ({error}).") from error
+        self.shards = read_index(index, path, self.card.samples)
         self.bounds = np.cumsum([0, *(shard.samples for shard in self.shards)])  # [shards + 1]
-        if len(self) != self.card.samples:
-            raise ScoresError(f"{path}/{INDEX} has {len(self)} samples, {self.card.samples} were scored.")
         # A remote that has been written anew has another index, and so another cache.
         digest = hashlib.sha256(index).hexdigest()[:16]
         self.folder = cache / digest if is_remote(path) else Path(path)
@@ -281,6 +276,22 @@ def open_scores(path: str, data: CaptionData, cache: Path, **patience: Any) -> S
     scores = Scores(path, cache, **patience)
     scores.card.check(ScoresCard.of(data, {}), path, reference=False)
     return scores
+
+
+def read_index(data: bytes, path: str, samples: int) -> list[Shard]:
+    """The shards of scores in a place, from the bytes of their index.
+
+    Raises:
+        ScoresError: if it is none, or not that of so many samples.
+    """
+    try:
+        shards = [_parse_entry(entry) for entry in parse_json(data)["shards"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ScoresError(f"{path}/{INDEX} is not an index of scores ({error}).") from error
+    found = sum(shard.samples for shard in shards)
+    if found != samples:
+        raise ScoresError(f"{path}/{INDEX} has {found} samples, {samples} were scored.")
+    return shards
 
 
 def _parse_entry(entry: Mapping[str, Any]) -> Shard:

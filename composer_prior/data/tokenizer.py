@@ -15,6 +15,7 @@ from composer_prior.data.messages import one_line
 IMAGE_TOKEN = "<image>"
 ROW_TOKEN = "<row>"
 SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", IMAGE_TOKEN, ROW_TOKEN]
+VOCAB_SIZES = range(256 + len(SPECIAL_TOKENS), 1_000_001)  # of a tokenizer that is trained
 
 
 def build_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:

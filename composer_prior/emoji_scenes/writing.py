@@ -103,9 +103,12 @@ def make_sample(split: str, index: int, *, canvas: int = 96, seed: int = 17) -> 
 
 def _check_arguments(arguments: dict[str, int]) -> None:
     least = {"train_samples": 1, "validation_samples": 1, "canvas": 32, "seed": 0}
+    most = {"train_samples": 10**8, "validation_samples": 10**8, "canvas": 4096}
     for key, value in arguments.items():
         if value < least[key]:
             raise ValueError(f"{key} must be at least {least[key]}, got {value}")
+        if value > most.get(key, value):
+            raise ValueError(f"{key} must be at most {most[key]}, got {value}")
 
 
 def _recipe(arguments: dict[str, int]) -> dict[str, Any]:

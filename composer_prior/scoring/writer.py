@@ -5,6 +5,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from composer_prior.data.download import ATTEMPTS
 from composer_prior.data.mds import ShardWriter, count_samples
-from composer_prior.data.scores import CARD, COLUMN, INDEX, ScoresCard, ScoresError, encode_logprobs
+from composer_prior.data.scores import CARD, COLUMN, INDEX, ScoresCard, ScoresError, encode_logprobs, read_index
 from composer_prior.data.storage import Place, is_remote, write_whole
 
 _SHARD_BYTES = (1 << 32) - 1  # offsets are uint32
@@ -56,7 +57,8 @@ class ScoresWriter:
         known = self.place.read(CARD, names)
         if known is not None:
             ScoresCard.from_json(known, self.place.label).check(self.card, self.place.label)
-            if self.place.read(INDEX, names) is not None:
+            with suppress(ScoresError):  # an index that is damaged or of something else is made anew
+                read_index(self.place.read(INDEX, names) or b"", self.place.label, self.card.samples)
                 return None
         elif set(names or ()) - {".scoring"} or self.place.read(INDEX, names) is not None:
             raise ScoresError(f"{self.place.label} holds something else than scores; name an empty place.")

@@ -7,6 +7,7 @@ from typing import Any
 from composer.core import Precision, Time
 
 from composer_prior import registry
+from composer_prior.data.tokenizer import VOCAB_SIZES
 from composer_prior.registry import did_you_mean
 from composer_prior.training import components  # noqa: F401  registers them
 from composer_prior.training.benchmarks import check_benchmarks
@@ -62,6 +63,11 @@ def check_recipe(recipe: TrainConfig, where: str = "") -> None:
     for key in recipe.tokenizer:
         if key not in tokenizer_keys:
             raise ValueError(f"{where}tokenizer.{key} is not a key. {did_you_mean(key, tokenizer_keys)}")
+    size = (recipe.tokenizer.get("train") or {"vocab_size": VOCAB_SIZES[0]}).get("vocab_size")
+    if not isinstance(size, int) or size not in VOCAB_SIZES:
+        raise ValueError(
+            f"{where}tokenizer.train.vocab_size={size!r}: expected {VOCAB_SIZES[0]} to {VOCAB_SIZES[-1]:,} tokens."
+        )
     given = ("out", "reference", "tokenizer", "dataset", "progress_bar")
     registry.check("scoring", "captions", recipe.scoring, f"{where}scoring", given=given)
     check_named("model", recipe.model, f"{where}model", given=("tokenizer", "image_related_metrics"))

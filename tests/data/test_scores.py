@@ -384,3 +384,14 @@ def test_a_remote_is_written_resumed_and_read_on_demand(
     write(remote, data, doubled)
     np.testing.assert_array_equal(Scores(remote, tmp_path)[41], doubled[41].astype(np.float16))  # not from the cache
     assert scored(remote)[41]["ref_logprobs"].sum() == pytest.approx(doubled[41].sum(), rel=1e-3)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"version": 2, "shards": []}', '{"shards": [{"format": "mds"}]}'])
+def test_an_index_that_is_not_whole_is_made_anew(damage, data, tmp_path):
+    values = random_scores(data)
+    write(tmp_path, data, values)
+    whole = (tmp_path / "index.json").read_bytes()
+    (tmp_path / "index.json").write_text(damage)
+    write(tmp_path, data, values)
+    assert (tmp_path / "index.json").read_bytes() == whole
+    assert ScoresWriter(str(tmp_path), ScoresCard.of(data, REFERENCE), 40).begin() is None
