@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from composer_prior.algorithms.token_weighting.selective_backprop import selective_backprop_keys
     from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting
     from composer_prior.data.captions import StreamingCaptionDataset
+    from composer_prior.data.prompts import CompletionCollator, beginning, prompt_and_completion
     from composer_prior.models.composer_lvlm import ComposerLVLM
     from composer_prior.models.lvlm import LVLM
     from composer_prior.models.reference import ReferenceLM
@@ -23,25 +24,31 @@ _MODULES = {
     "PRIOR": "composer_prior.algorithms.prior.prior",
     "PRIORMixin": "composer_prior.algorithms.prior.hugging_face",
     "importance_weights": "composer_prior.algorithms.prior.weights",
+    "CompletionCollator": "composer_prior.data.prompts",
     "ComposerLVLM": "composer_prior.models.composer_lvlm",
     "LVLM": "composer_prior.models.lvlm",
     "ReferenceLM": "composer_prior.models.reference",
     "StreamingCaptionDataset": "composer_prior.data.captions",
     "TokenWeighting": "composer_prior.algorithms.token_weighting.token_weighting",
+    "beginning": "composer_prior.data.prompts",
     "load": "composer_prior.training.saving",
+    "prompt_and_completion": "composer_prior.data.prompts",
     "selective_backprop_keys": "composer_prior.algorithms.token_weighting.selective_backprop",
 }
 
 __all__ = [
     "LVLM",
     "PRIOR",
+    "CompletionCollator",
     "ComposerLVLM",
     "PRIORMixin",
     "ReferenceLM",
     "StreamingCaptionDataset",
     "TokenWeighting",
+    "beginning",
     "importance_weights",
     "load",
+    "prompt_and_completion",
     "selective_backprop_keys",
 ]
 
