@@ -96,7 +96,7 @@ def check_checkpoint(path: str | Path, identity: Mapping[str, Any], whole: bool 
     theirs = _read_identity(path)
     if theirs is None:
         raise ValueError(f"{path} was not written by a run of this program: it does not say what it was made from.")
-    there, here = _flat(theirs), _flat(identity)
+    there, here = flat(theirs), flat(identity)
     differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     if differing:
         key = differing[0]
@@ -191,12 +191,12 @@ def _refuse_foreign(path: Path, names: Iterable[str], allowed: re.Pattern[str]) 
         )
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
-    flat: dict[str, Any] = {}
+    joined: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        joined |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return joined
 
 
 def mend_checkpoints(folder: Path) -> Path | None:

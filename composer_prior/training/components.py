@@ -32,6 +32,7 @@ from composer_prior.training.compute import ComputeMonitor
 from composer_prior.training.data_wait import DataWaitMonitor
 from composer_prior.training.optimizer import GroupLRMonitor
 from composer_prior.training.saving import HuggingFaceCheckpointer
+from composer_prior.training.trackers import MLFlow, TensorBoard, WandB
 
 
 def snake_case(name: str) -> str:
@@ -49,9 +50,9 @@ _register_classes("algorithm", composer.algorithms, Algorithm)
 _register_classes("callback", composer.callbacks, Callback)
 _register_classes("logger", composer.loggers, LoggerDestination)
 _LOGGERS: dict[str, Any] = {
-    "tensorboard": composer.loggers.TensorboardLogger,
-    "wandb": composer.loggers.WandBLogger,
-    "mlflow": composer.loggers.MLFlowLogger,
+    **dict.fromkeys(("tensorboard", "tensorboard_logger"), TensorBoard),
+    **dict.fromkeys(("wandb", "wand_b_logger"), WandB),
+    **dict.fromkeys(("mlflow", "ml_flow_logger"), MLFlow),
 }
 _OPTIMIZERS: dict[str, Any] = {
     "decoupled_adamw": composer.optim.DecoupledAdamW,

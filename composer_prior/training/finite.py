@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from composer_prior.data.messages import OneLineError, announce
 from composer_prior.training.empty_steps import change_nothing
 
+_KINDS = ("loss", "gradient norm")
+_REMEDY = "earlier checkpoints stay; look at that batch, lower optimizer.lr, clip gradients"
+
 
 class NotFiniteError(OneLineError, ValueError):
     """A loss, a gradient or a weight that is not finite."""
@@ -33,39 +36,35 @@ class FiniteSteps(Callback):
     def __init__(self, allowed: int = 0):
         self.allowed, self._left_out = allowed, 0
         self._buffers: list[tuple[Tensor, Tensor]] = []
-        self._found: dict[str, Tensor] = {}  # 0, or else not finite
+        self._found = torch.zeros(len(_KINDS))  # 0, or else not finite
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        zero = state.device.tensor_to_device(torch.zeros(()))
-        self._found = {"loss": zero, "gradient norm": zero}
+        self._found = state.device.tensor_to_device(torch.zeros(len(_KINDS)))
         if self.allowed:
             self._buffers = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
 
     def before_backward(self, state: State, logger: Logger) -> None:
         losses: Any = state.loss.values() if isinstance(state.loss, dict) else ensure_tuple(state.loss)
         for loss in losses:
-            self._found["loss"] = self._found["loss"] + loss.detach().float().sum() * 0
+            self._found[0] += loss.detach().float().sum() * 0
 
     def after_backward(self, state: State, logger: Logger) -> None:  # here: later it may have been clipped
         scale = state.scaler.get_scale() if state.precision == Precision.AMP_FP16 and state.scaler is not None else 1.0
         gradients = [_local(weight.grad) for weight in state.model.parameters() if weight.grad is not None]
         if scale <= 1 and gradients:
             norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
-            self._found["gradient norm"] = (
-                self._found["gradient norm"] + norms.norm().to(self._found["loss"].device) * 0
-            )
+            self._found[1] += norms.norm().to(self._found.device) * 0
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        found = torch.stack([~value.isfinite() for value in self._found.values()]).to(torch.uint8)
-        by_rank = torch.stack([*dist.all_gather(found)]).T.tolist()
-        by_name = {
-            name: [rank for rank, mark in enumerate(marks) if mark]
-            for name, marks in zip(self._found, by_rank, strict=True)
+        marks = torch.stack([*dist.all_gather((~self._found.isfinite()).to(torch.uint8))]).T.tolist()
+        ranks = {
+            kind: [rank for rank, mark in enumerate(of_kind) if mark]
+            for kind, of_kind in zip(_KINDS, marks, strict=True)
         }
-        what = next((name for name, ranks in by_name.items() if ranks), None)
+        what = next((kind for kind in _KINDS if ranks[kind]), None)
         if what is None:
             return
-        where = f" on rank {', '.join(map(str, by_name[what]))}" if dist.get_world_size() > 1 else ""
+        where = f" on rank {', '.join(map(str, ranks[what]))}" if dist.get_world_size() > 1 else ""
         message = f"{state.run_name}, batch {state.timestamp.batch.value}: the {what} is not finite{where}"
         weight = not_finite_weight(state.model)
         if weight is not None:
@@ -80,9 +79,6 @@ class FiniteSteps(Callback):
         for metric in (state.train_metrics or {}).values():
             metric.reset()
         announce(f"{message}. The step changes nothing ({self._left_out} of nan_steps={self.allowed}).")
-
-
-_REMEDY = "earlier checkpoints stay; look at that batch, lower optimizer.lr, clip gradients"
 
 
 def check_weights(model: nn.Module, what: str) -> None:

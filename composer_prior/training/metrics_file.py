@@ -55,6 +55,11 @@ class MetricsFile(LoggerDestination):
         os.replace(partial, self.path)
         self._start = sum(len(line.encode()) for line in lines[: len(kept)])
 
+    @property
+    def current(self) -> dict[str, Any]:
+        """What is known of the current step; of a run that goes on also what was before."""
+        return dict(self._record)
+
     def records(self) -> Iterator[dict[str, Any]]:
         """What has been written, and the current step, on rank 0, line by line."""
         self._write()

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,6 +54,7 @@ from composer_prior.training.reference import check_reference, model_folder, rea
 from composer_prior.training.report import report_file, write_report
 from composer_prior.training.resume import Checkpoints, find_start
 from composer_prior.training.saving import HuggingFaceCheckpointer, save_architecture, save_model
+from composer_prior.training.trackers import begin_trackers
 
 
 @one_line_errors()
@@ -94,6 +96,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     os.environ.update(ASKED_BY_COMPOSER)
     # Where samples carry stored scores, no reference is loaded for nothing.
     algorithms = recipe.algorithms if train_data.scores is None else without_reference(recipe.algorithms)
+    trackers = begin_trackers(build_all("logger", recipe.loggers), asdict(recipe), goes_on=start is not None)
     trainer = Trainer(
         model=model,
         train_dataloader=loaders["train"],
@@ -105,7 +108,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         step_schedulers_every_batch=True,
         algorithms=build_all("algorithm", algorithms),
         callbacks=[RunIdentity(identity), FiniteSteps(recipe.nan_steps), StopOnSigterm(), *skips, *callbacks, *saver],
-        loggers=[MetricsFile(Path(recipe.run_folder, "metrics.jsonl")), *build_all("logger", recipe.loggers)],
+        loggers=[MetricsFile(Path(recipe.run_folder, "metrics.jsonl")), *trackers],
         run_name=recipe.run_name,
         seed=recipe.seed,
         precision=build_precision(recipe.precision),
