@@ -109,6 +109,7 @@ def evaluate(
             (folder / "results.json").write_text(json.dumps(results, indent=2, default=str) + "\n")
             if page is not None:
                 title = f"{benchmark}: {model}"
+                Path(page).expanduser().parent.mkdir(parents=True, exist_ok=True)
                 Path(page).expanduser().write_text(built.page(predictions, title), encoding="utf-8")
     return results
 

@@ -108,6 +108,8 @@ def inspect_captions(
         ValueError: a column is missing, or one is of an encoding that could run code.
         ScoresError: the scores belong to other data or another tokenizer, naming what differs.
     """
+    if page is not None:
+        Path(page).expanduser().parent.mkdir(parents=True, exist_ok=True)
     expect_number("samples", samples, 0)
     if limit is not None:
         expect_number("limit", limit, 1)

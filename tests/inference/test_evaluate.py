@@ -31,7 +31,7 @@ def run(*words, expect=0):
 
 
 def test_results_can_be_recounted(here, capsys):
-    run("reference=reference", "limit=10", "page=page.html")
+    run("reference=reference", "limit=10", "page=new/page.html")
     results = json.loads(Path("evaluation/results.json").read_text())
     lines = [json.loads(line) for line in Path("evaluation/predictions.jsonl").read_text().splitlines()]
     assert [line["sample"] for line in lines] == [*range(10)]
@@ -44,7 +44,7 @@ def test_results_can_be_recounted(here, capsys):
     assert results["model"]["fingerprint"] == model_fingerprint(load_judged("model").model)
     assert results["arguments"] == {"data": "data/validation", "reference": "reference"}
     assert set(results["versions"]) == {"python", "composer-prior", "torch", "transformers", "open-clip-torch"}
-    assert Path("page.html").read_text().count("<figure>") == 10
+    assert Path("new/page.html").read_text().count("<figure>") == 10
     out = capsys.readouterr().out
     assert out.startswith("image_dependence, 10 samples, with 95 % intervals:\n")
     assert "rank_correlation" in out

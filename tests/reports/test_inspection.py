@@ -137,7 +137,7 @@ def shades_of(page: str) -> list[tuple[str, list[float]]]:
 
 
 def test_stored_scores_shade_each_token(data, scores, tokenizer, tmp_path, capsys):
-    page = tmp_path / "page.html"
+    page = tmp_path / "new/page.html"
     assert main([str(data), f"scores={scores}", f"page={page}", "samples=30", "floor=0.1"]) == 0
     assert re.search(r"caption length .* tokens$", capsys.readouterr().out, re.MULTILINE)
     shown = shades_of(page.read_text())
