@@ -1,6 +1,9 @@
 """Models and tokenizers in Hugging Face form: found in a folder or on a hub, and loaded without running their code."""
 
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,6 +16,9 @@ from safetensors import SafetensorError
 from composer_prior.data.messages import DataError, one_line
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+# What transformers says of choices that are not the user's, by the modules that say it.
+SAYS = ("models.auto.image_processing_auto", "processing_utils", "dynamic_module_utils", "image_utils")
+UNSAID = re.compile("`use_fast` is unset|not a valid Python identifier|channel dimension is ambiguous")
 SECONDS = 5.0  # that a hub may take to answer
 
 
@@ -51,6 +57,23 @@ def _ask_hub(name: str) -> None:
         ) from error
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back what transformers says and the user cannot change; what else it says is shown."""
+
+    def changeable(record: logging.LogRecord) -> bool:
+        return not UNSAID.search(record.getMessage())
+
+    loggers = [logging.getLogger(f"transformers.{name}") for name in SAYS]
+    for logger in loggers:
+        logger.addFilter(changeable)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(changeable)
+
+
 def load_pretrained(auto: Any, path: str | Path, trust_remote_code: bool = False, **options: Any) -> Any:
     """``auto.from_pretrained`` of a folder or hub id; code that comes with it runs only if the user has said so.
 
@@ -67,7 +90,8 @@ def load_pretrained(auto: Any, path: str | Path, trust_remote_code: bool = False
     """
     place = model_place(path)
     try:
-        return auto.from_pretrained(place, trust_remote_code=bool(trust_remote_code), **options)
+        with quiet():
+            return auto.from_pretrained(place, trust_remote_code=bool(trust_remote_code), **options)
     except ValueError as error:
         if "custom code" not in str(error):
             raise

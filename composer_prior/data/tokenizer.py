@@ -85,7 +85,10 @@ def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """
     missing = _missing_image_tokens(tokenizer)
     if missing:  # False: beside the special tokens that there are; transformers 4 and 5 name the argument differently
+        known = tokenizer.get_vocab()
         tokenizer.add_special_tokens({"additional_special_tokens": missing}, False)
+        new = [id for token, id in tokenizer.get_vocab().items() if token not in known]
+        tokenizer.added_image_token_ids = new  # type: ignore[attr-defined]  # for a model that has not learned them
     return image_token_ids(tokenizer)
 
 

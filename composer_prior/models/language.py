@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -57,8 +58,7 @@ def build_language_model(
     else:
         settings = _configuration(tokenizer, pretrained, config, trust_remote_code)
         model = AutoModelForCausalLM.from_config(settings, attn_implementation=attn_implementation)
-    if len(tokenizer) > vocabulary_size(model):
-        _grow(model, grown_vocabulary(len(tokenizer)))
+    _add_tokens(model, tokenizer, pretrained, trust_remote_code)
     check_head(model, reads_embeddings=True)
     return model.requires_grad_(not freeze)
 
@@ -114,16 +114,33 @@ def grown_vocabulary(tokens: int) -> int:
 
 
 @torch.no_grad()
-def _grow(model: PreTrainedModel, rows: int) -> None:
-    """Let a model embed more tokens, the new ones as the mean of the others.
+def _add_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pretrained: str | None, trust: bool
+) -> None:
+    """Let a model embed every token: those that it has not learned begin as the mean of those that it has.
 
-    transformers would draw them around that mean, for which it decomposes a covariance of the embeddings' width.
+    They may have rows already, of noise that nothing has trained, where the model's table is longer than its own
+    vocabulary. transformers would draw new rows around that mean, for which it decomposes a covariance of the
+    embeddings' width.
     """
-    known = vocabulary_size(model)
-    model.resize_token_embeddings(rows, mean_resizing=False)
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        for tensor in module.parameters():
-            tensor[known:] = tensor[:known].mean(0)
+    known, own = vocabulary_size(model), None
+    added: list[int] = []
+    if pretrained is not None:
+        try:
+            own = load_pretrained(AutoTokenizer, pretrained, trust).get_vocab()
+        except Exception:  # a folder of weights alone: what was added here is all that is known to be new
+            added = getattr(tokenizer, "added_image_token_ids", [])
+    if own is not None:
+        added = [id for id, token in tokenizer.added_tokens_decoder.items() if own.get(str(token)) != id]
+    if len(tokenizer) > known:
+        model.resize_token_embeddings(grown_vocabulary(len(tokenizer)), mean_resizing=False)
+    rows = torch.arange(vocabulary_size(model))
+    new = (rows >= known) | torch.isin(rows, torch.tensor(added, dtype=torch.long))
+    learned = ~new if own is None else ~new & torch.isin(rows, torch.tensor([*own.values()]))
+    if new.any():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for tensor in module.parameters():
+                tensor[new] = learned.to(tensor) @ tensor / learned.sum()  # their mean, without a copy of them
 
 
 def generate_greedily(model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from composer_prior.data.hub import quiet
 from composer_prior.data.messages import one_line
 from composer_prior.data.storage import whole_folder, written_here
 from composer_prior.data.tokenizer import bos_id
@@ -87,8 +88,9 @@ def export_llava(model: LVLM, folder: str | Path, *, dtype: str | None = None, o
         llava.save_pretrained(temporary, max_shard_size=SHARD_SIZE)
         processor.save_pretrained(temporary)
         del llava
-        stock, *stock_processors = _load(temporary)
-        found = compare(model, stock, *stock_processors)
+        with quiet():
+            stock, *stock_processors = _load(temporary)
+            found = compare(model, stock, *stock_processors)
         if kept != own:
             for config in (stock.config, stock.config.text_config, stock.config.vision_config):
                 config.dtype = kept  # each part is loaded in its own

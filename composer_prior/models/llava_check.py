@@ -108,7 +108,10 @@ def _compare(model: LVLM, llava: Any, processor: LlavaProcessor, default: LlavaP
     if expected != theirs:
         raise LlavaError(f"LLaVA captions {theirs}, and the model {expected}; nothing is written.")
     by_default = _difference(_inputs(model, default, pictures)[0]["pixel_values"], ours["pixel_values"])
-    warnings = () if by_default <= PIXEL_TOLERANCE else (_backend_warning(by_default),)
+    warnings: tuple[str, ...] = () if by_default <= PIXEL_TOLERANCE else (_backend_warning(by_default),)
+    flat = [height for height in (1, 2, 3) if _reads_otherwise(model, processor, pictures[0].resize((32, height)))]
+    if flat:
+        warnings += (_flat_warning(flat),)
     if not shifted:
         return Comparison(logits, pixels, warnings)
     inputs, ours = _inputs(model, processor, shifted)
@@ -117,6 +120,23 @@ def _compare(model: LVLM, llava: Any, processor: LlavaProcessor, default: LlavaP
     )
     differing = _logit_difference(model, llava, inputs, ours)[0]
     return Comparison(logits, pixels, (*warnings, _shift_warning(tower.image_size, differing, same, len(shifted))))
+
+
+def _reads_otherwise(model: LVLM, processor: LlavaProcessor, picture: Image.Image) -> bool:
+    """Whether the stock processor fails on a picture, or makes other pixels of it than ours."""
+    try:
+        inputs, ours = _inputs(model, processor, [picture])
+    except ValueError:
+        return True
+    return not _difference(inputs["pixel_values"], ours["pixel_values"]) <= PIXEL_TOLERANCE
+
+
+def _flat_warning(heights: list[int]) -> str:
+    return (
+        f"pictures that are {' or '.join(map(str, heights))} pixels high: transformers takes their rows for channels, "
+        'and fails or makes other pixels; the processor reads them right with input_data_format="channels_last". The '
+        "model folder of the run has no such difference."
+    )
 
 
 def _backend_warning(pixels: float) -> str:

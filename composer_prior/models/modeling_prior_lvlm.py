@@ -217,6 +217,8 @@ class PriorLVLMProcessor(ProcessorMixin):
         self.image_token_id, self.row_token_id = map(tokenizer.convert_tokens_to_ids, (IMAGE_TOKEN, ROW_TOKEN))
         bos = tokenizer.bos_token_id
         self.bos_id = bos if bos is not None else tokenizer.eos_token_id
+        # Texts are read piece by piece and then padded, of which transformers 4 would advise against.
+        getattr(tokenizer, "deprecation_warnings", {})["Asking-to-pad-a-fast-tokenizer"] = True
 
     @property
     def model_input_names(self) -> list[str]:

@@ -4,11 +4,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common.models import small_lvlm
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2ForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2ForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from composer_prior import LVLM, ReferenceLM
 from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.data.tokenizer import build_tokenizer, image_token_ids
 from composer_prior.models import modeling_prior_lvlm
 from composer_prior.models.compile import prepare_compile
 from composer_prior.models.head import TransformedHead, labelled_nll
@@ -344,3 +353,32 @@ def test_a_model_on_the_meta_device_is_taken_at_its_word():
     check_head(model, reads_embeddings=True)
     assert head_of(model).softcap == 30.0
     assert isinstance(model, Gemma2ForCausalLM)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_tokens_that_a_padded_table_has_rows_for_begin_as_the_mean_of_what_was_learned(beside, tied, tmp_path):
+    """As Qwen's: 151,936 rows for 151,665 tokens; but a model of ours has learned them."""
+    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<eos>", "a", "cat", "sits"])}, "<eos>"))
+    PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>").save_pretrained(tmp_path / "tokenizer")
+    model = build("llama", vocab_size=64, tie_word_embeddings=tied)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:4] *= 50
+    folder = tmp_path / ("tokenizer" if beside else "model")
+    model.save_pretrained(folder)
+    tokenizer = build_tokenizer({"name": str(tmp_path / "tokenizer")})
+    started = build_language_model(tokenizer, pretrained=str(folder), freeze=True)
+    ids = list(image_token_ids(tokenizer))
+    pairs = [(model.get_input_embeddings(), started.get_input_embeddings())]
+    pairs.append((model.get_output_embeddings(), started.get_output_embeddings()))
+    for before, after in pairs:
+        learned = before.weight[:4] if beside else before.weight[[i for i in range(64) if i not in ids]]
+        torch.testing.assert_close(after.weight[ids], learned.mean(0).expand(2, -1))
+        others = [i for i in range(64) if i not in ids]
+        assert torch.equal(after.weight[others], before.weight[others])
+    with torch.no_grad():
+        started.get_input_embeddings().weight[ids] = 7.0  # what training has made of them
+    started.save_pretrained(tmp_path / "ours")
+    tokenizer.save_pretrained(tmp_path / "ours")
+    again = build_language_model(tokenizer, pretrained=str(tmp_path / "ours"))
+    assert (again.get_input_embeddings().weight[ids] == 7).all()

@@ -179,7 +179,8 @@ def test_language_models(tmp_path, tokenizer, kind):
     model = lvlm(tokenizer, prompt="a picture of", **{"model_type": kind, **LANGUAGE_MODELS[kind]})
     report = export_llava(model, tmp_path / "llava")
     assert report.found.logits < 1e-4
-    assert not [line for line in report.found.warnings if "torchvision" not in line]
+    (flat,) = (line for line in report.found.warnings if "torchvision" not in line)
+    assert flat.startswith("pictures that are 1 or 3 pixels high")
     llava, _ = assert_same(model, tmp_path / "llava")
     tied = model.language.get_output_embeddings().weight is model.language.get_input_embeddings().weight
     known = hasattr(decoder_of(model.language), "embed_tokens")  # the only name under which LLaVA ties them
@@ -434,6 +435,17 @@ def timm_module(name):
     return timm.models.model_entrypoint(name).__module__
 
 
+def assert_flat_pictures_are_read_as_the_warning_says(model, folder):
+    _, processor = loaded(folder)
+    for height in (1, 2, 3):
+        picture = pictures()[0].resize((40, height))
+        ours = model.image_processor(picture).tensors["pixel_values"]
+        given = {"images": picture, "text": "<image>", "return_tensors": "pt"}
+        assert torch.equal(processor(**given, input_data_format="channels_last")["pixel_values"][0], ours)
+        if height == 2:
+            assert torch.equal(processor(**given)["pixel_values"][0], ours)
+
+
 def test_the_command(tmp_path, tokenizer, capsys):
     tower = OpenCLIPTower("prior-vit-tiny", image_size=24, layer=-2)
     model = lvlm(tokenizer, tower, prompt="see: ")
@@ -448,10 +460,12 @@ def test_the_command(tmp_path, tokenizer, capsys):
     assert export("format=onnx").startswith("error: format=onnx is not known: llava.")
     assert export("dtype=int8") == "error: dtype=int8: expected float32, bfloat16, float16."
     assert export("format=llava") == 0
-    shown = capsys.readouterr().out
+    shown, further = capsys.readouterr()
+    assert not any(unsaid in further for unsaid in ("use_fast", "Python identifier", "ambiguous", "fast tokenizer"))
     assert "LLaVA in float32; on 3 pictures the captions are the same, logits differ by at most" in shown
     assert "warning: resize_mode=shortest" in shown
     assert_same(model, out)
+    assert_flat_pictures_are_read_as_the_warning_says(model, out)
     assert export() == f"error: {out} exists; choose another folder, or overwrite=true."
     assert export("dtype=bfloat16", "overwrite=true") == 0
     llava, processor = loaded(out)
