@@ -9,6 +9,9 @@ from contextlib import suppress
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # categories of Unicode: controls, formats, surrogates, separators
 
 
+NO_INDEX = "{}: no index.json here; name a data set made by composer-prior convert."
+
+
 class OneLineError(Exception):
     """An error whose message is one line, also where DataLoader has put a worker's traceback around it."""
 

@@ -21,7 +21,7 @@ from PIL import Image
 from composer_prior.conversion.sources import expect_number
 from composer_prior.data.files import MAX_JSON_BYTES, read_plain
 from composer_prior.data.images import IMAGE_FORMATS
-from composer_prior.data.messages import one_line, say, visible
+from composer_prior.data.messages import NO_INDEX, one_line, say, visible
 from composer_prior.data.storage import is_remote
 from composer_prior.options import options_of, parse_options
 from composer_prior.reports.page import Shade, legend, sample_card, samples_page
@@ -271,7 +271,7 @@ def open_captions(data: str, cache: str) -> tuple[Any, bytes]:
     remote: Any = CheckedDataset(local=cache, remote=data.rstrip("/"), batch_size=1) if is_remote(data) else None
     index = Path(data if remote is None else cache) / "index.json"
     if not index.exists():
-        raise FileNotFoundError(f"{data}: no index.json here; name a data set made by composer-prior convert.")
+        raise FileNotFoundError(NO_INDEX.format(data))
     content = read_plain(index, MAX_JSON_BYTES)
     try:
         for shard in json.loads(content)["shards"]:

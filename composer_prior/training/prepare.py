@@ -12,7 +12,7 @@ from composer.utils import dist, get_device
 
 from composer_prior import registry
 from composer_prior.data.captions import read_captions
-from composer_prior.data.messages import announce
+from composer_prior.data.messages import NO_INDEX, announce
 from composer_prior.data.nodes import check_shared, on_first_rank, sole_job
 from composer_prior.data.scores import INDEX
 from composer_prior.data.storage import check_writable, is_remote, whole_folder
@@ -68,12 +68,24 @@ def _prepare(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> 
             if is_remote((arguments or {}).get("save_folder") or ""):  # of hf_checkpointer
                 with one_line_errors(f"{where}callbacks.{name}"):
                     on_first_rank(partial(check_writable, arguments["save_folder"]))
+        if recipe.data is None:
+            _check_data(stage)
     on_first_rank(lambda: _make_data(recipe.data))
     _make_tokenizer(recipe.tokenizer, recipe.train_loader["dataset"])
     for stage, where in stages:
         check_whole(stage, where)
     if recipe.reference is not None:
         _prepare_reference(recipe, missing=any(stage is not recipe for stage, _ in stages))
+
+
+def _check_data(recipe: TrainConfig) -> None:
+    """Refuse a folder without a data set, which nothing is going to make."""
+    for loader in (recipe.train_loader, recipe.eval_loader):
+        dataset = (loader or {}).get("dataset") or {}
+        for place in (dataset.get("streams") or {"": dataset}).values():
+            folder = Path(place.get("local") or "", place.get("split") or dataset.get("split") or "").expanduser()
+            if place.get("local") and not place.get("remote") and not (folder / "index.json").exists():
+                raise FileNotFoundError(NO_INDEX.format(folder))
 
 
 def _places(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> dict[str, str]:

@@ -257,7 +257,6 @@ def test_members_without_a_caption_say_what_there_is_instead(tmp_path):
 # What is no source says what to do ------------------------------------------------------------------------------------
 
 NO_SOURCES: dict[str, tuple[dict[str, bytes | str], str, str]] = {
-    "images with texts": ({"a/0.png": IMAGE, "a/0.txt": "x"}, "", "pack them with tar --sort=name"),
     "a folder of zip files": ({"0.zip": b"PK\3\4"}, "", r"unpack the \.zip files first"),
     "a zip file": ({"0.zip": b"PK\3\4"}, "0.zip", "unpack it first"),
     "Flickr8k": ({"captions.txt": "image,caption\n", **IMAGES}, "", "name the file that holds them, with form="),

@@ -11,6 +11,8 @@ from conversion.test_field import IMAGE, jsonl, pairs, rejections, tar_bytes, wr
 
 from composer_prior.conversion.convert import ConversionError, convert_captions, main
 from composer_prior.conversion.sources import SourceError
+from composer_prior.data.mds import ShardWriter
+from composer_prior.reports.inspection import main as inspect
 
 DEEP = "[" * 500 + "]" * 500
 WHOLE = tar_bytes(pairs("a")).rstrip(b"\0")
@@ -156,3 +158,22 @@ def test_nothing_of_any_length_is_written_out(tmp_path):
     assert len(str(caught.value)) < 1000
     assert os.path.getsize(tmp_path / "out" / "rejected.jsonl") < 2000
     assert "300,000 characters" in json.loads(Path(tmp_path, "out", "rejected.jsonl").read_text())["id"]
+
+
+@pytest.mark.parametrize("value", [None, 3, [1, 2], {"a": 1}, [None]])
+def test_captions_that_are_no_texts_are_one_line(value, tmp_path, capsys):
+    writer = ShardWriter(tmp_path, "shard", {"image": "bytes", "captions": "json"}, 1 << 20)
+    writer.write({"image": IMAGE, "captions": value})
+    writer.finish()
+    (tmp_path / "index.json").write_text(json.dumps({"version": 2, "shards": writer.shards}))
+    assert inspect([str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "sample 0" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("index", [DEEP, "[" * 100_000])
+def test_an_index_nested_deep_is_one_line(index, tmp_path, capsys):
+    (tmp_path / "index.json").write_text(index)
+    assert inspect([str(tmp_path)]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 from pathlib import Path
 
@@ -182,3 +183,13 @@ def test_the_command_lists_its_options(capsys):
     assert ended.value.code == 0
     assert "images that are captioned at once [16]" in capsys.readouterr().out
     assert caption_images.__doc__
+
+
+def test_what_is_no_plain_file_is_a_bad_image(here):
+    os.mkfifo("images/pipe.png")
+    with open("images/sparse.png", "wb") as file:
+        file.truncate(4 << 30)
+    run("images", "num_workers=0")
+    errors = {line["image"]: line["error"] for line in lines() if "error" in line}
+    assert errors["images/pipe.png"] == "not a regular file"
+    assert "image too large" in errors["images/sparse.png"]

@@ -175,3 +175,24 @@ def test_a_component_from_outside():
 )
 def test_names_of_composers_classes(name, snake):
     assert snake_case(name) == snake
+
+
+ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (ALIASES, "more than 100000 values"),
+        ("a: " + "[" * 5000, "nested too deep"),
+        ("a: &a [*a]", "nested too deep"),
+        ("#" * (2 << 20), "at most 1048576 are accepted"),
+    ],
+)
+def test_a_recipe_that_would_not_end_is_refused_in_one_line(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_recipe(tmp_path / "recipe.yaml")
+    assert len(str(caught.value).splitlines()) == 1

@@ -78,3 +78,14 @@ def test_two_places_of_one_name_are_two(tmp_path):
 def test_validation_alone_is_refused():
     with pytest.raises(ValueError, match="validation= is given without train="):
         load_recipe("prior_vit.yaml", ["validation=my/validation"])
+
+
+@pytest.mark.parametrize("place", ["pics", "nosuch"])
+def test_data_that_are_none_are_named_before_anything_is_made(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("pics").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"{place}: no index.json here; name a data set made by") as caught:
+        train(load_recipe("prior_vit.yaml", [f"train={place}", "run_name=mine", *SMALL, *TOWER]))
+    assert len(str(caught.value).splitlines()) == 1
+    assert "Tokenizer" not in capsys.readouterr().out
+    assert not list(Path().glob("runs/*/tokenizer"))

@@ -10,6 +10,7 @@ which has to be joined, is read whole).
 | ``json`` | a JSON array: LLaVA's pre-training ``conversations``, or ``{"image": ..., "caption": ...}`` |
 | ``coco`` | COCO captions: ``{"images": [...], "annotations": [...]}`` |
 | ``webdataset`` | tar shards (img2dataset, LAION, CC12M) |
+| ``folder`` | images with a ``.txt``, ``.caption`` or ``.json`` of the same name (kohya, SimpleTuner, img2dataset) |
 | ``parquet`` | Parquet files with image bytes or paths |
 | ``hf`` | a Hugging Face dataset saved with ``save_to_disk`` |
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from composer_prior.data.images import MAX_IMAGE_BYTES
 
-FORMS = ("jsonl", "csv", "tsv", "json", "coco", "webdataset", "parquet", "hf")
+FORMS = ("jsonl", "csv", "tsv", "json", "coco", "webdataset", "folder", "parquet", "hf")
 SPANS = "image_related_spans"
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "svg", "avif", "jxl", "heic")

@@ -10,15 +10,17 @@ from typing import Any
 
 from composer_prior.conversion.sources.base import FORMS, IMAGE_SUFFIXES, Source, SourceError, SourceOptions
 from composer_prior.conversion.sources.hf import HFSource
+from composer_prior.conversion.sources.images import normal_form
 from composer_prior.conversion.sources.lines import open_text
 from composer_prior.conversion.sources.lists import ListSource
 from composer_prior.conversion.sources.parquet import ParquetSource
-from composer_prior.conversion.sources.tar import TarSource
+from composer_prior.conversion.sources.tar import NEIGHBOURS, FolderSource, TarSource
 from composer_prior.data.storage import is_remote
 
 _ACCEPTED = (
     "a folder with captions.jsonl, captions.csv, captions.tsv or captions.json, such a file itself, COCO captions or "
-    "LLaVA JSON, .tar shards, .parquet files, or a Hugging Face dataset saved to disk"
+    "LLaVA JSON, images with a .txt, .caption or .json of the same name each, .tar shards, .parquet files, or a "
+    "Hugging Face dataset saved to disk"
 )
 _LOOKED_AT = 1 << 16  # files, or characters
 _SUFFIXES = {
@@ -63,6 +65,8 @@ def open_source(path: str | Path, options: SourceOptions | None = None, **overri
         if form == "webdataset":
             return TarSource.open(root, files, options)
         return ParquetSource.open(root, files, options)
+    if form == "folder":
+        return FolderSource.open(path, files, options)
     if form == "hf":
         return HFSource.open(path, options)
     return ListSource.open(files[0], form, options)
@@ -77,7 +81,7 @@ def _recognise(path: Path, wanted: str | None) -> tuple[str, list[Path]]:
     """The form of a source and the files that make it up."""
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder. Accepted: {_ACCEPTED}.")
-    found = _folder_forms(path) if path.is_dir() else _file_forms(path)
+    found = _folder_forms(path, wanted) if path.is_dir() else _file_forms(path)
     if wanted is not None:
         # A file of unusual name is taken at its word; in a folder the form picks among what is there.
         if not path.is_dir():
@@ -89,7 +93,7 @@ def _recognise(path: Path, wanted: str | None) -> tuple[str, list[Path]]:
     if len(found) > 1:
         raise SourceError(f"{path}: ambiguous, it holds {', '.join(found)}: choose with form=, or name the file.")
     form, files = next(iter(found.items()))
-    if form not in ("webdataset", "parquet", "hf") and len(files) > 1:
+    if form not in ("webdataset", "folder", "parquet", "hf") and len(files) > 1:
         names = ", ".join(file.name for file in files[:4])
         raise SourceError(f"{path}: ambiguous, it holds {len(files)} {form} files ({names}): name the one to convert.")
     return form, files
@@ -101,15 +105,7 @@ def _what_to_do(path: Path) -> str:
         return "; unpack it first"
     if not path.is_dir():
         return f"; if it is of such a form, say so with form= ({', '.join(FORMS)})"
-    stems: dict[str, set[Path]] = {}
-    for file in islice(_files_below(path), _LOOKED_AT):
-        stems.setdefault(file.suffix.lower()[1:], set()).add(file.with_suffix(""))
-    images, texts = (
-        set().union(*(stems.get(name, ()) for name in names)) for names in (IMAGE_SUFFIXES, ("txt", "caption", "json"))
-    )
-    if images & texts:
-        return "; images with a file of text each are read from tar archives: pack them with tar --sort=name"
-    if "zip" in stems:
+    if any(file.suffix.lower() == ".zip" for file in islice(_files_below(path), _LOOKED_AT)):
         return "; unpack the .zip files first"
     return "; name the file that holds them, with form= where its suffix is unusual"
 
@@ -121,7 +117,7 @@ def _file_forms(path: Path) -> dict[str, list[Path]]:
     return {form: [path]} if form else {}
 
 
-def _folder_forms(path: Path) -> dict[str, list[Path]]:
+def _folder_forms(path: Path, wanted: str | None) -> dict[str, list[Path]]:
     names = {file.name for file in path.iterdir()}
     if {"dataset_dict.json"} & names or {"dataset_info.json", "state.json"} <= names:
         return {"hf": [path]}
@@ -130,9 +126,20 @@ def _folder_forms(path: Path) -> dict[str, list[Path]]:
     named = [path / f"captions{suffix}" for suffix in _SUFFIXES if f"captions{suffix}" in names]
     if named:
         return _merge(_file_forms(file) for file in named)
-    if archives := archives_of(_files_below(path)):
+    files = list(_files_below(path))
+    if (archives := archives_of(files)) and wanted != "folder":
         return archives
-    return _merge(_file_forms(file) for file in sorted(path.iterdir()) if file.is_file() and _suffix_form(file))
+    images, texts = (
+        {normal_form(str(file.with_suffix(""))) for file in files if file.suffix.lower()[1:] in suffixes}
+        for suffixes in (IMAGE_SUFFIXES, NEIGHBOURS)
+    )
+    pairs = images & texts
+    others = (None, "webdataset", "parquet")
+    top = (file for file in sorted(path.iterdir()) if file.is_file() and _suffix_form(file) not in others)
+    lists = _merge(_file_forms(file) for file in top if normal_form(str(file.with_suffix(""))) not in pairs)
+    # Beside images with texts, an object of JSON is rather what a program noted about them.
+    found = pairs and (wanted == "folder" or (wanted is None and lists.keys() <= {"coco"}))
+    return {"folder": files} if found else lists
 
 
 def _files_below(path: Path) -> Iterator[Path]:
@@ -157,9 +164,13 @@ def archives_of(files: Iterable[Path]) -> dict[str, list[Path]]:
     found = _merge(
         {form: [file]} for file in sorted(files) if (form := _suffix_form(file)) in ("webdataset", "parquet")
     )
-    # img2dataset lays its metadata beside each tar, as 00000.parquet; it is not a second source.
+    # img2dataset lays its metadata beside each tar or folder, as 00000.parquet; it is not a second source.
     stems = {file.with_suffix("") for file in found.get("webdataset", [])}
-    own = [file for file in found.pop("parquet", []) if file.with_suffix("") not in stems]
+    own = [
+        file
+        for file in found.pop("parquet", [])
+        if file.with_suffix("") not in stems and not file.with_suffix("").is_dir()
+    ]
     return {**found, **({"parquet": own} if own else {})}
 
 

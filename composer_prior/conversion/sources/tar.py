@@ -8,8 +8,9 @@ import tarfile
 import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from composer_prior.conversion.sources.base import (
     CAPTION_COLUMNS,
@@ -25,8 +26,11 @@ from composer_prior.conversion.sources.files import beginning, file_unit, tar_pr
 from composer_prior.conversion.sources.images import normal_form
 from composer_prior.conversion.sources.records import decode_text, record_of, value_of
 from composer_prior.data.files import parse_json
+from composer_prior.data.images import ImageError, read_image_file
 
 _TEXT_SUFFIXES = ("txt", "caption", "text")
+NEIGHBOURS = (*_TEXT_SUFFIXES, "json")
+"""What the files of text that stand beside images end in."""
 _DOCUMENT = re.compile(r"readme|licen[cs]e|notice|changelog|copying|thumbs|desktop", re.IGNORECASE)
 _MOST_UNPACKED = 200  # times the size of a compressed archive; images and their captions make 2
 _MOST_NAMING = 1 << 20  # bytes of a header that names the next member
@@ -58,6 +62,10 @@ class TarSource:
     has_spans: bool = False
     total: int | None = None
     form: str = field(default="webdataset", init=False)
+
+    def members(self, unit: Any, wanted: Collection[str | None]) -> Iterator[tuple[str, bytes | Rejected | None]]:
+        """Name and content of each member in order; no content of those that are not wanted."""
+        return _tar_members(self.root / unit.name, unit.name, wanted, self.options.max_image_bytes)
 
     @property
     def images(self) -> Path:
@@ -103,7 +111,7 @@ class TarSource:
             yield unit
             return
         wanted = {*IMAGE_SUFFIXES, "json", *_TEXT_SUFFIXES, self.options.image_column, self.options.caption_column}
-        members = _tar_members(self.root / unit.name, unit.name, wanted, self.options.max_image_bytes)
+        members = self.members(unit, wanted)
         group, seen = _Group(self, unit.name, "", set()), set[str]()
         for name, data in members:
             if isinstance(data, Rejected):
@@ -128,7 +136,7 @@ class TarSource:
             listed = f"members: {', '.join(members)}"[:200]
             if images:
                 return Rejected(key, "several images", where, f"{listed}; choose one with image_column=")
-            if _DOCUMENT.fullmatch(key.rpartition("/")[2]):
+            if _DOCUMENT.fullmatch(key.rpartition("/")[2]) or (self.form == "folder" and list(members) == ["json"]):
                 return Rejected(key, _NO_SAMPLE, where, listed, count=0)
             known = any(data is not None for data in members.values())
             return Rejected(key, _NO_IMAGE if known else _NEITHER, where, listed)
@@ -145,7 +153,11 @@ class TarSource:
         if isinstance(record, Rejected) or record.captions:
             return record
         others = ", ".join(name for name in {**members, **entry} if name not in (images[0], "json"))[:200]
-        return replace(record, note=f"choose one of {others} with caption_column=" if others else _together(key))
+        return replace(record, note=f"choose one of {others} with caption_column=" if others else self.missing(key))
+
+    def missing(self, key: str) -> str:
+        """Where the caption of an image should have been."""
+        return _together(key)
 
     def _caption(self, members: dict[str, bytes | None], entry: dict[str, Any]) -> Any:
         """The caption of the member of text, unless that is empty, and otherwise that of the JSON."""
@@ -226,6 +238,49 @@ def _split_name(name: str) -> tuple[str, str]:
     if not stem or "__MACOSX" in folder.split("/"):
         return name, ""
     return normal_form(folder + slash + stem), suffix.lower()
+
+
+class _Files(NamedTuple):
+    name: str  # of the folder
+    files: tuple[tuple[str, int, int], ...]  # name, size and time of each; one that has changed is another unit
+
+
+class FolderSource(TarSource):
+    """A folder of images with a file of text each that has its name, as kohya, SimpleTuner and img2dataset leave it.
+
+    It is read as an archive of these files.
+    """
+
+    form = "folder"
+
+    def bad_files(self) -> Iterator[BadFile]:
+        return iter(())
+
+    def units(self) -> Iterator[_Files]:  # type: ignore[override]
+        unit, samples = list[tuple[str, int, int]](), 0
+        named = ((*_split_name(file.relative_to(self.root).as_posix()), file) for file in self.files)
+        wanted = {*IMAGE_SUFFIXES, *NEIGHBOURS, self.options.image_column, self.options.caption_column}
+        kept = sorted(entry for entry in named if entry[1].rpartition(".")[2] in wanted)
+        for _, group in groupby(kept, lambda entry: entry[0]):
+            for _, _, file in group:
+                status = os.stat(file) if file.exists() else os.lstat(file)
+                unit.append((file.relative_to(self.root).as_posix(), status.st_size, status.st_mtime_ns))
+            samples += 1
+            if samples == self.options.unit_samples:
+                yield _Files(self.root.name, tuple(unit))
+                unit, samples = [], 0
+        if unit:
+            yield _Files(self.root.name, tuple(unit))
+
+    def members(self, unit: _Files, wanted: Collection[str | None]) -> Iterator[tuple[str, bytes | Rejected | None]]:
+        for name, _, _ in unit.files:
+            try:
+                yield name, read_image_file(self.root / name, self.options.max_image_bytes)
+            except ImageError as error:
+                yield name, Rejected(name, error.reason, f"{unit.name}:{name}", error.detail)
+
+    def missing(self, key: str) -> str:
+        return f"no file of this name ends in {', '.join(f'.{suffix}' for suffix in NEIGHBOURS)} beside it"
 
 
 class _Header(tarfile.TarInfo):
