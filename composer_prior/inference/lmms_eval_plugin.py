@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from composer_prior.data.images import decode_rgb, on_white
+from composer_prior.data.tokenizer import encode_caption
 from composer_prior.models.lvlm import LVLM
 
 NAME = "composer_prior"
@@ -34,7 +35,7 @@ class ComposerPrior(lmms):
     """A model that captions images, for lmms-eval.
 
     It has learnt captions of single images after one prompt. So the text of a task is left out unless ``use_context``
-    asks for it, a document has exactly one image, and there is nothing to give a loglikelihood of a choice.
+    asks for it, and a document has exactly one image. Captions and likelihoods of texts, as of choices, are given.
 
     A task's ``generation_kwargs`` are honoured where they say ``max_new_tokens`` (64), ``num_beams`` (1),
     ``temperature`` (0, the most likely token), ``do_sample``, ``top_p``, ``top_k``, ``repetition_penalty`` and
@@ -97,7 +98,40 @@ class ComposerPrior(lmms):
         return answers
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError(f"{NAME} captions images: it takes tasks of generate_until, not of loglikelihood.")
+        """For each request the loss of its text in nats, and whether the text is what greedy decoding begins with.
+
+        The loss is the negative log-likelihood of the whole text: lmms-eval takes the choice with the smallest value.
+        The texts of a document share one pass over its image.
+
+        Raises:
+            ValueError: for a document that has not exactly one image, or a text without tokens.
+        """
+        groups: dict[tuple[Any, ...], list[int]] = {}  # what has one beginning
+        for position, request in enumerate(requests):
+            if len(request.args) != 6:
+                raise ValueError(f"{NAME} knows no likelihood of text without an image, as acc_mutual_info asks for.")
+            context, _, _, number, task, split = request.args
+            key = (task, split, number, context if self.use_context else self.model.prompt)
+            groups.setdefault(key, []).append(position)
+        answers = [(0.0, False)] * len(requests)
+        for (*_, prompt), positions in tqdm(groups.items(), desc="Likelihoods", disable=self.rank != 0):
+            inputs = [self.model.image_processor(self._image(requests[positions[0]]))]
+            texts = [self._continuation(requests[position]) for position in positions]
+            scores = self.model.text_logprobs(inputs, [texts], prompt)[0]
+            start = self.model._generation_batch(inputs, prompt)
+            greedy = self.model.generate_ids(*start, max_new_tokens=max(map(len, texts)))[0].tolist()
+            for position, text, values in zip(positions, texts, scores, strict=True):
+                answers[position] = (-sum(values), greedy[: len(text)] == text)
+        return answers
+
+    def _continuation(self, request: Instance) -> list[int]:
+        """The ids of the text whose likelihood is asked for: a choice, or what a task makes of the document."""
+        _, text, _, number, task, split = request.args
+        text = text(self.task_dict[task][split][number]) if callable(text) else text
+        ids: list[int] = encode_caption(self.model.tokenizer, text).ids
+        if not ids:
+            raise ValueError(f"{task}, document {number}: a text without tokens has no likelihood.")
+        return ids
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         raise NotImplementedError(f"{NAME} captions images: it takes tasks of one round, not of several.")
