@@ -2,7 +2,8 @@
 
 ``python tools/soak_resume.py [kills=20] [seed=0] [folder=...] [bucket=...]`` runs ``prior_vit.yaml``, shrunken, from
 nothing: data, tokenizer, reference, scores and LVLM, with a checkpoint after each batch. Kills fall at random moments.
-With a bucket, such as ``s3://soak``, the runs that are killed save the LVLM there, and the reference on the disk.
+With a bucket, such as ``s3://soak``, the runs that are killed save the LVLM there, and the reference on the disk. Other
+keys are the recipe's: ``kills=5 save_interval=1ep max_duration=3ep``.
 """
 
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -81,7 +83,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def soak(folder: Path, kills: int, seed: int, bucket: str | None = None) -> int:
+def soak(folder: Path, kills: int, seed: int, bucket: str | None = None, overrides: Sequence[str] = ()) -> int:
     """Kill that many times, starting over whenever a run has finished; return how many finished runs were not the same.
 
     Args:
@@ -89,13 +91,14 @@ def soak(folder: Path, kills: int, seed: int, bucket: str | None = None) -> int:
         kills: how many.
         seed: of the moments.
         bucket: where the runs that are killed save to. Default: the disk.
+        overrides: of the recipe.
 
     Raises:
         RuntimeError: if a run ends with an error.
     """
     undisturbed = folder / "undisturbed"
     undisturbed.mkdir(parents=True)
-    process = start(undisturbed)
+    process = start(undisturbed, *overrides)
     _wait_for_output(undisturbed, 0)
     began = time.monotonic()
     _finish(process, undisturbed, PATIENCE)
@@ -107,7 +110,7 @@ def soak(folder: Path, kills: int, seed: int, bucket: str | None = None) -> int:
         run = folder / f"killed-{finished}"
         run.mkdir(exist_ok=True)
         written = (run / "log.txt").stat().st_size if (run / "log.txt").exists() else 0
-        process = start(run, *([f"save_folder={bucket}/{run.name}"] if bucket else []))
+        process = start(run, *overrides, *([f"save_folder={bucket}/{run.name}"] if bucket else []))
         try:
             if killed < kills:
                 _wait_for_output(run, written)
@@ -147,11 +150,12 @@ def _last_line(folder: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    options = OmegaConf.merge(
-        {"kills": 20, "seed": 0, "folder": None, "bucket": None}, OmegaConf.from_dotlist(arguments)
-    )
+    own = {"kills": 20, "seed": 0, "folder": None, "bucket": None}
+    of_tool = [argument for argument in arguments if argument.partition("=")[0] in own]
+    overrides = [argument for argument in arguments if argument not in of_tool]
+    options = OmegaConf.merge(own, OmegaConf.from_dotlist(of_tool))
     folder = Path(options.folder or tempfile.mkdtemp(prefix="soak-"))
-    different = soak(folder, options.kills, options.seed, options.bucket)
+    different = soak(folder, options.kills, options.seed, options.bucket, overrides)
     print(f"{options.kills} kills, {different} runs with other metrics")
     if options.folder is None:
         shutil.rmtree(folder)
