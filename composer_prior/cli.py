@@ -3,24 +3,34 @@
 A job's module is imported when the job begins: Composer's import takes seconds, and a misspelt key is answered before.
 """
 
+import os
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from itertools import dropwhile
+from itertools import takewhile
 from typing import Any, NamedTuple
 
+from composer_prior import __version__, registry
 from composer_prior.data.locks import check_ranks
-from composer_prior.data.messages import one_line
-from composer_prior.options import options_of, show_options
+from composer_prior.data.messages import hidden, one_line, say
+from composer_prior.options import Option, options_of, parse_options, show_options
+from composer_prior.registry import did_you_mean
+from composer_prior.scoring.job import BESIDE_RECIPE
+from composer_prior.training.checks import check_recipe
+from composer_prior.training.config import load_recipe
 
 
 class Job(NamedTuple):
-    """What a job does, what its command line looks like, whose arguments are its options, and what runs it."""
+    """What a job does, what its command line looks like, whose arguments are its options, what runs it, and how many
+    words it needs before them."""
 
     summary: str
     usage: str
     options: str
     run: str
+    words: int = 1
 
 
 JOBS = {
@@ -47,12 +57,14 @@ JOBS = {
         "SOURCE OUT [option=value ...]",
         "composer_prior.conversion.options:ConversionOptions",
         "composer_prior.conversion.convert:main",
+        words=2,
     ),
     "caption": Job(
         "caption images with a trained model",
         "MODEL IMAGE|FOLDER|REMOTE ... [option=value ...]",
         "composer_prior.inference.caption:caption_images",
         "composer_prior.inference.caption:main",
+        words=2,
     ),
     "inspect": Job(
         "show what is in a caption data set",
@@ -77,6 +89,7 @@ JOBS = {
         "MODEL OUT [format=llava] [option=value ...]",
         "composer_prior.inference.export:export_model",
         "composer_prior.inference.export:main",
+        words=2,
     ),
 }
 
@@ -90,39 +103,93 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the words of the command line. Default: those of the program.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGINT, _stop)
+    sys.excepthook = _show_traceback
+    try:
+        _answer(words)
+        if words[0] in RANKED:
+            check_ranks()
+        sys.exit(_load(JOBS[words[0]].run)(words[1:]))
+    except BaseException:
+        if not _stopped:
+            raise
+    sys.exit(128 + signal.SIGINT)
+
+
+def _answer(words: Sequence[str]) -> None:
+    """End the program where a command line asks for help, or cannot be meant; nothing is imported for that."""
     if not words or words[0] not in JOBS:
+        if words[:1] == ["--version"]:
+            say(f"composer-prior {__version__}")
+            sys.exit(0)
         asked = words[:1] in (["--help"], ["-h"])
+        wrong = [f"{words[0]} is not a job. {did_you_mean(words[0], JOBS)}"] if words and not asked else []
         lines = [f"  {name:8} {job.summary}" for name, job in JOBS.items()]
-        text = "\n".join(["usage: composer-prior JOB ...; composer-prior JOB --help lists its options", *lines])
-        print(text, file=sys.stdout if asked else sys.stderr)
+        text = "\n".join([*wrong, "usage: composer-prior JOB ...; composer-prior JOB --help lists its options", *lines])
+        say(text) if asked else print(text, file=sys.stderr)
         sys.exit(0 if asked else 2)
     name, job = words[0], JOBS[words[0]]
-    if {"--help", "-h"} & set(words[1:]):
-        options = options_of(_load(job.options))
-        if name == "evaluate":
-            from composer_prior.inference.evaluate import benchmark_options  # here: other jobs do without it
-
-            options |= benchmark_options(words)
-        print(f"usage: composer-prior {name} {job.usage}\n\n{show_options(options)}")
-        sys.exit(0)
-    started = [*dropwhile(lambda word: "=" in word, words[1:])] if name == "launch" else words
-    if not started or started[0] not in JOBS:
-        sys.exit(f"usage: composer-prior launch {job.usage}")
-    if name in RANKED:
-        check_ranks()
-    if started[0] == "train" and started[1:]:
-        _check_recipe(started[1:])
-    sys.exit(_load(job.run)(words[1:]))
-
-
-def _check_recipe(words: Sequence[str]) -> None:
-    """Answer a key that no recipe has without Composer."""
-    from composer_prior.training.config import load_recipe  # here: other jobs do without it
-
     try:
-        load_recipe(words[0], words[1:])
+        options = options_of(job.options)
+        if name == "evaluate" and not any(word.startswith("code_paths=") for word in words):
+            for word in words:
+                if word.startswith("benchmark="):
+                    theirs = options_of(registry.look_up("benchmark", word.partition("=")[2], "benchmark"))
+                    options = {**options, **theirs, **options}
+        if {"--help", "-h"} & set(words[1:]):
+            say(f"usage: composer-prior {name} {job.usage}\n\n{show_options(options)}")
+            sys.exit(0)
+        _check(name, words[1:], options)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {one_line(error)}")
+
+
+def _check(name: str, words: Sequence[str], options: dict[str, Option]) -> None:
+    usage = f"usage: composer-prior {name} {JOBS[name].usage}; --help lists the options"
+    if name == "launch":
+        given = [*takewhile(lambda word: "=" in word, words)]
+        parse_options(given, options)
+        if words[len(given) :][:1] == [] or words[len(given)] not in JOBS:
+            sys.exit(usage)
+        _answer(words[len(given) :])
+    elif name in ("train", "score"):
+        own = [word for word in words if word.partition("=")[0] in BESIDE_RECIPE] if name == "score" else []
+        if not words:
+            sys.exit(usage)
+        if name == "score" and "=" in words[0]:
+            return  # without a recipe, its keys have dots
+        parse_options(own, {**options, "loader": Option("loader", str, "train", "")})
+        recipe = load_recipe(words[0], [word for word in words[1:] if word not in own])
+        if not recipe.code_paths:  # they may register what is not known here
+            check_recipe(recipe)
+    elif name != "study" and not any(word.startswith("code_paths=") for word in words):
+        rest, chosen = parse_options(words, options)
+        enough = len(rest) >= JOBS[name].words and (name == "caption" or len(rest) == JOBS[name].words)
+        if not enough or rest[0].startswith("-") or (name == "evaluate" and "benchmark" not in chosen):
+            known = f"; benchmarks: {', '.join(sorted(registry.names('benchmark')))}" * (name == "evaluate")
+            print(f"{usage}{known}", file=sys.stderr)
+            sys.exit(2)
+
+
+_stopped: list[int] = []  # by which signal
+
+
+def _stop(number: int, _: object) -> None:
+    """Say at once that Ctrl-C has come; processes that this one has made leave it to this one."""
+    if os.getpid() != _PROCESS:
+        return
+    if not _stopped:
+        os.write(2, b"\nStopped by Ctrl-C.\n")
+    _stopped.append(number)
+    raise KeyboardInterrupt
+
+
+_PROCESS = os.getpid()
+
+
+def _show_traceback(kind: Any, error: Any, trace: Any) -> None:
+    """Python's, without what came from the environment."""
+    sys.stderr.write(hidden("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _load(name: str) -> Any:

@@ -4,14 +4,15 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from composer_prior.registry import did_you_mean, parameters_of
+from composer_prior import signatures
+from composer_prior.registry import check_value, did_you_mean, parameters_of
 
 
 class Option(NamedTuple):
@@ -23,10 +24,12 @@ class Option(NamedTuple):
     sentence: str
 
 
-def options_of(target: Callable[..., Any]) -> dict[str, Option]:
+def options_of(target: Any) -> dict[str, Option]:
     """The keyword options of a function, the fields of a dataclass or the arguments of another class, with the first
-    sentence that documents each."""
-    hints, sentences = typing.get_type_hints(target), _sentences(target)
+    sentence that documents each; ``module:name`` is read from source, without its import."""
+    if isinstance(target, str):
+        target = signatures.stub(target)
+    hints, sentences = typing.get_type_hints(target, include_extras=True), _sentences(target)
     if isinstance(target, type) and not is_dataclass(target):
         arguments = parameters_of(target)
         hints = {name: argument.annotation for name, argument in arguments.items()}
@@ -48,7 +51,7 @@ def parse_options(words: Sequence[str], options: dict[str, Option]) -> tuple[lis
     Text stays as it was written where only text is accepted, so that a folder may be named 2017.
 
     Raises:
-        ValueError: for an unknown option, naming the nearest.
+        ValueError: for an unknown option, naming the nearest, and for a value of another type.
     """
     given = [word for word in words if re.match(r"[\w.]+=", word)]
     values: dict[str, Any] = {}
@@ -57,6 +60,7 @@ def parse_options(words: Sequence[str], options: dict[str, Option]) -> tuple[lis
         if name not in options:
             raise ValueError(f"{name} is not an option. {did_you_mean(name, options)}")
         values[name] = _value(word, text, options[name].annotation)
+        check_value(name, values[name], options[name].annotation)
     return [word for word in words if word not in given], values
 
 

@@ -5,11 +5,19 @@ Code from outside adds its own with :func:`register`, and a recipe loads it thro
 
 import difflib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
 
+from composer_prior import signatures
+
+Count = Annotated[int, "of at least 1"]
+Whole = Annotated[int, "of at least 0"]
 _COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {}
 
 
@@ -23,21 +31,42 @@ def register(kind: str, name: str) -> Callable[[Any], Any]:
     return add
 
 
-def look_up(kind: str, name: str, where: str) -> Callable[..., Any]:
-    """The constructor registered as ``name``.
+def look_up(kind: str, name: str, where: str) -> Any:
+    """The constructor registered as ``name``, or, before its module is imported, ``module:name`` of it.
 
     Raises:
         ValueError: if there is none, naming ``where`` in the recipe and the nearest name.
     """
-    names = _COMPONENTS.get(kind, {})
-    if name not in names:
-        raise ValueError(f"{where}={name!r} is not a known {kind}. {did_you_mean(name, names)}")
-    return names[name]
+    known = {**declared().get(kind, {}), **_COMPONENTS.get(kind, {})}
+    if name not in known:
+        raise ValueError(f"{where}={name!r} is not a known {kind}. {did_you_mean(name, known)}")
+    return known[name]
 
 
 def names(kind: str) -> list[str]:
-    """What is registered among the components of a kind."""
-    return [*_COMPONENTS.get(kind, {})]
+    """What is registered among the components of a kind, and what this package registers when it is imported."""
+    return [*{**declared().get(kind, {}), **_COMPONENTS.get(kind, {})}]
+
+
+@cache
+def declared() -> dict[str, dict[str, str]]:
+    """What this package registers when it is imported: kind, name and ``module:name``, found in its source."""
+    found: dict[str, dict[str, str]] = {}
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        module = ".".join(("composer_prior", *file.relative_to(Path(__file__).parent).with_suffix("").parts))
+        for kind, package in re.findall(r'^_register_classes\("(\w+)", ([\w.]+)', text, re.M):
+            classes = [name for name in signatures.definitions(package) if name[0].isupper()]
+            found.setdefault(kind, {}).update({snake_case(name): f"{package}:{name}" for name in classes})
+        pattern = r'^@?register\("(\w+)", "(\w+)"\)(?:\((\w+)\)|\n(?:@.*\n)*(?:class|def) (\w+))'
+        for kind, name, given, decorated in re.findall(pattern, text, re.M):
+            found.setdefault(kind, {})[name] = f"{module}:{given or decorated}"
+    return found
+
+
+def snake_case(name: str) -> str:
+    """``SpeedMonitor`` -> ``speed_monitor``, ``LRMonitor`` -> ``lr_monitor``, ``SAM`` -> ``sam``."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def check(
@@ -62,29 +91,57 @@ def check(
     Raises:
         ValueError: one line naming the key, what is accepted and the nearest valid key.
     """
-    parameters = parameters_of(look_up(kind, name, f"{where}.name"))
+    constructor = look_up(kind, name, f"{where}.name")
+    parameters = parameters_of(constructor)
+    if "unknown" in parameters:
+        return  # it is checked when it is imported
     accepted = [key for key in parameters if key not in given]
     for key, value in arguments.items():
         if key not in accepted:
             raise ValueError(f"{where}.{key} is not a key of {name}. {did_you_mean(key, [*accepted, *beside])}")
-        if not _accepts(parameters[key].annotation, value):
-            expected = inspect.formatannotation(parameters[key].annotation)
-            raise ValueError(f"{where}.{key}={value!r}: expected {expected}.")
+        check_value(f"{where}.{key}", value, parameters[key].annotation)
     missing = [k for k in accepted if parameters[k].default is inspect.Parameter.empty and k not in arguments]
     if missing:
         raise ValueError(f"{where} needs {', '.join(missing)}.")
-    further = getattr(look_up(kind, name, where), "check", None)
+    further = getattr(constructor, "check", None)
     if further is not None:
         further(**{key: arguments[key] for key in inspect.signature(further).parameters if key in arguments})
+
+
+def check_value(where: str, value: Any, annotation: Any) -> None:
+    """Refuse a value of a recipe or of a command that its annotation does not accept, naming ``where`` it stands."""
+    if not _accepts(annotation, value):
+        expected = inspect.formatannotation(annotation)
+        expected = re.sub(r"(?:typing\.)?Annotated\[(\w+), '([^']*)'\]", r"\1 \2", expected)
+        expected = re.sub(r"^(?:typing\.)?Optional\[(.*)\]$", r"\1 | None", expected)
+        if re.search(r"\.Time\b", expected):
+            expected = "a time such as 500ba, 2ep or 0.1dur"
+        raise ValueError(f"{where}={value!r}: expected {expected}.")
+
+
+def is_time(value: Any, positive: bool = False) -> bool:
+    """Whether a value is one of Composer's times, such as ``500ba``, ``2ep`` or ``0.1dur``, or ``1h30m``.
+
+    Composer itself takes a digit without a unit for ten times as many seconds.
+    """
+    clock = r"(?=\d)(?:(?:[01]?\d|2[0-3])h)?(?:[0-5]?\dm)?(?:[0-5]?\ds)?"
+    found = re.fullmatch(rf"(\d*\.?\d+(?:e\+?\d+)?)(iter|ep|ba|sp|tok|sec|dur)|{clock}", str(value), re.IGNORECASE)
+    if not found or found[1] is None:
+        return bool(found)
+    number = float(found[1])
+    return (number > 0 or not positive) and (number.is_integer() or found[2].lower() == "dur")
 
 
 def build(kind: str, name: str, arguments: Mapping[str, Any], where: str, **given: Any) -> Any:
     """Check the recipe's arguments and call the constructor with them and with those given by the program."""
     check(kind, name, arguments, where, given)
-    return look_up(kind, name, where)(**given, **arguments)
+    constructor = look_up(kind, name, where)
+    if isinstance(constructor, str):
+        constructor = getattr(import_module(constructor.partition(":")[0]), constructor.partition(":")[2])
+    return constructor(**given, **arguments)
 
 
-def takes(constructor: Callable[..., Any], argument: str) -> bool:
+def takes(constructor: Any, argument: str) -> bool:
     """Whether a constructor has an argument of this name."""
     return argument in parameters_of(constructor)
 
@@ -98,8 +155,10 @@ def did_you_mean(name: str, accepted: Collection[str]) -> str:
     return f"{hint}Accepted: {', '.join(sorted(accepted)) or 'none'}."
 
 
-def parameters_of(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def parameters_of(constructor: Any) -> dict[str, inspect.Parameter]:
     """Keyword parameters; where a class passes ``**kwargs`` on, those of its base classes too."""
+    if isinstance(constructor, str):
+        constructor = signatures.stub(constructor)
     functions: list[Any] = (
         [vars(c).get("__init__") for c in constructor.__mro__[:-1]] if isinstance(constructor, type) else [constructor]
     )
@@ -121,7 +180,7 @@ def parameters_of(constructor: Callable[..., Any]) -> dict[str, inspect.Paramete
 
 def _type_hints(function: Any) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(function)
+        return typing.get_type_hints(function, include_extras=True)
     except (NameError, TypeError):  # annotations under TYPE_CHECKING: their types are not checked
         return {}
 
@@ -130,7 +189,11 @@ def _accepts(annotation: Any, value: Any) -> bool:
     """Whether a value from YAML fits an annotation; annotations that YAML cannot express accept everything."""
     origin, options = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
+        if any(_named(option, "Time") for option in options):
+            options = tuple(option for option in options if option is not str)
         return any(_accepts(option, value) for option in options)
+    if origin is Annotated:
+        return _accepts(options[0], value) and value >= int(options[1].rpartition(" ")[2])
     if origin is typing.Literal:
         return value in options
     if annotation is type(None) or annotation is None:
@@ -144,8 +207,15 @@ def _accepts(annotation: Any, value: Any) -> bool:
     if origin is tuple:
         options = options[:1] * len(value) if options[1:] == (...,) and isinstance(value, list) else options
         return isinstance(value, list) and len(value) == len(options) and all(map(_accepts, options, value))
-    if getattr(annotation, "__name__", None) == "Tensor":
+    if _named(annotation, "Time"):
+        return isinstance(value, str) and is_time(value)
+    if _named(annotation, "Tensor"):
         return False
     if (origin or annotation) in (dict, list, Mapping):
-        return isinstance(value, origin or annotation)
+        fits = isinstance(value, origin or annotation)
+        return fits and (origin is not list or all(_accepts(options[0], one) for one in value))
     return True
+
+
+def _named(annotation: Any, name: str) -> bool:
+    return getattr(annotation, "__name__", None) == name

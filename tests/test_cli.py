@@ -1,8 +1,10 @@
 """The installed command: help, what is answered before Composer is imported, and a wheel that works on its own."""
 
+import re
 import shutil
 import subprocess
 import sys
+from ast import literal_eval
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -10,11 +12,59 @@ from pathlib import Path
 import pytest
 from common.recipes import ROOT, SHRUNKEN, VIT, run_program
 
+from composer_prior import __version__, registry
 from composer_prior.cli import JOBS, main
 from composer_prior.options import options_of, parse_options
 from composer_prior.training.config import TrainConfig, load_recipe
 
 HEAVY = "{'torch', 'composer', 'streaming', 'transformers'}"
+
+
+ANSWERED = {
+    (
+        "train",
+        "prior_vit.yaml",
+        "max_durtion=2ba",
+    ): "max_durtion is not a key of a recipe. Did you mean 'max_duration'?",
+    (
+        "launch",
+        "nproc=2",
+        "train",
+        "prior_vit.yaml",
+        "max_durtion=2ba",
+    ): "max_durtion is not a key of a recipe. Did you",
+    ("trian",): "trian is not a job. Did you mean 'train'?",
+    ("train",): "usage: composer-prior train RECIPE.yaml",
+    ("caption", "MODEL"): "usage: composer-prior caption MODEL IMAGE|FOLDER|REMOTE ...",
+    ("caption", "MODEL", "a.png", "batch_sise=3"): "batch_sise is not an option. Did you mean 'batch_size'?",
+    ("caption", "MODEL", "a.png", "num_beams=many"): "num_beams='many': expected int",
+    ("evaluate", "MODEL"): "benchmarks: captioning, foils, hallucination, image_dependence, pope, scene_foils",
+    ("evaluate", "MODEL", "benchmark=popp"): "benchmark='popp' is not a known benchmark. Did you mean 'pope'?",
+    ("evaluate", "MODEL", "benchmark=pope", "anwsers=a,b"): "anwsers is not an option. Did you mean 'answers'?",
+    ("evaluate", "MODEL", "benchmark=scene_foils", "samples=few"): "samples='few': expected int",
+    ("inspect", "nosuch"): "error: nosuch: no index.json here",
+    ("export", "MODEL"): "usage: composer-prior export MODEL OUT",
+    (
+        "study",
+        "prior_vs_ntp.yaml",
+        "plann=true",
+    ): "plann is neither an option nor a key of a recipe. Did you mean",
+    ("score", "prior_vit.yaml", "unit_samples=few"): "unit_samples='few': expected int",
+    ("train", "prior_vit.yaml", "max_duration=soon"): "max_duration='soon': expected a time",
+    ("train", "prior_vit.yaml", "model.vison.x=1"): "model.vison is not a key of lvlm. Did you mean 'vision'?",
+    ("train", "prior_vit.yaml", "model.vision.frezee=true"): "is not a key of open_clip. Did you mean 'freeze'?",
+    ("train", "prior_vit.yaml", "model.language.pretraind=x"): "is not a key of causal_lm. Did you mean 'pretrained'",
+    ("train", "prior_vit.yaml", "train_loader.num_wokers=1"): "train_loader.num_wokers is not a key of captions.",
+    ("train", "prior_vit.yaml", "train_loader.dataset.shufle=true"): "dataset.shufle is not a key of captions.",
+    ("train", "prior_vit.yaml", "optimizer.lrr=1"): "optimizer.lrr is not a key of decoupled_adamw. Did you mean 'lr'",
+    ("train", "prior_vit.yaml", "reference.scheduler.t_warmup=50"): "reference.scheduler.t_warmup=50: expected a time",
+    ("train", "prior_vit.yaml", "algorithms.prior.alfa=1"): "algorithms.prior.alfa is not a key of prior.",
+    ("train", "prior_vit.yaml", "algorithms.piror={}"): "'piror' is not a known algorithm. Did you mean 'prior'?",
+    ("train", "prior_vit.yaml", "callbacks.lr_monitr={}"): "'lr_monitr' is not a known callback. Did you mean 'lr_m",
+    ("train", "prior_vit.yaml", "loggers.wandb.projct=x"): "loggers.wandb.projct is not a key of wandb. Did you mean",
+    ("train", "prior_vit.yaml", "benchmarks.captioning.splitt=x"): "captioning.splitt is not a key of captioning.",
+    ("launch", "nproc=2", "train", "prior_vit.yaml", "scheduler.t_max=2"): "scheduler.t_max=2: expected a time",
+}
 
 
 @pytest.mark.parametrize(("words", "status"), [(["--help"], 0), ([], 2), (["trian"], 2)])
@@ -46,35 +96,73 @@ def test_help_of_a_recipe_names_every_key_and_its_default(capsys):
     assert "decides everything random [17]" in shown
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["train", "--help"],
-        ["train", "prior_vit.yaml", "max_durtion=2ba"],
-        ["launch", "nproc=2", "train", "prior_vit.yaml", "max_durtion=2ba"],
-        ["score", "--help"],
-        ["convert", "--help"],
-    ],
-)
-def test_some_answers_need_no_composer(tmp_path, words):
+def test_answers_about_options_need_no_composer(tmp_path):
+    asked = [*([*words, "--help"] for words in [["evaluate", "MODEL", "benchmark=pope"], *([job] for job in JOBS)])]
     code = f"""if True:
-        import sys
+        import contextlib, io, sys
         from composer_prior.cli import main
-        try:
-            main({words!r})
-        except SystemExit as end:
-            print(end, {HEAVY} & set(sys.modules))
+        for words in {[*asked, *map(list, ANSWERED)]!r}:
+            said = io.StringIO()
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+                try:
+                    main(words)
+                except SystemExit as end:
+                    said.write(str(end.code))
+            print((words, said.getvalue(), sorted({HEAVY} & set(sys.modules))))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    last = done.stdout.splitlines()[-1]
-    assert last.endswith("set()"), last
-    assert "--help" in words or "max_durtion is not a key of a recipe. Did you mean 'max_duration'?" in last
+    for words, said, heavy in map(literal_eval, done.stdout.splitlines()):
+        assert not heavy, f"{words} imports {heavy}"
+        assert ANSWERED.get(tuple(words), "usage: composer-prior ") in said, said
+    assert len(done.stdout.splitlines()) == len(asked) + len(ANSWERED)
 
 
 @pytest.mark.parametrize("words", [["launch"], ["launch", "nproc=2"], ["launch", "nproc=2", "trian"]])
 def test_a_launch_of_no_job_says_how(words):
     with pytest.raises(SystemExit, match=r"usage: composer-prior launch \[option=value ...\] JOB ..."):
         main(words)
+
+
+def test_what_is_read_from_source_is_what_is_imported():
+    for job in JOBS.values():
+        module, _, name = job.options.partition(":")
+        assert options_of(job.options).keys() == options_of(getattr(import_module(module), name)).keys()
+        imported, read = options_of(getattr(import_module(module), name)), options_of(job.options)
+        assert [(o.name, o.default, o.sentence) for o in read.values()] == [
+            (o.name, o.default, o.sentence) for o in imported.values()
+        ]
+    import_module("composer_prior.training.components")
+    import_module("composer_prior.evaluation.components")
+    for kind, names in registry.declared().items():
+        for name, place in names.items():
+            module, _, attribute = place.partition(":")
+            if kind in ("algorithm", "callback", "logger") and name not in registry._COMPONENTS[kind]:
+                continue  # functions and base classes that Composer has beside them
+            constructor = registry.look_up(kind, name, kind)
+            assert not isinstance(constructor, str)
+            assert constructor is getattr(import_module(module), attribute)
+            if "unknown" not in registry.parameters_of(place):
+                assert [*registry.parameters_of(place)] == [*registry.parameters_of(constructor)], name
+
+
+def test_help_refers_nobody_to_code(capsys):
+    for words in [[job] for job in JOBS] + [["evaluate", f"benchmark={name}"] for name in registry.names("benchmark")]:
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+        assert not re.search(r"see [A-Za-z_.]*[A-Z]|composer_prior\.|FORMS|options too", capsys.readouterr().out), words
+
+
+def test_a_version_is_told(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert (end.value.code, capsys.readouterr().out) == (0, f"composer-prior {__version__}\n")
+
+
+def test_help_may_be_cut_off():
+    program = f"{sys.executable} -m composer_prior"
+    command = f"set -o pipefail; {program} convert --help | head -1; {program} --help | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_options_are_typed():
@@ -94,6 +182,34 @@ def test_options_are_typed():
     assert [option.default for option in options.values()] == ["x", "3", "0.5", "4"]
     with pytest.raises(ValueError, match=r"nmae is not an option\. Did you mean 'name'"):
         parse_options(["nmae=1"], options)
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (["evaluate", "x", "benchmark=pope", "limit=abc"], "limit='abc': expected int | None"),
+        (["evaluate", "x", "benchmark=captioning", "max_new_tokens=many"], "max_new_tokens='many': expected int"),
+        (["caption", "x", "y", "batch_size=[4]"], "batch_size=[4]: expected int"),
+        (["caption", "x", "y", "seed=null"], "seed=None: expected int"),
+        (["caption", "x", "y", "overwrite=perhaps"], "overwrite='perhaps': expected bool"),
+        (["study", "prior_vs_ntp.yaml", "processes=two"], "processes='two': expected int"),
+        (["study", "prior_vs_ntp.yaml", "plan=1"], "plan=1: expected bool"),
+        (["convert", "x", "y", "processes=1.5"], "processes=1.5: expected int | None"),
+        (["inspect", "x", "alpha=high"], "alpha='high': expected float"),
+        (["inspect", "x", "samples=1e3"], "samples=1000.0: expected int"),
+        (["export", "x", "y", "overwrite=2"], "overwrite=2: expected bool"),
+        (["launch", "nproc=two", "train"], "nproc='two': expected int of at least 1 | None"),
+        (["launch", "nproc=0", "train"], "nproc=0: expected int of at least 1 | None"),
+        (["score", "prior_vit.yaml", "unit_samples=few"], "unit_samples='few': expected int"),
+        (["score", "prior_vit.yaml", "batch_tokens=1.5"], "batch_tokens=1.5: expected int | None"),
+    ],
+)
+def test_an_option_has_the_type_that_it_is_documented_with(capsys, words, refused):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    said = f"{end.value.code}{capsys.readouterr().err}"
+    assert f"error: {refused}." in said
+    assert len(said.splitlines()) <= 2
 
 
 def test_shipped_recipes_are_found_by_name(tmp_path, monkeypatch):

@@ -22,11 +22,12 @@ class ConversionOptions(SourceOptions):
     """How to convert; the fields of :class:`SourceOptions` say how to read.
 
     Args:
-        captions: what becomes of several captions of one image. ``"all"``: one sample each, in the column ``caption``.
-            ``"sample"``: one sample with all of them, in the column ``captions``, of which the loader draws one in each
-            epoch.
+        captions: what becomes of several captions of one image, ``"all"`` or ``"sample"``. ``"all"``: one sample each,
+            in the column ``caption``. ``"sample"``: one sample with all of them, in the column ``captions``, of which
+            the loader draws one in each epoch.
         max_caption_chars: longer captions are rejected.
-        check: ``"structure"`` or ``"full"``, see :func:`composer_prior.data.images.check_image`.
+        check: of images, ``"structure"``: whether the file is whole; or ``"full"``: every image is decoded, too. See
+            :func:`composer_prior.data.images.check_image`.
         resize: shrink images to this longest side. Images pass through unchanged by default.
         reencode: ``"jpeg"``, ``"png"`` or ``"webp"``, with an optional quality as in ``"jpeg:90"``.
         size_limit: the largest shard, in bytes or as in ``"64mb"``.

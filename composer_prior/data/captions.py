@@ -23,6 +23,7 @@ from composer_prior.data.messages import OneLineError, one_line, visible
 from composer_prior.data.scores import ScoresError, index_fingerprint, open_scores
 from composer_prior.data.streams import CheckedDataset
 from composer_prior.data.tokenizer import CaptionFormat, bos_id, encode_caption, image_token_ids, prompt_ids
+from composer_prior.registry import Count
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         image_processor: Callable[[Image.Image], ImageInputs] | None = None,
         transform: Callable[[Image.Image], Image.Image] | None = None,
         prompt: str = "",
-        max_caption_tokens: int = 128,
+        max_caption_tokens: Count = 128,
         on_bad_sample: Literal["raise", "skip"] = "raise",
         scores: str | None = None,
         **kwargs: Any,

@@ -24,6 +24,22 @@ class DataError(OneLineError, OSError):
     """Data that cannot be read, named: an index, a shard."""
 
 
+_HIDDEN: dict[str, str] = {}  # value: what is shown in its place
+
+
+def hide(value: str, text: str) -> None:
+    """Let errors show ``text`` in the place of a value; one of less than 4 characters is no secret."""
+    if len(value) >= 4:
+        _HIDDEN[value] = text
+
+
+def hidden(text: str) -> str:
+    """A text without the values of :func:`hide`."""
+    for value in sorted(_HIDDEN, key=len, reverse=True):
+        text = text.replace(value, _HIDDEN[value])
+    return text
+
+
 def visible(text: str, keep: str = "") -> str:
     """Text in which what is invisible, reorders text or steers a terminal is written out, such as ``[U+001B]``; the
     joiners of scripts and emoji stay, and what ``keep`` holds."""
@@ -35,7 +51,7 @@ def visible(text: str, keep: str = "") -> str:
 
 def one_line(error: BaseException, length: int = 500) -> str:
     """The message of an error as one line that a terminal shows as it is, or its type."""
-    return visible(" ".join(str(error).split()))[:length] or type(error).__name__
+    return visible(" ".join(hidden(str(error)).split()))[:length] or type(error).__name__
 
 
 def short(text: str, length: int = 200) -> str:

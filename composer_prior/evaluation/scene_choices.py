@@ -23,8 +23,8 @@ class SceneChoices(ChoiceBenchmark):
         samples: how many; categories take turns.
         canvas: side of the images in pixels, at least 32, such as that of the training data.
         seed: of the training data, which decides what is held out.
-        categories: some of those of the benchmark. Default: all.
-        prior: what log P(text) is of, see :class:`.ChoiceBenchmark`.
+        categories: some of those that its figures name. Default: all.
+        prior: blank, for the model itself with a grey image, or a causal LM on text, such as PRIOR's reference.
 
     Raises:
         ImportError: the packages of the `emoji` extra are missing.

@@ -20,7 +20,7 @@ from composer_prior.data.hub import ModelFolderError, load_pretrained
 from composer_prior.data.messages import DataError, OneLineError, announce, one_line
 from composer_prior.data.nodes import sole_job
 from composer_prior.evaluation import components  # noqa: F401  registers the benchmarks
-from composer_prior.evaluation.benchmark import Figures, reasons, run_benchmark
+from composer_prior.evaluation.benchmark import Benchmark, Figures, reasons, run_benchmark
 from composer_prior.evaluation.likelihood import HuggingFaceModel, OwnModel
 from composer_prior.inference.device import check_device
 from composer_prior.models.modeling_prior_lvlm import PriorLVLMConfig
@@ -51,7 +51,8 @@ def evaluate(
     Args:
         model: what :func:`composer_prior.load` takes, or an image-text-to-text model of transformers.
         arguments: of the benchmark.
-        benchmark: its registered name; its arguments are options too.
+        benchmark: captioning, foils, hallucination, image_dependence, pope, scene_foils, scene_questions, or one of
+            ``code_paths``; MODEL benchmark=NAME --help lists its options.
         out: the folder that the results go to.
         limit: the first so many samples; null takes all.
         page: a page of HTML with samples and predictions, of benchmarks that make one.
@@ -76,6 +77,8 @@ def evaluate(
         raise ValueError(f"limit={limit}: expected at least 1, or null for all.")
     dist.initialize_dist(get_device(None))
     built = registry.build("benchmark", benchmark, arguments, "benchmark")
+    if page is not None and type(built).page is Benchmark.page:
+        built.page([], "")  # which says so, before anything is answered
     judged = load_judged(model, trust_remote_code)
     network = judged.model
     network.to(device or get_device(None)._device)

@@ -263,11 +263,13 @@ def _pieces(caption: str, edges: Sequence[float], weights: Sequence[float], end:
 
 def open_captions(data: str, cache: str) -> tuple[Any, bytes]:
     """The data set and its index, once what that describes is known to be harmless."""
-    from streaming.base.local import LocalDataset
+    data = data if is_remote(data) else str(Path(data).expanduser())
+    if not is_remote(data) and not Path(data, "index.json").exists():
+        raise FileNotFoundError(NO_INDEX.format(data))
+    from streaming.base.local import LocalDataset  # here: what is missing is said before
 
     from composer_prior.data.streams import CheckedDataset
 
-    data = data if is_remote(data) else str(Path(data).expanduser())
     remote: Any = CheckedDataset(local=cache, remote=data.rstrip("/"), batch_size=1) if is_remote(data) else None
     index = Path(data if remote is None else cache) / "index.json"
     if not index.exists():

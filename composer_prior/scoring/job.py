@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 UNIT_SAMPLES = 4096
+BESIDE_RECIPE = ("out", "loader", "batch_tokens", "unit_samples", "dtype")  # options of a job with a recipe
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class ScoreJob:
         out: folder, which may begin with ``~``, or remote for the scores.
         reference: folder or hub id of a causal LM in Hugging Face form.
         tokenizer: of the model to be trained, ``name`` and ``kwargs`` as in a recipe.
-        dataset: arguments of :class:`.StreamingCaptionDataset`, as in a recipe's ``train_loader.dataset``.
+        dataset: as in a recipe's ``train_loader.dataset``, such as ``local``, ``remote`` and ``max_caption_tokens``.
         batch_tokens: tokens of one forward pass, padding included; default: what suits the device.
         unit_samples: samples that are sorted by length, scored and put in place together.
         dtype: of the reference's weights and its computing, ``float32``, ``bfloat16`` or ``float16``; default: that of

@@ -16,7 +16,7 @@ from composer_prior.data.storage import is_remote, list_remote
 from composer_prior.studies.results import collect, finished, last, planned_steps, read_metrics
 from composer_prior.studies.runner import Plan
 from composer_prior.studies.study import Study
-from composer_prior.training.config import TrainConfig
+from composer_prior.training.config import TrainConfig, written
 
 _LAST = 100  # entries of a run's throughput that the median is of
 _DONE = {"ba": "time/batch", "ep": "time/epoch", "sp": "time/sample", "tok": "time/token"}
@@ -134,9 +134,10 @@ def _check_same(file: Path, recipe: TrainConfig) -> None:
     if not file.is_file():
         return
     theirs: Any = OmegaConf.to_container(load_yaml(file))
+    ours = written(recipe)
     for key in _SAME:
-        if theirs.get(key) != getattr(recipe, key):
-            raise ValueError(f"its {key} is {theirs.get(key)}, that of the study {getattr(recipe, key)}")
+        if theirs.get(key) != ours[key]:
+            raise ValueError(f"its {key} is {theirs.get(key)}, that of the study {ours[key]}")
 
 
 def _check_finished(records: Sequence[Mapping[str, Any]], max_duration: str) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from composer_prior.data.files import load_yaml
 from composer_prior.data.messages import one_line
 from composer_prior.registry import did_you_mean
-from composer_prior.training.config import SHIPPED, TrainConfig, load_recipe
+from composer_prior.training.config import SHIPPED, TrainConfig, load_recipe, written
 
 KEYS = ("name", "recipe", "overrides", "axes", "grids", "baseline", "figures", "curve", "fits")
 REQUIRED = ("name", "recipe", "axes", "grids", "baseline", "figures")
@@ -134,7 +134,7 @@ def read_study(file: str | Path, overrides: Mapping[str, Any] | None = None, out
     }
     cells = _cells(header, path, str(out))
     names = {study["recipe"]: None} | {c["recipe"]: None for v in axes.values() for c in v.values() if "recipe" in c}
-    header["recipes"] = {name: asdict(load_recipe(_recipe_file(path, name))) for name in names}
+    header["recipes"] = {name: written(load_recipe(_recipe_file(path, name))) for name in names}
     return Study(path, json.loads(json.dumps(header)), cells, {cell.name: cell.load() for cell in cells})
 
 
@@ -253,7 +253,10 @@ def _later(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"The study {path} does not exist.")
+        hint = did_you_mean(path.name, [one.name for one in (SHIPPED / "studies").glob("*.yaml")])
+        raise FileNotFoundError(
+            f"The study {path} does not exist. {hint.replace('Accepted', 'Those that are shipped')}"
+        )
     try:
         study = OmegaConf.to_container(load_yaml(path), resolve=False)  # interpolations are the recipes'
     except Exception as error:

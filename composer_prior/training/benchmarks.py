@@ -16,10 +16,9 @@ from composer_prior.evaluation.benchmark import Benchmark, Figures, run_benchmar
 from composer_prior.evaluation.likelihood import OwnModel
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.reports.closing import trained_model
+from composer_prior.training.checks import benchmark_arguments
 
 log = logging.getLogger(__name__)
-
-OWN = ("benchmark", "interval", "limit")
 
 
 class RunBenchmark(Callback):
@@ -69,30 +68,6 @@ class RunBenchmark(Callback):
         return {words: self.figures[name]["value"] for words, name in headline if name in self.figures}
 
 
-def check_benchmarks(benchmarks: Mapping[str, Any], where: str = "") -> None:
-    """Refuse benchmarks that do not exist, and arguments that they do not take.
-
-    Args:
-        benchmarks: of a recipe.
-        where: prefix of its keys.
-    """
-    for name, arguments in benchmarks.items():
-        if arguments is None:
-            continue
-        key = f"{where}benchmarks.{name}"
-        if not isinstance(arguments, Mapping):
-            raise ValueError(f"{key}={arguments!r}: expected arguments of the benchmark, or null.")
-        own = {"interval": "1dur", "limit": None, **{key: arguments[key] for key in OWN if key in arguments}}
-        limit = own["limit"]
-        if limit is not None and not (isinstance(limit, int) and limit > 0):
-            raise ValueError(f"{key}.limit={limit!r}: expected a number of samples.")
-        try:
-            create_interval_scheduler(own["interval"])
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise ValueError(f"{key}.interval={own['interval']!r}: expected a time such as 500ba or 1dur.") from error
-        registry.check("benchmark", arguments.get("benchmark", name), _arguments(arguments), key)
-
-
 def build_benchmarks(benchmarks: Mapping[str, Any], model: Any, reference: str | None = None) -> list[RunBenchmark]:
     """The callbacks of a recipe's benchmarks.
 
@@ -113,12 +88,8 @@ def build_benchmarks(benchmarks: Mapping[str, Any], model: Any, reference: str |
         key, kind = f"benchmarks.{name}", given.get("benchmark", name)
         constructor = registry.look_up("benchmark", kind, key)
         known = {one: reference for one in ("prior", "reference") if reference and registry.takes(constructor, one)}
-        benchmark = registry.build("benchmark", kind, known | _arguments(given), key)
+        benchmark = registry.build("benchmark", kind, known | benchmark_arguments(given), key)
         callbacks.append(
             RunBenchmark(name, benchmark, **{one: given[one] for one in ("interval", "limit") if one in given})
         )
     return callbacks
-
-
-def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in given.items() if key not in OWN}

@@ -26,6 +26,7 @@ from composer_prior.models.projector import build_projector
 from composer_prior.models.sharding import share_tensor_attributes
 from composer_prior.models.vision import OpenCLIPTower
 from composer_prior.registry import register
+from composer_prior.training.checks import check_lvlm
 
 
 @register("model", "lvlm")
@@ -109,21 +110,7 @@ def _assemble(
     return ComposerLVLM(model, image_related_metrics)
 
 
-def _check_lvlm(
-    language: dict[str, Any], vision: dict[str, Any] | None = None, projector: dict[str, Any] | None = None
-) -> None:
-    if vision is not None:
-        if "name" not in vision:
-            raise ValueError("model.vision needs a name.")
-        registry.check("vision", vision["name"], _without_name(vision), "model.vision", given=("width",))
-    elif projector is not None:
-        raise ValueError("model.projector is given without model.vision; set it to null.")
-    registry.check("language", "causal_lm", language, "model.language", given=("tokenizer",))
-    if projector is not None:
-        registry.check("projector", "projector", projector, "model.projector", given=("width_in", "width_out"))
-
-
-build_lvlm.check = _check_lvlm  # type: ignore[attr-defined]
+build_lvlm.check = check_lvlm  # type: ignore[attr-defined]
 register("language", "causal_lm")(build_language_model)
 register("projector", "projector")(build_projector)
 

@@ -1,18 +1,21 @@
-"""Refuses a recipe whose components do not exist or do not take what they are given."""
+"""Refuses a recipe whose components do not exist or do not take what they are given.
 
-from collections.abc import Mapping, Sequence
+It needs neither Composer nor torch: the arguments of what is not imported yet are read from its source.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from composer.core import Precision, Time
-
-from composer_prior import registry
-from composer_prior.data.tokenizer import VOCAB_SIZES
-from composer_prior.registry import did_you_mean
-from composer_prior.training import components  # noqa: F401  registers them
-from composer_prior.training.benchmarks import check_benchmarks
+from composer_prior import registry, signatures
+from composer_prior.registry import did_you_mean, is_time
 from composer_prior.training.config import TrainConfig
-from composer_prior.training.optimizer import check_optimizer
+
+_OURS = ("groups", "decay_all")  # keys that are not the optimizer's
+_EXAMPLE = "{vision: {lr: 1.0e-5}}"
+_RUNS = ("benchmark", "interval", "limit")  # keys that are not the benchmark's
+VOCAB_SIZES = signatures.stub("composer_prior.data.tokenizer:VOCAB_SIZES")  # that module imports transformers
+_PRECISIONS = ("auto", "fp32", "amp_fp16", "amp_bf16", "amp_fp8")
 
 
 def check_recipe(recipe: TrainConfig, where: str = "") -> None:
@@ -23,17 +26,12 @@ def check_recipe(recipe: TrainConfig, where: str = "") -> None:
         where: prefix of its keys, for the recipe of a reference.
     """
     for key in ("max_duration", "eval_interval", "save_interval"):
-        try:
-            Time.from_timestring(getattr(recipe, key))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{where}{key}={getattr(recipe, key)!r}: expected a time such as 500ba, 2ep or 1dur."
-            ) from error
+        if not is_time(getattr(recipe, key), positive=True):
+            raise ValueError(f"{where}{key}={getattr(recipe, key)!r}: expected a time such as 500ba, 2ep or 1dur.")
     if not Path(recipe.run_name).parts or ".." in Path(recipe.run_name).parts:
         raise ValueError(f"{where}run_name={recipe.run_name}: it names a folder in runs/; leave out the dots.")
-    precisions = ["auto", *(p.value for p in Precision)]
-    if recipe.precision not in precisions:
-        raise ValueError(f"{where}precision={recipe.precision!r}. {did_you_mean(recipe.precision, precisions)}")
+    if recipe.precision not in _PRECISIONS:
+        raise ValueError(f"{where}precision={recipe.precision!r}. {did_you_mean(recipe.precision, _PRECISIONS)}")
     microbatch = recipe.device_train_microbatch_size
     if not (microbatch in (None, "auto") or (isinstance(microbatch, int) and microbatch > 0)):
         raise ValueError(f"{where}device_train_microbatch_size={microbatch!r}: expected a number of samples or auto.")
@@ -54,9 +52,14 @@ def check_recipe(recipe: TrainConfig, where: str = "") -> None:
     for key in ("save_folder", "load_path"):
         if "{" in (getattr(recipe, key) or ""):
             raise ValueError(f"{where}{key}={getattr(recipe, key)}: Composer's placeholders are not filled in here.")
-    for key, least in (("global_train_batch_size", 1), ("device_eval_batch_size", 1), ("nan_steps", 0)):
-        if getattr(recipe, key) < least:
-            raise ValueError(f"{where}{key}={getattr(recipe, key)}: expected at least {least}.")
+    least = {"global_train_batch_size": 1, "device_eval_batch_size": 1, "sample_captions": 0}
+    least |= {"dist_timeout": 1, "nan_steps": 0}
+    for key, bound in least.items():
+        if getattr(recipe, key) < bound:
+            raise ValueError(f"{where}{key}={getattr(recipe, key)}: expected at least {bound}.")
+    if recipe.save_num_checkpoints_to_keep < 1 and recipe.save_num_checkpoints_to_keep != -1:
+        kept = f"{where}save_num_checkpoints_to_keep={recipe.save_num_checkpoints_to_keep}"
+        raise ValueError(f"{kept}: expected at least 1, or -1 for all.")
     if recipe.data is not None:
         check_named("data", recipe.data, f"{where}data")
     tokenizer_keys = ("name", "kwargs", "train")
@@ -71,6 +74,8 @@ def check_recipe(recipe: TrainConfig, where: str = "") -> None:
     given = ("out", "reference", "tokenizer", "dataset", "progress_bar")
     registry.check("scoring", "captions", recipe.scoring, f"{where}scoring", given=given)
     check_named("model", recipe.model, f"{where}model", given=("tokenizer", "image_related_metrics"))
+    if recipe.model["name"] == "lvlm":
+        check_lvlm(recipe.model["language"], recipe.model.get("vision"), recipe.model.get("projector"))
     for key in ("train_loader", "eval_loader"):
         if getattr(recipe, key) is not None:
             check_loader(getattr(recipe, key), f"{where}{key}")
@@ -85,6 +90,19 @@ def check_recipe(recipe: TrainConfig, where: str = "") -> None:
         registry.check("parallelism", name, arguments, f"{where}parallelism_config.{name}")
     if recipe.reference is not None:
         check_recipe(TrainConfig(**recipe.reference), "reference.")
+
+
+def check_lvlm(
+    language: dict[str, Any], vision: dict[str, Any] | None = None, projector: dict[str, Any] | None = None
+) -> None:
+    """Refuse parts of an LVLM that do not exist, and arguments that they do not take."""
+    if vision is not None:
+        check_named("vision", vision, "model.vision", given=("width",))
+    elif projector is not None:
+        raise ValueError("model.projector is given without model.vision; set it to null.")
+    registry.check("language", "causal_lm", language, "model.language", given=("tokenizer",))
+    if projector is not None:
+        registry.check("projector", "projector", projector, "model.projector", given=("width_in", "width_out"))
 
 
 def check_named(kind: str, config: Mapping[str, Any], where: str, given: Sequence[str] = ()) -> None:
@@ -124,3 +142,98 @@ def check_loader(config: Mapping[str, Any], where: str) -> None:
         if not isinstance(stream, Mapping):
             raise ValueError(f"{where}.dataset.streams.{name}={stream!r}: expected keys such as remote and local.")
         registry.check("stream", "stream", stream, f"{where}.dataset.streams.{name}")
+
+
+def check_benchmarks(benchmarks: Mapping[str, Any], where: str = "") -> None:
+    """Refuse benchmarks that do not exist, and arguments that they do not take.
+
+    Args:
+        benchmarks: of a recipe.
+        where: prefix of its keys.
+    """
+    for name, arguments in benchmarks.items():
+        if arguments is None:
+            continue
+        key = f"{where}benchmarks.{name}"
+        if not isinstance(arguments, Mapping):
+            raise ValueError(f"{key}={arguments!r}: expected arguments of the benchmark, or null.")
+        own = {"interval": "1dur", "limit": None, **{key: arguments[key] for key in _RUNS if key in arguments}}
+        limit = own["limit"]
+        if limit is not None and not (isinstance(limit, int) and limit > 0):
+            raise ValueError(f"{key}.limit={limit!r}: expected a number of samples.")
+        if not is_time(own["interval"], positive=True):
+            raise ValueError(f"{key}.interval={own['interval']!r}: expected a time such as 500ba or 1dur.")
+        registry.check("benchmark", arguments.get("benchmark", name), benchmark_arguments(arguments), key)
+
+
+def benchmark_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a recipe gives a benchmark, what its constructor takes."""
+    return {key: value for key, value in given.items() if key not in _RUNS}
+
+
+class GroupSettings(NamedTuple):
+    """The optimizer's arguments for some weights.
+
+    Args:
+        prefix: of the weights' names; empty for those of no group.
+        where: their place in the recipe.
+        arguments: what a group does not say is that of the group with a shorter prefix, or the optimizer's.
+    """
+
+    prefix: str
+    where: str
+    arguments: dict[str, Any]
+
+
+def settings_of(config: Mapping[str, Any], where: str) -> list[GroupSettings]:
+    """What a recipe says for each group of weights, those of no group first, then the shorter prefixes.
+
+    Args:
+        config: see :func:`build_optimizer`.
+        where: its place in the recipe.
+
+    Raises:
+        ValueError: for groups that are none.
+    """
+    settings = [GroupSettings("", where, {key: config[key] for key in config if key not in ("name", *_OURS)})]
+    groups = config.get("groups") or {}
+    if not isinstance(groups, Mapping):
+        raise ValueError(f"{where}.groups={groups!r}: expected arguments by prefix, such as {_EXAMPLE}.")
+    for prefix, changes in sorted(_flat(groups, f"{where}.groups"), key=lambda group: len(group[0])):
+        if prefix in (one.prefix for one in settings):
+            raise ValueError(f"{where}.groups names {prefix} twice, with dots and as keys in each other.")
+        outer = [one for one in settings if not one.prefix or f"{prefix}.".startswith(f"{one.prefix}.")][-1]
+        settings.append(GroupSettings(prefix, f"{where}.groups.{prefix}", {**outer.arguments, **changes}))
+    return settings
+
+
+def _flat(groups: Mapping[str, Any], where: str, parent: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """``{"a": {"lr": 1, "b": {"lr": 2}}}`` -> ``("a", {"lr": 1}), ("a.b", {"lr": 2})``."""
+    for name, content in groups.items():
+        prefix = f"{parent}{name}"
+        if content is None:
+            continue
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{where}.{prefix}={content!r}: expected arguments such as {{lr: 1.0e-5}}.")
+        deeper = {key: value for key, value in content.items() if isinstance(value, Mapping)}
+        if len(deeper) < len(content) or not content:
+            yield prefix, {key: value for key, value in content.items() if key not in deeper}
+        yield from _flat(deeper, where, f"{prefix}.")
+
+
+def check_optimizer(config: Mapping[str, Any], where: str) -> None:
+    """Refuse keys that the optimizer of a recipe does not take, for all weights or for a group, and wrong types.
+
+    Args:
+        config: see :func:`build_optimizer`.
+        where: its place in the recipe.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if "name" not in config:
+        raise ValueError(f"{where} needs a name.")
+    if not isinstance(config.get("decay_all", False), bool):
+        raise ValueError(f"{where}.decay_all={config['decay_all']!r}: expected bool.")
+    for prefix, place, arguments in settings_of(config, where):
+        registry.check("optimizer", config["name"], arguments, place, ("params",), () if prefix else _OURS)

@@ -1,18 +1,24 @@
 """The components that a recipe can name without further code: ours, Composer's and torch's."""
 
 import inspect
-import re
 from types import ModuleType
-from typing import Any
 
 import composer.algorithms
 import composer.callbacks
 import composer.loggers
-import composer.optim
-import torch.optim
 from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
+from composer.optim import (
+    ConstantWithWarmupScheduler,
+    CosineAnnealingWithWarmupScheduler,
+    DecoupledAdamW,
+    DecoupledSGDW,
+    LinearWithWarmupScheduler,
+    MultiStepWithWarmupScheduler,
+    PolynomialWithWarmupScheduler,
+)
 from streaming import StreamingDataLoader
+from torch.optim import AdamW
 
 from composer_prior.algorithms.cal.cal import CAL
 from composer_prior.algorithms.focal.focal import Focal
@@ -21,11 +27,10 @@ from composer_prior.algorithms.permuted_prior.permuted_prior import PermutedPRIO
 from composer_prior.algorithms.prior.prior import PRIOR
 from composer_prior.algorithms.random_prior.random_prior import RandomPRIOR
 from composer_prior.algorithms.rho1.rho1 import Rho1
-from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting
 from composer_prior.data.captions import StreamingCaptionDataset
 from composer_prior.data.streams import CheckedStream
 from composer_prior.emoji_scenes.writing import make_emoji_scenes
-from composer_prior.registry import register
+from composer_prior.registry import register, snake_case
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.training import builders  # noqa: F401  registers the model
 from composer_prior.training.compute import ComputeMonitor
@@ -33,11 +38,6 @@ from composer_prior.training.data_wait import DataWaitMonitor
 from composer_prior.training.optimizer import GroupLRMonitor
 from composer_prior.training.saving import HuggingFaceCheckpointer
 from composer_prior.training.trackers import MLFlow, TensorBoard, WandB
-
-
-def snake_case(name: str) -> str:
-    """``SpeedMonitor`` -> ``speed_monitor``, ``LRMonitor`` -> ``lr_monitor``, ``SAM`` -> ``sam``."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def _register_classes(kind: str, module: ModuleType, base: type) -> None:
@@ -49,30 +49,27 @@ def _register_classes(kind: str, module: ModuleType, base: type) -> None:
 _register_classes("algorithm", composer.algorithms, Algorithm)
 _register_classes("callback", composer.callbacks, Callback)
 _register_classes("logger", composer.loggers, LoggerDestination)
-_LOGGERS: dict[str, Any] = {
-    **dict.fromkeys(("tensorboard", "tensorboard_logger"), TensorBoard),
-    **dict.fromkeys(("wandb", "wand_b_logger"), WandB),
-    **dict.fromkeys(("mlflow", "ml_flow_logger"), MLFlow),
-}
-_OPTIMIZERS: dict[str, Any] = {
-    "decoupled_adamw": composer.optim.DecoupledAdamW,
-    "decoupled_sgdw": composer.optim.DecoupledSGDW,
-    "adamw": torch.optim.AdamW,
-}
-_SCHEDULERS: dict[str, Any] = {
-    "constant_with_warmup": composer.optim.ConstantWithWarmupScheduler,
-    "cosine_with_warmup": composer.optim.CosineAnnealingWithWarmupScheduler,
-    "linear_decay_with_warmup": composer.optim.LinearWithWarmupScheduler,
-    "multistep_with_warmup": composer.optim.MultiStepWithWarmupScheduler,
-    "polynomial_with_warmup": composer.optim.PolynomialWithWarmupScheduler,
-}
-for _kind, _components in (("logger", _LOGGERS), ("optimizer", _OPTIMIZERS), ("scheduler", _SCHEDULERS)):
-    for _name, _component in _components.items():
-        register(_kind, _name)(_component)
-
-_WEIGHTINGS: tuple[type[TokenWeighting], ...] = (PRIOR, PermutedPRIOR, RandomPRIOR, Oracle, Rho1, CAL, Focal)
-for _weighting in _WEIGHTINGS:
-    register("algorithm", _weighting.name)(_weighting)
+register("logger", "tensorboard")(TensorBoard)
+register("logger", "tensorboard_logger")(TensorBoard)
+register("logger", "wandb")(WandB)
+register("logger", "wand_b_logger")(WandB)
+register("logger", "mlflow")(MLFlow)
+register("logger", "ml_flow_logger")(MLFlow)
+register("optimizer", "decoupled_adamw")(DecoupledAdamW)
+register("optimizer", "decoupled_sgdw")(DecoupledSGDW)
+register("optimizer", "adamw")(AdamW)
+register("scheduler", "constant_with_warmup")(ConstantWithWarmupScheduler)
+register("scheduler", "cosine_with_warmup")(CosineAnnealingWithWarmupScheduler)
+register("scheduler", "linear_decay_with_warmup")(LinearWithWarmupScheduler)
+register("scheduler", "multistep_with_warmup")(MultiStepWithWarmupScheduler)
+register("scheduler", "polynomial_with_warmup")(PolynomialWithWarmupScheduler)
+register("algorithm", "prior")(PRIOR)
+register("algorithm", "permuted_prior")(PermutedPRIOR)
+register("algorithm", "random_prior")(RandomPRIOR)
+register("algorithm", "oracle")(Oracle)
+register("algorithm", "rho1")(Rho1)
+register("algorithm", "cal")(CAL)
+register("algorithm", "focal")(Focal)
 register("callback", "compute_monitor")(ComputeMonitor)
 register("callback", "data_wait_monitor")(DataWaitMonitor)
 register("callback", "hf_checkpointer")(HuggingFaceCheckpointer)

@@ -8,6 +8,8 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
+from composer_prior.registry import Count
+
 
 class ComputeMonitor(Callback):
     """Log ``compute/flops``: floating-point operations of products, attention and convolutions so far, of all ranks.
@@ -20,7 +22,7 @@ class ComputeMonitor(Callback):
         interval: steps from one that is counted to the next. Default: ``20``.
     """
 
-    def __init__(self, interval: int = 20):
+    def __init__(self, interval: Count = 20):
         self.interval = interval
         self._counter: FlopCounterMode | None = None
         self._flops = 0.0

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
+from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -15,14 +16,16 @@ from typing import Any, cast
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from composer_prior.data.files import load_yaml
+from composer_prior.data.messages import hidden, hide
 from composer_prior.data.storage import is_remote
 from composer_prior.registry import did_you_mean
 
 SHIPPED = Path(__file__).parents[1] / "yamls"  # found by name where the working folder has no file of that name
 OWN_DATA = ("train", "validation")
-_REFERENCES: dict[tuple[str, Path], dict[str, Any]] = {}
+_NAMED = ("algorithms", "callbacks", "loggers", "benchmarks")  # keys that hold any number of components by name
 
 
 @dataclass
@@ -45,7 +48,7 @@ class TrainConfig:
         data: what makes the data if they are missing: a ``name`` and its arguments, or a file with them.
         tokenizer: ``name``, a hub id or folder; ``kwargs``; ``train: {vocab_size}`` makes it if it is missing.
         reference: the recipe of the text-only reference, which is trained first if it is missing.
-        scoring: how stored scores are made, such as {dtype: bfloat16}; see :class:`.ScoreJob`.
+        scoring: how stored scores are made: ``batch_tokens``, ``unit_samples``, ``dtype``, as options of the job score.
         model: a ``name`` and its arguments.
         train_loader: ``dataset`` and the arguments of torch's DataLoader.
         eval_loader: likewise; null: no validation.
@@ -112,6 +115,56 @@ class TrainConfig:
 
 
 _SCHEMA = OmegaConf.structured(TrainConfig)
+_REFERENCES: dict[tuple[str, Path], TrainConfig] = {}
+_KEPT = ContextVar("kept", default=False)
+
+
+def _of_environment(name: str, *default: str | None) -> Any:
+    """OmegaConf's ``oc.env``, whose values no error shows; where ``_KEPT`` is set, it answers its own text."""
+    text = f"${{oc.env:{name}}}"
+    if _KEPT.get():
+        return text
+    if name in os.environ:
+        hide(os.environ[name], text)
+    return oc.env(name, *default)
+
+
+OmegaConf.register_new_resolver("oc.env", _of_environment, replace=True)
+
+
+def written(recipe: TrainConfig) -> dict[str, Any]:
+    """A recipe as files, pages and trackers may have it: what came from the environment is an interpolation again."""
+    return _with_texts(asdict(recipe), vars(recipe).get("texts", {}))
+
+
+def reference_of(recipe: TrainConfig) -> TrainConfig:
+    """The recipe of the reference that a recipe names."""
+    reference = TrainConfig(**recipe.reference or {})
+    vars(reference)["texts"] = vars(recipe).get("texts", {}).get("reference", {})
+    return reference
+
+
+def _with_texts(value: Any, texts: Any) -> Any:
+    if isinstance(texts, str):
+        return texts
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    changed = {key: _with_texts(one, texts[key]) if key in texts else one for key, one in items}
+    return changed if isinstance(value, dict) else [*changed.values()]
+
+
+def _texts(node: Any, raw: Any) -> dict[Any, Any]:
+    """Of the values that come from the environment, in whatever way, what the recipe says, in its place."""
+    found: dict[Any, Any] = {}
+    for key, text in raw.items() if isinstance(raw, dict) else enumerate(raw):
+        if isinstance(text, dict | list):
+            found[key] = _texts(node._get_node(key), text)
+        elif isinstance(text, str) and "${" in text:
+            try:
+                value = str(node[key])
+            except Exception:  # of a resolver that makes something of the value
+                value = "${oc.env:"
+            found[key] = text if "${oc.env:" in value else {}
+    return {key: one for key, one in found.items() if one}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -133,6 +186,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     changes = _parse_overrides(overrides)
     data_changes, reference_changes = changes.pop("data", {}), changes.pop("reference", {})
     own_data, reference = (_part(recipe.pop(key, None), path) for key in ("data", "reference"))
+    for word in overrides:  # an empty mapping alone would change nothing
+        key, _, text = word.partition("=")
+        part = reference if key.startswith("reference.") else recipe
+        if part is not None and key.removeprefix("reference.") in _NAMED and text.strip() == "{}":
+            part.pop(key.removeprefix("reference."), None)
     data = own_data
     own = {key: changes.pop(key, None) or recipe.get(key) for key in OWN_DATA}
     for key in OWN_DATA:
@@ -148,19 +206,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     recipe = cast(DictConfig, OmegaConf.unsafe_merge(recipe, changes, {"data": data}))
     if reference is not None:
         nested = OmegaConf.unsafe_merge(reference, {"data": data, "tokenizer": recipe.get("tokenizer")})
-        recipe["reference"] = _typed_reference(cast(DictConfig, nested), path)
-    return _typed(recipe, path)
+        theirs = _typed_reference(cast(DictConfig, nested), path, reference_changes)
+        recipe["reference"] = asdict(theirs)
+        typed = _typed(recipe, path, changes)
+        vars(typed)["texts"] |= {"reference": vars(theirs)["texts"]}
+        return typed
+    return _typed(recipe, path, changes)
 
 
-def _find(path: Path) -> Path:
-    """A recipe: the file, or else the one of that name that comes with the package."""
-    shipped = SHIPPED / path.name
-    return shipped if not path.exists() and len(path.parts) == 1 and shipped.exists() else path
+def _find(path: Path, beside: Path | None = None) -> Path:
+    """A recipe: the file, beside the one that names it, or else the one of that name that comes with the package."""
+    place, shipped = path if beside is None else beside.parent / path, SHIPPED / path.name
+    return shipped if not place.exists() and len(path.parts) == 1 and shipped.exists() else place
 
 
 def _part(value: Any, path: Path) -> DictConfig | None:
     """A part of a recipe, which may stand in a file of its own."""
-    return _read(path.parent / value) if isinstance(value, str) else value
+    return _read(_find(Path(value), path)) if isinstance(value, str) else value
 
 
 def _changed(part: DictConfig | None, changes: Any, path: Path) -> Any:
@@ -213,13 +275,18 @@ def _name_of(place: str) -> str:
 
 def _read(path: Path) -> DictConfig:
     if not path.is_file():
-        raise FileNotFoundError(f"The recipe {path} does not exist.")
+        hint = did_you_mean(path.name, [one.name for one in SHIPPED.glob("*.yaml")])
+        raise FileNotFoundError(
+            f"The recipe {path} does not exist. {hint.replace('Accepted', 'Those that are shipped')}"
+        )
     try:
         recipe = _load(path, path.read_bytes())
     except Exception as error:
         raise ValueError(f"{path} is not a readable YAML file: {_one_line(error)}") from error
     if not isinstance(recipe, DictConfig):
         raise ValueError(f"{path} must hold keys and values.")
+    if not recipe:
+        raise ValueError(f"{path} is empty; write a recipe's keys, such as those of prior_vit.yaml.")
     return deepcopy(recipe)
 
 
@@ -248,33 +315,49 @@ def _value(text: str) -> Any:
     return cast(Any, OmegaConf.to_container(OmegaConf.from_dotlist([f"x={text}"]), resolve=False))["x"]
 
 
-def _typed_reference(recipe: DictConfig, path: Path) -> dict[str, Any]:
+def _typed_reference(recipe: DictConfig, path: Path, changes: Any) -> TrainConfig:
     """The recipe of a reference with its values, which are found once for all cells of a study that share it."""
     text = repr(OmegaConf.to_container(recipe, resolve=False))
     if re.search(r"\$\{[^}]*:", text):  # a resolver may answer something else the next time
-        return asdict(_typed(recipe, path))
+        return _typed(recipe, path, changes, "reference.")
     if (text, path) not in _REFERENCES:
-        _REFERENCES[text, path] = asdict(_typed(recipe, path))
+        _REFERENCES[text, path] = _typed(recipe, path, changes, "reference.")
     return _REFERENCES[text, path]
 
 
-def _typed(recipe: DictConfig, path: Path) -> TrainConfig:
+def _typed(recipe: DictConfig, path: Path, changes: Any, prefix: str = "") -> TrainConfig:
+    """A recipe with its values; an error names the file, or the key alone where it is of the changes to the file."""
     names = [f.name for f in fields(TrainConfig)]
+
+    def place(key: str) -> str:
+        given = isinstance(changes, DictConfig) and key.split(".")[0].split("[")[0] in changes
+        return f"{prefix}{key}" if given else f"{path}: {prefix}{key}"
+
     for key in map(str, recipe):
         if key not in names:
-            raise ValueError(f"{path}: {key} is not a key of a recipe. {did_you_mean(key, names)}")
+            raise ValueError(f"{place(key)} is not a key of a recipe. {did_you_mean(key, names)}")
+    for key in _NAMED:
+        if key in recipe and recipe[key] is None:
+            recipe[key] = {}  # null is none of them
     try:
         typed = OmegaConf.unsafe_merge(deepcopy(_SCHEMA), recipe)
         try:
-            return cast(TrainConfig, OmegaConf.to_object(typed))
+            made = cast(TrainConfig, OmegaConf.to_object(typed))
+            raw = cast(dict[str, Any], OmegaConf.to_container(typed, resolve=False))
+            vars(made)["texts"] = {}
+            if "oc.env" in repr(raw):
+                token = _KEPT.set(True)
+                vars(made)["texts"] = _texts(OmegaConf.create(raw), raw)
+                _KEPT.reset(token)
+            return made
         except OmegaConfBaseException as error:
             missing = sorted(OmegaConf.missing_keys(typed))  # slow, and so after the error alone
             if missing:
                 raise ValueError(f"{path} lacks {', '.join(missing)}.") from error
             raise
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {error.full_key or ''!s}: {_one_line(error)}") from error
+        raise ValueError(f"{place(str(error.full_key or ''))}: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split("\n    full_key")[0].split())
+    return " ".join(hidden(str(error)).split("\n    full_key")[0].split())

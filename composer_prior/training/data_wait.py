@@ -6,6 +6,8 @@ from time import perf_counter
 from composer.core import Callback, State
 from composer.loggers import Logger
 
+from composer_prior.registry import Count
+
 
 class DataWaitMonitor(Callback):
     """Log ``throughput/data_wait_fraction``: the share of the last steps' time that went by waiting for the loader.
@@ -17,7 +19,7 @@ class DataWaitMonitor(Callback):
         window_size: steps over which the share is taken. Default: ``100``, as Composer's ``SpeedMonitor``.
     """
 
-    def __init__(self, window_size: int = 100):
+    def __init__(self, window_size: Count = 100):
         self._steps: deque[tuple[float, float]] = deque(maxlen=window_size)  # seconds waited, and in all
         self._asked = 0.0
         self._received: float | None = None

@@ -12,6 +12,7 @@ from composer.cli import launcher
 
 from composer_prior.data.messages import one_line
 from composer_prior.options import options_of, parse_options
+from composer_prior.registry import Count, Whole
 
 
 def main(words: Sequence[str]) -> int:
@@ -27,12 +28,12 @@ def main(words: Sequence[str]) -> int:
 def launch(
     job: Sequence[str],
     *,
-    nproc: int | None = None,
-    world_size: int | None = None,
-    node_rank: int | None = None,
-    base_rank: int | None = None,
+    nproc: Count | None = None,
+    world_size: Count | None = None,
+    node_rank: Whole | None = None,
+    base_rank: Whole | None = None,
     master_addr: str | None = None,
-    master_port: int | None = None,
+    master_port: Count | None = None,
     stdout: str | None = None,
     stderr: str | None = None,
 ) -> int:

@@ -1,9 +1,9 @@
 """The optimizer of a recipe: weights in groups with settings of their own, and no weight decay where it does harm."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 from composer.algorithms import Factorize, SqueezeExcite
 from composer.callbacks import LRMonitor
@@ -14,79 +14,10 @@ from torch.optim import Optimizer
 
 from composer_prior import registry
 from composer_prior.registry import did_you_mean
+from composer_prior.training.checks import GroupSettings, settings_of
 
-_OURS = ("groups", "decay_all")  # keys that are not the optimizer's
-_EXAMPLE = "{vision: {lr: 1.0e-5}}"
 _NO_GROUP = "group0"  # Composer's name of an optimizer's first group
 _UNDECAYED = re.compile("bias|embed|token")  # in the own name of a weight, as of ViTs' positional_embedding, cls_token
-
-
-class GroupSettings(NamedTuple):
-    """The optimizer's arguments for some weights.
-
-    Args:
-        prefix: of the weights' names; empty for those of no group.
-        where: their place in the recipe.
-        arguments: what a group does not say is that of the group with a shorter prefix, or the optimizer's.
-    """
-
-    prefix: str
-    where: str
-    arguments: dict[str, Any]
-
-
-def settings_of(config: Mapping[str, Any], where: str) -> list[GroupSettings]:
-    """What a recipe says for each group of weights, those of no group first, then the shorter prefixes.
-
-    Args:
-        config: see :func:`build_optimizer`.
-        where: its place in the recipe.
-
-    Raises:
-        ValueError: for groups that are none.
-    """
-    settings = [GroupSettings("", where, {key: config[key] for key in config if key not in ("name", *_OURS)})]
-    groups = config.get("groups") or {}
-    if not isinstance(groups, Mapping):
-        raise ValueError(f"{where}.groups={groups!r}: expected arguments by prefix, such as {_EXAMPLE}.")
-    for prefix, changes in sorted(_flat(groups, f"{where}.groups"), key=lambda group: len(group[0])):
-        if prefix in (one.prefix for one in settings):
-            raise ValueError(f"{where}.groups names {prefix} twice, with dots and as keys in each other.")
-        outer = [one for one in settings if not one.prefix or _begins(prefix, one.prefix)][-1]
-        settings.append(GroupSettings(prefix, f"{where}.groups.{prefix}", {**outer.arguments, **changes}))
-    return settings
-
-
-def _flat(groups: Mapping[str, Any], where: str, parent: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """``{"a": {"lr": 1, "b": {"lr": 2}}}`` -> ``("a", {"lr": 1}), ("a.b", {"lr": 2})``."""
-    for name, content in groups.items():
-        prefix = f"{parent}{name}"
-        if content is None:
-            continue
-        if not isinstance(content, Mapping):
-            raise ValueError(f"{where}.{prefix}={content!r}: expected arguments such as {{lr: 1.0e-5}}.")
-        deeper = {key: value for key, value in content.items() if isinstance(value, Mapping)}
-        if len(deeper) < len(content) or not content:
-            yield prefix, {key: value for key, value in content.items() if key not in deeper}
-        yield from _flat(deeper, where, f"{prefix}.")
-
-
-def check_optimizer(config: Mapping[str, Any], where: str) -> None:
-    """Refuse keys that the optimizer of a recipe does not take, for all weights or for a group, and wrong types.
-
-    Args:
-        config: see :func:`build_optimizer`.
-        where: its place in the recipe.
-
-    Raises:
-        ValueError: naming the key.
-    """
-    if "name" not in config:
-        raise ValueError(f"{where} needs a name.")
-    if not isinstance(config.get("decay_all", False), bool):
-        raise ValueError(f"{where}.decay_all={config['decay_all']!r}: expected bool.")
-    for prefix, place, arguments in settings_of(config, where):
-        registry.check("optimizer", config["name"], arguments, place, ("params",), () if prefix else _OURS)
 
 
 def build_optimizer(config: Mapping[str, Any], model: nn.Module, where: str = "optimizer") -> Optimizer:

@@ -2,13 +2,14 @@
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import metadata
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
-from composer.core import precision
+from composer.core import Time, Timestamp, precision
 from composer.distributed.activation_checkpointing import generate_composer_model_check_fn
 from composer.models import ComposerModel
 from composer.utils import dist, get_device
@@ -35,8 +36,9 @@ from composer_prior.training.builders import (
     without_reference,
 )
 from composer_prior.training.checkpoints import find_checkpoint, find_weights
+from composer_prior.training.checks import settings_of
 from composer_prior.training.config import TrainConfig
-from composer_prior.training.optimizer import build_optimizer, check_new_weights, settings_of
+from composer_prior.training.optimizer import build_optimizer, check_new_weights
 from composer_prior.training.reference import check_reference, model_folder, read_card
 
 
@@ -53,7 +55,7 @@ def one_line_errors(where: str = "") -> Iterator[None]:
         raise StartError(f"{where}: {error}".removeprefix(": ")) from error
     except OneLineError:
         raise
-    except (ValueError, OSError, RuntimeError, ImportError, TypeError, LookupError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, TypeError, LookupError, ArithmeticError) as error:
         if not where and isinstance(error, ValueError | TypeError | LookupError):
             raise  # a line of ours, or a fault of ours, which needs its traceback
         kind = f"{type(error).__name__}: " if isinstance(error, RuntimeError | LookupError) else ""
@@ -126,6 +128,22 @@ def check_parts(recipe: TrainConfig, where: str = "") -> None:
             find_checkpoint(recipe.load_path)
 
 
+def check_schedule(recipe: TrainConfig, batches: int, where: str = "") -> None:
+    """Refuse a schedule that cannot say its rate at the first or at the last step, as Composer finds in training only.
+
+    Args:
+        recipe: of one run.
+        batches: of an epoch.
+        where: prefix of its keys.
+    """
+    total = Time.from_timestring(recipe.max_duration)
+    late = Timestamp(epoch=10**9, batch=10**12, sample=10**15, token=10**15)
+    with one_line_errors(f"{where}scheduler"), suppress(AttributeError):  # one from outside may need a whole State
+        for now in (Timestamp(), late):
+            state = SimpleNamespace(timestamp=now, max_duration=total, dataloader_len=Time(batches, "ba"))
+            build_named("scheduler", recipe.scheduler)(state, 1.0)
+
+
 def check_parallelism(recipe: TrainConfig) -> None:
     """Refuse values of FSDP2's configuration that Composer would stumble over, or pass over in silence.
 
@@ -191,6 +209,7 @@ def _check_whole(recipe: TrainConfig, where: str) -> None:
             check_scorable(spec.dataloader.dataset, scores)
             _check_stored_scores(scores, spec.dataloader.dataset)
     data = loaders["train"].dataloader.dataset
+    check_schedule(recipe, len(cast(Any, loaders["train"].dataloader)), where)
     if isinstance(model, ComposerLVLM):
         check_fit(model, data)
         optimizer = build_optimizer(recipe.optimizer, model, f"{where}optimizer")
@@ -246,7 +265,8 @@ def _language_of(recipe: TrainConfig) -> dict[str, Any]:
 def _check_samples(where: str, loader: Any) -> None:
     """Refuse a data set that gives no batch: Composer would then wait for one for ever, or train on nothing."""
     if len(loader) == 0:
-        remedy = "lower global_train_batch_size" if where.endswith("train_loader") else "set drop_last=false"
+        key = f"{where.removesuffix('train_loader')}global_train_batch_size"
+        remedy = f"lower {key}" if where.endswith("train_loader") else f"set {where}.drop_last=false"
         raise ValueError(
             f"{where}: of {loader.dataset.num_samples} samples each rank gets {len(loader.dataset)}, fewer than the "
             f"{loader.batch_size} of its first batch; {remedy}, or give more samples."

@@ -19,8 +19,9 @@ from composer_prior.data.storage import check_writable, is_remote, whole_folder
 from composer_prior.data.tokenizer import train_tokenizer
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import score_captions
+from composer_prior.training import components  # noqa: F401  registers them
 from composer_prior.training.checkpoints import CHECKPOINT_NAME
-from composer_prior.training.config import TrainConfig
+from composer_prior.training.config import TrainConfig, reference_of
 from composer_prior.training.preflight import check_parts, check_whole, one_line_errors, trained_recipes
 from composer_prior.training.reference import REFERENCE_CARD, check_reference, model_folder
 from composer_prior.training.resume import check_bucket, check_replaced
@@ -111,8 +112,7 @@ def _places(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> d
 
 
 def _prepare_reference(recipe: TrainConfig, missing: bool) -> None:
-    assert recipe.reference is not None
-    reference = TrainConfig(**recipe.reference)
+    reference = reference_of(recipe)
     folder = model_folder(reference)
     if missing:
         resuming = Path(reference.run_folder, "checkpoints").exists()

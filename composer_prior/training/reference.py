@@ -11,7 +11,7 @@ from composer_prior.data.lines import read_object
 from composer_prior.data.storage import whole_folder
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.lvlm import LVLM
-from composer_prior.training.config import TrainConfig
+from composer_prior.training.config import TrainConfig, reference_of, written
 
 REFERENCE_CARD = "reference.json"
 # What decides which model a recipe makes; a reference made with other values is not the one that a recipe asks for.
@@ -54,7 +54,7 @@ def write_reference(
     card = {
         "data": data,
         "tokenizer": tokenizer_fingerprint(model.tokenizer),
-        "recipe": {key: getattr(recipe, key) for key in _IDENTITY},
+        "recipe": {key: written(recipe)[key] for key in _IDENTITY},
         "validation": validation,
     }
     with whole_folder(folder, replace=True) as temporary:
@@ -82,17 +82,18 @@ def check_reference(recipe: TrainConfig, data: str | None = None) -> None:
         ValueError: naming what differs.
     """
     assert recipe.reference is not None
-    reference = TrainConfig(**recipe.reference)
+    reference = reference_of(recipe)
+    told = written(reference)
     card = read_card(reference)
     assert card is not None
     folder = model_folder(reference)
     remedy = f"Delete {folder.parent} to train it again, or set reference.run_name."
-    changed = [key for key in _IDENTITY if card["recipe"].get(key) != getattr(reference, key)]
+    changed = [key for key in _IDENTITY if card["recipe"].get(key) != told[key]]
     if changed:
         key = changed[0]
         raise ValueError(
             f"The reference in {folder} was made with other values of {', '.join(changed)} than the recipe's "
-            f"({key}: {card['recipe'].get(key)} there, {getattr(reference, key)} here). {remedy}"
+            f"({key}: {card['recipe'].get(key)} there, {told[key]} here). {remedy}"
         )
     if card["tokenizer"] != tokenizer_fingerprint(build_tokenizer(recipe.tokenizer)):
         raise ValueError(f"The reference in {folder} was made with another tokenizer than the run's. {remedy}")

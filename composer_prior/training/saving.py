@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from composer.core import Callback, Event, State
+from composer.core import Callback, Event, State, Time
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 from omegaconf import OmegaConf
@@ -21,7 +21,7 @@ from composer_prior.models.lvlm import LVLM
 from composer_prior.models.pretrained import ModelFolderError, empty_form, hugging_face_weights, save_folder
 from composer_prior.reports.closing import trained_model, validation_metrics
 from composer_prior.training.checkpoints import find_weights, read_weights
-from composer_prior.training.config import TrainConfig
+from composer_prior.training.config import TrainConfig, written
 from composer_prior.training.finite import check_weights
 from composer_prior.training.reference import model_folder, write_reference
 
@@ -88,7 +88,7 @@ class HuggingFaceCheckpointer(Callback):
             folder.
     """
 
-    def __init__(self, interval: str, save_folder: str | None = None):
+    def __init__(self, interval: str | Time, save_folder: str | None = None):
         self.save_folder = save_folder
         self.recipe: TrainConfig | None = None  # set by the run
         self._is_due = create_interval_scheduler(interval, include_end_of_training=False)
@@ -115,7 +115,7 @@ def has_architecture(recipe: TrainConfig) -> bool:
 def model_card(recipe: TrainConfig, model: LVLM, data: str, validation: Mapping[str, float]) -> str:
     """The text of the folder's ``README.md``."""
     metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in validation.items())
-    used = {key: value for key, value in vars(recipe).items() if value not in (None, {}, [])}
+    used = {key: value for key, value in written(recipe).items() if value not in (None, {}, [])}
     return f"""---
 library_name: transformers
 pipeline_tag: image-text-to-text

@@ -11,14 +11,14 @@ from composer.utils import dist, get_device
 from omegaconf import OmegaConf
 
 from composer_prior.data.messages import OneLineError, announce, one_line
+from composer_prior.options import Option, options_of, parse_options
 from composer_prior.registry import did_you_mean
-from composer_prior.scoring.job import ScoreJob
+from composer_prior.scoring.job import BESIDE_RECIPE, ScoreJob
 from composer_prior.scoring.score import score_captions
 from composer_prior.training.checks import check_recipe
 from composer_prior.training.config import load_recipe
 from composer_prior.training.prepare import job_of, prepare
 
-_OPTIONS = ("out", "loader", "batch_tokens", "unit_samples", "dtype")
 _USAGE = (
     "usage: composer-prior score RECIPE.yaml [out=...] [loader=train|eval] [batch_tokens=...] "
     "[unit_samples=...] [dtype=bfloat16] [key=value of the recipe ...]\n"
@@ -40,8 +40,9 @@ def main(arguments: Sequence[str]) -> None:
 
 def _recipe_job(arguments: Sequence[str]) -> ScoreJob:
     """The job of a recipe, after what it needs and does not find has been made."""
-    own = [word for word in arguments[1:] if word.split("=")[0] in _OPTIONS]
-    options = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(own)))
+    own = [word for word in arguments[1:] if word.split("=")[0] in BESIDE_RECIPE]
+    known = {**options_of(ScoreJob), "loader": Option("loader", str, "train", "")}
+    _, options = parse_options(own, known)
     loader = options.pop("loader", "train")
     if loader not in ("train", "eval"):
         raise ValueError(f"loader={loader!r}: expected train or eval.")

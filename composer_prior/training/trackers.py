@@ -9,6 +9,7 @@ from typing import Any
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
 from composer.utils import dist
+from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 
 from composer_prior.training.checkpoints import flat
@@ -25,7 +26,7 @@ class WandB(WandBLogger):
 
     def begin(self, recipe: Mapping[str, Any], goes_on: bool) -> None:
         """Before the Trainer is made."""
-        file = Path(recipe["run_folder"], WANDB_ID)
+        file = Path(OmegaConf.create(dict(recipe))["run_folder"], WANDB_ID)  # it may name an environment variable
         known = file.read_text() if goes_on and file.is_file() else uuid.uuid4().hex[:8]
         if self._enabled and self._rank_zero_only:
             file.parent.mkdir(parents=True, exist_ok=True)

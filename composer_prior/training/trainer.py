@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,7 +43,7 @@ from composer_prior.training.checkpoints import (
     StopOnSigterm,
     load_weights,
 )
-from composer_prior.training.config import TrainConfig
+from composer_prior.training.config import TrainConfig, written
 from composer_prior.training.empty_steps import SkipEmptySteps
 from composer_prior.training.finite import FiniteSteps, check_weights
 from composer_prior.training.metrics_file import MetricsFile
@@ -72,11 +71,12 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         check_reference(recipe, train_data.fingerprint)
     check_checkpointing(recipe.parallelism_config, model)
     optimizer = build_optimizer(recipe.optimizer, model)
+    told = written(recipe)
     identity = {
-        "model": recipe.model,
+        "model": told["model"],
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": train_data.fingerprint,
-        "optimizer": recipe.optimizer,
+        "optimizer": told["optimizer"],
         "seed": recipe.seed,
     }
     check_same(identity)
@@ -96,7 +96,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     os.environ.update(ASKED_BY_COMPOSER)
     # Where samples carry stored scores, no reference is loaded for nothing.
     algorithms = recipe.algorithms if train_data.scores is None else without_reference(recipe.algorithms)
-    trackers = begin_trackers(build_all("logger", recipe.loggers), asdict(recipe), goes_on=start is not None)
+    trackers = begin_trackers(build_all("logger", recipe.loggers), told, goes_on=start is not None)
     trainer = Trainer(
         model=model,
         train_dataloader=loaders["train"],
@@ -173,7 +173,7 @@ def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
     folder = Path(recipe.run_folder)
     if dist.get_global_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.structured(recipe), folder / "config.yaml")
+        OmegaConf.save(OmegaConf.create(written(recipe)), folder / "config.yaml")
     data = cast(Any, trainer.state.train_dataloader).dataset
     model = trained_model(trainer.state)
     if isinstance(model, ComposerLVLM) and model.model.vision is not None:

@@ -58,7 +58,7 @@ def test_an_empty_data_set_is_refused(loader):
 
 def test_a_validation_set_that_gives_no_batch_is_refused():
     data = own(write_tiles(Path("full"), 8), write_tiles(Path("few"), 3), "eval_loader.drop_last=true")
-    with pytest.raises(SystemExit, match=r"eval_loader: of 3 samples each rank gets 3, .* set drop_last=false"):
+    with pytest.raises(SystemExit, match=r"eval_loader: of 3 samples each rank gets 3, .* set eval_loader.drop_last=f"):
         main(arguments("ntp_vit", *data))
 
 

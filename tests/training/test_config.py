@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from composer_prior.data.messages import one_line
 from composer_prior.registry import register
 from composer_prior.training.checks import check_recipe
 from composer_prior.training.components import snake_case
-from composer_prior.training.config import load_recipe
+from composer_prior.training.config import load_recipe, reference_of, written
 
 YAMLS = Path(__file__).parents[2] / "yamls"
 RECIPES = sorted(path.stem for path in YAMLS.glob("*.yaml") if path.stem != "emoji_scenes")
@@ -62,6 +63,21 @@ REFUSED = [
     (["max_durations=3ba"], r"max_durations is not a key of a recipe. Did you mean 'max_duration'"),
     (["global_train_batch_size=many"], r"global_train_batch_size"),
     (["max_duration=soon"], r"max_duration='soon': expected a time"),
+    *(
+        ([f"{key}={value}"], rf"^{key}=['\[]*{value}['\]]*: expected a time such as 500ba")
+        for key in (
+            *("save_interval", "eval_interval", "max_duration", "reference.save_interval", "scheduler.t_warmup"),
+            *("scheduler.t_max", "callbacks.hf_checkpointer.interval", "benchmarks.captioning.interval"),
+        )
+        for value in ("2", "50", "1.5ba", "-3ba", "soon")
+    ),
+    (["scheduler.alpha_f=low"], r"scheduler.alpha_f='low': expected float"),
+    (["save_interval=0ba"], r"save_interval='0ba': expected a time"),
+    (["train_loader.dataset.max_caption_tokens=0"], r"train_loader.dataset.max_caption_tokens=0: .* of at least 1"),
+    (["reference.eval_loader.dataset.max_caption_tokens=-1"], r"max_caption_tokens=-1: expected int of at least 1"),
+    (["callbacks.data_wait_monitor.window_size=0"], r"window_size=0: expected int of at least 1"),
+    (["sample_captions=-1"], r"sample_captions=-1: expected at least 0"),
+    (["save_num_checkpoints_to_keep=0"], r"save_num_checkpoints_to_keep=0: expected at least 1, or -1 for all"),
     (["precision=fp8"], r"precision='fp8'"),
     (["device_train_microbatch_size=0"], r"device_train_microbatch_size=0: expected"),
     (["global_train_batch_size=0"], r"global_train_batch_size=0: expected at least 1"),
@@ -196,3 +212,89 @@ def test_a_recipe_that_would_not_end_is_refused_in_one_line(tmp_path, text, mess
     with pytest.raises(ValueError, match=message) as caught:
         load_recipe(tmp_path / "recipe.yaml")
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_comes_from_the_environment_is_written_as_it_was_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKEN", "s3cret-token")
+    monkeypatch.setenv("SEED", "23")
+    monkeypatch.setenv("PLACE", str(tmp_path / "place"))
+    recipe = load(
+        "prior_vit",
+        "run_folder=${oc.env:PLACE}/${run_name}",
+        "seed=${oc.env:SEED}",
+        "model.language.config.width=${oc.decode:${oc.env:SEED}}",
+        "tokenizer.kwargs.token=${oc.env:TOKEN}",
+        "loggers.wandb.init_kwargs.header=Bearer ${oc.env:TOKEN}",
+        "loggers.wandb.init_kwargs.again=${.header}",
+        "reference.loggers.mine.tokens=[a,'${oc.env:TOKEN}']",
+        "scheduler.t_warmup=${oc.env:NOT_THERE,'3ba'}",
+    )
+    assert (recipe.seed, recipe.model["language"]["config"]["width"]) == (23, 23)
+    assert recipe.loggers["wandb"]["init_kwargs"]["again"] == "Bearer s3cret-token"
+    assert recipe.reference["tokenizer"]["kwargs"]["token"] == "s3cret-token"
+    text = yaml.safe_dump(written(recipe))
+    assert "s3cret" not in text
+    assert "23" not in text.replace("'23'", "")
+    assert "${oc.env:PLACE}/${run_name}" in text
+    assert written(reference_of(recipe))["loggers"]["mine"]["tokens"] == ["a", "${oc.env:TOKEN}"]
+    Path(tmp_path, "config.yaml").write_text(text)
+    again = load_recipe(tmp_path / "config.yaml")
+    assert asdict(again) == asdict(recipe)
+    assert written(again) == written(recipe)
+
+
+def test_no_error_shows_what_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("TOKEN", "s3cret-token")
+    recipe = load("prior_vit", "train_loader.num_workers=${oc.env:TOKEN}")
+    with pytest.raises(ValueError, match="s3cret") as caught:
+        check_recipe(recipe)
+    assert one_line(caught.value).startswith("train_loader.num_workers='${oc.env:TOKEN}': expected int")
+
+
+def test_every_milestone_of_a_schedule_is_a_time():
+    recipe = load("prior_vit")
+    recipe.scheduler = {"name": "multistep_with_warmup", "t_warmup": "2ba", "milestones": ["1ba", 2]}
+    with pytest.raises(ValueError, match=r"scheduler.milestones=\['1ba', 2\]: expected a time such as 500ba"):
+        check_recipe(recipe)
+
+
+def test_a_shipped_recipe_is_a_base_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("z").mkdir()
+    for name in ("prior_vit", "mine"):
+        Path(f"z/{name}.yaml").write_text((YAMLS / "prior_vit.yaml").read_text())
+        assert asdict(load_recipe(f"z/{name}.yaml")) == asdict(load("prior_vit"))
+    Path("z/reference.yaml").write_text((YAMLS / "reference.yaml").read_text().replace("seed: 17", "seed: 18"))
+    assert load_recipe("z/mine.yaml").reference["seed"] == 18
+    with pytest.raises(
+        FileNotFoundError, match=r"prior_vt.yaml does not exist. Did you mean 'prior_vit.yaml'\? Those th"
+    ):
+        load_recipe("prior_vt.yaml")
+
+
+def test_an_error_names_who_said_it(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text((YAMLS / "prior_vit.yaml").read_text() + "\nprogres_bar: false\n")
+    with pytest.raises(
+        ValueError, match=rf"^{file}: progres_bar is not a key of a recipe. Did you mean 'progress_bar'"
+    ):
+        load_recipe(file)
+    for key, words in (("seed", ["seed=many"]), ("reference.seed", ["reference.seed=many"])):
+        with pytest.raises(ValueError, match=rf"^{key}: Value 'many'"):
+            load("prior_vit", *words)
+    with pytest.raises(ValueError, match=r"^reference.max_durations is not a key of a recipe"):
+        load("prior_vit", "reference.max_durations=3ba")
+    file.write_text("# nothing yet\n")
+    with pytest.raises(ValueError, match=rf"^{file} is empty; write a recipe's keys"):
+        load_recipe(file)
+
+
+def test_none_of_the_named_components_is_meant_by_null_and_by_an_empty_mapping():
+    for key in ("benchmarks", "callbacks", "loggers", "algorithms"):
+        for nothing in ("null", "{}"):
+            recipe = load("prior_vit", f"{key}={nothing}", f"reference.{key}={nothing}")
+            assert getattr(recipe, key) == recipe.reference[key] == {}
+            check_recipe(recipe)
+    recipe = load("prior_vit", "benchmarks={}", "benchmarks.captioning.data=x", "callbacks.speed_monitor={}")
+    assert recipe.benchmarks == {"captioning": {"data": "x"}}
+    assert recipe.callbacks["speed_monitor"] == {"window_size": 20}

@@ -153,10 +153,25 @@ def test_packing_compilation_and_label_smoothing_from_the_recipe(finished):
     assert found["smooth"] != pytest.approx(found["plain"], abs=1e-4)
 
 
-def test_overrides_of_the_readme(finished):
-    train(recipe("prior_vit", "max_duration=2ba", "model.vision.freeze=true", "loggers.tensorboard.log_dir=board"))
+def test_overrides_of_the_readme(finished, monkeypatch):
+    """And what comes from the environment reaches no file."""
+    monkeypatch.setenv("TOKEN", "s3cret-token")
+    monkeypatch.setenv("SMALL", "0.00125")
+    words = ["max_duration=2ba", "model.vision.freeze=true", "loggers.tensorboard.log_dir=board"]
+    secret = [
+        "code_paths=['${oc.env:TOKEN}.py']",
+        "optimizer.lr=${oc.decode:${oc.env:SMALL}}",
+        "model.label_smoothing=${optimizer.lr}",
+    ]
+    train(recipe("prior_vit", *words, *secret))
     assert [batch for batch, _ in losses("runs/prior_vit")] == [0, 1]
     assert list(Path("board").rglob("events.out.tfevents.*"))
+    files = [file for place in ("runs/prior_vit", "board") for file in Path(place).rglob("*") if file.is_file()]
+    assert {"config.yaml", "report.html", "README.md", "ep0-ba2.pt"} <= {file.name for file in files}
+    for file in files:
+        data = file.read_bytes()
+        assert b"s3cret-token" not in data, file
+        assert b"0.00125" not in data or file.name == "metrics.jsonl", file
 
 
 class Interrupted(Exception):
