@@ -133,7 +133,9 @@ def _check_start(recipe: TrainConfig, trainer: Trainer, start: str) -> None:
     check_weights(state.model, f"{start} is not gone on from; delete it for an earlier one")
     now, end = state.timestamp, cast(Time[int], state.max_duration)
     done = now.get(end.unit)
-    begun = f" and {now.batch_in_epoch.value} batches" if end.unit == TimeUnit.EPOCH and now.batch_in_epoch else ""
+    begun = (
+        f" and {now.batch_in_epoch.value} batches" if end.unit == TimeUnit.EPOCH and now.batch_in_epoch.value else ""
+    )
     if done > end or (done == end and begun):
         raise ValueError(
             f"{recipe.run_name}: max_duration={recipe.max_duration} is less than {start} has done, "

@@ -63,6 +63,12 @@ def test_a_checkpoint_at_the_end_of_an_epoch_goes_on_with_the_next(tiles, tmp_pa
     assert metrics("killed") == metrics("whole")
 
 
+def test_a_finished_run_of_epochs_has_finished(tiles, capsys):
+    for _ in range(2):
+        main(arguments(*tiles, "autoresume=true", "max_duration=1ep", "save_interval=1ep"))
+    assert "ntp_vit has finished already" in capsys.readouterr().out
+
+
 def test_a_finished_run_without_validation_is_completed(tiles, capsys):
     run = arguments(*tiles, "autoresume=true", "max_duration=3ba")
     main(run)
