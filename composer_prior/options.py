@@ -80,7 +80,8 @@ def _value(word: str, text: str, annotation: Any) -> Any:
     if set(kinds) <= {str, Path, type(None)} and text:
         return text
     try:
-        value = OmegaConf.from_dotlist([word])[word.partition("=")[0]]
+        read: Any = OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=True)
+        value = read[word.partition("=")[0]]
     except Exception:
         value = text
     return "" if value is None else value

@@ -172,6 +172,6 @@ def test_a_benchmark_from_outside(here, capsys):
     assert main(["model", "benchmark=lengths", "code_paths=[mine.py]", "shade=7"]) == 0
     assert json.loads(Path("evaluation/results.json").read_text())["figures"]["length"]["value"] > 0
     assert main(["model", "benchmark=lengths", "code_paths=[mine.py]", "shade=dark", "out=other"]) == 1
-    assert "benchmark.shade='dark': expected int" in capsys.readouterr().err
+    assert "error: shade='dark': expected int." in capsys.readouterr().err
     assert main(["model", "benchmark=lengths", "code_paths=[nowhere.py]"]) == 1
     assert "nowhere.py" in capsys.readouterr().err

@@ -167,7 +167,7 @@ def test_overrides_of_the_readme(finished, monkeypatch):
     assert [batch for batch, _ in losses("runs/prior_vit")] == [0, 1]
     assert list(Path("board").rglob("events.out.tfevents.*"))
     files = [file for place in ("runs/prior_vit", "board") for file in Path(place).rglob("*") if file.is_file()]
-    assert {"config.yaml", "report.html", "README.md", "ep0-ba2.pt"} <= {file.name for file in files}
+    assert {"config.yaml", "report.html", "README.md", "ep0-ba2-rank0.pt"} <= {file.name for file in files}
     for file in files:
         data = file.read_bytes()
         assert b"s3cret-token" not in data, file
