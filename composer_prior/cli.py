@@ -106,10 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGINT, _stop)
     sys.excepthook = _show_traceback
     try:
-        _answer(words)
-        if words[0] in RANKED:
+        if words[:1] and words[0] in RANKED and not {"--help", "-h"} & set(words):
             check_ranks()
-        sys.exit(_load(JOBS[words[0]].run)(words[1:]))
+        _answer(words)
+        run = _load(JOBS[words[0]].run)
+        signal.signal(signal.SIGINT, _stop)  # again: Composer's import puts its own there, which says nothing
+        sys.exit(run(words[1:]))
     except BaseException:
         if not _stopped:
             raise

@@ -56,7 +56,8 @@ def declared() -> dict[str, dict[str, str]]:
         text = file.read_text(encoding="utf-8")
         module = ".".join(("composer_prior", *file.relative_to(Path(__file__).parent).with_suffix("").parts))
         for kind, package in re.findall(r'^_register_classes\("(\w+)", ([\w.]+)', text, re.M):
-            classes = [name for name in signatures.definitions(package) if name[0].isupper()]
+            bases = ("Logger", "LoggerDestination")  # which are no components
+            classes = [name for name in signatures.definitions(package) if name[0].isupper() and name not in bases]
             found.setdefault(kind, {}).update({snake_case(name): f"{package}:{name}" for name in classes})
         pattern = r'^@?register\("(\w+)", "(\w+)"\)(?:\((\w+)\)|\n(?:@.*\n)*(?:class|def) (\w+))'
         for kind, name, given, decorated in re.findall(pattern, text, re.M):

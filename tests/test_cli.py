@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from ast import literal_eval
@@ -243,3 +244,22 @@ def test_a_wheel_works_on_its_own(tmp_path):
     assert "prior_vit, 4 batches" in output
     assert (here / "runs/reference/model/model.safetensors").exists()
     assert (installed / "bin/composer-prior").exists()
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    """Also in a job that has imported Composer, which takes signals for itself."""
+    (tmp_path / "job.py").write_text(
+        "import time\nimport composer\n\ndef main(words):\n    print('begun', flush=True)\n    time.sleep(60)\n"
+    )
+    program = (
+        "from composer_prior import cli\n"
+        "cli.JOBS['inspect'] = cli.JOBS['inspect']._replace(run='job:main')\n"
+        "cli.main(['inspect', 'data'])\n"
+    )
+    job = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert job.stdout.readline() == "begun\n"
+    job.send_signal(signal.SIGINT)
+    _, said = job.communicate(timeout=60)
+    assert (job.returncode, said.strip()) == (130, "Stopped by Ctrl-C.")

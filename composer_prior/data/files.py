@@ -24,9 +24,11 @@ def open_plain(path: str | os.PathLike[str]) -> FileIO:
     Raises:
         OSError: also for a pipe, socket, device or folder.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)  # noqa: SIM115 - the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-    return cast(FileIO, open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)))
+    return cast(FileIO, file)
 
 
 def read_plain(path: str | os.PathLike[str], limit: int) -> bytes:

@@ -1,6 +1,7 @@
 """Models and tokenizers in Hugging Face form: found in a folder or on a hub, and loaded without running their code."""
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +27,11 @@ class ModelFolderError(DataError):
     """A folder or hub id that holds no model that can be read."""
 
 
-def model_place(path: str | Path) -> str | Path:
+def model_place(path: str | Path, also: str | None = None) -> str | Path:
     """The folder that a path names, or else the hub id, for ``from_pretrained``.
 
-    A hub is asked once whether it has the model: transformers asks for many files, five times each.
+    A hub is asked once whether it has the model: transformers asks for many files, five times each. It is not asked for
+    what one of transformers' caches, or the folder ``also``, holds.
 
     Raises:
         ModelFolderError: one line, if there is no such folder, or no such model of a hub that can be reached.
@@ -37,12 +39,23 @@ def model_place(path: str | Path) -> str | Path:
     place, name = Path(path).expanduser(), str(path)
     if place.exists():
         return place
-    first = name.partition("/")[0]
-    if not HUB_ID.fullmatch(name) or ("/" in name and (first == "runs" or Path(first).exists())):
-        raise ModelFolderError(f"{name!r} does not exist: expected a folder, or a hub id such as organisation/model.")
-    if not Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}").exists():
+    first = name.partition("/")[0] if "/" in name else ""
+    missing = ModelFolderError(f"{name!r} does not exist: expected a folder, or a hub id such as organisation/model.")
+    if not HUB_ID.fullmatch(name) or first == "runs":
+        raise missing
+    if any(Path(cache, f"models--{name.replace('/', '--')}").exists() for cache in filter(None, (*_caches(), also))):
+        return name
+    try:
         _ask_hub(name)
+    except ModelFolderError as error:
+        raise (missing if first and Path(first).exists() else error) from error.__cause__
     return name
+
+
+def _caches() -> Iterator[str | None]:
+    """Where transformers keeps what it has downloaded."""
+    yield constants.HF_HUB_CACHE
+    yield from map(os.environ.get, ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE"))
 
 
 @cache
@@ -88,7 +101,7 @@ def load_pretrained(auto: Any, path: str | Path, trust_remote_code: bool = False
     Raises:
         ModelFolderError: one line, if there is no such folder or model, or if it needs code that is not to run.
     """
-    place = model_place(path)
+    place = model_place(path, options.get("cache_dir"))
     try:
         with quiet():
             return auto.from_pretrained(place, trust_remote_code=bool(trust_remote_code), **options)
@@ -102,4 +115,6 @@ def load_pretrained(auto: Any, path: str | Path, trust_remote_code: bool = False
         damaged = type(error) is Exception or isinstance(error, SafetensorError | UnpicklingError | EOFError)
         if not damaged and "PytorchStreamReader" not in str(error):  # tokenizers raises Exception itself
             raise
-        raise ModelFolderError(f"{str(path)!r} has a file that is damaged or cut ({one_line(error)}).") from error
+        raise ModelFolderError(
+            f"{str(path)!r} cannot be read: a file in it is damaged or cut ({one_line(error)})."
+        ) from error

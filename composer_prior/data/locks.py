@@ -53,11 +53,12 @@ def sole_writer(place: str | Path, key: str, inside: bool = False) -> Iterator[N
         key: for messages.
         inside: the lock lies in the folder, and not beside it. Default: ``False``.
     """
-    path = Path(place).expanduser()
+    path = Path(place).expanduser().absolute()
     file = path / LOCK if inside else path.with_name(f".{path.name}{LOCK}")
-    made = [folder for folder in file.absolute().parents if not folder.exists()]
+    made: list[Path] = []
     with ExitStack() as stack:
         try:
+            made += (folder for folder in file.parents if not folder.exists())
             stack.enter_context(locked(file, seconds=0))
         except LockedError:
             raise LockedError(
@@ -77,7 +78,8 @@ def sole_writer(place: str | Path, key: str, inside: bool = False) -> Iterator[N
 
 def check_ranks() -> None:
     """End the program with one line if it is one of many of which each would take itself for the only rank."""
-    for name in _TASKS if not {"RANK", "WORLD_SIZE"} & {*os.environ} else ():
+    in_script = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ  # of sbatch, which starts one
+    for name in _TASKS if not in_script and not {"RANK", "WORLD_SIZE"} & {*os.environ} else ():
         if os.environ.get(name, "1") not in ("", "0", "1"):
             sys.exit(
                 f"error: {name}={os.environ[name]} processes were started, and none knows its rank (RANK, WORLD_SIZE): "

@@ -155,8 +155,6 @@ class ImageFolder:
         if not self.folder.is_dir():
             raise DataError(f"images={folder}: there is no such folder.")
         self._root = self.folder.resolve()
-        with os.scandir(self._root) as entries:
-            self._also = [Path(entry).resolve() for entry in entries if entry.is_symlink() and entry.is_dir()]
 
     def find(self, *names: str) -> Path | bytes:
         """The file of an image that has one of these names, or the image itself where the name is its base64.
@@ -187,10 +185,12 @@ class ImageFolder:
         raise Unusable("without their image", problem)
 
     def _file(self, name: str) -> Path | None:
-        place = Path(find_inside(self._root, name, *self._also))
-        if place.exists() and not place.is_file():
+        plain = os.path.normpath(os.path.join(self._root, name))
+        below = plain.startswith(os.path.join(self._root, ""))  # a link there is the user's own, and followed
+        place = plain if below and os.path.exists(plain) else find_inside(self._root, name)
+        if os.path.exists(place) and not os.path.isfile(place):
             raise ImageError("not a regular file")
-        return place if place.exists() else None
+        return Path(place) if os.path.exists(place) else None
 
     @cached_property
     def _below(self) -> dict[str, list[Path]]:

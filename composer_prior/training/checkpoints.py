@@ -129,6 +129,8 @@ def check_sums(path: Path, prefix: str = "") -> None:
                     with zipfile.ZipFile(value) as one:
                         if (damaged := one.testzip()) is not None:
                             raise zipfile.BadZipFile(f"{damaged} in it has changed")
+        except MemoryError:
+            raise
         except Exception as error:  # what is said of damaged bytes has many types
             if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.EINVAL):
                 raise  # the disk's trouble, and not that of the checkpoint
@@ -241,11 +243,12 @@ def batch_of(path: Path) -> int | None:
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint, a file or the folder of a sharded one, in which other files stay."""
     if path.is_symlink() or not path.is_dir():
-        path.unlink()
+        path.unlink(missing_ok=True)
         return
-    for file in path.iterdir():
-        if _SHARD.fullmatch(file.name) or file.name in (METADATA, f"{METADATA}.tmp"):
-            file.unlink()
+    with suppress(FileNotFoundError):  # another rank removes it, too
+        for file in path.iterdir():
+            if _SHARD.fullmatch(file.name) or file.name in (METADATA, f"{METADATA}.tmp"):
+                file.unlink(missing_ok=True)
     with suppress(OSError):
         path.rmdir()
 

@@ -4,6 +4,7 @@ Reading one needs neither Composer nor torch, so that a key that does not exist 
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -135,6 +136,15 @@ OmegaConf.register_new_resolver("oc.env", _of_environment, replace=True)
 def written(recipe: TrainConfig) -> dict[str, Any]:
     """A recipe as files, pages and trackers may have it: what came from the environment is an interpolation again."""
     return _with_texts(asdict(recipe), vars(recipe).get("texts", {}))
+
+
+def identified(recipe: TrainConfig, keys: Sequence[str]) -> dict[str, Any]:
+    """What a recipe says of some keys, with a digest of their values where some come from the environment."""
+    told, values = ({key: whole[key] for key in keys} for whole in (written(recipe), asdict(recipe)))
+    if told == values:
+        return told
+    digest = hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=8)
+    return {**told, "environment": digest.hexdigest()}
 
 
 def reference_of(recipe: TrainConfig) -> TrainConfig:
@@ -347,8 +357,10 @@ def _typed(recipe: DictConfig, path: Path, changes: Any, prefix: str = "") -> Tr
             vars(made)["texts"] = {}
             if "oc.env" in repr(raw):
                 token = _KEPT.set(True)
-                vars(made)["texts"] = _texts(OmegaConf.create(raw), raw)
-                _KEPT.reset(token)
+                try:
+                    vars(made)["texts"] = _texts(OmegaConf.create(raw), raw)
+                finally:
+                    _KEPT.reset(token)
             return made
         except OmegaConfBaseException as error:
             missing = sorted(OmegaConf.missing_keys(typed))  # slow, and so after the error alone

@@ -3,13 +3,14 @@
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from composer.core import Time, Timestamp, precision
+from composer.core import Time, Timestamp, TimeUnit, precision
 from composer.distributed.activation_checkpointing import generate_composer_model_check_fn
 from composer.models import ComposerModel
 from composer.utils import dist, get_device
@@ -137,9 +138,10 @@ def check_schedule(recipe: TrainConfig, batches: int, where: str = "") -> None:
         where: prefix of its keys.
     """
     total = Time.from_timestring(recipe.max_duration)
-    late = Timestamp(epoch=10**9, batch=10**12, sample=10**15, token=10**15)
+    steps = {TimeUnit.BATCH: total.value, TimeUnit.EPOCH: total.value * batches}.get(total.unit, 0)
+    end = Timestamp(batch=int(steps), epoch=int(steps) // batches)
     with one_line_errors(f"{where}scheduler"), suppress(AttributeError):  # one from outside may need a whole State
-        for now in (Timestamp(), late):
+        for now in (Timestamp(), end):
             state = SimpleNamespace(timestamp=now, max_duration=total, dataloader_len=Time(batches, "ba"))
             build_named("scheduler", recipe.scheduler)(state, 1.0)
 
@@ -207,7 +209,7 @@ def _check_whole(recipe: TrainConfig, where: str) -> None:
         scores = getattr(recipe, f"{name}_loader")["dataset"].get("scores")
         if scores:
             check_scorable(spec.dataloader.dataset, scores)
-            _check_stored_scores(scores, spec.dataloader.dataset)
+            on_first_rank(partial(_check_stored_scores, scores, spec.dataloader.dataset))
     data = loaders["train"].dataloader.dataset
     check_schedule(recipe, len(cast(Any, loaders["train"].dataloader)), where)
     if isinstance(model, ComposerLVLM):
@@ -281,7 +283,7 @@ def _check_stored_scores(path: str, data: StreamingCaptionDataset) -> None:
         if is_denied(error):
             raise
         if is_remote(path):
-            on_first_rank(lambda: check_writable(path))
+            check_writable(path)
         return  # none, or not whole: they will be made
     card.check(ScoresCard.of(data, {}), path, reference=False)
 

@@ -33,7 +33,9 @@ def sole_run(recipe: TrainConfig, where: str = "") -> Iterator[None]:
     """Hold the folders that a run writes to, see :func:`.sole_job`; ``where`` is the prefix of its keys."""
     dist.initialize_dist(get_device(None), timeout=recipe.dist_timeout)
     places, saved = {"run_folder": recipe.run_folder}, recipe.save_folder or ""
-    if saved and not is_remote(saved) and Path(recipe.run_folder).resolve() not in Path(saved).resolve().parents:
+    # Compared as words: looked up here, a folder would not be seen later by a node of a network disk.
+    run, save = (Path(os.path.abspath(os.path.expanduser(place))) for place in (recipe.run_folder, saved))
+    if saved and not is_remote(saved) and run not in (save, *save.parents):
         places["save_folder"] = saved
     with sole_job({f"{where}{key}": place for key, place in places.items()}):
         yield

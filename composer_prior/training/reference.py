@@ -11,7 +11,7 @@ from composer_prior.data.lines import read_object
 from composer_prior.data.storage import whole_folder
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.lvlm import LVLM
-from composer_prior.training.config import TrainConfig, reference_of, written
+from composer_prior.training.config import TrainConfig, identified, reference_of
 
 REFERENCE_CARD = "reference.json"
 # What decides which model a recipe makes; a reference made with other values is not the one that a recipe asks for.
@@ -54,7 +54,7 @@ def write_reference(
     card = {
         "data": data,
         "tokenizer": tokenizer_fingerprint(model.tokenizer),
-        "recipe": {key: written(recipe)[key] for key in _IDENTITY},
+        "recipe": identified(recipe, _IDENTITY),
         "validation": validation,
     }
     with whole_folder(folder, replace=True) as temporary:
@@ -83,12 +83,12 @@ def check_reference(recipe: TrainConfig, data: str | None = None) -> None:
     """
     assert recipe.reference is not None
     reference = reference_of(recipe)
-    told = written(reference)
+    told = identified(reference, _IDENTITY)
     card = read_card(reference)
     assert card is not None
     folder = model_folder(reference)
     remedy = f"Delete {folder.parent} to train it again, or set reference.run_name."
-    changed = [key for key in _IDENTITY if card["recipe"].get(key) != told[key]]
+    changed = [key for key in told if card["recipe"].get(key) != told[key]]
     if changed:
         key = changed[0]
         raise ValueError(

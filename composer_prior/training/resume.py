@@ -80,7 +80,8 @@ def _check_kind(start: str, recipe: TrainConfig) -> None:
 
 
 def _newest_whole(folder: str, identity: Mapping[str, Any]) -> str | None:
-    """The newest whole checkpoint of a folder, in which those that are not whole are removed, or of a bucket."""
+    """The newest whole checkpoint of a folder, in which those that are cut are removed and others set aside, or of a
+    bucket."""
     if bucket := _Bucket(folder) if is_remote(folder) else None:
         saved = bucket.whole()
     else:
@@ -93,8 +94,11 @@ def _newest_whole(folder: str, identity: Mapping[str, Any]) -> str | None:
             return start
         except DamagedError as error:
             announce(f"{error} The one before it is taken, if there is one.")
-            if bucket is None:
-                remove_checkpoint(Path(start))
+            if bucket is None:  # set aside: what reads it wrongly today may read it tomorrow
+                aside = Path(f"{start}.damaged")
+                if aside.exists():
+                    remove_checkpoint(aside)
+                Path(start).rename(aside)
                 mend_checkpoints(Path(folder))
     return None
 

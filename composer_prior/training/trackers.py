@@ -10,7 +10,6 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
 from composer.utils import dist
 from omegaconf import OmegaConf
-from torch.utils.tensorboard import SummaryWriter
 
 from composer_prior.training.checkpoints import flat
 from composer_prior.training.metrics_file import MetricsFile
@@ -103,12 +102,19 @@ class MLFlow(WholeSteps, MLFlowLogger):
 class TensorBoard(WholeSteps, TensorboardLogger):
     """Composer's, with the recipe as a text; a start from a checkpoint drops the points behind it."""
 
-    _opened: SummaryWriter | None = None
+    _opened: Any = None
+
+    def __init__(self, **kwargs: Any):
+        import tensorboard  # noqa: F401  an optional package, missed before anything is made
+
+        super().__init__(**kwargs)
 
     def _initialize_summary_writer(self) -> None:
         """Nothing: the step is not known yet."""
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # an optional package
+
         if self.writer is None and not (self.rank_zero_only and dist.get_global_rank()):
             begin, folder = state.timestamp.batch.value, Path(str(self.log_dir), str(self.run_name))
             self.writer = self._opened = SummaryWriter(folder, purge_step=begin, flush_secs=365 * 24 * 3600)

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from composer_prior.data.captions import StreamingCaptionDataset
 from composer_prior.data.messages import announce
 from composer_prior.data.nodes import check_same
+from composer_prior.data.storage import write_whole
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.compile import prepare_compile
 from composer_prior.models.composer_lvlm import ComposerLVLM
@@ -43,7 +44,7 @@ from composer_prior.training.checkpoints import (
     StopOnSigterm,
     load_weights,
 )
-from composer_prior.training.config import TrainConfig, written
+from composer_prior.training.config import TrainConfig, identified, written
 from composer_prior.training.empty_steps import SkipEmptySteps
 from composer_prior.training.finite import FiniteSteps, check_weights
 from composer_prior.training.metrics_file import MetricsFile
@@ -71,12 +72,10 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         check_reference(recipe, train_data.fingerprint)
     check_checkpointing(recipe.parallelism_config, model)
     optimizer = build_optimizer(recipe.optimizer, model)
-    told = written(recipe)
     identity = {
-        "model": told["model"],
+        **identified(recipe, ("model", "optimizer")),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": train_data.fingerprint,
-        "optimizer": told["optimizer"],
         "seed": recipe.seed,
     }
     check_same(identity)
@@ -96,7 +95,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     os.environ.update(ASKED_BY_COMPOSER)
     # Where samples carry stored scores, no reference is loaded for nothing.
     algorithms = recipe.algorithms if train_data.scores is None else without_reference(recipe.algorithms)
-    trackers = begin_trackers(build_all("logger", recipe.loggers), told, goes_on=start is not None)
+    trackers = begin_trackers(build_all("logger", recipe.loggers), written(recipe), goes_on=start is not None)
     trainer = Trainer(
         model=model,
         train_dataloader=loaders["train"],
@@ -136,7 +135,8 @@ def _check_start(recipe: TrainConfig, trainer: Trainer, start: str) -> None:
     begun = (
         f" and {now.batch_in_epoch.value} batches" if end.unit == TimeUnit.EPOCH and now.batch_in_epoch.value else ""
     )
-    if done > end or (done == end and begun):
+    counted = end.unit in (TimeUnit.BATCH, TimeUnit.EPOCH)  # the last batch may hold more than is left of the others
+    if counted and (done > end or (done == end and begun)):
         raise ValueError(
             f"{recipe.run_name}: max_duration={recipe.max_duration} is less than {start} has done, "
             f"{done.to_timestring()}{begun}; give more, an earlier one as load_path, or another run_name."
@@ -175,7 +175,7 @@ def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
     folder = Path(recipe.run_folder)
     if dist.get_global_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(written(recipe)), folder / "config.yaml")
+        write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(written(recipe))).encode())
     data = cast(Any, trainer.state.train_dataloader).dataset
     model = trained_model(trainer.state)
     if isinstance(model, ComposerLVLM) and model.model.vision is not None:

@@ -54,7 +54,7 @@ def test_a_header_of_a_tar_is_not_obeyed_in_everything(case, tmp_path):
 
 
 def test_a_compressed_tar_does_not_unpack_without_end(tmp_path):
-    source = write(tmp_path / "in", {"0.tar.bz2": bz2.compress(WHOLE + bytes(20 << 20))})
+    source = write(tmp_path / "in", {"0.tar.bz2": bz2.compress(WHOLE + bytes(80 << 20))})
     summary = convert_captions(source, tmp_path / "out", processes=1, on_bad_file="skip", max_rejected=1)
     (line,) = rejections(tmp_path / "out")
     assert (summary.samples, summary.rejected) == (1, 1)

@@ -4,8 +4,10 @@ import json
 import os
 import unicodedata
 
+import pyarrow
 import pytest
 from conversion.test_field import IMAGE, captions, picture, rejections, write
+from pyarrow import parquet
 
 from composer_prior.conversion.convert import ConversionError, convert_captions
 from composer_prior.conversion.sources import SourceError, open_source
@@ -82,3 +84,21 @@ def test_a_text_that_has_changed_is_read_again(tmp_path):
     write(source, {"a.txt": b"another", "b.png": picture(9)})
     convert_captions(source, tmp_path / "out", processes=1, unit_samples=1)
     assert captions(tmp_path / "out") == ["another", "two"]
+
+
+@pytest.mark.parametrize(
+    ("files", "form"),
+    [
+        ({"train.parquet": b"TABLE", "train/a.png": IMAGE}, "parquet"),
+        ({"captions.json5": b"", "logo.png": IMAGE, "logo.txt": b"logo", "list.json": "COCO"}, "coco"),
+    ],
+)
+def test_what_stands_beside_images_is_not_taken_for_their_texts(files, form, tmp_path):
+    coco = {"images": [{"id": 1, "file_name": "b.png"}], "annotations": [{"image_id": 1, "caption": "x"}]}
+    more = {f"{letter}.png": IMAGE for letter in "abcd"} if form == "coco" else {}
+    content = {name: json.dumps(coco).encode() if data == "COCO" else data for name, data in files.items()}
+    source = write(tmp_path / "in", {**content, **more})
+    if form == "parquet":
+        table = pyarrow.table({"image": ["train/a.png"], "caption": ["a tile"]})
+        parquet.write_table(table, source / "train.parquet")
+    assert open_source(source).form == form

@@ -41,6 +41,17 @@ def elsewhere(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
 
 
+@pytest.mark.parametrize("cache", ["HF_HUB_CACHE", "TRANSFORMERS_CACHE"])
+def test_a_model_of_a_cache_is_found_beside_a_folder_of_its_organisation(cache, tmp_path, monkeypatch):
+    (tmp_path / "cache/models--org--name").mkdir(parents=True)
+    (tmp_path / "org").mkdir()
+    if cache == "HF_HUB_CACHE":
+        monkeypatch.setattr(hub.constants, cache, str(tmp_path / "cache"))
+    else:
+        monkeypatch.setenv(cache, str(tmp_path / "cache"))
+    assert model_place("org/name") == "org/name"
+
+
 @pytest.mark.parametrize("path", ["runs/nosuch", "./x", "../x", "/a/b", "~/nosuch", "a/b/c", "data/x", "s3://bucket/x"])
 def test_what_looks_like_a_path_and_is_not_there_is_said_without_asking_a_hub(path):
     with pytest.raises(ModelFolderError, match="does not exist: expected a folder, or a hub id"):

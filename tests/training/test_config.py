@@ -10,7 +10,7 @@ from composer_prior.data.messages import one_line
 from composer_prior.registry import register
 from composer_prior.training.checks import check_recipe
 from composer_prior.training.components import snake_case
-from composer_prior.training.config import load_recipe, reference_of, written
+from composer_prior.training.config import identified, load_recipe, reference_of, written
 
 YAMLS = Path(__file__).parents[2] / "yamls"
 RECIPES = sorted(path.stem for path in YAMLS.glob("*.yaml") if path.stem != "emoji_scenes")
@@ -241,6 +241,17 @@ def test_what_comes_from_the_environment_is_written_as_it_was_said(tmp_path, mon
     again = load_recipe(tmp_path / "config.yaml")
     assert asdict(again) == asdict(recipe)
     assert written(again) == written(recipe)
+
+
+def test_another_value_of_the_environment_makes_another_run(monkeypatch):
+    def made_from(seed):
+        monkeypatch.setenv("SEED", seed)
+        return identified(load("prior_vit", "seed=${oc.env:SEED}"), ("seed", "model"))
+
+    assert made_from("1") == made_from("1") != made_from("2")
+    assert made_from("1")["seed"] == "${oc.env:SEED}"
+    plain = load("prior_vit", "seed=1")
+    assert identified(plain, ("seed", "model")) == {"seed": 1, "model": plain.model}
 
 
 def test_no_error_shows_what_comes_from_the_environment(monkeypatch):

@@ -63,9 +63,13 @@ def test_a_checkpoint_at_the_end_of_an_epoch_goes_on_with_the_next(tiles, tmp_pa
     assert metrics("killed") == metrics("whole")
 
 
-def test_a_finished_run_of_epochs_has_finished(tiles, capsys):
+@pytest.mark.parametrize(
+    "duration",
+    [["max_duration=1ep", "save_interval=1ep"], ["max_duration=20sp", "scheduler.t_warmup=0sp"]],
+)
+def test_a_finished_run_has_finished_also_where_its_last_batch_held_more(tiles, capsys, duration):
     for _ in range(2):
-        main(arguments(*tiles, "autoresume=true", "max_duration=1ep", "save_interval=1ep"))
+        main(arguments(*tiles, "autoresume=true", "save_folder=${run_folder}", *duration))
     assert "ntp_vit has finished already" in capsys.readouterr().out
 
 

@@ -93,7 +93,7 @@ class SourceOptions:
     """How to read a source; the defaults suit the usual names.
 
     Args:
-        form: jsonl, csv, tsv, json, coco, webdataset, parquet or hf; recognised from the source by default.
+        form: jsonl, csv, tsv, json, coco, webdataset, folder, parquet or hf; recognised from the source by default.
         images: the folder that image paths are relative to; found beside the captions by default.
         image_column: column, field or tar suffix that holds the image, as bytes or as a path.
         caption_column: column, field or tar suffix that holds one caption, a list of them, or a conversation.

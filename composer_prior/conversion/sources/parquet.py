@@ -141,13 +141,13 @@ def _batches(opened: Any, groups: Iterable[int], columns: list[str]) -> Iterator
     for number in groups:
         group = opened.metadata.row_group(number)
         chunks = [group.column(index) for index in range(group.num_columns)]
-        chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
+        chunks = [chunk for chunk in chunks if any(f"{chunk.path_in_schema}.".startswith(f"{c}.") for c in columns)]
         packed, unpacked = (
             sum(getattr(c, f"total_{kind}_size") for c in chunks) for kind in ("compressed", "uncompressed")
         )
         if unpacked > max(_UNPACKED, 200 * packed):
             raise OSError(f"row group {number} of {packed} bytes unpacks to {unpacked}, more than 200 times as many")
-        rows = ROWS_AT_ONCE if unpacked < 4 * packed else max(1, min(ROWS_AT_ONCE, 4 * _UNPACKED // unpacked))
+        rows = ROWS_AT_ONCE if unpacked < 4 * packed else max(1, min(ROWS_AT_ONCE, 4 * _UNPACKED // max(1, unpacked)))
         yield from opened.iter_batches(rows, row_groups=[number], columns=columns, use_threads=False)
 
 

@@ -137,8 +137,9 @@ def _folder_forms(path: Path, wanted: str | None) -> dict[str, list[Path]]:
     others = (None, "webdataset", "parquet")
     top = (file for file in sorted(path.iterdir()) if file.is_file() and _suffix_form(file) not in others)
     lists = _merge(_file_forms(file) for file in top if normal_form(str(file.with_suffix(""))) not in pairs)
-    # Beside images with texts, an object of JSON is rather what a program noted about them.
-    found = pairs and (wanted == "folder" or (wanted is None and lists.keys() <= {"coco"}))
+    # Beside images that mostly have texts, an object of JSON is rather what a program noted about them.
+    noted = not lists or (lists.keys() <= {"coco"} and 2 * len(pairs) > len(images))
+    found = pairs and (wanted == "folder" or (wanted is None and noted))
     return {"folder": files} if found else lists
 
 
@@ -169,7 +170,7 @@ def archives_of(files: Iterable[Path]) -> dict[str, list[Path]]:
     own = [
         file
         for file in found.pop("parquet", [])
-        if file.with_suffix("") not in stems and not file.with_suffix("").is_dir()
+        if file.with_suffix("") not in stems and not (file.stem.isdigit() and file.with_suffix("").is_dir())
     ]
     return {**found, **({"parquet": own} if own else {})}
 

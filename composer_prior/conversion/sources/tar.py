@@ -288,7 +288,7 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
-        most = _MOST_UNPACKED * os.path.getsize(archive.name or "")
+        most = max(64 << 20, _MOST_UNPACKED * os.path.getsize(archive.name or ""))
         if archive.offset > most:
             raise tarfile.ReadError(f"it unpacks to more than {most} bytes, {_MOST_UNPACKED} times its size")
         return super().fromtarfile(archive)  # type: ignore[return-value]
