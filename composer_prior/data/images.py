@@ -97,8 +97,8 @@ def read_image_file(path: str | os.PathLike[str], limit: int = MAX_IMAGE_BYTES) 
     except (FileNotFoundError, NotADirectoryError):
         raise ImageError("missing file", "not in the folder of images, which images= names") from None
     except OSError as error:
-        kinds = dict[int, tuple[str, ...]].fromkeys((errno.EINVAL, errno.EISDIR, errno.ENXIO), ("not a regular file",))
-        kinds[errno.EFBIG] = ("image too large", error.strerror or "")
+        kinds: dict[int, tuple[str, ...]] = {errno.EFBIG: ("image too large", error.strerror or "")}
+        kinds |= dict.fromkeys((errno.EINVAL, errno.EISDIR, errno.ENXIO), ("not a regular file",))
         known = kinds.get(error.errno or 0, ("unreadable file", error.strerror or str(error)))
         raise ImageError(*known) from None
 
