@@ -95,7 +95,7 @@ def read_image_file(path: str | os.PathLike[str], limit: int = MAX_IMAGE_BYTES) 
     try:
         return read_plain(path, limit)
     except (FileNotFoundError, NotADirectoryError):
-        raise ImageError("missing file", "not in the folder of images, which images= names") from None
+        raise ImageError("missing file") from None
     except OSError as error:
         kinds: dict[int, tuple[str, ...]] = {errno.EFBIG: ("image too large", error.strerror or "")}
         kinds |= dict.fromkeys((errno.EINVAL, errno.EISDIR, errno.ENXIO), ("not a regular file",))

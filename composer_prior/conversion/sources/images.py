@@ -29,7 +29,11 @@ def read_image(root: Path, name: str, limit: int, *also: Path) -> bytes:
     Raises:
         ImageError: the path leads out of the folders; the file is missing, unreadable, not a regular file or too large.
     """
-    return read_image_file(find_inside(root, name, *also), limit)
+    try:
+        return read_image_file(find_inside(root, name, *also), limit)
+    except ImageError as error:
+        where = "not in the folder of images, which images= names"
+        raise (ImageError("missing file", where) if error.reason == "missing file" else error) from None
 
 
 def find_inside(root: Path, name: str, *also: Path) -> str:
