@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 from composer_prior.data.storage import StorageError, WriteError, full_disk_told
 
 LOCK = ".lock"  # in a folder that a job writes to, while it does
+_REQUEUED = 180  # seconds that a job which Slurm has put back waits: a network disk frees a failed node's locks late
 # How many processes a launcher started that sets no RANK and WORLD_SIZE: Slurm, Open MPI, MPICH.
 _TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
@@ -59,7 +60,7 @@ def sole_writer(place: str | Path, key: str, inside: bool = False) -> Iterator[N
     with ExitStack() as stack:
         try:
             made += (folder for folder in file.parents if not folder.exists())
-            stack.enter_context(locked(file, seconds=0))
+            stack.enter_context(locked(file, seconds=_REQUEUED if "SLURM_RESTART_COUNT" in os.environ else 0))
         except LockedError:
             raise LockedError(
                 f"{key}={place}: another process is writing there; let it end first, or name another place."

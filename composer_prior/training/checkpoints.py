@@ -8,6 +8,7 @@ import re
 import signal
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
@@ -119,8 +120,9 @@ def check_sums(path: Path, prefix: str = "") -> None:
     """
     whole: dict[str, Any] = {"": [None]}
     parts = places_of(read_metadata(path), prefix) if path.is_dir() else whole
-    for shard, places in parts.items():
-        file = path / shard
+
+    def check(shard: str) -> None:
+        file, places = path / shard, parts[shard]
         try:
             with open(file, "rb") as opened:
                 for place in places:
@@ -135,6 +137,9 @@ def check_sums(path: Path, prefix: str = "") -> None:
             if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.EINVAL):
                 raise  # the disk's trouble, and not that of the checkpoint
             raise DamagedError(f"{file} is not a whole checkpoint: {one_line(error)}.") from error
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(check, parts))
 
 
 def holds_no_code(path: str | Path, parts: Sequence[tuple[int, int]] | None = None) -> bool:

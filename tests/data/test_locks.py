@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import signal
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from common.recipes import recipe
+from filelock import FileLock
 
 from composer_prior.cli import main
 from composer_prior.data.locks import LockedError, locked, sole_writer
@@ -103,6 +105,15 @@ def test_a_process_of_one_waits_for_its_turn():
         locked(Path(".busy.lock"), seconds=0),
     ):
         pass
+
+
+def test_a_job_that_slurm_has_put_back_waits_for_the_locks_of_a_node_that_failed(monkeypatch):
+    lock = FileLock(Path(".out.lock"), thread_local=False)
+    lock.acquire()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    threading.Timer(0.5, lock.release).start()
+    with sole_writer("out", "out"):
+        assert not lock.is_locked
 
 
 @pytest.mark.parametrize("variable", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
