@@ -112,9 +112,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = _load(JOBS[words[0]].run)
         signal.signal(signal.SIGINT, _stop)  # again: Composer's import puts its own there, which says nothing
         sys.exit(run(words[1:]))
-    except BaseException:
-        if not _stopped:
+    except BaseException as error:
+        heard_by_composer = isinstance(error, SystemExit) and error.code == 128 + signal.SIGINT  # while it is imported
+        if not _stopped and not heard_by_composer:
             raise
+        if not _stopped:
+            print("\nStopped by Ctrl-C.", file=sys.stderr)
     sys.exit(128 + signal.SIGINT)
 
 

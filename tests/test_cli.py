@@ -246,10 +246,16 @@ def test_a_wheel_works_on_its_own(tmp_path):
     assert (installed / "bin/composer-prior").exists()
 
 
-def test_ctrl_c_is_one_line(tmp_path):
+INTERRUPT = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+
+
+@pytest.mark.parametrize("moment", ["in the job", "in its imports"])
+def test_ctrl_c_is_one_line(moment, tmp_path):
     """Also in a job that has imported Composer, which takes signals for itself."""
+    meanwhile = INTERRUPT if moment == "in its imports" else ""
     (tmp_path / "job.py").write_text(
-        "import time\nimport composer\n\ndef main(words):\n    print('begun', flush=True)\n    time.sleep(60)\n"
+        f"print('begun', flush=True)\nimport composer\n{meanwhile}\n"
+        "def main(words):\n    import time\n    print('runs', flush=True)\n    time.sleep(60)\n"
     )
     program = (
         "from composer_prior import cli\n"
@@ -260,6 +266,15 @@ def test_ctrl_c_is_one_line(tmp_path):
         [sys.executable, "-c", program], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert job.stdout.readline() == "begun\n"
-    job.send_signal(signal.SIGINT)
+    if moment == "in the job":
+        assert job.stdout.readline() == "runs\n"
+        job.send_signal(signal.SIGINT)
     _, said = job.communicate(timeout=60)
     assert (job.returncode, said.strip()) == (130, "Stopped by Ctrl-C.")
+
+
+def test_ctrl_c_in_the_first_imports_is_one_line(tmp_path):
+    (tmp_path / "omegaconf.py").write_text(INTERRUPT)
+    command = [sys.executable, "-m", "composer_prior", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (130, "Stopped by Ctrl-C.")

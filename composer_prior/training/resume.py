@@ -136,9 +136,11 @@ def _leave_behind(folder: Path, start: str | None) -> None:
     """Remove what is not of the past of a run that begins at a checkpoint, or anew."""
     begin = None if start is None else Path(start).resolve()
     done = -1 if begin is None or folder.resolve() not in begin.parents else batch_of(begin) or 0
-    for path, batch in checkpoints_in(folder).items():
-        if batch > done:
-            remove_checkpoint(path)
+    later = [path for path, batch in checkpoints_in(folder).items() if batch > done]
+    if later:
+        announce(f"{folder}: {len(later)} earlier checkpoints are removed (autoresume=true would keep them).")
+    for path in later:
+        remove_checkpoint(path)
     if mend_checkpoints(folder) is None and os.path.lexists(folder / LATEST_NAME):
         remove_checkpoint(folder / LATEST_NAME)
 
