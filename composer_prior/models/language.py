@@ -1,5 +1,7 @@
 """The language model: any Hugging Face causal LM."""
 
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -126,10 +128,12 @@ def _add_tokens(
     known, own = vocabulary_size(model), None
     added: list[int] = []
     if pretrained is not None:
-        try:
-            own = load_pretrained(AutoTokenizer, pretrained, trust).get_vocab()
-        except Exception:  # a folder of weights alone: what was added here is all that is known to be new
-            added = getattr(tokenizer, "added_image_token_ids", [])
+        added = getattr(tokenizer, "added_image_token_ids", [])  # of a folder of weights alone, all that is known
+        place = Path(pretrained).expanduser()
+        kinds = ("tokenizer*", "vocab*", "*.model")
+        has_one = not place.is_dir() or any(file for kind in kinds for file in place.glob(kind))
+        with suppress(Exception):  # whatever a tokenizer raises that is not there; transformers 5 makes an empty one
+            own = load_pretrained(AutoTokenizer, pretrained, trust).get_vocab() if has_one else None
     if own is not None:
         added = [id for id, token in tokenizer.added_tokens_decoder.items() if own.get(str(token)) != id]
     if len(tokenizer) > known:
