@@ -256,10 +256,10 @@ def test_another_value_of_the_environment_makes_another_run(monkeypatch):
 
 def test_no_error_shows_what_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("TOKEN", "s3cret-token")
-    recipe = load("prior_vit", "train_loader.num_workers=${oc.env:TOKEN}")
+    recipe = load("prior_vit", "model.vision.layer=${oc.env:TOKEN}")
     with pytest.raises(ValueError, match="s3cret") as caught:
         check_recipe(recipe)
-    assert one_line(caught.value).startswith("train_loader.num_workers='${oc.env:TOKEN}': expected int")
+    assert one_line(caught.value).startswith("model.vision.layer='${oc.env:TOKEN}': expected int")
 
 
 def test_every_milestone_of_a_schedule_is_a_time():
