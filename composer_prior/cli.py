@@ -23,8 +23,8 @@ from composer_prior.training.config import load_recipe
 
 
 class Job(NamedTuple):
-    """What a job does, what its command line looks like, whose arguments are its options, what runs it, and how many
-    words it needs before them."""
+    """A job: its summary, usage, the target whose arguments are its options, its entry point, and how many words come
+    before the options."""
 
     summary: str
     usage: str

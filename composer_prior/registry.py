@@ -44,13 +44,13 @@ def look_up(kind: str, name: str, where: str) -> Any:
 
 
 def names(kind: str) -> list[str]:
-    """What is registered among the components of a kind, and what this package registers when it is imported."""
+    """Return the names of a kind: those registered so far, and those that this package registers on import."""
     return [*{**declared().get(kind, {}), **_COMPONENTS.get(kind, {})}]
 
 
 @cache
 def declared() -> dict[str, dict[str, str]]:
-    """What this package registers when it is imported: kind, name and ``module:name``, found in its source."""
+    """Return what this package registers on import, read from its source: ``{kind: {name: "module:name"}}``."""
     found: dict[str, dict[str, str]] = {}
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         text = file.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What others have written, read within bounds: plain files of a largest size, JSON and YAML of a depth and size."""
+"""Read untrusted input within bounds: plain files by size, JSON by depth, YAML by size and number of values."""
 
 import errno
 import json
@@ -72,7 +72,7 @@ def bounded(value: Any) -> Any:
 
 
 def load_yaml(path: Path) -> Any:
-    """What a YAML file holds, as OmegaConf's; nothing in it is executed.
+    """Load a YAML file with OmegaConf; nothing in it is executed.
 
     Raises:
         ValueError: for a file that is larger than 1 MiB, or has more than 100,000 values when its aliases are written

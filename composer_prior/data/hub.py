@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from composer_prior.data.messages import DataError, one_line
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-# What transformers says of choices that are not the user's, by the modules that say it.
+# Modules of transformers that warn about choices which the user cannot change.
 SAYS = ("models.auto.image_processing_auto", "processing_utils", "dynamic_module_utils", "image_utils")
 UNSAID = re.compile("`use_fast` is unset|not a valid Python identifier|channel dimension is ambiguous")
 SECONDS = 5.0  # that a hub may take to answer

@@ -17,7 +17,7 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def prompt_and_completion(processor: Any, caption: str, prompt: str = "") -> dict[str, str]:
-    """What stands before a caption, and the caption with its end, as TRL and :class:`CompletionCollator` read them.
+    """Return the prompt and the completion of a sample, as TRL and :class:`CompletionCollator` read them.
 
     Args:
         processor: of an image-text-to-text model.

@@ -282,7 +282,7 @@ def read_index(data: bytes, path: str, samples: int) -> list[Shard]:
     """The shards of scores in a place, from the bytes of their index.
 
     Raises:
-        ScoresError: if it is none, or not that of so many samples.
+        ScoresError: if it is not an index of scores, or has another number of samples.
     """
     try:
         shards = [_parse_entry(entry) for entry in parse_json(data)["shards"]]

@@ -1,4 +1,4 @@
-"""What the store behind a remote answers: whether another attempt would help, and what a user is told."""
+"""Errors of object stores: whether a retry can help, and the message for the user."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ def is_denied(error: BaseException | None) -> bool:
 
 
 def told(error: BaseException, remote: str, length: int = 500) -> str:
-    """What a user reads of an error: one line, with bucket and endpoint where a store is behind it."""
+    """Return an error as one line, with bucket and endpoint where it comes from a store."""
     if is_denied(error):
         status, code = _answer(error)
         reason = ", ".join(dict.fromkeys(str(part) for part in (status, code) if part)) or one_line(error)

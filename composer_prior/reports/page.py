@@ -66,7 +66,7 @@ def samples_page(cards: Iterable[str], title: str, text: str = "", above: str = 
 
 
 def legend(says: str, full: float | None = 1.0) -> str:
-    """What the shades of :func:`sample_card` say, as HTML: a sentence and the scale.
+    """Return the legend of :func:`sample_card` as HTML: a sentence and the colour scale.
 
     Args:
         says: such as "The stronger the colour of a token, the more probable it was".

@@ -15,7 +15,7 @@ TOKENS = {"all": "", "image-related": "_image_related", "other": "_other"}
 Figure = Mapping[str, float | None]
 """``value``, and ``low`` and ``high`` of its interval where there is one."""
 
-# What figures are called, and what they say; of those with a "lower" the lower is better.
+# Display name and explanation of each figure; the explanation says where lower is better.
 _WORDS = {
     "loss": ("", "nats per token, lower is better; image-related tokens are those that the image determines"),
     "total": ("", "chooses the true text by log P(text | image)"),
@@ -209,7 +209,7 @@ def results(validation: Mapping[str, Mapping[str, float]], benchmarks: Mapping[s
 
 
 def _explained(figures: Sequence[str]) -> str:
-    """What the figures of the tables say, and what they are compared with."""
+    """Return the explanations of the figures and of the columns beside them, as an HTML list."""
     said = defaultdict[str, list[str]](list)
     for figure in dict.fromkeys(figures):
         if (words := _words(figure)[1]) and not _is_comparison(figure):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from composer_prior import registry, signatures
 from composer_prior.registry import did_you_mean, is_time
-from composer_prior.training.config import TrainConfig
+from composer_prior.training.config import TrainConfig, reference_of
 
 _OURS = ("groups", "decay_all")  # keys that are not the optimizer's
 _EXAMPLE = "{vision: {lr: 1.0e-5}}"
@@ -89,7 +89,7 @@ def check_recipe(recipe: TrainConfig, where: str = "") -> None:
     for name, arguments in (recipe.parallelism_config or {}).items():
         registry.check("parallelism", name, arguments, f"{where}parallelism_config.{name}")
     if recipe.reference is not None:
-        check_recipe(TrainConfig(**recipe.reference), "reference.")
+        check_recipe(reference_of(recipe), "reference.")
 
 
 def check_lvlm(

@@ -38,7 +38,7 @@ from composer_prior.training.builders import (
 )
 from composer_prior.training.checkpoints import find_checkpoint, find_weights
 from composer_prior.training.checks import settings_of
-from composer_prior.training.config import TrainConfig
+from composer_prior.training.config import TrainConfig, reference_of
 from composer_prior.training.optimizer import build_optimizer, check_new_weights
 from composer_prior.training.reference import check_reference, model_folder, read_card
 
@@ -76,7 +76,7 @@ def trained_recipes(recipe: TrainConfig) -> list[tuple[TrainConfig, str]]:
     """
     if recipe.reference is None:
         return [(recipe, "")]
-    reference = TrainConfig(**recipe.reference)
+    reference = reference_of(recipe)
     missing = on_first_rank(lambda: read_card(reference) is None)
     return [(reference, "reference."), (recipe, "")] if missing else [(recipe, "")]
 
@@ -256,7 +256,7 @@ def _language_of(recipe: TrainConfig) -> dict[str, Any]:
     """The language model's recipe; that of the reference, where the model starts from one that is not there yet."""
     language = recipe.model["language"]
     if recipe.reference is not None:
-        reference = TrainConfig(**recipe.reference)
+        reference = reference_of(recipe)
         folder = model_folder(reference)
         pretrained = language.get("pretrained")
         if pretrained is not None and Path(pretrained) == folder and not folder.exists():
@@ -290,7 +290,7 @@ def _check_stored_scores(path: str, data: StreamingCaptionDataset) -> None:
 
 def _check_same_data(recipe: TrainConfig, data: StreamingCaptionDataset) -> None:
     """Refuse a reference that was or would be trained on other captions than the run."""
-    reference = TrainConfig(**recipe.reference or {})
+    reference = reference_of(recipe)
     if read_card(reference) is not None:
         check_reference(recipe, data.fingerprint)
         return

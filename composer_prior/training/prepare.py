@@ -99,7 +99,7 @@ def _places(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> d
     if recipe.tokenizer.get("train") is not None:
         places["tokenizer.name"] = recipe.tokenizer["name"]
     if recipe.reference is not None:
-        places["reference.run_folder"] = str(model_folder(TrainConfig(**recipe.reference)) / REFERENCE_CARD)
+        places["reference.run_folder"] = str(model_folder(reference_of(recipe)) / REFERENCE_CARD)
     for stage, where in stages:
         if stage.save_folder is not None:
             places[f"{where}save_folder"] = os.path.join(stage.save_folder, CHECKPOINT_NAME)
@@ -183,6 +183,6 @@ def job_of(recipe: TrainConfig, dataset: Mapping[str, Any], **changes: Any) -> S
     out = changes.pop("out", None) or dataset.get("scores")
     if not out:
         raise ValueError("Where do the scores go? Give out=..., or dataset.scores in the recipe.")
-    folder = model_folder(TrainConfig(**recipe.reference))
+    folder = model_folder(reference_of(recipe))
     given = {"tokenizer": recipe.tokenizer, "dataset": dict(dataset), "progress_bar": recipe.progress_bar}
     return ScoreJob(out=str(out), reference=str(folder), **{**given, **recipe.scoring, **changes})

@@ -44,7 +44,7 @@ from composer_prior.training.checkpoints import (
     StopOnSigterm,
     load_weights,
 )
-from composer_prior.training.config import TrainConfig, identified, written
+from composer_prior.training.config import TrainConfig, identified, reference_of, written
 from composer_prior.training.empty_steps import SkipEmptySteps
 from composer_prior.training.finite import FiniteSteps, check_weights
 from composer_prior.training.metrics_file import MetricsFile
@@ -86,7 +86,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     if recipe.compile_config is not None:
         prepare_compile()
     skips = [SkipEmptySteps()] if train_data.on_bad_sample == "skip" else []
-    reference = None if recipe.reference is None else str(model_folder(TrainConfig(**recipe.reference)))
+    reference = None if recipe.reference is None else str(model_folder(reference_of(recipe)))
     callbacks = [*build_all("callback", recipe.callbacks), *build_benchmarks(recipe.benchmarks, model, reference)]
     for callback in callbacks:
         if isinstance(callback, HuggingFaceCheckpointer):
@@ -244,7 +244,7 @@ def _benchmarks(trainer: Trainer) -> list[RunBenchmark]:
 def _metrics(recipe: TrainConfig, trainer: Trainer) -> dict[str, Any]:
     """Validation metrics of the run and of its reference."""
     rows = {recipe.run_name: validation_metrics(trainer.state)}  # on every rank: it adds up what the ranks counted
-    reference = TrainConfig(**recipe.reference) if recipe.reference is not None else None
+    reference = reference_of(recipe) if recipe.reference is not None else None
     card = read_card(reference) if reference is not None else None
     if reference is not None and card is not None:
         rows = {f"{reference.run_name} (text only)": card["validation"], **rows}

@@ -30,7 +30,7 @@ from composer_prior.data.images import ImageError, read_image_file
 
 _TEXT_SUFFIXES = ("txt", "caption", "text")
 NEIGHBOURS = (*_TEXT_SUFFIXES, "json")
-"""What the files of text that stand beside images end in."""
+"""Suffixes of text files beside images."""
 _DOCUMENT = re.compile(r"readme|licen[cs]e|notice|changelog|copying|thumbs|desktop", re.IGNORECASE)
 _MOST_UNPACKED = 200  # times the size of a compressed archive; images and their captions make 2
 _MOST_NAMING = 1 << 20  # bytes of a header that names the next member
@@ -41,7 +41,7 @@ _TOGETHER = "the members of a sample must stand together: pack the archive again
 
 
 def _together(key: str) -> str:
-    """What to do about members of a sample that are apart."""
+    """Return the advice for a sample whose members are not adjacent."""
     forms = "" if key.isascii() else ", after their names have one Unicode form, as convmv --nfc gives them"
     return _TOGETHER + forms
 
