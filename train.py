@@ -1,4 +1,4 @@
-"""``composer train.py RECIPE.yaml [key=value ...]``: pre-train a model from a recipe."""
+"""Pre-train a model from a recipe: ``composer train.py RECIPE.yaml [key=value ...]``."""
 
 import sys
 

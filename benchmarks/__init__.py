@@ -1,1 +1,1 @@
-"""What is measured, each by a command of its own, such as ``python -m benchmarks.step``."""
+"""Benchmarks, each with its command, such as ``python -m benchmarks.step``."""

@@ -1,10 +1,10 @@
-"""What a model takes of each GPU, by arithmetic: ``python -m benchmarks.arithmetic [samples=8] [text=256]``.
+"""Memory of a model on each GPU, by arithmetic: ``python -m benchmarks.arithmetic [samples=8] [text=256]``.
 
-OpenCLIP's ViT-L-14-336 and a Llama of 8 billion weights (the shapes of Llama 3), built on the meta device: their
-weights are counted, and so is what autograd saves in a block, with attention that saves what flash attention does.
-Master weights, gradients and AdamW's moments are in float32 and spread over the ranks; gathered weights and activations
-are in bfloat16. Gathered at a time are the root, which stays so, a block and the next one, and the gradients of root
-and block. Nothing else is counted: no logits, no buffers of NCCL, no fragmentation.
+OpenCLIP's ViT-L-14-336 and a Llama of 8 billion weights (the shapes of Llama 3) are built on the meta device. The
+benchmark counts their weights and the tensors that autograd saves in a block, with attention that saves what flash
+attention saves. Master weights, gradients and AdamW's moments are in float32 and sharded over the ranks; gathered
+weights and activations are in bfloat16. At most the root, a block, the next block, and the gradients of root and block
+are gathered at a time. Logits, buffers of NCCL and fragmentation are not counted.
 """
 
 import sys
@@ -37,7 +37,7 @@ GB = 1e9
 
 
 def weights(*modules: nn.Module) -> int:
-    """Weights of modules, each once."""
+    """Count the weights of modules, each once."""
     return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
 
 
@@ -59,7 +59,7 @@ ALL_ATTENTION_FUNCTIONS.register("counted", _attention)
 
 
 def saved_bytes(layer: nn.Module, hidden: Tensor, **inputs: Any) -> int:
-    """Bytes that autograd saves in a forward pass of a block, its weights left out."""
+    """Return the bytes that autograd saves in a forward pass of a block, without its weights."""
     saved: dict[int, Tensor] = {}
     own = {id(parameter) for parameter in layer.parameters()}
 
@@ -75,7 +75,7 @@ def saved_bytes(layer: nn.Module, hidden: Tensor, **inputs: Any) -> int:
 
 
 def activations(model: Any, samples: int, tokens: int) -> tuple[float, float]:
-    """Bytes of activations of a microbatch in the language model: all kept, and with checkpointing."""
+    """Return the bytes of activations of a microbatch in the language model, without and with checkpointing."""
     language = model.model.language.model
     language.config._attn_implementation = "counted"
     block = language.layers[0].to(torch.bfloat16).train()
@@ -87,26 +87,26 @@ def activations(model: Any, samples: int, tokens: int) -> tuple[float, float]:
 
 
 class Parts(NamedTuple):
-    """Weights of an LVLM by what becomes of them."""
+    """Numbers of weights of an LVLM by their use."""
 
     every: int
     trained: int
-    root: int  # outside of the blocks: it stays gathered
+    root: int  # outside of the blocks, always gathered
     largest: int  # of the blocks
 
     @property
     def states(self) -> int:
-        """Bytes of weights, gradients and moments, in float32, of all ranks together."""
+        """Bytes of weights, gradients and moments, in float32, over all ranks."""
         return 4 * self.every + 12 * self.trained
 
     @property
     def gathered(self) -> int:
-        """Bytes that FSDP2 by block gathers on each rank: root, a block and the next, gradients of root and block."""
+        """Bytes that FSDP2 by block gathers on each rank: root, two blocks, gradients of root and one block."""
         return 2 * (self.root + 2 * self.largest) + 2 * (self.root + self.largest)
 
 
 def build(language: Mapping[str, Any]) -> Any:
-    """The LVLM of a language model of this configuration, behind a frozen ViT-L-14-336, on the meta device."""
+    """Build an LVLM with this language model and a frozen ViT-L-14-336 on the meta device."""
     projector = {"name": "mlp"}
     return lvlm_skeleton(build_tokenizer(), language={"config": dict(language)}, vision=TOWER, projector=projector)
 

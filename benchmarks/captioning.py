@@ -1,8 +1,7 @@
-"""Captions per second against Hugging Face's loop: ``python -m benchmarks.captioning MODEL IMAGES [rounds=5] …``.
+"""Compare captioning with a plain loop of transformers: ``python -m benchmarks.captioning MODEL IMAGES [rounds=5] …``.
 
-``composer-prior caption`` takes turns with what one would write with transformers: the processor and ``generate`` of
-the same model's Hugging Face form, one image at a time and in batches, images read as the loop comes to them. MODEL is
-a run folder, IMAGES a folder of images.
+``composer-prior caption`` takes turns with the processor and ``generate`` of the same model folder, one image at a time
+and in batches; the loop reads each image when it needs it. MODEL is a run folder, IMAGES a folder of images.
 """
 
 import os
@@ -27,7 +26,7 @@ DEFAULTS = {"rounds": 5, "images": 256, "max_new_tokens": 64, "threads": os.cpu_
 
 
 def hugging_face(folder: str, names: list[str], batch_size: int, longest: int) -> Callable[[], list[str]]:
-    """The loop that one would write with transformers."""
+    """Return a plain captioning loop with transformers."""
     model: Any = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
 
@@ -44,7 +43,7 @@ def hugging_face(folder: str, names: list[str], batch_size: int, longest: int) -
 
 
 def ours(folder: str, names: list[str], batch_size: int, given: Any) -> Callable[[], list[str]]:
-    """The command's loop on a model that is loaded."""
+    """Return the loop of ``composer-prior caption`` on a loaded model."""
     model = load(folder)
 
     def run() -> list[str]:

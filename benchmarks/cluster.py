@@ -1,10 +1,10 @@
-"""What a model takes by number of nodes, by arithmetic: ``python -m benchmarks.cluster [mfu=0.4] [caption=40] ...``.
+"""Memory and time by number of nodes, by arithmetic: ``python -m benchmarks.cluster [mfu=0.4] [caption=40] ...``.
 
 Llamas of 1, 8 and 70 billion weights (the shapes of Llama 3) behind a frozen ViT-L-14-336, on nodes of 8 GPUs, FSDP2 by
 block with activation checkpointing. Memory is counted as by :mod:`benchmarks.arithmetic`, with its microbatch of 8
-samples and captions of 256 tokens. Time is the operations of captions of 40 tokens, forward and backward, nothing
-computed twice, at an assumed share (``mfu``) of an assumed peak (``tflops``, of an H100 in bf16). A checkpoint is the
-weights and, of those trained, AdamW's two moments in float32, written at an assumed rate (``write``, GB/s a node).
+samples and captions of 256 tokens. Time is the operations of captions of 40 tokens, forward and backward, without
+recomputation, at an assumed share (``mfu``) of an assumed peak (``tflops``, of an H100 in bf16). A checkpoint holds the
+weights and AdamW's two moments of trained weights in float32, written at an assumed rate (``write``, GB/s a node).
 """
 
 import sys
@@ -42,7 +42,7 @@ TIME = ("model", "nodes", "minutes for a million captions", "checkpoint, GB", "s
 
 
 def operations(model: Any, caption: int) -> float:
-    """Of training on one captioned image; nothing goes back through the frozen tower."""
+    """Count the operations of training on one captioned image; the frozen tower has no backward pass."""
     lvlm = model.model
     tokens = torch.tensor([1 + lvlm.vision.max_image_tokens + caption])
     trained = projector_forward(lvlm) + lm_forward(lvlm.language, tokens) + head_forward(lvlm.language, caption)
@@ -50,7 +50,7 @@ def operations(model: Any, caption: int) -> float:
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
-    """Lines of Markdown."""
+    """Yield the lines of a Markdown table."""
     yield f"| {' | '.join(head)} |"
     yield f"| --- |{' ---: |' * (len(head) - 1)}"
     yield from (f"| {' | '.join(row)} |" for row in rows)

@@ -1,11 +1,10 @@
-"""Conversion speed against copying: ``python -m benchmarks.conversion [images=8192] [rounds=7] [processes=2] …``.
+"""Compare conversion with copying: ``python -m benchmarks.conversion [images=8192] [rounds=7] [processes=2] …``.
 
 Four things take turns on the same synthetic photographs of about 100 kB, on the same disk: a conversion with the
 default check, one with ``check=full``, a copy of the files with a checksum of each, and the same copy into files of
-64 MiB, which spares the disk the many files and is as fast as copying can be. All use the same number of processes and
-the same checksum, and the time includes that everything is on the disk. A warm page cache serves all reading. Nothing
-is deleted before the end (ext4 is several times slower at making files where it has just deleted some), so the disk has
-to hold the images 4 * rounds + 1 times.
+64 MiB, which avoids many small files. All use the same number of processes and the same checksum; the time includes
+syncing to the disk. A warm page cache serves all reads. No file is deleted before the end (ext4 creates files several
+times slower after deletions), so the disk has to hold the images 4 * rounds + 1 times.
 """
 
 import io
@@ -32,7 +31,7 @@ DEFAULTS = {"images": 8192, "rounds": 7, "processes": 2, "folder": None, "out": 
 
 
 def photograph(seed: int, size: tuple[int, int] = (512, 384)) -> bytes:
-    """A JPEG of about 100 kB: smooth shapes and grain."""
+    """Return a JPEG of about 100 kB with smooth shapes and grain."""
     random = np.random.default_rng(seed)
     small = random.integers(0, 255, (size[1] // 16, size[0] // 16, 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
@@ -44,7 +43,7 @@ def photograph(seed: int, size: tuple[int, int] = (512, 384)) -> bytes:
 
 
 def make_source(folder: Path, images: int) -> int:
-    """Writes a folder of photographs with captions.jsonl; the bytes of its images."""
+    """Write a folder of photographs with captions.jsonl, and return the total size of its images in bytes."""
     distinct = [photograph(seed) for seed in range(min(images, 256))]
     with open(folder / "captions.jsonl", "w") as lines:
         for index in range(images):
@@ -54,7 +53,7 @@ def make_source(folder: Path, images: int) -> int:
 
 
 def copy_files(names: list[str], source: Path, out: Path) -> None:
-    """Copies files one by one, with a checksum of each."""
+    """Copy files one by one, with a checksum of each."""
     with open(out / f"{os.getpid()}.sums", "w") as sums:
         for name in names:
             data = (source / name).read_bytes()
@@ -63,7 +62,7 @@ def copy_files(names: list[str], source: Path, out: Path) -> None:
 
 
 def copy_joined(names: list[str], source: Path, out: Path, limit: int = 64 << 20) -> None:
-    """Copies the bytes of files into few large ones, with a checksum of each."""
+    """Copy the bytes of files into few large ones, with a checksum of each."""
     number = 0
     while names:
         digest, size = xxhash.xxh64(), 0
@@ -78,7 +77,7 @@ def copy_joined(names: list[str], source: Path, out: Path, limit: int = 64 << 20
 
 
 def in_parallel(job: Callable[[list[str], Path, Path], None], source: Path, out: Path, processes: int) -> None:
-    """Runs a copy job in as many processes, each with a run of the files."""
+    """Run a copy job in several processes, each on a contiguous slice of the files."""
     names = sorted(path.name for path in source.glob("*.jpg"))
     out.mkdir()
     cuts = [len(names) * index // processes for index in range(processes + 1)]
@@ -92,7 +91,7 @@ def in_parallel(job: Callable[[list[str], Path, Path], None], source: Path, out:
 
 
 def main(arguments: list[str]) -> None:
-    """Measures, and prints the medians, the ratios and the machine as one JSON object."""
+    """Measure, and print the medians, the ratios and the machine as one JSON object."""
     given = OmegaConf.merge(DEFAULTS, OmegaConf.from_dotlist(arguments))
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         source = Path(folder) / "source"

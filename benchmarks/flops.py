@@ -1,4 +1,4 @@
-"""Floating-point operations that the models must do, by count. A backward pass is twice the forward pass."""
+"""Floating-point operations of the models, by count. A backward pass is twice the forward pass."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from composer_prior.models.composer_lvlm import ComposerLVLM
 
 
 def lm_forward(lm: PreTrainedModel, lengths: Tensor) -> float:
-    """Of sequences of these lengths, without padding, without the head: linear layers, and causal attention."""
+    """Count linear layers and causal attention for sequences of these lengths, without padding or head."""
     linear = 2 * _linear_parameters(lm.base_model) * int(lengths.sum())
     config: Any = lm.config
     attention = 4 * config.hidden_size * config.num_hidden_layers * float((lengths.double() ** 2).sum()) / 2
@@ -19,13 +19,13 @@ def lm_forward(lm: PreTrainedModel, lengths: Tensor) -> float:
 
 
 def head_forward(lm: PreTrainedModel, tokens: int) -> float:
-    """Of the logits of so many tokens."""
+    """Count the operations of the logits of this many tokens."""
     config: Any = lm.config
     return 2 * config.hidden_size * config.vocab_size * tokens
 
 
 def tower_forward(lvlm: Any) -> float:
-    """Of one image in the tower."""
+    """Count the operations of one image in the tower."""
     encoder, patches = lvlm.vision.encoder, lvlm.vision.max_image_tokens + 1
     blocks = encoder.transformer.resblocks
     attention = 4 * encoder.conv1.out_channels * len(blocks) * patches**2
@@ -34,12 +34,12 @@ def tower_forward(lvlm: Any) -> float:
 
 
 def projector_forward(lvlm: Any) -> float:
-    """Of one image in the projector."""
+    """Count the operations of one image in the projector."""
     return float(2 * _linear_parameters(lvlm.projector) * lvlm.vision.max_image_tokens)
 
 
 def training_parts(model: ComposerLVLM, batch: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of one training step on a batch: forward and backward, nothing computed twice."""
+    """Count one training step on a batch by part: forward and backward, without recomputation."""
     lvlm: Any = model.model
     labelled = int((batch["labels"] != IGNORE_INDEX).sum())
     return {
@@ -50,7 +50,7 @@ def training_parts(model: ComposerLVLM, batch: Mapping[str, Tensor]) -> dict[str
 
 
 def reference_forward(lm: PreTrainedModel, batch: Mapping[str, Tensor], image_tokens: int) -> float:
-    """Of scoring the captions of a batch."""
+    """Count the operations of scoring the captions of a batch."""
     labelled = int((batch["labels"] != IGNORE_INDEX).sum())
     return lm_forward(lm, batch["attention_mask"].sum(1) - image_tokens) + head_forward(lm, labelled)
 

@@ -1,13 +1,9 @@
-"""The seven measurements. Each returns what goes to the JSON file, and prints its lines of the table."""
+"""The six measurements. Each returns rows for the JSON file, and prints its lines of the table."""
 
 import copy
 import io
-import json
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -27,7 +23,6 @@ from benchmarks.measure import (
     matrix_product,
     peak_bytes,
     ratio,
-    resident_bytes,
 )
 from benchmarks.setup import (
     CLIPPING,
@@ -46,7 +41,7 @@ from benchmarks.setup import (
 )
 from composer_prior.algorithms.prior import PRIOR
 from composer_prior.data.batch import CaptionCollator
-from composer_prior.data.captions import StreamingCaptionDataset, caption_data_spec
+from composer_prior.data.captions import StreamingCaptionDataset
 from composer_prior.models.head import labelled_nll, weighted_mean
 from composer_prior.models.language import head_of, last_hidden_states
 from composer_prior.models.reference import ReferenceLM
@@ -55,18 +50,18 @@ Row = dict[str, Any]
 
 
 def row(item: int, what: str, value: float, unit: str = "x", goal: str = "", **more: Any) -> Row:
-    """One line of the table, printed as soon as it is known."""
+    """Print one line of the table, and return it as a row."""
     print(f"| {item} | {what} | {value:.4g} {unit} | {goal} |", flush=True)
     return {"item": item, "what": what, "value": value, "unit": unit, "goal": goal, **more}
 
 
 def note(text: str) -> None:
-    """A line below the table, such as the losses."""
+    """Print a comment below the table, such as the losses."""
     print(f"<!-- {text} -->", flush=True)
 
 
 def prior_over_ntp(repetitions: int) -> list[Row]:
-    """1 and 2: next-token prediction, PRIOR with stored scores, PRIOR with a live reference; one model each."""
+    """Measure items 1 and 2: next-token prediction, PRIOR with stored scores, PRIOR with a live reference."""
     batches = training_batches(8)
     without_scores = [{key: value for key, value in b.items() if key != "ref_logprobs"} for b in batches]
     ours = build_ours()
@@ -94,7 +89,7 @@ def prior_over_ntp(repetitions: int) -> list[Row]:
 
 
 def over_hugging_face(repetitions: int) -> list[Row]:
-    """3: Composer's Trainer and our model against transformers' Trainer and LLaVA, with either AdamW of torch's."""
+    """Measure item 3: Composer's Trainer and our model against transformers' Trainer and LLaVA."""
     batches = training_batches(8)
     ours = build_ours()
     names = {"adamw_torch": "its default AdamW", "adamw_torch_fused": "AdamW fused"}
@@ -115,7 +110,7 @@ def over_hugging_face(repetitions: int) -> list[Row]:
 
 
 def memory(vocabularies: Sequence[int] = (2_000, 16_384, VOCABULARY, 151_936)) -> list[Row]:
-    """4: peak of one step above what the process holds before it, each in a process of its own."""
+    """Measure item 4: peak memory of one step above the level before it, in separate processes."""
     rows = []
     for vocabulary in vocabularies:
         ours, theirs = (in_process(_step_memory, name, vocabulary) for name in ("ours", "hf"))
@@ -151,7 +146,7 @@ def _step_memory(name: str, vocabulary: int) -> tuple[int, float]:
 
 
 def scoring(repetitions: int) -> list[Row]:
-    """5: captions of log-normal length, mean 28, longest 154; every token but the first is scored."""
+    """Measure item 5: captions of log-normal length, mean 28, longest 154; every token but the first is scored."""
     torch.manual_seed(17)
     lm = build_lm().eval()
     lengths = caption_lengths(512, 3.13, 0.65, 154)
@@ -182,7 +177,7 @@ def scoring(repetitions: int) -> list[Row]:
 
 @torch.no_grad()
 def _usual_scores(lm: PreTrainedModel, texts: Sequence[Sequence[int]], batch_size: int = 16) -> list[Tensor]:
-    """Batches in file order, padded; log_softmax over everything; gather."""
+    """Score padded batches in file order: log_softmax over all logits, then gather."""
     scores: list[Tensor] = []
     for start in range(0, len(texts), batch_size):
         rows = [torch.tensor(text) for text in texts[start : start + batch_size]]
@@ -195,7 +190,7 @@ def _usual_scores(lm: PreTrainedModel, texts: Sequence[Sequence[int]], batch_siz
 
 
 def utilization(repetitions: int) -> list[Row]:
-    """6: each part of a step by itself, forward and backward, and its rate over that of the matrix product."""
+    """Measure item 6: each part of a step alone, forward and backward, and its rate relative to a matrix product."""
     model = build_ours()
     lvlm: Any = model.model
     batch = training_batches(1)[0]
@@ -276,54 +271,8 @@ def _reached(operations: float, seconds: list[float], product: list[float]) -> f
     return 100 * median(operations / PRODUCT_FLOPS * p / s for s, p in zip(seconds, product, strict=True))
 
 
-def growth(repetitions: int) -> list[Row]:
-    """7: with caption length, vocabulary, batch, and data set size."""
-    rows = []
-    cases: dict[str, dict[str, Any]] = {
-        "usual": {},
-        **{f"median caption {n}": {"median": n} for n in (12, 50, 100)},
-        **{f"V = {v}": {"vocabulary": v} for v in (2_000, 16_384, 151_936)},
-        **{f"batch {n}": {"batch_size": n} for n in (4, 64)},
-    }
-    for name, arguments in cases.items():
-        train, score, loss = _growth_case(**arguments)
-        seconds = interleaved({"train": train, "score": score}, repetitions)
-        note(f"{name}: loss {loss():.4f}")
-        rows.append(row(7, f"step, {name}", median(seconds["train"]) * 1e3, "ms", seconds=seconds))
-        rows.append(row(7, f"scoring of a batch, {name}", median(seconds["score"]) * 1e3, "ms"))
-    with tempfile.TemporaryDirectory() as folder:
-        _caption_data(f"{folder}/thousand", 1000)
-        for thousands in (1, 10, 100, 1000):
-            _repeat_shard(Path(folder, "thousand"), Path(folder, str(thousands)), thousands)
-            seconds_taken, held = in_process(_start_up, str(Path(folder, str(thousands))))
-            rows.append(row(7, f"start-up to the first batch, {thousands * 1000:,} samples", seconds_taken, "s"))
-            rows.append(row(7, f"memory of the data set, {thousands * 1000:,} samples", held / 2**20, "MiB"))
-    return rows
-
-
-def _growth_case(**arguments: Any) -> tuple[Callable[[], None], Callable[[], Any], Callable[[], float]]:
-    batch = training_batches(1, **arguments)[0]
-    model = build_ours(arguments.get("vocabulary", VOCABULARY))
-    reference = ReferenceLM(build_lm(arguments.get("vocabulary", VOCABULARY)), build_tokenizer())
-    optimizer = adamw(model)
-    losses: list[float] = []
-
-    def train() -> None:
-        loss = model.loss(model(batch), batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-
-    score = partial(
-        reference.logprobs, batch["input_ids"], batch["attention_mask"], batch["labels"], model.image_token_ids
-    )
-    return train, score, lambda: losses[0]
-
-
 def _caption_data(folder: str, samples: int, image_processor: Any = None) -> StreamingCaptionDataset:
-    """Random pictures of 256 x 192 as JPEG, and captions of words that the tokenizer does not know."""
+    """Write random JPEGs of 256 x 192 with captions of words outside the vocabulary, and open them."""
     pixels = torch.randint(0, 255, (12, 16, 3), dtype=torch.uint8).numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).resize((256, 192), Image.Resampling.BICUBIC).save(buffer, "JPEG")
@@ -334,19 +283,3 @@ def _caption_data(folder: str, samples: int, image_processor: Any = None) -> Str
     return StreamingCaptionDataset(
         tokenizer=build_tokenizer(), image_processor=image_processor, local=folder, batch_size=16
     )
-
-
-def _repeat_shard(source: Path, folder: Path, times: int) -> None:
-    """A data set whose index names the same shards many times: as large as it says, without the disk space."""
-    folder.mkdir()
-    index = json.loads((source / "index.json").read_text())
-    for shard in index["shards"]:
-        (folder / shard["raw_data"]["basename"]).symlink_to(source / shard["raw_data"]["basename"])
-    (folder / "index.json").write_text(json.dumps({**index, "shards": index["shards"] * times}))
-
-
-def _start_up(folder: str) -> tuple[float, int]:
-    before, start = resident_bytes(), time.perf_counter()
-    dataset = StreamingCaptionDataset(tokenizer=build_tokenizer(), local=folder, batch_size=16, shuffle=True)
-    next(iter(caption_data_spec(dataset, 16).dataloader))
-    return time.perf_counter() - start, resident_bytes() - before

@@ -1,7 +1,7 @@
-"""What our own code gains over the library's: ``python -m benchmarks.libraries [images=4096] [rounds=7]``.
+"""Compare our code with the library code that it replaces: ``python -m benchmarks.libraries [images=4096] [rounds=7]``.
 
-The same job takes turns with a piece of ours and with what the library has instead: a conversion with our writer of
-shards and with ``MDSWriter``, and reading from a remote with our loops and with those of ``StreamingDataset``.
+The same job runs with both in turn: a conversion with our shard writer and with ``MDSWriter``, and reading from a
+remote with our loops and with those of ``StreamingDataset``.
 """
 
 import json
@@ -30,7 +30,7 @@ DEFAULTS = {"images": 4096, "rounds": 7, "threads": os.cpu_count(), "folder": No
 
 
 class LibraryWriter:
-    """``MDSWriter`` in the place of ours."""
+    """``MDSWriter`` behind the interface of our writer."""
 
     def __init__(self, folder: Path, prefix: str, columns: dict[str, str], size_limit: int, buffer: Any = None):
         self.folder, self.prefix = folder, prefix
@@ -39,7 +39,7 @@ class LibraryWriter:
         self.write = self.writer.write
 
     def finish(self) -> None:
-        """Put the shards beside each other, as ours are."""
+        """Move the shards into one folder, as our writer does."""
         self.writer.finish()
         self.shards = json.loads((self.out / "index.json").read_bytes())["shards"]
         for number, shard in enumerate(self.shards):
@@ -54,27 +54,27 @@ class LibraryWriter:
 
 
 class LibraryReady(StreamingCaptionDataset):
-    """A thread that looks which samples are ready, and a loop that waits for it."""
+    """Streaming's thread that polls for ready samples, and the loop that waits for it."""
 
     _ready_thread = StreamingDataset._ready_thread
     _each_sample_id = StreamingDataset._each_sample_id
 
 
 class LibraryLocks(StreamingCaptionDataset):
-    """A lock for every sample."""
+    """Streaming's lock for every sample."""
 
     def _is_there(self, shard_id: int) -> bool:
         return False
 
 
 class LibraryBarrier(StreamingCaptionDataset):
-    """A barrier that looks 20 times a second."""
+    """Streaming's barrier, which polls 20 times a second."""
 
     __iter__ = StreamingDataset.__iter__
 
 
 def writing(given: Any, folder: Path) -> None:
-    """Conversion with either writer."""
+    """Measure conversion with either writer."""
     source = folder / "source"
     source.mkdir()
     make_source(source, given.images)
@@ -92,7 +92,7 @@ def writing(given: Any, folder: Path) -> None:
 
 
 def reading(given: Any, folder: Path, workers: int) -> None:
-    """Captions from a remote, all of whose shards are in the cache after the first epoch."""
+    """Measure reading captions from a remote; all shards are in the cache after the first epoch."""
     torch.set_num_threads(1)
     tokenizer = train_tokenizer((f"photograph number {index}" for index in range(given.images)), 400)
     loaders: dict[str, Iterator[Any]] = {}
@@ -109,7 +109,7 @@ def reading(given: Any, folder: Path, workers: int) -> None:
 
 
 def report(what: str, seconds: Mapping[str, list[float]]) -> None:
-    """One line for each thing instead of ours: how many times longer it takes."""
+    """Print one line for each alternative: its time as a multiple of ours."""
     (_, ours), *others = seconds.items()
     for name, taken in others:
         rounds = " ".join(f"{b / a:.2f}" for a, b in zip(ours, taken, strict=True))

@@ -1,8 +1,8 @@
-"""Likelihoods of captions against the usual loop: ``python -m benchmarks.likelihood [rounds=5] [images=16] …``.
+"""Compare caption likelihoods with a plain loop: ``python -m benchmarks.likelihood [rounds=5] [images=16] …``.
 
-The same weights on both sides, as a LLaVA of transformers and as ours, on images that are prepared: one forward pass
-of the LLaVA per caption, with logits of every position, takes turns with what ``composer-prior evaluate`` does. The
-log-probabilities are compared.
+Both sides have the same weights, as a LLaVA of transformers and as our model, and the same prepared images. One forward
+pass of the LLaVA per caption, with logits of every position, takes turns with the code of ``composer-prior evaluate``.
+The log-probabilities are compared.
 """
 
 import os

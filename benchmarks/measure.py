@@ -19,16 +19,18 @@ from composer.loggers import Logger
 
 
 class Stamps:
-    """The moments at which steps ended, and their losses."""
+    """End times and losses of steps."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
         self.losses: list[float] = []
 
     def stamp(self) -> None:
+        """Record the end of a step."""
         self.times.append(time.perf_counter())
 
     def composer(self) -> Callback:
+        """Return a callback of Composer that records each step and its loss."""
         stamps = self
 
         class Stamp(Callback):
@@ -45,7 +47,7 @@ class Stamps:
 def interleaved_steps(
     runs: Mapping[str, tuple[Callable[[int], Any], Stamps]], repetitions: int, steps: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds per step of each trainer, one value for each turn, whose first step only starts the clock."""
+    """Return the seconds per step of each trainer, one value for each turn; the first step starts the clock."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repetitions + 1):
         for name, (step, stamps) in runs.items():
@@ -57,7 +59,7 @@ def interleaved_steps(
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each call, the functions one after the other, over and over; the first time warms up."""
+    """Return the seconds of each call, the functions in turn; the first turn warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repetitions + 1):
         for name, function in functions.items():
@@ -69,12 +71,12 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], repetitions: int) ->
 
 
 def ratio(above: list[float], below: list[float]) -> float:
-    """Median over the turns of the ratio within a turn: what slows the machine for a while slows both."""
+    """Return the median over turns of the ratio within a turn, which cancels slow changes of the machine."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def matrix_product() -> Callable[[], torch.Tensor]:
-    """A float32 product of 2,048 cubed, by torch, of ``2 * 2048**3`` operations."""
+    """Return a float32 product of two matrices of 2,048 squared, of ``2 * 2048**3`` operations."""
     a, b = torch.randn(2, 2048, 2048)
     return lambda: a @ b
 
@@ -83,7 +85,7 @@ PRODUCT_FLOPS = 2 * 2048**3
 
 
 def peak_bytes(step: Callable[[], Any]) -> int:
-    """The most memory that a call takes above what the process holds before it, by the kernel's own count."""
+    """Return the peak memory of a call above the level before it, as the kernel counts it."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -92,13 +94,8 @@ def peak_bytes(step: Callable[[], Any]) -> int:
     return _status("VmHWM") - before
 
 
-def resident_bytes() -> int:
-    """Memory that the process holds."""
-    return _status("VmRSS")
-
-
 def anonymous_bytes() -> int:
-    """Memory of the process itself, without the pages of files that it maps."""
+    """Return the anonymous memory of the process in bytes, without pages of mapped files."""
     return _status("RssAnon")
 
 
@@ -108,14 +105,14 @@ def _status(field: str) -> int:
 
 
 def in_process(function: Callable[..., Any], *args: Any) -> Any:
-    """The result of a call in a process of its own."""
+    """Call a function in a new process, and return its result."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, initializer=prepare_process, initargs=(torch.get_num_threads(),)) as executor:
         return executor.submit(function, *args).result()
 
 
 def prepare_process(threads: int) -> None:
-    """So many threads, and no word but the table."""
+    """Set the number of threads, and silence logs and warnings."""
     torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     logging.disable(logging.WARNING)

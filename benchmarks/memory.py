@@ -1,11 +1,10 @@
-"""What sharding saves: ``python -m benchmarks.memory [hidden=768] [layers=12] [batch=8] [only=...] [out=...]``.
+"""Measure sharding: ``python -m benchmarks.memory [hidden=768] [layers=12] [batch=8] [only=...] [out=...]``.
 
-A language model of some 130 million weights, a seventh of them embeddings as in one of 8 billion, and a small tower, in
-float32 with AdamW on the CPU, on one rank and on two (FSDP2 over gloo); each case in processes of its own. Printed is
-the most memory that the first and the second rank held beyond what they held before they made the model, as a multiple
-of the language model in float32. It is memory of the processes themselves: pages of mapped files, which the system
-takes back when it needs them, do not count. ``only`` leaves out the cases whose name lacks it; ``out`` names a file for
-the numbers.
+A language model of some 130 million weights, a seventh of them embeddings as in one of 8 billion, and a small tower
+train in float32 with AdamW on the CPU, on one rank and on two (FSDP2 over gloo), each case in new processes. The table
+shows the peak memory of the first and the second rank above the level before they build the model, as a multiple of the
+language model in float32. Pages of mapped files, which the system can take back, do not count. ``only`` selects cases
+by a part of their name; ``out`` names a file for the numbers.
 """
 
 import json
@@ -41,7 +40,7 @@ Peaks = dict[str, int]
 
 
 class Memory:
-    """The most anonymous memory that this process holds in each phase, beyond what it held at first."""
+    """Peak anonymous memory of this process in each phase, above the level at the start."""
 
     def __init__(self) -> None:
         self.peaks: Peaks = {}
@@ -49,6 +48,7 @@ class Memory:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Record the peak memory of the enclosed statements."""
         over = threading.Event()
 
         def watch() -> None:
@@ -67,7 +67,7 @@ class Memory:
 
 
 def write_language_model(folder: Path, settings: dict[str, Any]) -> int:
-    """A Llama with random weights in bfloat16, in a folder as a hub's; bytes that it has in float32."""
+    """Write a Llama with random bfloat16 weights to a folder, and return its size in float32 in bytes."""
     config = AutoConfig.for_model(
         "llama",
         vocab_size=settings["vocabulary"],
@@ -95,7 +95,7 @@ class _Batches(torch.utils.data.IterableDataset):
 
 
 def training(folder: Path, settings: dict[str, Any], parallelism: Any, by_block: bool = True) -> Peaks:
-    """Loading, what the Trainer makes of it, three steps, a checkpoint, and the whole model for the end of a run."""
+    """Measure loading, sharding, three steps, a checkpoint, and gathering the whole model."""
     memory = Memory()
     config = {
         "name": "lvlm",
@@ -137,7 +137,7 @@ def training(folder: Path, settings: dict[str, Any], parallelism: Any, by_block:
 
 
 def scoring(folder: Path, settings: dict[str, Any], sharded: bool) -> Peaks:
-    """A live reference: loading, and scoring a batch."""
+    """Measure a live reference: loading, and scoring a batch."""
     memory = Memory()
     batch = training_batches(1, settings["batch"], vocabulary=settings["vocabulary"])[0]
     with memory.phase("loading"):
@@ -173,7 +173,7 @@ def _rank(rank: int, ranks: int, port: int, case: str, folder: Path, settings: d
 
 
 def peaks_of(case: str, folder: Path, settings: dict[str, Any]) -> list[Peaks]:
-    """Of each rank, the peaks of a case."""
+    """Run a case, and return the peaks of each rank."""
     with tempfile.TemporaryDirectory() as out:
         ranks, port = CASES[case][0], get_free_tcp_port()
         torch.multiprocessing.spawn(_rank, (ranks, port, case, folder, settings, Path(out)), nprocs=ranks)
@@ -184,7 +184,7 @@ def main() -> None:
     """Print a table."""
     settings: Any = OmegaConf.to_container(OmegaConf.merge(DEFAULTS, OmegaConf.from_dotlist(sys.argv[1:])))
     prepare_process(1)
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "262144"  # what the ranks free goes back to the system, and is not counted
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "262144"  # freed memory goes back to the system and is not counted
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         size = write_language_model(Path(folder), settings)

@@ -1,7 +1,7 @@
-"""Scoring in other types: ``python -m benchmarks.precision REFERENCE DATA [samples=1024]``.
+"""Compare scoring in three types: ``python -m benchmarks.precision REFERENCE DATA [samples=1024]``.
 
-The captions of a data set in MDS form by a reference in float32, bfloat16 and float16, on a GPU where there is one: how
-large the reference is, how fast, and by how much the weights ``1 - P`` of the tokens differ from those in float32.
+A reference scores the captions of an MDS data set in float32, bfloat16 and float16, on a GPU if there is one. The table
+shows its size, its speed, and the difference of the weights ``1 - P`` of the tokens from those in float32.
 """
 
 import sys

@@ -1,10 +1,10 @@
-"""Reading with decoding against plain PyTorch: ``python -m benchmarks.reading [images=2048] [workers=2] …``.
+"""Compare reading and decoding with plain PyTorch: ``python -m benchmarks.reading [images=2048] [workers=2] …``.
 
 Two loaders take turns on the same synthetic photographs of about 100 kB: ours, from MDS shards, and a plain PyTorch
 ``Dataset`` with Pillow, from one file for each image. Both shuffle, decode, tokenize the caption, resize to the same
-size and collate to the same batches, with as many worker processes; only where the bytes come from differs. Workers
-start before the clock does, and a warm page cache serves all reading. The processor time of the program and its workers
-stands beside the speed: other programs on the machine disturb it less.
+size and collate to the same batches, with the same number of workers; only the source of the bytes differs. Workers
+start before the clock, and a warm page cache serves all reads. The output has the processor time of the program and its
+workers beside the speed, as other programs on the machine affect it less.
 """
 
 import json
@@ -37,17 +37,18 @@ DEFAULTS = {"images": 2048, "rounds": 15, "workers": 2, "batch": 64, "side": 224
 
 
 class Prepare:
-    """A decoded image as the patches of a model."""
+    """Turn a decoded image into the patches of a model."""
 
     def __init__(self, side: int):
         self.side = side
 
     def __call__(self, image: Image.Image) -> ImageInputs:
+        """Return the patches of an image."""
         return patch_inputs(image, 16, self.side)
 
 
 class PlainDataset(Dataset[Mapping[str, Any]]):
-    """What one would write in PyTorch: a list of files and captions, Pillow, and the same items."""
+    """A plain PyTorch data set: a list of files and captions, Pillow, and the same items."""
 
     def __init__(self, source: Path, data: StreamingCaptionDataset):
         lines = (source / "captions.jsonl").read_text().splitlines()
@@ -75,13 +76,13 @@ class PlainDataset(Dataset[Mapping[str, Any]]):
 
 
 def processor_seconds() -> float:
-    """Of this process and its workers, until now."""
+    """Return the processor time so far of this process and its workers."""
     here = psutil.Process()
     return sum(sum(process.cpu_times()[:2]) for process in (here, *here.children(recursive=True)))
 
 
 def epochs(loader: Any) -> Iterator[tuple[float, float, int]]:
-    """Seconds, processor seconds and samples of one epoch after another; the first of them starts the workers."""
+    """Yield seconds, processor seconds and samples of each epoch; the first epoch starts the workers."""
     while True:
         start, used = time.perf_counter(), processor_seconds()
         samples = sum(len(batch["sample_id"]) for batch in loader)
@@ -89,7 +90,7 @@ def epochs(loader: Any) -> Iterator[tuple[float, float, int]]:
 
 
 def measure(given: Any, folder: Path) -> dict[str, Any]:
-    """Images per second of both loaders, in turns."""
+    """Measure images per second of both loaders in turn."""
     source = folder / "source"
     source.mkdir()
     size = make_source(source, given.images)
@@ -135,7 +136,7 @@ def measure(given: Any, folder: Path) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    """Measures, and prints the medians, the ratio and the machine as one JSON object."""
+    """Measure, and print the medians, the ratio and the machine as one JSON object."""
     given = OmegaConf.merge(DEFAULTS, OmegaConf.from_dotlist(arguments))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:

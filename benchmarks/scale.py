@@ -1,11 +1,10 @@
-"""What grows with the data: ``python -m benchmarks.scale [largest=6] [shards=5] [out=scale.json]``.
+"""Costs that grow with the data: ``python -m benchmarks.scale [largest=6] [shards=5] [out=scale.json]``.
 
-Three tables. In the first, data sets of 10^3 … 10^``largest`` samples with tiny images are written, opened, put in
-order for an epoch and read. In the second, there is an index alone, of 10^2 … 10^``shards`` shards with 1,000 samples
-each: opening and ordering need no more. Each line is measured in a process of its own, so that its memory is its own.
-From the second table follow the costs of one shard and of one sample, and with them those of a billion. The third
-counts, for caches of several sizes, how often a shard is downloaded in an epoch: a cache that evicts the shard read
-least recently, under the order that streaming makes.
+The command prints three tables. The first writes, opens, orders and reads data sets of 10^3 … 10^``largest`` samples
+with tiny images. The second opens and orders an index without shards, of 10^2 … 10^``shards`` shards with 1,000 samples
+each. Each line is measured in a new process. The second table gives the costs of one shard and of one sample, and thus
+those of a billion. The third counts the downloads of a shard in an epoch for caches of several sizes that evict the
+least recently read shard, under streaming's order.
 """
 
 import json
@@ -34,26 +33,26 @@ BILLION = 1_000_000_000
 
 
 def timed(job: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that a job takes, and its result."""
+    """Run a job, and return its seconds and its result."""
     start = time.perf_counter()
     result = job()
     return time.perf_counter() - start, result
 
 
 def peak_mb() -> float:
-    """The largest memory that this process has had."""
+    """Return the peak memory of this process in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def order(data: CheckedDataset) -> Any:
-    """The order of an epoch, as streaming makes it once for each node."""
+    """Compute the order of an epoch, as streaming does once for each node."""
     world = data._parallel_rank_world
     data._resume(world, 0)
     return generate_work(data.batching_method, data, world, 0, 0)
 
 
 def open_data(folder: Path) -> CheckedDataset:
-    """A shuffled data set."""
+    """Open a shuffled data set."""
     return CheckedDataset(local=str(folder), batch_size=64, shuffle=True)
 
 
@@ -87,7 +86,7 @@ def written(samples: int, image_bytes: int) -> dict[str, float]:
 
 
 def write_index(folder: Path, shards: int) -> Path:
-    """An index of shards that are not there."""
+    """Write an index of missing shards."""
     writer = ShardWriter(folder, "shard", COLUMNS, 1 << 26)
     writer.write({"image": b"", "caption": ""})
     writer.finish()
@@ -100,7 +99,7 @@ def write_index(folder: Path, shards: int) -> Path:
 
 
 def simulated(shards: int) -> dict[str, float]:
-    """Open and order a data set of which there is nothing but the index."""
+    """Open and order a data set that has only an index."""
     with tempfile.TemporaryDirectory() as folder:
         index = write_index(Path(folder), shards)
         before = peak_mb()
@@ -121,7 +120,7 @@ def simulated(shards: int) -> dict[str, float]:
 
 
 def downloads(samples: int, block: int) -> list[dict[str, float]]:
-    """How often each shard is downloaded in an epoch, by the size of the cache in blocks of the shuffle."""
+    """Count the downloads of each shard in an epoch, by the size of the cache in blocks of the shuffle."""
     with tempfile.TemporaryDirectory() as folder:
         write_index(Path(folder), samples // SAMPLES_PER_SHARD)
         data = CheckedDataset(local=folder, batch_size=64, shuffle=True, shuffle_block_size=block)
@@ -145,13 +144,13 @@ def downloads(samples: int, block: int) -> list[dict[str, float]]:
 
 
 def alone(job: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a job in a process of its own."""
+    """Run a job in a new process."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(job, arguments)
 
 
 def table(rows: list[dict[str, float]]) -> Iterator[str]:
-    """Lines of a table in Markdown."""
+    """Yield the lines of a Markdown table."""
     yield "| " + " | ".join(rows[0]) + " |"
     yield "| " + " | ".join("---:" for _ in rows[0]) + " |"
     for row in rows:
@@ -159,14 +158,14 @@ def table(rows: list[dict[str, float]]) -> Iterator[str]:
 
 
 def shown(value: float) -> str:
-    """A number with three digits that matter."""
+    """Format a number with three significant digits."""
     if value != value:
         return "not measured"
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
 def costs(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Of one shard and of one sample, from the largest lines, where what is constant matters least."""
+    """Return the costs of one shard and of one sample, from the largest lines, where constants matter least."""
     opened, ordered = rows[-1], [row for row in rows if row["order_s"] == row["order_s"]][-1]
     return {
         "index_B_per_shard": 1e3 * opened["index_kB"] / opened["shards"],
@@ -178,7 +177,7 @@ def costs(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def billion(cost: dict[str, float], caption_tokens: int) -> list[dict[str, float]]:
-    """What a billion samples of 100 kB cost, by the size of the shards."""
+    """Return the costs of a billion samples of 100 kB, by the size of the shards."""
     rows = []
     for shard_mb in (64, 256, 1024):
         shards = BILLION * 100e3 / (shard_mb * 2**20)
@@ -198,7 +197,7 @@ def billion(cost: dict[str, float], caption_tokens: int) -> list[dict[str, float
 
 
 def main(arguments: list[str]) -> None:
-    """Measures, and prints the tables."""
+    """Measure, and print the tables."""
     given = OmegaConf.merge(DEFAULTS, OmegaConf.from_dotlist(arguments))
     real = [alone(written, 10**power, given.image_bytes) for power in range(3, given.largest + 1)]
     index_only = [alone(simulated, 10**power) for power in range(2, given.shards + 1)]

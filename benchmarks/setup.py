@@ -1,4 +1,4 @@
-"""The models, with the same weights in Hugging Face's form, and the batches of the benchmarks."""
+"""Models, the same models in transformers, and batches for the benchmarks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +36,7 @@ LEARNING_RATE, CLIPPING = 3e-4, 1.0
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Special tokens alone: the captions of the benchmarks are ids."""
+    """Build a tokenizer of special tokens only; the captions of the benchmarks are ids."""
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
     vocabulary = {token: i for i, token in enumerate(special.values())}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "<unk>")), **special)
@@ -45,7 +45,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_lm(vocabulary: int = VOCABULARY, layers: int = LAYERS) -> PreTrainedModel:
-    """A Llama whose embeddings are tied, as in the models that have this vocabulary (SmolLM)."""
+    """Build a Llama with tied embeddings, as in models of this vocabulary (SmolLM)."""
     config = AutoConfig.for_model(
         "llama",
         vocab_size=vocabulary,
@@ -63,7 +63,7 @@ def build_lm(vocabulary: int = VOCABULARY, layers: int = LAYERS) -> PreTrainedMo
 
 
 def build_ours(vocabulary: int = VOCABULARY) -> ComposerLVLM:
-    """Tower of 64 tokens, projector of two layers, language model."""
+    """Build an LVLM: tower of 64 tokens, projector of two layers, language model."""
     torch.manual_seed(17)
     tower = OpenCLIPTower("prior-vit-tiny", layer=-1)
     lm = build_lm(vocabulary)
@@ -71,7 +71,7 @@ def build_ours(vocabulary: int = VOCABULARY) -> ComposerLVLM:
 
 
 def build_llava(ours: ComposerLVLM) -> LlavaForConditionalGeneration:
-    """The same model, with the same weights, as transformers has it."""
+    """Build the same model with the same weights as a LLaVA of transformers."""
     lvlm: Any = ours.model
     encoder = lvlm.vision.encoder
     blocks = encoder.transformer.resblocks
@@ -107,7 +107,7 @@ def build_llava(ours: ComposerLVLM) -> LlavaForConditionalGeneration:
 
 
 def _clip_weights(ours: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """An OpenCLIP ViT's weights under the names of transformers."""
+    """Rename the weights of an OpenCLIP ViT for transformers."""
     theirs = {
         "embeddings.class_embedding": ours["class_embedding"],
         "embeddings.patch_embedding.weight": ours["conv1.weight"],
@@ -126,7 +126,7 @@ def _clip_weights(ours: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
 
 
 def caption_lengths(count: int, mean_of_log: float, sigma: float, longest: int, seed: int = 17) -> Tensor:
-    """Log-normal lengths in tokens, ``[count]`` int64, at least 3."""
+    """Draw log-normal lengths in tokens, ``[count]`` int64, at least 3."""
     generator = torch.Generator().manual_seed(seed)
     lengths = (torch.randn(count, generator=generator) * sigma + mean_of_log).exp()
     return lengths.round().long().clamp(3, longest)
@@ -135,7 +135,7 @@ def caption_lengths(count: int, mean_of_log: float, sigma: float, longest: int, 
 def training_batches(
     count: int, batch_size: int = BATCH, median: float = MEDIAN_CAPTION, vocabulary: int = VOCABULARY
 ) -> list[dict[str, Tensor]]:
-    """Batches of images and captions of log-normal length, with stored scores of the reference."""
+    """Make batches of images and captions of log-normal length, with reference log-probabilities."""
     image_token_id, _ = image_token_ids(build_tokenizer())
     lengths = caption_lengths(count * batch_size, float(torch.tensor(median).log()), 0.5, 200)
     generator = torch.Generator().manual_seed(18)
@@ -160,7 +160,7 @@ def training_batches(
 def our_trainer(
     model: ComposerLVLM, batches: Sequence[dict[str, Tensor]], stamps: Stamps, algorithms: Sequence[Algorithm] = ()
 ) -> Any:
-    """``step(n)``: n steps of Composer's Trainer, whose moments and losses go to ``stamps``."""
+    """Return ``step(n)``, which runs n steps of Composer's Trainer and records them in ``stamps``."""
     trainer = Trainer(
         model=model,
         train_dataloader=DataSpec(
@@ -185,8 +185,7 @@ def our_trainer(
 def hugging_face_trainer(
     model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], stamps: Stamps, folder: str, optimizer: str
 ) -> Any:
-    """``step(n)``: n steps of transformers' Trainer with its usual settings."""
-
+    """Return ``step(n)``, which runs n steps of transformers' Trainer with its usual settings."""
     keys = ("input_ids", "attention_mask", "labels", "pixel_values")
     data = _Batches([{key: batch[key] for key in keys} for batch in batches], stamps)
 
@@ -232,12 +231,12 @@ def hugging_face_trainer(
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
-    """One pass over the weights for each step."""
+    """Build AdamW with one pass over the weights per step."""
     return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
 
 class _Batches(torch.utils.data.IterableDataset):
-    """The batches over and over. The losses so far say which is next: Composer reads past what it knows."""
+    """Cycle over the batches; the number of losses so far selects the next, as Composer reads ahead."""
 
     def __init__(self, batches: Sequence[dict[str, Tensor]], stamps: Stamps):
         self.batches = batches

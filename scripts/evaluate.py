@@ -1,7 +1,7 @@
-"""Judge a model: ``python scripts/evaluate.py MODEL benchmark=NAME [limit=1000] [out=evaluation] …``.
+"""Evaluate a model: ``python scripts/evaluate.py MODEL benchmark=NAME [limit=1000] [out=evaluation] …``.
 
-MODEL is a run folder, a model folder, a checkpoint, or any image-text-to-text model of transformers. Without a
-``benchmark=`` the names are listed.
+MODEL is a run folder, a model folder, a checkpoint, or any image-text-to-text model of transformers. Without
+``benchmark=`` the command lists the names.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""Write a model in the form of another library: ``python scripts/export.py MODEL OUT [format=llava] [dtype=…] …``.
+"""Export a model to the format of another library: ``python scripts/export.py MODEL OUT [format=llava] [dtype=…] …``.
 
 MODEL is a run folder, a model folder or a checkpoint. ``format=llava`` makes a folder that transformers loads as
-``LlavaForConditionalGeneration``, with no code of ours.
+``LlavaForConditionalGeneration``, without code of this package.
 """
 
 import sys

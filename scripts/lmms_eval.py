@@ -1,17 +1,17 @@
-"""Evaluate a trained model with lmms-eval: what it needs, in two steps.
+"""Evaluate a trained model with lmms-eval in two steps.
 
     python scripts/lmms_eval.py install [env=.venv_lmms_eval]
     python scripts/lmms_eval.py task DATA OUT [name=captions] [max_new_tokens=64]
 
-``install`` makes a virtual environment of lmms-eval's own, for what it needs and what Composer needs exclude each
-other. With it, ``--model composer_prior`` is a model of lmms-eval:
+``install`` makes a separate virtual environment, as the dependencies of lmms-eval and Composer conflict. With it,
+``--model composer_prior`` is a model of lmms-eval:
 
     .venv_lmms_eval/bin/lmms-eval --model composer_prior --model_args pretrained=runs/prior_vit \
         --tasks ... --batch_size 16
 
-``task`` makes a task of your own captions: DATA is a Parquet file with the columns ``image`` (encoded) and ``caption``,
-or an MDS folder. Its scores, ``exact_match`` and ``word_f1``, need no download. Add ``--include_path OUT --tasks
-captions``, and HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 to the environment where there is no hub.
+``task`` makes a task of your captions: DATA is a Parquet file with the columns ``image`` (encoded) and ``caption``, or
+an MDS folder. Its metrics, ``exact_match`` and ``word_f1``, need no download. Add ``--include_path OUT --tasks
+captions``; without a hub, set HF_HUB_OFFLINE=1 and HF_DATASETS_OFFLINE=1.
 """
 
 import json
@@ -26,7 +26,7 @@ from composer_prior.options import options_of, parse_options
 
 ROOT = Path(__file__).parents[1]
 LMMS_EVAL = ["lmms-eval==0.7.3", "decord2==3.4.0"]
-# What makes a caption comes in the versions of constraints.txt, so that captions are those of `composer-prior caption`.
+# Packages that affect captions, in the versions of constraints.txt: captions equal those of `composer-prior caption`.
 SHARED = (
     "filelock",
     "huggingface-hub",
@@ -68,10 +68,10 @@ metadata:
 
 
 def install(*, env: str = ".venv_lmms_eval") -> None:
-    """Make the virtual environment, or bring it up to date.
+    """Create or update the virtual environment.
 
     Args:
-        env: its folder.
+        env: folder of the environment.
     """
     uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")
     if uv is None:
@@ -90,9 +90,9 @@ def make_task(data: str, out: str, *, name: str = "captions", max_new_tokens: in
     """Write a task of image-caption pairs.
 
     Args:
-        data: a Parquet file, or an MDS folder, which is written as one.
-        out: the folder of the task, for ``--include_path``.
-        name: of the task.
+        data: Parquet file, or MDS folder, which is converted to one.
+        out: folder of the task, for ``--include_path``.
+        name: name of the task.
         max_new_tokens: longest caption in tokens.
     """
     folder, file = Path(out), Path(data)
@@ -111,7 +111,7 @@ def make_task(data: str, out: str, *, name: str = "captions", max_new_tokens: in
 
 
 def write_as_parquet(data: Path, file: Path) -> Path:
-    """The samples of an MDS folder as a Parquet file."""
+    """Write the samples of an MDS folder to a Parquet file."""
     import pyarrow  # here: an optional package
     from pyarrow import parquet
     from streaming import StreamingDataset
@@ -128,14 +128,14 @@ def write_as_parquet(data: Path, file: Path) -> Path:
 def _run(*command: str) -> None:
     done = subprocess.run(command, check=False)
     if done.returncode:
-        sys.exit(f"error: {' '.join(command[:3])} failed, as it has said above.")
+        sys.exit(f"error: {' '.join(command[:3])} failed; see its output above.")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command line.
 
     Args:
-        arguments: its words.
+        arguments: words of the command line.
 
     Returns:
         The exit status.

@@ -1,7 +1,7 @@
-"""A local S3 server to try buckets with: ``python scripts/local_s3.py [bucket=captions] [port=0]``.
+"""Run a local S3 server to test buckets: ``python scripts/local_s3.py [bucket=captions] [port=0]``.
 
-It listens on the loopback interface only, keeps everything in memory, prints the environment that points streaming at
-it, and ends with Ctrl-C or when the process that started it has ended.
+It listens on the loopback interface only, keeps all data in memory, prints the environment variables for streaming, and
+ends with Ctrl-C or with the process that started it.
 """
 
 import os
@@ -16,7 +16,7 @@ HOST = "127.0.0.1"
 
 
 def main(arguments: list[str]) -> None:
-    """Serve until told to stop.
+    """Serve until a signal arrives.
 
     Args:
         arguments: ``bucket=`` names a bucket to create, ``port=`` a port; 0 takes a free one.
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     client.create_bucket(Bucket=options.bucket)
     for name, value in environment.items():
         print(f"export {name}={value}")
-    print(f"# s3://{options.bucket} is ready; Ctrl-C ends it, and all that it holds is gone.", flush=True)
+    print(f"# s3://{options.bucket} is ready; Ctrl-C ends the server and deletes its data.", flush=True)
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

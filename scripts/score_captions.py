@@ -1,7 +1,7 @@
-"""Score captions with the reference, once: ``[composer] scripts/score_captions.py RECIPE.yaml [out=…] [key=value …]``.
+"""Score captions with the reference: ``[composer] scripts/score_captions.py RECIPE.yaml [out=…] [key=value …]``.
 
-RECIPE is that of a training run; its data, tokenizer and reference are made first if they are missing. Without one,
-give ``out=… reference=… tokenizer.name=… dataset.local=…``. Killed and started again, it goes on where it was.
+RECIPE is the recipe of a training run; missing data, tokenizer and reference are created first. Without a recipe, give
+``out=… reference=… tokenizer.name=… dataset.local=…``. The same command resumes an interrupted job.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Run a study: ``python scripts/study.py STUDY.yaml [out=studies/…] [processes=2] [option=value …] [key=value …]``.
 
-STUDY names recipes, the axes along which their runs differ and the figures that are compared. Finished runs are not
-repeated; killed and started again, it goes on where it was.
+STUDY names recipes, the axes along which their runs differ, and the figures to compare. The same command resumes an
+interrupted study and does not repeat finished runs.
 """
 
 import sys

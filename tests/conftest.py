@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the CPU path is the oracle; GPU checks are scripts
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # only tests marked `gpu` need one: see CONTRIBUTING
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub; asked without a network it costs half a minute
 
@@ -62,6 +62,11 @@ LONG = [
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # xdist would begin with the files of the most tests, which are short ones
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU: set CUDA_VISIBLE_DEVICES=0 where there is one")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

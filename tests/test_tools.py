@@ -1,6 +1,8 @@
 """The tools of maintainers, as far as they run here."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ def check_cuda(monkeypatch):
 def test_the_cpu_agrees_with_itself_and_that_is_all_that_is_said(check_cuda, capsys):
     assert check_cuda.main(["device=cpu"]) == 0
     first, *rows, last = capsys.readouterr().out.splitlines()
-    assert "this says nothing about a GPU" in first
+    assert "this does not test a GPU" in first
     assert last == "All agree."
     assert sum(row.startswith("agrees") for row in rows) == len(rows) - 1 == 26
     assert [row for row in rows if not row.startswith("agrees")] == [
@@ -50,7 +52,14 @@ def test_the_recipe_takes_the_overrides(check_cuda):
     assert recipe.algorithms["prior"]["reference"] == "runs/reference_in_float32/model"
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_the_gpu_agrees_with_the_cpu():
+    done = subprocess.run([sys.executable, ROOT / "tools/check_cuda.py"], capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(check_cuda, capsys):
     assert check_cuda.main([]) == 1
-    assert capsys.readouterr().out.startswith("There is no GPU here; device=cpu tries the check itself")
+    assert capsys.readouterr().out.startswith("No GPU is available; device=cpu tests the check itself")

@@ -1,8 +1,8 @@
-"""Does a GPU compute what the CPU does? ``python tools/check_cuda.py``, or ``device=cpu`` to try the check itself.
+"""Compare a GPU with the CPU: ``python tools/check_cuda.py``, or ``device=cpu`` to test the check itself.
 
-Small models of random weights, and the recipe at real scale made small by overrides, on the embedded captions: nothing
-is downloaded. A table says what was compared, by how much it differs and by how much it may; the exit status is 1 if
-anything differs by more. Needs the project's extras ``emoji`` and, for the kernel of the head, ``cuda``.
+The check runs small models of random weights, and the recipe at real scale with small overrides, on the embedded
+captions, without downloads. It prints a table of differences and tolerances; the exit status is 1 if a difference
+exceeds its tolerance. It needs the extras ``emoji`` and, for the kernel of the head, ``cuda``.
 """
 
 import json
@@ -41,14 +41,14 @@ from common.recipes import LOADERS, SMALL_REAL_SCALE  # noqa: E402
 RECIPE = ROOT / "yamls/prior_vit_l_14_336.yaml"
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}
 SAMPLES, STEPS = 12, 4
-# Differences relative to the norm of what is expected: float32 in another order, and bf16's eight bits.
+# Differences relative to the norm of the expected value: float32 in another order, and bf16's eight bits.
 FLOAT32, BFLOAT16 = 1e-4, 3e-2
-# Losses of a run, whose steps carry on what differs; of one in bf16 only the first is held against one in float32.
+# Differences of losses, which accumulate over the steps of a run; in bf16 only the first loss is compared.
 RUN_FLOAT32, RUN_BFLOAT16 = 1e-3, 5e-2
 
 
 class Row(NamedTuple):
-    """One comparison; ``difference`` of None was not made, for the reason in ``what``."""
+    """One comparison; ``difference`` is None if it did not run, for the reason in ``what``."""
 
     what: str
     difference: float | None
@@ -56,20 +56,21 @@ class Row(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        return self.difference is None or self.difference <= self.tolerance  # not a number does not
+        """True if the difference is within the tolerance; False for NaN."""
+        return self.difference is None or self.difference <= self.tolerance
 
 
 def main(arguments: list[str]) -> int:
-    """Compare, print; 1 where anything differs, or there is no such device."""
+    """Compare and print; return 1 if a row differs or the device is missing."""
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if len(given) != len(arguments) or not {*given} <= {"device"}:
         print("Usage: python tools/check_cuda.py [device=cuda|cpu]")
         return 1
     device = torch.device(given.get("device", "cuda"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        print("There is no GPU here; device=cpu tries the check itself, and says nothing about one.")
+        print("No GPU is available; device=cpu tests the check itself, not a GPU.")
         return 1
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU: this says nothing about a GPU"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU: this does not test a GPU"
     print(f"torch {torch.__version__}, {name}, against the CPU")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     tokenizer = train_tokenizer((make_sample("train", i)["caption"] for i in range(100)), 400)
@@ -83,19 +84,20 @@ def main(arguments: list[str]) -> int:
 
 
 def line(row: Row) -> str:
+    """Format a row of the table."""
     if row.difference is None:
         return f"not run  {row.what}"
     return f"{'agrees ' if row.agrees else 'DIFFERS'}  {row.difference:8.1e} of {row.tolerance:.0e}  {row.what}"
 
 
 def difference(ours: Tensor, expected: Tensor) -> float:
-    """The norm of what differs relative to that of what is expected."""
+    """Return the norm of the difference relative to the norm of the expected value."""
     ours, expected = ours.detach().cpu().double(), expected.detach().cpu().double()
     return float((ours - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 def weights(tokenizer: PreTrainedTokenizerFast, device: torch.device) -> Iterator[Row]:
-    """The reference's log-probabilities, and PRIOR's weights of them."""
+    """Compare reference log-probabilities, and PRIOR's weights computed from them."""
     model = small_model("encoder", tokenizer)
     batch = make_batch(model, tokenizer)
     expected = reference_logprobs(model, tokenizer, batch)
@@ -110,7 +112,7 @@ def weights(tokenizer: PreTrainedTokenizerFast, device: torch.device) -> Iterato
 
 
 def heads(device: torch.device) -> Iterator[Row]:
-    """Losses and gradients of the head in blocks, and of cut-cross-entropy, against float64 on the CPU."""
+    """Compare losses and gradients of the head, in blocks and by cut-cross-entropy, with float64 on the CPU."""
     torch.manual_seed(0)
     tokens, width, vocabulary = 128, 64, 8000
     hidden, matrix = torch.randn(tokens, width), torch.randn(vocabulary, width) * width**-0.5
@@ -122,7 +124,7 @@ def heads(device: torch.device) -> Iterator[Row]:
         with (
             patch.object(head_module, "linear_cross_entropy", None),
             patch.dict(head_module.BLOCK_ELEMENTS, {device.type: 2**17}),  # several blocks,
-            patch.dict(head_module.KEPT_ELEMENTS, {device.type: 2**18}),  # of which some are computed again
+            patch.dict(head_module.KEPT_ELEMENTS, {device.type: 2**18}),  # some of them recomputed
         ):
             found = nll_and_gradients(*(x.to(device) for x in rounded), targets.to(device), by_head)
         yield from compared(f"head in blocks, {str(dtype)[6:]}", found, expected, tolerance)
@@ -137,6 +139,7 @@ def heads(device: torch.device) -> Iterator[Row]:
 def nll_and_gradients(
     hidden: Tensor, matrix: Tensor, targets: Tensor, nll: Callable[[Tensor, nn.Linear, Tensor], Tensor]
 ) -> dict[str, Tensor]:
+    """Return the losses of tokens and the gradients of a weighted mean of them."""
     hidden = hidden.clone().requires_grad_()
     head = nn.Linear(*matrix.T.shape, bias=False, device=matrix.device, dtype=matrix.dtype)
     head.weight.data = matrix.clone()
@@ -147,20 +150,23 @@ def nll_and_gradients(
 
 
 def by_head(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+    """Return losses computed by the head of the package."""
     return linear_nll(hidden, head, targets)[0]
 
 
 def dense(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+    """Return losses computed from all logits."""
     return nn.functional.cross_entropy(head(hidden), targets, reduction="none")
 
 
 def compared(what: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float) -> Iterator[Row]:
+    """Yield a row for each expected value."""
     for name, value in expected.items():
         yield Row(f"{what}: {name}", difference(found[name], value), tolerance)
 
 
 def models(tokenizer: PreTrainedTokenizerFast, device: torch.device) -> Iterator[Row]:
-    """Both families, padded and packed: losses of tokens, and gradients of PRIOR's loss."""
+    """Compare token losses and gradients of PRIOR's loss for both families, padded and packed."""
     for family in FAMILIES:
         model = small_model(family, tokenizer)
         batch = make_batch(model, tokenizer)
@@ -177,6 +183,7 @@ def models(tokenizer: PreTrainedTokenizerFast, device: torch.device) -> Iterator
 
 
 def losses_and_gradients(model: ComposerLVLM, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the losses of tokens and the gradients of PRIOR's loss."""
     outputs = model(batch)
     model.loss(outputs, batch).backward()
     gradients = [p.grad.flatten().float().cpu() for p in model.parameters() if p.grad is not None]
@@ -184,7 +191,7 @@ def losses_and_gradients(model: ComposerLVLM, batch: dict[str, Tensor]) -> dict[
 
 
 def runs(tokenizer: PreTrainedTokenizerFast, device: torch.device) -> Iterator[Row]:
-    """The recipe at real scale as it ships, made small by overrides alone, on one rank."""
+    """Compare runs of the recipe at real scale, made small by overrides, on one rank."""
     with tempfile.TemporaryDirectory(prefix="check_cuda_") as folder:
         make_emoji_scenes(
             folder + "/data", train_samples=16 * STEPS, validation_samples=8, canvas=48, num_workers=0, progress=False
@@ -203,7 +210,7 @@ def runs(tokenizer: PreTrainedTokenizerFast, device: torch.device) -> Iterator[R
 
 
 def train(folder: str, name: str, device: torch.device, precision: str) -> list[float]:
-    """The losses of a run of its own, with a reference and scores of its own."""
+    """Run the recipe with a new reference and new scores, and return its losses."""
     hidden = {} if device.type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "composer_prior", "train", str(RECIPE), *overrides(name, precision)]
     done = subprocess.run(command, cwd=folder, env={**os.environ, **hidden}, capture_output=True, text=True)
@@ -214,7 +221,7 @@ def train(folder: str, name: str, device: torch.device, precision: str) -> list[
 
 
 def overrides(name: str, precision: str) -> list[str]:
-    """What makes the recipe small, in a folder with the data and the language model."""
+    """Return overrides that make the recipe small, in a folder with data and language model."""
     data = {"train": "data/train", "eval": "data/validation"}
     return [
         *SMALL_REAL_SCALE,
@@ -233,7 +240,7 @@ def overrides(name: str, precision: str) -> list[str]:
 
 
 def make_batch(model: ComposerLVLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:
-    """Captions of very different lengths, one of a single label."""
+    """Make a batch of captions of very different lengths, some of a single label."""
     samples = []
     for index in range(SAMPLES):
         sample = make_sample("train", index, canvas=48)
@@ -252,11 +259,12 @@ def make_batch(model: ComposerLVLM, tokenizer: PreTrainedTokenizerFast) -> dict[
 
 
 def to(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Move a batch to a device."""
     return {key: value.to(device) for key, value in batch.items()}
 
 
 def reference_logprobs(model: ComposerLVLM, tokenizer: PreTrainedTokenizerFast, batch: Mapping[str, Tensor]) -> Tensor:
-    """By a reference that is sure of some tokens, so that weights are far from equal, where the batch is."""
+    """Score a batch with a reference of sharp predictions, so that weights are far from equal."""
     lm = small_lm(tokenizer, seed=1, **SIZES).to(batch["labels"].device)
     with torch.no_grad():
         lm.lm_head.weight.mul_(5)
@@ -265,7 +273,7 @@ def reference_logprobs(model: ComposerLVLM, tokenizer: PreTrainedTokenizerFast, 
 
 
 def small_model(family: str, tokenizer: PreTrainedTokenizerFast, pack: bool = False) -> ComposerLVLM:
-    """A model of either family; the same weights each time."""
+    """Build a model of either family with the same weights each time."""
     lm = small_lm(tokenizer, **SIZES)
     width = lm.config.hidden_size
     if family == "encoder":

@@ -1,8 +1,7 @@
-"""Are lmms-eval's captions those of the command? ``python tools/check_lmms_eval.py out=FOLDER [env=FOLDER]``.
+"""Compare captions of lmms-eval and of the command: ``python tools/check_lmms_eval.py out=FOLDER [env=FOLDER]``.
 
-A small model is trained; ``composer-prior caption`` and lmms-eval caption the same 64 images, and each caption has to
-be the same, to the letter. lmms-eval's environment is made first (``scripts/lmms_eval.py install``); nothing else is
-downloaded.
+The check trains a small model, captions 64 images with ``composer-prior caption`` and with lmms-eval, and requires
+equal strings. It first creates lmms-eval's environment (``scripts/lmms_eval.py install``), its only download.
 """
 
 import json
@@ -30,7 +29,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
 def main(arguments: list[str]) -> int:
-    """Train, caption twice, compare, print; 1 where captions differ."""
+    """Train, caption twice, compare and print; return 1 if captions differ."""
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if not {"out"} <= set(given) <= {"out", "env"} or len(given) != len(arguments):
         print("Usage: python tools/check_lmms_eval.py out=FOLDER [env=FOLDER]")
@@ -55,12 +54,12 @@ def main(arguments: list[str]) -> int:
 
 
 def ours(name: str) -> tuple[Any, ...]:
-    """The words that start a job of ``composer-prior``."""
+    """Return the words that start a command of ``composer-prior``."""
     return sys.executable, "-m", "composer_prior", name
 
 
 def job(name: str, folder: Path, *command: Any) -> None:
-    """Run a program in a folder without a hub, and say how long it took; what it prints goes to a file there."""
+    """Run a program in a folder without a hub, with its output in a file there, and print its time."""
     start = time.monotonic()
     file = folder / f"{name.replace(' ', '_')}.log"
     with open(file, "w") as output:
@@ -74,7 +73,7 @@ def job(name: str, folder: Path, *command: Any) -> None:
 
 
 def write_images(parquet: Path, folder: Path) -> None:
-    """The images of a Parquet file as files, named by their rows."""
+    """Write the images of a Parquet file to files named by their rows."""
     import pyarrow.parquet
 
     folder.mkdir(exist_ok=True)
@@ -83,12 +82,12 @@ def write_images(parquet: Path, folder: Path) -> None:
 
 
 def compare(captions: Path, log: Path) -> int:
-    """Print how many captions are the same; 1 unless all are."""
+    """Print the number of equal captions; return 1 unless all are equal."""
     lines = [json.loads(line) for line in captions.read_text().splitlines()]
     command = {int(Path(line["image"]).stem): line["caption"] for line in lines}
     (samples,) = log.rglob("*samples_captions.jsonl")
     found = [json.loads(line) for line in samples.read_text().splitlines()]
-    # lmms-eval takes spaces from the ends of a response before it scores it, and then logs it as it was beside that.
+    # lmms-eval strips a response before it scores it, and also logs the original.
     plugin = {line["doc_id"]: answer(line.get("resps", line["filtered_resps"])) for line in found}
     same = sum(command[number] == plugin.get(number) for number in command)
     for number in [number for number in command if command[number] != plugin.get(number)][:5]:
@@ -96,12 +95,12 @@ def compare(captions: Path, log: Path) -> int:
     (results,) = log.rglob("*results.json")
     print(json.loads(results.read_text())["results"])
     different = len(set(command.values()))
-    print(f"{same} of {len(command)} captions are the same; there are {different} different ones.")
+    print(f"{same} of {len(command)} captions are equal; {different} are distinct.")
     return int(not (same == len(command) == len(plugin) == IMAGES and different > IMAGES // 4))
 
 
 def answer(responses: Any) -> str:
-    """A document's one response, which lmms-eval logs in a list or without."""
+    """Return the one response of a document, which lmms-eval logs with or without a list."""
     return responses if isinstance(responses, str) else answer(*responses)
 
 

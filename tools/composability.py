@@ -1,11 +1,11 @@
-"""Does a method stack with every algorithm of Composer? Run each with it, and write the table into the method's card.
+"""Run a method with every algorithm of Composer, and write the table into its method card.
 
-    python tools/composability.py prior            # prints the table and writes it into the card; or rho1, cal ...
-    python tools/composability.py prior --check    # only compares it with the card's
+    python tools/composability.py prior            # print the table and write it into the card; or rho1, cal ...
+    python tools/composability.py prior --check    # compare the table with the card
 
 Each algorithm trains a few steps before and after the method in the list, on a small model of both families. "works":
-in every microbatch the loss is the formula's, computed here in float64 from what the other algorithm left of the batch
-and of the model. "refused": nothing ran, and one line said why. Anything else is an error.
+in every microbatch the loss equals the formula, computed here in float64 from the batch and the model that the other
+algorithm leaves. "refused": training did not start, and one line said why. Any other result is an error.
 """
 
 import argparse
@@ -55,7 +55,7 @@ FAMILIES = ("encoder", "patches")
 ORDERS = ("before", "after")
 ALPHA, FLOOR, SHARE, GAMMA, SEED = 1.5, 0.1, 0.6, 2.0, 3
 TOLERANCE = 1e-5
-# Algorithms that do nothing but replace modules once: without a module to replace they change nothing.
+# Algorithms that only replace modules: without such a module they change nothing.
 SURGERY = (
     "BlurPool",
     "ChannelsLast",
@@ -71,7 +71,7 @@ SURGERY = (
 
 @dataclass(frozen=True)
 class Case:
-    """An algorithm as a user would write it, and what else has to be set for it."""
+    """An algorithm as a user would write it, and the model settings that it needs."""
 
     name: str
     build: Callable[[ComposerLVLM], list[Algorithm]] = lambda model: []
@@ -80,7 +80,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Every algorithm of ``composer.algorithms`` at least once, some in several ways."""
+    """List every algorithm of ``composer.algorithms``, some with several settings."""
     a = algorithms
     pixels: Any = {"input_key": "pixel_values", "target_key": "labels"}
     swa: Any = {"swa_start": "0.3dur", "swa_end": "0.9dur", "update_interval": "1ba"}
@@ -128,12 +128,13 @@ def cases() -> list[Case]:
 
 
 def selective_backprop(**keys: Any) -> Algorithm:
+    """Build SelectiveBackprop that drops half of each batch."""
     return algorithms.SelectiveBackprop(start=0.0, end=1.0, keep=0.5, interrupt=0, **keys)
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What a method can know of one caption of ``k`` tokens."""
+    """Inputs of a method for one caption of ``k`` tokens."""
 
     logp: Tensor  # [k] of its tokens under the model
     logits: Tensor  # [k] of its tokens under the model
@@ -146,13 +147,14 @@ class Caption:
 
     @property
     def noise(self) -> Any:
+        """Random numbers of the caption, ``[k]``, determined by seed, step and sample."""
         counter = [0, 0, self.step, self.sample]
         return np.random.Generator(np.random.Philox(key=SEED, counter=counter)).random(len(self.logp))
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method as a user would write it, and the weights of a caption by hand, before normalization."""
+    """A method as a user would write it, and a plain formula of its weights before normalization."""
 
     build: Callable[[ReferenceLM], Algorithm]
     weights: Callable[[Caption], Any]
@@ -160,20 +162,24 @@ class Method:
 
 
 def prior_by_hand(ref_logp: Tensor) -> Tensor:
+    """Compute PRIOR's weights."""
     return FLOOR + (1 - FLOOR) * (1 - ref_logp.exp()) ** ALPHA
 
 
 def permuted_by_hand(caption: Caption) -> list[float]:
+    """Compute PRIOR's weights in a random order."""
     weights = prior_by_hand(caption.ref_logp).tolist()
     return [weights[place] for place in sorted(range(len(weights)), key=lambda i: caption.noise[i])]
 
 
 def drawn_by_hand(caption: Caption) -> list[float]:
+    """Draw weights from those of PRIOR for the batch."""
     pool = sorted(caption.pool)
     return [pool[int(number * len(pool))] for number in caption.noise]
 
 
 def selected_by_hand(caption: Caption) -> list[float]:
+    """Compute Rho-1's selection of tokens."""
     excess = (caption.ref_logp - caption.logp).tolist()
     kept = -(-len(excess) * 6 // 10)  # SHARE, rounded up
     chosen = set(sorted(range(len(excess)), key=lambda i: -excess[i])[:kept])
@@ -181,6 +187,7 @@ def selected_by_hand(caption: Caption) -> list[float]:
 
 
 def contrast_by_hand(caption: Caption) -> list[float]:
+    """Compute CAL's clamped and smoothed contrast of logits."""
     clamped = [min(max(x, 1.0), 5.0) for x in (caption.logits - caption.text_logits).tolist()]
     parts = [clamped[max(0, i - 1) : i + 2] for i in range(len(clamped))]
     return [sum(part) / len(part) for part in parts]
@@ -198,7 +205,7 @@ METHODS = {
 
 
 class Check(Callback):
-    """Compare the loss of every microbatch with the formula's."""
+    """Compute the expected loss of every microbatch."""
 
     def __init__(self, method: Method, reference: ReferenceLM):
         self.method = method
@@ -207,13 +214,16 @@ class Check(Callback):
         self.losses: list[tuple[float, float]] = []  # (Composer's, by hand)
 
     def batch_start(self, state: State, logger: Any) -> None:
+        """Keep the whole batch."""
         self.whole = dict(state.batch)
 
     def before_forward(self, state: State, logger: Any) -> None:
+        """Keep a copy of the microbatch."""
         self.forwards += 1
         self.batch = {key: value.clone() for key, value in state.batch.items()}
 
     def before_backward(self, state: State, logger: Any) -> None:
+        """Record the loss and its expected value."""
         step = int(state.timestamp.batch)
         with torch.no_grad(), get_precision_context(state.precision, state.precision_config):
             texts = [text_logits(self.reference.model, state.model, self.whole, row) for row in rows(self.whole)]
@@ -225,7 +235,7 @@ class Check(Callback):
 def loss_by_hand(
     method: Method, model: Any, reference: ReferenceLM, batch: Mapping[str, Tensor], pool: list[float], step: int
 ) -> float:
-    """The method's loss, from all logits and row by row."""
+    """Compute the loss of a method from all logits, row by row."""
     lvlm = model.model
     embeddings = lvlm.language.get_input_embeddings()(batch["input_ids"])
     embeddings[batch["input_ids"] == lvlm.image_token_id] = lvlm.projector(lvlm.vision(batch)).to(embeddings.dtype)
@@ -258,16 +268,17 @@ def loss_by_hand(
 
 
 def rows(batch: Mapping[str, Tensor]) -> range:
+    """Return the row numbers of a batch."""
     return range(len(batch["labels"]))
 
 
 def chosen(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probabilities of tokens."""
+    """Return the log-probabilities of tokens."""
     return logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
 def text_logits(lm: Any, model: Any, batch: Mapping[str, Tensor], row: int) -> tuple[Tensor, Tensor]:
-    """Logits ``[k, V]`` before the tokens of one caption and these, the text being all that is not the image's."""
+    """Return logits ``[k, V]`` before the tokens of one caption, and the tokens, without the image."""
     is_text = batch["attention_mask"][row].bool()
     for token_id in model.image_token_ids:
         is_text &= batch["input_ids"][row] != token_id
@@ -278,7 +289,7 @@ def text_logits(lm: Any, model: Any, batch: Mapping[str, Tensor], row: int) -> t
 
 @functools.cache
 def prepared() -> tuple[PreTrainedTokenizerFast, StreamingCaptionDataset]:
-    """A tokenizer and a small data set."""
+    """Make a tokenizer and a small data set."""
     tokenizer = train_tokenizer((make_sample("train", i)["caption"] for i in range(100)), 400)
     folder = Path(tempfile.mkdtemp(prefix="composability_"))
     atexit.register(shutil.rmtree, folder)
@@ -289,6 +300,7 @@ def prepared() -> tuple[PreTrainedTokenizerFast, StreamingCaptionDataset]:
 
 
 def small_lm(seed: int) -> LlamaForCausalLM:
+    """Build a small language model of random weights."""
     tokenizer, _ = prepared()
     reproducibility.seed_all(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -298,7 +310,7 @@ def small_lm(seed: int) -> LlamaForCausalLM:
 
 @functools.cache
 def reference_lm() -> LlamaForCausalLM:
-    """A language model that knows some of the captions' tokens, so that their weights are far from equal."""
+    """Train a small language model on the captions, so that weights are far from equal."""
     tokenizer, _ = prepared()
     lm = small_lm(seed=1)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
@@ -312,6 +324,7 @@ def reference_lm() -> LlamaForCausalLM:
 
 
 def small_model(family: str, **settings: Any) -> ComposerLVLM:
+    """Build a small LVLM of a family."""
     tokenizer, _ = prepared()
     lm = small_lm(seed=0)
     if family == "encoder":
@@ -322,10 +335,10 @@ def small_model(family: str, **settings: Any) -> ComposerLVLM:
 
 
 def run(name: str, case: Case, family: str, order: str) -> str:
-    """``works``, ``works, changes nothing``, or ``refused: <reason>``.
+    """Return ``works``, ``works, changes nothing``, or ``refused: <reason>``.
 
     Raises:
-        AssertionError: for a loss that is not the formula's, or a refusal after training began.
+        AssertionError: if a loss differs from the formula, or a refusal comes after training began.
     """
     tokenizer, dataset = prepared()
     method, model = METHODS[name], small_model(family, **(case.model or {}))
@@ -368,12 +381,13 @@ def run(name: str, case: Case, family: str, order: str) -> str:
 
 
 def structure(model: nn.Module) -> list[Any]:
-    """What surgery on modules changes: their types and the memory format of their weights."""
+    """Return the types of modules and the memory format of weights, which surgery changes."""
     types = [type(module).__name__ for module in model.modules()]
     return [types, [p.stride() for p in model.parameters()]]
 
 
 def table_lines(name: str) -> Iterator[str]:
+    """Yield the lines of a method's table."""
     yield "| algorithm | encoder | patches | remark |"
     yield "| --- | --- | --- | --- |"
     for case in cases():
@@ -381,7 +395,7 @@ def table_lines(name: str) -> Iterator[str]:
 
 
 def table_row(case: Case, results: Mapping[str, str]) -> str:
-    """A row of the table, of the results by family."""
+    """Format a row of the table from the results by family."""
     cells = [result.partition(": ")[0] for result in results.values()]
     reasons = dict.fromkeys(result.partition(": ")[2] for result in results.values())
     remarks = [text for text in (case.remark, *reasons) if text]
@@ -389,18 +403,19 @@ def table_row(case: Case, results: Mapping[str, str]) -> str:
 
 
 def outcome(name: str, case: Case, family: str) -> str:
-    """The result of both orders, which must agree."""
+    """Return the result of both orders, which must agree."""
     results = {run(name, case, family, order) for order in ORDERS}
     assert len(results) == 1, f"{case.name} on {family}: the order matters, {results}"
     return results.pop()
 
 
 def card_of(name: str) -> tuple[Path, str]:
-    """A method's card, and the line before its table."""
+    """Return the path of a method card, and the line before its table."""
     return CARDS / name / "README.md", BEGIN.format(name)
 
 
 def main() -> None:
+    """Print the table, and write it into the card or compare it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("--check", action="store_true", help="compare with the card, do not write it")
@@ -416,11 +431,12 @@ def main() -> None:
     text = card.read_text()
     updated = re.sub(f"{re.escape(begin)}.*{re.escape(END)}", lambda _: table, text, flags=re.S)
     if arguments.check and updated != text:
-        raise SystemExit(f"{card} has another table: run python tools/composability.py {arguments.method}")
+        raise SystemExit(f"{card} has a different table: run python tools/composability.py {arguments.method}")
     card.write_text(updated)
 
 
 def quiet() -> None:
+    """Silence warnings and logs."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
 

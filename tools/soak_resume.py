@@ -1,9 +1,9 @@
-"""Kill a run with SIGKILL at random moments until it has finished, and compare its metrics with a run never killed.
+"""Kill a run with SIGKILL at random moments until it finishes, and compare its metrics with an undisturbed run.
 
-``python tools/soak_resume.py [kills=20] [seed=0] [folder=...] [bucket=...]`` runs ``prior_vit.yaml``, shrunken, from
-nothing: data, tokenizer, reference, scores and LVLM, with a checkpoint after each batch. Kills fall at random moments.
-With a bucket, such as ``s3://soak``, the runs that are killed save the LVLM there, and the reference on the disk. Other
-keys are the recipe's: ``kills=5 save_interval=1ep max_duration=3ep``.
+``python tools/soak_resume.py [kills=20] [seed=0] [folder=...] [bucket=...]`` runs a small ``prior_vit.yaml`` from an
+empty folder: data, tokenizer, reference, scores and LVLM, with a checkpoint after each batch. With a bucket, such as
+``s3://soak``, the killed runs save the LVLM there and the reference on the disk. Other keys override the recipe:
+``kills=5 save_interval=1ep max_duration=3ep``.
 """
 
 import json
@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 300  # seconds for a run that takes 30 on two cores
-TIMED = ("time/", "throughput/")  # the metrics that are not the same twice
+TIMED = ("time/", "throughput/")  # metrics that vary between runs
 RECIPE = [
     "data.train_samples=64",
     "data.validation_samples=16",
@@ -52,7 +52,7 @@ RECIPE = [
 
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    """The same command every time, in a process group of its own, writing to ``log.txt``."""
+    """Start the command in a new process group, with its output in ``log.txt``."""
     command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "yamls/prior_vit.yaml"), *RECIPE, *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = (folder / "log.txt").open("ab")
@@ -60,7 +60,7 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
 
 
 def metrics(folder: Path) -> dict[str, list[dict[str, float]]]:
-    """What the reference and the run have logged, without timings."""
+    """Return the metrics of the reference and the run, without timings."""
     return {
         run: [
             {name: value for name, value in json.loads(line).items() if not name.startswith(TIMED)}
@@ -71,7 +71,7 @@ def metrics(folder: Path) -> dict[str, list[dict[str, float]]]:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL a program and all it has started; under the launcher each rank leads a group of its own."""
+    """Kill a program and its descendants; under the launcher each rank leads a process group."""
     import psutil
 
     family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
@@ -84,14 +84,14 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def soak(folder: Path, kills: int, seed: int, bucket: str | None = None, overrides: Sequence[str] = ()) -> int:
-    """Kill that many times, starting over whenever a run has finished; return how many finished runs were not the same.
+    """Kill and resume runs, with a new run after each that finishes; return the number of runs with other metrics.
 
     Args:
-        folder: to work in.
-        kills: how many.
-        seed: of the moments.
-        bucket: where the runs that are killed save to. Default: the disk.
-        overrides: of the recipe.
+        folder: working folder.
+        kills: number of kills.
+        seed: seed of the moments.
+        bucket: URL for checkpoints of the killed runs. Default: the disk.
+        overrides: overrides of the recipe.
 
     Raises:
         RuntimeError: if a run ends with an error.
@@ -129,7 +129,7 @@ def soak(folder: Path, kills: int, seed: int, bucket: str | None = None, overrid
 
 
 def _wait_for_output(folder: Path, written: int) -> None:
-    """Wait until the program has been imported and begins its work, which it says: kills shall fall there."""
+    """Wait for the first output, after the imports, so that kills hit the actual work."""
     while (folder / "log.txt").stat().st_size <= written:
         time.sleep(0.05)
 
@@ -139,17 +139,18 @@ def _finish(process: subprocess.Popen[bytes], folder: Path, seconds: float) -> N
         code: int | str = process.wait(seconds)
     except subprocess.TimeoutExpired:
         kill(process)
-        code = f"nothing after {seconds:.0f} s, and was killed"
+        code = f"a kill after a timeout of {seconds:.0f} s"
     if code != 0:
         raise RuntimeError(f"the run in {folder} ended with {code}: {_last_line(folder)}; see log.txt there")
 
 
 def _last_line(folder: Path) -> str:
     lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "nothing was printed yet"
+    return lines[-1] if lines else "no output yet"
 
 
 def main(arguments: list[str]) -> int:
+    """Run the test, and return 1 if metrics differ."""
     own = {"kills": 20, "seed": 0, "folder": None, "bucket": None}
     of_tool = [argument for argument in arguments if argument.partition("=")[0] in own]
     overrides = [argument for argument in arguments if argument not in of_tool]

@@ -1,9 +1,9 @@
 """Pre-train a small OpenCLIP tower on emoji scenes: ``python tools/train_tower.py out=FILE [option=value ...]``.
 
-It makes the weights that the package ships, so that a recipe starts from a tower that knows the drawings without a hub.
-The objective is dense and supervised, not contrastive: every patch feature says which drawing lies there, its size,
-whether it is the middle of one, and the colour of the background. Scenes come from the training split alone, so the
-combinations that validation holds out are never seen. Deterministic from its seed on one machine.
+This tool makes the tower weights in the package, so that a recipe needs no hub. The objective is dense and supervised,
+not contrastive: each patch feature predicts the drawing at the patch, its size, whether the patch is the middle of a
+drawing, and the colour of the background. Scenes come from the training split only, without the combinations that
+validation holds out. Results are deterministic for a seed on one machine.
 """
 
 import sys
@@ -45,17 +45,17 @@ def train_tower(
     seed: int = 17,
     threads: int = 2,
 ) -> None:
-    """Train and write the weights of the whole OpenCLIP model; its text tower stays as it began.
+    """Train a vision tower, and write the weights of the whole OpenCLIP model with an untrained text tower.
 
     Args:
-        out: the file, ``.safetensors``.
-        architecture: of OpenCLIP.
-        steps: of training.
-        batch_size: scenes of a step.
-        lr: highest learning rate.
+        out: output file, ``.safetensors``.
+        architecture: architecture of OpenCLIP.
+        steps: training steps.
+        batch_size: scenes per step.
+        lr: peak learning rate.
         canvas: side of the scenes in pixels.
-        seed: of scenes and weights; those of the embedded data, so that both hold out the same combinations.
-        threads: of PyTorch; another number rounds otherwise.
+        seed: seed of scenes and weights; that of the embedded data, to hold out the same combinations.
+        threads: threads of PyTorch; numbers vary slightly with them.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
@@ -95,9 +95,9 @@ def train_tower(
 
 
 def scaled(encoder: nn.Module, factor: float) -> dict[str, Tensor]:
-    """An encoder's weights as part of an OpenCLIP model, changed such that its features are ``factor`` times theirs.
+    """Return an encoder's weights under OpenCLIP's names, changed to scale its features by ``factor``.
 
-    Each block reads the sum of what came before through a norm, so scaling all that is added up changes nothing else.
+    Each block normalizes the residual stream before it reads it, so scaling all contributions has no other effect.
     """
     added = ("ln_pre.", ".attn.out_proj.", ".mlp.c_proj.")
     return {
@@ -117,6 +117,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        """Update the matrices."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for matrix in group["params"]:
@@ -128,7 +129,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """The matrix with singular values near 1, by five steps of Newton and Schulz."""
+    """Return the matrix with singular values near 1, by five Newton-Schulz steps."""
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalised(matrix.T).T
     x = matrix / (matrix.norm() + 1e-7)
@@ -141,7 +142,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 class Scenes(IterableDataset[tuple[Tensor, Tensor]]):
     """Scenes ``begin`` to ``end`` of the training split: pixels ``[3, H, W]`` and labels ``[4, N]`` of their patches.
 
-    Crowded ones prefer scenes with more drawings, which teach more for the same cost.
+    ``crowded`` prefers scenes with more drawings, which carry more labels for the same cost.
     """
 
     def __init__(self, tower: OpenCLIPTower, canvas: int, seed: int, begin: int, end: int, crowded: bool = False):
@@ -159,9 +160,9 @@ class Scenes(IterableDataset[tuple[Tensor, Tensor]]):
 
 
 def patch_labels(scene: Scene, grid: int) -> Tensor:
-    """What each of ``grid * grid`` patches shows, ``[4, grid, grid]`` int64 in the order of ``LABELS``; -1 is ignored.
+    """Return the labels of patches, ``[4, grid, grid]`` int64 in the order of ``LABELS``; -1 is ignored.
 
-    A patch shows the drawing in whose square its middle lies.
+    A patch has the label of the drawing whose square contains its middle.
     """
     labels = torch.full((len(LABELS), grid, grid), -1)
     labels[0] = BLANK
@@ -179,7 +180,7 @@ def patch_labels(scene: Scene, grid: int) -> Tensor:
 
 
 class Heads(nn.Module):
-    """What reads the labels of patches from their features; it is thrown away."""
+    """Linear heads that predict labels of patches from features; not saved."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -187,12 +188,12 @@ class Heads(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width, labels) for labels in LABELS.values())
 
     def forward(self, features: Tensor) -> list[Tensor]:
-        """Logits ``[n, labels]`` of each kind of label, of features ``[n, width]``."""
+        """Return logits ``[n, labels]`` for each kind of label, from features ``[n, width]``."""
         normed = self.norm(features)
         return [head(normed) for head in self.heads]
 
     def losses(self, features: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of each kind, ``[4]``; drawings count as much as the blank around them.
+        """Return the mean loss of each kind of label, ``[4]``, balanced between drawings and background.
 
         Args:
             features: ``[B * N, width]``.
@@ -210,7 +211,7 @@ class Heads(nn.Module):
 
 @torch.no_grad()
 def evaluate(tower: OpenCLIPTower, heads: Heads, scenes: Scenes) -> float:
-    """Print the accuracy of each kind of label; the root mean square of a feature."""
+    """Print the accuracy of each kind of label, and return the root mean square of features."""
     tower.eval()
     squares = []
     right: dict[str, list[Tensor]] = {}

@@ -22,6 +22,8 @@ from PIL import Image
 
 from composer_prior.conversion.convert import convert_captions, main
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("ray")
 boto3 = pytest.importorskip("boto3")
 

@@ -24,6 +24,8 @@ from composer_prior.data.scores import ScoresCard
 from composer_prior.models.vision import patch_inputs
 from composer_prior.scoring.writer import ScoresWriter
 
+pytestmark = pytest.mark.slow
+
 LONGEST = 40
 IMAGE = io.BytesIO()
 Image.new("RGB", (16, 8), "red").save(IMAGE, "PNG")

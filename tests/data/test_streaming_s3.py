@@ -29,6 +29,8 @@ from composer_prior.scoring.score import ScoreJob, score_captions
 from composer_prior.training.checks import check_recipe
 from composer_prior.training.config import load_recipe
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("moto")
 
 SAMPLES = 96

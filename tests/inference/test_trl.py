@@ -13,6 +13,8 @@ from composer_prior import load
 from composer_prior.data.tokenizer import add_image_tokens, bos_id, prompt_ids
 from composer_prior.models.llava import export_llava
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a photo of"
 CAPTIONS = [f"{color} squares, photo {number}" for number, color in enumerate(("red", "green", "blue", "grey"))]
 

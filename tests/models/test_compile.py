@@ -12,6 +12,8 @@ from composer_prior.data.tokenizer import add_image_tokens
 from composer_prior.models.compile import prepare_compile
 from composer_prior.models.lvlm import LVLM
 
+pytestmark = pytest.mark.slow
+
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>"}
 
 

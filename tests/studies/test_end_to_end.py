@@ -6,11 +6,14 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from common.recipes import ROOT, run_program
 from common.studies import study_content, write_study
 
 from composer_prior.studies.job import main
 from composer_prior.studies.results import read_metrics, read_results
+
+pytestmark = pytest.mark.slow
 
 METHODS = {"prior": study_content()["axes"]["method"]["prior"], "broken": {"optimizer.lr": "fast"}}
 SMALLER = [

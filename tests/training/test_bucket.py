@@ -13,6 +13,8 @@ from composer_prior.training.checkpoints import _read_identity
 from composer_prior.training.resume import find_start
 from composer_prior.training.run import train
 
+pytestmark = pytest.mark.slow
+
 PREEMPT = str(ROOT / "tests/common/programs/preempt.py")
 ONE_FILE, SHARDED, SHARDS = "ep0-ba3-rank0.pt", "ep0-ba3", (".metadata", "__0_0.distcp", "__1_0.distcp")
 

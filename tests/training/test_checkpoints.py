@@ -24,6 +24,8 @@ from composer_prior.training.run import train
 sys.path.insert(0, str(ROOT / "tools"))
 from soak_resume import kill, soak
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):

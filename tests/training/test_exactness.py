@@ -20,6 +20,8 @@ from composer_prior.algorithms.token_weighting.noise import token_noise
 from composer_prior.algorithms.token_weighting.normalize import normalize
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = ROOT / "tests/common/programs/one_step.py"
 TOLERANCE = 1e-5
 

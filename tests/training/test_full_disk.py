@@ -14,6 +14,8 @@ from composer_prior.data.storage import WriteError
 from composer_prior.training.checkpoints import LATEST_NAME
 from composer_prior.training.run import train
 
+pytestmark = pytest.mark.slow
+
 FREE = r"cannot be written \(File too large\): it takes [\d.]+ MB, and [\d,.]+ MB are free there"
 PLAIN = ["sample_captions=0", *(f"benchmarks.{name}=null" for name in ("scene_foils", "hallucination", "captioning"))]
 

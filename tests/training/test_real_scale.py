@@ -13,6 +13,8 @@ from transformers import AutoTokenizer
 from composer_prior.training.config import load_recipe
 from composer_prior.training.run import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_every_kind_of_tokenizer(here, kind, capsys):

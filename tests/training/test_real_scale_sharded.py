@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 from composer_prior.models.vision import OpenCLIPTower
 from composer_prior.training.checkpoints import find_weights, read_weights
 
+pytestmark = pytest.mark.slow
+
 
 def test_on_two_ranks_sharded(here):
     pretrained("smollm2", captions_of(here))

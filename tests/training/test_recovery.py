@@ -11,6 +11,8 @@ from composer_prior.training.checkpoints import LATEST_NAME, DamagedError, check
 from composer_prior.training.checks import check_recipe
 from composer_prior.training.run import train
 
+pytestmark = pytest.mark.slow
+
 EVERY_SECOND = "save_interval=2ba"
 KINDS = {"reference": [], "sharded": ["run_name=sharded", "parallelism_config.fsdp2={}"]}
 

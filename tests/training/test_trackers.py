@@ -13,6 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from composer_prior.registry import register
 from composer_prior.training.run import main
 
+pytestmark = pytest.mark.slow
+
 
 class Stopped(Exception):
     pass

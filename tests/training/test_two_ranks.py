@@ -11,6 +11,8 @@ from common.recipes import NO_REPORT, ROOT, SHRUNKEN, VIT, fork_ranks, launch, l
 from composer_prior.training.checkpoints import find_weights, read_weights
 from composer_prior.training.run import train
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4
 
 
