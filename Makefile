@@ -1,20 +1,26 @@
-# Two commands do everything on a fresh machine: `make train` and `make test`.
+# `make train` and `make test` need only Python on a fresh machine.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.installed
 NEXT := $(VENV)-next/.installed
 
-.PHONY: train test test-next lint clean
+.PHONY: train baseline test test-fast test-next lint clean
 
-# Where this is set, as in many containers, each of the suite's processes compiles thousands of modules anew.
+# Many containers set this; every process of the suite would compile thousands of modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
 train: $(ENVIRONMENT)
 	$(BIN)/composer-prior train yamls/prior_vit.yaml
 
+baseline: $(ENVIRONMENT)
+	$(BIN)/composer-prior train yamls/ntp_vit.yaml
+
 test: $(ENVIRONMENT)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: $(ENVIRONMENT)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-next: $(NEXT)
 	$(<D)/bin/python -m pytest -n 2 --dist loadfile
@@ -25,8 +31,7 @@ lint: $(ENVIRONMENT)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# uv installs what pip would, several times faster; constraints.txt holds versions that are known to work together, and
-# constraints-next.txt newer ones, which Composer and streaming do not ask for.
+# constraints.txt holds tested versions; constraints-next.txt holds newer ones, which Composer and streaming do not ask for.
 $(ENVIRONMENT): VERSIONS := --constraint constraints.txt
 $(ENVIRONMENT): constraints.txt
 $(NEXT): VERSIONS := --constraint constraints-next.txt --override overrides-next.txt
