@@ -27,6 +27,8 @@ small { opacity: .7 }
 mark { background: rgb(255 140 0 / var(--w)); color: inherit; border-radius: .15rem }
 .control { color: #c22; font-size: .8em }
 @media (prefers-color-scheme: dark) { mark { background: rgb(168 82 0 / var(--w)) } .control { color: #f77 } }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }
+.pictures svg { display: block; width: 100%; height: auto }
 .wide { overflow-x: auto; margin: .75rem 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .75rem; text-align: right; border-bottom: 1px solid #8886; white-space: nowrap }
@@ -122,6 +124,24 @@ def sample_card(
     ]
     below = f"<small>{escape(name if isinstance(name, str) else f'sample {name:,}')} · {size} pixels</small>"
     return f"<figure>{shown}<figcaption>{''.join(paragraphs)}{below}</figcaption></figure>\n"
+
+
+def picture(svg: str, caption: str, description: str = "") -> str:
+    """Return an SVG of :mod:`.plots` as a ``figure`` element.
+
+    Args:
+        svg: text of the file.
+        caption: plain text above it.
+        description: plain text for readers who do not see it. Default: the caption.
+    """
+    says = plain(description or caption)
+    inner = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{says}" ', 1)
+    return f'<figure><figcaption dir="auto">{escape(caption)}</figcaption>\n{inner}</figure>\n'
+
+
+def pictures(figures: Iterable[str]) -> str:
+    """Return figures of :func:`picture` side by side."""
+    return f'<div class="pictures">\n{"".join(figures)}</div>\n'
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

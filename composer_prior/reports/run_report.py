@@ -4,10 +4,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from composer_prior.reports.chart import COLOURS, STYLE, Curve, Dash, Line, chart
-from composer_prior.reports.page import document, escape, legend, samples_grid, table
+from composer_prior.reports.page import document, escape, legend, picture, pictures, samples_grid, table
+from composer_prior.reports.plots import COLOURS, Line, line_chart
+
+T = TypeVar("T")
+POINTS = 500  # of a curve, at most
 
 TOKENS = {"all": "", "image-related": "_image_related", "other": "_other"}
 """The tokens that metrics are over, and how the names of those metrics end."""
@@ -44,6 +47,40 @@ _COMPARED = {
 
 
 @dataclass
+class Curve:
+    """A curve of any number of points in bounded memory: neighbours are averaged so that few enough are left.
+
+    Bins have the same width, a power of two that doubles when there are more than :data:`POINTS` of them.
+    """
+
+    width: int = 1
+    bins: dict[int, list[float]] = field(default_factory=dict)  # count, sum of x, sum of y
+
+    def add(self, x: float, y: float) -> None:
+        """Take one point in."""
+        self._put(int(x // self.width), 1, x, y)
+        while len(self.bins) > POINTS:
+            self.width *= 2
+            narrow, self.bins = self.bins, {}
+            for number, sums in narrow.items():
+                self._put(number // 2, *sums)
+
+    def _put(self, number: int, count: float, x: float, y: float) -> None:
+        sums = self.bins.get(number)
+        if sums is None:
+            self.bins[number] = [count, x, y]
+        else:
+            sums[0] += count
+            sums[1] += x
+            sums[2] += y
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """The means of the bins, in order."""
+        return [(x / count, y / count) for _, (count, x, y) in sorted(self.bins.items())]
+
+
+@dataclass
 class Logged:
     """What is kept of a run's records: a thinned curve of each metric that the page shows, and the last values.
 
@@ -72,9 +109,9 @@ class Logged:
                     logged.curves[name].add(record["batch"], value)
         return logged
 
-    def line(self, metric: str, name: str, colour: int, dash: Dash = "", dots: bool = False) -> list[Line]:
-        """The curve of a metric, or nothing where it was not logged."""
-        return [Line(name, self.curves[metric].points, colour, dash, dots)] if metric in self.curves else []
+    def line(self, metric: str, name: str, colour: int, **style: Any) -> list[Line]:
+        """Return the curve of a metric as a list, empty where it was not logged."""
+        return [Line(name, self.curves[metric].points, colour, **style)] if metric in self.curves else []
 
 
 def run_report(
@@ -100,17 +137,17 @@ def run_report(
     if benchmarks is None:
         benchmarks = _last_figures(logged)
     figures = results(validation or {}, benchmarks)
-    charts = "".join(_training_charts(logged) + _benchmark_charts(logged))
+    charts = _training_charts(logged) + _benchmark_charts(logged)
     cards = list(cards)
     parts = [f"<p>{escape(_summary(logged))}</p>\n", figures]
     if charts:
-        parts.append(f'<h2>Curves</h2>\n<p>{_thinning(logged)}</p>\n<div class="charts">\n{charts}</div>\n')
+        parts.append(f"<h2>Curves</h2>\n<p>{_thinning(logged)}</p>\n{pictures(charts)}")
     if cards:
         says = legend("The stronger the colour of a generated token, the more probable it was to the model")
         parts.append(f"<h2>Captions of validation images</h2>\n{says}{samples_grid(cards)}")
     if recipe:
         parts.append(f"<details><summary>Recipe</summary><pre>{escape(recipe)}</pre></details>\n")
-    return document(title, "".join(parts), STYLE)
+    return document(title, "".join(parts))
 
 
 def _summary(logged: Logged) -> str:
@@ -127,32 +164,39 @@ def _thinning(logged: Logged) -> str:
 
 def _training_charts(logged: Logged) -> list[str]:
     loss, accuracy = list[Line](), list[Line]()
-    for colour, (tokens, suffix) in enumerate(TOKENS.items()):
+    for colour, (tokens, suffix) in enumerate(TOKENS.items(), start=1):
         for part, said, dots in (("train", "training", False), ("eval", "validation", True)):
             for value, lines in (("loss", loss), ("accuracy", accuracy)):
                 metric = f"metrics/{part}/{value}{suffix}"
-                lines += logged.line(metric, f"{tokens}, {said}", colour, dash="dashed" if dots else "", dots=dots)
+                lines += logged.line(metric, f"{tokens}, {said}", colour, dash="--" if dots else "-", dots=dots)
     if "metrics/train/loss" not in logged.curves:
-        loss += logged.line("loss/train/total", "training", 0)
+        loss += logged.line("loss/train/total", "training", 1)
     weighted = [
-        *logged.line("prior/loss_weighted", "weighted by PRIOR, what is minimized", 0),
-        *logged.line("prior/loss_unweighted", "unweighted", 1),
-        *logged.line("prior/reference_nll", "of the reference, unweighted", 5, "dashed"),
+        *logged.line("prior/loss_weighted", "weighted by PRIOR, what is minimized", 1),
+        *logged.line("prior/loss_unweighted", "unweighted", 2),
+        *logged.line("prior/reference_nll", "of the reference, unweighted", 0, dash="--"),
     ]
     weights = [
-        *logged.line("prior/effective_sample_size", "effective sample size, share of the tokens", 0),
-        *logged.line("prior/top_decile_share", "weight on the heaviest tenth of the tokens", 1),
+        *logged.line("prior/effective_sample_size", "effective sample size, share of the tokens", 1),
+        *logged.line("prior/top_decile_share", "weight on the heaviest tenth of the tokens", 2),
     ]
     rates = sorted(name for name in logged.curves if name.startswith("lr-"))
-    rate = [line for number, name in enumerate(rates) for line in logged.line(name, name[3:], number % COLOURS)]
+    rate = [line for number, name in enumerate(rates) for line in logged.line(name, name[3:], number % len(COLOURS))]
     found = [
         ("Loss", loss, "nats per token", True),
         ("Accuracy", accuracy, "share of the tokens", False),
         ("Training loss with and without PRIOR's weights", weighted, "nats per token", True),
         ("PRIOR's weights", weights, "share", False),
-        *(("Learning rate", rate[i : i + COLOURS], "learning rate", False) for i in range(0, len(rate), COLOURS)),
+        *(("Learning rate", some, "learning rate", False) for some in _groups(rate, len(COLOURS))),
     ]
-    return [chart(title, lines, "batch", label, logged.end, log) for title, lines, label, log in found if lines]
+    return [_chart(title, lines, label, logged.end, log) for title, lines, label, log in found if lines]
+
+
+def _chart(title: str, lines: Sequence[Line], y_label: str, end: float, may_be_log: bool = False) -> str:
+    """Return a chart over batches as HTML, described in words by the first and last value of each line."""
+    spans = (f"{line.name}: {line.points[0][1]:.4g} to {line.points[-1][1]:.4g}" for line in lines)
+    description = f"{y_label} by batch, 0 to {end:,.10g}. {'; '.join(spans)}."
+    return picture(line_chart(lines, "batch", y_label, end, may_be_log), title, description)
 
 
 def _benchmark_charts(logged: Logged) -> list[str]:
@@ -166,17 +210,21 @@ def _benchmark_charts(logged: Logged) -> list[str]:
     charts = []
     for benchmark, figures in by_benchmark.items():
         own = [figure for figure in figures if not _is_comparison(figure)]
-        for start in range(0, max(1, len(own)), COLOURS - 1):  # a colour for each
+        for some in _groups(own, len(COLOURS) - 1) or [[]]:  # a colour for each
             lines = list[Line]()
-            for colour, figure in enumerate(own[start : start + COLOURS - 1]):
+            for colour, figure in enumerate(some, start=1):
                 for end, said in (("", ""), (_SHUFFLED, ", shuffled images")):
                     metric, name = f"eval/{benchmark}/{figure}{end}", f"{_said(figure)}{said}"
-                    lines += logged.line(metric, name, colour, "dashed" if end else "", dots=True)
-            lines += logged.line(f"eval/{benchmark}/{_TEXT_ONLY}", _said(_TEXT_ONLY), COLOURS - 1, "dashed")
-            lines += logged.line(f"eval/{benchmark}/{_CHANCE}", _CHANCE, COLOURS - 1, "dotted")
+                    lines += logged.line(metric, name, colour, dash="--" if end else "-", dots=True)
+            lines += logged.line(f"eval/{benchmark}/{_TEXT_ONLY}", _said(_TEXT_ONLY), 0, dash="--")
+            lines += logged.line(f"eval/{benchmark}/{_CHANCE}", _CHANCE, 0, dash=":")
             if lines:
-                charts.append(chart(f"Benchmark: {benchmark}", lines, "batch", "value", logged.end))
+                charts.append(_chart(f"Benchmark: {benchmark}", lines, "value", logged.end))
     return charts
+
+
+def _groups(values: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [values[start : start + size] for start in range(0, len(values), size)]
 
 
 def _last_figures(logged: Logged) -> dict[str, dict[str, Figure]]:

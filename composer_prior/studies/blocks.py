@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from composer_prior.data.messages import visible
-from composer_prior.reports.page import document, escape, plain, table
+from composer_prior.reports.page import document, escape, picture, pictures, table
 
 _STYLE = """
 td { white-space: normal; vertical-align: top } th:first-child { white-space: normal; min-width: 9rem }
 table { font-size: .9em } th, td { padding: .2rem .4rem }
-figure { margin: 1rem 0; overflow-x: auto } figure svg { display: block; max-width: 100%; height: auto }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 0 1rem }
 """
 
 
@@ -56,9 +54,9 @@ Block = Heading | Paragraph | Table | Picture
 def html(title: str, blocks: Sequence[Block]) -> str:
     """One self-contained page with the pictures in it; those that follow one another stand side by side."""
     parts = list[str]()
-    for pictures, group in groupby(blocks, key=lambda block: isinstance(block, Picture)):
-        inner = "".join(map(_html, group))
-        parts.append(f'<div class="pictures">\n{inner}</div>\n' if pictures else inner)
+    for are_pictures, group in groupby(blocks, key=lambda block: isinstance(block, Picture)):
+        written = map(_html, group)
+        parts.append(pictures(written) if are_pictures else "".join(written))
     return document(title, "".join(parts), _STYLE)
 
 
@@ -71,8 +69,7 @@ def _html(block: Block) -> str:
         case Table(header, rows):
             return table(header, [[name, *map(_kept_together, cells)] for name, *cells in rows])
         case Picture(_, svg, caption):
-            inner = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{plain(caption)}" ', 1)
-            return f'<figure><figcaption dir="auto">{escape(caption)}</figcaption>\n{inner}</figure>\n'
+            return picture(svg, caption)
 
 
 def _kept_together(cell: str) -> str:

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from composer_prior.studies import plots
+import numpy as np
+
+from composer_prior.reports import plots
 from composer_prior.studies.blocks import Block, Heading, Paragraph, Picture, Table
 from composer_prior.studies.costs import all_flops, used
 from composer_prior.studies.numbers import coefficient, listed
@@ -78,7 +80,8 @@ def scaling_blocks(
                 f"{title} ({better} is better): runs of all seeds; the line is L = a + b C^-c, the dotted one the "
                 "straight line"
             )
-            svg = plots.scaling(fits, _SAID[scale], figure, looks)
+            drawn = {method: _scatter(found, of_method) for method, (found, of_method) in fits.items()}
+            svg = plots.scaling(drawn, _SAID[scale], figure, looks)
             blocks += _tables(fits, study.baseline, _SAID[scale])
             blocks.append(picture(svg, caption, grid.name, said, "scaling", study.short(figure)))
             if with_reference:
@@ -136,6 +139,18 @@ def _fits(study: Study, grid: Grid, sizes: Sequence[str], fixed: Setting, figure
         if len(of_method.x):
             found[method] = of_method, fit(of_method)
     return found
+
+
+def _scatter(found: Points, of_method: Fit) -> plots.Scatter:
+    """Return the runs of a method with its fits: with asymptote as a line, the straight line dotted."""
+    values = {name: estimate.value for name, estimate in of_method.coefficients.items()}
+    along = np.geomspace(found.x.min(), found.x.max(), 60)
+    fits = []
+    if "c" in values:
+        fits.append(("-", along, values["a"] + values["b"] * along ** -values["c"]))
+    if "k" in values:
+        fits.append((":", along, np.exp(values["k0"] - values["k"] * np.log(along))))
+    return plots.Scatter(np.repeat(found.x, len(found.seeds)), found.y.ravel(), fits)
 
 
 def _tables(fits: _Fits, baseline: str, scale: str) -> list[Block]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from composer_prior.data.storage import write_whole
-from composer_prior.studies import plots
+from composer_prior.reports import plots
 from composer_prior.studies.blocks import Block, Heading, Paragraph, Picture, Table, html, markdown
 from composer_prior.studies.comparison import (
     HELD,
