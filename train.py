@@ -2,7 +2,7 @@
 
 import sys
 
-from composer_prior.cli import main
+from composer_prior.commands.cli import main
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run a job; Ctrl-C is one line also while the first modules are imported."""
     try:
-        from composer_prior.cli import main as run  # here: Ctrl-C may come meanwhile
+        from composer_prior.commands.cli import main as run  # here: Ctrl-C may come meanwhile
     except KeyboardInterrupt:
         print("\nStopped by Ctrl-C.", file=sys.stderr)
         sys.exit(130)

@@ -6,7 +6,7 @@ Hugging Face dataset saved to disk. OUT is a folder or a remote such as s3://buc
 
 import sys
 
-from composer_prior.cli import main
+from composer_prior.commands.cli import main
 
 if __name__ == "__main__":
     main(["convert", *sys.argv[1:]])

@@ -6,7 +6,7 @@ MODEL is a run folder, a model folder, a checkpoint, or any image-text-to-text m
 
 import sys
 
-from composer_prior.cli import main
+from composer_prior.commands.cli import main
 
 if __name__ == "__main__":
     main(["evaluate", *sys.argv[1:]])

@@ -6,7 +6,7 @@ MODEL is a run folder, a model folder or a checkpoint. ``format=llava`` makes a 
 
 import sys
 
-from composer_prior.cli import main
+from composer_prior.commands.cli import main
 
 if __name__ == "__main__":
     main(["export", *sys.argv[1:]])

@@ -6,7 +6,7 @@ in which ``scores=`` shades each token by its weight.
 
 import sys
 
-from composer_prior.cli import main
+from composer_prior.commands.cli import main
 
 if __name__ == "__main__":
     main(["inspect", *sys.argv[1:]])

@@ -6,7 +6,7 @@ RECIPE is the recipe of a training run; missing data, tokenizer and reference ar
 
 import sys
 
-from composer_prior.cli import main
+from composer_prior.commands.cli import main
 
 if __name__ == "__main__":
     main(["score", *sys.argv[1:]])

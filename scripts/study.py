@@ -6,7 +6,7 @@ interrupted study and does not repeat finished runs.
 
 import sys
 
-from composer_prior.cli import main
+from composer_prior.commands.cli import main
 
 if __name__ == "__main__":
     main(["study", *sys.argv[1:]])

@@ -9,7 +9,7 @@ from common.models import small_lvlm
 from PIL import Image
 from streaming import MDSWriter
 
-from composer_prior.cli import main
+from composer_prior.commands.cli import main
 from composer_prior.data.lines import begin_lines
 from composer_prior.data.messages import DataError
 from composer_prior.emoji_scenes.writing import make_sample

@@ -16,9 +16,8 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from composer_prior.conversion.sources import Source, SourceError, SourceOptions
 from composer_prior.conversion.units import WHAT_TO_DO, json_line, scratch, unit_file
 from composer_prior.data.files import parse_json
 from composer_prior.data.locks import LockedError, locked
-from composer_prior.data.messages import one_line, say
+from composer_prior.data.messages import one_line
 from composer_prior.data.storage import (
     REMOTES,
     Place,
@@ -41,7 +40,6 @@ from composer_prior.data.storage import (
     is_remote,
     write_whole,
 )
-from composer_prior.options import options_of, parse_options
 
 _LOCK_SECONDS = 3  # the system takes a lock back when the last process of a killed conversion has ended
 
@@ -259,33 +257,3 @@ def _losses(place: Place, units: int) -> dict[str, int]:
     whole = [count for file, count in read.items() if file not in cut]
     mean = sum(whole) / len(whole) if whole else 0.0
     return {file: max(1, round(mean - read[file])) for file in cut}
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line ``SOURCE OUT [option=value ...]``, where the options are :class:`ConversionOptions`.
-
-    Args:
-        arguments: the words of the command line.
-
-    Returns:
-        The exit status: 0 if the conversion is complete.
-    """
-    options = options_of(ConversionOptions)
-    try:
-        words, chosen = parse_options(arguments, options)
-        if len(words) != 2 or any(word.startswith("-") for word in words):
-            print(f"usage: SOURCE OUT [option=value ...], with the options {', '.join(options)}", file=sys.stderr)
-            return 2
-        summary = convert_captions(words[0], words[1], **chosen)
-        say(
-            f"{summary}\nThe reasons are in {words[1]}/rejected.jsonl."
-            if summary.rejected or summary.ignored
-            else summary
-        )
-    except KeyboardInterrupt:
-        print("Stopped. Run the same command again to go on.", file=sys.stderr)
-        return 130
-    except (SourceError, ConversionError, ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0

@@ -4,7 +4,8 @@ import os
 import sys
 import traceback
 import unicodedata
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # categories of Unicode: controls, formats, surrogates, separators
 
@@ -57,6 +58,19 @@ def one_line(error: BaseException, length: int = 500) -> str:
 def short(text: str, length: int = 200) -> str:
     """The beginning of a text that may be of any length."""
     return text if len(text) <= length else f"{text[:length]}… ({len(text):,} characters)"
+
+
+@contextmanager
+def one_line_exit(expected: tuple[type[Exception], ...] = (ValueError, OSError, OneLineError)) -> Iterator[None]:
+    """End the program with one line for an expected error; also a decorator.
+
+    Args:
+        expected: types of errors; others pass with their traceback.
+    """
+    try:
+        yield
+    except expected as error:
+        sys.exit(f"error: {one_line(error)}")
 
 
 def say(message: object) -> None:

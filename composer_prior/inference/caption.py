@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,11 +19,10 @@ from composer_prior.data.download import download_from
 from composer_prior.data.images import decode_rgb, read_image_file
 from composer_prior.data.lines import begin_lines
 from composer_prior.data.locks import sole_writer
-from composer_prior.data.messages import OneLineError, one_line, say
+from composer_prior.data.messages import one_line
 from composer_prior.data.storage import check_readable, is_remote, list_remote
 from composer_prior.inference.device import check_device
 from composer_prior.models.lvlm import LVLM, Caption
-from composer_prior.options import options_of, parse_options
 from composer_prior.reports.page import legend, sample_card, samples_page
 from composer_prior.training.saving import load
 
@@ -218,28 +216,3 @@ def caption_loaded(
         usable = [image.inputs for image in batch if image.inputs is not None]
         captions = iter(model.caption(usable, **options) if usable else [])
         yield [(image, next(captions) if image.inputs is not None else None) for image in batch]
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line ``MODEL IMAGE|FOLDER|REMOTE ... [option=value ...]``.
-
-    Args:
-        arguments: the words of the command line.
-
-    Returns:
-        The exit status.
-    """
-    options = options_of(caption_images)
-    try:
-        words, chosen = parse_options(arguments, options)
-        if len(words) < 2 or words[0].startswith("-"):
-            usage = f"usage: MODEL IMAGE|FOLDER|REMOTE ... [option=value ...], with the options {', '.join(options)}"
-            print(usage, file=sys.stderr)
-            return 2
-        counts = caption_images(words[0], words[1:], **chosen)
-    except (ValueError, OSError, OneLineError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    before = f", {counts['before']} had been done before" if counts["before"] else ""
-    say(f"{counts['captioned']} images captioned, {counts['errors']} could not be used{before}.")
-    return 0

@@ -3,8 +3,7 @@
 import json
 import platform
 import runpy
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,17 @@ from typing import Any
 import torch
 import xxhash
 from composer.utils import dist, get_device
-from omegaconf import OmegaConf
 from transformers import AutoConfig
 
 from composer_prior import registry
 from composer_prior.data.hub import ModelFolderError, load_pretrained
-from composer_prior.data.messages import DataError, OneLineError, announce, one_line
+from composer_prior.data.messages import DataError, one_line
 from composer_prior.data.nodes import sole_job
 from composer_prior.evaluation import components  # noqa: F401  registers the benchmarks
 from composer_prior.evaluation.benchmark import Benchmark, Figures, reasons, run_benchmark
 from composer_prior.evaluation.likelihood import HuggingFaceModel, OwnModel
 from composer_prior.inference.device import check_device
 from composer_prior.models.modeling_prior_lvlm import PriorLVLMConfig
-from composer_prior.options import Option, options_of, parse_options
 from composer_prior.training.saving import load
 
 PACKAGES = ("composer-prior", "torch", "transformers", "open-clip-torch")
@@ -159,50 +156,3 @@ def figures_table(figures: Figures) -> str:
 
 def _number(value: float | None) -> str:
     return f"{'-':>8}" if value is None else f"{value:8.4f}"
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line ``MODEL benchmark=NAME [option=value ...]``; the benchmark's arguments are options too.
-
-    Args:
-        arguments: the words of the command line.
-
-    Returns:
-        The exit status.
-    """
-    try:
-        own, of_benchmark = options_of(evaluate), benchmark_options(arguments)
-        words, chosen = parse_options(arguments, own | of_benchmark)
-        if len(words) != 1 or words[0].startswith("-") or "benchmark" not in chosen:
-            known = ", ".join(sorted(registry.names("benchmark")))
-            print(f"usage: MODEL benchmark=NAME [option=value ...]; benchmarks: {known}", file=sys.stderr)
-            return 2
-        given = {name: chosen.pop(name) for name in of_benchmark if name in chosen}
-        chosen.pop("code_paths", None)  # they have been run, or the benchmark would have no options
-        results = evaluate(words[0], arguments=given, **chosen)
-    except (ValueError, OSError, OneLineError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    announce(f"{results['benchmark']}, {results['samples']} samples, with 95 % intervals:")
-    announce(figures_table(results["figures"]))
-    for reason in dict.fromkeys(results["undefined"].values()):
-        names = (name for name, why in results["undefined"].items() if why == reason)
-        announce(f"undefined, as {reason}: {', '.join(names)}")
-    return 0
-
-
-def benchmark_options(words: Sequence[str]) -> dict[str, Option]:
-    """The options of the benchmark that a command line names, without those of the command; its ``code_paths`` are run.
-
-    Raises:
-        ValueError: for an unknown one, naming the nearest.
-    """
-    for word in words:
-        if word.startswith("code_paths="):
-            for file in OmegaConf.from_dotlist([word]).code_paths or ():
-                runpy.run_path(file)
-    for word in words:
-        if word.startswith("benchmark="):
-            options = options_of(registry.look_up("benchmark", word.partition("=")[2], "benchmark"))
-            return {name: option for name, option in options.items() if name not in options_of(evaluate)}
-    return {}

@@ -1,13 +1,9 @@
 """Writes a trained model in the form of another library: ``composer-prior export MODEL OUT format=llava``."""
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from composer_prior.data.locks import sole_writer
-from composer_prior.data.messages import OneLineError, one_line, say
-from composer_prior.options import options_of, parse_options
 from composer_prior.registry import did_you_mean
 
 FORMATS = ("llava",)
@@ -46,24 +42,3 @@ def export_model(
     check_output(Path(out).expanduser(), dtype, overwrite)
     with sole_writer(out, "out"):
         return export_llava(load(model, trust_remote_code), out, dtype=dtype, overwrite=overwrite)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line ``MODEL OUT [option=value ...]``, where the options are those of :func:`export_model`.
-
-    Args:
-        arguments: the words of the command line.
-
-    Returns:
-        The exit status.
-    """
-    options = options_of(export_model)
-    try:
-        words, chosen = parse_options(arguments, options)
-        if len(words) != 2 or any(word.startswith("-") for word in words):
-            print(f"usage: MODEL OUT [option=value ...], with the options {', '.join(options)}", file=sys.stderr)
-            return 2
-        say(export_model(*words, **chosen))
-    except (ValueError, OSError, OneLineError) as error:
-        sys.exit(f"error: {one_line(error)}")
-    return 0

@@ -8,7 +8,6 @@ import io
 import json
 import random
 import statistics
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +20,8 @@ from PIL import Image
 from composer_prior.conversion.sources import expect_number
 from composer_prior.data.files import MAX_JSON_BYTES, read_plain
 from composer_prior.data.images import IMAGE_FORMATS
-from composer_prior.data.messages import NO_INDEX, one_line, say, visible
+from composer_prior.data.messages import NO_INDEX, one_line, visible
 from composer_prior.data.storage import is_remote
-from composer_prior.options import options_of, parse_options
 from composer_prior.reports.page import Shade, legend, sample_card, samples_page
 
 
@@ -294,25 +292,3 @@ def _check_columns(data: str, shard: Mapping[str, Any]) -> None:
     unsafe = [column for column, encoding in columns.items() if encoding not in ("bytes", "str", "json", "int")]
     if unsafe:
         raise ValueError(f"{data}: column {unsafe[0]!r} is {columns[unsafe[0]]}, which is not read here; drop it.")
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line ``DATA [option=value ...]``, where the options are those of :func:`inspect_captions`.
-
-    Args:
-        arguments: the words of the command line.
-
-    Returns:
-        The exit status.
-    """
-    options = options_of(inspect_captions)
-    try:
-        words, chosen = parse_options(arguments, options)
-        if len(words) != 1 or words[0].startswith("-"):
-            print(f"usage: DATA [option=value ...], with the options {', '.join(options)}", file=sys.stderr)
-            return 2
-        say(inspect_captions(words[0], **chosen))
-    except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0

@@ -2,25 +2,18 @@
 
 import logging
 import os
-import re
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from composer_prior.data.locks import LockedError, locked, sole_writer
-from composer_prior.data.messages import OneLineError, failure, one_line, say
-from composer_prior.data.storage import StorageError
-from composer_prior.options import options_of, parse_options
-from composer_prior.registry import did_you_mean
+from composer_prior.data.locks import locked, sole_writer
+from composer_prior.data.messages import failure, one_line, say
 from composer_prior.studies.plan import collect_remote, show_plan, throughput
 from composer_prior.studies.results import append_results, begin_results, finished, read_results
-from composer_prior.studies.runner import Plan, Stopped, plan_tasks, run_cells
+from composer_prior.studies.runner import Plan, plan_tasks, run_cells
 from composer_prior.studies.study import Study, flatten, read_name, read_study
-from composer_prior.training.config import TrainConfig
 
 
 def run_study(
@@ -122,33 +115,6 @@ def write_page(results: Path) -> bool:
         return False
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line ``STUDY.yaml [option=value ...] [key=value of the recipes ...]``.
-
-    Args:
-        arguments: the words of the command line.
-
-    Returns:
-        The exit status; 130 or 143 after a signal.
-    """
-    try:
-        options = options_of(run_study)
-        keys = [word for word in arguments if _is_override(word, options)]
-        words, chosen = parse_options([word for word in arguments if word not in keys], options)
-        if len(words) != 1 or words[0].startswith("-"):
-            print("usage: STUDY.yaml [option=value ...] [key=value of the recipes ...]", file=sys.stderr)
-            return 2
-        return run_study(words[0], parse_overrides(keys), **chosen)
-    except LockedError as error:
-        print(f"error: another runner is at this study: {one_line(error)}", file=sys.stderr)
-    except (ValueError, OSError, OneLineError, StorageError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-    except Stopped as stop:
-        say(f"Stopped by {stop}; the same command goes on where it was.")
-        return 128 + stop.number
-    return 1
-
-
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     """Dotted key: value of words ``key=value``.
 
@@ -162,20 +128,3 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
         except Exception as error:
             raise ValueError(f"{word}: {one_line(error)}") from error
     return overrides
-
-
-def _is_override(word: str, options: Mapping[str, Any]) -> bool:
-    """Whether a word sets a key of the recipes.
-
-    Raises:
-        ValueError: if it sets neither that nor an option.
-    """
-    match = re.match(r"([\w.\[\]-]+)=", word)
-    if not match or match[1] in options:
-        return False
-    names = [field.name for field in fields(TrainConfig)]
-    if match[1].split(".")[0].split("[")[0] not in names:
-        raise ValueError(
-            f"{match[1]} is neither an option nor a key of a recipe. {did_you_mean(match[1], [*options, *names])}"
-        )
-    return True

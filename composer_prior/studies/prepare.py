@@ -7,7 +7,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from composer_prior.data.messages import OneLineError, one_line
+from composer_prior.data.messages import one_line_exit
 from composer_prior.training.checks import check_recipe
 from composer_prior.training.config import TrainConfig, load_recipe
 from composer_prior.training.prepare import ensure_scores, prepare
@@ -15,7 +15,7 @@ from composer_prior.training.prepare import ensure_scores, prepare
 
 def main(arguments: Sequence[str]) -> None:
     """Prepare a recipe; errors end the program with one line."""
-    try:
+    with one_line_exit():
         recipe = load_recipe(arguments[0], arguments[1:])
         for path in recipe.code_paths:
             runpy.run_path(path)
@@ -26,8 +26,6 @@ def main(arguments: Sequence[str]) -> None:
             check_recipe(recipe)
         prepare(recipe, itself=False)
         ensure_scores(recipe)
-    except (ValueError, OSError, OneLineError) as error:
-        sys.exit(f"error: {one_line(error)}")
 
 
 if __name__ == "__main__":

@@ -4,25 +4,12 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import takewhile
 from typing import Any
 
 import psutil
 from composer.cli import launcher
 
-from composer_prior.data.messages import one_line
-from composer_prior.options import options_of, parse_options
 from composer_prior.registry import Count, Whole
-
-
-def main(words: Sequence[str]) -> int:
-    """``composer-prior launch [option=value ...] JOB ...``: the exit status of the job's ranks."""
-    given = [*takewhile(lambda word: "=" in word, words)]
-    try:
-        _, options = parse_options(given, options_of(launch))
-    except ValueError as error:
-        sys.exit(f"error: {one_line(error)}")
-    return launch(words[len(given) :], **options)
 
 
 def launch(

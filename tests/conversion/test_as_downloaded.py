@@ -12,14 +12,13 @@ from random import Random
 from typing import Any
 
 import pytest
+from common import commands
 from PIL import Image
 from streaming.base.local import LocalDataset
 
-from composer_prior.conversion import convert
 from composer_prior.conversion.convert import ConversionError, convert_captions
 from composer_prior.conversion.sources import BadFile, Record, Rejected, SourceError, open_source
 from composer_prior.conversion.sources.lists import _json_array
-from composer_prior.reports import inspection as inspect
 
 
 def picture() -> bytes:
@@ -344,7 +343,7 @@ def test_a_program_ends_well_although_its_summary_cannot_be_printed(program, tmp
     words = {"convert": [str(source), str(tmp_path / "out"), "processes=1"], "inspect": [str(tmp_path / "data")]}
     with open("/dev/null", "wb", buffering=0) as null:
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(null, "ascii"))
-        assert {"convert": convert, "inspect": inspect}[program].main(words[program]) == 0
+        assert commands.run_job(program, words[program]) == 0
         monkeypatch.undo()
 
 
@@ -362,7 +361,7 @@ def test_a_damaged_data_set_is_one_line(index, tmp_path, capsys):
         shard.unlink()
     else:
         (tmp_path / "out" / "index.json").write_text(index)
-    assert inspect.main([str(tmp_path / "out")]) == 1
+    assert commands.inspect([str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert len(error.splitlines()) == 1
@@ -373,7 +372,7 @@ def test_an_option_of_the_report_that_is_not_accepted_is_named(word, tmp_path, c
     source = write(tmp_path / "in", {"captions.jsonl": jsonl({"image": "0.png", "caption": "x"}), **IMAGES})
     convert_captions(source, tmp_path / "out", processes=1)
     assert len(LocalDataset(str(tmp_path / "out"))) == 1
-    assert inspect.main([str(tmp_path / "out"), word]) == 1
+    assert commands.inspect([str(tmp_path / "out"), word]) == 1
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert word.partition("=")[0] in error

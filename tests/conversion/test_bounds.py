@@ -7,12 +7,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from common.commands import convert as main
+from common.commands import inspect
 from conversion.test_field import IMAGE, jsonl, pairs, rejections, tar_bytes, write
 
-from composer_prior.conversion.convert import ConversionError, convert_captions, main
+from composer_prior.conversion.convert import ConversionError, convert_captions
 from composer_prior.conversion.sources import SourceError
 from composer_prior.data.mds import ShardWriter
-from composer_prior.reports.inspection import main as inspect
 
 DEEP = "[" * 500 + "]" * 500
 WHOLE = tar_bytes(pairs("a")).rstrip(b"\0")

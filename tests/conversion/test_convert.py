@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from common.commands import convert as main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,7 +29,6 @@ from composer_prior.conversion.convert import (
     ConversionOptions,
     ConversionSummary,
     convert_captions,
-    main,
 )
 from composer_prior.data.images import ImageError, check_image, decode_rgb, reencode_image
 from composer_prior.data.mds import ShardWriter

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from common.commands import convert as main
 from common.ray_cluster import ray_cluster
 from common.s3_server import s3_server
 from PIL import Image
 
-from composer_prior.conversion.convert import convert_captions, main
+from composer_prior.conversion.convert import convert_captions
 
 pytestmark = pytest.mark.slow
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from common.commands import convert as main
 from common.fault_proxy import Fault, FaultProxy
 from common.s3_server import s3_server
 from PIL import Image
 from streaming import StreamingDataset
 
-from composer_prior.conversion.convert import ConversionError, convert_captions, main
+from composer_prior.conversion.convert import ConversionError, convert_captions
 from composer_prior.conversion.sources import SourceError
 from composer_prior.reports.inspection import inspect_captions
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from common.commands import convert as main
 from PIL import Image
 from streaming.base.local import LocalDataset
 
-from composer_prior.conversion.convert import ConversionError, ConversionOptions, convert_captions, main
+from composer_prior.conversion.convert import ConversionError, ConversionOptions, convert_captions
 from composer_prior.conversion.sources import Record, Rejected, RejectedImage, SourceError, open_source, read_image
 from composer_prior.conversion.sources import lines as source_lines
 

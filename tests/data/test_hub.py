@@ -5,12 +5,12 @@ import json
 import shutil
 
 import pytest
+from common.commands import run_job
 
 from composer_prior import load
 from composer_prior.data import hub
 from composer_prior.data.hub import ModelFolderError, model_place
 from composer_prior.data.tokenizer import build_tokenizer
-from composer_prior.inference import caption, evaluate
 from composer_prior.inference.evaluate import load_judged
 from composer_prior.inference.export import export_model
 from composer_prior.models.language import build_language_model, language_skeleton
@@ -98,7 +98,7 @@ def test_a_hub_is_asked_once_and_its_silence_is_one_line(name, monkeypatch):
 def test_commands_say_it_in_one_line(words, message, tmp_path, capsys):
     (tmp_path / "photo.jpg").touch()
     job, *rest = words.split()
-    assert {"caption": caption, "evaluate": evaluate}[job].main(rest) == 1
+    assert run_job(job, rest) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"error: {message}")
     assert said.count("\n") == 1

@@ -11,7 +11,7 @@ import pytest
 from common.recipes import recipe
 from filelock import FileLock
 
-from composer_prior.cli import main
+from composer_prior.commands.cli import main
 from composer_prior.data.locks import LockedError, locked, sole_writer
 from composer_prior.inference.caption import caption_images
 from composer_prior.inference.export import export_model

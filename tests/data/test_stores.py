@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from common.commands import caption, convert, inspect
 from common.fault_proxy import FaultProxy
 from common.models import small_lm
 from common.recipes import recipe
 from common.s3_server import s3_server
 from composer.utils import S3ObjectStore
 
-from composer_prior.conversion.convert import main as convert
 from composer_prior.data import download
 from composer_prior.data.download import download_from
 from composer_prior.data.messages import DataError, OneLineError
@@ -19,8 +19,6 @@ from composer_prior.data.storage import Place, StorageError, check_writable
 from composer_prior.data.stores import PROBE, service
 from composer_prior.data.streams import CheckedDataset
 from composer_prior.emoji_scenes.writing import make_sample
-from composer_prior.inference.caption import main as caption
-from composer_prior.reports.inspection import main as inspect
 from composer_prior.scoring.score import ScoreJob, score_captions
 from composer_prior.studies.plan import list_remote
 from composer_prior.training.run import train

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.commands import caption as main
 from common.models import small_lvlm
 from common.s3_server import s3_server
 from PIL import Image
 
 from composer_prior import LVLM
-from composer_prior.cli import main as command
+from composer_prior.commands.cli import main as command
 from composer_prior.emoji_scenes.writing import make_sample
-from composer_prior.inference.caption import caption_images, main
+from composer_prior.inference.caption import caption_images
 
 
 @pytest.fixture

@@ -5,14 +5,15 @@ import re
 from pathlib import Path
 
 import pytest
+from common.commands import evaluate as main
 from common.models import small_lm, small_lvlm
 from common.recipes import launch
 from streaming import MDSWriter
 
 from composer_prior import load
-from composer_prior.cli import main as command
+from composer_prior.commands.cli import main as command
 from composer_prior.emoji_scenes.writing import make_sample
-from composer_prior.inference.evaluate import load_judged, main, model_fingerprint
+from composer_prior.inference.evaluate import load_judged, model_fingerprint
 from composer_prior.models.llava import export_llava
 
 

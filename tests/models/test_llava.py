@@ -21,7 +21,7 @@ from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessor, LlavaForConditionalGeneration
 
-from composer_prior.cli import main
+from composer_prior.commands.cli import main
 from composer_prior.data.tokenizer import add_image_tokens, bos_id, prompt_ids
 from composer_prior.emoji_scenes.writing import make_sample
 from composer_prior.models import stock_vision as stock

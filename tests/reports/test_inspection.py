@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.commands import inspect as main
 from common.models import small_lm
 from common.pages import BROWSER, HOSTILE, browse
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from composer_prior import importance_weights
 from composer_prior.conversion.convert import convert_captions
 from composer_prior.data.scores import Scores
 from composer_prior.data.tokenizer import encode_caption
-from composer_prior.reports.inspection import inspect_captions, main
+from composer_prior.reports.inspection import inspect_captions
 from composer_prior.reports.page import sample_card, samples_page
 from composer_prior.scoring.score import ScoreJob, score_captions
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from common.commands import score as main
 from common.models import small_lm, small_lvlm
 from common.recipes import ROOT, fork_ranks, launch_nodes
 from composer import Trainer
@@ -31,7 +32,6 @@ from composer_prior.scoring.score import score_captions, score_texts
 from composer_prior.scoring.writer import ScoresWriter
 from composer_prior.training.config import load_recipe
 from composer_prior.training.prepare import ensure_scores, job_of
-from composer_prior.training.score import main
 
 CAPTIONS = [
     "a snail",

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+from common.commands import study as main
 from common.recipes import ROOT, run_program
 from common.studies import study_content, write_study
 
-from composer_prior.studies.job import main
 from composer_prior.studies.results import read_metrics, read_results
 
 pytestmark = pytest.mark.slow

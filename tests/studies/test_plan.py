@@ -5,11 +5,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+from common.commands import study as main
 from common.s3_server import s3_server
 from common.studies import write_study
 from omegaconf import OmegaConf
 
-from composer_prior.studies.job import main
 from composer_prior.studies.results import read_results
 from composer_prior.training.config import load_recipe
 

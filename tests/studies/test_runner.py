@@ -9,20 +9,21 @@ import time
 from pathlib import Path
 
 import pytest
+from common.commands import study as main
 from common.recipes import ROOT
 from common.studies import FAKE, write_study
 
 from composer_prior.studies import runner
-from composer_prior.studies.job import main
 from composer_prior.studies.results import read_results
 from composer_prior.studies.runner import last_words
 
 METHODS = {"methods": {"method": "all", "seed": 1}}
 PROGRAM = """
 import sys
-from composer_prior.studies import job, runner
+from composer_prior.studies import runner
+from composer_prior.commands.cli import main
 runner.TRAIN, runner.PREPARE, runner._POLL = ("fake_train",), ("fake_prepare",), 0.02
-sys.exit(job.main(sys.argv[1:]))
+main(["study", *sys.argv[1:]])
 """
 
 
@@ -237,7 +238,7 @@ def test_words_that_cannot_be(capsys, words, message):
 
 def test_usage(capsys):
     assert main([]) == 2
-    assert capsys.readouterr().err.startswith("usage: STUDY.yaml")
+    assert capsys.readouterr().err.startswith("usage: composer-prior study STUDY.yaml")
 
 
 def test_last_words(tmp_path):
@@ -251,7 +252,9 @@ def test_last_words(tmp_path):
 
 
 def test_the_runner_needs_no_composer(here):
-    code = f"{PROGRAM.strip().rpartition(chr(10))[0]}\nstatus = job.main(sys.argv[1:])\n"
-    code += "print(status, {'torch', 'composer', 'streaming', 'transformers'} & set(sys.modules))"
+    code = f"""
+import atexit
+atexit.register(lambda: print({{'torch', 'composer', 'streaming', 'transformers'}} & set(sys.modules)))
+{PROGRAM}"""
     done = subprocess.run([sys.executable, "-c", code, "study.yaml"], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "0 set()", json.dumps(done.stdout)
+    assert done.stdout.splitlines()[-1] == "set()", json.dumps(done.stdout)

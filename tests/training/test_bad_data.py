@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.commands import train as main
 from common.data import write_tiles
 from common.recipes import ALONE, ROOT, SHRUNKEN, VIT, fork_ranks, losses, recipe
 
-from composer_prior.training.run import main, train
+from composer_prior.training.run import train
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.commands import train as main
 from common.recipes import FAULTS, ROOT, SHRUNKEN, VIT, fork_ranks, losses, recipe
 
 from composer_prior.training.finite import NotFiniteError
-from composer_prior.training.run import main, train
+from composer_prior.training.run import train
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 from common.recipes import losses, recipe
 from PIL import Image
 
-from composer_prior.cli import main
+from composer_prior.commands.cli import main
 from composer_prior.data.storage import WriteError
 from composer_prior.training.checkpoints import LATEST_NAME
 from composer_prior.training.run import train

@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from common.commands import train as main
 from common.data import write_tiles
 from common.recipes import ROOT, SHRUNKEN, VIT, fork_ranks, recipe
 
-from composer_prior.training.run import main, train
+from composer_prior.training.run import train
 
 TIMED = ("time/t", "time/v", "throughput/")  # not the same twice
 

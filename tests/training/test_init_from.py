@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from common import hostile
+from common.commands import train as main
 from common.data import write_tiles
 from common.recipes import ROOT, SHRUNKEN, VIT, fork_ranks, losses, recipe
 from common.tokenizers import plain_tokenizer
@@ -22,7 +23,7 @@ from composer_prior.training.checkpoints import (
     find_weights,
     load_weights,
 )
-from composer_prior.training.run import main, train
+from composer_prior.training.run import train
 
 PROJECTOR_ALONE = ["model.vision.freeze=true", "model.language.freeze=true"]
 

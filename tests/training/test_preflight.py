@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from common.commands import train as main
 from common.data import write_tiles
 from common.recipes import ROOT, SHRUNKEN, VIT, recipe
 from composer.utils import dist
 
 from composer_prior.training import trainer
 from composer_prior.training.preflight import check_parts
-from composer_prior.training.run import main
 
 OTHER_TOWER = ["model.vision.pretrained=null", "model.vision.image_size=null"]
 PACKAGES = {"wandb": "wandb", "comet_ml_logger": "comet_ml", "mlflow": "mlflow", "neptune_logger": "neptune"}

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.commands import train as main
 from common.recipes import ROOT, SHRUNKEN, VIT, losses, recipe, run_program
 from composer.core import Callback
 from safetensors.torch import load_file
 
 from composer_prior.registry import register
 from composer_prior.training.config import load_recipe
-from composer_prior.training.run import main, train
+from composer_prior.training.run import train
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from common.commands import train as main
 from common.data import write_tiles
 from common.recipes import ROOT, SHRUNKEN, VIT
 from composer.core import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from composer_prior.registry import register
-from composer_prior.training.run import main
 
 pytestmark = pytest.mark.slow
 

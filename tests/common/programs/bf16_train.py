@@ -6,9 +6,9 @@ import composer.core.precision
 import composer.distributed.prepare_distributed
 import composer.trainer.trainer
 
-from composer_prior.training.run import main
+from composer_prior.commands.cli import main
 
 if __name__ == "__main__":
     for module in (composer.core.precision, composer.distributed.prepare_distributed, composer.trainer.trainer):
         module._validate_precision = lambda precision, device: None
-    main(sys.argv[1:])
+    main(["train", *sys.argv[1:]])

@@ -4,7 +4,7 @@ import datetime
 
 from composer.cli import launcher
 
-from composer_prior.cli import main
+from composer_prior.commands.cli import main
 
 if __name__ == "__main__":
     launcher.CLEANUP_TIMEOUT = datetime.timedelta(seconds=1)

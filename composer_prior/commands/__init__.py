@@ -1,0 +1,1 @@
+"""The entry points of ``composer-prior JOB``, one module each, and the command line that they share (``cli.py``)."""

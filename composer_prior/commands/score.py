@@ -1,0 +1,34 @@
+"""``composer-prior score RECIPE.yaml [option=value ...] [key=value ...]``, or a job's keys without a recipe."""
+
+import os
+from typing import Any
+
+from composer.utils import dist, get_device
+
+from composer_prior.data.messages import announce, one_line_exit
+from composer_prior.scoring.job import ScoreJob
+from composer_prior.scoring.score import score_captions
+from composer_prior.training.config import TrainConfig
+from composer_prior.training.prepare import job_of, prepare
+
+
+@one_line_exit()
+def run(recipe: TrainConfig | None, options: dict[str, Any]) -> None:
+    """Score captions; missing inputs of a recipe are created first.
+
+    Args:
+        recipe: whose reference and data to take.
+        options: fields of :class:`.ScoreJob`, and the ``loader`` of the recipe.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if recipe is None:
+        dist.initialize_dist(get_device(None), timeout=3600)
+        job = ScoreJob(**options)
+    else:
+        loader = options.pop("loader", "train")
+        config = getattr(recipe, f"{loader}_loader")
+        if config is None:
+            raise ValueError(f"The recipe has no {loader}_loader.")
+        job = job_of(recipe, config["dataset"], **options)
+        prepare(recipe, itself=False)
+    announce(str(score_captions(job)))
