@@ -222,6 +222,7 @@ def test_shipped_recipes_are_found_by_name(tmp_path, monkeypatch):
         load_recipe("prior_vit.yaml")
 
 
+@pytest.mark.slow
 def test_a_wheel_works_on_its_own(tmp_path):
     """Built, installed beside its requirements and run in an empty folder: nothing of the checkout is there."""
     source = tmp_path / "source"  # setuptools leaves a folder build/ where it builds
@@ -250,6 +251,7 @@ def test_a_wheel_works_on_its_own(tmp_path):
 INTERRUPT = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["in the job", "in its imports"])
 def test_ctrl_c_is_one_line(moment, tmp_path):
     """Also in a job that has imported Composer, which takes signals for itself."""

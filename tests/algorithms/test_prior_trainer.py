@@ -79,6 +79,7 @@ def cut(batches):
     return {"per_device_train_batch_size": 8 // batches, "gradient_accumulation_steps": batches}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINERS)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("batches", [1, 2, 4])
@@ -257,6 +258,7 @@ def test_rows_of_patches_are_no_text():
     assert image_token_ids(SimpleNamespace(model=form, tokenizer=None)) == (7, 9)
 
 
+@pytest.mark.slow
 def test_needs_neither_composer_nor_a_trainer():
     code = "import sys, composer_prior; print('transformers' in sys.modules); composer_prior.PRIORMixin; "
     code += "print({'composer', 'transformers.trainer', 'datasets'} & {*sys.modules})"

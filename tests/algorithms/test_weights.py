@@ -129,6 +129,7 @@ def test_shapes_must_agree():
         importance_weights(torch.zeros(2, 3), torch.ones(2, 2, dtype=torch.bool))
 
 
+@pytest.mark.slow
 def test_the_formula_needs_no_composer():
     code = "import sys; from composer_prior import importance_weights as w; sys.exit('composer' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -269,6 +269,7 @@ def test_a_unit_that_changed_is_converted_again(tmp_path):
     assert contents(out) == contents(tmp_path / "fresh")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_at_any_moment_and_resumed_it_is_the_same(processes, tmp_path):
     samples = [(encoded(seed=n) if n % 30 else b"bad", f"picture {n}") for n in range(600)]

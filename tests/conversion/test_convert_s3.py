@@ -99,6 +99,7 @@ def test_streaming_reads_it_with_validated_hashes(bucket, source, tmp_path):
     assert (report.samples, report.undecodable) == (117, 0)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_the_bucket_is_the_same(bucket, source, tmp_path):
     options = ["unit_samples=4", "size_limit=2kb", "check=full"]
     assert main([str(source), str(tmp_path / "out"), *options, "processes=1"]) == 0
@@ -144,6 +145,7 @@ def tars(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_tar_shards_in_a_bucket_are_read_as_those_in_a_folder(bucket, tars, server, tmp_path, monkeypatch):
     remote = upload(bucket, tars, "tars")
     options = {"max_rejected": 0.5, "size_limit": "8kb"}
@@ -196,6 +198,7 @@ def test_parquet_files_in_a_bucket(bucket, tmp_path):
     assert str(tmp_path) not in line["detail"]
 
 
+@pytest.mark.slow
 def test_the_first_files_of_a_bucket_may_be_bad(bucket, tars, tmp_path):
     (tars / "a/00000.tar").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     remote = upload(bucket, tars, "first")
@@ -219,6 +222,7 @@ def test_a_file_in_a_bucket_names_no_images_of_this_machine_unasked(bucket, tmp_
     assert convert_captions(remote, tmp_path / "asked", processes=1, images=str(tmp_path)).samples == 1
 
 
+@pytest.mark.slow
 def test_a_remote_source_that_cannot_be_read_is_named_in_one_line(bucket, source, tars, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("composer_prior.data.download.FIRST_PAUSE", 0.01)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")

@@ -358,6 +358,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
+@pytest.mark.slow
 def test_a_remote_is_written_resumed_and_read_on_demand(
     data: StreamingCaptionDataset, scored: Callable[..., StreamingCaptionDataset], bucket: str, tmp_path: Path
 ) -> None:

@@ -196,6 +196,7 @@ def test_a_run_that_may_not_read_is_not_told_that_nothing_is_there(overrides, re
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_closed_while_a_run_saves_ends_it_with_one_line(refusing, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     proxy = refusing(lambda method, path: 403 if method != "GET" and "ep0-ba" in path else None)

@@ -123,6 +123,7 @@ def test_without_a_benchmark_their_names_are_listed(capsys):
     assert re.search(r"reference +PRIOR's reference, whose weights are judged \[null\]", shown)
 
 
+@pytest.mark.slow
 def test_ranks_share_the_samples_and_give_the_same_figures(here):
     words = ["model", "benchmark=image_dependence", "data=data/validation", "reference=reference", "limit=20"]
     assert main([*words, "out=one"]) == 0

@@ -261,6 +261,7 @@ def tokenizer_of_size(size):
     return Sized()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_images_are_learned_by_heart(tokenizer, family):
     """After overfitting, generation with the KV cache brings the captions of all eight images back verbatim."""

@@ -335,6 +335,7 @@ def test_a_place_that_cannot_be_written_to_is_an_error_of_one_line(job: Any, tmp
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_two_nodes_under_launchers_share_what_is_missing(job: Any, data: StreamingCaptionDataset, folders: Any) -> None:
     alone = score_captions(job("alone"))
     shared = job("shared")

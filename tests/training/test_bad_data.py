@@ -96,6 +96,7 @@ def test_a_step_without_any_usable_sample_changes_nothing(name, caplog):
     assert "NaN" not in Path(f"runs/{name}/metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_bad_samples_of_one_rank_cost_the_other_nothing(tmp_path):
     """Two ranks: in batch 0 one of them has nothing, in batch 1 neither has; a run on one rank says what is right."""
     data = own(
@@ -176,6 +177,7 @@ def test_what_goes_wrong_in_the_report_is_said_and_ends_no_run(part, capsys, mon
     assert "checkpoints in runs/ntp_vit/checkpoints, the model in Hugging Face form in runs/ntp_vit/model." in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "closed"])
 def test_a_terminal_of_other_characters_or_none_is_no_end(tmp_path, encoding):
     data = own(write_tiles(tmp_path / "full", 8), write_tiles(tmp_path / "validation", 4), "max_duration=1ba")

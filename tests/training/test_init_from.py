@@ -73,6 +73,7 @@ def test_weights_alone_are_taken_over(here, source, capsys):
     assert [batch for batch, _ in losses("runs/stage2")] == [0]
 
 
+@pytest.mark.slow
 def test_the_second_stage_is_resumed_as_itself(here):
     """A resumed run goes on from its own checkpoint, not from the first stage's weights, and keeps its identity."""
     changes = ["init_from=runs/stage1", "optimizer.lr=0.01", "save_interval=1ba"]

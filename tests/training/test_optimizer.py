@@ -171,6 +171,7 @@ def groups_in(run):
     return checkpoint["state"]["optimizers"]["AdamW"]["param_groups"]
 
 
+@pytest.mark.slow
 def test_two_ranks_keep_the_groups_and_reach_the_losses_of_one(there):
     one, two = groups_in("one"), groups_in("two")
     assert two == one
@@ -200,6 +201,7 @@ def test_each_rate_is_scheduled_and_logged_by_the_name_of_its_group(there):
         assert step["lr-AdamW/language"] == pytest.approx(step["lr-AdamW/group0"] / 5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_groups_alone(there):
     two_ranks("run_name=again", "load_path=runs/two/checkpoints/ep0-ba2-rank0.pt")
     assert losses("runs/again") == losses("runs/two")[2:]

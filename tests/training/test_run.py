@@ -137,6 +137,7 @@ def test_the_other_recipes_run(finished):
     assert losses("runs/ntp_vit") != losses("runs/prior_vit")
 
 
+@pytest.mark.slow
 def test_packing_compilation_and_label_smoothing_from_the_recipe(finished):
     """Packing and torch.compile change no loss, label smoothing does."""
     runs = {

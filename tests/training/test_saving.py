@@ -72,6 +72,7 @@ def logged_loss(name):
     return next(line["metrics/eval/loss"] for line in map(json.loads, reversed(lines)) if "metrics/eval/loss" in line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_folder_alone_is_the_model(alone, name):
     model = load(f"runs/{name}")
@@ -149,6 +150,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(alone, kind):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_folder_of_one(runs, tmp_path, monkeypatch):
     """Sharded with FSDP2 and trained at a rate of 0, from the weights of the run on one rank; also into a bucket."""
     shutil.copytree(runs, tmp_path, dirs_exist_ok=True, symlinks=True)
