@@ -31,15 +31,8 @@ from composer_prior.conversion.units import WHAT_TO_DO, json_line, scratch, unit
 from composer_prior.data.files import parse_json
 from composer_prior.data.locks import LockedError, locked
 from composer_prior.data.messages import one_line
-from composer_prior.data.storage import (
-    REMOTES,
-    Place,
-    StorageError,
-    check_writable,
-    full_disk_told,
-    is_remote,
-    write_whole,
-)
+from composer_prior.data.remote import SCHEMES, Output
+from composer_prior.data.storage import StorageError, full_disk_told, is_remote, write_whole
 
 _LOCK_SECONDS = 3  # the system takes a lock back when the last process of a killed conversion has ended
 
@@ -75,30 +68,30 @@ def convert_captions(
     place_of_source = str(source).rstrip("/") if is_remote(source) else os.path.realpath(Path(source).expanduser())
     identity = hashlib.blake2b(place_of_source.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     settings = {**options.settings, "form": opened.form, "source": identity}
-    place = _place(str(out), options)
-    with _sole_writer(place):
-        complete = _begin(place, settings)
+    output = _output(str(out), options)
+    with _sole_writer(output):
+        complete = _begin(output, settings)
         if complete is not None:
-            shutil.rmtree(place.state, ignore_errors=True)
+            shutil.rmtree(output.state, ignore_errors=True)
             return complete
         if options.on_bad_file == "raise":
-            _refuse_bad_files(source, opened, place)
-        units = convert_units(opened, place, options, distributor)
-        return _finish(place, settings, units, options.max_rejected)
+            _refuse_bad_files(source, opened, output)
+        units = convert_units(opened, output, options, distributor)
+        return _finish(output, settings, units, options.max_rejected)
 
 
-def _refuse_bad_files(source: str | Path, opened: Source, place: Place) -> None:
+def _refuse_bad_files(source: str | Path, opened: Source, output: Output) -> None:
     """An error that names the files that cannot be read, before any other is."""
     bad = list(opened.bad_files())
     if not bad:
         return
-    if not any((place.state / "units").iterdir()):
-        shutil.rmtree(place.state, ignore_errors=True)
+    if not any((output.state / "units").iterdir()):
+        shutil.rmtree(output.state, ignore_errors=True)
     files = "a file" if len(bad) == 1 else f"{len(bad)} files"
     raise SourceError(f"{source}: {files} cannot be read: {describe(bad)}; {WHAT_TO_DO}.")
 
 
-def _place(out: str, options: ConversionOptions) -> Place:
+def _output(out: str, options: ConversionOptions) -> Output:
     scheme = urlparse(out).scheme
     if not is_remote(out):
         folder = Path(out).expanduser().absolute()
@@ -106,93 +99,93 @@ def _place(out: str, options: ConversionOptions) -> Place:
             raise ConversionError(f"{out}: this is a file; name a folder or a remote.")
         state = folder / ".convert"
         state.mkdir(parents=True, exist_ok=True)
-        return Place(folder, None, state)
-    if scheme not in REMOTES:
-        raise ConversionError(f"{out}: {scheme}:// is unknown; name a folder or a remote ({', '.join(REMOTES)}).")
+        return Output(folder, state)
+    if scheme not in SCHEMES:
+        raise ConversionError(f"{out}: {scheme}:// is unknown; name a folder or a remote ({', '.join(SCHEMES)}).")
     remote = out.rstrip("/")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "composer-prior" / "convert"
     digest = hashlib.blake2b(remote.encode(), digest_size=8).hexdigest()
     state = (Path(options.work).expanduser().absolute() if options.work else cache) / digest
     state.mkdir(parents=True, exist_ok=True)
-    return Place(None, remote, state, options.upload_attempts)
+    return Output(remote, state, options.upload_attempts)
 
 
 @contextmanager
-def _sole_writer(place: Place) -> Iterator[None]:
+def _sole_writer(output: Output) -> Iterator[None]:
     """Hold the only right to write to a place, and let what goes wrong there be an error of the conversion."""
     try:
-        with locked(place.state / "lock", _LOCK_SECONDS), full_disk_told(place.out or place.state):
+        with locked(output.state / "lock", _LOCK_SECONDS), full_disk_told(output.folder or output.state):
             yield
     except LockedError:
-        raise ConversionError(f"{place.label}: another conversion is writing here; let it end first.") from None
+        raise ConversionError(f"{output.label}: another conversion is writing here; let it end first.") from None
     except StorageError as error:
         raise ConversionError(str(error)) from error.__cause__
 
 
-def _begin(place: Place, settings: dict[str, Any]) -> ConversionSummary | None:
+def _begin(output: Output, settings: dict[str, Any]) -> ConversionSummary | None:
     """Prepare the state; the summary, if the output is complete already."""
-    names = place.names()
-    finished = place.read("conversion.json", names)
+    names = output.names()
+    finished = output.read("conversion.json", names)
     if finished is not None and (names is None or "index.json" in names):
-        with _own_file(place, "conversion.json"):
+        with _own_file(output, "conversion.json"):
             known = parse_json(finished)
-            _same_settings(place, {**known["settings"], "version": VERSION}, settings)  # it is whole, whoever made it
+            _same_settings(output, {**known["settings"], "version": VERSION}, settings)  # it is whole, whoever made it
             return ConversionSummary(**known["summary"])
-    started = place.state / "settings.json"
+    started = output.state / "settings.json"
     if started.exists():
-        with _own_file(place, started.name):
-            _same_settings(place, parse_json(started.read_bytes()), settings)
+        with _own_file(output, started.name):
+            _same_settings(output, parse_json(started.read_bytes()), settings)
     else:
         other = (names or set()) - {".convert"}
-        if (place.out is not None and other) or "index.json" in other:
-            shutil.rmtree(place.state, ignore_errors=True)
+        if (output.folder is not None and other) or "index.json" in other:
+            shutil.rmtree(output.state, ignore_errors=True)
             some = ", ".join(sorted(other)[:3])
-            raise ConversionError(f"{place.label}: holds something else ({some}); choose an empty place.")
-        if place.remote is not None:
-            check_writable(place.remote)
+            raise ConversionError(f"{output.label}: holds something else ({some}); choose an empty place.")
+        if output.remote is not None:
+            output.remote.check_writable()
         write_whole(started, json_line(settings))
-    for leftover in place.state.glob("tmp*"):
+    for leftover in output.state.glob("tmp*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    (place.state / "units").mkdir(exist_ok=True)
+    (output.state / "units").mkdir(exist_ok=True)
     return None
 
 
 @contextmanager
-def _own_file(place: Place, name: str) -> Iterator[None]:
+def _own_file(output: Output, name: str) -> Iterator[None]:
     """Let a file of the conversion's that holds something else be one line."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConversionError(
-            f"{place.label}: its {name} is none of a conversion's ({one_line(error, 100)}); choose another place."
+            f"{output.label}: its {name} is none of a conversion's ({one_line(error, 100)}); choose another output."
         ) from error
 
 
-def _same_settings(place: Place, known: dict[str, Any], settings: dict[str, Any]) -> None:
+def _same_settings(output: Output, known: dict[str, Any], settings: dict[str, Any]) -> None:
     if known.get("version") != settings["version"]:
         raise ConversionError(
-            f"{place.label}: begun by another version of composer-prior; delete it, or choose another place."
+            f"{output.label}: begun by another version of composer-prior; delete it, or choose another output."
         )
     for name in sorted({*known, *settings}):
         if known.get(name) != settings.get(name):
             was, now = ("another source", "this one") if name == "source" else (known.get(name), settings.get(name))
             raise ConversionError(
-                f"{place.label}: begun with {name}={was}, not {now}; give the same options, or delete it, or choose "
-                "another place."
+                f"{output.label}: begun with {name}={was}, not {now}; give the same options, or delete it, or choose "
+                "another output."
             )
 
 
-def _finish(place: Place, settings: dict[str, Any], units: int, max_rejected: float) -> ConversionSummary:
+def _finish(output: Output, settings: dict[str, Any], units: int, max_rejected: float) -> ConversionSummary:
     """Put the results of all units together; the index comes last."""
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     shards: list[dict[str, Any]] = []
     example = ""
-    folder = scratch(place)
-    lost_in = _losses(place, units)
+    folder = scratch(output)
+    lost_in = _losses(output, units)
     with open(folder / "rejected.jsonl", "wb") as lines:
         for number in range(units):
-            unit = json.loads(unit_file(place.state, number).read_bytes())
+            unit = json.loads(unit_file(output.state, number).read_bytes())
             counts.update({name: unit[name] for name in ("read", "captions", "samples")})
             shards += unit["shards"]
             for line in unit["rejected"]:
@@ -220,37 +213,37 @@ def _finish(place: Place, settings: dict[str, Any], units: int, max_rejected: fl
         counts["estimated"],
         counts["ignored"],
     )
-    place.publish(folder, ["rejected.jsonl"])
+    output.publish(folder, ["rejected.jsonl"])
     if not summary.samples and not rejected:
         others = f", but {summary.ignored} members that are no samples; see rejected.jsonl there" * bool(
             summary.ignored
         )
-        raise ConversionError(f"{place.label}: the source holds no captions{others}.")
+        raise ConversionError(f"{output.label}: the source holds no captions{others}.")
     if not summary.samples or rejected > max_rejected * summary.read:
         most = ", ".join(f"{count} {reason}" for reason, count in list(ordered.items())[:3])
         raise ConversionError(
-            f"{place.label}: {rejected} of {summary.read} captions were rejected ({most}), more than "
+            f"{output.label}: {rejected} of {summary.read} captions were rejected ({most}), more than "
             f"max_rejected={max_rejected}; see rejected.jsonl there{example}, and mend the source or allow more."
         )
     write_whole(folder / "conversion.json", json_line({"settings": settings, "summary": asdict(summary)}))
     write_whole(folder / "index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
-    place.publish(folder, ["conversion.json", "index.json"])
-    if place.out is not None:
+    output.publish(folder, ["conversion.json", "index.json"])
+    if output.folder is not None:
         expected = {shard["raw_data"]["basename"] for shard in shards}
-        for stray in place.out.glob("shard.*.mds"):
+        for stray in output.folder.glob("shard.*.mds"):
             if stray.name not in expected:
                 stray.unlink()
-    shutil.rmtree(place.state, ignore_errors=True)
+    shutil.rmtree(output.state, ignore_errors=True)
     return summary
 
 
-def _losses(place: Place, units: int) -> dict[str, int]:
+def _losses(output: Output, units: int) -> dict[str, int]:
     """How many captions each file has lost that cannot be read, or not to its end: what the whole ones have on average,
     less what was read of it, and at least one."""
     read: Counter[str] = Counter()
     cut = set[str]()
     for number in range(units):
-        unit = json.loads(unit_file(place.state, number).read_bytes())
+        unit = json.loads(unit_file(output.state, number).read_bytes())
         if unit["file"] is not None:
             read[unit["file"]] += unit["read"]
             cut |= {unit["file"]} if unit["cut"] else set()

@@ -18,7 +18,8 @@ from composer_prior.conversion.processes import convert_in_processes
 from composer_prior.conversion.sources import Source
 from composer_prior.conversion.units import Advance, Results, Task, Units, digest, json_line, unit_file
 from composer_prior.data.files import parse_json
-from composer_prior.data.storage import Place, write_whole
+from composer_prior.data.remote import Output
+from composer_prior.data.storage import write_whole
 
 Distributor = Callable[[Task, Units, Advance], Results]
 
@@ -40,16 +41,16 @@ def distributor_of(options: ConversionOptions) -> Distributor:
     return convert_on_ray
 
 
-def convert_units(source: Source, place: Place, options: ConversionOptions, distributor: Distributor) -> int:
+def convert_units(source: Source, output: Output, options: ConversionOptions, distributor: Distributor) -> int:
     """Convert every unit that is not done yet, and return how many units there are."""
     count = 0
 
     def missing() -> Units:
         nonlocal count
-        present = place.names()
+        present = output.names()
         for number, unit in enumerate(source.units()):
             count = number + 1
-            done = _done(place.state, number, unit, present)
+            done = _done(output.state, number, unit, present)
             if done is None:
                 yield number, unit
             else:
@@ -59,10 +60,10 @@ def convert_units(source: Source, place: Place, options: ConversionOptions, dist
     disable = True if sys.stderr is None else disable
     with tqdm(total=source.total, unit=" samples", smoothing=0.1, disable=disable, dynamic_ncols=True) as bar:
         progress = Progress(bar)
-        task = Task(source, place, options, source.folder)
+        task = Task(source, output, options, source.folder)
         with closing(distributor(task, missing(), progress.advance)) as results:
             for number, result in results:
-                write_whole(unit_file(place.state, number), json_line(result))
+                write_whole(unit_file(output.state, number), json_line(result))
     return count
 
 

@@ -62,11 +62,11 @@ def convert_on_ray(task: Task, units: Units, advance: Advance) -> Results:
         yield from _run(task, units, advance)
     except RayTaskError as error:
         if isinstance(error.cause, RayError):  # it could not be sent as it was
-            raise ConversionError(f"{task.place.label}: {one_line(error.cause)}") from None
+            raise ConversionError(f"{task.output.label}: {one_line(error.cause)}") from None
         raise error.cause from error
     except RayError as error:
         problem = f"Ray has given a unit up ({one_line(error, 200)})"
-        raise ConversionError(f"{task.place.label}: {problem}; run the same command again to go on.") from None
+        raise ConversionError(f"{task.output.label}: {problem}; run the same command again to go on.") from None
     finally:
         if mine:
             ray.shutdown()
@@ -122,10 +122,10 @@ def _needed(task: Task) -> Iterator[dict[str, Path]]:
     source a copy will do; remotes are seen by all.
     """
     needed = {str(folder): folder for folder in (task.folder, task.source.images)}
-    sign = task.place.state / f"seen-by-all-nodes-{uuid4().hex}"
-    if task.place.out is not None:
+    sign = task.output.state / f"seen-by-all-nodes-{uuid4().hex}"
+    if task.output.folder is not None:
         sign.touch()
-        needed[task.place.label] = sign
+        needed[task.output.label] = sign
     try:
         yield needed
     finally:

@@ -36,7 +36,7 @@ def convert_in_processes(task: Task, units: Units, advance: Advance) -> Results:
         yield from _in_parallel(task, units, processes, advance)
     except BrokenProcessPool:
         raise ConversionError(
-            f"{task.place.label}: a process died (out of memory?); run the same command again to go on, with fewer "
+            f"{task.output.label}: a process died (out of memory?); run the same command again to go on, with fewer "
             "processes= if memory is short."
         ) from None
 

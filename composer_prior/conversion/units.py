@@ -23,7 +23,7 @@ from composer_prior.conversion.sources import (
 from composer_prior.data.images import ImageError, check_image, reencode_image
 from composer_prior.data.mds import ShardWriter
 from composer_prior.data.messages import short
-from composer_prior.data.storage import Place
+from composer_prior.data.remote import Output
 
 Result = dict[str, Any]  # what the unit's file holds
 Units = Iterator[tuple[int, Any]]  # with their numbers
@@ -38,7 +38,7 @@ class Task:
     """All that a process needs in order to convert any unit."""
 
     source: Source
-    place: Place
+    output: Output
     options: ConversionOptions
     folder: Path
     buffer: io.BytesIO = field(default_factory=io.BytesIO)
@@ -64,11 +64,11 @@ def digest(unit: Any) -> str:
     return hashlib.blake2b(repr(unit).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def scratch(place: Place) -> Path:
+def scratch(output: Output) -> Path:
     """A folder of this process for what is not whole yet; processes of other nodes may have the same number."""
-    folder = place.state / f"tmp{os.getpid()}@{platform.node()}"
+    folder = output.state / f"tmp{os.getpid()}@{platform.node()}"
     # A remote's state is a folder of each node; that of a local output is there, or this node does not see it.
-    folder.mkdir(parents=place.out is None, exist_ok=True)
+    folder.mkdir(parents=output.folder is None, exist_ok=True)
     return folder
 
 
@@ -84,7 +84,7 @@ def convert_unit(task: Task, number: int, unit: Any, advance: Advance) -> Result
     Returns:
         What its unit file has to hold, now that they are there.
     """
-    folder = scratch(task.place)
+    folder = scratch(task.output)
     size_limit = size_in_bytes(task.options.size_limit) or 0
     writer = ShardWriter(folder, f"shard.{number:06}", task.columns, size_limit, task.buffer)
     rejected: list[Rejected] = []
@@ -103,7 +103,7 @@ def convert_unit(task: Task, number: int, unit: Any, advance: Advance) -> Result
         read += written + lost
         advance(written + lost, size)
     writer.finish()
-    task.place.publish(folder, [shard["raw_data"]["basename"] for shard in writer.shards])
+    task.output.publish(folder, [shard["raw_data"]["basename"] for shard in writer.shards])
     counts = {"read": read, "captions": captions, "samples": samples}
     return {
         "unit": digest(unit),

@@ -74,23 +74,6 @@ def download(
         sleep(FIRST_PAUSE * 2.0**attempt)
 
 
-def download_from(
-    remote: str,
-    file: Path,
-    check: Callable[[Path], Any] = lambda file: None,
-    attempts: int = ATTEMPTS,
-    seconds: float = DEFAULT_TIMEOUT,
-) -> None:
-    """:func:`download` from the address of one file of a remote."""
-
-    def fetch(partial: Path) -> None:
-        downloader = downloader_of(remote)
-        downloader.download(remote, str(partial), seconds)
-        downloader.clean_up()
-
-    download(fetch, file, check, attempts, seconds, remote=remote)
-
-
 class _S3(S3Downloader):
     """Streaming's, which answers each 400 with another request without credentials, for ever; here it is one."""
 

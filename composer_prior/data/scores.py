@@ -29,10 +29,11 @@ from streaming.base.constant import DEFAULT_TIMEOUT
 from streaming.base.format import FileInfo
 from transformers import PreTrainedTokenizerBase
 
-from composer_prior.data.download import ATTEMPTS, check_file, download_from
+from composer_prior.data.download import ATTEMPTS, check_file
 from composer_prior.data.files import parse_json
 from composer_prior.data.mds import sample_extent
 from composer_prior.data.messages import DataError
+from composer_prior.data.remote import Remote
 from composer_prior.data.storage import is_remote
 from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import tokenizer_fingerprint
@@ -257,7 +258,7 @@ class Scores:
             if not is_remote(self.path):
                 raise ScoresError(f"{file} is missing; delete {INDEX} beside it and score again") from None
         info = FileInfo(shard.name, shard.size, {"xxh64": shard.digest})
-        _download(f"{self.path.rstrip('/')}/{shard.name}", file, lambda file: check_file(file, info), *self.patience)
+        _download(self.path, file, lambda file: check_file(file, info), *self.patience)
         return _open_shard(str(file), shard.size, shard.digest)
 
 
@@ -322,7 +323,7 @@ def _fetch(path: str, name: str, attempts: int, seconds: float) -> bytes:
             return Path(path, name).read_bytes()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, name)
-            _download(f"{path.rstrip('/')}/{name}", file, lambda file: json.loads(file.read_bytes()), attempts, seconds)
+            _download(path, file, lambda file: json.loads(file.read_bytes()), attempts, seconds)
             return file.read_bytes()
     except (OSError, ScoresError) as error:
         if is_denied(error):
@@ -332,7 +333,7 @@ def _fetch(path: str, name: str, attempts: int, seconds: float) -> bytes:
         ) from error
 
 
-def _download(remote: str, file: Path, check: Callable[[Path], Any], attempts: int, seconds: float) -> None:
+def _download(url: str, file: Path, check: Callable[[Path], Any], attempts: int, seconds: float) -> None:
     """Download a file in one piece; of several processes that want it, one does."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
@@ -341,6 +342,6 @@ def _download(remote: str, file: Path, check: Callable[[Path], Any], attempts: i
         for leftover in file.parent.glob(f"{file.name}.*.partial"):  # of a process that was killed
             leftover.unlink(missing_ok=True)
         try:
-            download_from(remote, file, check, attempts, seconds)
+            Remote(url).get(file.name, file, check, attempts, seconds)
         except DataError as error:
-            raise ScoresError(f"{remote} cannot be downloaded ({error})") from error
+            raise ScoresError(f"{url.rstrip('/')}/{file.name} cannot be downloaded ({error})") from error

@@ -13,7 +13,7 @@ _TRANSIENT = ("RequestTimeout", "BadDigest", "IncompleteBody")  # S3 answers 400
 
 
 def is_final(error: BaseException | None) -> bool:
-    """Whether another attempt would change nothing: the file is not there, or not for us, or the request is wrong."""
+    """Return whether another attempt would change nothing: the object is missing or denied, or the request is wrong."""
     status, code = _answer(error)
     if status is not None:
         return 400 <= status < 500 and status not in (408, 429) and code not in _TRANSIENT
@@ -21,8 +21,14 @@ def is_final(error: BaseException | None) -> bool:
 
 
 def is_denied(error: BaseException | None) -> bool:
-    """Whether a store gave no access, or there are no credentials to ask it with."""
+    """Return whether a store gave no access, or there are no credentials."""
     return _answer(error)[0] in (401, 403) or any(type(one).__name__ == "NoCredentialsError" for one in _chain(error))
+
+
+def is_missing(error: BaseException | None) -> bool:
+    """Return whether a store says that there is no such object."""
+    missing = isinstance(error, FileNotFoundError) or type(error).__name__ == "NotFound"  # Databricks' and Google's
+    return _answer(error)[0] == 404 or (missing and not is_denied(error))
 
 
 def told(error: BaseException, remote: str, length: int = 500) -> str:
@@ -37,7 +43,7 @@ def told(error: BaseException, remote: str, length: int = 500) -> str:
 
 
 def service(remote: str) -> str:
-    """The bucket and the endpoint of a remote; nothing for a folder."""
+    """Return the bucket and the endpoint of a remote; nothing for a folder."""
     parts = urlsplit(remote)
     if not parts.scheme:
         return ""
@@ -56,7 +62,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _answer(error: BaseException | None) -> tuple[int | None, str | None]:
-    """The HTTP status and the store's own word in an error of any library, or in what it came from."""
+    """Return the HTTP status and the store's code of an error of any library, or of its causes."""
     for one in _chain(error):
         response: Any = getattr(one, "response", None)
         if isinstance(response, Mapping):  # botocore's
@@ -64,7 +70,9 @@ def _answer(error: BaseException | None) -> tuple[int | None, str | None]:
             code = str(response.get("Error", {}).get("Code"))
             if status or code.isdigit():
                 return int(status or code), code
-        for value in (getattr(holder, name, None) for holder in (response, one) for name in ("status_code", "code")):
+        for value in (
+            getattr(holder, name, None) for holder in (response, one) for name in ("status_code", "status", "code")
+        ):
             if isinstance(value, int) and 400 <= value < 600:
                 return int(value), None
     return None, None

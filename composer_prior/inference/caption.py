@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from composer_prior.data.batch import ImageInputs
-from composer_prior.data.download import download_from
 from composer_prior.data.images import decode_rgb, read_image_file
 from composer_prior.data.lines import begin_lines
 from composer_prior.data.locks import sole_writer
 from composer_prior.data.messages import one_line
-from composer_prior.data.storage import check_readable, is_remote, list_remote
+from composer_prior.data.remote import Remote
+from composer_prior.data.storage import is_remote
 from composer_prior.inference.device import check_device
 from composer_prior.models.lvlm import LVLM, Caption
 from composer_prior.reports.page import legend, sample_card, samples_page
@@ -76,7 +76,8 @@ def find_images(sources: Sequence[str]) -> Iterator[str]:
     """The names of images, as they are found: a folder's and a remote's are those that end as images do."""
     for source in sources:
         if is_remote(source) and not source.lower().endswith(SUFFIXES):
-            yield from (name for name in list_remote(source) if name.lower().endswith(SUFFIXES))
+            remote = Remote(source)
+            yield from (f"{remote.url}/{name}" for name in remote.names() if name.lower().endswith(SUFFIXES))
         elif os.path.isdir(source):
             for folder, folders, files in os.walk(source):
                 folders.sort()
@@ -91,7 +92,8 @@ def read_bytes(name: str) -> bytes:
         return read_image_file(name)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "image")
-        download_from(name, file, attempts=3)
+        url, _, image = name.rpartition("/")
+        Remote(url).get(image, file, attempts=3)
         return read_image_file(file)
 
 
@@ -149,7 +151,7 @@ def caption_images(
         if not is_remote(source) and not os.path.exists(source):
             raise FileNotFoundError(f"{source}: there is no such image or folder.")
         if is_remote(source) and not source.lower().endswith(SUFFIXES):
-            check_readable(source)
+            Remote(source).check_readable()
     if min(batch_size, max_new_tokens, num_beams) < 1 or (num_workers or 0) < 0 or temperature < 0:
         raise ValueError("batch_size, max_new_tokens and num_beams are at least 1, num_workers and temperature 0.")
     if page is not None:

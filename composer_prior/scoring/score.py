@@ -28,8 +28,9 @@ from composer_prior.data.locks import locked
 from composer_prior.data.mds import read_column
 from composer_prior.data.messages import announce
 from composer_prior.data.nodes import check_shared, on_first_rank
+from composer_prior.data.remote import Remote
 from composer_prior.data.scores import INDEX, Scores, ScoresCard, ScoresError
-from composer_prior.data.storage import StorageError, check_writable, full_disk_told, is_remote
+from composer_prior.data.storage import StorageError, full_disk_told, is_remote
 from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import CaptionFormat, build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.reference import ReferenceLM
@@ -118,7 +119,7 @@ def _look(job: ScoreJob, data: StreamingCaptionDataset) -> tuple[ScoresCard, boo
         if is_denied(error):
             raise
         if is_remote(job.out):
-            check_writable(job.out)
+            Remote(job.out).check_writable()
         return card, False
     there.check(card, job.out)
     return card, True

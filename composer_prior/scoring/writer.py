@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from composer_prior.data.download import ATTEMPTS
 from composer_prior.data.mds import ShardWriter, count_samples
+from composer_prior.data.remote import Output
 from composer_prior.data.scores import CARD, COLUMN, INDEX, ScoresCard, ScoresError, encode_logprobs, read_index
-from composer_prior.data.storage import Place, is_remote, write_whole
+from composer_prior.data.storage import is_remote, write_whole
 
 _SHARD_BYTES = (1 << 32) - 1  # offsets are uint32
 
@@ -38,8 +39,7 @@ class ScoresWriter:
         self._temporary = tempfile.TemporaryDirectory() if is_remote(out) else None
         self.work = Path(self._temporary.name) if self._temporary else Path(out, ".scoring", str(worker))
         self.work.mkdir(parents=True, exist_ok=True)
-        remote = out.rstrip("/") if is_remote(out) else None
-        self.place = Place(None if remote else Path(out), remote, self.work, ATTEMPTS)
+        self.out = Output(out, self.work, ATTEMPTS)
 
     @property
     def units(self) -> list[range]:
@@ -53,15 +53,15 @@ class ScoresWriter:
         Raises:
             ScoresError: if scores of something else, or something else altogether, are there.
         """
-        names = self.place.names()
-        known = self.place.read(CARD, names)
+        names = self.out.names()
+        known = self.out.read(CARD, names)
         if known is not None:
-            ScoresCard.from_json(known, self.place.label).check(self.card, self.place.label)
+            ScoresCard.from_json(known, self.out.label).check(self.card, self.out.label)
             with suppress(ScoresError):  # an index that is damaged or of something else is made anew
-                read_index(self.place.read(INDEX, names) or b"", self.place.label, self.card.samples)
+                read_index(self.out.read(INDEX, names) or b"", self.out.label, self.card.samples)
                 return None
-        elif set(names or ()) - {".scoring"} or self.place.read(INDEX, names) is not None:
-            raise ScoresError(f"{self.place.label} holds something else than scores; name an empty place.")
+        elif set(names or ()) - {".scoring"} or self.out.read(INDEX, names) is not None:
+            raise ScoresError(f"{self.out.label} holds something else than scores; name an empty place.")
         else:
             self._put(CARD, self.card.to_json())
         present = {name for name in names or () if re.fullmatch(r"shard\.\d+\.000\.mds", name)}
@@ -80,7 +80,7 @@ class ScoresWriter:
             writer.write({COLUMN: encode_logprobs(values)})
         writer.finish()
         (entry,) = writer.shards
-        self.place.publish(self.work, [_shard(unit)])
+        self.out.publish(self.work, [_shard(unit)])
         return entry
 
     def finish(self, entries: Mapping[int, dict[str, Any]]) -> None:
@@ -90,7 +90,7 @@ class ScoresWriter:
 
     def _read_entry(self, unit: int, names: set[str] | None) -> dict[str, Any] | None:
         """The index entry of a shard that is there, or None if it is not whole or of another size."""
-        data = self.place.read(_shard(unit), names)
+        data = self.out.read(_shard(unit), names)
         config = ShardWriter(self.work, "", {COLUMN: "bytes"}, _SHARD_BYTES).config
         samples = len(self.units[unit])
         if data is None or count_samples(data) != samples:
@@ -100,7 +100,7 @@ class ScoresWriter:
 
     def _put(self, name: str, data: bytes) -> None:
         write_whole(self.work / name, data)
-        self.place.publish(self.work, [name])
+        self.out.publish(self.work, [name])
 
 
 def _shard(unit: int) -> str:

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from composer_prior.data.files import load_yaml
 from composer_prior.data.messages import DataError, one_line
-from composer_prior.data.storage import is_remote, list_remote
+from composer_prior.data.remote import Remote
+from composer_prior.data.storage import is_remote
 from composer_prior.studies.results import collect, finished, last, planned_steps, read_metrics
 from composer_prior.studies.runner import Plan
 from composer_prior.studies.study import Study
@@ -98,14 +99,14 @@ def collect_remote(
     """
     found: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
-    there = set(list_remote(remote)) if is_remote(remote) else None
+    there = set(Remote(remote).names()) if is_remote(remote) else None
     with tempfile.TemporaryDirectory() as temporary:
         for task in plan.cells:
             assert task.cell is not None
             if finished(lines, task.cell.values) is not None:
                 continue
             try:
-                folder = _fetch(f"{remote.rstrip('/')}/{task.name}", Path(temporary, task.name), there)
+                folder = _fetch(remote, task.name, Path(temporary, task.name), there)
                 recipe = task.cell.load(plan.further[task.name])
                 _check_same(folder / "config.yaml", recipe)
                 records = read_metrics(folder / "metrics.jsonl")
@@ -116,16 +117,14 @@ def collect_remote(
     return found, missing
 
 
-def _fetch(place: str, folder: Path, there: set[str] | None) -> Path:
+def _fetch(runs: str, run: str, folder: Path, there: set[str] | None) -> Path:
     """The folder of a run on this machine; with what is there of the two files."""
     if there is None:
-        return Path(place)
-    from composer_prior.data.download import download_from  # here: it takes streaming, which takes seconds
-
+        return Path(runs, run)
     folder.mkdir()
     for name in ("metrics.jsonl", "config.yaml"):
-        if f"{place}/{name}" in there:
-            download_from(f"{place}/{name}", folder / name)
+        if f"{run}/{name}" in there:
+            Remote(runs).get(f"{run}/{name}", folder / name)
     return folder
 
 

@@ -21,8 +21,9 @@ from composer_prior.algorithms.token_weighting.token_weighting import check_algo
 from composer_prior.data.captions import StreamingCaptionDataset, check_scorable
 from composer_prior.data.messages import OneLineError, one_line
 from composer_prior.data.nodes import on_first_rank
+from composer_prior.data.remote import Remote
 from composer_prior.data.scores import Scores, ScoresCard, ScoresError
-from composer_prior.data.storage import StorageError, check_writable, is_remote
+from composer_prior.data.storage import StorageError, is_remote
 from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import build_tokenizer
 from composer_prior.models.composer_lvlm import ComposerLVLM
@@ -283,7 +284,7 @@ def _check_stored_scores(path: str, data: StreamingCaptionDataset) -> None:
         if is_denied(error):
             raise
         if is_remote(path):
-            check_writable(path)
+            Remote(path).check_writable()
         return  # none, or not whole: they will be made
     card.check(ScoresCard.of(data, {}), path, reference=False)
 

@@ -14,8 +14,9 @@ from composer_prior import registry
 from composer_prior.data.captions import read_captions
 from composer_prior.data.messages import NO_INDEX, announce
 from composer_prior.data.nodes import check_shared, on_first_rank, sole_job
+from composer_prior.data.remote import Remote
 from composer_prior.data.scores import INDEX
-from composer_prior.data.storage import check_writable, is_remote, whole_folder
+from composer_prior.data.storage import is_remote, whole_folder
 from composer_prior.data.tokenizer import train_tokenizer
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import score_captions
@@ -70,7 +71,7 @@ def _prepare(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> 
         for name, arguments in stage.callbacks.items():
             if is_remote((arguments or {}).get("save_folder") or ""):  # of hf_checkpointer
                 with one_line_errors(f"{where}callbacks.{name}"):
-                    on_first_rank(partial(check_writable, arguments["save_folder"]))
+                    on_first_rank(Remote(arguments["save_folder"]).check_writable)
         if recipe.data is None:
             _check_data(stage)
     on_first_rank(lambda: _make_data(recipe.data))

@@ -6,19 +6,19 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from composer.callbacks import CheckpointSaver
 from composer.core import State
 from composer.loggers import Logger
-from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
+from composer.utils import dist, parse_uri
 from composer.utils.checkpoint import get_save_filename
 
 from composer_prior.data.messages import announce
 from composer_prior.data.nodes import on_first_rank
-from composer_prior.data.storage import WriteError, full_disk_told, is_remote, remove_probe, telling, written_here
-from composer_prior.data.stores import PROBE
+from composer_prior.data.remote import Remote, store_errors
+from composer_prior.data.storage import WriteError, full_disk_told, is_remote, written_here
 from composer_prior.models.modeling_prior_lvlm import PriorLVLMConfig
 from composer_prior.training.checkpoints import (
     CHECKPOINT_NAME,
@@ -39,6 +39,7 @@ from composer_prior.training.config import TrainConfig
 from composer_prior.training.finite import check_weights
 from composer_prior.training.reference import REFERENCE_CARD, model_folder
 
+_DOWNLOAD_SECONDS = 3600.0  # of a whole checkpoint
 RUN_FILES = ("config.yaml", "metrics.jsonl", "report.html")  # that a run writes into its folder
 
 
@@ -129,7 +130,7 @@ def check_bucket(recipe: TrainConfig) -> None:
             "another run_name or save_folder, or empty it."
         )
     if folder is not None and is_remote(folder):
-        _Bucket(folder).try_to_write()
+        Remote(folder).check_writable()
 
 
 def _leave_behind(folder: Path, start: str | None) -> None:
@@ -167,24 +168,20 @@ def _text(file: Path) -> str:
 
 
 class _Bucket:
-    """The folder of a bucket that checkpoints are saved to, read through Composer, as it wrote them.
+    """The folder of a bucket that checkpoints are saved to.
 
     Args:
         folder: its address.
     """
 
     def __init__(self, folder: str):
-        self.folder = folder.rstrip("/")
-        self.prefix = PurePosixPath(parse_uri(self.folder)[2])
-        with telling(self.folder, " cannot be read"):
-            self.store: Any = maybe_create_object_store_from_uri(self.folder)
+        self.remote = Remote(folder)
+        self.folder = self.remote.url
 
     def whole(self) -> Iterator[str]:
         """The addresses of whole checkpoints, newest first: shards arrive in any order, and a run may end before the
         last."""
-        with telling(self.folder, " cannot be read"):
-            objects = map(PurePosixPath, self.store.list_objects(str(self.prefix)))
-        below = {name.relative_to(self.prefix).parts[0] for name in objects if self.prefix in name.parents}
+        below = {name.partition("/")[0] for name in self.remote.names()}
         batches = {name: batch for name in below if (batch := batch_of(Path(name))) is not None}
         for name in sorted(batches, key=lambda name: batches[name], reverse=True):
             with self._local(name) as local:
@@ -202,13 +199,7 @@ class _Bucket:
 
     def holds(self, name: str) -> bool:
         """Whether there is a checkpoint of this name."""
-        return self._size(name if _is_one_file(name) else f"{name}/{METADATA}") is not None
-
-    def try_to_write(self) -> None:
-        """Write a small object as Composer will write checkpoints."""
-        with telling(self.folder), tempfile.NamedTemporaryFile() as file:
-            self.store.upload_object(str(self.prefix / PROBE), file.name)
-            remove_probe(getattr(self.store, "client", None), self.folder)
+        return self.remote.exists(name if _is_one_file(name) else f"{name}/{METADATA}")
 
     def _is_whole(self, name: str, local: Path) -> bool:
         """Whether a sharded checkpoint has all shards, of the lengths that its metadata tell, which are downloaded."""
@@ -221,7 +212,7 @@ class _Bucket:
             return False
         for part in parts.values():
             ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
-        return all(self._size(f"{name}/{shard}") == end for shard, end in ends.items())
+        return all(self.remote.size(f"{name}/{shard}") == end for shard, end in ends.items())
 
     @contextmanager
     def _local(self, name: str) -> Iterator[Path]:
@@ -234,20 +225,13 @@ class _Bucket:
                 raise type(error)(str(error).replace(str(local), f"{self.folder}/{name}")) from error
 
     def _download(self, name: str, file: Path) -> bool:
-        """Download an object; whether there is one."""
-        try:
-            with telling(self.folder, " cannot be read"):
-                self.store.download_object(str(self.prefix / name), str(file))
-        except FileNotFoundError:
+        """Download an object, and return whether there is one."""
+        if not self.remote.exists(name):
             return False
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with store_errors(self.folder, " cannot be read"):
+            self.remote.get(name, file, seconds=_DOWNLOAD_SECONDS)
         return True
-
-    def _size(self, name: str) -> int | None:
-        try:
-            with telling(self.folder, " cannot be read"):
-                return self.store.get_object_size(str(self.prefix / name))
-        except FileNotFoundError:
-            return None
 
 
 def _is_one_file(name: str) -> bool:
@@ -279,7 +263,7 @@ class Checkpoints(CheckpointSaver):
         uploader: Any = self.remote_uploader
         if uploader is not None:
             for name in ("init", "check_workers", "wait"):  # where errors of uploads are raised
-                setattr(uploader, name, telling(self.save_folder)(getattr(uploader, name)))
+                setattr(uploader, name, store_errors(self.save_folder)(getattr(uploader, name)))
             # In a process of its own it would import Composer for each rank, and SIGTERM to the group would end it.
             uploader.upload_executor = ThreadPoolExecutor(max_workers=1)
 

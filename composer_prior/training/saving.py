@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from composer_prior.data.download import ATTEMPTS
 from composer_prior.data.lines import read_object
 from composer_prior.data.messages import announce, one_line
-from composer_prior.data.storage import Place, StorageError, WriteError, full_disk_told, is_remote
+from composer_prior.data.remote import Output
+from composer_prior.data.storage import StorageError, WriteError, full_disk_told, is_remote
 from composer_prior.data.tokenizer import tokenizer_fingerprint
 from composer_prior.models.lvlm import LVLM
 from composer_prior.models.pretrained import ModelFolderError, empty_form, hugging_face_weights, save_folder
@@ -71,7 +72,7 @@ def save_model(
                 card = model_card(recipe, model, data.fingerprint, validation)
                 save_folder(model, folder, weights, data.prompt, card)
             if is_remote(out):
-                Place(None, out, Path(temporary), ATTEMPTS).publish(folder, sorted(os.listdir(folder)))
+                Output(out, Path(temporary), ATTEMPTS).publish(folder, sorted(os.listdir(folder)))
     except (ValueError, OSError, StorageError) as error:
         needed = model.vision is None or isinstance(error, WriteError)
         if needed and out == str(model_folder(recipe)):

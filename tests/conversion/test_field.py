@@ -16,7 +16,7 @@ from PIL import Image
 from streaming.base.local import LocalDataset
 
 from composer_prior.conversion.convert import ConversionError, ConversionOptions, convert_captions
-from composer_prior.conversion.sources import Record, Rejected, RejectedImage, SourceError, open_source, read_image
+from composer_prior.conversion.sources import Record, Rejected, SourceError, open_source, read_image
 from composer_prior.conversion.sources import lines as source_lines
 
 
@@ -506,7 +506,7 @@ def test_a_snapshot_reaches_no_other_blobs(tmp_path):
     (snapshot / "1.png").symlink_to(other / "secret")
     (snapshot / "2.png").symlink_to("/etc/hostname")
     for name in ("1.png", "2.png", "../../blobs/" + "0" * 40):
-        with pytest.raises(RejectedImage, match="path leaves the source"):
+        with pytest.raises(match="path leaves the source"):
             read_image(snapshot, name, 1 << 20)
 
 

@@ -12,15 +12,14 @@ from common.s3_server import s3_server
 from composer.utils import S3ObjectStore
 
 from composer_prior.data import download
-from composer_prior.data.download import download_from
 from composer_prior.data.messages import DataError, OneLineError
+from composer_prior.data.remote import Output, Remote
 from composer_prior.data.scores import ScoresError
-from composer_prior.data.storage import Place, StorageError, check_writable
+from composer_prior.data.storage import StorageError
 from composer_prior.data.stores import PROBE, service
 from composer_prior.data.streams import CheckedDataset
 from composer_prior.emoji_scenes.writing import make_sample
 from composer_prior.scoring.score import ScoreJob, score_captions
-from composer_prior.studies.plan import list_remote
 from composer_prior.training.run import train
 
 pytest.importorskip("moto")
@@ -81,14 +80,14 @@ def test_what_will_not_change_is_not_tried_again(status, refusing, tmp_path, mon
     proxy = refusing(everything(status))
     named = denied(proxy) if status == 403 else rf"400.*\(bucket private at {proxy.address}\)"
     with pytest.raises(DataError, match=named) as caught:
-        download_from("s3://private/data/index.json", tmp_path / "index.json")
+        Remote("s3://private/data").get("index.json", tmp_path / "index.json")
     assert "not found" not in str(caught.value)
     with pytest.raises(DataError, match=rf"^s3://private/data/index\.json cannot be read: .*{named}"):
         CheckedDataset(remote="s3://private/data", local=str(tmp_path / "local"), batch_size=1)
     with pytest.raises(StorageError, match=named):
-        list_remote("s3://private/data")
+        Remote("s3://private/data").names()
     with pytest.raises(StorageError, match=named):
-        check_writable("s3://private/data")
+        Remote("s3://private/data").check_writable()
     assert sum(proxy.refused.values()) < 20
 
 
@@ -97,18 +96,18 @@ def test_an_upload_that_is_refused_is_not_tried_again(status, refusing, tmp_path
     proxy = refusing(lambda method, path: status if method == "PUT" else None)
     (tmp_path / "file").write_bytes(b"?")
     with pytest.raises(StorageError, match=rf"^s3://private/out/file: the upload failed 1 times .*{proxy.address}"):
-        Place(None, "s3://private/out", tmp_path, attempts=7).publish(tmp_path, ["file"])
+        Output("s3://private/out", tmp_path, attempts=7).publish(tmp_path, ["file"])
     assert proxy.refused == {"PUT": 1}
 
 
 def test_what_tries_a_bucket_is_removed_again(server, refusing):
     _, store = server
-    check_writable("s3://private/tried")
+    Remote("s3://private/tried").check_writable()
     assert store.list_objects("tried") == []
     refusing(lambda method, path: 403 if method == "DELETE" else None)
-    check_writable("s3://private/tried")
+    Remote("s3://private/tried").check_writable()
     assert store.list_objects("tried") == [f"tried/{PROBE}"]
-    assert Place(None, "s3://private/tried", Path("/tmp")).names() == set()
+    assert Output("s3://private/tried", Path("/tmp")).names() == set()
 
 
 def test_an_endpoint_is_told_without_its_password(monkeypatch):

@@ -118,7 +118,7 @@ def test_a_new_run_does_not_mix_with_another_in_a_bucket(bucket):
     """It is told before anything is made, and so is one that cannot read its bucket."""
     for overrides, message in (
         (["save_folder=s3://runs/single"], "s3://runs/single/ep0-ba3-rank0.pt is of an earlier run"),
-        (["save_folder=s3://nowhere/single", "autoresume=true"], "s3://nowhere/single cannot be read"),
+        (["save_folder=s3://nowhere/single", "autoresume=true"], "s3://nowhere/single: cannot be listed"),
         (["load_path=s3://runs/single/ep0-ba9-rank0.pt"], "s3://runs/single/ep0-ba9-rank0.pt is not there"),
     ):
         with pytest.raises(ValueError, match=message) as caught:

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from composer_prior import ComposerLVLM, StreamingCaptionDataset, load
 from composer_prior.data.captions import caption_data_spec
-from composer_prior.data.download import download_from
+from composer_prior.data.remote import Remote
 from composer_prior.inference.caption import caption_images
 from composer_prior.models.llava import export_llava
 from composer_prior.models.pretrained import ModelFolderError
@@ -169,7 +169,7 @@ def test_two_ranks_write_the_folder_of_one(runs, tmp_path, monkeypatch):
         command = [ROOT / "train.py", ROOT / "yamls/prior_vit.yaml", *SHRUNKEN, *VIT, *still, checkpoint]
         fork_ranks(tmp_path, *command, "init_from=runs/prior_vit")
         for name in ("model.safetensors", "config.json"):
-            download_from(f"s3://models/two/ba1/{name}", tmp_path / name)
+            Remote("s3://models/two/ba1").get(name, tmp_path / name)
     one, two = (load_file(f"runs/{name}/model/model.safetensors") for name in ("prior_vit", "two"))
     assert list(one) == list(two)
     assert all(torch.equal(one[name], tensor) for name, tensor in two.items())

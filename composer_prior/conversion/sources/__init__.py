@@ -22,8 +22,11 @@ damaged in a file that goes on behind it is rejected by itself. Links in the fol
 real folder once; a path that a list names must lead to a file below the source or below ``images=``.
 """
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 from composer_prior.conversion.sources.base import (
-    FORMS,
     SPANS,
     BadFile,
     Record,
@@ -36,24 +39,36 @@ from composer_prior.conversion.sources.base import (
 )
 from composer_prior.conversion.sources.files import describe
 from composer_prior.conversion.sources.images import read_image
-from composer_prior.conversion.sources.recognition import open_source
-from composer_prior.data.images import ImageError as RejectedImage
+from composer_prior.conversion.sources.recognition import open_local
+from composer_prior.conversion.sources.remote import RemoteSource
 from composer_prior.data.storage import is_remote
 
 __all__ = [
-    "FORMS",
     "SPANS",
     "BadFile",
     "Record",
     "Rejected",
-    "RejectedImage",
     "Source",
     "SourceError",
     "SourceOptions",
     "describe",
     "expect_number",
     "file_of",
-    "is_remote",
     "open_source",
     "read_image",
 ]
+
+
+def open_source(path: str | Path, options: SourceOptions | None = None, **overrides: Any) -> Source:
+    """Recognise the format of a source and open it.
+
+    Args:
+        path: a file or a folder, see the module's table; or a remote (``s3://`` …) with tar shards or Parquet files.
+        options: how to read it. Default: the fields' defaults.
+        overrides: fields of :class:`SourceOptions`.
+
+    Raises:
+        SourceError: if the format is unknown or ambiguous, or a column or optional package is missing.
+    """
+    options = replace(options or SourceOptions(), **overrides)
+    return RemoteSource.open(str(path), options) if is_remote(path) else open_local(Path(path), options)

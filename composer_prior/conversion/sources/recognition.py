@@ -3,10 +3,8 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from composer_prior.conversion.sources.base import FORMS, IMAGE_SUFFIXES, Source, SourceError, SourceOptions
 from composer_prior.conversion.sources.hf import HFSource
@@ -15,7 +13,6 @@ from composer_prior.conversion.sources.lines import open_text
 from composer_prior.conversion.sources.lists import ListSource
 from composer_prior.conversion.sources.parquet import ParquetSource
 from composer_prior.conversion.sources.tar import NEIGHBOURS, FolderSource, TarSource
-from composer_prior.data.storage import is_remote
 
 _ACCEPTED = (
     "a folder with captions.jsonl, captions.csv, captions.tsv or captions.json, such a file itself, COCO captions or "
@@ -38,27 +35,13 @@ _SUFFIXES = {
 }
 
 
-def open_source(path: str | Path, options: SourceOptions | None = None, **overrides: Any) -> Source:
-    """Recognise the form of a source and open it.
-
-    Args:
-        path: a file or a folder, see the module's table; or a remote (``s3://`` …) with tar shards or Parquet files.
-        options: how to read it.
-        overrides: fields of :class:`SourceOptions`.
-
-    Returns:
-        The source.
+def open_local(path: Path, options: SourceOptions) -> Source:
+    """Recognise the format of a file or folder and open it.
 
     Raises:
-        SourceError: naming what is accepted, if the form is unknown or ambiguous, a column is missing, or an optional
-            package is.
+        SourceError: see :func:`.open_source`.
     """
-    options = replace(options or SourceOptions(), **overrides)
-    if is_remote(path):
-        from composer_prior.conversion.sources.remote import RemoteSource  # imports streaming, which takes its time
-
-        return RemoteSource.open(str(path), options)
-    path = Path(path).expanduser().absolute()  # units may be read by processes that work elsewhere
+    path = path.expanduser().absolute()  # units may be read by processes that work elsewhere
     form, files = _recognise(path, options.form)
     if form in ("webdataset", "parquet"):
         root = path if path.is_dir() else path.parent

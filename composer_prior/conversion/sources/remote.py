@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 
 from composer_prior.conversion.sources.base import BadFile, Record, Rejected, SourceError, SourceOptions, asked_folder
 from composer_prior.conversion.sources.files import describe, file_unit, parquet_problem, tar_problem
-from composer_prior.conversion.sources.recognition import archives_of, open_source
-from composer_prior.data.download import download_from
+from composer_prior.conversion.sources.recognition import archives_of, open_local
 from composer_prior.data.messages import DataError
-from composer_prior.data.storage import StorageError, list_remote
+from composer_prior.data.remote import Remote
+from composer_prior.data.storage import StorageError
 from composer_prior.data.stores import is_denied, is_final, told
 
 
@@ -81,7 +81,7 @@ class RemoteSource:
                 with source._downloaded(name) as file:
                     fault = source._problem(name, file)
                     if fault is None:
-                        return replace(source, has_spans=open_source(file, options).has_spans, known_bad=tuple(bad))
+                        return replace(source, has_spans=open_local(file, options).has_spans, known_bad=tuple(bad))
                     bad.append(fault)
             except _NotThereError as error:
                 bad.append(BadFile.of(name, str(error)))
@@ -110,7 +110,7 @@ class RemoteSource:
                     yield problem
                     return
                 try:
-                    source = open_source(file, self.options)
+                    source = open_local(file, self.options)
                 except SourceError as error:
                     yield BadFile.of(unit, str(error).replace(str(file), unit).replace(str(file.parent), unit))
                     return
@@ -126,7 +126,7 @@ class RemoteSource:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, PurePosixPath(name).name)
             try:
-                download_from(remote, file, seconds=self.options.download_timeout)
+                Remote(self.remote).get(name, file, seconds=self.options.download_timeout)
             except DataError as error:
                 if is_denied(error):
                     raise SourceError(f"{remote} cannot be read: {error}.") from error
@@ -139,9 +139,8 @@ class RemoteSource:
 def _names(remote: str) -> list[str]:
     """Names of all files below a remote, in order."""
     try:
-        names = list_remote(remote)
+        return Remote(remote).names()
     except NotImplementedError:
         raise SourceError(f"{remote}: a remote of this kind cannot be listed; name one of its files.") from None
     except (StorageError, FileNotFoundError) as error:
         raise SourceError(f"{remote} cannot be listed: {told(error.__cause__ or error, remote, 200)}.") from error
-    return sorted(name.removeprefix(f"{remote}/") for name in names)
