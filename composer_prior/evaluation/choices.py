@@ -17,9 +17,9 @@ from composer_prior.models.reference import ReferenceLM
 
 TIE = 1e-3  # nats: below that, a model prefers neither
 SCORES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
-    "total": lambda with_image, prior, tokens: with_image,
-    "per_token": lambda with_image, prior, tokens: with_image / tokens,
-    "without_prior": lambda with_image, prior, tokens: with_image - prior,
+    "total": lambda with_image, text_only, tokens: with_image,
+    "per_token": lambda with_image, text_only, tokens: with_image / tokens,
+    "image_gain": lambda with_image, text_only, tokens: with_image - text_only,
 }
 
 
@@ -44,32 +44,34 @@ class Choice:
 
 class ChoiceBenchmark(Benchmark):
     """Accuracies of choosing the true text: by its log-probability (``total``), by that per token (``per_token``), and
-    by how much the image raises it (``without_prior``), log P(text | image) - log P(text).
+    by how much the image raises it (``image_gain``), log P(text | image) - log P(text).
 
     Beside each stands what the model gets with another sample's image (``shuffled``), which is the text-only level for
     a model that ignores images; ``text_only`` is the accuracy of log P(text) alone, and ``chance`` that of guessing.
     Texts that are equally likely share the point.
 
     Args:
-        prior: what log P(text) is of: ``blank``, the model itself with a grey image, or a causal LM on text, such as
-            PRIOR's reference.
+        reference: the model of log P(text): ``blank``, the model itself with a grey image, or a causal LM on text, such
+            as PRIOR's reference.
         end: score the end of the text too.
     """
 
     headline = MappingProxyType(
         {
-            "right": "without_prior",
-            "with another image": "without_prior_shuffled",
+            "right": "image_gain",
+            "with another image": "image_gain_shuffled",
             "text only": "text_only",
             "chance": "chance",
         }
     )
 
-    def __init__(self, prior: str | ReferenceLM = "blank", end: bool = True):
+    def __init__(self, reference: str | ReferenceLM = "blank", end: bool = True):
         self.end = end
-        self.prior = prior if isinstance(prior, ReferenceLM) else None
-        if isinstance(prior, str) and prior != "blank":
-            self.prior = ReferenceLM.from_pretrained(prior)
+        self.text_only: TextOnly | None = None
+        if reference != "blank":
+            self.text_only = TextOnly(
+                ReferenceLM.from_pretrained(reference) if isinstance(reference, str) else reference
+            )
 
     @abstractmethod
     def choice(self, number: int) -> Choice:
@@ -79,13 +81,12 @@ class ChoiceBenchmark(Benchmark):
         samples = [self.choice(number) for number in numbers]
         images = [sample.image for sample in samples]
         others = [self.choice(self.other(number)).image for number in numbers]
-        text_only: Any = model if self.prior is None else TextOnly(self.prior)
         found = [
             self._by_prompt(source, pictures, samples)
-            for source, pictures in ((model, images), (model, others), (text_only, blanks(images)))
+            for source, pictures in ((model, images), (model, others), (self.text_only or model, blanks(images)))
         ]
         predictions = []
-        for number, sample, own, shuffled, prior in zip(numbers, samples, *found, strict=True):
+        for number, sample, own, shuffled, text_only in zip(numbers, samples, *found, strict=True):
             alone = self.other(number) == number
             predictions.append(
                 {
@@ -93,7 +94,7 @@ class ChoiceBenchmark(Benchmark):
                     "texts": list(sample.texts),
                     "logprobs": [sum(text.values) for text in own],
                     "logprobs_shuffled": None if alone else [sum(text.values) for text in shuffled],
-                    "logprobs_prior": [sum(text.values) for text in prior],
+                    "logprobs_text_only": [sum(text.values) for text in text_only],
                     "tokens": [len(text.values) for text in own],
                     **(sample.details or {}),
                 }
@@ -114,11 +115,13 @@ class ChoiceBenchmark(Benchmark):
 
     def points(self, prediction: Mapping[str, Any]) -> dict[str, float]:
         """What a sample earns, by the names of the accuracies."""
-        tokens, prior = np.array(prediction["tokens"]), np.array(prediction["logprobs_prior"])
-        points = {"chance": 1 / len(tokens), "text_only": point(prior)}
+        tokens = np.array(prediction["tokens"])
+        # Files of earlier versions say logprobs_prior.
+        text_only = np.array(prediction.get("logprobs_text_only") or prediction["logprobs_prior"])
+        points = {"chance": 1 / len(tokens), "text_only": point(text_only)}
         for key, suffix in (("logprobs", ""), ("logprobs_shuffled", "_shuffled")):
             scores = np.array(prediction[key] or [np.nan] * len(tokens))
-            points |= {f"{name}{suffix}": point(score(scores, prior, tokens)) for name, score in SCORES.items()}
+            points |= {f"{name}{suffix}": point(score(scores, text_only, tokens)) for name, score in SCORES.items()}
         return points
 
     def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:

@@ -75,7 +75,7 @@ class Foils(ChoiceBenchmark):
         data: a file, or a folder of files.
         images: folder of the images, or one with folders of them. Default: that of the file.
         prompt: text between image and caption. Default: that of training.
-        prior: blank, for the model itself with a grey image, or a causal LM on text, such as PRIOR's reference.
+        reference: blank, for the model itself with a grey image, or a causal LM on text, such as PRIOR's reference.
         end: score the end of the caption too.
     """
 
@@ -85,15 +85,15 @@ class Foils(ChoiceBenchmark):
         data: str,
         images: str | None = None,
         prompt: str | None = None,
-        prior: str = "blank",
+        reference: str = "blank",
         end: bool = True,
     ):
         self.prompt = prompt
         self.samples = read_foils(data, images)
         self._others = other_images([sample.image for sample in self.samples])
         parts = [(s.caption, s.foils, s.category, s.box, s.group, *file_size(s.image)) for s in self.samples]
-        self.fingerprint = digest(parts, prompt, prior, end)
-        super().__init__(prior, end)
+        self.fingerprint = digest(parts, prompt, reference, end)
+        super().__init__(reference, end)
 
     def __len__(self) -> int:
         return len(self.samples)

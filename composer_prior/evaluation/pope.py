@@ -46,7 +46,7 @@ class Question(NamedTuple):
 class Pope(ChoiceBenchmark):
     """Accuracy, precision, recall and F1 of yes, and the share of yes, for the likelier answer.
 
-    Besides, the figures of every choice between texts: ``total``, which is the accuracy, ``without_prior``, and beside
+    Besides, the figures of every choice between texts: ``total``, which is the accuracy, ``image_gain``, and beside
     them that with another image, the text alone and chance. Where there are several files, as random, popular and
     adversarial, each has figures of its own, by its name.
 
@@ -56,7 +56,7 @@ class Pope(ChoiceBenchmark):
         images: folder of the images. Default: that of the file.
         prompt: what stands between image and answer; the question is put in the place of {question}.
         answers: how yes and no are spelled, with a comma between them.
-        prior: blank, for the model itself with a grey image, or a causal LM on text, such as PRIOR's reference.
+        reference: blank, for the model itself with a grey image, or a causal LM on text, such as PRIOR's reference.
         end: score the end of the answer too.
     """
 
@@ -67,7 +67,7 @@ class Pope(ChoiceBenchmark):
         images: str | None = None,
         prompt: str = "{question}",
         answers: str = "yes,no",
-        prior: str = "blank",
+        reference: str = "blank",
         end: bool = False,
     ):
         self.check(prompt, answers)
@@ -77,8 +77,8 @@ class Pope(ChoiceBenchmark):
         self.questions = _read(data, images)
         self._others = other_images([question.image for question in self.questions])
         sizes = [file_size(question.image) for question in self.questions]
-        self.fingerprint = digest([question[1:] for question in self.questions], sizes, prompt, answers, prior, end)
-        super().__init__(prior, end)
+        self.fingerprint = digest([question[1:] for question in self.questions], sizes, prompt, answers, reference, end)
+        super().__init__(reference, end)
 
     @staticmethod
     def check(prompt: str = "{question}", answers: str = "yes,no") -> None:

@@ -24,7 +24,7 @@ class SceneChoices(ChoiceBenchmark):
         canvas: side of the images in pixels, at least 32, such as that of the training data.
         seed: of the training data, which decides what is held out.
         categories: some of those that its figures name. Default: all.
-        prior: blank, for the model itself with a grey image, or a causal LM on text, such as PRIOR's reference.
+        reference: blank, for the model itself with a grey image, or a causal LM on text, such as PRIOR's reference.
 
     Raises:
         ImportError: the packages of the `emoji` extra are missing.
@@ -39,11 +39,11 @@ class SceneChoices(ChoiceBenchmark):
         canvas: int = 96,
         seed: int = 17,
         categories: list[str] | None = None,
-        prior: str | ReferenceLM = "blank",
+        reference: str | ReferenceLM = "blank",
     ):
         self.check(samples, canvas, seed, categories)
         check_drawings(CLASSES)
-        super().__init__(prior)
+        super().__init__(reference)
         self.samples, self.canvas, self.seed = samples, canvas, seed
         self.categories = tuple(categories or self.all_categories)
         made_from = {"samples": samples, "canvas": canvas, "seed": seed, "categories": self.categories, **versions()}

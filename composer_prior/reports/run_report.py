@@ -23,7 +23,7 @@ _WORDS = {
     "loss": ("", "nats per token, lower is better; image-related tokens are those that the image determines"),
     "total": ("", "chooses the true text by log P(text | image)"),
     "per_token": ("", "chooses it by log P(text | image) per token"),
-    "without_prior": ("", "chooses it by log P(text | image) - log P(text), so that a likely text has no advantage"),
+    "image_gain": ("", "chooses it by log P(text | image) - log P(text), so that a likely text has no advantage"),
     "cider_d": ("CIDEr-D", "how many rare n-grams captions share with people's, 0 to 10"),
     "bleu": ("BLEU", "share of a caption's n-grams up to that length that people's captions have, 0 to 1"),
     "rouge_l": ("ROUGE-L", "longest common sequence of words with people's captions, 0 to 1"),

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 
 from composer_prior.studies.blocks import Block, Heading, Paragraph, Table
 from composer_prior.studies.numbers import amount, counted, duration, listed
-from composer_prior.studies.report_data import Cell, Study
 from composer_prior.studies.results import TRAINING
-from composer_prior.studies.study import METHOD, SEED
+from composer_prior.studies.study import METHOD, SEED, Run, Study
 
 REFERENCE = ("reference_flops", "scoring_flops")
 """What PRIOR's weights cost, apart from the run."""
@@ -22,7 +21,7 @@ _ALL = "all_flops"
 _EQUAL = 0.005  # relative: padding differs a little from seed to seed
 
 
-def used(cell: Cell, name: str) -> float | None:
+def used(cell: Run, name: str) -> float | None:
     """A figure of a run's training, or all FLOPs: of the run, the reference and the scoring."""
     if name != _ALL:
         return cell.figures.get(f"{TRAINING}/{name}")
@@ -30,7 +29,7 @@ def used(cell: Cell, name: str) -> float | None:
     return None if own is None else own + sum(used(cell, part) or 0.0 for part in REFERENCE)
 
 
-def all_flops(cell: Cell) -> float | None:
+def all_flops(cell: Run) -> float | None:
     """FLOPs of the run with those of the reference and the scoring."""
     return used(cell, _ALL)
 
@@ -71,7 +70,7 @@ def what_was_run(study: Study) -> list[Block]:
     return blocks
 
 
-def equality(found: Mapping[str, Mapping[str, Cell]], baseline: str) -> str:
+def equality(found: Mapping[str, Mapping[str, Run]], baseline: str) -> str:
     """What the methods used as much of as the baseline at the same seeds, and what not, in a sentence or none.
 
     Args:
@@ -110,12 +109,12 @@ def _planned(study: Study) -> dict[tuple[str, ...], dict[str, list[str]]]:
     return {key: dict(sorted(of.items(), key=lambda item: item[0] != study.baseline)) for key, of in found.items()}
 
 
-def _mean(cells: Mapping[str, Cell], name: str) -> float | None:
+def _mean(cells: Mapping[str, Run], name: str) -> float | None:
     known = [value for cell in cells.values() if (value := used(cell, name)) is not None]
     return sum(known) / len(known) if known else None
 
 
-def _ratio(baseline: Mapping[str, Cell], method: Mapping[str, Cell], name: str) -> float | None:
+def _ratio(baseline: Mapping[str, Run], method: Mapping[str, Run], name: str) -> float | None:
     pairs = [(used(baseline[seed], name), used(method[seed], name)) for seed in baseline if seed in method]
     known = [(own, other) for own, other in pairs if own is not None and other is not None]
     total = sum(own for own, _ in known)

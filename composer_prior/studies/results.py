@@ -17,7 +17,7 @@ from composer_prior import __version__
 from composer_prior.data.lines import read_object
 from composer_prior.data.messages import one_line
 from composer_prior.data.storage import write_whole
-from composer_prior.studies.study import differences
+from composer_prior.studies.study import Run, Study, checked_header, current_name, differences
 from composer_prior.training.config import TrainConfig
 
 TRAINING = "training"
@@ -56,6 +56,63 @@ def read_lines(file: Path) -> list[Any]:
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: {one_line(error, 300)}.") from error
     return lines
+
+
+def read_study_results(file: Path) -> Study:
+    """Read the study of a results file with its finished runs; half a line at the end counts as not there.
+
+    Raises:
+        ValueError: one line with the number of the line that cannot be read.
+    """
+    study: Study | None = None
+    runs: dict[tuple[str, ...], Run] = {}
+    for number, record in enumerate(read_lines(file), start=1):
+        try:
+            if study is None:
+                study = Study(checked_header(_mapping(record["study"])))
+                continue
+            values = _mapping(_mapping(record)["cell"])
+            if set(values) != set(study.axes):
+                raise ValueError(f"the cell has the axes {', '.join(values)}, the study {', '.join(study.axes)}")
+            key = tuple(str(values[axis]) for axis in study.axes)
+            _take(runs.setdefault(key, Run()), record)
+            if record["benchmark"] == TRAINING:
+                study.runs[key] = runs[key]
+        except KeyError as error:
+            raise ValueError(f"{file}, line {number}: there is no {error}.") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}, line {number}: {one_line(error, 300)}.") from error
+    if study is None:
+        raise ValueError(f"{file}, line 1: there is no header.")
+    return study
+
+
+def _take(run: Run, record: Mapping[str, Any]) -> None:
+    """Take in a line; of a cell that is there twice, as after a writer was killed, the later lines stand."""
+    benchmark = str(record["benchmark"])
+    for name, value in _mapping(record["figures"]).items():
+        run.figures[current_name(f"{benchmark}/{name}")] = _number(value)
+    curve = _mapping(record.get("curve") or {})
+    batches = [float(batch) for batch in curve.get("batch", ())]
+    for name, values in curve.items():
+        if name != "batch":
+            if len(values) != len(batches):
+                raise ValueError(f"the curve {name} has {len(values)} values at {len(batches)} batches")
+            run.curves[current_name(f"{benchmark}/{name}")] = batches, [_number(value) for value in values]
+    if benchmark == TRAINING:
+        run.versions = {str(name): str(version) for name, version in (record.get("versions") or {}).items()}
+
+
+def _number(value: Any) -> float | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError(f"{value!r} stands where a number belongs")
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(value)[:80]!r} stands where a mapping belongs")
+    return value
 
 
 def begin_results(file: Path, header: Mapping[str, Any], place: Path | None = None) -> list[dict[str, Any]]:
@@ -197,7 +254,7 @@ def _place_of(metric: str) -> str:
     """``metrics/eval/loss`` -> ``validation/loss``, ``eval/scene_foils/total/class`` -> ``scene_foils/total/class``."""
     if metric.startswith("metrics/eval/"):
         return f"validation/{metric.removeprefix('metrics/eval/')}"
-    return metric.removeprefix("eval/") if metric.startswith("eval/") else ""
+    return current_name(metric.removeprefix("eval/")) if metric.startswith("eval/") else ""
 
 
 def _curve(curve: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:

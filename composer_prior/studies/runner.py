@@ -271,7 +271,7 @@ class _Runner:
             self._fail(task, one_line(error), task.log)
             return
         append_results(self.results, lines)
-        benchmark, _, figure = (self.study.first_figure or "").partition("/")
+        benchmark, _, figure = next(iter(self.study.averaged), "").partition("/")
         value = (finished(lines, task.cell.values) or {}).get(benchmark, {}).get(figure)
         shown = f", {benchmark}/{figure} {value:.4g}" if value is not None else ""
         self._say(f"{task.name}: finished in {seconds / 60:.1f} minutes{shown}")

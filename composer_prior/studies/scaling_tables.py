@@ -8,9 +8,8 @@ from composer_prior.reports import plots
 from composer_prior.studies.blocks import Block, Heading, Paragraph, Picture, Table
 from composer_prior.studies.costs import all_flops, used
 from composer_prior.studies.numbers import coefficient, listed
-from composer_prior.studies.report_data import Cell, Grid, Setting, Study
 from composer_prior.studies.scaling import Estimate, Fit, Points, differences, fit, points
-from composer_prior.studies.study import AXES, SEED, combinations
+from composer_prior.studies.study import AXES, SEED, Grid, Run, Setting, Study, combinations
 
 _SAID = {
     "flops": "FLOPs of the run",
@@ -20,7 +19,7 @@ _SAID = {
 }
 _WITH_REFERENCE = "FLOPs with those of the reference and the scoring"
 _ALIKE = 0.01  # relative: an axis along which C differs by less is no axis of sizes
-_Size = Callable[[Cell], float | None]
+_Size = Callable[[Run], float | None]
 _Fits = dict[str, tuple[Points, Fit]]
 
 
@@ -36,7 +35,7 @@ def scaling_blocks(
         picture: makes one of its SVG, its caption and the names of its file.
     """
 
-    def size(cell: Cell) -> float | None:
+    def size(cell: Run) -> float | None:
         return used(cell, scale)
 
     blocks: list[Block] = [Heading(3, f"Scaling of grid {grid.name} with {_SAID[scale]}")]
@@ -121,7 +120,7 @@ def _runs(study: Study, grid: Grid) -> list[tuple[str, dict[str, str]]]:
     return [(method, setting) for setting in grid.settings for method in study.methods(grid)]
 
 
-def _cells(study: Study, grid: Grid, setting: Setting, method: str) -> Sequence[Cell]:
+def _cells(study: Study, grid: Grid, setting: Setting, method: str) -> Sequence[Run]:
     return list(study.by_seed(setting, method, grid.values[SEED]).values())
 
 

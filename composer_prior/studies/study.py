@@ -1,4 +1,4 @@
-"""A study: a YAML file that says which runs there are, and what is made of them.
+"""A study: a YAML file that names runs, which the runner makes and the page compares.
 
 Reading one needs neither Composer nor torch, so that a mistake in it is answered at once.
 """
@@ -7,8 +7,8 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
-from functools import lru_cache
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property, lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from composer_prior.data.files import load_yaml
 from composer_prior.data.messages import one_line
 from composer_prior.registry import did_you_mean
+from composer_prior.studies.comparison import Better, Curve, Values
 from composer_prior.training.config import SHIPPED, TrainConfig, load_recipe, written
 
 KEYS = ("name", "recipe", "overrides", "axes", "grids", "baseline", "figures", "curve", "fits")
@@ -25,11 +26,15 @@ REQUIRED = ("name", "recipe", "axes", "grids", "baseline", "figures")
 AXES = METHOD, SEED = "method", "seed"  # that every study has
 SCALING = ("flops", "samples", "unique_samples", "tokens")
 BETTER = ("higher", "lower")
+_SILENT = ("true", "false", "null", "none", "yes", "no", "on", "off")  # words that need the name of their axis
+
+Setting = Mapping[str, str]
+"""A value for each axis but method and seed."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study.
+    """One run of a study, as it is planned.
 
     Args:
         name: of its folder.
@@ -44,54 +49,148 @@ class Cell:
     overrides: dict[str, Any]
 
     def load(self, further: Mapping[str, Any] | None = None) -> TrainConfig:
-        """Its recipe, with further overrides.
+        """Load its recipe, with further overrides.
 
         Raises:
             ValueError, FileNotFoundError: naming the cell and the key.
         """
         try:
             return load_recipe(self.recipe, as_words({**self.overrides, **(further or {})}))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"Cell {self.name}: {one_line(error)}") from error
-        except ValueError as error:
-            raise ValueError(f"Cell {self.name}: {one_line(error)}") from error
+        except (FileNotFoundError, ValueError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"Cell {self.name}: {one_line(error)}") from error
+
+
+@dataclass
+class Run:
+    """The results of a finished cell: figures and curves by ``benchmark/figure``, and the versions it ran with."""
+
+    figures: dict[str, float | None] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Cells that are shown together.
+
+    Args:
+        name: of the grid.
+        values: of every axis, those that the grid has.
+        scaling: the x axis of a scaling fit, or ``None``.
+    """
+
+    name: str
+    values: dict[str, list[str]]
+    scaling: str | None
+
+    @property
+    def settings(self) -> list[dict[str, str]]:
+        """Every combination of the axes other than method and seed."""
+        return [*combinations({axis: values for axis, values in self.values.items() if axis not in AXES})]
+
+    @property
+    def differing(self) -> list[str]:
+        """The axes other than method and seed of which it has several values."""
+        return [axis for axis, values in self.values.items() if axis not in AXES and len(values) > 1]
+
+
+@dataclass
 class Study:
     """A study, read and checked.
 
     Args:
-        file: that it was read from.
         header: what results say about it: the keys of the YAML, values of axes as text, and ``recipes``.
-        cells: the runs, in the order of the grids.
+        cells: the planned runs, in the order of the grids; empty where only results were read.
         recipes: of each cell, by its name, without what the cells share.
+        runs: results by the values of all axes, in the axes' order.
     """
 
-    file: Path
     header: dict[str, Any]
-    cells: list[Cell]
-    recipes: dict[str, TrainConfig]
+    cells: list[Cell] = field(default_factory=list)
+    recipes: dict[str, TrainConfig] = field(default_factory=dict)
+    runs: dict[tuple[str, ...], Run] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        figures = self.header["figures"]
+        self.name: str = self.header["name"]
+        self.recipe: str = self.header["recipe"]
+        self.axes: dict[str, list[str]] = {axis: [*values] for axis, values in self.header["axes"].items()}
+        self.baseline: str = self.header["baseline"]
+        self.averaged: dict[str, Better] = figures.get("averaged") or {}
+        self.beside: dict[str, Better] = figures.get("beside") or {}
+        self.figures: dict[str, Better] = {**self.averaged, **self.beside}
+        self.curve: str | None = self.header["curve"]
+        self.fits: dict[str, Better] = self.header["fits"]
+        self.grids = [
+            Grid(name, grid_values(grid, self.axes), grid.get("scaling")) for name, grid in self.header["grids"].items()
+        ]
+
+    @cached_property
+    def named(self) -> list[str]:
+        """Every figure that the study names, once."""
+        return list(dict.fromkeys([*self.figures, *([self.curve] if self.curve else []), *self.fits]))
+
+    @cached_property
+    def planned(self) -> list[tuple[str, ...]]:
+        """The values of the cells of all grids, once each."""
+        return list(dict.fromkeys(tuple(c.values()) for grid in self.grids for c in combinations(grid.values)))
 
     @property
-    def name(self) -> str:
-        return self.header["name"]
+    def defaults(self) -> dict[str, str]:
+        """The setting of a cell whose grid names no axis."""
+        return {axis: values[0] for axis, values in self.axes.items() if axis not in AXES}
 
-    @property
-    def first_figure(self) -> str | None:
-        """``BENCHMARK/FIGURE``, the first that is averaged."""
-        return next(iter(self.header["figures"].get("averaged") or {}), None)
+    def short(self, figure: str) -> str:
+        """Return a figure without its benchmark, unless the study names another of that name."""
+        tail = figure.partition("/")[2]
+        return tail if [name.partition("/")[2] for name in self.named].count(tail) == 1 else figure
+
+    def by_seed(self, setting: Setting, method: str, seeds: Sequence[str]) -> dict[str, Run]:
+        """Return the finished runs of a method."""
+        found = {}
+        for seed in seeds:
+            values = {**setting, METHOD: method, SEED: seed}
+            if run := self.runs.get(tuple(values[axis] for axis in self.axes)):
+                found[seed] = run
+        return found
+
+    def values(self, setting: Setting, method: str, seeds: Sequence[str], figure: str) -> Values:
+        """Return a figure of a method's finished runs by seed."""
+        return {seed: run.figures.get(figure) for seed, run in self.by_seed(setting, method, seeds).items()}
+
+    def methods(self, grid: Grid | None = None) -> list[str]:
+        """Return the methods of a grid or of the study, the baseline first."""
+        methods = grid.values[METHOD] if grid else self.axes[METHOD]
+        return sorted(methods, key=lambda method: (method != self.baseline, methods.index(method)))
+
+    def better(self, figure: str) -> Better | None:
+        """Return which values of a figure are better, where the study says so."""
+        return self.figures.get(figure) or self.fits.get(figure)
+
+    def said(self, setting: Setting, grid: Grid | None = None) -> str:
+        """Return the values of a setting that are not the default, or in which the cells of the grid differ."""
+        differing = grid.differing if grid else ()
+        return self.words({a: v for a, v in setting.items() if a in differing or v != self.defaults[a]})
+
+    def words(self, setting: Setting) -> str:
+        """Return the values of a setting, with the name of the axis where the value alone is not clear."""
+        return ", ".join(value if self._is_plain(axis, value) else f"{axis} {value}" for axis, value in setting.items())
+
+    def _is_plain(self, axis: str, value: str) -> bool:
+        elsewhere = (other for name, values in self.axes.items() if name != axis for other in values)
+        return bool(re.match(r"[^\W\d_]", value)) and value.lower() not in _SILENT and value not in elsewhere
 
 
 def find_study(file: str | Path) -> Path:
-    """A study's file, or the one of that name that comes with the package."""
+    """Return a study's file, or the shipped one of that name."""
     path = Path(file)
     shipped = SHIPPED / "studies" / path.name
     return shipped if not path.exists() and len(path.parts) == 1 and shipped.exists() else path
 
 
 def read_name(file: str | Path) -> str:
-    """The name of a study.
+    """Return the name of a study.
 
     Raises:
         ValueError, FileNotFoundError: if it cannot be read.
@@ -114,34 +213,65 @@ def read_study(file: str | Path, overrides: Mapping[str, Any] | None = None, out
     path = find_study(file)
     study = _read(path)
     study["overrides"] = _later({}, flatten(study.get("overrides") or {}), flatten(overrides or {}))
-    axes = _axes(study["axes"], path)
-    for key in overrides or {}:
-        setters = [axis for axis, values in axes.items() if all(key in changes for changes in values.values())]
-        if setters:
-            raise ValueError(f"{key} is what every value of the axis {setters[0]} sets; change them in {path}.")
-    _check_figures(study, axes, path)
-    grids = _grids(study["grids"], axes, path)
-    header = {
-        "name": str(study["name"]),
-        "recipe": study["recipe"],
-        "overrides": study["overrides"],
-        "axes": axes,
-        "grids": grids,
-        "baseline": value_text(study["baseline"]),
-        "figures": study["figures"],
-        "curve": study.get("curve"),
-        "fits": study.get("fits") or {},
-    }
-    cells = _cells(header, path, str(out))
+    try:
+        header = checked_header(study)
+        axes = header["axes"]
+        for key in overrides or {}:
+            setters = [axis for axis, values in axes.items() if all(key in changes for changes in values.values())]
+            if setters:
+                raise ValueError(f"{key} is set by every value of the axis {setters[0]}; change them in the study.")
+        cells = _cells(header, path, str(out))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     names = {study["recipe"]: None} | {c["recipe"]: None for v in axes.values() for c in v.values() if "recipe" in c}
     header["recipes"] = {name: written(load_recipe(_recipe_file(path, name))) for name in names}
-    return Study(path, json.loads(json.dumps(header)), cells, {cell.name: cell.load() for cell in cells})
+    return Study(json.loads(json.dumps(header)), cells, {cell.name: cell.load() for cell in cells})
+
+
+def checked_header(study: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the keys of a study and return them as results hold them: values of axes as text, overrides flattened.
+
+    Args:
+        study: of a YAML file, or of the first line of results.
+
+    Raises:
+        ValueError: one line naming the key.
+        KeyError: if a key is missing.
+    """
+    for key in ("overrides", "axes", "grids", "figures", "fits"):
+        if not isinstance(study.get(key) or {}, dict):
+            raise ValueError(f"{key} must hold keys and values.")
+    axes = _axes(study["axes"])
+    if (baseline := value_text(study["baseline"])) not in axes[METHOD]:
+        hint = did_you_mean(baseline, axes[METHOD])
+        raise ValueError(f"baseline={baseline} is not a value of the axis method. {hint}")
+    figures = study.get("figures") or {}
+    for kind in figures:
+        if kind not in ("averaged", "beside"):
+            raise ValueError(f"figures.{kind} is not a key. {did_you_mean(str(kind), ('averaged', 'beside'))}")
+    curve = study.get("curve")
+    return {
+        "name": str(study["name"]),
+        "recipe": study.get("recipe") or "",
+        "overrides": study.get("overrides") or {},
+        "axes": axes,
+        "grids": _grids(study["grids"], axes),
+        "baseline": baseline,
+        "figures": {kind: _directions(of_kind, f"figures.{kind}") for kind, of_kind in figures.items()},
+        "curve": curve and _figure(curve, "curve"),
+        "fits": _directions(study.get("fits"), "fits"),
+    }
+
+
+def current_name(figure: str) -> str:
+    """Return the name that a figure has now: ``image_gain`` was called ``without_prior``."""
+    return figure.replace("/without_prior", "/image_gain")
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What decides cells and is not as in the header of results that are there: ``key: old there, new here``.
+    """Return where the header of existing results decides cells otherwise: ``key: old there, new here``.
 
-    What is new, be it an axis whose default sets nothing, a value or a grid, makes no difference.
+    A new axis whose default sets nothing, a new value and a new grid make no difference.
     """
     old: dict[str, Any] = {"recipe": there["recipe"], **_flat_all("overrides", there["overrides"])}
     new: dict[str, Any] = {"recipe": here["recipe"], **_flat_all("overrides", here["overrides"])}
@@ -167,37 +297,34 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def _without_new_keys(recipe: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe without the keys at their default that recipes did not have when another was written."""
-    nested = (
-        {"reference": _without_new_keys(recipe["reference"], known["reference"])}
-        if (recipe.get("reference") and known.get("reference"))
-        else {}
-    )
+    """Return a recipe without keys at their default that recipes did not have when ``known`` was written."""
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(TrainConfig)}
-    recipe = {**recipe, **nested}
-    return {key: value for key, value in recipe.items() if key in known or value != defaults.get(key)}
+    kept = {key: value for key, value in recipe.items() if key in known or value != defaults.get(key)}
+    if recipe.get("reference") and known.get("reference"):
+        kept["reference"] = _without_new_keys(recipe["reference"], known["reference"])
+    return kept
 
 
 def grid_values(grid: Mapping[str, Any], axes: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
-    """Of every axis the values that a grid has; an axis that it does not name stands at its first, the default."""
+    """Return the values of every axis that a grid has; of an axis that it does not name the first, the default."""
     chosen: dict[str, list[str]] = {}
     for axis, values in axes.items():
         given = grid.get(axis, next(iter(values)))
         if given == "all" and "all" not in values:
             chosen[axis] = [*values]
         else:
-            chosen[axis] = [value_text(value) for value in (given if isinstance(given, list) else [given])]
+            chosen[axis] = given if isinstance(given, list) else [given]
     return chosen
 
 
 def combinations(values: Mapping[str, Sequence[str]]) -> Iterator[dict[str, str]]:
-    """Every combination of a value of each axis."""
+    """Yield every combination of a value of each axis."""
     for combination in product(*values.values()):
         yield dict(zip(values, combination, strict=True))
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a.b": {"c": 1}}`` -> ``{"a.b.c": 1}``; an empty mapping stays."""
+    """Flatten ``{"a.b": {"c": 1}}`` to ``{"a.b.c": 1}``; an empty mapping stays."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         whole = f"{prefix}{key}"
@@ -206,12 +333,12 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def as_words(overrides: Mapping[str, Any]) -> list[str]:
-    """Overrides as words of a command line, ``key=value``, whose values are read as what they are."""
+    """Return overrides as words of a command line, ``key=value``, that are read back as the same values."""
     return [f"{key}={_text_of(value)}" for key, value in overrides.items()]
 
 
 def value_text(value: Any) -> str:
-    """A value of an axis as text, as YAML writes it."""
+    """Return a value of an axis as text, as YAML writes it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
@@ -223,7 +350,7 @@ def _text_of(value: Any) -> str:
 
 @lru_cache(maxsize=4096)
 def _text(text: str | None, whole: str) -> str:
-    """A value as it is, or as JSON, which is YAML, too, where YAML would read something else."""
+    """Return a value as it is, or as JSON, which is YAML too, where YAML would read something else."""
     plain = whole if text is None else text
     value = json.loads(whole)
     try:
@@ -242,7 +369,7 @@ def _shown(value: Any) -> str:
 
 
 def _later(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides one after another: a key that is set again moves to the end, as the order decides."""
+    """Merge overrides in order; a key that is set again moves to the end, as the order decides."""
     merged: dict[str, Any] = {}
     for part in parts:
         for key, value in part.items():
@@ -269,9 +396,6 @@ def _read(path: Path) -> dict[str, Any]:
     missing = [key for key in REQUIRED if not study.get(key)]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}.")
-    for key in ("overrides", "axes", "grids", "figures", "fits"):
-        if not isinstance(study.get(key) or {}, dict):
-            raise ValueError(f"{path}: {key} must hold keys and values.")
     for key in ("name", "recipe"):
         if not isinstance(study[key], str):
             raise ValueError(f"{path}: {key} must be text.")
@@ -280,57 +404,47 @@ def _read(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], study)
 
 
-def _axes(given: Mapping[Any, Any], path: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Axis: value: overrides, each with dots in the key."""
+def _axes(given: Mapping[Any, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return axis: value: overrides, each with dots in the key."""
     for name in AXES:
         if name not in given:
-            raise ValueError(f"{path}: axes lacks {name}; every study has the axes {' and '.join(AXES)}.")
+            raise ValueError(f"axes lacks {name}; every study has the axes {' and '.join(AXES)}.")
     axes: dict[str, dict[str, dict[str, Any]]] = {}
     for axis, values in given.items():
         if not isinstance(values, dict | list) or not values:
-            raise ValueError(f"{path}: axes.{axis} must hold values and their overrides, or a list.")
+            raise ValueError(f"axes.{axis} must hold values and their overrides, or a list.")
         if isinstance(values, list):
             values = {value_text(value): {axis: value} for value in values}
         axes[str(axis)] = {}
         for value, changes in values.items():
             if not isinstance(changes or {}, dict):
-                raise ValueError(f"{path}: axes.{axis}.{value_text(value)} must hold overrides, or {{}}.")
+                raise ValueError(f"axes.{axis}.{value_text(value)} must hold overrides, or {{}}.")
             axes[str(axis)][value_text(value)] = flatten(changes or {})
     return axes
 
 
-def _check_figures(study: Mapping[str, Any], axes: Mapping[str, Any], path: Path) -> None:
-    methods = [*axes[METHOD]]
-    if value_text(study["baseline"]) not in methods:
-        hint = did_you_mean(value_text(study["baseline"]), methods)
-        raise ValueError(f"{path}: baseline={study['baseline']} is not a value of the axis method. {hint}")
-    for kind in study["figures"]:
-        if kind not in ("averaged", "beside"):
-            raise ValueError(f"{path}: figures.{kind} is not a key. {did_you_mean(str(kind), ('averaged', 'beside'))}")
-    kinds = {**{f"figures.{kind}": figures for kind, figures in study["figures"].items()}, "fits": study.get("fits")}
-    for kind, figures in kinds.items():
-        for name, better in (figures or {}).items():
-            if better not in BETTER:
-                raise ValueError(f"{path}: {kind}.{name}={better}: expected higher or lower.")
-            _check_figure(name, kind, path)
-    if study.get("curve") is not None:
-        _check_figure(study["curve"], "curve", path)
+def _directions(figures: Mapping[Any, Any] | None, kind: str) -> dict[str, Better]:
+    for name, better in (figures or {}).items():
+        if better not in BETTER:
+            raise ValueError(f"{kind}.{name}={better}: expected higher or lower.")
+    return {_figure(name, kind): better for name, better in (figures or {}).items()}
 
 
-def _check_figure(name: Any, where: str, path: Path) -> None:
-    if not re.fullmatch(r"[^/]+/.+", str(name)):
-        raise ValueError(f"{path}: {where}: {name} is not BENCHMARK/FIGURE, such as validation/loss.")
+def _figure(name: Any, where: str) -> str:
+    if not re.fullmatch(r"[^/]+/.+", str(name), re.DOTALL):
+        raise ValueError(f"{where}: {name} is not BENCHMARK/FIGURE, such as validation/loss.")
+    return current_name(name)
 
 
-def _grids(given: Mapping[Any, Any], axes: Mapping[str, Mapping[str, Any]], path: Path) -> dict[str, dict[str, Any]]:
-    """Grid: axis: ``all``, a value or a list of them, as text; and ``scaling``."""
+def _grids(given: Mapping[Any, Any], axes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return grid: axis: ``all``, a value or a list of them, as text; and ``scaling``."""
     grids: dict[str, dict[str, Any]] = {}
     for grid, chosen in given.items():
         if not isinstance(chosen, dict) or not chosen:
-            raise ValueError(f"{path}: grids.{grid} must hold axes and their values, such as {{method: all}}.")
+            raise ValueError(f"grids.{grid} must hold axes and their values, such as {{method: all}}.")
         grids[str(grid)] = {}
         for axis, values in chosen.items():
-            where = f"{path}: grids.{grid}.{axis}"
+            where = f"grids.{grid}.{axis}"
             if axis == "scaling":
                 if values not in SCALING:
                     raise ValueError(f"{where}={values}. {did_you_mean(str(values), SCALING)}")
@@ -350,20 +464,20 @@ def _grids(given: Mapping[Any, Any], axes: Mapping[str, Mapping[str, Any]], path
 
 
 def _cells(header: Mapping[str, Any], path: Path, out: str) -> list[Cell]:
-    """The cells of all grids, each once."""
+    """Return the cells of all grids, each once."""
     axes = header["axes"]
     cells: dict[str, Cell] = {}
     for grid in header["grids"].values():
         for values in combinations(grid_values(grid, axes)):
             name = _cell_name(values, axes)
             if name in cells and cells[name].values != values:
-                raise ValueError(f"{path}: {cells[name].values} and {values} are both named {name}; rename a value.")
+                raise ValueError(f"{cells[name].values} and {values} are both named {name}; rename a value.")
             cells.setdefault(name, Cell(name, values, *_recipe_of(name, values, header, path, out)))
     return [*cells.values()]
 
 
 def _cell_name(values: Mapping[str, str], axes: Mapping[str, Mapping[str, Any]]) -> str:
-    """Method first, seed last, and between them what is not the default; numbers with the name of their axis."""
+    """Join the method, values that are not the default, and the seed; numbers with the name of their axis."""
     between = [axis for axis in axes if axis not in AXES and values[axis] != next(iter(axes[axis]))]
     parts = [
         values[axis] if re.match(r"[A-Za-z]", values[axis]) else f"{axis}{values[axis]}"
@@ -375,16 +489,14 @@ def _cell_name(values: Mapping[str, str], axes: Mapping[str, Mapping[str, Any]])
 def _recipe_of(
     name: str, values: Mapping[str, str], header: Mapping[str, Any], path: Path, out: str
 ) -> tuple[Path, dict[str, Any]]:
-    """Base recipe and overrides of a cell; two axes that set the same of it would make a lie of one's name."""
+    """Return base recipe and overrides of a cell; raise if two axes set the same key."""
     parts = {axis: dict(header["axes"][axis][value]) for axis, value in values.items()}
     setters: dict[str, str] = {}
     for axis, changes in parts.items():
         for key in changes:
             for known, other in setters.items():
                 if other != axis and (f"{known}.".startswith(f"{key}.") or f"{key}.".startswith(f"{known}.")):
-                    raise ValueError(
-                        f"{path}: cell {name}: the axes {other} ({known}) and {axis} ({key}) set the same key."
-                    )
+                    raise ValueError(f"cell {name}: the axes {other} ({known}) and {axis} ({key}) set the same key.")
             setters[key] = axis
     recipe = next((changes.pop("recipe") for changes in parts.values() if "recipe" in changes), header["recipe"])
     overrides = _later(header["overrides"], *parts.values())
@@ -392,7 +504,7 @@ def _recipe_of(
 
 
 def _recipe_file(study: Path, name: str) -> Path:
-    """A recipe that a study names, relative to its file, or else a shipped one."""
+    """Return the recipe that a study names, relative to its file, or else a shipped one."""
     beside = Path(os.path.normpath(study.parent / name))
     return Path(name) if not beside.exists() and len(Path(name).parts) == 1 else beside
 

@@ -15,15 +15,16 @@ from composer_prior.studies.comparison import (
     Average,
     Comparison,
     Curve,
+    Values,
     average_improvement,
     compare,
     steps_until_baseline,
 )
 from composer_prior.studies.costs import what_was_run
 from composer_prior.studies.numbers import average, counted, difference, mean_and_sd, relative, share
-from composer_prior.studies.report_data import Grid, Setting, Study, numbers, read
+from composer_prior.studies.results import read_study_results
 from composer_prior.studies.scaling_tables import scaling_blocks
-from composer_prior.studies.study import AXES, METHOD, SEED
+from composer_prior.studies.study import AXES, METHOD, SEED, Grid, Setting, Study
 
 FIGURES = "study_figures"
 """The folder of the pictures, beside the page."""
@@ -43,7 +44,7 @@ def write_report(results: Path) -> list[Path]:
     Raises:
         ValueError: if the file is no results file, in one line that names it and the line.
     """
-    study = read(results)
+    study = read_study_results(results)
     page = _Page(study)
     pages = {"study.md": markdown(study.name, page.blocks), "study.html": html(study.name, page.blocks)}
     pictures = {block.file: block.svg for block in page.blocks if isinstance(block, Picture)}
@@ -66,6 +67,10 @@ def _pictures_of(page: Path) -> set[str]:
     return set(re.findall(rf"(?<!\\)\]\(({FIGURES}/[A-Za-z0-9_.]+\.svg)\)$", text, re.MULTILINE))
 
 
+def _known(values: Values) -> list[float]:
+    return [value for value in values.values() if value is not None]
+
+
 def _side_by_side(methods: Sequence[str]) -> list[Sequence[str]]:
     """Methods in as many parts as it takes for their columns to fit a screen."""
     size = math.ceil(len(methods) / math.ceil(len(methods) / _ABREAST)) if methods else 1
@@ -78,11 +83,10 @@ class _Page:
     def __init__(self, study: Study):
         self.study = study
         self.blocks: list[Block] = []
-        methods = study.axes[METHOD]
-        self._looks = plots.Looks(sorted(methods, key=lambda m: (m != study.baseline, methods.index(m))))
+        self._looks = plots.Looks(study.methods())
         self._files: Counter[str] = Counter()
         self._overview()
-        if any(cell.finished for cell in study.cells.values()):
+        if study.runs:
             for grid in study.grids:
                 self._grid(grid)
             self._how()
@@ -101,7 +105,7 @@ class _Page:
 
     def _overview(self) -> None:
         study, planned = self.study, self.study.planned
-        done = [key for key in planned if key in study.cells and study.cells[key].finished]
+        done = [key for key in planned if key in study.runs]
         recipe = f"Recipe: {study.recipe}. " if study.recipe else ""
         self._say(
             f"{recipe}Methods are compared with {study.baseline}. {len(done)} of {len(planned)} runs are finished."
@@ -118,16 +122,16 @@ class _Page:
 
     def _made_of(self) -> None:
         study, planned = self.study, self.study.planned
-        done = [key for key in planned if key in study.cells and study.cells[key].finished]
-        if beyond := sum(cell.finished for key, cell in study.cells.items() if key not in planned):
+        done = [key for key in planned if key in study.runs]
+        if beyond := sum(key not in planned for key in study.runs):
             self._say(f"The file has {counted(beyond, 'finished run')} that no grid plans; the page is without them.")
-        known = {name for key in done for name, value in study.cells[key].figures.items() if value is not None}
-        known |= {name for key in done for name in study.cells[key].curves}
+        known = {name for key in done for name, value in study.runs[key].figures.items() if value is not None}
+        known |= {name for key in done for name in study.runs[key].curves}
         if done and (absent := [name for name in study.named if name not in known]):
             self._say(f"No finished run has a number for: {', '.join(absent)}.")
         versions = dict[str, set[str]]()
         for key in done:
-            for name, version in study.cells[key].versions.items():
+            for name, version in study.runs[key].versions.items():
                 versions.setdefault(name, set()).add(version)
         if versions:
             said = (f"{name} {' and '.join(sorted(of_name))}" for name, of_name in sorted(versions.items()))
@@ -185,9 +189,9 @@ class _Page:
         values = {
             (method, name): study.values(setting, method, seeds, name) for method in methods for name in study.figures
         }
-        figures = [name for name in study.figures if numbers(values[base, name])]
+        figures = [name for name in study.figures if _known(values[base, name])]
         alone = [name for name in study.figures if name not in figures]
-        alone = [name for name in alone if any(numbers(values[method, name]) for method in others)]
+        alone = [name for name in alone if any(_known(values[method, name]) for method in others)]
         if alone:
             self._say(f"{base} has no number for {', '.join(alone)}: not compared.")
         found = {
@@ -209,7 +213,7 @@ class _Page:
                 self.blocks.append(Table(["figure", *some], rows))
             self._notes(base, others, setting, seeds, found, averages)
         if figures:
-            own = {name: mean_and_sd(numbers(values[base, name])) for name in figures}
+            own = {name: mean_and_sd(_known(values[base, name])) for name in figures}
             self._say(
                 f"{base}'s mean ± standard deviation over its seeds, and the others' difference to it, method minus "
                 f"{base}: positive is better where higher is, negative where lower is, as each row says."
@@ -304,7 +308,12 @@ class _Page:
         self.blocks.append(Table(["method", "share of the steps", "seeds"], rows))
 
     def _curves(self, grid: Grid, setting: Setting, methods: Sequence[str]) -> None:
-        for figure in dict.fromkeys([*([self.study.curve] if self.study.curve else []), *self.study.beside]):
+        for figure in dict.fromkeys(
+            [
+                *([self.study.curve] if self.study.curve else []),
+                *self.study.beside,
+            ]
+        ):
             curves = self._of_seeds(grid, setting, methods, figure)
             if any(len(batches) > 1 for of_seeds in curves.values() for batches, _ in of_seeds.values()):
                 said, better = self.study.said(setting, grid), self.study.better(figure)

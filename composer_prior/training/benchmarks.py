@@ -74,8 +74,7 @@ def build_benchmarks(benchmarks: Mapping[str, Any], model: Any, reference: str |
     Args:
         benchmarks: of the recipe.
         model: of the run.
-        reference: the folder of the text-only reference's model, which benchmarks take that ask for one (``prior`` or
-            ``reference``) and are given none.
+        reference: folder of the text-only reference's model, passed to benchmarks whose ``reference`` is not given.
 
     Raises:
         ValueError: naming what cannot be; also for a model without a vision tower.
@@ -87,7 +86,7 @@ def build_benchmarks(benchmarks: Mapping[str, Any], model: Any, reference: str |
     for name, given in chosen.items():
         key, kind = f"benchmarks.{name}", given.get("benchmark", name)
         constructor = registry.look_up("benchmark", kind, key)
-        known = {one: reference for one in ("prior", "reference") if reference and registry.takes(constructor, one)}
+        known = {"reference": reference} if reference and registry.takes(constructor, "reference") else {}
         benchmark = registry.build("benchmark", kind, known | benchmark_arguments(given), key)
         callbacks.append(
             RunBenchmark(name, benchmark, **{one: given[one] for one in ("interval", "limit") if one in given})

@@ -65,7 +65,7 @@ def test_what_takes_another_image_is_undefined_where_there_is_none():
     found, (line,) = run_benchmark(OneChoice(), Blind())
     assert line["logprobs_shuffled"] is None
     undefined = {name for name, one in found.items() if one["value"] is None}
-    assert undefined == {"total_shuffled", "per_token_shuffled", "without_prior_shuffled"}
+    assert undefined == {"total_shuffled", "per_token_shuffled", "image_gain_shuffled"}
     assert {*reasons(OneChoice(), found).values()} == {"there is no other image or nothing to divide by"}
     assert reasons(Numbers(), figures_of(Numbers(), [{"answer": 3}])) == {
         "undefined": "there is no other image or nothing to divide by"
@@ -117,7 +117,7 @@ class Sees(Blind):
 
 def test_who_ignores_the_image_is_at_text_only_level_and_at_chance_without_the_prior():
     figures = {name: one["value"] for name, one in figures_of_letters(Blind()).items()}
-    assert figures["chance"] == figures["without_prior"] == figures["without_prior_shuffled"] == 0.5
+    assert figures["chance"] == figures["image_gain"] == figures["image_gain_shuffled"] == 0.5
     assert figures["total"] == figures["total_shuffled"] == figures["text_only"]
     assert figures["total"] == pytest.approx((1.0 + 1.0 + 0.5) / 3)  # "ab" and "ba" are equally likely
     assert figures["total/first"] == 1.0
@@ -126,8 +126,8 @@ def test_who_ignores_the_image_is_at_text_only_level_and_at_chance_without_the_p
 
 def test_who_sees_is_right_with_its_own_image_alone():
     figures = {name: one["value"] for name, one in figures_of_letters(Sees()).items()}
-    assert figures["total"] == figures["per_token"] == figures["without_prior"] == 1.0
-    assert figures["without_prior_shuffled"] == pytest.approx((0.5 + 0.0 + 0.0) / 3)
+    assert figures["total"] == figures["per_token"] == figures["image_gain"] == 1.0
+    assert figures["image_gain_shuffled"] == pytest.approx((0.5 + 0.0 + 0.0) / 3)
 
 
 def figures_of_letters(model):

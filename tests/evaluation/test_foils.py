@@ -111,7 +111,7 @@ def test_an_oracle_is_always_right_and_a_model_that_sees_nothing_guesses(tmp_pat
     assert len(benchmark) == 4
     found, predictions = figures(benchmark)
     chance = 1 / 3 if form == "own" else 1 / 2
-    assert found["total"] == found["without_prior"] == 1
+    assert found["total"] == found["image_gain"] == 1
     assert found["total_shuffled"] == found["text_only"] == found["chance"] == pytest.approx(chance)
     assert [line["texts"][0] for line in predictions] == [f"true {i}" for i in range(4)]
     blind, _ = figures(benchmark, lambda image, text, prompt: 0.0)

@@ -60,7 +60,7 @@ def test_figures_by_hand(tmp_path):
 
 def test_a_model_that_ignores_the_image_stands_at_the_level_of_text_alone(tmp_path):
     found, _ = figures(Pope(data=questions(tmp_path)), lambda image, text, prompt: float(text == "yes"))
-    assert found["accuracy"] == found["total_shuffled"] == found["text_only"] == found["without_prior"] == 0.5
+    assert found["accuracy"] == found["total_shuffled"] == found["text_only"] == found["image_gain"] == 0.5
     assert (found["yes"], found["recall"], found["precision"]) == (1, 1, 0.5)
     tied, _ = figures(Pope(data=questions(tmp_path)), lambda image, text, prompt: 0.0)
     assert (tied["accuracy"], tied["yes"]) == (0.5, 0.5)

@@ -28,7 +28,7 @@ BENCHMARKS = {
     "question": lambda **arguments: SceneQuestions(form="question", **arguments),
 }
 every_benchmark = pytest.mark.parametrize("make", BENCHMARKS.values(), ids=BENCHMARKS)
-WAYS = ("total", "per_token", "without_prior")
+WAYS = ("total", "per_token", "image_gain")
 
 
 class Blind:
@@ -66,8 +66,8 @@ def test_a_model_that_ignores_its_image_stays_at_the_level_of_text_alone(make):
     figures, _ = run_benchmark(benchmark, Blind())
     for suffix in ("", *(f"/{category}" for category in benchmark.categories)):
         chance = figures[f"chance{suffix}"]["value"]
-        assert figures[f"without_prior{suffix}"]["value"] == pytest.approx(chance)
-        assert figures[f"without_prior_shuffled{suffix}"]["value"] == pytest.approx(chance)
+        assert figures[f"image_gain{suffix}"]["value"] == pytest.approx(chance)
+        assert figures[f"image_gain_shuffled{suffix}"]["value"] == pytest.approx(chance)
         text_only = figures[f"text_only{suffix}"]["value"]
         assert figures[f"total{suffix}"]["value"] == figures[f"total_shuffled{suffix}"]["value"] == text_only
         assert abs(text_only - chance) < 0.25
@@ -147,5 +147,5 @@ def test_a_model_whose_projector_gives_zeros_is_at_text_only_level_and_at_chance
     torch.nn.init.zeros_(model.projector[2].bias)
     figures, _ = run_benchmark(SceneFoils(samples=24, canvas=48), OwnModel(model))
     found = {name: one["value"] for name, one in figures.items()}
-    assert found["without_prior"] == found["without_prior_shuffled"] == pytest.approx(found["chance"])
+    assert found["image_gain"] == found["image_gain_shuffled"] == pytest.approx(found["chance"])
     assert found["total"] == found["total_shuffled"] == found["text_only"]

@@ -32,7 +32,7 @@ def test_a_study_is_stopped_and_goes_on(tmp_path, monkeypatch, capsys):
         "axes": {"method": METHODS, "seed": [1, 2]},
         "grids": {"methods": {"method": "all"}},
         "baseline": "prior",
-        "figures": {"averaged": {"scene_foils/without_prior": "higher"}, "beside": {}},
+        "figures": {"averaged": {"scene_foils/image_gain": "higher"}, "beside": {}},
     }
     file = write_study("study.yaml", **study)
     words = [file, "out=study", *SMALLER]
@@ -75,7 +75,7 @@ def test_a_study_is_stopped_and_goes_on(tmp_path, monkeypatch, capsys):
     assert {*found} == {"validation", "scene_foils", "training"}
     assert found["validation"]["curve"]["batch"] == [4, 8]
     assert found["validation"]["curve"]["loss"][-1] == found["validation"]["figures"]["loss"] > 0
-    assert 0 <= found["scene_foils"]["figures"]["without_prior"] <= 1
+    assert 0 <= found["scene_foils"]["figures"]["image_gain"] <= 1
     training = found["training"]["figures"]
     assert (training["steps"], training["samples"], training["unique_samples"]) == (8, 64, 64)
     assert training["seconds"] > 0

@@ -2,9 +2,10 @@
 
 import re
 
+from common.recipes import ROOT
 from common.study_pages import METHODS, header, lines_of, report, tables, written
 
-from composer_prior.studies.report_data import read
+from composer_prior.studies.results import read_study_results
 
 
 def test_labels_say_what_differs_and_what_is_no_default(tmp_path):
@@ -39,17 +40,34 @@ def test_labels_say_what_differs_and_what_is_no_default(tmp_path):
 
 def test_a_word_that_does_not_say_of_what_it_is_stands_with_its_axis(tmp_path):
     axes = {**header()["study"]["axes"], "a": {"x": {}, "off": {}}, "b": {"y": {}, "x": {}}}
-    study = read(written(tmp_path, header(axes=axes, grids=METHODS), []))
+    study = read_study_results(written(tmp_path, header(axes=axes, grids=METHODS), []))
     assert study.said({"steps": "10", "a": "off", "b": "x"}) == "steps 10, a off, b x"
     assert study.said({"steps": "40", "a": "x", "b": "y"}) == ""
     assert study.words({"a": "x", "b": "y"}) == "a x, y"
 
 
 def test_figures_of_one_name_keep_their_benchmark(tmp_path):
-    study = read(written(tmp_path, header(fits={"other/loss": "lower"}), []))
+    study = read_study_results(written(tmp_path, header(fits={"other/loss": "lower"}), []))
     assert [study.short(name) for name in ("validation/loss", "other/loss", "foils/total")] == [
         "validation/loss", "other/loss", "total",
     ]  # fmt: skip
+
+
+def test_results_of_earlier_versions_have_the_names_of_today(tmp_path):
+    """``image_gain`` was called ``without_prior``, in studies, results and metrics."""
+    old = {"averaged": {"foils/without_prior": "higher"}}
+
+    def renamed(cell, records):
+        return {**records, "foils": {"without_prior": 0.5, "without_prior_shuffled/count": 0.25}}
+
+    study = header(figures=old, curve="foils/without_prior", fits={"foils/without_prior": "lower"}, grids=METHODS)
+    found = read_study_results(written(tmp_path, study, lines_of(study, renamed)))
+    assert found.named == ["foils/image_gain"]
+    assert found.runs["ntp", "1", "40"].figures["foils/image_gain"] == 0.5
+    assert found.runs["ntp", "1", "40"].figures["foils/image_gain_shuffled/count"] == 0.25
+    shipped = read_study_results(ROOT / "docs/evidence/results.jsonl")
+    assert "scene_foils/image_gain" in shipped.averaged
+    assert all("scene_foils/image_gain" in run.figures for run in shipped.runs.values())
 
 
 def test_pictures_of_an_earlier_page_are_removed_and_others_stay(tmp_path):

@@ -40,7 +40,7 @@ def test_cells_stand_in_the_order_of_the_grids_and_once():
     assert recipes["ntp-seed2"].reference["seed"] == 17
     assert recipes["floor-seed1"].algorithms["prior"]["floor"] == 0.1
     assert recipes["prior-steps2-seed1"].max_duration == "2ba"
-    assert study.first_figure == "validation/loss"
+    assert list(study.averaged) == ["validation/loss"]
 
 
 def test_an_axis_may_name_another_recipe():
@@ -88,7 +88,7 @@ def test_overrides_of_the_command_line_are_of_every_cell():
     study = read({"global_train_batch_size": 4})
     assert {recipe.global_train_batch_size for recipe in study.recipes.values()} == {4}
     assert study.header["overrides"]["global_train_batch_size"] == 4
-    with pytest.raises(ValueError, match=r"seed is what every value of the axis seed sets; change them in study\.yaml"):
+    with pytest.raises(ValueError, match=r"study\.yaml: seed is set by every value of the axis seed; change them"):
         read({"seed": 3})
 
 

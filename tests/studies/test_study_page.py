@@ -15,8 +15,9 @@ from common.study_pages import METHODS, SEEDS, STEPS, header, lines_of, report, 
 
 from composer_prior.studies.blocks import Paragraph
 from composer_prior.studies.costs import equality, what_was_run
-from composer_prior.studies.report_data import Cell, read
+from composer_prior.studies.results import read_study_results
 from composer_prior.studies.scaling_tables import size_axes
+from composer_prior.studies.study import Run
 from composer_prior.studies.study_page import write_report
 
 
@@ -165,17 +166,17 @@ def test_sizes_are_numbers_and_what_else_differs_in_flops_is_a_setting(tmp_path)
         return records
 
     study = header(axes=axes, grids={"compute": grid}, fits={"validation/loss": "lower", "foils/total": "higher"})
-    results = read(written(tmp_path, study, lines_of(study, dearer)))
+    results = read_study_results(written(tmp_path, study, lines_of(study, dearer)))
     assert size_axes(results, results.grids[0], lambda cell: cell.figures["training/flops"]) == ["steps"]
     assert size_axes(results, results.grids[0], lambda cell: cell.figures["training/unique_samples"]) == []
     named = header(axes={**axes, "steps": {"8": {}}}, grids={"compute": grid})
-    results = read(written(tmp_path, named, lines_of(named, dearer)))
+    results = read_study_results(written(tmp_path, named, lines_of(named, dearer)))
     assert size_axes(results, results.grids[0], lambda cell: cell.figures["training/flops"]) == ["family"]
 
 
 def test_what_the_methods_used_is_compared_at_the_same_seeds():
     def cell(**figures):
-        return Cell({f"training/{name}": value for name, value in figures.items()}, finished=True)
+        return Run({f"training/{name}": value for name, value in figures.items()})
 
     ntp = {"1": cell(steps=10, flops=100.0), "2": cell(steps=10, flops=300.0)}
     assert equality({"ntp": ntp, "a": {"2": cell(steps=10, flops=300.0)}}, "ntp") == (
@@ -200,7 +201,7 @@ def test_a_sentence_of_equality_names_its_settings_unless_it_is_of_all_that_ran(
         return records
 
     study = header()
-    blocks = what_was_run(read(written(tmp_path, study, lines_of(study, without))))
+    blocks = what_was_run(read_study_results(written(tmp_path, study, lines_of(study, without))))
     (said,) = (block.text for block in blocks if isinstance(block, Paragraph) and "equal within" in block.text)
     assert said.startswith("At the defaults: Steps, samples")
 
@@ -334,12 +335,15 @@ def test_a_line_that_is_there_twice_counts_once_and_the_later_one(tmp_path):
         (lambda lines: [lines[0], re.sub(r'"loss": [\d.]+', '"loss": "1.0"', lines[1])], "line 2: '1.0' stands where"),
         (lambda lines: [lines[0], "[1]"], "line 2: '[1]' stands where a mapping belongs"),
         (lambda lines: [lines[0], lines[1][:-1] + "\udcff"], "line 2: 'utf-8' codec can't decode"),
-        (lambda lines: [lines[0].replace('"all"', '"some"')], "line 1: grid methods names some, which is no value of"),
-        (lambda lines: [lines[0].replace('"flops"', '"meters"')], "line 1: grid compute scales by meters"),
-        (lambda lines: [lines[0].replace('"higher"', '"up"')], "line 1: figure foils/total is up where"),
+        (
+            lambda lines: [lines[0].replace('"all"', '"some"')],
+            "line 1: grids.methods.method=some is not a value",
+        ),
+        (lambda lines: [lines[0].replace('"flops"', '"meters"')], "line 1: grids.compute.scaling=meters"),
+        (lambda lines: [lines[0].replace('"higher"', '"up"')], "line 1: figures.averaged.foils/total=up: expected"),
         (
             lambda lines: [lines[0].replace('"baseline": "ntp"', '"baseline": "x"')],
-            "line 1: the baseline x is no method",
+            "line 1: baseline=x is not a value of the axis method",
         ),
     ],
 )
@@ -416,7 +420,7 @@ def test_names_with_control_characters_are_drawn(tmp_path):
 
 
 def test_planned_cells_follow_from_the_grids(tmp_path):
-    study = read(written(tmp_path))
+    study = read_study_results(written(tmp_path))
     expected = {(m, s, "40") for m in ("ntp", "prior", "noise") for s in SEEDS}
     expected |= {(m, s, steps) for m in ("ntp", "prior") for s in SEEDS for steps in STEPS}
     assert len(study.planned) == len(expected)

@@ -92,7 +92,7 @@ def test_the_closing_lines_of_benchmarks(quick_start):
         line.split()[0]: line for line in output.splitlines() if line.startswith(("scene_foils ", "hallucination "))
     }
     told = {
-        "scene_foils": (("right", "without_prior"), ("text only", "text_only"), ("chance", "chance")),
+        "scene_foils": (("right", "image_gain"), ("text only", "text_only"), ("chance", "chance")),
         "hallucination": (("objects found", "recall"), ("captions all right", "all_right")),
     }
     for name, figures in told.items():
