@@ -1,7 +1,7 @@
-"""Run a method with every algorithm of Composer, and write the table into its method card.
+"""Run a method with every algorithm of Composer, and write the table into PRIOR's method card.
 
-    python tools/composability.py prior            # print the table and write it into the card; or rho1, cal ...
-    python tools/composability.py prior --check    # compare the table with the card
+    python tools/composability.py prior            # print the table and write it into the card
+    python tools/composability.py rho1 --check     # compare the table of a method, or of PRIOR, with the card
 
 Each algorithm trains a few steps before and after the method in the list, on a small model of both families. "works":
 in every microbatch the loss equals the formula, computed here in float64 from the batch and the model that the other
@@ -49,8 +49,8 @@ from composer_prior.emoji_scenes.writing import make_emoji_scenes, make_sample
 from composer_prior.models.projector import build_projector
 from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding
 
-CARDS = Path(__file__).parents[1] / "composer_prior/algorithms"
-BEGIN, END = "<!-- composability: begin (python tools/composability.py {}) -->", "<!-- composability: end -->"
+CARD = Path(__file__).parents[1] / "composer_prior/algorithms/prior/README.md"
+BEGIN, END = "<!-- composability: begin (python tools/composability.py prior) -->", "<!-- composability: end -->"
 FAMILIES = ("encoder", "patches")
 ORDERS = ("before", "after")
 ALPHA, FLOOR, SHARE, GAMMA, SEED = 1.5, 0.1, 0.6, 2.0, 3
@@ -372,7 +372,7 @@ def run(name: str, case: Case, family: str, order: str) -> str:
         if not refused or check.forwards > 0:
             raise AssertionError(f"{what}: fails, {error!r}") from error
         who, _, why = str(error).rpartition(f" does not stack with {type(ours[0]).__name__}: ")
-        return f"refused: {type(ours[0]).__name__ if who else 'Composer'}: {' '.join(why.split()).rstrip('.')}"
+        return f"refused: {'PRIOR' if who else 'Composer'}: {' '.join(why.split()).rstrip('.')}"
     assert len(check.losses) >= 4, f"{what}: {len(check.losses)} losses"
     for loss, expected in check.losses:
         assert abs(loss / expected - 1) <= TOLERANCE, f"{what}: loss {loss}, by hand {expected}"
@@ -409,11 +409,6 @@ def outcome(name: str, case: Case, family: str) -> str:
     return results.pop()
 
 
-def card_of(name: str) -> tuple[Path, str]:
-    """Return the path of a method card, and the line before its table."""
-    return CARDS / name / "README.md", BEGIN.format(name)
-
-
 def main() -> None:
     """Print the table, and write it into the card or compare it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -426,13 +421,12 @@ def main() -> None:
     for line in table_lines(arguments.method):
         print(line, flush=True)
         lines.append(line)
-    card, begin = card_of(arguments.method)
-    table = "\n".join([begin, *lines, END])
-    text = card.read_text()
-    updated = re.sub(f"{re.escape(begin)}.*{re.escape(END)}", lambda _: table, text, flags=re.S)
+    table = "\n".join([BEGIN, *lines, END])
+    text = CARD.read_text()
+    updated = re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: table, text, flags=re.S)
     if arguments.check and updated != text:
-        raise SystemExit(f"{card} has a different table: run python tools/composability.py {arguments.method}")
-    card.write_text(updated)
+        raise SystemExit(f"{CARD} has a different table: run python tools/composability.py {arguments.method}")
+    CARD.write_text(updated)
 
 
 def quiet() -> None:
