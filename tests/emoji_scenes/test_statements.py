@@ -53,6 +53,7 @@ def test_the_caption_is_true_and_every_foil_is_false(category: str):
         assert len(set(item.texts)) == len(item.texts) == TEXTS[category]
 
 
+@pytest.mark.slow
 def test_a_wrong_class_is_not_there_and_is_true_in_other_items_as_often():
     items = [make_foils("class", index) for index in range(1000)]
     true, false = Counter(), Counter()

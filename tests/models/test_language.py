@@ -338,6 +338,7 @@ def test_smoothed_losses_of_scaled_logits(tokenizer, make_batch):
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_caps_its_logits(tokenizer):
     prepare_compile()
     model = LVLM(None, None, enlarged(build("gemma2", vocab_size=len(tokenizer))), tokenizer)

@@ -371,6 +371,7 @@ def test_a_model_of_lower_precision_keeps_it(tmp_path, tokenizer):
     assert {parameter.dtype for parameter in llava.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_stock_transformers_needs_nothing_of_ours(tmp_path, tokenizer):
     model = lvlm(tokenizer, prompt="a picture of")
     export_llava(model, tmp_path / "llava")
@@ -391,6 +392,7 @@ def test_stock_transformers_needs_nothing_of_ours(tmp_path, tokenizer):
     assert literal_eval(done.stdout.splitlines()[-1]) == model.generate([image], max_new_tokens=12)[0]
 
 
+@pytest.mark.slow
 def test_open_clip_architectures():
     """How many have a LLaVA form, in which GELU, and what is in the way of the others."""
     forms, ways, built = Counter(), {}, {}

@@ -134,6 +134,7 @@ def test_every_kind_of_language_model(language, tokenizer, tmp_path):
     assert form.get_input_embeddings().weight.shape[0] == model.language.get_input_embeddings().weight.shape[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TOWERS)
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
 def test_every_kind_of_tower(kind, mode, tokenizer, tmp_path, monkeypatch):
@@ -188,6 +189,7 @@ def test_the_beginning_of_a_sequence_stands_there_once(kind, tmp_path):
     assert found[0]["generated_text"].removeprefix("<image>" + prompt).strip() == ours.strip()
 
 
+@pytest.mark.slow
 def test_without_this_package_its_own_code_reads_it(tokenizer, tmp_path):
     model = small_lvlm("encoder", tokenizer).model.eval()
     model.save_pretrained(tmp_path / "model")

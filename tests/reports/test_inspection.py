@@ -193,6 +193,7 @@ def test_unsafe_and_foreign_data_are_refused(tmp_path, capsys):
     assert "nonsense is not an option. Did you mean 'seed'? Accepted: alpha" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
 def test_the_page_in_a_real_browser(data, scores, tokenizer, tmp_path):
     page = tmp_path / "page.html"

@@ -240,6 +240,7 @@ def test_any_values_have_a_chart(values):
         assert 0 <= y <= 245
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
 def test_the_page_in_a_real_browser(tmp_path):
     page = tmp_path / "report.html"

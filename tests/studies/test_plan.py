@@ -99,6 +99,7 @@ def test_results_from_a_folder(capsys):
     check_read_back("cluster", capsys)
 
 
+@pytest.mark.slow
 def test_results_from_a_bucket(capsys, monkeypatch):
     pytest.importorskip("moto")
     boto3 = pytest.importorskip("boto3")

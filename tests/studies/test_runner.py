@@ -156,6 +156,7 @@ def test_a_signal_lets_cells_save_and_a_new_start_goes_on(number, status):
     assert finished() == ["ntp-4-1", "prior-4-1", "floor-4-1"]
 
 
+@pytest.mark.slow
 def test_two_runners_are_refused_and_a_process_that_outlived_one_is_waited_for(capsys):
     Path("slow").touch()
     process = start()
@@ -251,6 +252,7 @@ def test_last_words(tmp_path):
     assert last_words(log) == "it said nothing"
 
 
+@pytest.mark.slow
 def test_the_runner_needs_no_composer(here):
     code = f"""
 import atexit

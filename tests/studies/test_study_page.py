@@ -239,6 +239,7 @@ def test_pictures_are_xml_whose_text_is_text(folder, page):
     assert "#000000" not in re.findall(r"stroke: (#\w+); stroke-width: 1.6", forest.read_text()), "ntp is no row"
 
 
+@pytest.mark.slow
 def test_the_same_file_gives_the_same_bytes(tmp_path, folder):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -427,6 +428,7 @@ def test_planned_cells_follow_from_the_grids(tmp_path):
     assert set(study.planned) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
 def test_the_page_in_a_real_browser(tmp_path):

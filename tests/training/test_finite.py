@@ -38,6 +38,7 @@ def refused(*overrides, name="ntp_vit"):
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "clipping", "what"),
     [
@@ -82,6 +83,7 @@ def test_one_more_than_are_allowed_ends_the_run(tiles):
     assert "nan_steps=-1: expected at least 0" in refused(*tiles, "nan_steps=-1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", [None, "parallelism_config.fsdp2={}"])
 def test_one_of_two_ranks_ends_both_and_is_named(tiles, sharding, tmp_path):
     run = [*tiles, "callbacks.spoil_batch.at=[2]", "callbacks.spoil_batch.rank=1", *filter(None, [sharding])]
@@ -102,6 +104,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_gone_on_from(tiles):
     assert not Path("runs/ntp_vit/model").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_such_weights_is_refused(tiles):
     main(arguments(*tiles, "max_duration=2ba"))
     path = Path("runs/ntp_vit/checkpoints/ep0-ba2-rank0.pt")
@@ -117,6 +120,7 @@ def test_a_reference_of_such_weights_is_never_finished():
     assert not Path("runs/reference/model").exists()
 
 
+@pytest.mark.slow
 def test_the_monitor_of_composer_has_a_name_that_reads(tiles):
     for name in ("nan_monitor", "na_n_monitor"):
         main(arguments(*tiles, f"callbacks.{name}={{}}", "max_duration=1ba", "save_folder=null"))

@@ -64,6 +64,7 @@ def here(run_folder, monkeypatch):
     monkeypatch.chdir(run_folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hub", "old"])
 def test_a_text_only_model_is_saved_at_its_end_and_on_the_way(here, name):
     reference = f"runs/text_{name}"

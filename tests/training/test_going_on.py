@@ -11,6 +11,8 @@ from common.recipes import ROOT, SHRUNKEN, VIT, fork_ranks, recipe
 
 from composer_prior.training.run import train
 
+pytestmark = pytest.mark.slow
+
 TIMED = ("time/t", "time/v", "throughput/")  # not the same twice
 
 
