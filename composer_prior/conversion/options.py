@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from composer_prior.conversion.sources import SourceOptions, expect_number
+from composer_prior.data.messages import OneLineError
 
 VERSION = 2  # of the output
 _WITHOUT_EFFECT_ON_OUTPUT = (
@@ -13,7 +14,7 @@ _WITHOUT_EFFECT_ON_OUTPUT = (
 )
 
 
-class ConversionError(RuntimeError):
+class ConversionError(OneLineError, RuntimeError):
     """A conversion that cannot start, cannot go on, or rejected too much."""
 
 
