@@ -23,7 +23,7 @@ from composer_prior.data.streams import shared_numbers
 from composer_prior.data.tokenizer import train_tokenizer
 from composer_prior.emoji_scenes.writing import make_emoji_scenes, make_sample
 
-torch.set_num_threads(1)  # the models here are too small to share among cores
+torch.set_num_threads(1)  # the models are too small for several cores
 _files, _most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (max(_files, min(_most_files, 16384)), _most_files))  # many data sets
 
@@ -31,7 +31,7 @@ settings.register_profile("repeatable", derandomize=True)  # pytest --hypothesis
 settings.load_profile("repeatable")
 
 
-# Files that take a minute or more, longest first: one that began last would leave the other core idle.
+# Files that take a minute or more, longest first, so that both cores stay busy until the end.
 LONG = [
     "test_streaming_s3",
     "test_preflight",
@@ -61,7 +61,7 @@ LONG = [
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.loadscopereorder = False  # xdist would begin with the files of the most tests, which are short ones
+    config.option.loadscopereorder = False  # xdist would begin with the files of most tests, which are short
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -75,15 +75,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def shared_memory() -> Iterator[None]:
-    """For the data sets of plain streaming too: a few hundred in one process run out of file descriptors, and those of
-    two processes take each other's number."""
+    """Share numbers of shared memory with plain streaming's data sets, which otherwise run out of file descriptors
+    and collide between processes."""
     with shared_numbers():
         yield
 
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Emoji scenes on disk: 96 training and 24 validation samples."""
+    """Write emoji scenes: 96 training and 24 validation samples."""
     out = tmp_path_factory.mktemp("data") / "scenes"
     make_emoji_scenes(out, train_samples=96, validation_samples=24, num_workers=0, progress=False)
     return out
@@ -91,25 +91,25 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 600 tokens, with the image tokens."""
+    """Train a byte-level BPE of 600 tokens, with the image tokens."""
     return train_tokenizer((make_sample("train", i)["caption"] for i in range(200)), 600)
 
 
 @pytest.fixture(params=FAMILIES)
 def lvlm(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> ComposerLVLM:
-    """A small LVLM of each family."""
+    """Build a small LVLM of each family."""
     return small_lvlm(request.param, tokenizer)
 
 
 @pytest.fixture
 def reference(tokenizer: PreTrainedTokenizerFast) -> ReferenceLM:
-    """A small text-only reference with the models' tokenizer."""
+    """Build a small text-only reference with the models' tokenizer."""
     return ReferenceLM(small_lm(tokenizer, seed=1), tokenizer)
 
 
 @pytest.fixture
 def make_spec(scenes: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
-    """A function that loads scenes for a model: ``make_spec(model, batch_size=8, split="train", **dataset)``."""
+    """Return a function that loads scenes for a model: ``make_spec(model, batch_size=8, split="train", **dataset)``."""
 
     def make(model: Any, batch_size: int = 8, split: str = "train", **dataset: Any) -> Any:
         arguments = {"local": str(scenes / split), "max_caption_tokens": 64, **dataset}
@@ -124,7 +124,7 @@ def make_spec(scenes: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...,
 
 @pytest.fixture
 def make_batch(make_spec: Callable[..., Any]) -> Callable[..., dict[str, torch.Tensor]]:
-    """The first batch of :func:`make_spec`."""
+    """Return a function that makes the first batch of :func:`make_spec`."""
 
     def make(model: Any, batch_size: int = 8, **dataset: Any) -> dict[str, torch.Tensor]:
         return next(iter(make_spec(model, batch_size, **dataset).dataloader))

@@ -8,20 +8,20 @@ from streaming import MDSWriter
 
 
 def tile(shade: int) -> bytes:
-    """A PNG of one shade of green."""
+    """Return a PNG of one shade of green."""
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), (40, shade % 256, 60)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def write_tiles(out: Path, count: int, bad: tuple[int, ...] | range = (), several: bool = False) -> str:
-    """A data set of ``count`` samples, those in ``bad`` with an image that does not decode.
+    """Write a data set of ``count`` samples; images of those in ``bad`` do not decode.
 
     Args:
         out: an empty folder.
         count: samples.
-        bad: their numbers.
-        several: two captions for each image instead of one.
+        bad: numbers of bad samples.
+        several: write two captions per image.
     """
     columns = {"image": "bytes", **({"captions": "json"} if several else {"caption": "str"})}
     with MDSWriter(out=str(out), columns=columns) as writer:

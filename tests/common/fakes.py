@@ -43,19 +43,19 @@ class FakeModel:
 
 
 def shade(image: Image.Image) -> int:
-    """The number that :func:`write_image` put into an image; 127 of a blank one."""
+    """Return the number that :func:`write_image` put into an image; 127 for a blank one."""
     return image.convert("RGB").getpixel((0, 0))[0]
 
 
 def write_image(file: Path, number: int, size: tuple[int, int] = (8, 6)) -> Path:
-    """An image of one colour that holds a number."""
+    """Write an image of one colour that encodes a number."""
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (number, 0, 0)).save(file, "PNG")  # whatever its name says: Pillow looks at the bytes
     return file
 
 
 def write_json(file: Path, content: Any) -> str:
-    """A file of JSON; of a list JSON Lines, where its name says so."""
+    """Write a file of JSON, or of JSON Lines if its name says so."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = file.suffix == ".jsonl"
     file.write_text("".join(json.dumps(one) + "\n" for one in content) if lines else json.dumps(content))

@@ -60,7 +60,7 @@ def make_reference(**changes):
 
 
 def make_trainer(name, folder, changes=None, **options):
-    """A trainer of a step of all the data; ``changes`` are of its arguments, ``options`` its own or PRIOR's."""
+    """Make a trainer of one step; ``changes`` are training arguments, ``options`` those of the trainer or PRIOR."""
     trainer, arguments = TRAINERS[name]
     given = {
         "max_steps": 1,

@@ -13,17 +13,17 @@ class Hostile:
 
 
 def one_file(path):
-    """A checkpoint of one file."""
+    """Write a checkpoint of one file."""
     torch.save({"state": {"model": {}, "callbacks": {}, "x": Hostile()}}, path)
 
 
 def metadata(folder):
-    """What describes a sharded checkpoint."""
+    """Write the metadata of a sharded checkpoint."""
     (folder / ".metadata").write_bytes(pickle.dumps(Hostile()))
 
 
 def value(folder):
-    """A value of a sharded checkpoint that is no tensor, and that the identity does not need."""
+    """Write a value of a sharded checkpoint that is not a tensor and not part of the identity."""
     known = pickle.loads((folder / ".metadata").read_bytes())
     (index,) = [index for index in known.storage_data if index.fqn == "state.run_name"]
     written = io.BytesIO()
@@ -36,7 +36,7 @@ def value(folder):
 
 
 def file_elsewhere(folder):
-    """A shard that a download would write outside of its folder."""
+    """Write a shard that a download would write outside of its folder."""
     known = pickle.loads((folder / ".metadata").read_bytes())
     next(iter(known.storage_data.values())).relative_path = "../executed"
     (folder / ".metadata").write_bytes(pickle.dumps(known))

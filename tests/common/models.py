@@ -13,7 +13,7 @@ FAMILIES = ("encoder", "patches")
 
 
 def small_lm(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """A Llama of two layers with random weights large enough for its predictions to differ."""
+    """Build a Llama of two layers with random weights large enough for distinct predictions."""
     reproducibility.seed_all(seed)
     config = LlamaConfig(
         **{
@@ -34,7 +34,7 @@ def small_lm(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) 
 
 
 def small_lvlm(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) -> ComposerLVLM:
-    """An LVLM of either family around :func:`small_lm`."""
+    """Build an LVLM of either family around :func:`small_lm`."""
     lm = small_lm(tokenizer, seed, **changes)
     width = lm.config.hidden_size
     if family == "encoder":

@@ -20,7 +20,7 @@ HOSTILE = (
 
 
 def browse(page: Path, folder: Path) -> tuple[str, Image.Image]:
-    """The page's DOM, and a picture of it, from a browser that starts fresh and asks nobody anything."""
+    """Return the DOM and a screenshot of the page in a new browser without a network."""
     flags = [
         "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
         "--disable-sync", "--no-first-run", "--window-size=1200,3000",

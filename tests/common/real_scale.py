@@ -33,7 +33,7 @@ def bucket(tmp_path_factory):
 
 
 def write_as_parquet(data, file):
-    """The samples of an MDS data set in the form that a user's are in."""
+    """Write the samples of an MDS data set as Parquet, a format of user data."""
     import pyarrow
     import pyarrow.parquet
     from streaming import StreamingDataset
@@ -44,13 +44,13 @@ def write_as_parquet(data, file):
 
 @pytest.fixture
 def here(bucket, tmp_path, monkeypatch):
-    """An empty folder, whose caches of the bucket and scores are its own."""
+    """Change to an empty folder with separate caches and scores."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def pretrained(kind, tokenizer_captions):
-    """A language model with its tokenizer, as it comes from a hub."""
+    """Write a language model with its tokenizer, as a hub has it."""
     tokenizer = plain_tokenizer(kind, tokenizer_captions)
     small_lm(tokenizer, max_position_embeddings=512).save_pretrained("pretrained")
     tokenizer.save_pretrained("pretrained")
@@ -58,7 +58,7 @@ def pretrained(kind, tokenizer_captions):
 
 
 def smaller(*overrides):
-    """What makes the shipped recipe small; and the places that stand for a hub and for a disk of each node."""
+    """Return overrides that make the shipped recipe small, with folders for a hub and a node's disk."""
     return [
         *SMALL_REAL_SCALE,
         *(f"{loader}.dataset.local=cache/{loader.split('.')[-1]}" for loader in LOADERS),
@@ -72,7 +72,7 @@ def captions_of(folder):
 
 
 def check(output=""):
-    """What every run must have left."""
+    """Check the outputs of a run."""
     steps = losses("runs/prior_vit_l_14_336")
     assert [batch for batch, _ in steps] == [0, 1]
     assert all(0 < loss < 20 for _, loss in steps)

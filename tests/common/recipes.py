@@ -76,7 +76,7 @@ def losses(folder):
 
 
 def run_program(*command, ok=True, timeout=400, cwd=None, **environment):
-    """What a program of one thread has printed, with the right kind of exit status."""
+    """Run a program with one thread, check its exit status, and return its output."""
     done = subprocess.run(
         [*map(str, command)],
         cwd=cwd,
@@ -91,14 +91,14 @@ def run_program(*command, ok=True, timeout=400, cwd=None, **environment):
 
 
 def launch(folder, *command, expect=0, ranks=2, timeout=400):
-    """What the command prints under Composer's launcher, in a folder."""
+    """Run a command under Composer's launcher in a folder, and return its output."""
     composer = Path(sys.executable).with_name("composer")
     options = {"ok": expect == 0, "timeout": timeout, "cwd": folder, "PYTHONPATH": str(ROOT / "tests")}
     return "".join(run_program(composer, "-n", ranks, *command, **options))
 
 
 def launch_nodes(nodes, *job):
-    """What a job prints on nodes of one rank each, as many launchers of ours."""
+    """Run a job on nodes of one rank, one launcher of this package each, and return its output."""
     start = [sys.executable, "-m", "composer_prior", "launch", "nproc=1", f"world_size={nodes}"]
     start += ["master_addr=127.0.0.1", f"master_port={get_free_tcp_port()}"]
     with ThreadPoolExecutor(nodes) as pool:
@@ -108,7 +108,7 @@ def launch_nodes(nodes, *job):
 
 @cache
 def forks():
-    """The process from which :func:`fork_ranks` forks; it ends when this one closes its input."""
+    """Start the process from which :func:`fork_ranks` forks; it ends when this one closes its input."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     process = subprocess.Popen(
         [sys.executable, ROOT / "tests/common/programs/forks.py"],
@@ -122,11 +122,10 @@ def forks():
 
 
 def fork_ranks(folder, program, *arguments, ranks=2, timeout=400, expect=0, nodes=None):
-    """What all ranks print that :func:`launch` would start, without its three imports of Composer.
+    """Run the ranks of :func:`launch` without its three imports of Composer, and return their output.
 
-    The launcher is replaced by the variables that it sets; each rank is a process of its own nevertheless. With
-    ``nodes``, each of these folders is where a node of its own is, with its share of the ranks. Where the ranks shall
-    fail (``expect``), each has to end by itself.
+    Environment variables replace the launcher; each rank is a separate process. With ``nodes``, each of these folders
+    is a node with its share of the ranks. If the ranks shall fail (``expect``), each must end by itself.
     """
     nodes = nodes or [folder or Path.cwd()]
     local = ranks // len(nodes)

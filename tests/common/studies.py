@@ -40,7 +40,7 @@ say("end")
 
 
 def study_content(**changes):
-    """A study of the methods ntp, prior and floor with two seeds, as its YAML says it."""
+    """Return the YAML content of a study of ntp, prior and floor with two seeds."""
     content = {
         "name": "tiny",
         "recipe": str(ROOT / "yamls/prior_vit.yaml"),
@@ -67,7 +67,7 @@ def study_content(**changes):
 
 
 def write_study(file, **changes):
-    """Write it, and return its path as text."""
+    """Write a study, and return its path as text."""
     file = Path(file)
     OmegaConf.save(OmegaConf.create(study_content(**changes)), file)
     return str(file)

@@ -52,7 +52,7 @@ def _llama2(captions: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast
 
 
 def _llama3(captions: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Special tokens after the vocabulary, ``<|begin_of_text|>`` put before every text; no padding token."""
+    """Put special tokens after the vocabulary and ``<|begin_of_text|>`` before every text; no padding token."""
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
     bpe = _byte_level(_split(_GPT4_WORDS), captions, vocab_size, after=special)
     bos = _bos_before(special[0], bpe.token_to_id(special[0]))
@@ -70,7 +70,7 @@ def _qwen2(captions: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def _smollm2(captions: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Special tokens first, digits one by one."""
+    """Put special tokens first and split digits."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<file_sep>"]
     digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe = _byte_level(pre_tokenizers.Sequence([digits, words]), captions, vocab_size, before=special)
@@ -101,7 +101,7 @@ def _byte_level(
     before: Sequence[str] = (),
     after: Sequence[str] = (),
 ) -> Tokenizer:
-    """A byte-level BPE with special tokens before and after what it learns."""
+    """Train a byte-level BPE with special tokens before and after the learned ones."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = words
     bpe.decoder = decoders.ByteLevel()

@@ -6,7 +6,7 @@ from composer.loggers import InMemoryLogger
 
 
 def fit(model, spec, algorithms=(), duration="1ba", callbacks=(), lr=0.1, **changes):
-    """The trainer after its steps, and what was logged: metric: [(time, value), ...]."""
+    """Train, and return the trainer and its logs, ``{metric: [(time, value), ...]}``."""
     memory = InMemoryLogger()
     trainer = Trainer(
         model=model,

@@ -61,7 +61,7 @@ def make_tokenizer(kind):
 
 
 def make_vlm(kind):
-    """A model of random weights."""
+    """Build a model of random weights."""
     reproducibility.seed_all(3)
     ids = make_tokenizer(kind).convert_tokens_to_ids
     if kind == "llava":
@@ -106,7 +106,7 @@ def make_vlm(kind):
 
 
 def make_processor(kind):
-    """The processor of the model: images of 16 pixels, tiles of 16, or patches of 4."""
+    """Build the processor of the model: images of 16 pixels, tiles of 16, or patches of 4."""
     tokenizer = deepcopy(make_tokenizer(kind))
     if kind == "llava":
         size = {"height": 16, "width": 16}

@@ -8,7 +8,7 @@ from common.recipes import ALONE, FAULTS, NO_REPORT
 
 @pytest.fixture(scope="session")
 def tiles(tmp_path_factory):
-    """The overrides of a run of its own on 32 samples, in batches of 8, with a tokenizer that is made once."""
+    """Return overrides of a run on 32 samples in batches of 8, with a shared tokenizer."""
     folder = tmp_path_factory.mktemp("tiles")
     data = f"train_loader.dataset.local={write_tiles(folder / 'tiles', 32, several=True)}"
     every_batch = ["save_interval=1ba", "save_num_checkpoints_to_keep=-1"]

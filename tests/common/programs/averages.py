@@ -31,7 +31,7 @@ def is_wrong(output, input, op=ReduceOp.SUM, group=None, async_op=False):
 
 
 def gradient():
-    """What FSDP2 makes of gradients 1 and 2 of the two ranks; or how it is refused."""
+    """Print FSDP2's reduction of gradients 1 and 2 of the two ranks, or its refusal."""
     _fsdp_collectives._get_gradient_divide_factors = factors
     model = fully_shard(torch.nn.Linear(1, 1, bias=False))
     state = torch.get_rng_state()

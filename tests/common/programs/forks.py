@@ -20,7 +20,7 @@ import composer_prior.training.run  # noqa: F401
 
 
 def run(arguments, folder, environment, printed):
-    """What ``python *arguments`` does."""
+    """Run ``python *arguments``."""
     with open(os.devnull) as nothing, open(printed, "w") as out:
         for file, descriptor in ((nothing, 0), (out, 1), (out, 2)):
             os.dup2(file.fileno(), descriptor)

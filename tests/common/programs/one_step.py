@@ -67,7 +67,7 @@ def make_samples(model, tokenizer):
 
 
 def make_reference(tokenizer):
-    """A reference that is sure of some tokens, so that weights are far from equal."""
+    """Build a reference of sharp predictions, so that weights are far from equal."""
     reference = ReferenceLM(small_lm(tokenizer, seed=1), tokenizer)
     with torch.no_grad():
         reference.model.lm_head.weight.mul_(5)
