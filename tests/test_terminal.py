@@ -13,7 +13,7 @@ from composer_prior.commands.cli import main
 from composer_prior.data.lines import begin_lines
 from composer_prior.data.messages import DataError
 from composer_prior.emoji_scenes.writing import make_sample
-from composer_prior.evaluation.mds_samples import CaptionSamples
+from composer_prior.evaluation.captioned import CaptionSamples
 from composer_prior.models.lvlm import Caption
 from composer_prior.reports.closing import Samples, closing_report
 

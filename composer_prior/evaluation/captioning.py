@@ -20,7 +20,7 @@ from composer_prior.evaluation.caption_metrics import (
 from composer_prior.evaluation.captioned import CaptionedImages
 from composer_prior.evaluation.likelihood import VisionLanguageModel
 from composer_prior.evaluation.samples import digest, per_category, with_category
-from composer_prior.registry import register
+from composer_prior.registry import Count, register
 
 
 @register("benchmark", "captioning")
@@ -49,17 +49,12 @@ class Captioning(Benchmark):
         images: str | None = None,
         split: str | None = None,
         prompt: str | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: Count = 64,
     ):
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
         self.images = CaptionedImages(data, images, split)
         self.fingerprint = digest(self.images.fingerprint, prompt, max_new_tokens)
-
-    @staticmethod
-    def check(max_new_tokens: int = 64) -> None:
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
 
     def __len__(self) -> int:
         return len(self.images)

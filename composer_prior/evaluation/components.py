@@ -6,6 +6,5 @@ from composer_prior.evaluation import (  # noqa: F401
     hallucination,
     image_dependence,
     pope,
-    scene_foils,
-    scene_questions,
+    scene_choices,
 )

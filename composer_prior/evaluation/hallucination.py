@@ -15,7 +15,7 @@ from composer_prior.evaluation.benchmark import Benchmark
 from composer_prior.evaluation.captioned import CaptionedImage, CaptionedImages
 from composer_prior.evaluation.likelihood import VisionLanguageModel
 from composer_prior.evaluation.samples import digest, per_category, read_json, with_category
-from composer_prior.registry import register
+from composer_prior.registry import Count, register
 
 _PLURALS = {"child": "children", "foot": "feet", "goose": "geese", "person": "people", "sheep": "sheep"}
 _ENDINGS = (("man", "men"), ("knife", "knives"), ("shelf", "shelves"), ("loaf", "loaves"), ("calf", "calves"))
@@ -116,9 +116,10 @@ class Hallucination(Benchmark):
         instances: str | None = None,
         references: bool = True,
         prompt: str | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: Count = 64,
     ):
-        self.check(instances, references, max_new_tokens)
+        if not references and instances is None:
+            raise ValueError("references=false: no other option says which objects are in the images; give instances=.")
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
         self.vocabulary = Vocabulary(dict.fromkeys(CLASSES, ())) if objects is None else read_synonyms(objects)
@@ -141,13 +142,6 @@ class Hallucination(Benchmark):
         self.fingerprint = digest(
             self.images.fingerprint, self.there, sorted(self.vocabulary.objects.items()), prompt, max_new_tokens
         )
-
-    @staticmethod
-    def check(instances: str | None = None, references: bool = True, max_new_tokens: int = 64) -> None:
-        if not references and instances is None:
-            raise ValueError("references=false: nothing else says which objects are there; give instances=.")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
 
     def __len__(self) -> int:
         return len(self.images)

@@ -10,8 +10,8 @@ from scipy.stats import spearmanr
 
 from composer_prior.data.captions import overlaps
 from composer_prior.evaluation.benchmark import Benchmark, figures_of
+from composer_prior.evaluation.captioned import CaptionSamples
 from composer_prior.evaluation.likelihood import TextOnly, TokenLogprobs, VisionLanguageModel, blanks
-from composer_prior.evaluation.mds_samples import CaptionSamples
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.registry import register
 from composer_prior.reports.page import legend, sample_card, samples_page

@@ -70,22 +70,18 @@ class Pope(ChoiceBenchmark):
         reference: str = "blank",
         end: bool = False,
     ):
-        self.check(prompt, answers)
+        if "{question}" not in prompt:
+            raise ValueError(f"prompt={prompt!r}: expected {{question}} where the question goes.")
+        spelled = [answer.strip() for answer in answers.split(",")]
+        if len(spelled) != 2 or not all(spelled):
+            raise ValueError(f"answers={answers!r}: expected two words with a comma between them, as in 'Yes,No'.")
         self.prompt = prompt
-        yes, no = (answer.strip() for answer in answers.split(","))
-        self.answers = {True: (yes, no), False: (no, yes)}
+        self.answers = {True: tuple(spelled), False: tuple(reversed(spelled))}
         self.questions = _read(data, images)
         self._others = other_images([question.image for question in self.questions])
         sizes = [file_size(question.image) for question in self.questions]
         self.fingerprint = digest([question[1:] for question in self.questions], sizes, prompt, answers, reference, end)
         super().__init__(reference, end)
-
-    @staticmethod
-    def check(prompt: str = "{question}", answers: str = "yes,no") -> None:
-        if "{question}" not in prompt:
-            raise ValueError(f"prompt={prompt!r}: expected {{question}} where the question goes.")
-        if len([answer for answer in answers.split(",") if answer.strip()]) != 2 or answers.count(",") != 1:
-            raise ValueError(f"answers={answers!r}: expected two words with a comma between them, as in 'Yes,No'.")
 
     def __len__(self) -> int:
         return len(self.questions)

@@ -84,7 +84,7 @@ def test_answers_and_prompt_are_spelled_as_asked_for(tmp_path):
     assert choice.prompt == "Q: Is there a dog in the image? A:"
     for options in ({"answers": "yes"}, {"answers": "yes,no,maybe"}, {"prompt": "Q:"}):
         with pytest.raises(ValueError, match="expected"):
-            registry.check("benchmark", "pope", {"data": data, **options}, "benchmarks.pope")
+            registry.build("benchmark", "pope", {"data": "nowhere", **options}, "benchmarks.pope")
 
 
 def test_lines_without_image_or_label_are_counted_and_named(tmp_path, capfd):

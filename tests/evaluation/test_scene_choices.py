@@ -16,10 +16,8 @@ from composer_prior.emoji_scenes.scenes import draw_scene, is_held_out
 from composer_prior.evaluation import components  # noqa: F401  registers the benchmarks
 from composer_prior.evaluation.benchmark import run_benchmark
 from composer_prior.evaluation.likelihood import OwnModel, TokenLogprobs
-from composer_prior.evaluation.scene_choices import SCENE, SceneChoices
-from composer_prior.evaluation.scene_foils import SceneFoils
-from composer_prior.evaluation.scene_questions import SceneQuestions
-from composer_prior.registry import build, check
+from composer_prior.evaluation.scene_choices import SCENE, SceneChoices, SceneFoils, SceneQuestions
+from composer_prior.registry import build
 from tests.common.scene_oracle import SceneOracle
 
 BENCHMARKS = {
@@ -125,14 +123,14 @@ def test_they_are_registered_and_refuse_impossible_arguments():
     assert isinstance(built, SceneChoices)
     assert len(built) == 5
     for arguments, message in (
-        ({"samples": 0}, "samples must be at least 1"),
-        ({"canvas": 16}, "canvas must be at least 32"),
+        ({"samples": 0}, "samples=0: expected int of at least 1"),
+        ({"canvas": 16}, "canvas=16: expected int of at least 32"),
         ({"categories": ["sise"]}, "Did you mean 'size'"),
         ({"split": "train"}, "split is not a key"),
         ({"form": "essay"}, "form='essay'"),
     ):
         with pytest.raises(ValueError, match=message):
-            check("benchmark", "scene_questions", arguments, "benchmark")
+            build("benchmark", "scene_questions", arguments, "benchmark")
 
 
 def test_the_end_of_a_text_counts_where_it_is_whole():
