@@ -7,7 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub; asked without a network it costs half a minute
 
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerFast
 
 from composer_prior import ComposerLVLM, ReferenceLM, StreamingCaptionDataset
 from composer_prior.data.captions import caption_data_spec
-from composer_prior.data.streams import shared_numbers
 from composer_prior.data.tokenizer import train_tokenizer
 from composer_prior.emoji_scenes.writing import make_emoji_scenes, make_sample
 
@@ -71,14 +70,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def shared_memory() -> Iterator[None]:
-    """Share numbers of shared memory with plain streaming's data sets, which otherwise run out of file descriptors
-    and collide between processes."""
-    with shared_numbers():
-        yield
 
 
 @pytest.fixture(scope="session")

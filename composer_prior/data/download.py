@@ -10,10 +10,8 @@ from pathlib import Path
 from time import sleep
 from typing import Any, cast
 
-from streaming.base.constant import DEFAULT_TIMEOUT
 from streaming.base.format import FileInfo
 from streaming.base.hashing import get_hash
-from streaming.base.storage.download import CloudDownloader, S3Downloader
 
 from composer_prior.data.messages import DataError
 from composer_prior.data.stores import is_final, service, told
@@ -72,23 +70,6 @@ def download(
                 times = f"{attempt + 1} attempts, the last: " if attempt else ""
                 raise DataError(f"{times}{told(error, remote)}") from error
         sleep(FIRST_PAUSE * 2.0**attempt)
-
-
-class _S3(S3Downloader):
-    """Streaming's, which answers each 400 with another request without credentials, for ever; here it is one."""
-
-    _unsigned = False
-
-    def _create_s3_client(self, unsigned: bool = False, timeout: float = DEFAULT_TIMEOUT) -> None:
-        if unsigned and self._unsigned:
-            raise  # the answer that streaming is handling
-        self._unsigned = unsigned
-        super()._create_s3_client(unsigned, timeout)
-
-
-def downloader_of(remote: str | None) -> CloudDownloader:
-    """Streaming's downloader of a remote or a folder."""
-    return _S3() if remote is not None and remote.startswith("s3://") else CloudDownloader.get(remote)
 
 
 def patience(attempts: int, seconds: float) -> float:

@@ -79,7 +79,8 @@ class Remote:
         Raises:
             DataError: if it is missing, or cannot be downloaded.
         """
-        from composer_prior.data.download import ATTEMPTS, download, downloader_of  # here: streaming takes seconds
+        from composer_prior.data.download import ATTEMPTS, download  # here: streaming takes seconds
+        from composer_prior.data.streaming_fixes import downloader_of
 
         url = f"{self.url}/{name}"
 

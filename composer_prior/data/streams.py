@@ -1,63 +1,39 @@
-"""Shards from a bucket: they reach the cache whole and checked, or not at all, and what cannot be read is named.
+"""Shards from a bucket: they reach the cache whole and checked or not at all, and errors name what cannot be read.
 
-mosaicml-streaming does the rest. Left alone, it moves a shard to its final place before it has checked it, lets every
-process that needs a shard wait for ever for one that failed to download it, and ends the epoch of a loader's worker
-early, without an error, when a download fails. It also removes shards of a stream that has no other place to download
-them from: here such a stream is the user's own folder, in which nothing is removed and nothing counts for the cache.
-
-Three overrides are for speed. ``python -m benchmarks.libraries`` reads captions from a remote, all in the cache, with 2
-and with 8 workers; without one of them it takes as many times longer as is said there.
+mosaicml-streaming does the rest. By itself it moves a shard to its final place before it has checked it (no public
+report; see https://github.com/mosaicml/streaming/issues/759), lets every process that needs a shard wait without end
+for one that failed to download it (no public report), and removes shards of a stream without a remote
+(https://github.com/mosaicml/streaming/issues/988): here nothing in such a folder is removed or counts for the cache.
 """
 
-import atexit
 import json
 import os
 import threading
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager
-from itertools import count
-from multiprocessing.shared_memory import SharedMemory as BuiltinSharedMemory
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import gettempdir
 from time import sleep, time_ns
 from typing import Any, cast
-from unittest.mock import patch
 
 import numpy as np
-import torch
-from filelock import FileLock
 from numpy.typing import NDArray
-from streaming import Stream, StreamingDataset
-from streaming.base import dataset as streaming_dataset
+from streaming import Stream
 from streaming.base.constant import (
-    BARRIER_FILELOCK,
-    CACHE_FILELOCK,
     DEFAULT_TIMEOUT,
-    LOCALS,
-    SHM_TO_CLEAN,
     TICK,
 )
-from streaming.base.dataset import NEVER, _Iterator, _ShardState
+from streaming.base.dataset import NEVER, _ShardState
 from streaming.base.format import FileInfo, Reader, get_index_basename
 from streaming.base.format.mds import MDSReader
 from streaming.base.format.mds.encodings import is_mds_encoding_safe
 from streaming.base.hashing import is_hash
-from streaming.base.shared import memory as streaming_memory
-from streaming.base.shared import prefix
-from streaming.base.shared.memory import SharedMemory
 from streaming.base.shuffle import algos as SHUFFLES
 from streaming.base.world import World
 
-from composer_prior.data.download import ATTEMPTS, check_file, download, downloader_of, patience
+from composer_prior.data.download import ATTEMPTS, check_file, download, patience
 from composer_prior.data.messages import DataError, one_line
+from composer_prior.data.streaming_fixes import FixedDataset, downloader_of
 
 FAILED = ".failed"  # a file beside a shard that could not be downloaded, which says why
-_CLAIMS = 20
-_NUMBERS = 10**6  # streaming writes them with six digits
-_SIZED_WITHIN = 2.0  # seconds; it takes microseconds, and longer where many processes share few cores
-_LOCK_TICK = 0.001  # seconds between looks at the lock of the workers' barrier, which is held for microseconds
 _UNREADABLE = 255  # a state of a shard beside streaming's: its download has failed for good, in any process of the node
 
 
@@ -176,7 +152,7 @@ class CheckedStream(Stream):
         return str(local)
 
 
-class CheckedDataset(StreamingDataset):
+class CheckedDataset(FixedDataset):
     """A data set of checked streams, in which a failed download is an error of every loader that needs the shard.
 
     Args:
@@ -218,25 +194,10 @@ class CheckedDataset(StreamingDataset):
             raise ValueError(f"shuffle_algo={algorithm!r} is unknown: expected {', '.join(SHUFFLES)}.")
         if bool(streams) == bool(remote or local):
             raise ValueError("A data set needs either local, with or without remote, or streams.")
-        self._failure: Exception | None = None
         given: dict[str, Any] = {"split": split, "download_retry": download_retry, "download_timeout": download_timeout}
         given |= {"validate_hash": validate_hash, "keep_zip": keep_zip, **kwargs}
         places = (streams or {"": {"remote": remote, "local": local}}).values()
-        with shared_numbers():
-            super().__init__(streams=[CheckedStream(**place) for place in places], **given)
-
-    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Where the data set is; an epoch that has begun and has no sample of its own any more is over.
-
-        So Composer counts at an epoch's end, where streaming would begin the same epoch again.
-        """
-        state = super().state_dict(num_samples, from_beginning)
-        over = from_beginning and num_samples == 0 and self.next_epoch > 0
-        return {**state, "epoch": self.next_epoch} if over else state
-
-    def load_state_dict(self, obj: dict[str, Any]) -> None:
-        with _whole_memory():  # all ranks of a node make the memory for it
-            super().load_state_dict(obj)
+        super().__init__(streams=[CheckedStream(**place) for place in places], **given)
 
     def shard_name(self, shard_id: int) -> str:
         """Where a shard comes from."""
@@ -297,166 +258,11 @@ class CheckedDataset(StreamingDataset):
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
         try:
-            self._raise_failure()
+            self.raise_failure()
             return super().get_item(sample_id, retry)
         except RuntimeError as error:
-            self._raise_failure()
+            self.raise_failure()
             raise DataError(f"{self.shard_name(self.spanner[sample_id][0])}: {one_line(error)}") from error
-
-    def on_exception(self, future: "Future[None]") -> None:
-        """Keep the error of a background thread for the loop that waits for its samples."""
-        error = future.exception()
-        if isinstance(error, Exception):
-            self._failure = error
-            self._event.set()
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise DataError(one_line(self._failure)) from self._failure
-
-    def __iter__(self) -> Iterator[Any]:
-        # Streaming's own lock looks only 20 times a second: 1.1 and 1.4 times the time of a short epoch.
-        if not hasattr(self._shared_barrier, "lock"):
-            self._shared_barrier.lock = FileLock(self._shared_barrier.filelock_path, poll_interval=_LOCK_TICK)
-        return super().__iter__()
-
-    def _ready_thread(self, it: _Iterator) -> None:
-        """Nothing: whoever reads a sample waits for its shard, without another thread that looks 140 times a second.
-
-        With that thread, and the loop that waits for it, reading takes 1.25 and 1.15 times as long.
-        """
-        it.on_exit()
-
-    def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
-        while it.yield_index < it.total and not (it.should_exit() or self._event.is_set()):
-            sample_id = it.sample_ids[it.yield_index]
-            if sample_id != -1:
-                yield sample_id
-            it.yield_index += 1
-            it.ready_index = it.yield_index
-        it.on_exit()
-        self._raise_failure()
-
-
-@contextmanager
-def shared_numbers() -> Iterator[None]:
-    """Let data sets that are opened meanwhile get their number in shared memory from :func:`_claim_number`."""
-    with patch.object(streaming_dataset, "get_shm_prefix", _claim_number), _whole_memory():
-        yield
-
-
-def _whole_memory() -> AbstractContextManager[Any]:
-    """Let streaming wait for shared memory that another process is making at this moment."""
-    return patch.object(streaming_memory, "BuiltinSharedMemory", _open_when_whole)
-
-
-def _open_when_whole(name: str, create: bool, size: int) -> BuiltinSharedMemory:
-    """Shared memory that its maker has given a size, which takes a second call of the system.
-
-    In between it is empty, and Python fails with "cannot mmap an empty file". That of a maker killed in between stays
-    empty; whoever searches passes over memory that it is not permitted to open.
-    """
-    for _ in range(int(_SIZED_WITHIN / TICK)):
-        try:
-            return BuiltinSharedMemory(name, create, size)
-        except ValueError:
-            sleep(TICK)
-    raise PermissionError(f"the shared memory {name} is empty: the program that made it was killed at that moment")
-
-
-def _claim_number(
-    streams_local: list[str], streams_remote: list[str | None], world: World, retry: int = 100
-) -> tuple[int, SharedMemory]:
-    """A number in shared memory that no other data set of the node has, and the memory that says so.
-
-    Streaming lets each rank look for one by itself. When another program takes it meanwhile, one rank fails and the
-    others wait for it for ever. Here the first rank of a node takes one, and all ranks learn of it, or of its failure.
-    """
-    prefix._check_self(streams_local)
-    number, memory, failure = -1, None, None
-    if world.is_local_leader:
-        try:
-            number, memory = _take_number(streams_local, streams_remote, retry)
-        except (ValueError, OSError) as error:
-            failure = one_line(error)
-    mine = (world.node if world.is_local_leader else None, number, failure)
-    found = [mine]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        found = [mine] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, mine)
-    failures = [failure for _, _, failure in found if failure is not None]
-    if failures:
-        raise DataError(failures[0])
-    number = next(number for node, number, _ in found if node == world.node)
-    return number, memory or SharedMemory(prefix._get_path(number, LOCALS), False)
-
-
-def _take_number(streams_local: list[str], streams_remote: list[str | None], retry: int) -> tuple[int, SharedMemory]:
-    with _closed_after_looking():
-        for _ in range(_CLAIMS):
-            number = _free_number(streams_local, streams_remote, retry)
-            data = prefix._pack_locals(streams_local, number)
-            try:
-                memory = SharedMemory(prefix._get_path(number, LOCALS), True, len(data))
-            except FileExistsError:  # another program took it meanwhile
-                continue
-            memory.buf[: len(data)] = data
-            return number, memory
-    raise FileExistsError(f"no number in shared memory could be had in {_CLAIMS} attempts")
-
-
-def _free_number(streams_local: list[str], streams_remote: list[str | None], retry: int) -> int:
-    """A number that is free now. Streaming looks at all that are not, once for each name: at thousands for seconds."""
-    if any(streams_remote):  # their caches must not be those of others
-        first = prefix._check_and_find_retrying(streams_local, streams_remote, LOCALS, retry)
-    else:
-        first = bisect_left(range(_NUMBERS), True, key=lambda number: not _is_taken(number))
-    return next(number for number in count(first) if not _is_taken(number))
-
-
-def _is_taken(number: int) -> bool:
-    """Whether anything is left of a data set of this number, such as one that was killed while it made it."""
-    locks = (prefix._get_path(number, name) for name in (BARRIER_FILELOCK, CACHE_FILELOCK))
-    if any(Path(gettempdir(), lock).exists() for lock in locks):
-        return True
-    for name in SHM_TO_CLEAN:
-        try:
-            memory = SharedMemory(prefix._get_path(number, name), False, auto_cleanup=False)
-        except FileNotFoundError:
-            continue
-        except PermissionError:  # another user's, or empty
-            return True
-        memory.cleanup()
-        return True
-    return False
-
-
-@contextmanager
-def _closed_after_looking() -> Iterator[None]:
-    """Close what streaming opens to find free shared memory.
-
-    A new data set opens that of all others on the node and never closes it again: where there are many, or a process
-    opens many, it runs out of file descriptors.
-    """
-    look = prefix._check_and_find
-
-    def look_and_close(*arguments: Any, **keywords: Any) -> int:
-        opened: list[SharedMemory] = []
-
-        def recorded(*which: Any) -> SharedMemory:
-            opened.append(SharedMemory(*which))
-            return opened[-1]
-
-        try:
-            with patch.object(prefix, "SharedMemory", recorded):
-                return look(*arguments, **keywords)
-        finally:
-            for memory in opened:
-                atexit.unregister(memory.cleanup)
-                memory.cleanup()
-
-    with patch.object(prefix, "_check_and_find", look_and_close):
-        yield
 
 
 def _wait_for(file: Path, seconds: float) -> None:

@@ -16,7 +16,7 @@ from streaming.base.shared import memory as streaming_memory
 from streaming.base.shared import prefix
 from streaming.base.shared.memory import SharedMemory
 
-from composer_prior.data import streams
+from composer_prior.data import streaming_fixes
 from composer_prior.data.captions import read_captions
 from composer_prior.data.messages import DataError
 from composer_prior.data.streams import CheckedDataset
@@ -29,14 +29,14 @@ def tiles(tmp_path):
 
 def test_a_number_that_another_program_takes_meanwhile_is_left_to_it(tiles, monkeypatch):
     first = CheckedDataset(local=tiles, batch_size=1)
-    look, looks = streams._free_number, []
+    look, looks = streaming_fixes.free_number, []
 
     def late(*arguments):
         """What was free when it looked has been taken since, the first time."""
         looks.append(arguments)
         return first._shm_prefix_int if len(looks) == 1 else look(*arguments)
 
-    monkeypatch.setattr(streams, "_free_number", late)
+    monkeypatch.setattr(streaming_fixes, "free_number", late)
     second = CheckedDataset(local=tiles, batch_size=1)
     assert second._shm_prefix_int != first._shm_prefix_int
     assert len(looks) == 2
@@ -47,7 +47,7 @@ def test_a_number_that_another_program_takes_meanwhile_is_left_to_it(tiles, monk
 
 def test_where_no_number_is_to_be_had_there_is_one_line(tiles, monkeypatch):
     first = CheckedDataset(local=tiles, batch_size=1)
-    monkeypatch.setattr(streams, "_free_number", lambda *_: first._shm_prefix_int)
+    monkeypatch.setattr(streaming_fixes, "free_number", lambda *_: first._shm_prefix_int)
     with pytest.raises(DataError, match=r"^no number in shared memory could be had in 20 attempts$"):
         CheckedDataset(local=tiles, batch_size=1)
 
@@ -56,10 +56,10 @@ def test_where_no_number_is_to_be_had_there_is_one_line(tiles, monkeypatch):
 def test_a_number_with_leftovers_of_a_killed_program_is_passed_over(remote, tiles, tmp_path):
     place = {"local": tiles, "remote": None} if not remote else {"local": str(tmp_path / "cache"), "remote": tiles}
     first = CheckedDataset(local=tiles, batch_size=1)
-    places = [place["local"]], [place["remote"]]
-    expected = streams._free_number(*places, retry=0)
+    caches = [place["local"]] if remote else []
+    expected = streaming_fixes.free_number(caches)
     leftover = SharedMemory(prefix._get_path(expected, CACHE_USAGE), True, 8)
-    second = streams._free_number(*places, retry=0)
+    second = streaming_fixes.free_number(caches)
     lock = Path(tempfile.gettempdir(), prefix._get_path(second, BARRIER_FILELOCK))
     lock.touch()
     try:
@@ -71,6 +71,21 @@ def test_a_number_with_leftovers_of_a_killed_program_is_passed_over(remote, tile
     assert third[3]["caption"].startswith("a tile of shade 3")
 
 
+def test_looking_for_a_number_opens_nothing_for_good(tiles, tmp_path):
+    data = [CheckedDataset(local=tiles, batch_size=1) for _ in range(3)]
+    opened = len(os.listdir("/proc/self/fd"))
+    assert streaming_fixes.free_number([str(tmp_path / "cache")]) not in {each._shm_prefix_int for each in data}
+    assert len(os.listdir("/proc/self/fd")) == opened
+
+
+def test_a_cache_that_another_data_set_uses_is_refused(tiles, tmp_path):
+    cache = str(tmp_path / "cache")
+    first = CheckedDataset(remote=tiles, local=cache, batch_size=1)
+    with pytest.raises(ValueError, match=r"^Reused local directory: .*cache\. Provide a different one\.$"):
+        streaming_fixes.free_number([cache, "/elsewhere"], retry=2)
+    assert first[3]["caption"].startswith("a tile of shade 3")
+
+
 def empty_memory(number, name):
     """Shared memory as it is between the two calls of the system that make it."""
     return _posixshmem.shm_open(f"/{prefix._get_path(number, name)}", os.O_CREAT | os.O_EXCL | os.O_RDWR, mode=0o600)
@@ -79,15 +94,15 @@ def empty_memory(number, name):
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_number_whose_program_was_killed_as_it_took_it_is_passed_over(remote, tiles, tmp_path, monkeypatch):
     place = {"local": tiles, "remote": None} if not remote else {"local": str(tmp_path / "cache"), "remote": tiles}
-    monkeypatch.setattr(streams, "_SIZED_WITHIN", 0.05)
-    number = streams._free_number([place["local"]], [place["remote"]], retry=0)
+    monkeypatch.setattr(streaming_fixes, "_SIZED_WITHIN", 0.05)
+    number = streaming_fixes.free_number([place["local"]] if remote else [])
     os.close(empty_memory(number, LOCALS))
     try:
         dataset = CheckedDataset(**place, batch_size=1)
     finally:
         _posixshmem.shm_unlink(f"/{prefix._get_path(number, LOCALS)}")
     assert dataset._shm_prefix_int != number
-    assert streaming_memory.BuiltinSharedMemory is streams._open_when_whole  # as conftest.py has it for all tests
+    assert streaming_memory.BuiltinSharedMemory is streaming_fixes.open_when_sized
     assert dataset[3]["caption"].startswith("a tile of shade 3")
 
 
