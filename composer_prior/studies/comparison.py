@@ -2,26 +2,21 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import DegenerateDataWarning, bootstrap
+
+from composer_prior.studies.study import Better, Curve, Interval, Values
 
 MIN_SEEDS = 3
 """Fewer seeds than this have no interval."""
 
 HELD = {3: 76, 4: 81, 5: 84, 6: 86, 8: 88, 10: 91, 20: 92}
 """Of so many seeds, how many per cent of these intervals hold the mean of a normal distribution; simulated."""
-
-Better = Literal["higher", "lower"]
-Interval = tuple[float, float]
-Values = Mapping[str, float | None]
-"""A figure by seed; ``None`` where a run has no number for it."""
-Curve = tuple[Sequence[float], Sequence[float | None]]
-"""Batches in order, and a figure at each."""
 
 _RESAMPLES = 9999
 _RANDOM_SEED = 20250508
@@ -33,8 +28,8 @@ class Comparison:
     """A method's figure beside the baseline's at the same seeds.
 
     Args:
-        seeds: how many both have with a number.
-        left_out: seeds that both have, but one of them without a number.
+        seeds: number of seeds at which both have a number.
+        left_out: common seeds at which one of them has none.
         difference: mean of method minus baseline, in the figure's unit; ``None`` without seeds.
         difference_interval: ``None`` with fewer than :data:`MIN_SEEDS` seeds.
         improvement: the difference relative to the baseline's mean, positive where the method is better; ``None``
@@ -93,7 +88,7 @@ class Reached:
 
 
 def word(improvement: Interval | None) -> str:
-    """What may be said of an interval in which positive is better."""
+    """Return the verdict on an interval in which positive is better; empty without an interval."""
     if improvement is None:
         return ""
     low, high = improvement
@@ -102,21 +97,24 @@ def word(improvement: Interval | None) -> str:
 
 def compare(baseline: Values, method: Values, better: Better) -> Comparison:
     """Compare at the seeds that both have, in the baseline's order."""
-    pairs, left_out = _paired(baseline, method)
-    if not len(pairs):
+    of_baseline, of_method, left_out = _paired(baseline, method)
+    seeds = len(of_baseline)
+    if not seeds:
         return Comparison(0, left_out, None, None, None, None, better)
-    of_baseline, of_method = pairs.T
-    difference = float(_mean(of_method - of_baseline))
-    improvement = float(_improvement(of_baseline, of_method, better))
-    intervals: list[Interval | None] = [None, None]
-    if len(pairs) >= MIN_SEEDS:
-        intervals = [
-            _interval(lambda base, other, axis: _mean(other - base, axis), of_baseline, of_method),
-            _interval(lambda base, other, axis: _improvement(base, other, better, axis), of_baseline, of_method),
-        ]
-    if math.isnan(improvement):
-        return Comparison(len(pairs), left_out, difference, intervals[0], None, None, better)
-    return Comparison(len(pairs), left_out, difference, intervals[0], improvement, intervals[1], better)
+
+    def improved(base: _Array, other: _Array, axis: int = -1) -> _Array:
+        return _improvement(base, other, better, axis)
+
+    improvement, enough = float(improved(of_baseline, of_method)), seeds >= MIN_SEEDS
+    return Comparison(
+        seeds,
+        left_out,
+        float(_mean(of_method - of_baseline)),
+        _interval(lambda base, other, axis: _mean(other - base, axis), of_baseline, of_method) if enough else None,
+        None if math.isnan(improvement) else improvement,
+        _interval(improved, of_baseline, of_method) if enough and not math.isnan(improvement) else None,
+        better,
+    )
 
 
 def average_improvement(figures: Mapping[str, tuple[Values, Values, Better]]) -> Average:
@@ -124,18 +122,19 @@ def average_improvement(figures: Mapping[str, tuple[Values, Values, Better]]) ->
 
     The seeds are resampled together for all figures, since one seed's figures are of one model.
     """
-    usable = {name: figure for name, figure in figures.items() if relative_improvement(*figure) is not None}
-    left_out = tuple(name for name in figures if name not in usable)
-    if not usable:
-        return Average(None, None, 0, left_out)
+    left_out, directions, samples = list[str](), list[Better](), list[_Array]()
     # All figures' seeds: a figure that has no number at one of them is NaN there and skips it.
-    seeds = dict.fromkeys(seed for baseline, *_ in usable.values() for seed in baseline)
-    samples: list[_Array] = []
-    for baseline, method, _ in usable.values():
-        both = np.array([(_number(baseline.get(seed)), _number(method.get(seed))) for seed in seeds])
+    seeds = dict.fromkeys(seed for baseline, *_ in figures.values() for seed in baseline)
+    for name, (baseline, method, better) in figures.items():
+        both = np.array([(_number(baseline.get(seed)), _number(method.get(seed))) for seed in seeds]).reshape(-1, 2)
         both[np.isnan(both).any(axis=1)] = np.nan
-        samples += list(both.T)
-    directions = [better for _, _, better in usable.values()]
+        if np.isnan(_improvement(both[:, 0], both[:, 1], better)):
+            left_out.append(name)
+        else:
+            directions.append(better)
+            samples += list(both.T)
+    if not samples:
+        return Average(None, None, 0, tuple(left_out))
 
     def mean_improvement(*samples: _Array, axis: int = -1) -> _Array:
         pairs = zip(samples[::2], samples[1::2], directions, strict=True)
@@ -143,33 +142,16 @@ def average_improvement(figures: Mapping[str, tuple[Values, Values, Better]]) ->
 
     fewest = min(int(np.isfinite(sample).sum()) for sample in samples)
     interval = _interval(mean_improvement, *samples) if fewest >= MIN_SEEDS else None
-    return Average(float(mean_improvement(*samples)), interval, fewest, left_out)
-
-
-def relative_improvement(baseline: Values, method: Values, better: Better) -> float | None:
-    """The relative improvement alone, as in :func:`compare`."""
-    pairs, _ = _paired(baseline, method)
-    value = float(_improvement(pairs[:, 0], pairs[:, 1], better))
-    return None if math.isnan(value) else value
-
-
-def mean_interval(values: Sequence[float]) -> Interval | None:
-    """The interval of a mean over seeds."""
-    return _interval(_mean, np.asarray(values, np.float64)) if len(values) >= MIN_SEEDS else None
+    return Average(float(mean_improvement(*samples)), interval, fewest, tuple(left_out))
 
 
 def steps_until(curve: Curve, target: float, better: Better) -> float | None:
-    """The first batch at which a curve is as good as the target, linear between its evaluations.
+    """Return the first batch at which a curve is as good as the target, linear between its evaluations.
 
-    Where the first evaluation is that good already it is its batch: earlier ones were not evaluated.
-
-    Returns:
-        ``None`` if it never is.
+    The first evaluation counts as its own batch, as earlier ones are unknown. ``None`` if the curve never is.
     """
     before: tuple[float, float] | None = None
-    for batch, value in zip(*curve, strict=True):
-        if value is None or not math.isfinite(value):
-            continue
+    for batch, value in _finite(curve):
         if value >= target if better == "higher" else value <= target:
             if before is None:
                 return float(batch)
@@ -179,25 +161,30 @@ def steps_until(curve: Curve, target: float, better: Better) -> float | None:
 
 
 def steps_until_baseline(baseline: Mapping[str, Curve], method: Mapping[str, Curve], better: Better) -> Reached:
-    """When a method's curves reach the last value of the baseline's at the same seed."""
+    """Return when a method's curves reach the last value of the baseline's at the same seed."""
     shares: dict[str, float | None] = {}
-    for seed, (batches, values) in baseline.items():
-        known = [(b, v) for b, v in zip(batches, values, strict=True) if v is not None and math.isfinite(v)]
+    for seed, curve in baseline.items():
+        known = _finite(curve)
         if seed in method and known and known[-1][0] > 0:
             steps = steps_until(method[seed], known[-1][1], better)
             shares[seed] = None if steps is None else steps / known[-1][0]
     reached = [share for share in shares.values() if share is not None]
-    interval = mean_interval(reached) if len(reached) == len(shares) else None
+    enough = len(reached) == len(shares) and len(reached) >= MIN_SEEDS
+    interval = _interval(_mean, np.asarray(reached, np.float64)) if enough else None
     return Reached(shares, float(np.mean(reached)) if reached else None, interval)
 
 
-def _paired(baseline: Values, method: Values) -> tuple[_Array, tuple[str, ...]]:
-    """Pairs ``[seeds, 2]`` of numbers, and the common seeds that lack one."""
+def _finite(curve: Curve) -> list[tuple[float, float]]:
+    return [(b, v) for b, v in zip(*curve, strict=True) if v is not None and math.isfinite(v)]
+
+
+def _paired(baseline: Values, method: Values) -> tuple[_Array, _Array, tuple[str, ...]]:
+    """Return the values at the common seeds, ``[seeds]`` each, and the common seeds that lack one."""
     common = [seed for seed in baseline if seed in method]
-    rows = [(_number(baseline[seed]), _number(method[seed])) for seed in common]
-    known = [seed for seed, row in zip(common, rows, strict=True) if not any(map(math.isnan, row))]
-    pairs = [row for row in rows if not any(map(math.isnan, row))]
-    return np.array(pairs, np.float64).reshape(-1, 2), tuple(seed for seed in common if seed not in known)
+    pairs = np.array([(_number(baseline[seed]), _number(method[seed])) for seed in common]).reshape(-1, 2)
+    known = np.isfinite(pairs).all(axis=1)
+    left_out = tuple(seed for seed, there in zip(common, known, strict=True) if not there)
+    return *pairs[known].T, left_out
 
 
 def _number(value: float | None) -> float:
@@ -205,14 +192,14 @@ def _number(value: float | None) -> float:
 
 
 def _mean(values: _Array, axis: int = -1) -> _Array:
-    """The mean of what is not NaN, and NaN of nothing."""
+    """Return the mean of values that are not NaN; NaN if all are."""
     known = np.isfinite(values)
     with np.errstate(invalid="ignore"):
         return np.sum(values, axis=axis, where=known) / np.sum(known, axis=axis)
 
 
 def _improvement(baseline: _Array, method: _Array, better: Better, axis: int = -1) -> _Array:
-    """The relative improvement of the means; NaN where the baseline's is 0."""
+    """Return the relative improvement of the means; NaN where the baseline's is 0."""
     sign = 1.0 if better == "higher" else -1.0
     size = np.abs(_mean(baseline, axis))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -220,7 +207,7 @@ def _improvement(baseline: _Array, method: _Array, better: Better, axis: int = -
 
 
 def _interval(statistic: Callable[..., Any], *samples: _Array) -> Interval | None:
-    """The 2.5 and 97.5 % percentiles of a statistic at resampled seeds, without the resamples that have none."""
+    """Return the 2.5 and 97.5 % percentiles of a statistic over resampled seeds, without resamples that have none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DegenerateDataWarning)  # of the resamples that have none
         drawn = bootstrap(

@@ -12,7 +12,7 @@ from composer_prior.data.locks import locked, sole_writer
 from composer_prior.data.messages import failure, one_line, say
 from composer_prior.studies.plan import collect_remote, show_plan, throughput
 from composer_prior.studies.results import append_results, begin_results, finished, read_results
-from composer_prior.studies.runner import Plan, plan_tasks, run_cells
+from composer_prior.studies.runner import Plan, Runner, plan_tasks
 from composer_prior.studies.study import Study, flatten, read_name, read_study
 
 
@@ -72,7 +72,7 @@ def run_study(
         say(show_plan(whole, tasks, read_results(file)[1], gpus, speed))
         return 0
     with locked(folder / "study.lock", seconds=0), sole_writer(file, "results"):
-        # The folder of the runs says what they are of, too: unfinished ones would go on with other values in silence.
+        # The header in the folder of the runs keeps unfinished ones from going on with other values.
         begin_results(folder / "study.jsonl", whole.header, folder)
         lines = begin_results(file, whole.header)
         if remote is not None:
@@ -81,7 +81,7 @@ def run_study(
         there = sum(finished(lines, cell.values) is not None for cell in whole.cells)
         say(f"{whole.name}: {len(whole.cells)} cells, {there} of them finished; results go to {file}")
         threads = threads or max(1, len(os.sched_getaffinity(0)) // processes)
-        failed = run_cells(whole, tasks, file, lines, processes, threads)
+        failed = Runner(whole, tasks, file, lines, processes, threads).run()
         write_page(file)
     if failed:
         say(f"{len(failed)} of {len(whole.cells)} cells failed; the same command tries them again:")
@@ -91,7 +91,7 @@ def run_study(
 
 
 def _read_back(study: Study, tasks: Plan, file: Path, lines: list[dict[str, Any]], remote: str) -> None:
-    """Take what is finished on a remote into the results, and say what is not."""
+    """Append the finished cells of a remote to the results, and say which ones are missing."""
     found, missing = collect_remote(study, tasks, lines, remote)
     append_results(file, found)
     cells = len({tuple(line["cell"].values()) for line in found})
@@ -102,7 +102,7 @@ def _read_back(study: Study, tasks: Plan, file: Path, lines: list[dict[str, Any]
 
 
 def write_page(results: Path) -> bool:
-    """Make the page of results, or say what went wrong with it, which takes nothing down."""
+    """Make the page of results; say what went wrong instead of failing."""
     try:
         from composer_prior.studies.study_page import write_report  # here: it draws, which takes a second to import
 
@@ -116,7 +116,7 @@ def write_page(results: Path) -> bool:
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Dotted key: value of words ``key=value``.
+    """Return dotted key: value of words ``key=value``.
 
     Raises:
         ValueError: for a value that cannot be read.

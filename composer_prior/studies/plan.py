@@ -25,7 +25,7 @@ _SAME = ("seed", "max_duration", "global_train_batch_size", "optimizer", "schedu
 
 
 def throughput(run: Path) -> float:
-    """Samples per second and GPU of a run: the median of its last entries.
+    """Return samples per second and GPU of a run: the median of its last entries.
 
     Raises:
         ValueError: if the run has not logged any.
@@ -44,7 +44,7 @@ def throughput(run: Path) -> float:
 def show_plan(
     study: Study, plan: Plan, lines: Sequence[Mapping[str, Any]], gpus: int, samples_per_second: float | None
 ) -> str:
-    """A table of the cells, and the commands that launch those that are not finished.
+    """Return a table of the cells, and the commands that launch those that are not finished.
 
     Args:
         study, plan: of :func:`.plan_tasks`.
@@ -52,24 +52,23 @@ def show_plan(
         gpus: of each run.
         samples_per_second: of one GPU; None: the cost is left out.
     """
-    rows: list[tuple[str, ...]] = []
-    total = 0.0
+    rows = [["cell", "steps", "samples", "GPU hours"]]
+    total, speed = 0.0, samples_per_second
     for task in plan.cells:
         recipe = study.recipes[task.name]
         steps = planned_steps(recipe)
         samples = None if steps is None else steps * recipe.global_train_batch_size
-        hours = None if samples is None or samples_per_second is None else samples / samples_per_second / 3600
+        hours = samples / speed / 3600 if samples is not None and speed else None
         total += hours or 0.0
-        rows.append((task.name, _count(steps), _count(samples), "-" if hours is None else f"{hours:,.2f}"))
-    head: tuple[str, ...] = ("cell", "steps", "samples", "GPU hours")
-    if samples_per_second is None:
-        head, rows = head[:3], [row[:3] for row in rows]
-        cost = "GPU hours: give measured=RUN_FOLDER, a short run of the recipe on the GPUs that you mean."
+        rows.append([task.name, _count(steps), _count(samples), "-" if hours is None else f"{hours:,.2f}"])
+    if speed is None:
+        rows = [row[:3] for row in rows]
+        cost = "GPU hours: give measured=RUN_FOLDER, a short run of the recipe on the intended GPUs."
     else:
         unknown = " of the cells whose steps are known beforehand" if any(row[1] == "-" for row in rows) else ""
         cost = (
             f"Total: {total:,.2f} GPU hours{unknown}, {total / gpus:,.2f} hours on {gpus} GPUs, at "
-            f"{samples_per_second:,.4g} samples per second and GPU; without preparations and evaluations."
+            f"{speed:,.4g} samples per second and GPU; without preparations and evaluations."
         )
     left = [task for task in plan.cells if task.cell and finished(lines, task.cell.values) is None]
     needed = {one.name: one for task in left if (one := plan.preparations.get(task.name)) is not None}
@@ -78,13 +77,13 @@ def show_plan(
         *(("train.py", *task.words) for task in left),
     ]
     launch = [shlex.join(["composer", "-n", str(gpus), *command]) for command in commands]
-    return "\n".join([*_table([head, *rows]), "", cost, "", *launch])
+    return "\n".join([*_table(rows), "", cost, "", *launch])
 
 
 def collect_remote(
     study: Study, plan: Plan, lines: Sequence[Mapping[str, Any]], remote: str
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The finished cells of a remote, ``REMOTE/CELL/metrics.jsonl`` and ``config.yaml``, that results lack.
+    """Return the finished cells of a remote, ``REMOTE/CELL/metrics.jsonl`` and ``config.yaml``, that results lack.
 
     Args:
         study, plan: of :func:`.plan_tasks`.
@@ -92,7 +91,7 @@ def collect_remote(
         remote: its address, or a folder.
 
     Returns:
-        their lines, and by name why another cell is not among them.
+        Their lines, and by name the reason why a cell is missing.
 
     Raises:
         StorageError: if it cannot be listed.
@@ -118,7 +117,7 @@ def collect_remote(
 
 
 def _fetch(runs: str, run: str, folder: Path, there: set[str] | None) -> Path:
-    """The folder of a run on this machine; with what is there of the two files."""
+    """Return the folder of a run on this machine, with the files of the two that exist."""
     if there is None:
         return Path(runs, run)
     folder.mkdir()
@@ -129,7 +128,7 @@ def _fetch(runs: str, run: str, folder: Path, there: set[str] | None) -> Path:
 
 
 def _check_same(file: Path, recipe: TrainConfig) -> None:
-    """Refuse a run that has the name of a cell and was made with other values."""
+    """Raise if a run has the name of a cell and was made with other values."""
     if not file.is_file():
         return
     theirs: Any = OmegaConf.to_container(load_yaml(file))

@@ -59,10 +59,14 @@ class Task:
     def attempts(self) -> Path:
         return self.log.with_suffix(".seconds")
 
+    @property
+    def metrics(self) -> Path:
+        return self.log.parent / self.name / "metrics.jsonl"
+
 
 @dataclass
 class Plan:
-    """What is to be done for a study.
+    """The tasks of a study.
 
     Args:
         cells: a task for each cell, in order.
@@ -84,7 +88,7 @@ class Stopped(Exception):
 
 
 def plan_tasks(study: Study, out: Path) -> Plan:
-    """The processes of a study: for each cell one, and those that make what cells share."""
+    """Plan the processes of a study: one for each cell, and those that make what cells share."""
     plan = Plan()
     shared = [share(study.recipes[cell.name], cell.overrides, out / "shared") for cell in study.cells]
     preparers = preparations([one.places for one in shared])
@@ -108,7 +112,7 @@ def plan_tasks(study: Study, out: Path) -> Plan:
 
 
 def _own(recipe: TrainConfig, cell: Cell, out: Path) -> dict[str, Any]:
-    """What the runner decides of a cell."""
+    """Return the overrides that the runner sets for a cell."""
     own: dict[str, Any] = {"run_name": cell.name, "run_folder": str(out / "cells" / cell.name), "progress_bar": False}
     if recipe.save_folder is not None:
         own["autoresume"] = True
@@ -119,10 +123,8 @@ def _own(recipe: TrainConfig, cell: Cell, out: Path) -> dict[str, Any]:
     return own | {key: value for key, value in counted.items() if key not in cell.overrides}
 
 
-def run_cells(
-    study: Study, plan: Plan, results: Path, lines: Sequence[Mapping[str, Any]], processes: int, threads: int
-) -> dict[str, Path]:
-    """Run the cells that are not finished, and append what they find.
+class Runner:
+    """Runs the cells that are not finished, and appends their results.
 
     Args:
         study: of the cells.
@@ -131,17 +133,8 @@ def run_cells(
         lines: that it has.
         processes: at a time.
         threads: of each.
-
-    Returns:
-        the log of each cell that failed, by its name.
-
-    Raises:
-        Stopped: after SIGINT or SIGTERM, when the cells have saved and ended.
     """
-    return _Runner(study, plan, results, lines, processes, threads).run()
 
-
-class _Runner:
     def __init__(
         self,
         study: Study,
@@ -155,24 +148,29 @@ class _Runner:
         self.environment = {**os.environ, **dict.fromkeys(THREADS, str(threads))}
         self.pending = [task for task in plan.cells if task.cell and finished(lines, task.cell.values) is None]
         self.running: list[Task] = []
-        preparations = {task.name: task for task in plan.preparations.values()}.values()
-        # By name, whether it has succeeded; it is not there before.
-        self.prepared: dict[str, bool] = {task.name: True for task in preparations if _is_prepared(task)}
+        self.prepared = {task.name: True for task in plan.preparations.values() if _is_prepared(task)}  # False: failed
         self.failed: dict[str, Path] = {}
         self.signals: list[int] = []
-        self.waited_for: set[str] = set()  # names of tasks that a killed runner's process is still at
+        self.waited_for: set[str] = set()  # names of tasks that a killed runner's process still works on
         self.batches = {task.name: planned_steps(study.recipes[task.name]) or 1 for task in self.pending}
         self.bar: tqdm[Any]
 
     def run(self) -> dict[str, Path]:
-        done = sum(map(self._done, self.pending))
+        """Run all cells and return the log of each one that failed, by its name.
+
+        Raises:
+            Stopped: after SIGINT or SIGTERM, when the cells have saved and ended.
+        """
         with (
             _caught(self.signals),
             tqdm(
-                total=sum(self.batches.values()), initial=done, unit="ba", desc=visible(self.study.name), disable=None
-            ) as bar,
+                total=sum(self.batches.values()),
+                initial=sum(map(self._done, self.pending)),
+                unit="ba",
+                desc=visible(self.study.name),
+                disable=None,
+            ) as self.bar,
         ):
-            self.bar = bar
             try:
                 while (self.pending or self.running) and not self.signals:
                     self._start()
@@ -202,7 +200,7 @@ class _Runner:
                 self.pending.remove(task)
 
     def _launch(self, task: Task) -> bool:
-        """Start a process, unless one that a killed runner left is still at it."""
+        """Start a process, unless one that a killed runner left still works on it."""
         task.log.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(task.lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -211,7 +209,7 @@ class _Runner:
             os.close(lock)
             if task.name not in self.waited_for:
                 self.waited_for.add(task.name)
-                self._say(f"{task.name}: a process of an earlier start is still at it; waiting for its end")
+                self._say(f"{task.name}: a process of an earlier start still works on it; waiting for its end")
             return False
         self.waited_for.discard(task.name)
         command = [sys.executable, "-m", *task.module, *task.words]
@@ -234,7 +232,7 @@ class _Runner:
         return True
 
     def _look(self) -> None:
-        """Collect what has ended, and show how far the rest is."""
+        """Collect the processes that have ended, and show the progress of the others."""
         for task in [*self.running]:
             assert task.process is not None
             if (status := task.process.poll()) is None:
@@ -251,22 +249,18 @@ class _Runner:
                 self._fail(task, last_words(task.log) if status > 0 else f"ended by signal {-status}", task.log)
             else:
                 self._collect(task, seconds)
-        total = sum(self.batches.values())
-        self.bar.n = min(total, self._total_done())
+        left = [*self.pending, *(task for task in self.running if task.cell is not None)]
+        self.bar.n = sum(self.batches.values()) - sum(self.batches[task.name] - self._done(task) for task in left)
         self.bar.refresh()
 
-    def _total_done(self) -> int:
-        left = [*self.pending, *(task for task in self.running if task.cell is not None)]
-        return sum(self.batches.values()) - sum(self.batches[task.name] - self._done(task) for task in left)
-
     def _done(self, task: Task) -> int:
-        return min(self.batches[task.name], _last_batch(_metrics_file(task)))
+        return min(self.batches[task.name], _last_batch(task.metrics))
 
     def _collect(self, task: Task, seconds: float) -> None:
         assert task.cell is not None
         try:
             recipe = task.cell.load(self.plan.further[task.name])
-            lines = collect(task.cell.values, read_metrics(_metrics_file(task)), recipe, seconds)
+            lines = collect(task.cell.values, read_metrics(task.metrics), recipe, seconds)
         except (ValueError, OSError) as error:
             self._fail(task, one_line(error), task.log)
             return
@@ -285,7 +279,7 @@ class _Runner:
             say(text)
 
     def _stop(self) -> None:
-        """Ask what runs to save and end, and wait for it; a second signal kills it."""
+        """Ask the processes to save and end, and wait for them; a second signal kills them."""
         for task in self.running:
             assert task.process is not None
             task.process.send_signal(signal.SIGTERM)
@@ -317,13 +311,13 @@ def _caught(signals: list[int]) -> Iterator[None]:
 
 
 def _is_prepared(task: Task) -> bool:
-    """Whether a preparation has succeeded before, and nobody has taken away what it made."""
+    """Return True if a preparation has succeeded before and its outputs still exist."""
     there = (is_remote(place) or Path(place).exists() for place in task.places)
     return task.log.with_suffix(".done").exists() and all(there)
 
 
 def last_words(log: Path) -> str:
-    """The line of a log that says why the program ended: its last ``error: ...``, or else its last line."""
+    """Return the line of a log that says why the program ended: its last ``error: ...``, or else its last line."""
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - 20000))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
@@ -332,12 +326,8 @@ def last_words(log: Path) -> str:
     return (errors or mine or ["it said nothing"])[-1]
 
 
-def _metrics_file(task: Task) -> Path:
-    return task.log.parent / task.name / "metrics.jsonl"
-
-
 def _last_batch(file: Path) -> int:
-    """The batch of the last whole line of a metrics file; 0 without one."""
+    """Return the batch of the last whole line of a metrics file; 0 without one."""
     if not file.is_file():
         return 0
     with open(file, "rb") as opened:
@@ -347,7 +337,7 @@ def _last_batch(file: Path) -> int:
 
 
 def _add_attempt(task: Task) -> float:
-    """Note how long a process took, and return how long all those of the task did, in seconds."""
+    """Note how long a process took, and return the seconds of all attempts at the task."""
     with open(task.attempts, "a") as file:
         file.write(f"{time.monotonic() - task.began:.3f}\n")
     return sum(map(float, task.attempts.read_text().split()))

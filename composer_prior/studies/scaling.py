@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from composer_prior.studies.comparison import MIN_SEEDS, Interval
+from composer_prior.studies.comparison import MIN_SEEDS
+from composer_prior.studies.study import Interval
 
 MIN_SIZES = 4
 """Fewer sizes than this have no fit with an asymptote: it has three coefficients."""
@@ -59,27 +60,20 @@ class Fit:
 
 
 def points(values: Mapping[str, Mapping[str, tuple[float | None, float | None]]]) -> Points:
-    """Points of the runs of a method.
+    """Return the points of a method's runs: sizes that have a run, x as mean over seeds, and the seeds of all sizes.
 
     Args:
         values: by size and seed, x and y of a run; ``None`` where there is no number.
-
-    Returns:
-        The sizes that have a run, x as mean over seeds, with the seeds that all these sizes have.
     """
-    runs = {
-        size: {seed: (x, y) for seed, (x, y) in seeds.items() if x is not None and y is not None and x > 0}
-        for size, seeds in values.items()
-    }
-    runs = {size: seeds for size, seeds in runs.items() if seeds}
-    if not runs:
-        return Points(np.zeros(0), (), np.zeros((0, 0)))
-    first = next(iter(runs.values()))
-    common = tuple(seed for seed in first if all(seed in seeds for seeds in runs.values()))
-    x = np.array([np.mean([x for x, _ in seeds.values()]) for seeds in runs.values()])
-    y = np.array([[seeds[seed][1] for seed in common] for seeds in runs.values()], np.float64)
-    order = np.argsort(x, kind="stable")
-    return Points(x[order], common, y.reshape(len(runs), len(common))[order])
+    runs = []
+    for seeds in values.values():
+        known = {seed: (x, y) for seed, (x, y) in seeds.items() if x is not None and y is not None and x > 0}
+        if known:
+            runs.append((float(np.mean([x for x, _ in known.values()])), known))
+    common = tuple(seed for seed in (runs[0][1] if runs else ()) if all(seed in known for _, known in runs))
+    runs.sort(key=lambda run: run[0])
+    y = [[known[seed][1] for seed in common] for _, known in runs]
+    return Points(np.array([x for x, _ in runs]), common, np.array(y, np.float64).reshape(len(runs), len(common)))
 
 
 def fit(found: Points) -> Fit:
@@ -94,41 +88,29 @@ def fit(found: Points) -> Fit:
         notes.append(f"{len(found.seeds)} seeds at every size, fewer than {MIN_SEEDS}: no intervals")
     if (found.y <= 0).any():
         notes.append("values that are not positive: no straight line in logarithms")
-    drawn = _resampled(found, _counts(len(found.seeds)))
-    whole = _resampled(found, np.ones((1, len(found.seeds)), np.int64))
-    coefficients = {
-        name: Estimate(float(values[0]), _percentiles(drawn[name]) if len(found.seeds) >= MIN_SEEDS else None)
-        for name, values in whole.items()
-        if math.isfinite(values[0])
-    }
+    coefficients = _estimates(*_fitted(found), len(found.seeds))
     return Fit(coefficients, tuple(notes + _doubts(sizes, coefficients)))
 
 
 def differences(baseline: Points, method: Points) -> dict[str, Estimate]:
-    """The coefficients of a method minus those of the baseline, both at the same resampled seeds.
-
-    Only seeds that both have are used; without one there is nothing.
-    """
-    common = tuple(seed for seed in baseline.seeds if seed in method.seeds)
+    """Return the coefficients of a method minus those of the baseline, both at the same resampled common seeds."""
+    common = [seed for seed in baseline.seeds if seed in method.seeds]
     if not common:
         return {}
-    both = [_at_seeds(baseline, common), _at_seeds(method, common)]
-    counts = _counts(len(common))
-    base, other = (_resampled(one, np.ones((1, len(common)), np.int64)) for one in both)
-    base_drawn, other_drawn = (_resampled(one, counts) for one in both)
-    found = {}
-    for name in base:
-        if name in other and math.isfinite(value := float(other[name][0] - base[name][0])):
-            drawn = other_drawn[name] - base_drawn[name]
-            found[name] = Estimate(value, _percentiles(drawn) if len(common) >= MIN_SEEDS else None)
-    return found
+    (base, base_drawn), (other, other_drawn) = (
+        _fitted(Points(one.x, tuple(common), one.y[:, [one.seeds.index(seed) for seed in common]]))
+        for one in (baseline, method)
+    )
+    names = [name for name in base if name in other]
+    whole = {name: other[name] - base[name] for name in names}
+    return _estimates(whole, {name: other_drawn[name] - base_drawn[name] for name in names}, len(common))
 
 
 def power_law(x: _Array, y: _Array) -> tuple[_Array, _Array, _Array]:
-    """Least squares of y = a + b x^-c with a >= 0 and b >= 0, of many curves at once.
+    """Fit y = a + b x^-c with a >= 0 and b >= 0 by least squares, to many curves at once.
 
-    For each c the best a and b are known in closed form, so that c alone is searched: on a grid over all of
-    :data:`EXPONENTS`, and then ever closer around its best point. No start is needed that could be a wrong one.
+    The best a and b of each c have a closed form, so that only c is searched: on a grid over all of :data:`EXPONENTS`,
+    and then ever closer around its best point. No starting point can be wrong.
 
     Args:
         x: ``[sizes]``, positive.
@@ -153,15 +135,13 @@ def power_law(x: _Array, y: _Array) -> tuple[_Array, _Array, _Array]:
 
 
 def line(x: _Array, log_y: _Array) -> tuple[_Array, _Array]:
-    """Least squares of log y = k0 - k log x: k0 and k, ``[curves]`` each, of log y ``[curves, sizes]``."""
-    logs = np.log(x)
-    centred = logs - logs.mean()
-    k = -(log_y @ centred) / (centred @ centred)
-    return log_y.mean(axis=1) + k * logs.mean(), k
+    """Fit log y = k0 - k log x by least squares to curves ``[curves, sizes]``; k0 and k are ``[curves]`` each."""
+    slope, k0 = np.polyfit(np.log(x), log_y.T, 1)
+    return k0, -slope
 
 
 def _best_lines(z: _Array, y: _Array) -> tuple[_Array, _Array, _Array]:
-    """Least squares of y = a + b z over the last axis with a, b >= 0, and the sum of squared errors."""
+    """Fit y = a + b z over the last axis with a, b >= 0; return a, b and the sum of squared errors."""
     z_mean, y_mean = z.mean(-1), y.mean(-1)
     z_centred = z - z_mean[..., None]
     b = (z_centred * y).sum(-1) / np.maximum((z_centred**2).sum(-1), 1e-300)
@@ -172,34 +152,35 @@ def _best_lines(z: _Array, y: _Array) -> tuple[_Array, _Array, _Array]:
     return a, b, ((y - a[..., None] - b[..., None] * z) ** 2).sum(-1)
 
 
-def _at_seeds(found: Points, seeds: tuple[str, ...]) -> Points:
-    return Points(found.x, seeds, found.y[:, [found.seeds.index(seed) for seed in seeds]])
+def _fitted(found: Points) -> tuple[dict[str, _Array], dict[str, _Array]]:
+    """Fit coefficients to all seeds, ``[1]``, and to each resample of the seeds, ``[resamples]``.
 
-
-def _counts(seeds: int) -> NDArray[np.int64]:
-    """How often each seed is drawn in each resample, ``[resamples, seeds]``; the same for all methods."""
+    The resamples are the same for all methods.
+    """
+    seeds = len(found.seeds)
     drawn = np.random.default_rng(_RANDOM_SEED).integers(0, seeds, (_RESAMPLES, seeds))
-    return (drawn[:, :, None] == np.arange(seeds)).sum(axis=1)
-
-
-def _resampled(found: Points, counts: NDArray[np.int64]) -> dict[str, _Array]:
-    """Coefficients at each resample of the seeds."""
+    counts = np.concatenate([np.ones((1, seeds), np.int64), (drawn[:, :, None] == np.arange(seeds)).sum(axis=1)])
     rows, inverse = np.unique(counts, axis=0, return_inverse=True)  # with five seeds there are only 126
-    inverse = inverse.reshape(-1)
-    share = rows / rows.sum(axis=1, keepdims=True)
-    sizes = len(np.unique(found.x))
+    share, sizes = rows / seeds, len(np.unique(found.x))
     result = dict[str, _Array]()
     if sizes >= MIN_SIZES:
-        result |= zip("abc", (values[inverse] for values in power_law(found.x, share @ found.y.T)), strict=True)
+        result |= zip("abc", power_law(found.x, share @ found.y.T), strict=True)
     if sizes >= 2 and (found.y > 0).all():
-        result |= zip(
-            ("k0", "k"), (values[inverse] for values in line(found.x, share @ np.log(found.y).T)), strict=True
-        )
-    return result
+        result |= zip(("k0", "k"), line(found.x, share @ np.log(found.y).T), strict=True)
+    every = {name: values[inverse.reshape(-1)] for name, values in result.items()}
+    return {name: values[:1] for name, values in every.items()}, {name: values[1:] for name, values in every.items()}
+
+
+def _estimates(whole: Mapping[str, _Array], drawn: Mapping[str, _Array], seeds: int) -> dict[str, Estimate]:
+    return {
+        name: Estimate(float(value[0]), _percentiles(drawn[name]) if seeds >= MIN_SEEDS else None)
+        for name, value in whole.items()
+        if math.isfinite(value[0])
+    }
 
 
 def _percentiles(drawn: _Array) -> Interval | None:
-    """The 2.5 and 97.5 % percentiles; none where so many resamples determine no value that an end could be one."""
+    """Return the 2.5 and 97.5 % percentiles; ``None`` if so many resamples have no value that an end could be one."""
     known = drawn[np.isfinite(drawn)]
     if len(known) < 0.975 * len(drawn):
         return None
@@ -208,7 +189,7 @@ def _percentiles(drawn: _Array) -> Interval | None:
 
 
 def _doubts(sizes: int, coefficients: Mapping[str, Estimate]) -> list[str]:
-    """What the asymptote's fit itself says against it."""
+    """Return reasons to doubt the fit with an asymptote, from its own coefficients."""
     if sizes < MIN_SIZES:
         return []
     a, c = coefficients["a"], coefficients.get("c")

@@ -11,14 +11,13 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property, lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from omegaconf import OmegaConf
 
 from composer_prior.data.files import load_yaml
 from composer_prior.data.messages import one_line
 from composer_prior.registry import did_you_mean
-from composer_prior.studies.comparison import Better, Curve, Values
 from composer_prior.training.config import SHIPPED, TrainConfig, load_recipe, written
 
 KEYS = ("name", "recipe", "overrides", "axes", "grids", "baseline", "figures", "curve", "fits")
@@ -28,6 +27,12 @@ SCALING = ("flops", "samples", "unique_samples", "tokens")
 BETTER = ("higher", "lower")
 _SILENT = ("true", "false", "null", "none", "yes", "no", "on", "off")  # words that need the name of their axis
 
+Better = Literal["higher", "lower"]
+Interval = tuple[float, float]
+Values = Mapping[str, float | None]
+"""A figure by seed; ``None`` where a run has no number for it."""
+Curve = tuple[Sequence[float], Sequence[float | None]]
+"""Batches in order, and a figure at each."""
 Setting = Mapping[str, str]
 """A value for each axis but method and seed."""
 

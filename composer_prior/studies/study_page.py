@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from composer_prior.data.storage import write_whole
@@ -29,17 +30,17 @@ from composer_prior.studies.study import AXES, METHOD, SEED, Grid, Setting, Stud
 FIGURES = "study_figures"
 """The folder of the pictures, beside the page."""
 
-_NAMED = 8  # of what is missing
+_NAMED = 8  # missing runs that are named
 _ABREAST = 5  # methods, in columns of a table
 
 
 def write_report(results: Path) -> list[Path]:
     """Write ``study.md``, ``study.html`` and the pictures of ``study.md`` beside a results file.
 
-    Pictures of the page that was there, and that this one does not have, are removed.
+    Pictures of an earlier page that this one does not have are removed.
 
     Returns:
-        What was written, the two pages first.
+        The written files, the two pages first.
 
     Raises:
         ValueError: if the file is no results file, in one line that names it and the line.
@@ -60,10 +61,8 @@ def write_report(results: Path) -> list[Path]:
 
 
 def _pictures_of(page: Path) -> set[str]:
-    """The pictures that a page of ours in Markdown links to."""
-    if not page.is_file():
-        return set()
-    text = page.read_text(encoding="utf-8", errors="replace")
+    """Return the pictures that a Markdown page of ours links to."""
+    text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
     return set(re.findall(rf"(?<!\\)\]\(({FIGURES}/[A-Za-z0-9_.]+\.svg)\)$", text, re.MULTILINE))
 
 
@@ -72,7 +71,7 @@ def _known(values: Values) -> list[float]:
 
 
 def _side_by_side(methods: Sequence[str]) -> list[Sequence[str]]:
-    """Methods in as many parts as it takes for their columns to fit a screen."""
+    """Split methods into groups whose columns fit a screen."""
     size = math.ceil(len(methods) / math.ceil(len(methods) / _ABREAST)) if methods else 1
     return [methods[start : start + size] for start in range(0, max(1, len(methods)), size)]
 
@@ -85,6 +84,7 @@ class _Page:
         self.blocks: list[Block] = []
         self._looks = plots.Looks(study.methods())
         self._files: Counter[str] = Counter()
+        self._done = [key for key in study.planned if key in study.runs]
         self._overview()
         if study.runs:
             for grid in study.grids:
@@ -97,23 +97,21 @@ class _Page:
         self.blocks += (Paragraph(text) for text in texts if text)
 
     def _picture(self, svg: str, caption: str, *names: str) -> Picture:
-        """A picture, in a file that is named by what it shows."""
+        """Make a picture in a file with a name of these; a number tells names apart that differ in other characters."""
         stem = re.sub(r"[^A-Za-z0-9.]+", "_", " ".join(names)).strip("_.")[:100]
-        self._files[stem.lower()] += 1  # two names that differ in nothing a file's name can have
+        self._files[stem.lower()] += 1
         number = self._files[stem.lower()]
         return Picture(f"{FIGURES}/{stem}{f'__{number}' if number > 1 else ''}.svg", svg, caption)
 
     def _overview(self) -> None:
-        study, planned = self.study, self.study.planned
-        done = [key for key in planned if key in study.runs]
+        study, done = self.study, self._done
         recipe = f"Recipe: {study.recipe}. " if study.recipe else ""
-        self._say(
-            f"{recipe}Methods are compared with {study.baseline}. {len(done)} of {len(planned)} runs are finished."
-        )
+        count = f"{len(done)} of {len(study.planned)} runs are finished."
+        self._say(f"{recipe}Methods are compared with {study.baseline}. {count}")
         if study.defaults:
             default = ", ".join(f"{axis} {value}" for axis, value in study.defaults.items())
             self._say(f"Where nothing else is said, runs have: {default}.")
-        if missing := [key for key in planned if key not in done]:
+        if missing := [key for key in study.planned if key not in done]:
             names = [self._run(dict(zip(study.axes, key, strict=True))) for key in missing[:_NAMED]]
             more = f"; and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
             self._say(f"Missing: {counted(len(missing), 'run')}: {'; '.join(names)}{more}.")
@@ -121,20 +119,16 @@ class _Page:
             self._say("No run of this study is finished: there is nothing to compare yet.")
 
     def _made_of(self) -> None:
-        study, planned = self.study, self.study.planned
-        done = [key for key in planned if key in study.runs]
-        if beyond := sum(key not in planned for key in study.runs):
+        study, done = self.study, [self.study.runs[key] for key in self._done]
+        if beyond := sum(key not in study.planned for key in study.runs):
             self._say(f"The file has {counted(beyond, 'finished run')} that no grid plans; the page is without them.")
-        known = {name for key in done for name, value in study.runs[key].figures.items() if value is not None}
-        known |= {name for key in done for name in study.runs[key].curves}
+        known = {name for run in done for name, value in run.figures.items() if value is not None}
+        known |= {name for run in done for name in run.curves}
         if done and (absent := [name for name in study.named if name not in known]):
             self._say(f"No finished run has a number for: {', '.join(absent)}.")
-        versions = dict[str, set[str]]()
-        for key in done:
-            for name, version in study.runs[key].versions.items():
-                versions.setdefault(name, set()).add(version)
+        versions = sorted({pair for run in done for pair in run.versions.items()})
         if versions:
-            said = (f"{name} {' and '.join(sorted(of_name))}" for name, of_name in sorted(versions.items()))
+            said = (f"{name} {' and '.join(v for _, v in of)}" for name, of in groupby(versions, key=lambda p: p[0]))
             self._say(f"Versions: {', '.join(said)}.")
 
     def _run(self, values: Mapping[str, str]) -> str:
@@ -184,34 +178,32 @@ class _Page:
             self.blocks += scaling_blocks(study, grid, grid.scaling, self._looks, self._picture)
 
     def _differences(self, grid: Grid, setting: Setting, methods: Sequence[str]) -> None:
+        """Compare the methods with the first, the baseline: tables of relative improvements and of differences."""
         study, seeds = self.study, grid.values[SEED]
         base, others = methods[0], methods[1:]
-        values = {
-            (method, name): study.values(setting, method, seeds, name) for method in methods for name in study.figures
-        }
+        values = {(m, name): study.values(setting, m, seeds, name) for m in methods for name in study.figures}
         figures = [name for name in study.figures if _known(values[base, name])]
-        alone = [name for name in study.figures if name not in figures]
-        alone = [name for name in alone if any(_known(values[method, name]) for method in others)]
+        alone = [name for name in study.figures if name not in figures and any(_known(values[m, name]) for m in others)]
         if alone:
             self._say(f"{base} has no number for {', '.join(alone)}: not compared.")
         found = {
-            (method, name): compare(values[base, name], values[method, name], study.figures[name])
-            for method in others
+            (m, name): compare(values[base, name], values[m, name], study.figures[name])
+            for m in others
             for name in figures
         }
         averages = {
-            method: average_improvement(
-                {name: (values[base, name], values[method, name], better) for name, better in study.averaged.items()}
-            )
-            for method in others
+            m: average_improvement({n: (values[base, n], values[m, n], better) for n, better in study.averaged.items()})
+            for m in others
         }
         if figures and others:
             self._say(f"Relative improvement over {base}, positive where the method is better:")
             for some in _side_by_side(others):
-                rows = [["average of *", *(average(averages[method]) for method in some)]] if study.averaged else []
-                rows += [[self._figure(name), *(relative(found[method, name]) for method in some)] for name in figures]
+                rows = [["average of *", *(average(averages[m]) for m in some)]] if study.averaged else []
+                rows += [[self._figure(name), *(relative(found[m, name]) for m in some)] for name in figures]
                 self.blocks.append(Table(["figure", *some], rows))
-            self._notes(base, others, setting, seeds, found, averages)
+            of_base = study.by_seed(setting, base, seeds)
+            common = {m: sum(seed in of_base for seed in study.by_seed(setting, m, seeds)) for m in others}
+            self._notes(base, common, found, averages)
         if figures:
             own = {name: mean_and_sd(_known(values[base, name])) for name in figures}
             self._say(
@@ -221,57 +213,36 @@ class _Page:
                 else f"{base}'s mean ± standard deviation over its seeds:"
             )
             for some in _side_by_side(others):
-                rows = [
-                    [self._figure(name), own[name], *(difference(found[m, name]) for m in some)] for name in figures
-                ]
+                rows = [[self._figure(n), own[n], *(difference(found[m, n]) for m in some)] for n in figures]
                 self.blocks.append(Table(["figure", base, *some], rows))
-        self._forest(grid, setting, base, others, averages, found)
-
-    def _forest(
-        self,
-        grid: Grid,
-        setting: Setting,
-        base: str,
-        others: Sequence[str],
-        averages: Mapping[str, Average],
-        found: Mapping[tuple[str, str], Comparison],
-    ) -> None:
-        study = self.study
-        shown = [("average of *", {m: (a.value, a.interval) for m, a in averages.items() if a.value is not None})]
-        # The figures beside, a loss for instance, may change by many times what a benchmark does: they have curves.
-        for name in [
-            name for name in dict.fromkeys(name for _, name in found) if name in (study.averaged or study.figures)
-        ]:
-            of_figure = {method: found[method, name] for method in others}
-            known = {
-                m: (c.improvement, c.improvement_interval) for m, c in of_figure.items() if c.improvement is not None
-            }
-            shown.append((self._figure(name), known))
-        shown = [(name, row) for name, row in shown if row]
-        if shown:
+        shown = {"average of *": {m: (one.value, one.interval) for m, one in averages.items()}}
+        # Other figures, a loss for instance, may change by many times what a benchmark does: they have curves.
+        for name in figures:
+            if name in (study.averaged or study.figures):
+                of_figure = {m: found[m, name] for m in others}
+                shown[self._figure(name)] = {m: (c.improvement, c.improvement_interval) for m, c in of_figure.items()}
+        known = [
+            (name, {m: (value, interval) for m, (value, interval) in row.items() if value is not None})
+            for name, row in shown.items()
+        ]
+        if known := [(name, row) for name, row in known if row]:
             said = study.said(setting, grid)
             caption = f"{said or grid.name}: relative improvement over {base} with 95 % intervals, right is better"
-            svg = plots.forest(shown, base, self._looks)
+            svg = plots.forest(known, base, self._looks)
             self.blocks.append(self._picture(svg, caption, grid.name, said, "improvement"))
 
     def _notes(
         self,
         base: str,
-        others: Sequence[str],
-        setting: Setting,
-        seeds: Sequence[str],
+        common: Mapping[str, int],
         found: Mapping[tuple[str, str], Comparison],
         averages: Mapping[str, Average],
     ) -> None:
-        """What seeds the comparisons are over, and what they leave out."""
-        of_base = self.study.by_seed(setting, base, seeds)
-        common = {m: sum(seed in of_base for seed in self.study.by_seed(setting, m, seeds)) for m in others}
-        counts = dict[int, list[str]]()
-        for method, count in common.items():
-            counts.setdefault(count, []).append(method)
-        for count, of_count in counts.items():
+        """Say which seeds the comparisons are over, and which figures they leave out."""
+        for count in dict.fromkeys(common.values()):
+            methods = ", ".join(method for method, of_method in common.items() if of_method == count)
             few = f": fewer than {MIN_SEEDS}, so there is no interval" if count < MIN_SEEDS else ""
-            self._say(f"{', '.join(of_count)}: {counted(count, 'seed')} in common with {base}{few}.")
+            self._say(f"{methods}: {counted(count, 'seed')} in common with {base}{few}.")
         for (method, name), comparison in found.items():
             if comparison.left_out:
                 gone = ", ".join(comparison.left_out)
@@ -286,10 +257,9 @@ class _Page:
         study, figure = self.study, self.study.curve
         if figure is None:
             return
-        curves = self._of_seeds(grid, setting, methods, figure)
+        curves, better = self._of_seeds(grid, setting, methods, figure), study.better(figure)
         if study.baseline not in curves:
             return
-        better = study.better(figure)
         if better is None:
             self._say(f"The study does not say whether {figure} is better when higher or lower: no steps until it.")
             return
@@ -327,7 +297,7 @@ class _Page:
     def _of_seeds(
         self, grid: Grid, setting: Setting, methods: Sequence[str], figure: str
     ) -> dict[str, dict[str, Curve]]:
-        """By method and seed, the curves of a figure with a number in them."""
+        """Return the curves of a figure that hold a number, by method and seed."""
         found = {
             method: {
                 seed: cell.curves[figure]
