@@ -1,4 +1,4 @@
-"""A page as blocks of plain text, tables and pictures, which are written as HTML and as GitHub's Markdown alike."""
+"""Blocks of a page, plain text, tables and pictures, as HTML and as GitHub's Markdown."""
 
 import re
 from collections.abc import Sequence
@@ -16,12 +16,16 @@ table { font-size: .9em } th, td { padding: .2rem .4rem }
 
 @dataclass(frozen=True)
 class Heading:
-    level: int  # 2 or more; the title is 1
+    """A heading of level 2 or more; the title is 1."""
+
+    level: int
     text: str
 
 
 @dataclass(frozen=True)
 class Paragraph:
+    """A paragraph of plain text."""
+
     text: str
 
 
@@ -35,7 +39,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG of ours.
+    """An SVG of :mod:`composer_prior.reports.plots`.
 
     Args:
         file: its path beside the Markdown.
@@ -52,7 +56,7 @@ Block = Heading | Paragraph | Table | Picture
 
 
 def html(title: str, blocks: Sequence[Block]) -> str:
-    """One self-contained page with the pictures in it; those that follow one another stand side by side."""
+    """Return one self-contained page with the pictures in it, neighbours side by side."""
     parts = list[str]()
     for are_pictures, group in groupby(blocks, key=lambda block: isinstance(block, Picture)):
         written = map(_html, group)
@@ -73,7 +77,7 @@ def _html(block: Block) -> str:
 
 
 def _kept_together(cell: str) -> str:
-    """A cell that breaks between a number, its interval and words, but not inside one of them."""
+    """Let a cell break between a number, its interval and words, but not inside one of them."""
     return (
         re.sub(r"(\[[^\[\]]*,) ", "\\1\u00a0", cell)
         .replace(" %", "\u00a0%")
@@ -83,7 +87,7 @@ def _kept_together(cell: str) -> str:
 
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:
-    """The same with the pictures as links to their files."""
+    """Return the page as Markdown, with the pictures as links to their files."""
     return "\n".join([f"# {_escaped(title)}\n", *map(_markdown, blocks)])
 
 
@@ -102,7 +106,7 @@ def _markdown(block: Block) -> str:
 
 
 def _escaped(text: str, inside_brackets: bool = False) -> str:
-    """Text of which nothing is Markdown or HTML, with as few backslashes as that takes."""
+    """Escape text so that none of it is Markdown or HTML, with few backslashes."""
     text = visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"[\\`*|~$]", r"\\\g<0>", text)
     text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)  # inside a word it is no emphasis

@@ -63,8 +63,8 @@ def what_was_run(study: Study) -> list[Block]:
         Heading(2, "What was run"),
         Table([*header, "FLOPs of the reference", "FLOPs of the scoring", "time per run"], rows),
         Paragraph(
-            "Figures are means over the finished seeds. The FLOPs of the run are without those of the reference's training "
-            "and of the scoring. An empty field was not counted."
+            "Figures are means over the finished seeds. The FLOPs of the run are without those of the reference's "
+            "training and of the scoring. An empty field was not counted."
         ),
     ]
     if missing:

@@ -1,41 +1,45 @@
-"""How numbers stand on a study's page: with the digits that say something, intervals as [low, high]."""
+"""Number formats of a study's page: significant digits only, intervals as [low, high]."""
 
 import math
 from collections.abc import Sequence
 
-from composer_prior.studies.comparison import Average, Comparison, Interval, word
+from composer_prior.studies.comparison import Average, Comparison, word
+from composer_prior.studies.study import Interval
 
 
 def listed(names: Sequence[str]) -> str:
+    """Join names as ``a, b and c``."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def counted(count: int, name: str) -> str:
+    """Return ``1 run`` or ``2 runs``."""
     return f"{count} {name}{'' if count == 1 else 's'}"
 
 
 def amount(value: float | None) -> str:
-    """A count of steps, tokens or FLOPs; nothing where it was not counted."""
+    """Format a count of steps, tokens or FLOPs; empty if it was not counted."""
     if value is None:
         return ""
     return f"{value:,.0f}" if value < 1e6 else f"{value:.3g}"
 
 
 def duration(seconds: float | None) -> str:
-    """Minutes, or hours from the first on; nothing where it was not measured."""
+    """Format seconds as minutes or hours; empty if they were not measured."""
     if seconds is None:
         return ""
     return f"{seconds / 60:.3g} min" if seconds < 3600 else f"{seconds / 3600:.3g} h"
 
 
 def relative(comparison: Comparison) -> str:
-    """A relative improvement, its interval, and what may be said of it."""
+    """Format a relative improvement, its interval and its verdict."""
     if comparison.improvement is None:
         return f"none {comparison.word}".rstrip()
     return _improved(comparison.improvement, comparison.improvement_interval, comparison.word)
 
 
 def average(of_figures: Average) -> str:
+    """Format an average of relative improvements."""
     if of_figures.value is None:
         return "none"
     return _improved(of_figures.value, of_figures.interval, word(of_figures.interval))
@@ -46,6 +50,7 @@ def _improved(value: float, interval: Interval | None, said: str) -> str:
 
 
 def share(value: float | None, interval: Interval | None) -> str:
+    """Format a share in per cent."""
     return "" if value is None else f"{100 * value:.1f} %{_percents(interval, 1)}"
 
 
@@ -54,7 +59,7 @@ def _percents(interval: Interval | None, decimals: int) -> str:
 
 
 def mean_and_sd(values: Sequence[float]) -> str:
-    """A mean over seeds with the digits of their standard deviation, which takes two."""
+    """Format a mean over seeds with two digits of their standard deviation."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return f"{mean:.4g}"
@@ -64,7 +69,7 @@ def mean_and_sd(values: Sequence[float]) -> str:
 
 
 def difference(comparison: Comparison) -> str:
-    """A difference and its interval, with three digits of the largest, and whether it is better or worse."""
+    """Format a difference and its interval, with three digits of the largest, and whether it is better or worse."""
     if comparison.difference is None:
         return "none"
     ends = comparison.difference_interval or ()
@@ -75,10 +80,10 @@ def difference(comparison: Comparison) -> str:
 
 
 def coefficient(value: float, interval: Interval | None, sign: str = "") -> str:
-    """A coefficient or, with ``+`` as sign, a difference of two."""
+    """Format a coefficient or, with ``+`` as sign, a difference of two."""
     return f"{value:{sign}.3g} [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else f"{value:{sign}.3g}"
 
 
 def _decimals(value: float, digits: int) -> int:
-    """After the point, so that a value has so many digits."""
+    """Return the decimals with which a value has this many digits."""
     return min(max(digits - 1 - math.floor(math.log10(value)), 0), 12) if value > 0 else digits

@@ -47,8 +47,9 @@ def show_plan(
     """Return a table of the cells, and the commands that launch those that are not finished.
 
     Args:
-        study, plan: of :func:`.plan_tasks`.
-        lines: of results that are there.
+        study: of the cells.
+        plan: of :func:`.plan_tasks`.
+        lines: existing results.
         gpus: of each run.
         samples_per_second: of one GPU; None: the cost is left out.
     """
@@ -86,8 +87,9 @@ def collect_remote(
     """Return the finished cells of a remote, ``REMOTE/CELL/metrics.jsonl`` and ``config.yaml``, that results lack.
 
     Args:
-        study, plan: of :func:`.plan_tasks`.
-        lines: of results that are there.
+        study: of the cells.
+        plan: of :func:`.plan_tasks`.
+        lines: existing results.
         remote: its address, or a folder.
 
     Returns:

@@ -1,4 +1,4 @@
-"""``results.jsonl``: what a study has found, one line per cell and benchmark, all that its page needs.
+"""``results.jsonl``: the results of a study, one line per cell and benchmark, from which its page is made.
 
 The first line is the header, ``{"study": ...}``. The lines of a cell are appended in one write, ``training`` last.
 """
@@ -27,7 +27,7 @@ _SECONDS = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400}
 
 
 def read_results(file: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """The header, None where there is no file yet, and the lines; half a line at the end is ignored.
+    """Return the header, None where there is no file yet, and the lines; half a line at the end is ignored.
 
     Raises:
         ValueError: if it holds something else.
@@ -44,7 +44,7 @@ def read_results(file: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]
 
 
 def read_lines(file: Path) -> list[Any]:
-    """The whole lines of a file of JSON; half a line at its end, which a killed writer leaves, is ignored.
+    """Return the whole lines of a file of JSON; half a line at its end, from a killed writer, is ignored.
 
     Raises:
         ValueError: one line that names the file and the line that is no JSON.
@@ -59,7 +59,7 @@ def read_lines(file: Path) -> list[Any]:
 
 
 def read_study_results(file: Path) -> Study:
-    """Read the study of a results file with its finished runs; half a line at the end counts as not there.
+    """Read the study of a results file with its finished runs; half a line at the end is ignored.
 
     Raises:
         ValueError: one line with the number of the line that cannot be read.
@@ -88,7 +88,7 @@ def read_study_results(file: Path) -> Study:
 
 
 def _take(run: Run, record: Mapping[str, Any]) -> None:
-    """Take in a line; of a cell that is there twice, as after a writer was killed, the later lines stand."""
+    """Add a line to a run; of a cell that occurs twice, as after a writer was killed, the later lines count."""
     benchmark = str(record["benchmark"])
     for name, value in _mapping(record["figures"]).items():
         run.figures[current_name(f"{benchmark}/{name}")] = _number(value)
@@ -116,17 +116,15 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def begin_results(file: Path, header: Mapping[str, Any], place: Path | None = None) -> list[dict[str, Any]]:
-    """The lines of finished cells that are there already, under the header of the study as it is now.
-
-    An axis that the study had not had stands at its default in them.
+    """Write the header of the study, and return the existing lines of finished cells, new axes at their default.
 
     Args:
         file: of the results.
         header: of the study.
-        place: what to delete to begin anew. Default: the file.
+        place: the path to delete for a new start. Default: the file.
 
     Raises:
-        ValueError: if what decides their cells differs, naming it.
+        ValueError: if the existing study decides its cells otherwise, naming the keys.
     """
     there, lines = read_results(file)
     if there is not None:
@@ -154,7 +152,7 @@ def append_results(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def finished(lines: Sequence[Mapping[str, Any]], values: Mapping[str, str]) -> dict[str, dict[str, Any]] | None:
-    """The figures of a finished cell by benchmark, or None."""
+    """Return the figures of a finished cell by benchmark, or None."""
     mine = {line["benchmark"]: line["figures"] for line in lines if line["cell"] == values}
     return mine if TRAINING in mine else None
 
@@ -162,13 +160,13 @@ def finished(lines: Sequence[Mapping[str, Any]], values: Mapping[str, str]) -> d
 def collect(
     values: Mapping[str, str], records: Sequence[Mapping[str, Any]], recipe: TrainConfig, seconds: float | None = None
 ) -> list[dict[str, Any]]:
-    """The lines of a finished run.
+    """Return the lines of a finished run.
 
     Args:
         values: of the cell.
         records: of its ``metrics.jsonl``, see :func:`read_metrics`.
         recipe: with the folders of the cell.
-        seconds: that it took; None: what the run says of it.
+        seconds: duration of the run. Default: the run's own metric.
 
     Raises:
         ValueError: if it has no metrics.
@@ -187,7 +185,7 @@ def collect(
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's ``metrics.jsonl``; none if it is not there.
+    """Return the whole lines of a run's ``metrics.jsonl``; none if it does not exist.
 
     Raises:
         ValueError: as :func:`read_lines`.
@@ -196,12 +194,12 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def last(records: Sequence[Mapping[str, Any]], name: str) -> Any:
-    """The last value of a metric that is a number, or None."""
+    """Return the last number of a metric, or None."""
     return next((record[name] for record in reversed(records) if record.get(name) is not None), None)
 
 
 def count_samples(dataset: Mapping[str, Any]) -> int | None:
-    """How many samples a data set on this machine has, or None."""
+    """Return the number of samples of a data set on this machine, or None."""
     if dataset.get("streams") or not dataset.get("local"):
         return None
     index = Path(dataset["local"], dataset.get("split") or "", "index.json")
@@ -211,7 +209,7 @@ def count_samples(dataset: Mapping[str, Any]) -> int | None:
 
 
 def planned_steps(recipe: TrainConfig) -> int | None:
-    """The optimizer steps of a run, or None where its data have to be there to know."""
+    """Return the optimizer steps of a run, or None if they depend on data that do not exist yet."""
     match = re.fullmatch(r"(\d+)(ba|sp|ep)", recipe.max_duration)
     if match is None:
         return None
@@ -229,7 +227,7 @@ def planned_steps(recipe: TrainConfig) -> int | None:
 
 
 def versions() -> dict[str, str]:
-    """What the results were made with; ``commit`` where this is a checkout."""
+    """Return the versions of the packages, and ``commit`` in a checkout."""
     found = {"composer_prior": __version__}
     for name in PACKAGES:
         try:
@@ -251,14 +249,14 @@ def _line(content: Mapping[str, Any]) -> str:
 
 
 def _place_of(metric: str) -> str:
-    """``metrics/eval/loss`` -> ``validation/loss``, ``eval/scene_foils/total/class`` -> ``scene_foils/total/class``."""
+    """Map ``metrics/eval/loss`` to ``validation/loss`` and ``eval/scene_foils/total`` to ``scene_foils/total``."""
     if metric.startswith("metrics/eval/"):
         return f"validation/{metric.removeprefix('metrics/eval/')}"
     return current_name(metric.removeprefix("eval/")) if metric.startswith("eval/") else ""
 
 
 def _curve(curve: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
-    """The value of each figure where they were last taken, None if it was undefined then, and all of them by batch."""
+    """Return each figure at the last batch, None if it was undefined then, and all values by batch."""
     batches = sorted({batch for points in curve.values() for batch in points})
     return {
         "figures": {name: points.get(batches[-1]) for name, points in curve.items()},
@@ -283,13 +281,13 @@ def _training(records: Sequence[Mapping[str, Any]], recipe: TrainConfig, seconds
 
 
 def _flops(recipe: TrainConfig, counted: float | None, samples: int | None, unique: int | None) -> dict[str, Any]:
-    """What the run, its reference's training and the reference's passes over the captions cost, each apart.
+    """Return the FLOPs of the run, of its reference's training, and of the reference's passes over the captions.
 
     Args:
         recipe: of the run.
-        counted: in the run.
-        samples: that it has trained on.
-        unique: samples of its data.
+        counted: FLOPs counted in the run.
+        samples: number of samples trained on.
+        unique: number of samples in its data.
     """
     if recipe.reference is None:
         return {"flops": counted, "reference_flops": 0, "scoring_flops": 0}

@@ -34,12 +34,12 @@ class Task:
     """A process of a study: a cell, or the preparation of some.
 
     Args:
-        name: what is said of it.
-        module: that Python runs.
+        name: shown to the user.
+        module: run by Python.
         words: its arguments.
         log: the file that its output goes to.
         cell: None for a preparation.
-        places: that a preparation makes.
+        places: paths that a preparation makes.
     """
 
     name: str
@@ -53,14 +53,17 @@ class Task:
 
     @property
     def lock(self) -> Path:
+        """The lock file of the process."""
         return self.log.with_suffix(".lock")
 
     @property
     def attempts(self) -> Path:
+        """The file with the seconds of each attempt."""
         return self.log.with_suffix(".seconds")
 
     @property
     def metrics(self) -> Path:
+        """The metrics of a cell's run."""
         return self.log.parent / self.name / "metrics.jsonl"
 
 
@@ -70,8 +73,8 @@ class Plan:
 
     Args:
         cells: a task for each cell, in order.
-        preparations: of each cell, by its name, the task that has to be done before.
-        further: of each cell, by its name, the overrides that it gets from here.
+        preparations: the task that must be done before each cell, by its name.
+        further: overrides that the runner adds to each cell, by its name.
     """
 
     cells: list[Task] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The part of a study's page on scaling: points, fits and what they differ in, of a grid that has an axis of sizes."""
+"""The scaling part of a study's page: points, fits and their differences, of a grid with an axis of sizes."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -26,13 +26,14 @@ _Fits = dict[str, tuple[Points, Fit]]
 def scaling_blocks(
     study: Study, grid: Grid, scale: str, looks: plots.Looks, picture: Callable[..., Picture]
 ) -> list[Block]:
-    """Of each setting and each figure of ``fits``: a plot and tables, with C as the run's ``scale``.
+    """Return a plot and tables of each setting and each figure of ``fits``, with C as the run's ``scale``.
 
     Args:
-        study, grid: of them.
+        study: of the runs.
+        grid: of the study.
         scale: a figure of the training.
         looks: of the methods.
-        picture: makes one of its SVG, its caption and the names of its file.
+        picture: makes a picture from an SVG, its caption and the names of its file.
     """
 
     def size(cell: Run) -> float | None:
@@ -89,10 +90,7 @@ def scaling_blocks(
 
 
 def size_axes(study: Study, grid: Grid, size: _Size) -> list[str]:
-    """The axes that sizes are of: along them C differs, and all their values are numbers.
-
-    Where no such axis has numbers for values, all axes along which C differs.
-    """
+    """Return the axes along which C differs and all values are numbers; without one, all axes along which C differs."""
     varying = []
     for axis in grid.values:
         if axis in AXES:
@@ -125,7 +123,7 @@ def _cells(study: Study, grid: Grid, setting: Setting, method: str) -> Sequence[
 
 
 def _fits(study: Study, grid: Grid, sizes: Sequence[str], fixed: Setting, figure: str, size: _Size) -> _Fits:
-    """By method, the points and fits of those that have any."""
+    """Return the points and fits of the methods that have any."""
     found = {}
     for method in study.methods(grid):
         runs = {}
@@ -153,7 +151,7 @@ def _scatter(found: Points, of_method: Fit) -> plots.Scatter:
 
 
 def _tables(fits: _Fits, baseline: str, scale: str) -> list[Block]:
-    """Coefficients, what they differ in from the baseline's, and what stands against believing them."""
+    """Return tables of the coefficients and of their differences to the baseline's, and reasons to doubt them."""
     names = ("a", "b", "c", "k")
     rows = [
         [method, f"{len(found.x)}", f"{len(found.seeds)}", *_row(of_method.coefficients, names)]

@@ -1,4 +1,4 @@
-"""What the cells of a study share: data, tokenizer, reference and scores, each in a folder named after what decides it.
+"""Data, tokenizer, reference and scores that cells of a study share, each in a folder named by a digest of its inputs.
 
 Cells of the same parts get the same folders, which one process makes before any of them starts.
 """
@@ -19,11 +19,11 @@ _NAMES = ("run_name", "run_folder", "save_folder", "progress_bar", "callbacks", 
 
 @dataclass(frozen=True)
 class Shared:
-    """What a cell shares with others.
+    """The inputs that a cell shares with others.
 
     Args:
-        overrides: that lead its recipe there, dotted key: value.
-        places: of all that has to be there before it starts.
+        overrides: dotted key: value, which set their paths in its recipe.
+        places: paths that must exist before it starts.
     """
 
     overrides: dict[str, Any]
@@ -31,7 +31,7 @@ class Shared:
 
 
 def share(recipe: TrainConfig, given: Collection[str], folder: Path) -> Shared:
-    """Where a cell finds what it shares.
+    """Return the paths of the inputs that a cell shares.
 
     Args:
         recipe: of the cell, as it is without this.
@@ -78,24 +78,24 @@ def share(recipe: TrainConfig, given: Collection[str], folder: Path) -> Shared:
 
 
 def digest(*parts: Any) -> str:
-    """Eight hexadecimal digits of whatever JSON can hold."""
+    """Return eight hexadecimal digits of anything that JSON can hold."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 def preparations(places: Sequence[frozenset[str]]) -> list[int | None]:
-    """For each cell the cell whose preparation makes all that it needs: the first that needs that and most.
+    """Return for each cell the cell whose preparation makes all its inputs: the first that needs these and most.
 
     Args:
         places: what each cell needs, in order.
 
     Returns:
-        numbers of cells; None where nothing is needed.
+        Numbers of cells; None for a cell without shared inputs.
     """
     largest = [one for one in places if one and not any(one < other for other in places)]
     return [next((places.index(one) for one in largest if need <= one), None) if need else None for need in places]
 
 
 def _captions(dataset: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a data set that decide which captions it has."""
+    """Return the arguments of a data set that decide its captions."""
     return {key: dataset[key] for key in ("local", "remote", "split", "streams") if dataset.get(key)}
