@@ -30,7 +30,8 @@ from benchmarks.measure import anonymous_bytes, prepare_process
 from benchmarks.setup import adamw, build_tokenizer, training_batches
 from composer_prior.data.batch import count_tokens
 from composer_prior.models.reference import ReferenceLM
-from composer_prior.training.builders import build_model, build_parallelism, prepare_sharded
+from composer_prior.models.sharding import build_parallelism, prepare_sharded
+from composer_prior.training.builders import build_model
 
 DEFAULTS = {"hidden": 768, "layers": 12, "vocabulary": 24576, "batch": 8, "only": "", "out": None}
 FSDP2: dict[str, Any] = {"fsdp2": {}}

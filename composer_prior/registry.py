@@ -78,35 +78,52 @@ def check(
     given: Collection[str] = (),
     beside: Collection[str] = (),
 ) -> None:
-    """Refuse arguments that the constructor does not have, of the wrong type, or missing.
+    """Check the arguments of a registered component, see :func:`check_arguments`.
 
-    A constructor may say more in a static method ``check``, called with those of the arguments that it takes.
+    A constructor that needs weights or data may have a static method ``check``, which is called with those of the
+    arguments that it takes, once the constructor is imported.
+    """
+    constructor = look_up(kind, name, f"{where}.name")
+    check_arguments(constructor, arguments, where, name, given, beside)
+    further = getattr(constructor, "check", None)
+    if further is not None:
+        further(**{key: arguments[key] for key in inspect.signature(further).parameters if key in arguments})
+
+
+def check_arguments(
+    constructor: Any,
+    arguments: Mapping[str, Any],
+    where: str,
+    name: str = "",
+    given: Collection[str] = (),
+    beside: Collection[str] = (),
+) -> None:
+    """Raise if a constructor does not have an argument, or if one is of the wrong type or missing.
 
     Args:
-        kind, name: which component.
+        constructor: a function or class, or ``module:name``, which is read from source.
         arguments: from the recipe.
         where: their place in the recipe, for the message.
+        name: of the component, for the message. Default: ``where``.
         given: names of the arguments that the program itself will pass.
         beside: keys that stand beside the arguments there, for the message.
 
     Raises:
         ValueError: one line naming the key, what is accepted and the nearest valid key.
     """
-    constructor = look_up(kind, name, f"{where}.name")
     parameters = parameters_of(constructor)
     if "unknown" in parameters:
         return  # it is checked when it is imported
     accepted = [key for key in parameters if key not in given]
     for key, value in arguments.items():
         if key not in accepted:
-            raise ValueError(f"{where}.{key} is not a key of {name}. {did_you_mean(key, [*accepted, *beside])}")
+            raise ValueError(
+                f"{where}.{key} is not a key of {name or where}. {did_you_mean(key, [*accepted, *beside])}"
+            )
         check_value(f"{where}.{key}", value, parameters[key].annotation)
     missing = [k for k in accepted if parameters[k].default is inspect.Parameter.empty and k not in arguments]
     if missing:
         raise ValueError(f"{where} needs {', '.join(missing)}.")
-    further = getattr(constructor, "check", None)
-    if further is not None:
-        further(**{key: arguments[key] for key in inspect.signature(further).parameters if key in arguments})
 
 
 def check_value(where: str, value: Any, annotation: Any) -> None:

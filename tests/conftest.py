@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # only tests marked `gpu` need one: see CONTRIBUTING
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("COMPOSER_PRIOR_FSDP2_ON_CPU", os.path.join(os.path.dirname(__file__), "common/gloo.py"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub; asked without a network it costs half a minute
 
 import resource
@@ -33,7 +34,7 @@ settings.load_profile("repeatable")
 # Files that take a minute or more, longest first, so that both cores stay busy until the end.
 LONG = [
     "test_streaming_s3",
-    "test_preflight",
+    "test_validate",
     "test_hostile",
     "test_checkpoints",
     "test_real_scale",

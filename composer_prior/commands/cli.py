@@ -23,8 +23,8 @@ from composer_prior.data.messages import hidden, one_line_exit, say
 from composer_prior.options import Option, options_of, parse_options, show_options
 from composer_prior.registry import did_you_mean
 from composer_prior.scoring.job import BESIDE_RECIPE, ScoreJob
-from composer_prior.training.checks import check_recipe
 from composer_prior.training.config import TrainConfig, load_recipe
+from composer_prior.training.keys import check_keys
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -147,7 +147,7 @@ def _checked_recipe(words: Sequence[str], run_code: bool) -> TrainConfig:
     for path in recipe.code_paths if run_code else ():
         runpy.run_path(path)
     if run_code or not recipe.code_paths:
-        check_recipe(recipe)
+        check_keys(recipe)
     return recipe
 
 

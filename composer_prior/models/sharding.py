@@ -1,11 +1,100 @@
-"""FSDP2 by block, for a model whose weights the first rank alone has; those of the others are on the meta device."""
+"""Everything about FSDP2: its configuration, its checks, wrapping, and what a sharded model still needs.
 
-from collections.abc import Sequence
+With FSDP2 the first rank alone has weights before a model is sharded; those of the others are on the meta device.
+"""
+
+import os
+import runpy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed
+from composer.distributed.activation_checkpointing import generate_composer_model_check_fn
+from composer.models import ComposerModel
+from composer.utils import ParallelismConfig, dist
+from composer.utils.parallelism import FSDP2Config
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+# Names a Python file that makes FSDP2 average gradients over gloo; FSDP2 is then accepted on CPUs. For tests.
+ON_CPU = "COMPOSER_PRIOR_FSDP2_ON_CPU"
+
+
+@dataclass
+class ShardingConfig(FSDP2Config):
+    """FSDP2's configuration in Composer, with several copies of the model (HSDP) as Composer's FSDP1 has them.
+
+    Args:
+        data_parallel_replicate_degree: copies of the model, each sharded among as many ranks; None: one among all.
+    """
+
+    device_mesh: Any = field(default=None, init=False)  # Composer makes it
+    data_parallel_replicate_degree: int | None = None
+
+
+def build_parallelism(config: Mapping[str, Any] | None) -> ParallelismConfig | None:
+    """Build Composer's configuration of sharding from ``{fsdp2: {...}}``, which Composer ignores in a dict.
+
+    Raises:
+        ValueError: for values with which Composer fails later or which it ignores, and without a GPU.
+    """
+    fsdp2 = None if config is None else config.get("fsdp2")
+    if fsdp2 is None:
+        return None
+    if not torch.cuda.is_available() and ON_CPU not in os.environ:
+        raise ValueError("fsdp2 needs GPUs; leave parallelism_config out to train with DDP.")
+    built = ShardingConfig(**fsdp2)
+    for name, accepted in (("mixed_precision", ("DEFAULT", "PURE", "FULL")), ("state_dict_type", ("sharded", "full"))):
+        value = getattr(built, name)
+        if value not in accepted:
+            raise ValueError(f"fsdp2.{name}={value!r}: expected {' or '.join(accepted)}")
+    copies, ranks = built.data_parallel_replicate_degree, dist.get_world_size()
+    if copies is not None and (copies < 1 or ranks % copies):
+        raise ValueError(f"fsdp2.data_parallel_replicate_degree={copies}: expected a divisor of the {ranks} ranks")
+    return ParallelismConfig(fsdp2=built)
+
+
+def check_checkpointing(parallelism: Mapping[str, Any] | None, model: ComposerModel) -> None:
+    """Raise for activation checkpointing or offloading that matches no part of a model; Composer ignores it.
+
+    Args:
+        parallelism: the recipe's ``parallelism_config``.
+        model: with or without weights.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    fsdp2 = (parallelism or {}).get("fsdp2") or {}
+    asked = [key for key in ("activation_checkpointing", "activation_cpu_offload") if fsdp2.get(key)]
+    if asked and not any(map(generate_composer_model_check_fn(model), model.modules())):
+        raise ValueError(
+            f"parallelism_config.fsdp2.{asked[0]}=true matches no part of {type(model).__name__}: its language model "
+            "names no transformer blocks. Leave the key out, or give the model an activation_checkpointing_fn."
+        )
+
+
+def prepare_sharded(model: nn.Module) -> None:
+    """Give a model that FSDP2 may have sharded what it still needs: methods that gather weights, and all tensors."""
+    if ON_CPU in os.environ and not torch.cuda.is_available():
+        runpy.run_path(os.environ[ON_CPU])
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "text_logprobs"):  # an LVLM
+            if isinstance(module, FSDPModule) and dist.get_world_size() > 1:
+                share_tensor_attributes(module, module.language.device)
+            _keep_out_of_backward(module.vision)
+            register_fsdp_forward_method(module, "generate_ids")
+            register_fsdp_forward_method(module, "text_logprobs")
+
+
+def _keep_out_of_backward(tower: nn.Module | None) -> None:
+    """Let FSDP2 not gather a frozen tower again for a backward pass, which does not reach it."""
+    if tower is not None and not any(parameter.requires_grad for parameter in tower.parameters()):
+        for module in tower.modules():
+            if isinstance(module, FSDPModule):
+                module.set_unshard_in_backward(False)
 
 
 def shard_from_first_rank(root: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
@@ -31,7 +120,7 @@ def _fill(modules: Sequence[nn.Module], device: torch.device) -> None:
             places.setdefault(tensor, []).append((module, name))
     for tensor, where in places.items():
         value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
-        dist.broadcast(value, 0)
+        torch.distributed.broadcast(value, 0)
         if isinstance(tensor, nn.Parameter):
             value = nn.Parameter(value, requires_grad=tensor.requires_grad)
         for module, name in where:
@@ -44,5 +133,5 @@ def share_tensor_attributes(model: nn.Module, device: torch.device) -> None:
         for name, value in sorted(vars(module).items()):
             if isinstance(value, Tensor):
                 shared = torch.empty_like(value, device=device) if value.is_meta else value.to(device)
-                dist.broadcast(shared, 0)
+                torch.distributed.broadcast(shared, 0)
                 setattr(module, name, shared)

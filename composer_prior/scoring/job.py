@@ -36,16 +36,12 @@ class ScoreJob:
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
-        self.check(self.batch_tokens, self.unit_samples, self.dtype)
-        object.__setattr__(self, "out", os.path.expanduser(self.out))
-
-    @staticmethod
-    def check(batch_tokens: int | None = None, unit_samples: int = UNIT_SAMPLES, dtype: str | None = None) -> None:
-        """Refuse impossible values."""
+        """Raise for impossible values."""
         from composer_prior.models.reference import Dtype  # here, so that the command's help comes without torch
 
-        for name, value in (("batch_tokens", batch_tokens), ("unit_samples", unit_samples)):
+        for name, value in (("batch_tokens", self.batch_tokens), ("unit_samples", self.unit_samples)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1.")
-        if dtype not in (None, *get_args(Dtype)):
-            raise ValueError(f"dtype={dtype}: expected one of {', '.join(get_args(Dtype))}.")
+        if self.dtype not in (None, *get_args(Dtype)):
+            raise ValueError(f"dtype={self.dtype}: expected one of {', '.join(get_args(Dtype))}.")
+        object.__setattr__(self, "out", os.path.expanduser(self.out))

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from composer_prior.data.messages import one_line_exit
-from composer_prior.training.checks import check_recipe
-from composer_prior.training.config import TrainConfig, load_recipe
+from composer_prior.training.config import load_recipe
+from composer_prior.training.keys import check_keys
 from composer_prior.training.prepare import ensure_scores, prepare
 
 
@@ -20,10 +20,10 @@ def main(arguments: Sequence[str]) -> None:
         for path in recipe.code_paths:
             runpy.run_path(path)
         # No more than what is made: what else may be wrong with a cell is that cell's, others share this.
-        if recipe.reference is not None:
-            check_recipe(TrainConfig(**recipe.reference), "reference.")
+        if recipe.reference_recipe is not None:
+            check_keys(recipe.reference_recipe, "reference.")
         else:
-            check_recipe(recipe)
+            check_keys(recipe)
         prepare(recipe, itself=False)
         ensure_scores(recipe)
 

@@ -16,7 +16,8 @@ from composer_prior.evaluation.benchmark import Benchmark, Figures, run_benchmar
 from composer_prior.evaluation.likelihood import OwnModel
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.reports.closing import trained_model
-from composer_prior.training.checks import benchmark_arguments
+from composer_prior.training.errors import one_line_errors
+from composer_prior.training.keys import benchmark_arguments
 
 log = logging.getLogger(__name__)
 
@@ -68,26 +69,30 @@ class RunBenchmark(Callback):
         return {words: self.figures[name]["value"] for words, name in headline if name in self.figures}
 
 
-def build_benchmarks(benchmarks: Mapping[str, Any], model: Any, reference: str | None = None) -> list[RunBenchmark]:
-    """The callbacks of a recipe's benchmarks.
+def build_benchmarks(
+    benchmarks: Mapping[str, Any], model: Any, reference: str | None = None, where: str = ""
+) -> list[RunBenchmark]:
+    """Build the callbacks of a recipe's benchmarks.
 
     Args:
         benchmarks: of the recipe.
         model: of the run.
         reference: folder of the text-only reference's model, passed to benchmarks whose ``reference`` is not given.
+        where: prefix of the recipe's keys, for messages.
 
     Raises:
         ValueError: naming what cannot be; also for a model without a vision tower.
     """
     chosen = {name: arguments for name, arguments in benchmarks.items() if arguments is not None}
     if chosen and not (isinstance(model, ComposerLVLM) and model.model.vision is not None):
-        raise ValueError("benchmarks: they are for models with a vision tower; leave them out.")
+        raise ValueError(f"{where}benchmarks: they are for models with a vision tower; leave them out.")
     callbacks = []
     for name, given in chosen.items():
-        key, kind = f"benchmarks.{name}", given.get("benchmark", name)
+        key, kind = f"{where}benchmarks.{name}", given.get("benchmark", name)
         constructor = registry.look_up("benchmark", kind, key)
         known = {"reference": reference} if reference and registry.takes(constructor, "reference") else {}
-        benchmark = registry.build("benchmark", kind, known | benchmark_arguments(given), key)
+        with one_line_errors(key):
+            benchmark = registry.build("benchmark", kind, known | benchmark_arguments(given), key)
         callbacks.append(
             RunBenchmark(name, benchmark, **{one: given[one] for one in ("interval", "limit") if one in given})
         )

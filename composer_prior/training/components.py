@@ -17,7 +17,6 @@ from composer.optim import (
     MultiStepWithWarmupScheduler,
     PolynomialWithWarmupScheduler,
 )
-from streaming import StreamingDataLoader
 from torch.optim import AdamW
 
 from composer_prior.algorithms.cal.cal import CAL
@@ -27,11 +26,8 @@ from composer_prior.algorithms.permuted_prior.permuted_prior import PermutedPRIO
 from composer_prior.algorithms.prior.prior import PRIOR
 from composer_prior.algorithms.random_prior.random_prior import RandomPRIOR
 from composer_prior.algorithms.rho1.rho1 import Rho1
-from composer_prior.data.captions import StreamingCaptionDataset
-from composer_prior.data.streams import CheckedStream
 from composer_prior.emoji_scenes.writing import make_emoji_scenes
 from composer_prior.registry import register, snake_case
-from composer_prior.scoring.job import ScoreJob
 from composer_prior.training import builders  # noqa: F401  registers the model
 from composer_prior.training.compute import ComputeMonitor
 from composer_prior.training.data_wait import DataWaitMonitor
@@ -76,7 +72,3 @@ register("callback", "hf_checkpointer")(HuggingFaceCheckpointer)
 register("callback", "lr_monitor")(GroupLRMonitor)
 register("callback", "nan_monitor")(composer.callbacks.NaNMonitor)  # which snake_case makes na_n_monitor
 register("data", "emoji_scenes")(make_emoji_scenes)
-register("dataset", "captions")(StreamingCaptionDataset)
-register("scoring", "captions")(ScoreJob)
-register("stream", "stream")(CheckedStream)
-register("loader", "captions")(StreamingDataLoader)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -114,6 +114,15 @@ class TrainConfig:
     sample_captions: int = 4
     dist_timeout: float = 3600.0
 
+    @cached_property
+    def reference_recipe(self) -> "TrainConfig | None":
+        """The recipe of the reference."""
+        if self.reference is None:
+            return None
+        reference = TrainConfig(**self.reference)
+        vars(reference)["texts"] = vars(self).get("texts", {}).get("reference", {})
+        return reference
+
 
 _SCHEMA = OmegaConf.structured(TrainConfig)
 _REFERENCES: dict[tuple[str, Path], TrainConfig] = {}
@@ -145,13 +154,6 @@ def identified(recipe: TrainConfig, keys: Sequence[str]) -> dict[str, Any]:
         return told
     digest = hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=8)
     return {**told, "environment": digest.hexdigest()}
-
-
-def reference_of(recipe: TrainConfig) -> TrainConfig:
-    """The recipe of the reference that a recipe names."""
-    reference = TrainConfig(**recipe.reference or {})
-    vars(reference)["texts"] = vars(recipe).get("texts", {}).get("reference", {})
-    return reference
 
 
 def _with_texts(value: Any, texts: Any) -> Any:

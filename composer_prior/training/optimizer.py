@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from composer_prior import registry
 from composer_prior.registry import did_you_mean
-from composer_prior.training.checks import GroupSettings, settings_of
+from composer_prior.training.keys import GroupSettings, settings_of
 
 _NO_GROUP = "group0"  # Composer's name of an optimizer's first group
 _UNDECAYED = re.compile("bias|embed|token")  # in the own name of a weight, as of ViTs' positional_embedding, cls_token

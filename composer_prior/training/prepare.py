@@ -22,11 +22,12 @@ from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import score_captions
 from composer_prior.training import components  # noqa: F401  registers them
 from composer_prior.training.checkpoints import CHECKPOINT_NAME
-from composer_prior.training.config import TrainConfig, reference_of
-from composer_prior.training.preflight import check_parts, check_whole, one_line_errors, trained_recipes
+from composer_prior.training.config import TrainConfig
+from composer_prior.training.errors import one_line_errors
 from composer_prior.training.reference import REFERENCE_CARD, check_reference, model_folder
 from composer_prior.training.resume import check_bucket, check_replaced
 from composer_prior.training.trainer import build_trainer, finish
+from composer_prior.training.validate import check_parts, check_whole, trained_recipes
 
 
 @contextmanager
@@ -78,8 +79,8 @@ def _prepare(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> 
     _make_tokenizer(recipe.tokenizer, recipe.train_loader["dataset"])
     for stage, where in stages:
         check_whole(stage, where)
-    if recipe.reference is not None:
-        _prepare_reference(recipe, missing=any(stage is not recipe for stage, _ in stages))
+    if recipe.reference_recipe is not None:
+        _prepare_reference(recipe, recipe.reference_recipe, missing=any(stage is not recipe for stage, _ in stages))
 
 
 def _check_data(recipe: TrainConfig) -> None:
@@ -99,8 +100,8 @@ def _places(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> d
         places["data.out"] = recipe.data["out"]
     if recipe.tokenizer.get("train") is not None:
         places["tokenizer.name"] = recipe.tokenizer["name"]
-    if recipe.reference is not None:
-        places["reference.run_folder"] = str(model_folder(reference_of(recipe)) / REFERENCE_CARD)
+    if recipe.reference_recipe is not None:
+        places["reference.run_folder"] = str(model_folder(recipe.reference_recipe) / REFERENCE_CARD)
     for stage, where in stages:
         if stage.save_folder is not None:
             places[f"{where}save_folder"] = os.path.join(stage.save_folder, CHECKPOINT_NAME)
@@ -114,8 +115,7 @@ def _places(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> d
     return {key: place for key, place in places.items() if place is not None}
 
 
-def _prepare_reference(recipe: TrainConfig, missing: bool) -> None:
-    reference = reference_of(recipe)
+def _prepare_reference(recipe: TrainConfig, reference: TrainConfig, missing: bool) -> None:
     folder = model_folder(reference)
     if missing:
         resuming = Path(reference.run_folder, "checkpoints").exists()
@@ -179,11 +179,11 @@ def job_of(recipe: TrainConfig, dataset: Mapping[str, Any], **changes: Any) -> S
     Raises:
         ValueError: if the recipe has no reference, or nothing says where the scores go.
     """
-    if recipe.reference is None:
+    if recipe.reference_recipe is None:
         raise ValueError("The recipe has no reference. Score without a recipe: dataset.local=... reference=... out=...")
     out = changes.pop("out", None) or dataset.get("scores")
     if not out:
         raise ValueError("Where do the scores go? Give out=..., or dataset.scores in the recipe.")
-    folder = model_folder(reference_of(recipe))
+    folder = model_folder(recipe.reference_recipe)
     given = {"tokenizer": recipe.tokenizer, "dataset": dict(dataset), "progress_bar": recipe.progress_bar}
     return ScoreJob(out=str(out), reference=str(folder), **{**given, **recipe.scoring, **changes})

@@ -11,7 +11,7 @@ from composer_prior.data.lines import read_object
 from composer_prior.data.storage import whole_folder
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.lvlm import LVLM
-from composer_prior.training.config import TrainConfig, identified, reference_of
+from composer_prior.training.config import TrainConfig, identified
 
 REFERENCE_CARD = "reference.json"
 # What decides which model a recipe makes; a reference made with other values is not the one that a recipe asks for.
@@ -81,8 +81,8 @@ def check_reference(recipe: TrainConfig, data: str | None = None) -> None:
     Raises:
         ValueError: naming what differs.
     """
-    assert recipe.reference is not None
-    reference = reference_of(recipe)
+    reference = recipe.reference_recipe
+    assert reference is not None
     told = identified(reference, _IDENTITY)
     card = read_card(reference)
     assert card is not None

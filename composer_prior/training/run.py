@@ -4,8 +4,8 @@ import os
 
 from composer import Trainer
 
-from composer_prior.training.checks import check_recipe
 from composer_prior.training.config import TrainConfig
+from composer_prior.training.keys import check_keys
 from composer_prior.training.prepare import ensure_scores, prepare, sole_run
 from composer_prior.training.trainer import build_trainer, finish
 
@@ -19,7 +19,7 @@ def train(recipe: TrainConfig) -> Trainer:
     Raises:
         ValueError, FileNotFoundError: before training, if the recipe cannot run.
     """
-    check_recipe(recipe)
+    check_keys(recipe)
     with sole_run(recipe):
         return finish(recipe, start(recipe))
 

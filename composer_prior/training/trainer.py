@@ -18,6 +18,7 @@ from composer_prior.data.storage import write_whole
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.compile import prepare_compile
 from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.models.sharding import build_parallelism, check_checkpointing, prepare_sharded
 from composer_prior.reports.closing import (
     Samples,
     benchmarks_table,
@@ -32,9 +33,7 @@ from composer_prior.training.builders import (
     build_all,
     build_model,
     build_named,
-    build_parallelism,
     build_precision,
-    prepare_sharded,
     without_reference,
 )
 from composer_prior.training.checkpoints import (
@@ -44,17 +43,19 @@ from composer_prior.training.checkpoints import (
     StopOnSigterm,
     load_weights,
 )
-from composer_prior.training.config import TrainConfig, identified, reference_of, written
+from composer_prior.training.config import TrainConfig, identified, written
 from composer_prior.training.empty_steps import SkipEmptySteps
+from composer_prior.training.errors import one_line_errors
 from composer_prior.training.finite import FiniteSteps, check_weights
+from composer_prior.training.loaders import build_loaders
 from composer_prior.training.metrics_file import MetricsFile
 from composer_prior.training.optimizer import build_optimizer
-from composer_prior.training.preflight import build_loaders, check_checkpointing, check_fit, one_line_errors
 from composer_prior.training.reference import check_reference, model_folder, read_card
 from composer_prior.training.report import report_file, write_report
 from composer_prior.training.resume import Checkpoints, find_start
 from composer_prior.training.saving import HuggingFaceCheckpointer, save_architecture, save_model
 from composer_prior.training.trackers import begin_trackers
+from composer_prior.training.validate import check_fit
 
 
 @one_line_errors()
@@ -86,7 +87,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     if recipe.compile_config is not None:
         prepare_compile()
     skips = [SkipEmptySteps()] if train_data.on_bad_sample == "skip" else []
-    reference = None if recipe.reference is None else str(model_folder(reference_of(recipe)))
+    reference = None if recipe.reference_recipe is None else str(model_folder(recipe.reference_recipe))
     callbacks = [*build_all("callback", recipe.callbacks), *build_benchmarks(recipe.benchmarks, model, reference)]
     for callback in callbacks:
         if isinstance(callback, HuggingFaceCheckpointer):
@@ -244,7 +245,7 @@ def _benchmarks(trainer: Trainer) -> list[RunBenchmark]:
 def _metrics(recipe: TrainConfig, trainer: Trainer) -> dict[str, Any]:
     """Validation metrics of the run and of its reference."""
     rows = {recipe.run_name: validation_metrics(trainer.state)}  # on every rank: it adds up what the ranks counted
-    reference = reference_of(recipe) if recipe.reference is not None else None
+    reference = recipe.reference_recipe
     card = read_card(reference) if reference is not None else None
     if reference is not None and card is not None:
         rows = {f"{reference.run_name} (text only)": card["validation"], **rows}

@@ -26,8 +26,8 @@ from composer_prior.data.messages import DataError, OneLineError
 from composer_prior.data.streams import CheckedDataset
 from composer_prior.emoji_scenes.writing import make_sample
 from composer_prior.scoring.score import ScoreJob, score_captions
-from composer_prior.training.checks import check_recipe
 from composer_prior.training.config import load_recipe
+from composer_prior.training.keys import check_keys
 
 pytestmark = pytest.mark.slow
 
@@ -322,14 +322,14 @@ def test_streams_are_mixed(tmp_path):
         ),
         ("streams.web.repeat=many", "train_loader.dataset.streams.web.repeat='many': expected"),
         ("streams.web=s3://captions", "train_loader.dataset.streams.web='s3://captions': expected keys such as remote"),
-        ("allow_unsafe_types=true", "train_loader.dataset.allow_unsafe_types is not a key of captions."),
+        ("allow_unsafe_types=true", "train_loader.dataset.allow_unsafe_types is not a key of train_loader.dataset."),
         ("download_timeout=soon", "train_loader.dataset.download_timeout='soon': expected"),
     ],
 )
 def test_recipes_are_refused(override, message):
     recipe = load_recipe(ROOT / "yamls/reference.yaml", ["data.seed=17", f"train_loader.dataset.{override}"])
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_recipe(recipe)
+        check_keys(recipe)
 
 
 def test_errors_of_workers_are_one_line():

@@ -11,7 +11,7 @@ from composer_prior.models.metrics import caption_metrics
 from composer_prior.studies.runner import Plan, plan_tasks
 from composer_prior.studies.shared import share
 from composer_prior.studies.study import METHOD, SEED, Study, read_study
-from composer_prior.training.checks import check_recipe
+from composer_prior.training.keys import check_keys
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_every_recipe_passes_the_checks_of_a_run(study, plan):
         kind = tuple(value for axis, value in cell.values.items() if axis != SEED)
         if kind not in checked:
             checked.add(kind)
-            check_recipe(cell.load(plan.further[cell.name]))
+            check_keys(cell.load(plan.further[cell.name]))
     assert len(checked) == 48
 
 

@@ -17,7 +17,7 @@ from composer.utils import S3ObjectStore, dist
 from composer.utils.checkpoint import safe_torch_load
 
 from composer_prior.training.checkpoints import ASKED_BY_COMPOSER, LATEST_NAME, check_checkpoint, mend_checkpoints
-from composer_prior.training.checks import check_recipe
+from composer_prior.training.keys import check_keys
 from composer_prior.training.resume import Checkpoints
 from composer_prior.training.run import train
 
@@ -108,7 +108,7 @@ def test_a_checkpoint_with_code_is_refused_before_it_runs(copied, monkeypatch):
 @pytest.mark.parametrize("key", ["save_folder", "load_path"])
 def test_names_that_composer_would_fill_in_are_refused(key):
     with pytest.raises(ValueError, match=f"{key}=.*: Composer's placeholders are not filled in here"):
-        check_recipe(recipe("reference", f"{key}='runs/{{run_name}}/checkpoints'"))
+        check_keys(recipe("reference", f"{key}='runs/{{run_name}}/checkpoints'"))
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):

@@ -8,9 +8,9 @@ import yaml
 
 from composer_prior.data.messages import one_line
 from composer_prior.registry import register
-from composer_prior.training.checks import check_recipe
 from composer_prior.training.components import snake_case
-from composer_prior.training.config import identified, load_recipe, reference_of, written
+from composer_prior.training.config import identified, load_recipe, written
+from composer_prior.training.keys import check_keys
 
 YAMLS = Path(__file__).parents[2] / "yamls"
 RECIPES = sorted(path.stem for path in YAMLS.glob("*.yaml") if path.stem != "emoji_scenes")
@@ -23,7 +23,7 @@ def load(name, *overrides):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_valid(name):
     recipe = load(name)
-    check_recipe(recipe)
+    check_keys(recipe)
     assert recipe.run_name == name
     assert recipe.run_folder == f"runs/{name}"
 
@@ -87,11 +87,20 @@ REFUSED = [
     (["model.vision.architecture=ViT-B-33"], r"'ViT-B-33' is not in OpenCLIP. Did you mean 'ViT-B-32"),
     (["model.vision.image_size=100"], r"image_size=100 is not a multiple"),
     (["model.projector.name=conv"], r"model.projector.name='conv': expected"),
-    (["model.language.pretrain=x"], r"model.language.pretrain is not a key of causal_lm. Did you mean 'pretrained'"),
+    (
+        ["model.language.pretrain=x"],
+        r"model.language.pretrain is not a key of model.language. Did you mean 'pretrained'",
+    ),
     (["model.vison.name=patches"], r"model.vison is not a key of lvlm. Did you mean 'vision'"),
-    (["train_loader.dataset.locale=x"], r"train_loader.dataset.locale is not a key of captions. Did you mean 'local'"),
+    (
+        ["train_loader.dataset.locale=x"],
+        r"train_loader.dataset.locale is not a key of train_loader.dataset. Did you mean 'local'",
+    ),
     (["train_loader.dataset.on_bad_sample=ignore"], r"train_loader.dataset.on_bad_sample='ignore': expected"),
-    (["train_loader.num_worker=1"], r"train_loader.num_worker is not a key of captions. Did you mean 'num_workers'"),
+    (
+        ["train_loader.num_worker=1"],
+        r"train_loader.num_worker is not a key of train_loader. Did you mean 'num_workers'",
+    ),
     (["eval_loader.dataset.shuffle=maybe"], r"eval_loader.dataset.shuffle='maybe': expected bool"),
     (["optimizer.name=adam"], r"optimizer.name='adam' is not a known optimizer. Did you mean 'adamw'"),
     (["optimizer.learning_rate=1"], r"optimizer.learning_rate is not a key of decoupled_adamw"),
@@ -106,11 +115,12 @@ REFUSED = [
     ),
     (["optimizer.groups.language.lm_head.lr=x"], r"optimizer.groups.language.lm_head.lr='x': expected float"),
     (["optimizer.decay_all=1"], r"optimizer.decay_all=1: expected bool"),
-    (["parallelism_config.fsdp2.device_mesh=[2,2]"], r"parallelism_config.fsdp2.device_mesh is not a key of fsdp2"),
+    (
+        ["parallelism_config.fsdp2.device_mesh=[2,2]"],
+        r"parallelism_config.fsdp2.device_mesh is not a key of parallelism_config.fsdp2",
+    ),
     (["scheduler.t_warm=1"], r"scheduler.t_warm is not a key of cosine_with_warmup. Did you mean 't_warmup'"),
     (["algorithms.prior.alfa=1"], r"algorithms.prior.alfa is not a key of prior. Did you mean 'alpha'"),
-    (["algorithms.prior.alpha=-1"], r"alpha=-1"),
-    (["algorithms.prior.floor=1.5"], r"floor=1.5"),
     (["algorithms.prior.normalization=row"], r"algorithms.prior.normalization='row': expected"),
     (["algorithms.piror.alpha=1"], r"algorithms.piror.name='piror' is not a known algorithm. Did you mean 'prior'"),
     (["callbacks.speed_monitr.window_size=1"], r"is not a known callback. Did you mean 'speed_monitor'"),
@@ -139,13 +149,13 @@ REFUSED = [
 @pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=[" ".join(overrides) for overrides, _ in REFUSED])
 def test_what_cannot_be_meant_is_refused_in_one_line(overrides, message):
     with pytest.raises(ValueError, match=message) as caught:
-        check_recipe(load("prior_vit", *overrides))
+        check_keys(load("prior_vit", *overrides))
     assert "\n" not in str(caught.value)
 
 
 def test_a_patch_size_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="max_side=96 is not a multiple of patch_size=10"):
-        check_recipe(load("prior_patch", "model.vision.patch_size=10"))
+        check_keys(load("prior_patch", "model.vision.patch_size=10"))
 
 
 def test_a_missing_recipe_is_named(tmp_path):
@@ -179,10 +189,10 @@ def test_a_component_from_outside():
 
     recipe = load("ntp_vit", "optimizer={name: mine, lr: 1.0}")
     recipe.optimizer = {"name": "mine", "lr": 1.0}
-    check_recipe(recipe)
+    check_keys(recipe)
     recipe.optimizer["lr"] = "x"
     with pytest.raises(ValueError, match=r"optimizer.lr='x': expected float"):
-        check_recipe(recipe)
+        check_keys(recipe)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +246,7 @@ def test_what_comes_from_the_environment_is_written_as_it_was_said(tmp_path, mon
     assert "s3cret" not in text
     assert "23" not in text.replace("'23'", "")
     assert "${oc.env:PLACE}/${run_name}" in text
-    assert written(reference_of(recipe))["loggers"]["mine"]["tokens"] == ["a", "${oc.env:TOKEN}"]
+    assert written(recipe.reference_recipe)["loggers"]["mine"]["tokens"] == ["a", "${oc.env:TOKEN}"]
     Path(tmp_path, "config.yaml").write_text(text)
     again = load_recipe(tmp_path / "config.yaml")
     assert asdict(again) == asdict(recipe)
@@ -258,7 +268,7 @@ def test_no_error_shows_what_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("TOKEN", "s3cret-token")
     recipe = load("prior_vit", "model.vision.layer=${oc.env:TOKEN}")
     with pytest.raises(ValueError, match="s3cret") as caught:
-        check_recipe(recipe)
+        check_keys(recipe)
     assert one_line(caught.value).startswith("model.vision.layer='${oc.env:TOKEN}': expected int")
 
 
@@ -266,7 +276,7 @@ def test_every_milestone_of_a_schedule_is_a_time():
     recipe = load("prior_vit")
     recipe.scheduler = {"name": "multistep_with_warmup", "t_warmup": "2ba", "milestones": ["1ba", 2]}
     with pytest.raises(ValueError, match=r"scheduler.milestones=\['1ba', 2\]: expected a time such as 500ba"):
-        check_recipe(recipe)
+        check_keys(recipe)
 
 
 def test_a_shipped_recipe_is_a_base_from_anywhere(tmp_path, monkeypatch):
@@ -305,7 +315,7 @@ def test_none_of_the_named_components_is_meant_by_null_and_by_an_empty_mapping()
         for nothing in ("null", "{}"):
             recipe = load("prior_vit", f"{key}={nothing}", f"reference.{key}={nothing}")
             assert getattr(recipe, key) == recipe.reference[key] == {}
-            check_recipe(recipe)
+            check_keys(recipe)
     recipe = load("prior_vit", "benchmarks={}", "benchmarks.captioning.data=x", "callbacks.speed_monitor={}")
     assert recipe.benchmarks == {"captioning": {"data": "x"}}
     assert recipe.callbacks["speed_monitor"] == {"window_size": 20}

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from composer_prior.data.hub import ModelFolderError, load_pretrained
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.training.checkpoints import read_weights
-from composer_prior.training.checks import check_recipe
+from composer_prior.training.keys import check_keys
 from composer_prior.training.run import train
 
 
@@ -38,7 +38,7 @@ def test_a_vocabulary_of_no_possible_size_is_refused(size):
     wrong.tokenizer["train"] = {"vocab_size": size}
     message = rf"^tokenizer\.train\.vocab_size={size!r}: expected 261 to 1,000,000 tokens\.$"
     with pytest.raises(ValueError, match=message):
-        check_recipe(wrong)
+        check_keys(wrong)
 
 
 def test_a_data_set_that_no_disk_holds_is_refused(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from common.recipes import losses, recipe
 
 from composer_prior.training.checkpoints import LATEST_NAME, DamagedError, check_sums, newest_checkpoint
-from composer_prior.training.checks import check_recipe
+from composer_prior.training.keys import check_keys
 from composer_prior.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -141,10 +141,10 @@ def test_folders_that_no_run_has_written_are_refused(copied):
 @pytest.mark.parametrize("name", ["a/../../b", "..", "."])
 def test_a_run_stays_within_its_folder(name):
     with pytest.raises(ValueError, match=f"^run_name={name}: it names a folder in runs/"):
-        check_recipe(recipe("reference", f"run_name={name}"))
+        check_keys(recipe("reference", f"run_name={name}"))
     with pytest.raises(ValueError, match=f"^reference.run_name={name}: it names"):
-        check_recipe(recipe("prior_vit", f"reference.run_name={name}"))
-    check_recipe(recipe("reference", "run_name=group/v1..2"))
+        check_keys(recipe("prior_vit", f"reference.run_name={name}"))
+    check_keys(recipe("reference", "run_name=group/v1..2"))
 
 
 def test_what_is_no_checkpoint_says_what_it_is(copied):

@@ -9,7 +9,7 @@ from common.recipes import ROOT, fork_ranks
 from common.tokenizers import plain_tokenizer
 
 from composer_prior import ReferenceLM
-from composer_prior.training.preflight import check_checkpointing
+from composer_prior.models.sharding import check_checkpointing
 
 PROGRAMS = ROOT / "tests/common/programs"
 BLOCKS = ["model.language.model.layers.0", "model.language.model.layers.1"]
@@ -88,6 +88,4 @@ def test_gradients_are_averages_whatever_gloo_makes_of_an_average(tmp_path):
     """Versions of torch differ in what their gloo returns when it is asked for an average."""
     fork_ranks(tmp_path, PROGRAMS / "averages.py", "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
-    refusal = found.pop("is_wrong")
     assert found == {"its own": 1.5, "adds_up": 1.5, "averages": 1.5}
-    assert "makes gradients over gloo that are 3 times their average; train on CUDA" in refusal

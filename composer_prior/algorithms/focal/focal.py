@@ -34,14 +34,9 @@ class Focal(TokenWeighting):
         start: str | Time = "0dur",
         end: str | Time = "1dur",
     ):
-        self.check(gamma)
+        check_gamma(gamma)
         super().__init__(normalization, start, end)
         self.gamma = gamma
-
-    @staticmethod
-    def check(gamma: float = 2.0) -> None:
-        """Refuse impossible arguments without building anything."""
-        check_gamma(gamma)
 
     def raw_weights(self, state: State, mask: Tensor) -> Tensor:
         return raw_weights(self.nll(state), mask, self.gamma)

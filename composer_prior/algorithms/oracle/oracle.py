@@ -30,14 +30,9 @@ class Oracle(TokenWeighting):
         start: str | Time = "0dur",
         end: str | Time = "1dur",
     ):
-        self.check(floor)
+        check_floor(floor)
         super().__init__(normalization, start, end)
         self.floor = floor
-
-    @staticmethod
-    def check(floor: float = 0.0) -> None:
-        """Refuse impossible arguments without building anything."""
-        check_floor(floor)
 
     def raw_weights(self, state: State, mask: Tensor) -> Tensor:
         if "image_related" not in state.batch:

@@ -62,15 +62,10 @@ class PRIOR(ReferenceWeighting):
         shard_reference: bool = False,
         reference_dtype: Dtype | None = None,
     ):
-        self.check(alpha, normalization, floor)
+        check_arguments(alpha, normalization, floor)
         super().__init__(reference, normalization, start, end, shard_reference, reference_dtype)
         self.alpha = alpha
         self.floor = floor
-
-    @staticmethod
-    def check(alpha: float = 1.0, normalization: str = "sequence", floor: float = 0.0) -> None:
-        """Refuse impossible arguments without building anything."""
-        check_arguments(alpha, normalization, floor)
 
     def raw_weights(self, state: State, mask: Tensor) -> Tensor:
         return raw_weights(self.ref_logprobs(state, mask), mask, self.alpha, self.floor)

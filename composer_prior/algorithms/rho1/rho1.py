@@ -41,14 +41,9 @@ class Rho1(ReferenceWeighting):
         shard_reference: bool = False,
         reference_dtype: Dtype | None = None,
     ):
-        self.check(share)
+        check_share(share)
         super().__init__(reference, normalization, start, end, shard_reference, reference_dtype)
         self.share = share
-
-    @staticmethod
-    def check(share: float = 0.6) -> None:
-        """Refuse impossible arguments without building anything."""
-        check_share(share)
 
     def raw_weights(self, state: State, mask: Tensor) -> Tensor:
         return selected(self.nll(state), self.ref_logprobs(state, mask), mask, self.share)

@@ -23,7 +23,7 @@ from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, count_token
 from composer_prior.data.captions import decode_image
 from composer_prior.data.tokenizer import bos_id
 from composer_prior.emoji_scenes.writing import make_sample
-from composer_prior.training.builders import average_over_gloo, build_parallelism
+from composer_prior.models.sharding import build_parallelism, prepare_sharded
 
 SEED = 5
 METHODS = {
@@ -115,7 +115,7 @@ def step_gradients(family, tokenizer, method, microbatch=None, strategy="ddp", s
     )
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
     assert sharded == (strategy != "ddp" and dist.get_world_size() > 1), "the ranks share another way than asked for"
-    average_over_gloo(model)
+    prepare_sharded(model)
     trainer.fit()
     shards = getattr(trainer.state.algorithms[0], "shard_reference", False)
     assert any(isinstance(p, DTensor) for p in reference.model.parameters()) == shards

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from composer_prior.algorithms.prior.prior import PRIOR
 from composer_prior.data.tokenizer import add_image_tokens
-from composer_prior.training.builders import build_model, build_parallelism, prepare_sharded
+from composer_prior.models.sharding import build_parallelism, prepare_sharded
+from composer_prior.training.builders import build_model
 
 
 def model_config(folder):

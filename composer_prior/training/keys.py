@@ -1,6 +1,6 @@
-"""Refuses a recipe whose components do not exist or do not take what they are given.
+"""Checks of a recipe's keys: components that exist, arguments that they take, values that are possible.
 
-It needs neither Composer nor torch: the arguments of what is not imported yet are read from its source.
+They need neither Composer nor torch: the arguments of a component that is not imported are read from its source.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,21 +9,42 @@ from typing import Any, NamedTuple
 
 from composer_prior import registry, signatures
 from composer_prior.registry import did_you_mean, is_time
-from composer_prior.training.config import TrainConfig, reference_of
+from composer_prior.training.config import TrainConfig
 
 _OURS = ("groups", "decay_all")  # keys that are not the optimizer's
 _EXAMPLE = "{vision: {lr: 1.0e-5}}"
 _RUNS = ("benchmark", "interval", "limit")  # keys that are not the benchmark's
 VOCAB_SIZES = signatures.stub("composer_prior.data.tokenizer:VOCAB_SIZES")  # that module imports transformers
+_SCORE_JOB = "composer_prior.scoring.job:ScoreJob"
+_OF_THE_RECIPE = ("out", "reference", "tokenizer", "dataset", "progress_bar")  # fields that the recipe gives
+_SHARDING = "composer_prior.models.sharding:ShardingConfig"
+_LANGUAGE = "composer_prior.models.language:build_language_model"
+_PROJECTOR = "composer_prior.models.projector:build_projector"
+_LOADER = "streaming:StreamingDataLoader"
+_LOADER_GIVEN = ("dataset", "batch_size", "collate_fn", "sampler", "batch_sampler")
+_DATASET = "composer_prior.data.captions:StreamingCaptionDataset"
+_DATASET_GIVEN = (
+    "tokenizer",
+    "image_processor",
+    "transform",
+    "batch_size",
+    "allow_unsafe_types",
+    "stream_name",
+    "stream_config",
+)
+_STREAM = "composer_prior.data.streams:CheckedStream"
 _PRECISIONS = ("auto", "fp32", "amp_fp16", "amp_bf16", "amp_fp8")
 
 
-def check_recipe(recipe: TrainConfig, where: str = "") -> None:
-    """Refuse components that do not exist, arguments they do not have, and impossible values, naming the key.
+def check_keys(recipe: TrainConfig, where: str = "") -> None:
+    """Raise for components that do not exist, arguments that they do not have, and impossible values.
 
     Args:
         recipe: a loaded recipe.
         where: prefix of its keys, for the recipe of a reference.
+
+    Raises:
+        ValueError: naming the key.
     """
     for key in ("max_duration", "eval_interval", "save_interval"):
         if not is_time(getattr(recipe, key), positive=True):
@@ -71,11 +92,10 @@ def check_recipe(recipe: TrainConfig, where: str = "") -> None:
         raise ValueError(
             f"{where}tokenizer.train.vocab_size={size!r}: expected {VOCAB_SIZES[0]} to {VOCAB_SIZES[-1]:,} tokens."
         )
-    given = ("out", "reference", "tokenizer", "dataset", "progress_bar")
-    registry.check("scoring", "captions", recipe.scoring, f"{where}scoring", given=given)
+    registry.check_arguments(_SCORE_JOB, recipe.scoring, f"{where}scoring", given=_OF_THE_RECIPE)
     check_named("model", recipe.model, f"{where}model", given=("tokenizer", "image_related_metrics"))
     if recipe.model["name"] == "lvlm":
-        check_lvlm(recipe.model["language"], recipe.model.get("vision"), recipe.model.get("projector"))
+        _check_lvlm(recipe.model, where)
     for key in ("train_loader", "eval_loader"):
         if getattr(recipe, key) is not None:
             check_loader(getattr(recipe, key), f"{where}{key}")
@@ -87,22 +107,22 @@ def check_recipe(recipe: TrainConfig, where: str = "") -> None:
                 registry.check(kind, name, arguments, f"{where}{kind}s.{name}")
     check_benchmarks(recipe.benchmarks, where)
     for name, arguments in (recipe.parallelism_config or {}).items():
-        registry.check("parallelism", name, arguments, f"{where}parallelism_config.{name}")
-    if recipe.reference is not None:
-        check_recipe(reference_of(recipe), "reference.")
+        if name != "fsdp2":
+            raise ValueError(f"{where}parallelism_config.{name} is not a key. {did_you_mean(name, ['fsdp2'])}")
+        registry.check_arguments(_SHARDING, arguments, f"{where}parallelism_config.fsdp2")
+    if recipe.reference_recipe is not None:
+        check_keys(recipe.reference_recipe, "reference.")
 
 
-def check_lvlm(
-    language: dict[str, Any], vision: dict[str, Any] | None = None, projector: dict[str, Any] | None = None
-) -> None:
-    """Refuse parts of an LVLM that do not exist, and arguments that they do not take."""
+def _check_lvlm(model: Mapping[str, Any], where: str) -> None:
+    vision, projector = model.get("vision"), model.get("projector")
     if vision is not None:
-        check_named("vision", vision, "model.vision", given=("width",))
+        check_named("vision", vision, f"{where}model.vision", given=("width",))
     elif projector is not None:
-        raise ValueError("model.projector is given without model.vision; set it to null.")
-    registry.check("language", "causal_lm", language, "model.language", given=("tokenizer",))
+        raise ValueError(f"{where}model.projector is given without model.vision; set it to null.")
+    registry.check_arguments(_LANGUAGE, model["language"], f"{where}model.language", given=("tokenizer",))
     if projector is not None:
-        registry.check("projector", "projector", projector, "model.projector", given=("width_in", "width_out"))
+        registry.check_arguments(_PROJECTOR, projector, f"{where}model.projector", given=("width_in", "width_out"))
 
 
 def check_named(kind: str, config: Mapping[str, Any], where: str, given: Sequence[str] = ()) -> None:
@@ -115,37 +135,17 @@ def check_named(kind: str, config: Mapping[str, Any], where: str, given: Sequenc
 def check_loader(config: Mapping[str, Any], where: str) -> None:
     """Check a loader: ``dataset`` and the arguments of torch's DataLoader."""
     arguments = {key: value for key, value in config.items() if key != "dataset"}
-    registry.check(
-        "loader",
-        "captions",
-        arguments,
-        where,
-        given=("dataset", "batch_size", "collate_fn", "sampler", "batch_sampler"),
-    )
+    registry.check_arguments(_LOADER, arguments, where, given=_LOADER_GIVEN)
     dataset = config.get("dataset") or {}
-    registry.check(
-        "dataset",
-        "captions",
-        dataset,
-        f"{where}.dataset",
-        given=(
-            "tokenizer",
-            "image_processor",
-            "transform",
-            "batch_size",
-            "allow_unsafe_types",
-            "stream_name",
-            "stream_config",
-        ),
-    )
+    registry.check_arguments(_DATASET, dataset, f"{where}.dataset", given=_DATASET_GIVEN)
     for name, stream in (dataset.get("streams") or {}).items():
         if not isinstance(stream, Mapping):
             raise ValueError(f"{where}.dataset.streams.{name}={stream!r}: expected keys such as remote and local.")
-        registry.check("stream", "stream", stream, f"{where}.dataset.streams.{name}")
+        registry.check_arguments(_STREAM, stream, f"{where}.dataset.streams.{name}")
 
 
 def check_benchmarks(benchmarks: Mapping[str, Any], where: str = "") -> None:
-    """Refuse benchmarks that do not exist, and arguments that they do not take.
+    """Raise for benchmarks that do not exist, and for arguments that they do not take.
 
     Args:
         benchmarks: of a recipe.
@@ -167,7 +167,7 @@ def check_benchmarks(benchmarks: Mapping[str, Any], where: str = "") -> None:
 
 
 def benchmark_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what a recipe gives a benchmark, what its constructor takes."""
+    """Return the arguments of a benchmark's constructor, without those of the run."""
     return {key: value for key, value in given.items() if key not in _RUNS}
 
 
@@ -186,14 +186,14 @@ class GroupSettings(NamedTuple):
 
 
 def settings_of(config: Mapping[str, Any], where: str) -> list[GroupSettings]:
-    """What a recipe says for each group of weights, those of no group first, then the shorter prefixes.
+    """Return the settings of each group of weights, those of no group first, then the shorter prefixes.
 
     Args:
         config: see :func:`build_optimizer`.
         where: its place in the recipe.
 
     Raises:
-        ValueError: for groups that are none.
+        ValueError: for groups that are no mappings.
     """
     settings = [GroupSettings("", where, {key: config[key] for key in config if key not in ("name", *_OURS)})]
     groups = config.get("groups") or {}
@@ -208,7 +208,7 @@ def settings_of(config: Mapping[str, Any], where: str) -> list[GroupSettings]:
 
 
 def _flat(groups: Mapping[str, Any], where: str, parent: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """``{"a": {"lr": 1, "b": {"lr": 2}}}`` -> ``("a", {"lr": 1}), ("a.b", {"lr": 2})``."""
+    """Yield for ``{"a": {"lr": 1, "b": {"lr": 2}}}`` ``("a", {"lr": 1})`` and ``("a.b", {"lr": 2})``."""
     for name, content in groups.items():
         prefix = f"{parent}{name}"
         if content is None:
@@ -222,7 +222,7 @@ def _flat(groups: Mapping[str, Any], where: str, parent: str = "") -> Iterator[t
 
 
 def check_optimizer(config: Mapping[str, Any], where: str) -> None:
-    """Refuse keys that the optimizer of a recipe does not take, for all weights or for a group, and wrong types.
+    """Raise for keys that the optimizer of a recipe does not take, for all weights or for a group, and wrong types.
 
     Args:
         config: see :func:`build_optimizer`.

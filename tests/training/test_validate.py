@@ -10,8 +10,9 @@ from common.data import write_tiles
 from common.recipes import ROOT, SHRUNKEN, VIT, recipe
 from composer.utils import dist
 
+from composer_prior.models.sharding import ON_CPU
 from composer_prior.training import trainer
-from composer_prior.training.preflight import check_parts
+from composer_prior.training.validate import check_parts
 
 OTHER_TOWER = ["model.vision.pretrained=null", "model.vision.image_size=null"]
 PACKAGES = {"wandb": "wandb", "comet_ml_logger": "comet_ml", "mlflow": "mlflow", "neptune_logger": "neptune"}
@@ -44,6 +45,7 @@ def refused(name, *overrides):
         (["reference.eval_loader.prefetch_factor=2"], "reference.eval_loader: prefetch_factor"),
         (["device_train_microbatch_size=auto"], "device_train_microbatch_size=auto needs a GPU"),
         (["device_train_microbatch_size=auto", "parallelism_config.fsdp2={}"], "auto: Composer finds no size"),
+        (["parallelism_config.fsdp3={}"], "parallelism_config.fsdp3 is not a key. Did you mean 'fsdp2'"),
         (["parallelism_config.fsdp={}"], "parallelism_config.fsdp: FSDP1 is not supported; use fsdp2"),
         (["parallelism_config.fsdp2.mixed_precision=half"], "fsdp2.mixed_precision='half': expected DEFAULT or PURE"),
         (["parallelism_config.fsdp2.state_dict_type=whole"], "fsdp2.state_dict_type='whole': expected sharded or full"),
@@ -57,10 +59,11 @@ def refused(name, *overrides):
         (["optimizer.groups.language.lr=-1.0"], "optimizer.groups.language: Invalid learning rate"),
         (["reference.optimizer.groups.language.betas=[0.9,2.0]"], "reference.optimizer.groups.language: Invalid beta"),
         (["scheduler.t_warmup=soon"], "error: scheduler.t_warmup='soon': expected a time such as 500ba"),
-        (["algorithms.prior.alpha=-1.0"], "alpha"),
+        (["algorithms.prior.alpha=-1.0"], "algorithms.prior: alpha=-1"),
+        (["algorithms.prior.floor=1.5"], "algorithms.prior: floor=1.5"),
         (["algorithms.prior.reference_dtype=half"], "algorithms.prior.reference_dtype='half': expected .*bfloat16"),
         (["scoring.dtype=half"], "dtype=half: expected one of float32, bfloat16, float16"),
-        (["scoring.amp=true"], "scoring.amp is not a key of captions"),
+        (["scoring.amp=true"], "scoring.amp is not a key of scoring"),
         (["algorithms.prior.start=soon"], "error: algorithms.prior.start='soon': expected a time"),
         (["algorithms.focal={}"], "PRIOR and Focal both weight the tokens: leave all but one out"),
         (["algorithms.prior=null", "algorithms.cal.window=2"], "window=2: expected an odd number"),
@@ -117,6 +120,7 @@ def test_before_anything_is_made(overrides, expected):
             ["reference.optimizer.groups.projector.lr=1.0"],
             "reference.optimizer.groups.projector: no weight's name begins",
         ),
+        (["benchmarks.foils={data: nowhere.jsonl}"], "error: data=nowhere.jsonl: there is no such file"),
         (["train_loader.dataset.local=nowhere"], "nowhere/index.json cannot be read"),
         (["train_loader.dataset.shuffle_algo=none_such"], "none_such"),
         (
@@ -129,6 +133,12 @@ def test_before_anything_is_made(overrides, expected):
 )
 def test_before_the_reference_is_trained(overrides, expected):
     assert_matches(refused("prior_vit", *overrides), expected)
+
+
+def test_fsdp2_without_a_gpu(monkeypatch):
+    monkeypatch.delenv(ON_CPU)
+    expected = "error: parallelism_config: fsdp2 needs GPUs; leave parallelism_config out to train with DDP."
+    assert refused("prior_vit", "parallelism_config.fsdp2={}") == expected
 
 
 def assert_matches(message, expected):

@@ -1,0 +1,257 @@
+"""Checks before anything expensive starts, of a run and of the reference that it trains first.
+
+In this order: :func:`.check_keys` reads the recipe alone; :func:`check_parts` builds every part but the model before
+data are made; :func:`check_whole` builds the model on the meta device and opens the data.
+"""
+
+import gc
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from composer.core import Time, Timestamp, TimeUnit, precision
+from composer.utils import get_device
+from torch import nn
+from torch.utils.data import ChainDataset, DataLoader
+
+from composer_prior.algorithms.token_weighting.token_weighting import check_algorithms, weighting_of
+from composer_prior.data.captions import StreamingCaptionDataset, check_scorable
+from composer_prior.data.nodes import on_first_rank
+from composer_prior.data.remote import Remote
+from composer_prior.data.scores import Scores, ScoresCard, ScoresError
+from composer_prior.data.storage import is_remote
+from composer_prior.data.stores import is_denied
+from composer_prior.data.tokenizer import build_tokenizer
+from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.models.sharding import build_parallelism, check_checkpointing
+from composer_prior.scoring.job import ScoreJob
+from composer_prior.training.benchmarks import build_benchmarks
+from composer_prior.training.builders import (
+    build_all,
+    build_named,
+    build_precision,
+    lvlm_skeleton,
+    without_reference,
+)
+from composer_prior.training.checkpoints import find_checkpoint, find_weights
+from composer_prior.training.config import TrainConfig
+from composer_prior.training.errors import StartError, one_line_errors
+from composer_prior.training.keys import check_keys, settings_of
+from composer_prior.training.loaders import build_loaders, per_rank_batch_size
+from composer_prior.training.optimizer import build_optimizer, check_new_weights
+from composer_prior.training.reference import check_reference, model_folder, read_card
+
+
+def trained_recipes(recipe: TrainConfig) -> list[tuple[TrainConfig, str]]:
+    """Return the recipes that will be trained, each with the prefix of its keys: a reference first that is missing.
+
+    Every rank calls it, and the first one looks.
+    """
+    reference = recipe.reference_recipe
+    if reference is None or not on_first_rank(lambda: read_card(reference) is None):
+        return [(recipe, "")]
+    return [(reference, "reference."), (recipe, "")]
+
+
+def check_parts(recipe: TrainConfig, where: str = "") -> None:
+    """Check the machine, the ranks, and every part but the model by building it; data and models may be missing.
+
+    Args:
+        recipe: of one run.
+        where: prefix of its keys.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    check_keys(recipe, where)  # again: towers check values too once they are imported
+    device = get_device(None)
+    try:
+        precision._validate_precision(build_precision(recipe.precision), device)
+    except ValueError as error:
+        raise ValueError(f"{where}precision={recipe.precision} needs a GPU; set it to auto or fp32.") from error
+    if recipe.device_train_microbatch_size == "auto" and device.name != "gpu":
+        raise ValueError(f"{where}device_train_microbatch_size=auto needs a GPU; give a number of samples.")
+    per_rank_batch_size(recipe.global_train_batch_size, where)
+    parts: dict[str, Callable[[], object]] = {}
+    for name in ("train_loader", "eval_loader"):
+        config = getattr(recipe, name)
+        if config is not None:
+            arguments = {key: value for key, value in config.items() if key != "dataset"}
+            parts[name] = partial(DataLoader, ChainDataset([]), batch_size=1, **arguments)
+    parts["scoring"] = partial(ScoreJob, "", "", {}, {}, **recipe.scoring)
+    parts["parallelism_config"] = partial(build_parallelism, recipe.parallelism_config)
+    if recipe.compile_config is not None:
+        parts["compile_config"] = partial(torch.compile, nn.Identity(), **recipe.compile_config)
+    for _, place, arguments in settings_of(recipe.optimizer, "optimizer"):  # torch looks at no group's values
+        named = {"name": recipe.optimizer["name"], **arguments}
+        parts[place] = partial(build_named, "optimizer", named, params=[nn.Parameter(torch.zeros(1))])
+    parts["scheduler"] = partial(build_named, "scheduler", recipe.scheduler)
+    for kind in ("callback", "logger"):
+        for name, arguments in getattr(recipe, f"{kind}s").items():
+            parts[f"{kind}s.{name}"] = partial(build_all, kind, {name: arguments})
+    if recipe.init_from is not None:
+        parts[f"init_from={recipe.init_from}"] = partial(find_weights, recipe.init_from)
+    if recipe.load_path is not None and not is_remote(recipe.load_path):
+        parts[f"load_path={recipe.load_path}"] = partial(find_checkpoint, recipe.load_path)
+    for key, build in parts.items():
+        with one_line_errors(f"{where}{key}"):
+            build()
+    _algorithms(recipe, where)
+
+
+def check_schedule(recipe: TrainConfig, batches: int, where: str = "") -> None:
+    """Raise for a schedule without a rate at the first or the last step, which Composer finds in training only.
+
+    Args:
+        recipe: of one run.
+        batches: of an epoch.
+        where: prefix of its keys.
+    """
+    total = Time.from_timestring(recipe.max_duration)
+    steps = {TimeUnit.BATCH: total.value, TimeUnit.EPOCH: total.value * batches}.get(total.unit, 0)
+    end = Timestamp(batch=int(steps), epoch=int(steps) // batches)
+    with one_line_errors(f"{where}scheduler"), suppress(AttributeError):  # one from outside may need a whole State
+        for now in (Timestamp(), end):
+            state = SimpleNamespace(timestamp=now, max_duration=total, dataloader_len=Time(batches, "ba"))
+            build_named("scheduler", recipe.scheduler)(state, 1.0)
+
+
+def check_whole(recipe: TrainConfig, where: str = "") -> None:
+    """Check data, tokenizer and the shapes of the model; no weight is made or loaded, and no shard read.
+
+    Args:
+        recipe: of one run, whose data and tokenizer are there.
+        where: prefix of its keys.
+
+    Raises:
+        ValueError, OSError: naming the key.
+    """
+    try:
+        _check_whole(recipe, where)
+    finally:
+        gc.collect()  # streaming refuses to open a remote data set again while it is open
+
+
+def _check_whole(recipe: TrainConfig, where: str) -> None:
+    with one_line_errors(f"{where}tokenizer" if where else ""):
+        tokenizer = build_tokenizer(recipe.tokenizer)
+    model = _skeleton(recipe, tokenizer, where)
+    loaders = build_loaders(recipe, model, scores=False, where=where)
+    for name, spec in loaders.items():
+        _check_samples(f"{where}{name}_loader", spec.dataloader)
+        scores = getattr(recipe, f"{name}_loader")["dataset"].get("scores")
+        if scores:
+            check_scorable(spec.dataloader.dataset, scores)
+            on_first_rank(partial(_check_stored_scores, scores, spec.dataloader.dataset))
+    data = loaders["train"].dataloader.dataset
+    check_schedule(recipe, len(cast(Any, loaders["train"].dataloader)), where)
+    if isinstance(model, ComposerLVLM):
+        check_fit(model, data)
+        optimizer = build_optimizer(recipe.optimizer, model, f"{where}optimizer")
+        algorithms = _algorithms(recipe, where)
+        check_checkpointing(recipe.parallelism_config, model)
+        check_algorithms(algorithms, model)
+        check_new_weights(algorithms, optimizer, where)
+        build_benchmarks(without_reference(recipe.benchmarks), model, where=where)
+    if recipe.reference_recipe is not None:
+        _check_same_data(recipe, recipe.reference_recipe, data)
+
+
+def _skeleton(recipe: TrainConfig, tokenizer: Any, where: str) -> Any:
+    """Return the model without its weights, or a stand-in where a component from outside cannot be built so."""
+    stand_in = SimpleNamespace(tokenizer=tokenizer, image_processor=lambda image: image)
+    if recipe.model["name"] != "lvlm":
+        return stand_in
+    config = {key: value for key, value in recipe.model.items() if key != "name"}
+    config["language"] = _language_of(recipe)
+    try:
+        with one_line_errors(f"{where}model" if where else ""):
+            return lvlm_skeleton(tokenizer, **config)
+    except StartError as error:
+        if isinstance(error.__cause__, RuntimeError):  # a tower from outside that computes while it is built
+            return stand_in
+        raise
+
+
+def _language_of(recipe: TrainConfig) -> dict[str, Any]:
+    """Return the language model's recipe; that of the reference, where the model starts from a missing one."""
+    language, reference = recipe.model["language"], recipe.reference_recipe
+    if reference is not None:
+        folder = model_folder(reference)
+        pretrained = language.get("pretrained")
+        if pretrained is not None and Path(pretrained) == folder and not folder.exists():
+            return {**language, "pretrained": None, "config": None, **reference.model["language"]}
+    return language
+
+
+def _check_samples(where: str, loader: Any) -> None:
+    """Raise if a data set gives no batch: Composer would wait for one for ever, or train on nothing."""
+    if len(loader) == 0:
+        key = f"{where.removesuffix('train_loader')}global_train_batch_size"
+        remedy = f"lower {key}" if where.endswith("train_loader") else f"set {where}.drop_last=false"
+        raise ValueError(
+            f"{where}: of {loader.dataset.num_samples} samples each rank gets {len(loader.dataset)}, fewer than the "
+            f"{loader.batch_size} of its first batch; {remedy}, or give more samples."
+        )
+
+
+def _check_stored_scores(path: str, data: StreamingCaptionDataset) -> None:
+    """Raise if stored scores belong to other data, another tokenizer or other settings."""
+    try:
+        card = Scores(path, Path(path)).card
+    except ScoresError as error:
+        if is_denied(error):
+            raise
+        if is_remote(path):
+            Remote(path).check_writable()
+        return  # none, or not whole: they will be made
+    card.check(ScoresCard.of(data, {}), path, reference=False)
+
+
+def _check_same_data(recipe: TrainConfig, reference: TrainConfig, data: StreamingCaptionDataset) -> None:
+    """Raise if the reference was or would be trained on other captions than the run."""
+    if read_card(reference) is not None:
+        check_reference(recipe, data.fingerprint)
+        return
+    dataset = {**reference.train_loader["dataset"], "scores": None}
+    ours = recipe.train_loader["dataset"]
+    if all(dataset.get(key) == ours.get(key) for key in ("remote", "local", "split", "streams")):
+        return
+    theirs = StreamingCaptionDataset(tokenizer=data.tokenizer, batch_size=1, **dataset)
+    if theirs.fingerprint != data.fingerprint:
+        raise ValueError(
+            "reference.train_loader.dataset holds other data than train_loader.dataset: the reference has to learn the "
+            "captions of the run. Name the same data in both."
+        )
+
+
+def check_fit(model: ComposerLVLM, data: StreamingCaptionDataset) -> None:
+    """Raise if the language model lacks positions for the longest sequence of the data.
+
+    Raises:
+        ValueError: naming the lengths.
+    """
+    tower: Any = model.model.vision
+    image_tokens = tower.max_image_tokens if tower is not None else 0
+    longest = 1 + image_tokens + len(data.prompt_ids) + data.max_caption_tokens
+    positions = getattr(model.model.language.config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"model.language has {positions} positions, and a sequence may take {longest}: bos, {image_tokens} image, "
+            f"{len(data.prompt_ids)} prompt and {data.max_caption_tokens} caption tokens; lower "
+            "train_loader.dataset.max_caption_tokens or the image's size."
+        )
+
+
+def _algorithms(recipe: TrainConfig, where: str) -> list[Any]:
+    """Build the algorithms of a recipe, without the reference's weights."""
+    built = []
+    for name, arguments in without_reference(recipe.algorithms).items():
+        with one_line_errors(f"{where}algorithms.{name}"):
+            built += build_all("algorithm", {name: arguments})
+    weighting_of(built)  # raises for two
+    return built
