@@ -198,7 +198,10 @@ def test_options_are_typed():
     ("words", "refused"),
     [
         (["evaluate", "x", "benchmark=pope", "limit=abc"], "limit='abc': expected int | None"),
-        (["evaluate", "x", "benchmark=captioning", "max_new_tokens=many"], "max_new_tokens='many': expected int of at least 1"),
+        (
+            ["evaluate", "x", "benchmark=captioning", "max_new_tokens=many"],
+            "max_new_tokens='many': expected int of at least 1",
+        ),
         (["caption", "x", "y", "batch_size=[4]"], "batch_size=[4]: expected int"),
         (["caption", "x", "y", "seed=null"], "seed=None: expected int"),
         (["caption", "x", "y", "overwrite=perhaps"], "overwrite='perhaps': expected bool"),
