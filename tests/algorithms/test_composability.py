@@ -35,6 +35,8 @@ from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.captions import decode_image
 from composer_prior.data.streams import CheckedDataset
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "tools" / "composability.py"
 
 

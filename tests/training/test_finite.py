@@ -62,6 +62,7 @@ def test_the_first_such_step_ends_the_run_and_the_checkpoints_stay(tiles, fault,
     assert [batch for batch, _ in losses("runs/ntp_vit")] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["spoil_batch", "spoil_gradient"])
 def test_as_many_as_are_allowed_change_nothing(tiles, fault, capsys):
     main(arguments(*tiles, f"callbacks.{fault}.at=[2]", "nan_steps=1"))
@@ -95,6 +96,7 @@ def test_one_of_two_ranks_ends_both_and_is_named(tiles, sharding, tmp_path):
     assert [loss is None for _, loss in losses("runs/ntp_vit")] == [False, False, True, False]
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_neither_saved_nor_gone_on_from(tiles):
     fault = "callbacks.spoil_weight.at=[4]"  # after the last step, when no loss follows
     message = refused(*tiles, fault)
@@ -114,6 +116,7 @@ def test_a_checkpoint_of_such_weights_is_refused(tiles):
     assert f"error: {path} is not gone on from; delete it" in refused(*tiles, "autoresume=true", "max_duration=2ba")
 
 
+@pytest.mark.slow
 def test_a_reference_of_such_weights_is_never_finished():
     with pytest.raises(NotFiniteError, match=r"^runs/reference/model is not written: the weight "):
         train(recipe("reference", FAULTS, "callbacks.spoil_weight.at=[4]", "save_folder=null", "autoresume=false"))

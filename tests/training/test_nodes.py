@@ -6,6 +6,8 @@ from composer.utils import dist
 
 from composer_prior.data.nodes import check_same, check_shared
 
+pytestmark = pytest.mark.slow
+
 NO_BENCHMARKS = [f"benchmarks.{name}=null" for name in ("scene_foils", "hallucination", "captioning")]
 PROGRAM = [str(ROOT / "train.py"), str(ROOT / "yamls/prior_vit.yaml"), *SHRUNKEN, *TOWER, *NO_BENCHMARKS]
 PROGRAM += ["sample_captions=0"]

@@ -18,6 +18,8 @@ from composer_prior.registry import register
 from composer_prior.training.config import load_recipe
 from composer_prior.training.run import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def quick_start(tmp_path_factory):
