@@ -11,11 +11,11 @@ from streaming import MDSWriter
 
 from composer_prior.commands.cli import main
 from composer_prior.data.lines import begin_lines
-from composer_prior.data.messages import DataError
+from composer_prior.data.messages import DataError, announce
 from composer_prior.emoji_scenes.writing import make_sample
 from composer_prior.evaluation.captioned import CaptionSamples
 from composer_prior.models.lvlm import Caption
-from composer_prior.reports.closing import Samples, closing_report
+from composer_prior.reports.closing import Samples
 
 HOSTILE = "a\x1b[31m\x07\r\x9b2J\u202eb\u2066c\u200fd\u061ce"
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -82,7 +82,7 @@ def test_files_keep_what_the_terminal_shows(tokenizer, tmp_path, monkeypatch, ca
 
 
 def test_the_closing_report_shows_captions(capsys):
-    closing_report([lambda: Samples([], [HOSTILE], [Caption(f"{HOSTILE}\n👩‍👧", [])], [HOSTILE]), lambda: 1 / 0])
+    announce(Samples([], [HOSTILE], [Caption(f"{HOSTILE}\n👩‍👧", [])], [HOSTILE]))
     text = capsys.readouterr().out
     assert not OBEYED.search(text)
     assert text.count("a[U+001B][31m[U+0007][U+000D]") == 3

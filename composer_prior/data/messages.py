@@ -90,8 +90,9 @@ def failure(error: BaseException) -> str:
 
 
 def announce(message: object) -> None:
-    """Say something on rank 0."""
+    """Print a message on rank 0, unless it is empty."""
     from composer.utils import dist  # here: conversion and inspection start without Composer
 
-    if dist.get_global_rank() == 0:
-        say(message)
+    text = str(message)
+    if text and dist.get_global_rank() == 0:
+        say(text)

@@ -12,6 +12,7 @@ from PIL import Image
 from composer_prior.data.captions import SPANS_COLUMN, BadSampleError, decode_image
 from composer_prior.data.mds import read_column
 from composer_prior.data.messages import DataError, one_line
+from composer_prior.data.opening import open_captions, sample_captions
 from composer_prior.data.scores import index_fingerprint
 from composer_prior.data.streams import CheckedDataset
 from composer_prior.evaluation.samples import (
@@ -27,7 +28,6 @@ from composer_prior.evaluation.samples import (
     text,
     usable,
 )
-from composer_prior.reports.inspection import open_captions, sample_captions
 
 Entries = Iterator[tuple[str, Any]]
 

@@ -2,7 +2,8 @@
 
 import logging
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,22 +29,14 @@ def validation_metrics(state: State) -> dict[str, float]:
     return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
-def closing_report(parts: Sequence[Callable[[], object]]) -> None:
-    """Print the parts of a report on rank 0.
-
-    What goes wrong in one is said and takes no finished run down.
-
-    Args:
-        parts: functions that every rank calls, whose results are printed; an empty text is left out.
-    """
-    for part in parts:
-        try:
-            text = str(part())
-            if text:
-                announce(text)
-        except Exception as error:
-            log.exception("The closing report")
-            announce(f"\nThe closing report lacks a part: {type(error).__name__}: {failure(error)}")
+@contextmanager
+def closing_part() -> Iterator[None]:
+    """Print an error in a part of the closing report and go on; the finished run stays."""
+    try:
+        yield
+    except Exception as error:
+        log.exception("The closing report")
+        announce(f"\nThe closing report lacks a part: {type(error).__name__}: {failure(error)}")
 
 
 def trained_model(state: State) -> torch.nn.Module:

@@ -18,10 +18,9 @@ from typing import Any
 from PIL import Image
 
 from composer_prior.conversion.sources import expect_number
-from composer_prior.data.files import MAX_JSON_BYTES, read_plain
 from composer_prior.data.images import IMAGE_FORMATS
-from composer_prior.data.messages import NO_INDEX, one_line, visible
-from composer_prior.data.storage import is_remote
+from composer_prior.data.messages import one_line, visible
+from composer_prior.data.opening import open_captions, sample_captions
 from composer_prior.reports.page import Shade, legend, sample_card, samples_page
 
 
@@ -160,12 +159,6 @@ def inspect_captions(
     return report
 
 
-def sample_captions(sample: Mapping[str, Any]) -> list[str]:
-    """The captions of a sample, whether it has one or several."""
-    captions = [sample["caption"]] if "caption" in sample else sample["captions"]
-    return captions if isinstance(captions, list) else [captions]
-
-
 def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
@@ -257,38 +250,3 @@ def _pieces(caption: str, edges: Sequence[float], weights: Sequence[float], end:
     elif start < len(caption):
         found.append((caption[start:], None))
     return found
-
-
-def open_captions(data: str, cache: str) -> tuple[Any, bytes]:
-    """The data set and its index, once what that describes is known to be harmless."""
-    data = data if is_remote(data) else str(Path(data).expanduser())
-    if not is_remote(data) and not Path(data, "index.json").exists():
-        raise FileNotFoundError(NO_INDEX.format(data))
-    from streaming.base.local import LocalDataset  # here: what is missing is said before
-
-    from composer_prior.data.streams import CheckedDataset
-
-    remote: Any = CheckedDataset(local=cache, remote=data.rstrip("/"), batch_size=1) if is_remote(data) else None
-    index = Path(data if remote is None else cache) / "index.json"
-    if not index.exists():
-        raise FileNotFoundError(NO_INDEX.format(data))
-    content = read_plain(index, MAX_JSON_BYTES)
-    try:
-        for shard in json.loads(content)["shards"]:
-            _check_columns(data, shard)
-        return LocalDataset(data) if remote is None else remote, content
-    except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
-        raise ValueError(f"{data}: its index.json is no index of a data set ({type(error).__name__}).") from error
-
-
-def _check_columns(data: str, shard: Mapping[str, Any]) -> None:
-    columns = dict(zip(shard.get("column_names", ()), shard.get("column_encodings", ()), strict=False))
-    name = shard.get("raw_data", {}).get("basename", "")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{data}: its index names {name!r}, which leaves the data set; refused.")
-    captions = columns.get("caption") == "str" or columns.get("captions") == "json"
-    if columns.get("image") != "bytes" or not captions:
-        raise ValueError(f"{data}: columns {columns}; expected image: bytes, and caption: str or captions: json.")
-    unsafe = [column for column, encoding in columns.items() if encoding not in ("bytes", "str", "json", "int")]
-    if unsafe:
-        raise ValueError(f"{data}: column {unsafe[0]!r} is {columns[unsafe[0]]}, which is not read here; drop it.")

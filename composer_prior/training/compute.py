@@ -1,4 +1,4 @@
-"""What a run computes: its floating-point operations, counted."""
+"""The floating-point operations of a run."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from composer_prior.registry import Count
 
@@ -54,19 +54,12 @@ class ComputeMonitor(Callback):
 
 
 def _further_operations() -> dict[Any, Any]:
-    """Operations of the CPU that PyTorch's own list lacks."""
+    """Return the operations of the CPU that PyTorch's own list lacks."""
     operations: dict[Any, Any] = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     }
-    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        operations[torch.ops.mkldnn._linear_pointwise] = _linear_flops
     return {operation: count for operation, count in operations.items() if operation not in flop_registry}
-
-
-def _linear_flops(input: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    rows = torch.Size(input[:-1]).numel()
-    return mm_flop((rows, input[-1]), (weight[1], weight[0]))
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:

@@ -1,4 +1,4 @@
-"""What a run's page is made from, and where it is written."""
+"""The page of a run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from composer_prior.training.metrics_file import MetricsFile
 
 
 def report_file(recipe: TrainConfig) -> Path:
-    """Where a run's page lies."""
+    """Return the path of a run's page."""
     return Path(recipe.run_folder, "report.html")
 
 
@@ -26,7 +26,7 @@ def write_report(
     validation: Mapping[str, Mapping[str, float]],
     benchmarks: Mapping[str, Figures],
     samples: Samples,
-) -> str:
+) -> None:
     """Write the page on rank 0; the page of an earlier run of that name does not stay.
 
     Args:
@@ -37,7 +37,7 @@ def write_report(
         samples: captions.
     """
     if dist.get_global_rank() != 0:
-        return ""
+        return
     file = report_file(recipe)
     file.unlink(missing_ok=True)
     logged = next(logger for logger in trainer.logger.destinations if isinstance(logger, MetricsFile))
@@ -57,4 +57,3 @@ def write_report(
         recipe=text,
     )
     write_whole(file, page.encode())
-    return ""

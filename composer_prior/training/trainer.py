@@ -23,7 +23,7 @@ from composer_prior.reports.closing import (
     Samples,
     benchmarks_table,
     caption_samples,
-    closing_report,
+    closing_part,
     metrics_table,
     trained_model,
     validation_metrics,
@@ -128,7 +128,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
 
 
 def _check_start(recipe: TrainConfig, trainer: Trainer, start: str) -> None:
-    """Refuse a checkpoint that cannot be gone on from, and say what the schedule makes of the one that is loaded."""
+    """Raise if a run cannot resume from a checkpoint; print the learning rate at which it resumes."""
     state = trainer.state
     check_weights(state.model, f"{start} is not gone on from; delete it for an earlier one")
     now, end = state.timestamp, cast(Time[int], state.max_duration)
@@ -205,37 +205,28 @@ def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
 
 
 def _times(trainer: Trainer) -> dict[str, float]:
-    """What Composer logs at the end of training."""
+    """Return the times that Composer logs at the end of training."""
     now = trainer.state.timestamp
     times = {"batch": now.batch, "sample": now.sample, "epoch": now.epoch, "token": now.token}
     return {f"time/{unit}": time.value for unit, time in times.items()}
 
 
 def _report(recipe: TrainConfig, trainer: Trainer) -> None:
-    """Print what a run prints at its end, and write its page of what of that there is."""
+    """Print the results of a run and write its page; a part that fails is left out."""
     rows: dict[str, Any] = {}
-    samples = Samples()
-
-    def table() -> str:
-        rows.update(_metrics(recipe, trainer))
-        return metrics_table(rows)
-
-    def captions() -> Samples:
-        nonlocal samples
+    samples, benchmarks = Samples(), _benchmarks(trainer)
+    with closing_part():
+        rows = _metrics(recipe, trainer)
+        announce(metrics_table(rows))
+    with closing_part():
+        announce(benchmarks_table({one.name: one.headline() for one in benchmarks}))
+    with closing_part():
         samples = caption_samples(trainer, recipe.sample_captions)
-        return samples
-
-    closing_report(
-        [
-            table,
-            lambda: benchmarks_table({one.name: one.headline() for one in _benchmarks(trainer)}),
-            captions,
-            lambda: write_report(
-                recipe, trainer, rows, {one.name: one.figures for one in _benchmarks(trainer)}, samples
-            ),
-            lambda: _places(recipe, trainer),
-        ]
-    )
+        announce(samples)
+    with closing_part():
+        write_report(recipe, trainer, rows, {one.name: one.figures for one in benchmarks}, samples)
+    with closing_part():
+        announce(_places(recipe, trainer))
 
 
 def _benchmarks(trainer: Trainer) -> list[RunBenchmark]:
@@ -243,7 +234,7 @@ def _benchmarks(trainer: Trainer) -> list[RunBenchmark]:
 
 
 def _metrics(recipe: TrainConfig, trainer: Trainer) -> dict[str, Any]:
-    """Validation metrics of the run and of its reference."""
+    """Return validation metrics of the run and of its reference."""
     rows = {recipe.run_name: validation_metrics(trainer.state)}  # on every rank: it adds up what the ranks counted
     reference = recipe.reference_recipe
     card = read_card(reference) if reference is not None else None
@@ -253,7 +244,7 @@ def _metrics(recipe: TrainConfig, trainer: Trainer) -> dict[str, Any]:
 
 
 def _places(recipe: TrainConfig, trainer: Trainer) -> str:
-    """What lies where."""
+    """Summarise output paths."""
     page = f"a page for your browser is {report_file(recipe)}; " if report_file(recipe).exists() else ""
     parts = [f"{page}config.yaml and metrics.jsonl are in {Path(recipe.run_folder)}"]
     if recipe.save_folder:
