@@ -30,7 +30,7 @@ from benchmarks.measure import anonymous_bytes, prepare_process
 from benchmarks.setup import adamw, build_tokenizer, training_batches
 from composer_prior.data.batch import count_tokens
 from composer_prior.models.reference import ReferenceLM
-from composer_prior.models.sharding import build_parallelism, prepare_sharded
+from composer_prior.models.sharding import ON_CPU, build_parallelism, prepare_sharded
 from composer_prior.training.builders import build_model
 
 DEFAULTS = {"hidden": 768, "layers": 12, "vocabulary": 24576, "batch": 8, "only": "", "out": None}
@@ -185,6 +185,7 @@ def main() -> None:
     """Print a table."""
     settings: Any = OmegaConf.to_container(OmegaConf.merge(DEFAULTS, OmegaConf.from_dotlist(sys.argv[1:])))
     prepare_process(1)
+    os.environ.setdefault(ON_CPU, str(Path(__file__).parents[1] / "tests/common/gloo.py"))
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "262144"  # freed memory goes back to the system and is not counted
     rows = []
     with tempfile.TemporaryDirectory() as folder:
