@@ -1,1 +1,1 @@
-"""What people look at: a data set, samples with shaded tokens, the end of a run."""
+"""Pages and tables: a data set, samples with shaded tokens, the end of a run, plots."""

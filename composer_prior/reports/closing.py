@@ -1,4 +1,4 @@
-"""What a run prints at its end."""
+"""Tables and captions that a run prints at its end."""
 
 import logging
 import textwrap
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def validation_metrics(state: State) -> dict[str, float]:
-    """The last evaluation's metrics by name."""
+    """Return the last evaluation's metrics by name."""
     metrics = state.eval_metrics.get("eval", {})
     return {name: float(metric.compute()) for name, metric in metrics.items()}
 
@@ -40,13 +40,13 @@ def closing_part() -> Iterator[None]:
 
 
 def trained_model(state: State) -> torch.nn.Module:
-    """The model that was given to the Trainer, without DDP around it."""
+    """Return the model that was given to the Trainer, without DDP around it."""
     model = state.model
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Validation loss (nats per token) and accuracy over all, image-related and other tokens, one line per model."""
+    """Format validation loss and accuracy over all, image-related and other tokens, a line per model."""
     width = max(map(len, [*rows, "validation"]))
     header = "  ".join(f"{name:>21}" for name in TOKENS)
     lines = [f"{'validation':{width}}  {header}", f"{'':{width}}  " + "  ".join([f"{'loss':>10} {'accuracy':>10}"] * 3)]
@@ -60,7 +60,7 @@ def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def benchmarks_table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
-    """One line for each benchmark: its figures, each behind its words."""
+    """Format one line for each benchmark, its figures behind their words."""
     width = max(map(len, rows), default=0)
     lines = [
         f"{name:{width}}  "
@@ -73,7 +73,7 @@ def benchmarks_table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
 
 @dataclass
 class Samples:
-    """Validation images, their captions and those that the model generates; why others were left out; their numbers."""
+    """Validation images with their numbers, captions and generated captions; and why others were left out."""
 
     images: list[Image.Image] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
@@ -82,7 +82,7 @@ class Samples:
     numbers: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """The captions, one pair below the other."""
+        """Format the captions, one pair below the other."""
         pairs = zip(self.captions, self.generated, strict=True)
         blocks = [f"true:      {true}\ngenerated: {own.text}" for true, own in pairs]
         blocks += [f"left out:  {reason}" for reason in self.left_out]
@@ -90,10 +90,10 @@ class Samples:
 
 
 def caption_samples(trainer: Trainer, count: int) -> Samples:
-    """Captions that the trained model generates for the first validation images, beside the true ones.
+    """Generate captions of the first validation images with the trained model, beside the true ones.
 
-    Every rank calls it: where the weights are sharded, generation takes all of them. Samples that cannot be used are
-    named and left out; a model without a vision tower and a run without validation have none.
+    Every rank must call it, as sharded weights take part in generation on all ranks. Unusable samples are named and
+    left out. A model without a vision tower and a run without validation have no samples.
     """
     state, model = trainer.state, trained_model(trainer.state)
     if not (isinstance(model, ComposerLVLM) and model.model.vision is not None and state.evaluators):
@@ -102,7 +102,7 @@ def caption_samples(trainer: Trainer, count: int) -> Samples:
     found: list[Any] = [None]
     if dist.get_global_rank() == 0:
         found[0] = _first_samples(data, count)
-    dist.broadcast_object_list(found)  # what one rank cannot read, the others must not wait for
+    dist.broadcast_object_list(found)  # an error on the first rank must not leave the others waiting
     samples: Samples = found[0]
     if samples.images:
         inputs = [model.image_processor(image) for image in samples.images]
@@ -112,7 +112,7 @@ def caption_samples(trainer: Trainer, count: int) -> Samples:
 
 
 def _first_samples(data: StreamingCaptionDataset, count: int) -> Samples:
-    """The first images with their captions, and what was wrong with those between them."""
+    """Read the first images with their captions, and note the errors of unreadable ones."""
     samples = Samples()
     for sample_id in range(min(data.num_samples, 4 * count)):
         if len(samples.images) == count:

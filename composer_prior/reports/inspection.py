@@ -1,4 +1,4 @@
-"""Shows what is in a caption data set: counts, lengths, sizes, frequent captions, and a page of samples as HTML.
+"""Describe a caption data set: counts, lengths, sizes, frequent captions, and a page of samples as HTML.
 
 Reading goes through streaming. A data set with a column that would run code when decoded (``pkl``) is refused.
 """
@@ -19,54 +19,63 @@ from PIL import Image
 
 from composer_prior.conversion.sources import expect_number
 from composer_prior.data.images import IMAGE_FORMATS
-from composer_prior.data.messages import one_line, visible
+from composer_prior.data.messages import one_line, short, visible
 from composer_prior.data.opening import open_captions, sample_captions
 from composer_prior.reports.page import Shade, legend, sample_card, samples_page
 
 
-@dataclass(frozen=True)
+@dataclass
 class CaptionReport:
-    """What :func:`inspect_captions` found.
+    """Figures of a data set, from :func:`inspect_captions`.
 
     Args:
-        samples: samples in the data set.
-        shards: shard files.
-        bytes: their size.
-        read: samples read for the figures below.
-        captions: captions of these samples.
-        unit: what caption lengths are counted in.
-        lengths: the length of each caption.
+        samples: number of samples in the data set.
+        shards: number of shard files.
+        bytes: size of the shards.
+        read: number of samples that the figures below are of.
+        unit: unit of caption lengths.
+        lengths: length of each caption.
         sizes: width and height of each image.
-        formats: how many images of which format.
-        undecodable: images that cannot be decoded.
-        frequent: the most frequent captions and their counts.
+        formats: number of images by format.
+        undecodable: number of images that cannot be decoded.
+        counts: number of times that each caption occurs.
     """
 
     samples: int
     shards: int
     bytes: int
     read: int
-    captions: int
     unit: str
-    lengths: list[int] = field(repr=False)
-    sizes: list[tuple[int, int]] = field(repr=False)
-    formats: dict[str, int]
-    undecodable: int
-    frequent: list[tuple[str, int]]
+    lengths: list[int] = field(default_factory=list, repr=False)
+    sizes: list[tuple[int, int]] = field(default_factory=list, repr=False)
+    formats: Counter[str] = field(default_factory=Counter)
+    undecodable: int = 0
+    counts: Counter[str] = field(default_factory=Counter, repr=False)
+
+    @property
+    def captions(self) -> int:
+        """The number of captions."""
+        return self.counts.total()
+
+    @property
+    def frequent(self) -> list[tuple[str, int]]:
+        """The ten most frequent captions and their counts."""
+        return self.counts.most_common(10)
 
     def __str__(self) -> str:
         widths, heights = [width for width, _ in self.sizes], [height for _, height in self.sizes]
         part = "" if self.read == self.samples else f"; the figures below are of {self.read:,} of them, drawn at random"
+        formats = ", ".join(f"{count:,} {name}" for name, count in self.formats.most_common())
         lines = [
             f"{self.samples:,} samples in {self.shards:,} shards, {self.bytes / 1e6:,.1f} MB{part}",
             f"captions        {self.captions:,}",
             f"caption length  {_spread(self.lengths)} {self.unit}",
             f"image width     {_spread(widths)} pixels",
             f"image height    {_spread(heights)} pixels",
-            f"image formats   {', '.join(f'{count:,} {name}' for name, count in self.formats.items()) or 'none'}",
+            f"image formats   {formats or 'none'}",
             f"undecodable     {self.undecodable:,}",
             "most frequent captions:",
-            *(f"  {count:>7,}  {visible(_cut(caption, 100))}" for caption, count in self.frequent),
+            *(f"  {count:>7,}  {visible(short(caption, 100))}" for caption, count in self.frequent),
         ]
         return "\n".join(lines)
 
@@ -92,7 +101,8 @@ def inspect_captions(
             it belongs to, and OpenCLIP's otherwise, which comes with the package.
         scores: folder or remote of the reference's stored log-probabilities; the page then shades each token by its
             weight, normalized as in PRIOR.
-        alpha, floor: of :func:`.importance_weights`.
+        alpha: exponent of :func:`.importance_weights`.
+        floor: smallest weight of :func:`.importance_weights`.
         limit: how many samples to read for the figures, drawn at random; ``None`` reads all.
         samples: how many samples the page shows.
         seed: what is drawn depends on it alone.
@@ -123,11 +133,8 @@ def inspect_captions(
         numbers = range(count) if limit is None or limit >= count else sorted(drawn.sample(range(count), limit))
         shown = set(drawn.sample(list(numbers), min(samples, len(numbers))))
         cards: list[str] = []
-        found: Counter[str] = Counter()
-        formats: Counter[str] = Counter()
-        lengths: list[int] = []
-        sizes: list[tuple[int, int]] = []
-        undecodable = 0
+        size = sum(shard["raw_data"]["bytes"] for shard in shards)
+        report = CaptionReport(count, len(shards), size, len(numbers), unit)
         for number in numbers:
             try:
                 sample = dataset[number]
@@ -136,31 +143,22 @@ def inspect_captions(
             captions = sample_captions(sample)
             if not all(isinstance(caption, str) for caption in captions):
                 raise ValueError(f"{data}: the captions of sample {number} are not texts; convert the data again.")
-            found.update(captions)
-            lengths += map(length, captions)
-            header = _header(sample["image"])
-            if header is None:
-                undecodable += 1
-            else:
-                formats[header[0]] += 1
-                sizes.append(header[1])
+            report.counts.update(captions)
+            report.lengths += map(length, captions)
+            try:
+                opened = Image.open(io.BytesIO(sample["image"]), formats=IMAGE_FORMATS)  # reads the header alone
+                report.formats[opened.format or "unknown"] += 1
+                report.sizes.append(opened.size)
+            except Exception:
+                report.undecodable += 1
             if number in shown:
                 pieces = shades(number, sample) if shades else None
                 cards.append(sample_card(number, sample["image"], captions, pieces))
-    size = sum(shard["raw_data"]["bytes"] for shard in shards)
-    report = CaptionReport(
-        count, len(shards), size, len(numbers), found.total(), unit, lengths, sizes, dict(formats.most_common()),
-        undecodable, found.most_common(10),
-    )  # fmt: skip
     if page is not None:
         says = "The stronger the colour of a token, the larger its weight, of which the mean over a caption is 1"
         above = legend(says, None) if shades else ""
         Path(page).expanduser().write_text(samples_page(cards, f"{data}", f"{report}", above), encoding="utf-8")
     return report
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _spread(values: Sequence[int]) -> str:
@@ -169,15 +167,6 @@ def _spread(values: Sequence[int]) -> str:
     ordered = sorted(values)
     high = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
     return f"{ordered[0]:,} to {ordered[-1]:,}, median {statistics.median(ordered):,.0f}, 95 % up to {high:,}"
-
-
-def _header(image: bytes) -> tuple[str, tuple[int, int]] | None:
-    """Format and size of an image from its header alone."""
-    try:
-        opened = Image.open(io.BytesIO(image), formats=IMAGE_FORMATS)
-    except Exception:
-        return None
-    return opened.format or "unknown", opened.size
 
 
 def _length(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
@@ -201,7 +190,7 @@ def _load_tokenizer(name: str) -> Any:
 def _shades(
     path: str, tokenizer: str | None, index: bytes, samples: int, cache: Path, alpha: float, floor: float
 ) -> tuple[Callable[[int, Mapping[str, Any]], list[list[Shade]] | None], str]:
-    """What makes the pieces of a sample's caption, each with its weight, from stored scores; and their tokenizer."""
+    """Return a function that cuts a sample's caption into pieces with weights from stored scores, and the tokenizer."""
     import torch
 
     from composer_prior.algorithms.prior.weights import importance_weights
@@ -237,7 +226,7 @@ def _shades(
 
 
 def _pieces(caption: str, edges: Sequence[float], weights: Sequence[float], end: str) -> list[Shade]:
-    """A caption cut at the tokens' edges; tokens that share a character are one piece, of their average weight."""
+    """Cut a caption at the tokens' edges; tokens that share a character are one piece, of their average weight."""
     found: list[Shade] = []
     start, waiting = 0, list[float]()
     for edge, weight in zip(edges[1:], weights, strict=False):

@@ -1,4 +1,4 @@
-"""Pages of HTML that are one file: no script, nothing loaded from elsewhere, and text that can be nothing but text."""
+"""Self-contained HTML pages: no script, no external files, and all text escaped."""
 
 import base64
 import html
@@ -11,7 +11,7 @@ from composer_prior.data.images import ImageError, decode_rgb
 from composer_prior.data.messages import visible
 
 Shade = tuple[str, float | None]
-"""A piece of a caption and the value that shades it, such as its probability or weight; ``None`` is no shade."""
+"""A piece of a caption and the value that shades it, such as its probability; ``None`` is no shade."""
 
 _THUMBNAIL = 320
 _STYLE = """
@@ -38,11 +38,11 @@ th:first-child { text-align: left; font-weight: inherit }
 
 
 def document(title: str, body: str, style: str = "") -> str:
-    """One self-contained HTML page, which may load nothing and run nothing.
+    """Return one self-contained HTML page, which may load nothing and run nothing.
 
     Args:
         title: the page's title, as plain text.
-        body: what stands below it, as HTML.
+        body: HTML below the title.
         style: rules of CSS besides those of every page.
     """
     return (
@@ -56,13 +56,13 @@ def document(title: str, body: str, style: str = "") -> str:
 
 
 def samples_page(cards: Iterable[str], title: str, text: str = "", above: str = "") -> str:
-    """A page of samples.
+    """Return a page of samples.
 
     Args:
-        cards: what :func:`sample_card` returned for each sample.
+        cards: of :func:`sample_card`, one per sample.
         title: the page's title, as plain text.
-        text: what stands above the samples, as plain text.
-        above: what stands there as HTML, such as a :func:`legend`.
+        text: plain text above the samples.
+        above: HTML above the samples, such as a :func:`legend`.
     """
     return document(title, f"{f'<pre>{escape(text)}</pre>' if text else ''}\n{above}{samples_grid(cards)}")
 
@@ -82,7 +82,7 @@ def legend(says: str, full: float | None = 1.0) -> str:
 
 
 def samples_grid(cards: Iterable[str]) -> str:
-    """What :func:`sample_card` returned for each sample, side by side."""
+    """Return the cards of :func:`sample_card` side by side."""
     return f'<div class="samples">\n{"".join(cards)}</div>\n'
 
 
@@ -94,15 +94,15 @@ def sample_card(
     labels: Sequence[str] = (),
     full: Sequence[float] = (),
 ) -> str:
-    """One sample as HTML: a thumbnail, and its captions as text that cannot be anything but text.
+    """Return one sample as HTML: a thumbnail and its captions, escaped.
 
     Args:
-        name: of the image's file, or the sample's number.
-        image: RGB, or encoded: then it is decoded here and drawn anew; what cannot be decoded is named instead.
+        name: the name of the image's file, or the sample's number.
+        image: RGB, or encoded; an image that cannot be decoded is replaced by the error.
         captions: its captions.
-        shades: for each caption the pieces it is made of, each with a value; the larger, the stronger its colour.
-        labels: what stands above each caption. Default: nothing.
-        full: for each caption the value from which on the colour is at its strongest. Default: its largest value.
+        shades: the pieces of each caption, each with a value; a larger value has a stronger colour.
+        labels: text above each caption. Default: none.
+        full: value of the strongest colour, for each caption. Default: its largest value.
 
     Returns:
         A ``figure`` element.
@@ -145,7 +145,7 @@ def pictures(figures: Iterable[str]) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of plain text, the first cell of each row its name."""
+    """Return a table of plain text, the first cell of each row its name."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = ""
     for name, *cells in rows:
@@ -165,11 +165,11 @@ def _shaded(pieces: Sequence[Shade], full: float | None) -> str:
 
 
 def escape(text: str) -> str:
-    """Text for HTML, with control characters made visible, so that none can reorder or hide its surroundings."""
+    """Escape text for HTML and make control characters visible, so that none can reorder or hide its surroundings."""
     shown = ((char, visible(char, keep="\n\t")) for char in text)
     return "".join(html.escape(c) if c == said else f'<span class="control">{said}</span>' for c, said in shown)
 
 
 def plain(text: str) -> str:
-    """The same for the places of HTML that hold no elements, such as titles and attributes."""
+    """Escape text for titles and attributes, which hold no elements."""
     return html.escape(visible(text))

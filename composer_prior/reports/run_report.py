@@ -1,4 +1,4 @@
-"""The page that a run ends with: what it logged as curves, its results beside others', its captions of images."""
+"""The page at the end of a run: curves of its metrics, results beside others', and captions of images."""
 
 import math
 from collections import defaultdict
@@ -21,28 +21,31 @@ Figure = Mapping[str, float | None]
 # Display name and explanation of each figure; the explanation says where lower is better.
 _WORDS = {
     "loss": ("", "nats per token, lower is better; image-related tokens are those that the image determines"),
-    "total": ("", "chooses the true text by log P(text | image)"),
-    "per_token": ("", "chooses it by log P(text | image) per token"),
-    "image_gain": ("", "chooses it by log P(text | image) - log P(text), so that a likely text has no advantage"),
-    "cider_d": ("CIDEr-D", "how many rare n-grams captions share with people's, 0 to 10"),
-    "bleu": ("BLEU", "share of a caption's n-grams up to that length that people's captions have, 0 to 1"),
-    "rouge_l": ("ROUGE-L", "longest common sequence of words with people's captions, 0 to 1"),
+    "total": ("", "accuracy of choosing the true text by log P(text | image)"),
+    "per_token": ("", "accuracy of choosing it by log P(text | image) per token"),
+    "image_gain": (
+        "",
+        "accuracy of choosing it by log P(text | image) - log P(text), so that likely texts gain nothing",
+    ),
+    "cider_d": ("CIDEr-D", "similarity of rare n-grams with the reference captions, 0 to 10"),
+    "bleu": ("BLEU", "share of a caption's n-grams up to that length that the reference captions have, 0 to 1"),
+    "rouge_l": ("ROUGE-L", "longest common sequence of words with the reference captions, 0 to 1"),
     "chair_i": ("CHAIR-i", "share of the mentions of objects that are not in the image; lower is better"),
     "chair_s": ("CHAIR-s", "share of the captions that mention such an object; lower is better"),
-    "recall": ("", "share of what is there that is named"),
-    "precision": ("", "share of what is named that is there"),
-    "all_right": ("", "share of the captions that name all objects that are there and no other"),
+    "recall": ("", "share of the objects in the image that are named"),
+    "precision": ("", "share of the named objects that are in the image"),
+    "all_right": ("", "share of the captions that name every object in the image and no other"),
     "dependence": ("", "nats per token that the image adds to log P"),
-    "own_minus_another": ("", "nats per token by which its own image is better than another's"),
+    "own_minus_another": ("", "nats per token by which the right image is better than another"),
     "rank_correlation": ("", "of the reference's weights with the dependence, within a caption"),
     "precision_of_weights": ("", "share of image-related tokens among the heaviest"),
 }
 # Figures that others are compared with.
 _SHUFFLED, _TEXT_ONLY, _CHANCE = "_shuffled", "text_only", "chance"
 _COMPARED = {
-    _SHUFFLED: "shuffled images: what the model gets with the image of another sample",
-    _TEXT_ONLY: "text only: by log P(text) alone",
-    _CHANCE: "chance: by guessing",
+    _SHUFFLED: "shuffled images: the figure with the image of another sample",
+    _TEXT_ONLY: "text only: accuracy of log P(text) alone",
+    _CHANCE: "chance: accuracy of guessing",
 }
 
 
@@ -57,7 +60,7 @@ class Curve:
     bins: dict[int, list[float]] = field(default_factory=dict)  # count, sum of x, sum of y
 
     def add(self, x: float, y: float) -> None:
-        """Take one point in."""
+        """Add a point."""
         self._put(int(x // self.width), 1, x, y)
         while len(self.bins) > POINTS:
             self.width *= 2
@@ -82,10 +85,7 @@ class Curve:
 
 @dataclass
 class Logged:
-    """What is kept of a run's records: a thinned curve of each metric that the page shows, and the last values.
-
-    What is no finite number is left out.
-    """
+    """A run's records: a thinned curve of each metric on the page, and the last values; finite numbers only."""
 
     curves: defaultdict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))
     last: dict[str, float] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class Logged:
 
     @classmethod
     def of(cls, records: Iterable[Mapping[str, Any]]) -> "Logged":
-        """Read records one by one, so that there can be any number of them."""
+        """Read any number of records, one by one."""
         logged = cls()
         for record in records:
             for name, value in record.items():
@@ -123,15 +123,15 @@ def run_report(
     cards: Iterable[str] = (),
     recipe: str = "",
 ) -> str:
-    """The page, as HTML; what a run lacks is not on it.
+    """Return the page as HTML, without the parts that a run lacks.
 
     Args:
-        records: of the run, each with ``batch`` and the metrics that were logged then; read once, one by one.
+        records: of the run, each with ``batch`` and the metrics logged at it; read once.
         title: the page's title.
-        validation: metrics by the names of the models that they are of.
+        validation: metrics by the name of their model.
         benchmarks: figures by the names of benchmarks. Default: the last ``eval/<benchmark>/<figure>`` of the records.
-        cards: what :func:`.sample_card` returned for each sample.
-        recipe: its text.
+        cards: of :func:`.sample_card`, one per sample.
+        recipe: text of the recipe.
     """
     logged = Logged.of(records)
     if benchmarks is None:
@@ -172,7 +172,7 @@ def _training_charts(logged: Logged) -> list[str]:
     if "metrics/train/loss" not in logged.curves:
         loss += logged.line("loss/train/total", "training", 1)
     weighted = [
-        *logged.line("prior/loss_weighted", "weighted by PRIOR, what is minimized", 1),
+        *logged.line("prior/loss_weighted", "weighted by PRIOR (minimized)", 1),
         *logged.line("prior/loss_unweighted", "unweighted", 2),
         *logged.line("prior/reference_nll", "of the reference, unweighted", 0, dash="--"),
     ]
@@ -200,7 +200,7 @@ def _chart(title: str, lines: Sequence[Line], y_label: str, end: float, may_be_l
 
 
 def _benchmark_charts(logged: Logged) -> list[str]:
-    """A chart of each benchmark that was run more than once; figures of categories are in the table alone."""
+    """Return charts of the benchmarks that were run more than once; figures of categories are in the table only."""
     by_benchmark = defaultdict(list)
     for name in sorted(logged.curves):
         kind, _, rest = name.partition("/")
@@ -238,6 +238,7 @@ def _last_figures(logged: Logged) -> dict[str, dict[str, Figure]]:
 
 
 def results(validation: Mapping[str, Mapping[str, float]], benchmarks: Mapping[str, Mapping[str, Figure]]) -> str:
+    """Return tables of validation metrics and of benchmarks as HTML, with their explanations."""
     parts = []
     names = [
         (f"{value}, {tokens}", f"{value}{end}") for value in ("loss", "accuracy") for tokens, end in TOKENS.items()
@@ -268,7 +269,7 @@ def _explained(figures: Sequence[str]) -> str:
 
 
 def _benchmark_table(benchmark: str, figures: Mapping[str, Figure], names: Sequence[str]) -> str:
-    """A row per figure, beside it what it is compared with: columns that nothing stands in are left out."""
+    """Return a table with a row per figure and its baselines beside it, without empty columns."""
     rows = []
     for name in names:
         figure, slash, category = name.partition("/")
@@ -294,7 +295,7 @@ def _is_comparison(figure: str) -> bool:
 
 
 def _words(figure: str) -> tuple[str, str]:
-    """The name of a figure, or of that which its own begins with, if it has one, and what it says."""
+    """Return display name and explanation of a figure, or of the figure whose name its own begins with."""
     return _WORDS.get(figure) or _WORDS.get(figure.rpartition("_")[0], ("", ""))
 
 
