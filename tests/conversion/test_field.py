@@ -18,6 +18,7 @@ from streaming.base.local import LocalDataset
 from composer_prior.conversion.convert import ConversionError, ConversionOptions, convert_captions
 from composer_prior.conversion.sources import Record, Rejected, SourceError, open_source, read_image
 from composer_prior.conversion.sources import lines as source_lines
+from composer_prior.conversion.sources.files import parquet_problem, tar_problem
 
 
 def picture(shade: int = 90, size: int = 12) -> bytes:
@@ -95,7 +96,7 @@ KINDS = {
 }
 OTHER = {
     "0.parquet": {"cut after": parquet_bytes()[:-30], "a tar archive": tar_bytes(pairs("a")), "not a Pa": b"x" * 900},
-    "0.tar": {"cut after": tar_bytes(pairs("a"))[:300], "a Parquet file": parquet_bytes(), "not a tar": b"x" * 9000},
+    "0.tar": {"cut after": tar_bytes(pairs("a"))[:300], "a Parquet file": parquet_bytes()},
     "0.tar.gz": {
         "cut after": gzip.compress(os.urandom(4000))[:60],
         "a Parquet file": parquet_bytes(),
@@ -112,7 +113,18 @@ def whole_file(name: str) -> bytes:
 
 
 @pytest.mark.parametrize(("name", "kind", "data"), BAD_FILES, ids=[f"{name}-{kind}" for name, kind, _ in BAD_FILES])
-@pytest.mark.parametrize("processes", [1, 2])
+def test_a_file_that_cannot_be_read_says_what_it_is(name, kind, data, tmp_path):
+    problem = parquet_problem if name.endswith("parquet") else tar_problem
+    (tmp_path / name).write_bytes(data)
+    assert kind in problem(tmp_path / name)
+    (tmp_path / name).write_bytes(whole_file(name))
+    assert problem(tmp_path / name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "data", "processes"),
+    [("0.parquet", "cut after", OTHER["0.parquet"]["cut after"], 1), ("0.tar", "not a tar", b"x" * 9000, 2)],
+)
 def test_a_file_that_cannot_be_read_is_an_error_or_counts_for_what_it_held(name, kind, data, processes, tmp_path):
     source = write(tmp_path / "in", {name: data, f"1{name[1:]}": whole_file(name), f"2{name[1:]}": whole_file(name)})
     with pytest.raises((SourceError, ConversionError)) as caught:

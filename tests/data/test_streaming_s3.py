@@ -21,7 +21,7 @@ from streaming import MDSWriter
 from composer_prior import StreamingCaptionDataset
 from composer_prior.conversion.convert import convert_captions
 from composer_prior.data.captions import caption_data_spec, read_captions
-from composer_prior.data.download import STRONGEST_FIRST
+from composer_prior.data.download import ATTEMPTS, FIRST_PAUSE, STRONGEST_FIRST
 from composer_prior.data.messages import DataError, OneLineError
 from composer_prior.data.streams import CheckedDataset
 from composer_prior.emoji_scenes.writing import make_sample
@@ -35,7 +35,7 @@ pytest.importorskip("moto")
 
 SAMPLES = 96
 CACHE_LIMIT = 90_000
-GONE = 30.0  # seconds
+GONE = 3.0  # seconds, over which two attempts fail
 REMOTE = "s3://captions/data"
 SECRETS = {
     "AWS_ACCESS_KEY_ID": "AKIACANARY",
@@ -420,7 +420,7 @@ def stopped(bucket: Path, server: str) -> Path:
 def runs(bucket: Path, server: str, stopped: Path) -> Path:
     """Folder of three runs: from a folder, from a bucket that fails, and gone on from where the stopped one was."""
     faults = [Fault(delay=0.5), Fault(status=500), Fault(cut=True), Fault(status=503), Fault(corrupt=True)]
-    faults.append(Fault(delay=30))  # longer than the timeout
+    faults.append(Fault(delay=6))  # longer than the timeout
     shards, gone = of_shards(*faults, None, first=2), shard_names(bucket)[-1]
 
     def plan(path: str, n: int) -> Fault | None:
@@ -440,6 +440,10 @@ def runs(bucket: Path, server: str, stopped: Path) -> Path:
         assert_no_secrets(bucket, "faults", output, proxy.address)
     assert set(proxy.injected) == {*faults, Fault(gone=GONE)}
     return bucket / "runs"
+
+
+def test_attempts_go_on_for_a_minute():
+    assert sum(FIRST_PAUSE * 2**attempt for attempt in range(ATTEMPTS - 1)) >= 60
 
 
 def test_losses_are_bitwise_those_without_faults(runs):
