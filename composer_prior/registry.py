@@ -6,19 +6,72 @@ Code from outside adds its own with :func:`register`, and a recipe loads it thro
 import difflib
 import inspect
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Annotated, Any
 
 from composer_prior import signatures
 
 Count = Annotated[int, "of at least 1"]
 Whole = Annotated[int, "of at least 0"]
-_COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {}
+_COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {}  # those registered
+_SHIPPED = {  # beside Composer's algorithms, callbacks and loggers, which have their names in snake_case
+    "algorithm": {
+        "prior": "composer_prior.algorithms.prior.prior:PRIOR",
+        "permuted_prior": "composer_prior.algorithms.permuted_prior.permuted_prior:PermutedPRIOR",
+        "random_prior": "composer_prior.algorithms.random_prior.random_prior:RandomPRIOR",
+        "oracle": "composer_prior.algorithms.oracle.oracle:Oracle",
+        "rho1": "composer_prior.algorithms.rho1.rho1:Rho1",
+        "cal": "composer_prior.algorithms.cal.cal:CAL",
+        "focal": "composer_prior.algorithms.focal.focal:Focal",
+    },
+    "benchmark": {
+        "captioning": "composer_prior.evaluation.captioning:Captioning",
+        "foils": "composer_prior.evaluation.foils:Foils",
+        "hallucination": "composer_prior.evaluation.hallucination:Hallucination",
+        "image_dependence": "composer_prior.evaluation.image_dependence:ImageDependence",
+        "pope": "composer_prior.evaluation.pope:Pope",
+        "scene_foils": "composer_prior.evaluation.scene_choices:SceneFoils",
+        "scene_questions": "composer_prior.evaluation.scene_choices:SceneQuestions",
+    },
+    "callback": {
+        "compute_monitor": "composer_prior.training.compute:ComputeMonitor",
+        "data_wait_monitor": "composer_prior.training.data_wait:DataWaitMonitor",
+        "hf_checkpointer": "composer_prior.training.saving:HuggingFaceCheckpointer",
+        "lr_monitor": "composer_prior.training.optimizer:GroupLRMonitor",
+        "nan_monitor": "composer.callbacks:NaNMonitor",
+    },
+    "data": {"emoji_scenes": "composer_prior.emoji_scenes.writing:make_emoji_scenes"},
+    "logger": {
+        "tensorboard": "composer_prior.training.trackers:TensorBoard",
+        "tensorboard_logger": "composer_prior.training.trackers:TensorBoard",
+        "wandb": "composer_prior.training.trackers:WandB",
+        "wand_b_logger": "composer_prior.training.trackers:WandB",
+        "mlflow": "composer_prior.training.trackers:MLFlow",
+        "ml_flow_logger": "composer_prior.training.trackers:MLFlow",
+    },
+    "model": {"lvlm": "composer_prior.training.builders:build_lvlm"},
+    "optimizer": {
+        "decoupled_adamw": "composer.optim:DecoupledAdamW",
+        "decoupled_sgdw": "composer.optim:DecoupledSGDW",
+        "adamw": "torch.optim:AdamW",
+    },
+    "scheduler": {
+        "constant_with_warmup": "composer.optim:ConstantWithWarmupScheduler",
+        "cosine_with_warmup": "composer.optim:CosineAnnealingWithWarmupScheduler",
+        "linear_decay_with_warmup": "composer.optim:LinearWithWarmupScheduler",
+        "multistep_with_warmup": "composer.optim:MultiStepWithWarmupScheduler",
+        "polynomial_with_warmup": "composer.optim:PolynomialWithWarmupScheduler",
+    },
+    "vision": {
+        "open_clip": "composer_prior.models.vision:OpenCLIPTower",
+        "patches": "composer_prior.models.vision:PatchEmbedding",
+    },
+}
 
 
 def register(kind: str, name: str) -> Callable[[Any], Any]:
@@ -32,37 +85,31 @@ def register(kind: str, name: str) -> Callable[[Any], Any]:
 
 
 def look_up(kind: str, name: str, where: str) -> Any:
-    """The constructor registered as ``name``, or, before its module is imported, ``module:name`` of it.
+    """Return the constructor of a name, or ``module:name`` of one whose module is not imported.
 
     Raises:
         ValueError: if there is none, naming ``where`` in the recipe and the nearest name.
     """
-    known = {**declared().get(kind, {}), **_COMPONENTS.get(kind, {})}
-    if name not in known:
-        raise ValueError(f"{where}={name!r} is not a known {kind}. {did_you_mean(name, known)}")
-    return known[name]
+    if name in _COMPONENTS.get(kind, {}):
+        return _COMPONENTS[kind][name]
+    if name not in shipped(kind):
+        raise ValueError(f"{where}={name!r} is not a known {kind}. {did_you_mean(name, names(kind))}")
+    module, _, attribute = shipped(kind)[name].partition(":")
+    return getattr(sys.modules.get(module), attribute, shipped(kind)[name])
 
 
 def names(kind: str) -> list[str]:
-    """Return the names of a kind: those registered so far, and those that this package registers on import."""
-    return [*{**declared().get(kind, {}), **_COMPONENTS.get(kind, {})}]
+    """Return the names of a kind: those of this package, those of Composer, and those registered so far."""
+    return [*{**shipped(kind), **_COMPONENTS.get(kind, {})}]
 
 
 @cache
-def declared() -> dict[str, dict[str, str]]:
-    """Return what this package registers on import, read from its source: ``{kind: {name: "module:name"}}``."""
-    found: dict[str, dict[str, str]] = {}
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        text = file.read_text(encoding="utf-8")
-        module = ".".join(("composer_prior", *file.relative_to(Path(__file__).parent).with_suffix("").parts))
-        for kind, package in re.findall(r'^_register_classes\("(\w+)", ([\w.]+)', text, re.M):
-            bases = ("Logger", "LoggerDestination")  # which are no components
-            classes = [name for name in signatures.definitions(package) if name[0].isupper() and name not in bases]
-            found.setdefault(kind, {}).update({snake_case(name): f"{package}:{name}" for name in classes})
-        pattern = r'^@?register\("(\w+)", "(\w+)"\)(?:\((\w+)\)|\n(?:@.*\n)*(?:class|def) (\w+))'
-        for kind, name, given, decorated in re.findall(pattern, text, re.M):
-            found.setdefault(kind, {})[name] = f"{module}:{given or decorated}"
-    return found
+def shipped(kind: str) -> dict[str, str]:
+    """Return the components that need no further code, ``module:name`` by name."""
+    package = {"algorithm": "composer.algorithms", "callback": "composer.callbacks", "logger": "composer.loggers"}
+    found = signatures.definitions(package[kind]) if kind in package else {}
+    classes = [name for name in found if name[0].isupper() and name not in ("Logger", "LoggerDestination")]
+    return {snake_case(name): f"{package[kind]}:{name}" for name in classes} | _SHIPPED.get(kind, {})
 
 
 def snake_case(name: str) -> str:

@@ -20,10 +20,9 @@ from composer_prior.evaluation.caption_metrics import (
 from composer_prior.evaluation.captioned import CaptionedImages
 from composer_prior.evaluation.likelihood import VisionLanguageModel
 from composer_prior.evaluation.samples import digest, per_category, with_category
-from composer_prior.registry import Count, register
+from composer_prior.registry import Count
 
 
-@register("benchmark", "captioning")
 class Captioning(Benchmark):
     """``cider_d`` in [0, 10], ``bleu_1`` to ``bleu_4`` and ``rouge_l`` in [0, 1].
 

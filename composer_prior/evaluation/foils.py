@@ -25,7 +25,6 @@ from composer_prior.evaluation.samples import (
     usable,
     value,
 )
-from composer_prior.registry import register
 
 VOTES = 2  # of three annotators, from which on VALSE's authors use a sample
 ATTRIBUTE_PAIRS = 25  # samples, from which on ARO's authors report a pair of attributes
@@ -55,7 +54,6 @@ class Foil:
     least: int = 1
 
 
-@register("benchmark", "foils")
 class Foils(ChoiceBenchmark):
     """Accuracy of choosing the caption among its foils by likelihood; see :class:`.ChoiceBenchmark` for the figures.
 

@@ -15,7 +15,7 @@ from composer_prior.evaluation.benchmark import Benchmark
 from composer_prior.evaluation.captioned import CaptionedImage, CaptionedImages
 from composer_prior.evaluation.likelihood import VisionLanguageModel
 from composer_prior.evaluation.samples import digest, per_category, read_json, with_category
-from composer_prior.registry import Count, register
+from composer_prior.registry import Count
 
 _PLURALS = {"child": "children", "foot": "feet", "goose": "geese", "person": "people", "sheep": "sheep"}
 _ENDINGS = (("man", "men"), ("knife", "knives"), ("shelf", "shelves"), ("loaf", "loaves"), ("calf", "calves"))
@@ -75,7 +75,6 @@ def read_synonyms(file: str | Path) -> Vocabulary:
     return Vocabulary(synonyms)
 
 
-@register("benchmark", "hallucination")
 class Hallucination(Benchmark):
     """Objects of generated captions beside those of the images (CHAIR, Rohrbach et al. 2018, section 2).
 

@@ -13,7 +13,6 @@ from composer_prior.evaluation.benchmark import Benchmark, figures_of
 from composer_prior.evaluation.captioned import CaptionSamples
 from composer_prior.evaluation.likelihood import TextOnly, TokenLogprobs, VisionLanguageModel, blanks
 from composer_prior.models.reference import ReferenceLM
-from composer_prior.registry import register
 from composer_prior.reports.page import legend, sample_card, samples_page
 from composer_prior.reports.run_report import results
 from composer_prior.scoring.align import align_logprobs, token_edges
@@ -23,7 +22,6 @@ PAGE_NATS = 5.0  # of the strongest colour
 FEWEST = 5  # occurrences of a word whose mean is told
 
 
-@register("benchmark", "image_dependence")
 class ImageDependence(Benchmark):
     """Per token, log P with the image minus log P without it (a grey one), and minus log P with another image.
 

@@ -21,7 +21,6 @@ from composer_prior.evaluation.samples import (
     usable,
     with_category,
 )
-from composer_prior.registry import register
 
 
 class Question(NamedTuple):
@@ -42,7 +41,6 @@ class Question(NamedTuple):
     identity: Any
 
 
-@register("benchmark", "pope")
 class Pope(ChoiceBenchmark):
     """Accuracy, precision, recall and F1 of yes, and the share of yes, for the likelier answer.
 

@@ -11,7 +11,7 @@ from composer_prior.emoji_scenes.scenes import CLASSES, draw_scene
 from composer_prior.emoji_scenes.statements import Statements
 from composer_prior.evaluation.choices import Choice, ChoiceBenchmark
 from composer_prior.models.reference import ReferenceLM
-from composer_prior.registry import Count, Whole, did_you_mean, register
+from composer_prior.registry import Count, Whole, did_you_mean
 
 SCENE = "scene"  # the key of an image's `info` that holds its scene
 
@@ -72,7 +72,6 @@ class SceneChoices(ChoiceBenchmark):
         return Choice(image, item.texts, category, item.prompt)
 
 
-@register("benchmark", "scene_foils")
 class SceneFoils(SceneChoices):
     """Which caption fits: one fact is wrong in each of the others, see :func:`.make_foils`."""
 
@@ -83,7 +82,6 @@ class SceneFoils(SceneChoices):
         return foils.make_foils(category, index, canvas=self.canvas, seed=self.seed)
 
 
-@register("benchmark", "scene_questions")
 class SceneQuestions(SceneChoices):
     """Which answer fits, see :func:`.make_question`.
 

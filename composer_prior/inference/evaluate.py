@@ -17,7 +17,6 @@ from composer_prior import registry
 from composer_prior.data.hub import ModelFolderError, load_pretrained
 from composer_prior.data.messages import DataError, one_line
 from composer_prior.data.nodes import sole_job
-from composer_prior.evaluation import components  # noqa: F401  registers the benchmarks
 from composer_prior.evaluation.benchmark import Benchmark, Figures, reasons, run_benchmark
 from composer_prior.evaluation.likelihood import HuggingFaceModel, OwnModel
 from composer_prior.inference.device import check_device

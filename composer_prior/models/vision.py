@@ -25,10 +25,8 @@ from composer_prior.data.batch import IMAGE, ROW_SEPARATOR, ImageInputs
 from composer_prior.data.messages import announce, one_line
 from composer_prior.models.modeling_prior_lvlm import cut_patches, encoder_features, prune_encoder
 from composer_prior.models.open_clip_source import brings_weights, find_source
-from composer_prior.registry import register
 
 
-@register("vision", "open_clip")
 class OpenCLIPTower(nn.Module):
     """Patch features of an OpenCLIP visual encoder, ``pixel_values [B, 3, H, W] -> [B * N, width]``.
 
@@ -167,7 +165,6 @@ class OpenCLIPTower(nn.Module):
             return encoder_features(self.encoder, batch["pixel_values"]).flatten(0, 1)
 
 
-@register("vision", "patches")
 class PatchEmbedding(nn.Module):
     """Pixel patches through one linear layer, ``pixel_patches [B, N, 3 P P] -> [n, width]`` of the real patches.
 

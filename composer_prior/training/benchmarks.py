@@ -11,7 +11,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from composer_prior import registry
 from composer_prior.data.messages import announce, failure
-from composer_prior.evaluation import components  # noqa: F401  registers the benchmarks
 from composer_prior.evaluation.benchmark import Benchmark, Figures, run_benchmark
 from composer_prior.evaluation.likelihood import OwnModel
 from composer_prior.models.composer_lvlm import ComposerLVLM

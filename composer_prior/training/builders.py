@@ -15,10 +15,8 @@ from composer_prior.models.language import build_language_model, hidden_size, la
 from composer_prior.models.lvlm import LVLM
 from composer_prior.models.projector import build_projector
 from composer_prior.models.vision import OpenCLIPTower
-from composer_prior.registry import register
 
 
-@register("model", "lvlm")
 def build_lvlm(
     tokenizer: PreTrainedTokenizerBase,
     language: dict[str, Any],

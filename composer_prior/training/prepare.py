@@ -20,7 +20,6 @@ from composer_prior.data.storage import is_remote, whole_folder
 from composer_prior.data.tokenizer import train_tokenizer
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import score_captions
-from composer_prior.training import components  # noqa: F401  registers them
 from composer_prior.training.checkpoints import CHECKPOINT_NAME
 from composer_prior.training.config import TrainConfig
 from composer_prior.training.errors import one_line_errors

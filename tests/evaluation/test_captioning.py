@@ -6,7 +6,6 @@ import pytest
 from common.data import write_tiles
 from common.fakes import FakeModel, shade, write_image, write_json
 
-import composer_prior.evaluation.components  # noqa: F401  registers the benchmarks
 from composer_prior import registry
 from composer_prior.data.messages import DataError
 from composer_prior.evaluation.benchmark import reasons, run_benchmark

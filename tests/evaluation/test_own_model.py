@@ -5,7 +5,6 @@ import json
 import pytest
 from common.fakes import write_image, write_json
 
-import composer_prior.evaluation.components  # noqa: F401  registers the benchmarks
 from composer_prior import registry
 from composer_prior.evaluation.benchmark import run_benchmark
 from composer_prior.evaluation.likelihood import OwnModel

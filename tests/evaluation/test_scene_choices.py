@@ -13,7 +13,6 @@ from PIL import Image
 
 from composer_prior.emoji_scenes import drawings
 from composer_prior.emoji_scenes.scenes import draw_scene, is_held_out
-from composer_prior.evaluation import components  # noqa: F401  registers the benchmarks
 from composer_prior.evaluation.benchmark import run_benchmark
 from composer_prior.evaluation.likelihood import OwnModel, TokenLogprobs
 from composer_prior.evaluation.scene_choices import SCENE, SceneChoices, SceneFoils, SceneQuestions

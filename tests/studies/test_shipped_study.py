@@ -6,7 +6,6 @@ import pytest
 from common.recipes import ROOT
 
 from composer_prior import registry
-from composer_prior.evaluation import components  # noqa: F401 - registers the benchmarks
 from composer_prior.models.metrics import caption_metrics
 from composer_prior.studies.runner import Plan, plan_tasks
 from composer_prior.studies.shared import share

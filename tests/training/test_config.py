@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 from composer_prior.data.messages import one_line
-from composer_prior.registry import register
-from composer_prior.training.components import snake_case
+from composer_prior.registry import register, snake_case
 from composer_prior.training.config import identified, load_recipe, written
 from composer_prior.training.keys import check_keys
 
