@@ -98,6 +98,15 @@ def look_up(kind: str, name: str, where: str) -> Any:
     return getattr(sys.modules.get(module), attribute, shipped(kind)[name])
 
 
+def load(kind: str, name: str, where: str) -> Any:
+    """Return the constructor of a name, whose module is imported."""
+    constructor = look_up(kind, name, where)
+    if isinstance(constructor, str):
+        module, _, attribute = constructor.partition(":")
+        constructor = getattr(import_module(module), attribute)
+    return constructor
+
+
 def names(kind: str) -> list[str]:
     """Return the names of a kind: those of this package, those of Composer, and those registered so far."""
     return [*{**shipped(kind), **_COMPONENTS.get(kind, {})}]
@@ -200,10 +209,7 @@ def is_time(value: Any, positive: bool = False) -> bool:
 def build(kind: str, name: str, arguments: Mapping[str, Any], where: str, **given: Any) -> Any:
     """Check the recipe's arguments and call the constructor with them and with those given by the program."""
     check(kind, name, arguments, where, given)
-    constructor = look_up(kind, name, where)
-    if isinstance(constructor, str):
-        constructor = getattr(import_module(constructor.partition(":")[0]), constructor.partition(":")[2])
-    return constructor(**given, **arguments)
+    return load(kind, name, where)(**given, **arguments)
 
 
 def takes(constructor: Any, argument: str) -> bool:

@@ -79,14 +79,14 @@ def prepare_sharded(model: nn.Module) -> None:
     """Give a model that FSDP2 may have sharded what it still needs: methods that gather weights, and all tensors."""
     if ON_CPU in os.environ and not torch.cuda.is_available():
         runpy.run_path(os.environ[ON_CPU])
-    module: Any
     for module in model.modules():
-        if hasattr(module, "text_logprobs"):  # an LVLM
+        if hasattr(module, "text_logprobs"):
+            lvlm: Any = module
             if isinstance(module, FSDPModule) and dist.get_world_size() > 1:
-                share_tensor_attributes(module, module.language.device)
-            _keep_out_of_backward(module.vision)
-            register_fsdp_forward_method(module, "generate_ids")
-            register_fsdp_forward_method(module, "text_logprobs")
+                share_tensor_attributes(lvlm, lvlm.language.device)
+            _keep_out_of_backward(lvlm.vision)
+            register_fsdp_forward_method(lvlm, "generate_ids")
+            register_fsdp_forward_method(lvlm, "text_logprobs")
 
 
 def _keep_out_of_backward(tower: nn.Module | None) -> None:

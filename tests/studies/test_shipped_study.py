@@ -46,7 +46,7 @@ def test_its_figures_are_those_of_its_benchmarks(study):
     for recipe in study.recipes.values():
         known = {f"validation/{name}" for name in caption_metrics(image_related=True)}
         for name, arguments in recipe.benchmarks.items():
-            kind = registry.look_up("benchmark", arguments.get("benchmark", name), name)
+            kind = registry.load("benchmark", arguments.get("benchmark", name), name)
             known |= {f"{name}/{figure}" for figure in kind.headline.values()}
         assert set(named) <= known
 
