@@ -20,13 +20,15 @@ class Option(NamedTuple):
 
     name: str
     annotation: Any
-    default: str  # as one would type it; empty if it has to be given
+    default: str  # as typed; empty if the option is required
     sentence: str
 
 
 def options_of(target: Any) -> dict[str, Option]:
-    """The keyword options of a function, the fields of a dataclass or the arguments of another class, with the first
-    sentence that documents each; ``module:name`` is read from source, without its import."""
+    """Return a function's keyword options, a dataclass's fields or a class's arguments, with their documentation.
+
+    ``module:name`` is read from source, without its import; the documentation is the first sentence on each.
+    """
     if isinstance(target, str):
         target = signatures.stub(target)
     hints, sentences = typing.get_type_hints(target, include_extras=True), _sentences(target)
@@ -46,9 +48,9 @@ def options_of(target: Any) -> dict[str, Option]:
 
 
 def parse_options(words: Sequence[str], options: dict[str, Option]) -> tuple[list[str], dict[str, Any]]:
-    """The words of a command line that are no options, and the values of those that are.
+    """Split a command line into words without ``=`` and the values of its options.
 
-    Text stays as it was written where only text is accepted, so that a folder may be named 2017.
+    A text option keeps its value as written, so a folder may be named 2017.
 
     Raises:
         ValueError: for an unknown option, naming the nearest, and for a value of another type.
@@ -65,7 +67,7 @@ def parse_options(words: Sequence[str], options: dict[str, Option]) -> tuple[lis
 
 
 def show_options(options: dict[str, Option]) -> str:
-    """One line for each option: its default, and what it is."""
+    """Return one line for each option, with its default."""
     width = max(len(option.name) for option in options.values())
     return "\n".join(
         f"  {option.name:{width}}  {option.sentence}{f' [{option.default}]' * bool(option.default)}"
@@ -88,7 +90,7 @@ def _value(word: str, text: str, annotation: Any) -> Any:
 
 
 def _typed_form(default: Any) -> str:
-    """A default as one would type it."""
+    """Return a default as a user would type it."""
     if default is MISSING or default is inspect.Parameter.empty or default == "???":
         return ""
     if default is None or isinstance(default, bool):
@@ -97,7 +99,7 @@ def _typed_form(default: Any) -> str:
 
 
 def _sentences(target: Any) -> dict[str, str]:
-    """The first sentence on each argument, of the docstring and of those of base classes."""
+    """Return the first sentence on each argument, from the docstring and those of base classes."""
     sentences: dict[str, str] = {}
     for owner in reversed(target.__mro__[:-1]) if isinstance(target, type) else (target,):
         text = inspect.cleandoc(vars(owner).get("__doc__") or "" if isinstance(owner, type) else owner.__doc__ or "")

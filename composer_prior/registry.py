@@ -75,7 +75,7 @@ _SHIPPED = {  # beside Composer's algorithms, callbacks and loggers, which have 
 
 
 def register(kind: str, name: str) -> Callable[[Any], Any]:
-    """Decorator that makes a constructor available as ``name`` among the components of a kind."""
+    """Register the decorated constructor as ``name`` among the components of a kind."""
 
     def add(constructor: Any) -> Any:
         _COMPONENTS.setdefault(kind, {})[name] = constructor
@@ -122,7 +122,7 @@ def shipped(kind: str) -> dict[str, str]:
 
 
 def snake_case(name: str) -> str:
-    """``SpeedMonitor`` -> ``speed_monitor``, ``LRMonitor`` -> ``lr_monitor``, ``SAM`` -> ``sam``."""
+    """Convert ``SpeedMonitor`` to ``speed_monitor``, ``LRMonitor`` to ``lr_monitor``, ``SAM`` to ``sam``."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
@@ -183,7 +183,7 @@ def check_arguments(
 
 
 def check_value(where: str, value: Any, annotation: Any) -> None:
-    """Refuse a value of a recipe or of a command that its annotation does not accept, naming ``where`` it stands."""
+    """Raise for a value of a recipe or of a command that its annotation does not accept, naming ``where`` it is."""
     if not _accepts(annotation, value):
         expected = inspect.formatannotation(annotation)
         expected = re.sub(r"(?:typing\.)?Annotated\[(\w+), '([^']*)'\]", r"\1 \2", expected)
@@ -194,7 +194,7 @@ def check_value(where: str, value: Any, annotation: Any) -> None:
 
 
 def is_time(value: Any, positive: bool = False) -> bool:
-    """Whether a value is one of Composer's times, such as ``500ba``, ``2ep`` or ``0.1dur``, or ``1h30m``.
+    """Return True if a value is one of Composer's times, such as ``500ba``, ``2ep`` or ``0.1dur``, or ``1h30m``.
 
     Composer itself takes a digit without a unit for ten times as many seconds.
     """
@@ -213,12 +213,12 @@ def build(kind: str, name: str, arguments: Mapping[str, Any], where: str, **give
 
 
 def takes(constructor: Any, argument: str) -> bool:
-    """Whether a constructor has an argument of this name."""
+    """Return True if a constructor has an argument of this name."""
     return argument in parameters_of(constructor)
 
 
 def did_you_mean(name: str, accepted: Collection[str]) -> str:
-    """A sentence that names the nearest of the accepted names, and all of them if they are few."""
+    """Return a sentence that names the nearest of the accepted names, and all of them if they are few."""
     nearest = difflib.get_close_matches(name, list(accepted), n=1, cutoff=0.5)
     hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
     if nearest and len(accepted) > 30:
@@ -227,7 +227,7 @@ def did_you_mean(name: str, accepted: Collection[str]) -> str:
 
 
 def parameters_of(constructor: Any) -> dict[str, inspect.Parameter]:
-    """Keyword parameters; where a class passes ``**kwargs`` on, those of its base classes too."""
+    """Return keyword parameters; where a class passes ``**kwargs`` on, those of its base classes too."""
     if isinstance(constructor, str):
         constructor = signatures.stub(constructor)
     functions: list[Any] = (
@@ -257,7 +257,7 @@ def _type_hints(function: Any) -> dict[str, Any]:
 
 
 def _accepts(annotation: Any, value: Any) -> bool:
-    """Whether a value from YAML fits an annotation; annotations that YAML cannot express accept everything."""
+    """Return True if a value from YAML fits an annotation; one that YAML cannot express accepts everything."""
     origin, options = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         if any(_named(option, "Time") for option in options):

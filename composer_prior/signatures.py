@@ -1,6 +1,6 @@
-"""Arguments and docstrings of functions and classes, read from source: what has them is not imported.
+"""Arguments and docstrings of functions and classes, read from source without importing their modules.
 
-So help and the check of a recipe's keys come in a second, without torch and Composer.
+Help and the check of a recipe's keys thus take a second, without torch and Composer.
 """
 
 import ast
@@ -27,15 +27,15 @@ class _Answering(ABCMeta):
 
 
 class Unknown(metaclass=_Answering):
-    """In the place of what is not read: a recipe's value of such a type is checked when it is imported."""
+    """A stand-in for names that are not read; values of such a type are checked after the import."""
 
-    def __init__(self, unknown: Any = None):  # an argument that tells of others
+    def __init__(self, unknown: Any = None):  # marks arguments that are not known
         pass
 
 
 @cache
 def stub(target: str) -> Any:
-    """A function or class ``module:name`` as its source has it, with arguments and docstrings and nothing that it does.
+    """Return a function or class ``module:name`` with its arguments and docstrings and without its body.
 
     Of a class there are base classes and ``__init__``, or the fields of a dataclass; base classes that are not found
     are :class:`Unknown`.
@@ -74,13 +74,13 @@ def stub(target: str) -> Any:
             names[one] = _Answering(one, (), {})
     try:
         exec(compile(ast.fix_missing_locations(ast.Module([whole], [])), module, "exec"), names)
-    except Exception:  # whatever it computes there
+    except Exception:  # of any code at module level
         return Unknown
     return names[name]
 
 
 def _empty(node: Any) -> Any:
-    """A function without decorators and with its docstring alone; anything else as it is."""
+    """Return a function without decorators and with its docstring alone; return other nodes unchanged."""
     if not isinstance(node, ast.FunctionDef):
         return node
     doc = ast.Expr(ast.Constant(ast.get_docstring(node) or ""))
@@ -88,7 +88,7 @@ def _empty(node: Any) -> Any:
 
 
 def _origin(module: str, name: str) -> Any:
-    """What a name of a module is in the source that defines it."""
+    """Return the node of a name in the module that defines it."""
     found = definitions(module).get(name)
     while isinstance(found, str):
         module, _, name = found.partition(":")
@@ -98,7 +98,7 @@ def _origin(module: str, name: str) -> Any:
 
 @cache
 def definitions(module: str) -> dict[str, Any]:
-    """What a module's source defines: syntax trees by name, and ``module:name`` for what it imports."""
+    """Return a module's definitions: syntax trees by name, and ``module:name`` for imported names."""
     file = _file(module)
     if file is None:
         return {}
@@ -118,7 +118,7 @@ def definitions(module: str) -> dict[str, Any]:
 
 
 def _file(module: str) -> Path | None:
-    """The file of a module, which is found without the import of the package that it is in."""
+    """Find the file of a module without importing its package."""
     first, *rest = module.split(".")
     spec = find_spec(first)
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:

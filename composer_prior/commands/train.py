@@ -12,7 +12,7 @@ from composer_prior.training.trainer import finish
 
 
 def run(recipe: TrainConfig) -> None:
-    """Train; errors of the recipe and of the data end the program with one line."""
+    """Train a model; errors of the recipe and of the data end the program with one line."""
     with ExitStack() as held, one_line_exit((OneLineError,)):
         with one_line_exit():
             held.enter_context(sole_run(recipe))

@@ -1,4 +1,4 @@
-"""Everything about FSDP2: its configuration, its checks, wrapping, and what a sharded model still needs.
+"""FSDP2: its configuration and checks, wrapping, and what a sharded model needs afterwards.
 
 With FSDP2 the first rank alone has weights before a model is sharded; those of the others are on the meta device.
 """

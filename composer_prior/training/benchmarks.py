@@ -63,7 +63,7 @@ class RunBenchmark(Callback):
         logger.log_metrics({f"eval/{self.name}/{name}": value for name, value in values.items()})
 
     def headline(self) -> dict[str, float | None]:
-        """The figures that a closing line tells, by the words that it uses."""
+        """Return the figures of the closing line by its words."""
         headline = self.benchmark.headline.items()
         return {words: self.figures[name]["value"] for words, name in headline if name in self.figures}
 

@@ -104,12 +104,12 @@ def _build_tower(config: Mapping[str, Any], width: int) -> Any:
 
 
 def build_named(kind: str, config: Mapping[str, Any], **given: Any) -> Any:
-    """A component given as ``{name: ..., argument: ...}``."""
+    """Build a component given as ``{name: ..., argument: ...}``."""
     return registry.build(kind, config["name"], _without_name(config), kind, **given)
 
 
 def build_all(kind: str, configs: Mapping[str, Any]) -> list[Any]:
-    """Components given as ``{name: {argument: ...}}``, in order; those whose arguments are None are left out."""
+    """Build components given as ``{name: {argument: ...}}``, in order, without those whose arguments are None."""
     return [
         registry.build(kind, name, arguments, f"{kind}s.{name}")
         for name, arguments in configs.items()
@@ -126,7 +126,7 @@ def without_reference(components: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_precision(name: str) -> Precision:
-    """``auto`` is ``amp_bf16`` on CUDA and ``fp32`` on the CPU, where bf16 products can be 100 times slower."""
+    """Return a precision; ``auto`` is ``amp_bf16`` on CUDA, ``fp32`` on the CPU, where bf16 can be 100 times slower."""
     if name == "auto":
         return Precision.AMP_BF16 if torch.cuda.is_available() else Precision.FP32
     return Precision(name)

@@ -34,8 +34,8 @@ class TrainConfig:
     """The keys of a recipe; those that LLM Foundry has are named and mean what they do there.
 
     Args:
-        train: your own captions in the place of the recipe's, a folder or remote; everything made from them follows:
-            reference, tokenizer, scores. The loaders of run and reference read them.
+        train: your own captions instead of the recipe's, a folder or remote; reference, tokenizer and scores are made
+            from them. The loaders of run and reference read them.
         validation: likewise for validation; without it, a run on ``train`` has none.
         run_name: names the run.
         run_folder: where everything goes that the run writes.
@@ -116,7 +116,7 @@ class TrainConfig:
 
     @cached_property
     def reference_recipe(self) -> "TrainConfig | None":
-        """The recipe of the reference."""
+        """Return the recipe of the reference."""
         if self.reference is None:
             return None
         reference = TrainConfig(**self.reference)
@@ -130,7 +130,7 @@ _KEPT = ContextVar("kept", default=False)
 
 
 def _of_environment(name: str, *default: str | None) -> Any:
-    """OmegaConf's ``oc.env``, whose values no error shows; where ``_KEPT`` is set, it answers its own text."""
+    """Resolve ``oc.env`` and hide its value in errors; where ``_KEPT`` is set, return its own text."""
     text = f"${{oc.env:{name}}}"
     if _KEPT.get():
         return text
@@ -143,12 +143,12 @@ OmegaConf.register_new_resolver("oc.env", _of_environment, replace=True)
 
 
 def written(recipe: TrainConfig) -> dict[str, Any]:
-    """A recipe as files, pages and trackers may have it: what came from the environment is an interpolation again."""
+    """Return a recipe for files, pages and trackers: values from the environment are interpolations again."""
     return _with_texts(asdict(recipe), vars(recipe).get("texts", {}))
 
 
 def identified(recipe: TrainConfig, keys: Sequence[str]) -> dict[str, Any]:
-    """What a recipe says of some keys, with a digest of their values where some come from the environment."""
+    """Return some keys of a recipe, with a digest of their values where some come from the environment."""
     told, values = ({key: whole[key] for key in keys} for whole in (written(recipe), asdict(recipe)))
     if told == values:
         return told
@@ -165,7 +165,7 @@ def _with_texts(value: Any, texts: Any) -> Any:
 
 
 def _texts(node: Any, raw: Any) -> dict[Any, Any]:
-    """Of the values that come from the environment, in whatever way, what the recipe says, in its place."""
+    """Return the interpolations of the values that come from the environment, at their keys."""
     found: dict[Any, Any] = {}
     for key, text in raw.items() if isinstance(raw, dict) else enumerate(raw):
         if isinstance(text, dict | list):
@@ -227,18 +227,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def _find(path: Path, beside: Path | None = None) -> Path:
-    """A recipe: the file, beside the one that names it, or else the one of that name that comes with the package."""
+    """Find a recipe: the file, beside the one that names it, or else the shipped one of that name."""
     place, shipped = path if beside is None else beside.parent / path, SHIPPED / path.name
     return shipped if not place.exists() and len(path.parts) == 1 and shipped.exists() else place
 
 
 def _part(value: Any, path: Path) -> DictConfig | None:
-    """A part of a recipe, which may stand in a file of its own."""
+    """Return a section of a recipe, which may be in a file of its own."""
     return _read(_find(Path(value), path)) if isinstance(value, str) else value
 
 
 def _changed(part: DictConfig | None, changes: Any, path: Path) -> Any:
-    """A part with its overrides, of which one may name another file, and null leaves the part out."""
+    """Apply overrides to a section; one may name another file, and null leaves the section out."""
     if isinstance(changes, str):
         part, changes = _part(changes, path), {}
     return None if part is None or changes is None else OmegaConf.merge(part, changes)
@@ -268,7 +268,7 @@ def _read_own_data(recipe: DictConfig, reference: DictConfig | None, train: str,
 
 
 def _dataset_in(place: str, dataset: dict[str, Any], folder: str) -> dict[str, Any]:
-    """The arguments of a data set that lies elsewhere."""
+    """Return the arguments of a data set at another path or url."""
     rest = {key: value for key, value in dataset.items() if key not in ("local", "remote", "split", "streams")}
     if rest.get("scores"):
         rest["scores"] = f"{place.rstrip('/')}-scores" if is_remote(place) else f"{folder}/scores"
@@ -279,7 +279,7 @@ def _dataset_in(place: str, dataset: dict[str, Any], folder: str) -> dict[str, A
 
 
 def _name_of(place: str) -> str:
-    """A name for a data set: the end of its place, and a digest of the whole of it."""
+    """Name a data set by the end of its path or url and a digest of the whole."""
     whole = place.rstrip("/") if is_remote(place) else os.path.realpath(os.path.expanduser(place))
     end = "-".join(part for part in whole.split("/")[-2:] if part.isidentifier())
     return f"{end or 'captions'}-{hashlib.blake2b(whole.encode(), digest_size=4).hexdigest()}"
@@ -304,7 +304,7 @@ def _read(path: Path) -> DictConfig:
 
 @lru_cache(maxsize=16)
 def _load(path: Path, _: bytes) -> DictConfig | ListConfig:
-    """What a file holds, parsed once while its bytes are the same: a study reads the same recipes hundreds of times."""
+    """Parse a file once while its bytes are the same: a study reads the same recipes hundreds of times."""
     return load_yaml(path)  # a safe loader: tags that construct Python objects are errors
 
 
@@ -328,7 +328,7 @@ def _value(text: str) -> Any:
 
 
 def _typed_reference(recipe: DictConfig, path: Path, changes: Any) -> TrainConfig:
-    """The recipe of a reference with its values, which are found once for all cells of a study that share it."""
+    """Resolve the recipe of a reference once for all cells of a study that share it."""
     text = repr(OmegaConf.to_container(recipe, resolve=False))
     if re.search(r"\$\{[^}]*:", text):  # a resolver may answer something else the next time
         return _typed(recipe, path, changes, "reference.")
@@ -338,7 +338,7 @@ def _typed_reference(recipe: DictConfig, path: Path, changes: Any) -> TrainConfi
 
 
 def _typed(recipe: DictConfig, path: Path, changes: Any, prefix: str = "") -> TrainConfig:
-    """A recipe with its values; an error names the file, or the key alone where it is of the changes to the file."""
+    """Resolve a recipe; an error names the file, or the key alone if an override caused it."""
     names = [f.name for f in fields(TrainConfig)]
 
     def place(key: str) -> str:

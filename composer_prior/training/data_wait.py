@@ -1,4 +1,4 @@
-"""How long a training step waits for its data."""
+"""The time that training steps wait for data."""
 
 from collections import deque
 from time import perf_counter

@@ -9,7 +9,7 @@ from composer_prior.data.storage import StorageError
 
 
 class StartError(ValueError):
-    """What a library says when a run cannot start, as one line."""
+    """A library's error at the start of a run, as one line."""
 
 
 @contextmanager

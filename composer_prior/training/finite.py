@@ -98,7 +98,7 @@ def check_weights(model: nn.Module, what: str) -> None:
 
 @torch.no_grad()
 def not_finite_weight(model: nn.Module) -> str | None:
-    """The name of a weight that is not finite on some rank, or None; every rank calls it."""
+    """Return the name of a weight that is not finite on some rank, or None; every rank calls it."""
     weights = {name: _local(weight).isfinite().all() for name, weight in model.named_parameters()}
     finite = torch.stack([mark.cpu() for mark in weights.values()]).tolist() if weights else []
     ours = next((name for name, good in zip(weights, finite, strict=True) if not good), None)
@@ -107,5 +107,5 @@ def not_finite_weight(model: nn.Module) -> str | None:
 
 
 def _local(tensor: Any) -> Tensor:
-    """The part of a sharded tensor that this rank has."""
+    """Return this rank's shard of a tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,4 +1,4 @@
-"""The ranks of a job on this node, through Composer's launcher; told to end, they save first, however long it takes."""
+"""Start the ranks of a job on this node with Composer's launcher; after SIGTERM it waits until they have saved."""
 
 import signal
 import sys

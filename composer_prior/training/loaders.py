@@ -13,7 +13,7 @@ from composer_prior.training.errors import one_line_errors
 
 
 def build_loaders(recipe: TrainConfig, model: Any, scores: bool = True, where: str = "") -> dict[str, Any]:
-    """The loaders of a recipe, ``train`` and, where it has one, ``eval``.
+    """Build the loaders of a recipe, ``train`` and, where it has one, ``eval``.
 
     Args:
         recipe: of the run.
@@ -50,7 +50,7 @@ def build_loader(
     shuffle_seed: int,
     drop_last: bool,
 ) -> DataSpec:
-    """The loader of a recipe: ``dataset`` and arguments of torch's DataLoader.
+    """Build the loader of a recipe: ``dataset`` and arguments of torch's DataLoader.
 
     Args:
         config: the recipe's ``train_loader`` or ``eval_loader``.
@@ -68,7 +68,7 @@ def build_loader(
 
 
 def per_rank_batch_size(global_batch_size: int, where: str = "") -> int:
-    """Samples per rank of a step; the ranks must share them evenly."""
+    """Return the samples per rank of a step; raise if the ranks cannot share them evenly."""
     ranks = dist.get_world_size()
     if global_batch_size % ranks:
         raise ValueError(

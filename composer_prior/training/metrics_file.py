@@ -17,9 +17,9 @@ from composer_prior.data.storage import full_disk_told
 class MetricsFile(LoggerDestination):
     """Write ``metrics.jsonl``: one JSON object per step, ``batch`` and then Composer's metric names.
 
-    What is no finite number, as the mean over no token, is ``null``: JSON has no NaN.
+    A value that is not finite, such as the mean over no token, is ``null``: JSON has no NaN.
 
-    A run that is resumed drops the steps behind its checkpoint and goes on from there.
+    A resumed run drops the steps after its checkpoint and continues from there.
 
     Args:
         path: of the file; written by rank 0.
@@ -39,7 +39,7 @@ class MetricsFile(LoggerDestination):
             self._find_place(state)
 
     def _find_place(self, state: State) -> None:
-        """Where the file goes on; what lies behind is dropped."""
+        """Find where the file continues, and drop later steps."""
         self._found = True
         if dist.get_global_rank() != 0:
             return
@@ -57,16 +57,16 @@ class MetricsFile(LoggerDestination):
 
     @property
     def current(self) -> dict[str, Any]:
-        """What is known of the current step; of a run that goes on also what was before."""
+        """Return the metrics of the current step; of a resumed run also those before its checkpoint."""
         return dict(self._record)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """What has been written, and the current step, on rank 0, line by line."""
+        """Write the current step, and return all steps, on rank 0, line by line."""
         self._write()
         return self._read()
 
     def _read(self) -> Iterator[dict[str, Any]]:
-        """The whole lines of the file; a run that was killed may have left half of one at its end."""
+        """Yield the whole lines of the file; a run that was killed may have left half of one at its end."""
         if self.path.is_file():
             with self.path.open() as lines:
                 yield from (json.loads(line) for line in lines if line.endswith("\n"))

@@ -21,7 +21,7 @@ _UNDECAYED = re.compile("bias|embed|token")  # in the own name of a weight, as o
 
 
 def build_optimizer(config: Mapping[str, Any], model: nn.Module, where: str = "optimizer") -> Optimizer:
-    """The optimizer of a model's trained weights, which it is given in torch's form of groups.
+    """Build the optimizer of a model's trained weights, in torch's parameter groups.
 
     Args:
         config: ``name`` and arguments of the optimizer; ``groups``, by prefix of the weights' names arguments of their
@@ -45,7 +45,7 @@ def build_optimizer(config: Mapping[str, Any], model: nn.Module, where: str = "o
 
 
 def _weights_in_groups(settings: list[GroupSettings], model: nn.Module, spare: bool) -> list[dict[str, Any]]:
-    """Each trained weight in one group, of the longest prefix of its names; a tied weight has several names.
+    """Put each trained weight in one group, of the longest prefix of its names; a tied weight has several names.
 
     Args:
         settings: of :func:`settings_of`.
@@ -81,7 +81,7 @@ def _begins(name: str, prefix: str) -> bool:
 
 
 def _why_none(prefix: str, names: list[str]) -> str:
-    """Why a prefix matches no trained weight."""
+    """Explain why a prefix matches no trained weight."""
     if any(_begins(name, prefix) for name in names):
         return f"every weight of {prefix} is frozen; train it, or leave the group out."
     parts = prefix.split(".")
@@ -93,7 +93,7 @@ def _why_none(prefix: str, names: list[str]) -> str:
 
 
 def _undecayed(model: nn.Module) -> set[nn.Parameter]:
-    """Norms, biases and embeddings: vectors, and tables, which a tied head shares."""
+    """Return norms, biases and embeddings: vectors, and tables, which a tied head shares."""
     tables = {table for part in model.modules() if isinstance(part, nn.Embedding) for table in part.parameters(False)}
     return tables | {
         weight
@@ -103,7 +103,7 @@ def _undecayed(model: nn.Module) -> set[nn.Parameter]:
 
 
 def check_new_weights(algorithms: Sequence[Algorithm], optimizer: Optimizer, where: str = "") -> None:
-    """Refuse algorithms that make new weights in a model whose weights are in several groups.
+    """Raise if an algorithm makes new weights in a model whose weights are in several groups.
 
     Args:
         algorithms: of the run.

@@ -1,4 +1,7 @@
-"""Make what a recipe needs and does not find: data, tokenizer, reference, scores, in this order."""
+"""Create the missing inputs of a recipe: data, tokenizer, reference, scores, in this order.
+
+Existing inputs are reused, or rejected if they do not match.
+"""
 
 import gc
 import os
@@ -31,7 +34,7 @@ from composer_prior.training.validate import check_parts, check_whole, trained_r
 
 @contextmanager
 def sole_run(recipe: TrainConfig, where: str = "") -> Iterator[None]:
-    """Hold the folders that a run writes to, see :func:`.sole_job`; ``where`` is the prefix of its keys."""
+    """Lock the folders that a run writes to, see :func:`.sole_job`; ``where`` is the prefix of its keys."""
     dist.initialize_dist(get_device(None), timeout=recipe.dist_timeout)
     places, saved = {"run_folder": recipe.run_folder}, recipe.save_folder or ""
     # Compared as words: looked up here, a folder would not be seen later by a node of a network disk.
@@ -43,12 +46,12 @@ def sole_run(recipe: TrainConfig, where: str = "") -> Iterator[None]:
 
 
 def prepare(recipe: TrainConfig, itself: bool = True) -> None:
-    """Make the data, tokenizer and reference that a recipe needs and does not find; the first rank of all does.
+    """Create the data, tokenizer and reference of a recipe that are missing, on the first rank of all.
 
     Args:
         recipe: of the run.
-        itself: whether the recipe will be trained afterwards. All that can be known of what will be trained is checked
-            before anything is made.
+        itself: the recipe will be trained afterwards. The recipes that will be trained are checked before anything is
+            made.
 
     Raises:
         ValueError, OSError: naming what cannot work.
@@ -83,7 +86,7 @@ def _prepare(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> 
 
 
 def _check_data(recipe: TrainConfig) -> None:
-    """Refuse a folder without a data set, which nothing is going to make."""
+    """Raise for a folder without a data set, when the recipe does not make one."""
     for loader in (recipe.train_loader, recipe.eval_loader):
         dataset = (loader or {}).get("dataset") or {}
         for place in (dataset.get("streams") or {"": dataset}).values():
@@ -93,7 +96,7 @@ def _check_data(recipe: TrainConfig) -> None:
 
 
 def _places(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> dict[str, str]:
-    """Where nodes have to find the same: what the first rank makes, what ranks save, and what the recipe names."""
+    """Return the paths that all nodes share: of what the first rank makes, of checkpoints, and those of the recipe."""
     places: dict[str, Any] = {}
     if recipe.data is not None:
         places["data.out"] = recipe.data["out"]
@@ -168,7 +171,7 @@ def ensure_scores(recipe: TrainConfig) -> None:
 
 
 def job_of(recipe: TrainConfig, dataset: Mapping[str, Any], **changes: Any) -> ScoreJob:
-    """The job that makes the scores of one of a recipe's data sets.
+    """Return the job that makes the scores of one of a recipe's data sets.
 
     Args:
         recipe: with a reference.

@@ -11,7 +11,7 @@ from composer_prior.training.trainer import build_trainer, finish
 
 
 def train(recipe: TrainConfig) -> Trainer:
-    """Run a recipe to its end; what it needs and does not find is made first.
+    """Run a recipe to its end; missing inputs are created first.
 
     Args:
         recipe: from :func:`.load_recipe`.
@@ -25,7 +25,7 @@ def train(recipe: TrainConfig) -> Trainer:
 
 
 def start(recipe: TrainConfig) -> Trainer:
-    """Everything up to the first step: data, tokenizer, reference, and the Trainer."""
+    """Prepare data, tokenizer and reference, and build the Trainer."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
     prepare(recipe)
     ensure_scores(recipe)

@@ -24,7 +24,7 @@ class WandB(WandBLogger):
     """
 
     def begin(self, recipe: Mapping[str, Any], goes_on: bool) -> None:
-        """Before the Trainer is made."""
+        """Set up the tracker before the Trainer is built."""
         file = Path(OmegaConf.create(dict(recipe))["run_folder"], WANDB_ID)  # it may name an environment variable
         known = file.read_text() if goes_on and file.is_file() else uuid.uuid4().hex[:8]
         if self._enabled and self._rank_zero_only:
@@ -49,7 +49,7 @@ class WholeSteps(LoggerDestination):
     """Write the metrics of each step once, when it is whole: Composer logs some twice at the end of an epoch."""
 
     def begin(self, recipe: Mapping[str, Any], goes_on: bool) -> None:
-        """Before the Trainer is made."""
+        """Set up the tracker before the Trainer is built."""
         self._recipe = recipe
         self._record: dict[str, Any] = {}  # of the current step
 
@@ -79,7 +79,7 @@ class MLFlow(WholeSteps, MLFlowLogger):
     """Composer's, with the recipe as its parameters; a start from a checkpoint goes on with the same run."""
 
     def begin(self, recipe: Mapping[str, Any], goes_on: bool) -> None:
-        """Before the Trainer is made."""
+        """Set up the tracker before the Trainer is built."""
         super().begin(flat(recipe), goes_on)
         self.resume, self._last = self.resume or goes_on, dict[str, int]()
 
@@ -110,7 +110,7 @@ class TensorBoard(WholeSteps, TensorboardLogger):
         super().__init__(**kwargs)
 
     def _initialize_summary_writer(self) -> None:
-        """Nothing: the step is not known yet."""
+        """Do nothing: the step is not known yet."""
 
     def fit_start(self, state: State, logger: Logger) -> None:
         from torch.utils.tensorboard import SummaryWriter  # an optional package
@@ -128,7 +128,7 @@ class TensorBoard(WholeSteps, TensorboardLogger):
         self._flush(logger)  # Composer writes the last metrics a second time here
 
     def _flush(self, logger: Logger) -> None:
-        """One file for each start: Composer begins another each time, and their names do not sort in their order."""
+        """Upload one file for each start: Composer begins another each time, and their names do not sort in order."""
         if self.writer is not None:
             self.writer.flush()
             file = self.writer.file_writer.event_writer._file_name
@@ -145,12 +145,12 @@ def _file_of(logger: Logger) -> MetricsFile:
 
 
 def begin_trackers(loggers: list[Any], recipe: Mapping[str, Any], goes_on: bool) -> list[Any]:
-    """Tell the trackers of a run what it is.
+    """Set up the trackers of a run.
 
     Args:
         loggers: of the recipe.
         recipe: as files and pages may have it.
-        goes_on: whether the run starts from a checkpoint.
+        goes_on: the run starts from a checkpoint.
     """
     for logger in loggers:
         if isinstance(logger, WandB | MLFlow | TensorBoard):

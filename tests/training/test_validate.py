@@ -25,6 +25,12 @@ def here(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder in which the first test makes data and tokenizer for the others."""
+    return tmp_path_factory.mktemp("made")
+
+
 def refused(name, *overrides):
     """What the command says; nothing has been trained when it does."""
     with pytest.raises(SystemExit) as caught:
@@ -131,7 +137,8 @@ def test_before_anything_is_made(overrides, expected):
         (["train_loader.dataset.prompt='<image> says'"], "prompt='<image> says' spells <image>"),
     ],
 )
-def test_before_the_reference_is_trained(overrides, expected):
+def test_before_the_reference_is_trained(overrides, expected, made, monkeypatch):
+    monkeypatch.chdir(made)
     assert_matches(refused("prior_vit", *overrides), expected)
 
 

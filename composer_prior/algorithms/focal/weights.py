@@ -7,7 +7,7 @@ from composer_prior.algorithms.token_weighting.normalize import Normalization, n
 
 
 def focal_weights(nll: Tensor, mask: Tensor, gamma: float = 2.0, normalization: Normalization = "none") -> Tensor:
-    """Weights ``(1 - P)^gamma`` from the model's own probability of each token.
+    """Return weights ``(1 - P)^gamma`` from the model's own probability of each token.
 
     As in the paper the gradient flows through the weights too.
 
@@ -25,7 +25,7 @@ def focal_weights(nll: Tensor, mask: Tensor, gamma: float = 2.0, normalization: 
 
 
 def raw_weights(nll: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """Weights before normalization."""
+    """Return weights before normalization."""
     # -expm1(-x) is 1 - exp(-x). At 0 the power's gradient may be infinite; below the smallest number it is 0.
     doubt = (-torch.expm1(-nll.float())).clamp(min=torch.finfo(torch.float32).tiny)
     return torch.where(mask, doubt.pow(gamma), 0.0)

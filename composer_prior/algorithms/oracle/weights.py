@@ -25,5 +25,5 @@ def oracle_weights(
 
 
 def raw_weights(image_related: Tensor, mask: Tensor, floor: float) -> Tensor:
-    """Weights before normalization."""
+    """Return weights before normalization."""
     return torch.where(mask, mix_in(image_related.float(), floor), 0.0)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def permuted(weights: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
-    """The weights of each caption in the order of its tokens' random numbers.
+    """Permute the weights of each caption by its tokens' random numbers.
 
     Args:
         weights: ``[B, T]`` float.

@@ -20,11 +20,11 @@ def importance_weights(
     normalization: Normalization = "sequence",
     floor: float = 0.0,
 ) -> Tensor:
-    """Weights ``(1 - P_r)^alpha`` of caption tokens, normalized to a mean of 1.
+    """Return weights ``(1 - P_r)^alpha`` of caption tokens, normalized to a mean of 1.
 
     Args:
         ref_logprobs: ``[B, T]`` float, ``log P_r(token | text before it)`` under the text-only reference;
-            what stands where ``mask`` is False does not matter.
+            values where ``mask`` is False are ignored.
         mask: ``[B, T]`` bool, True on loss-generating tokens.
         alpha: exponent, >= 0. The paper's is 1; 0 gives weights of exactly 1.
         normalization: ``"sequence"``: the weights of each row sum to its number of tokens (the paper);
@@ -45,7 +45,7 @@ def importance_weights(
 
 
 def raw_weights(ref_logprobs: Tensor, mask: Tensor, alpha: float, floor: float) -> Tensor:
-    """Weights before normalization, ``[B, T]`` float32, 0 where ``mask`` is False."""
+    """Return weights before normalization, ``[B, T]`` float32, 0 where ``mask`` is False."""
     # -expm1(x) is 1 - exp(x), and stays exact as P goes to 1; clamping turns -0.0 into 0.
     weights = (-torch.expm1(ref_logprobs.float())).clamp(min=0.0).pow(alpha)
     return torch.where(mask, mix_in(weights, floor), 0.0)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def drawn(pool: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
-    """For each token one of the weights of a pool, the one at its random number's quantile.
+    """Draw for each token the weight of a pool at its random number's quantile.
 
     Args:
         pool: ``[n]`` float, sorted; at least one if any token is masked.

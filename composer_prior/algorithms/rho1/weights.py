@@ -26,7 +26,7 @@ def selection_weights(
 
 
 def selected(nll: Tensor, ref_logprobs: Tensor, mask: Tensor, share: float) -> Tensor:
-    """1 on the tokens that are kept; of equal ones the first."""
+    """Return 1 on the tokens that are kept, the first of equal ones, and 0 on the others."""
     excess = (nll.detach().float() + ref_logprobs.float()).masked_fill(~mask, -torch.inf)
     rank = excess.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     kept = (mask.sum(1, keepdim=True).double() * share - 1e-9).ceil()  # 0.6 * 5 is 3, not 4

@@ -1,1 +1,1 @@
-"""What methods that weight the tokens of captions share; see :class:`.TokenWeighting`."""
+"""Base classes and functions of methods that weight the tokens of captions; see :class:`.TokenWeighting`."""

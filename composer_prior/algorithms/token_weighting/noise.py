@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def token_noise(sample_ids: Tensor, mask: Tensor, seed: int, step: int) -> Tensor:
-    """Uniform numbers in [0, 1), which depend on the seed, the step, the sample and the token's place in its caption.
+    """Draw uniform numbers in [0, 1) from the seed, the step, the sample and the token's position in its caption.
 
     Args:
         sample_ids: ``[B]`` int64.
@@ -28,7 +28,7 @@ def token_noise(sample_ids: Tensor, mask: Tensor, seed: int, step: int) -> Tenso
 
 
 def noise_of(state: State, mask: Tensor, seed: int, method: str) -> Tensor:
-    """:func:`token_noise` of the batch of a step.
+    """Return :func:`token_noise` of the batch of a step.
 
     Raises:
         ValueError: if the batch does not say which samples it has.

@@ -9,7 +9,7 @@ Normalization = Literal["sequence", "batch", "none"]
 
 
 def normalize(weights: Tensor, mask: Tensor, normalization: Normalization = "sequence") -> Tensor:
-    """Weights whose mean is 1: over the tokens of each sequence, or of all sequences.
+    """Scale weights to a mean of 1: over the tokens of each sequence, or of all sequences.
 
     Args:
         weights: ``[B, T]``, 0 or more, and 0 where ``mask`` is False.
@@ -27,19 +27,19 @@ def normalize(weights: Tensor, mask: Tensor, normalization: Normalization = "seq
 
 
 def normalize_by(weights: Tensor, mask: Tensor, weight_sum: Tensor, token_count: Tensor) -> Tensor:
-    """``token_count * weights / weight_sum``, and 1 where the sum is 0. Broadcasts; 0 where ``mask`` is False."""
+    """Return ``token_count * weights / weight_sum``, 1 where the sum is 0, 0 where ``mask`` is False; broadcasts."""
     # The product comes first: k * 1 / k is exactly 1, and tiny sums do not overflow.
     normalized = token_count * weights / torch.where(weight_sum > 0, weight_sum, 1.0)
     return torch.where(mask, torch.where(weight_sum > 0, normalized, 1.0), 0.0)
 
 
 def sums_of_part(weights: Tensor, mask: Tensor) -> Tensor:
-    """``[2]`` float64: the sum of the weights of a part of a batch, and its tokens. Add those of all parts."""
+    """Return ``[2]`` float64: the sum of the weights of a part of a batch, and its tokens. Add those of all parts."""
     return torch.stack([weights.sum(dtype=torch.float64), mask.sum()])
 
 
 def normalize_part(weights: Tensor, mask: Tensor, normalization: Normalization, sums: Tensor | None) -> Tensor:
-    """Weights of a part of a batch, a microbatch on one rank, as :func:`normalize` makes them of the whole.
+    """Normalize a part of a batch, a microbatch on one rank, as :func:`normalize` does the whole.
 
     Args:
         weights, mask, normalization: of :func:`normalize`.
@@ -51,7 +51,7 @@ def normalize_part(weights: Tensor, mask: Tensor, normalization: Normalization, 
 
 
 def mix_in(weights: Tensor, floor: float) -> Tensor:
-    """Weights with a share of next-token prediction: ``floor + (1 - floor) * weights``."""
+    """Return weights with a share of next-token prediction: ``floor + (1 - floor) * weights``."""
     # w + f (1 - w) is the same, and exactly 1 when w is 1.
     return weights + floor * (1.0 - weights)
 

@@ -63,14 +63,14 @@ class ReferenceWeighting(TokenWeighting):
         check_logprobs(self._score(state), mask)
 
     def ref_logprobs(self, state: State, mask: Tensor) -> Tensor:
-        """``[B, T]`` float32 of the batch or microbatch."""
+        """Return ``ref_logprobs`` of the batch or microbatch, ``[B, T]`` float32."""
         logprobs = self._score(state)
         if not logprobs.is_cuda:  # the whole batch was checked already: do not stall the device for it again
             check_logprobs(logprobs, mask)
         return logprobs
 
     def _score(self, state: State) -> Tensor:
-        """``ref_logprobs`` of the batch, computed by the reference unless they are there."""
+        """Return ``ref_logprobs`` of the batch; the reference computes them if they are missing."""
         batch = state.batch
         if "ref_logprobs" not in batch:
             if self.reference is None:

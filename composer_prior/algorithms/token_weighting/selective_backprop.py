@@ -10,7 +10,7 @@ from composer_prior.models.composer_lvlm import ComposerLVLM
 
 
 def selective_backprop_keys(model: ComposerLVLM) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
-    """Arguments for ``SelectiveBackprop``, which selects by a sample's mean negative log-likelihood, without weights.
+    """Return arguments for ``SelectiveBackprop`` that select by a sample's mean negative log-likelihood.
 
     It takes one tensor as the model's input. That is the numbers of the rows here, and a hook of the model puts the
     rows of the batch in their place.

@@ -49,7 +49,7 @@ def check_stack(algorithms: Sequence[Algorithm], model: Any, method: str) -> Non
 
 
 def refusal(algorithm: Algorithm, model: Any) -> str | None:
-    """Why an algorithm cannot run beside a weighting of tokens on this model; None if it can."""
+    """Return why an algorithm cannot run beside a weighting of tokens on this model; None if it can."""
     if isinstance(algorithm, ColOut) and algorithm.batch:
         return _RESIZES
     if isinstance(algorithm, CutOut):

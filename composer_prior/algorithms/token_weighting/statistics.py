@@ -1,4 +1,4 @@
-"""What is logged of the weights of a step, from sums that add up over microbatches and ranks."""
+"""Logged statistics of the weights of a step, from sums over microbatches and ranks."""
 
 from collections.abc import Mapping
 
@@ -24,12 +24,12 @@ def token_sums(weights: Tensor, nll: Tensor) -> dict[str, Tensor]:
 
 
 def heaviest(weights: Tensor) -> Tensor:
-    """What the heaviest tenth of the tokens weighs, in float64: the sum ``top`` of :func:`summary`."""
+    """Return the weight of the heaviest tenth of the tokens in float64, the sum ``top`` of :func:`summary`."""
     return weights.topk(-(-len(weights) // 10)).values.sum(dtype=torch.float64)
 
 
 def summary(sums: Mapping[str, float]) -> dict[str, float]:
-    """What is logged: effective sample size, share of the heaviest tenth, and the mean of every further sum.
+    """Return the logged values: effective sample size, share of the heaviest tenth, and the mean of every further sum.
 
     Args:
         sums: of :func:`token_sums` and :func:`heaviest` (``top``), and any others over the same tokens.

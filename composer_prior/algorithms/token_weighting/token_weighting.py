@@ -69,7 +69,7 @@ class TokenWeighting(Algorithm, ABC):
 
     @abstractmethod
     def raw_weights(self, state: State, mask: Tensor) -> Tensor:
-        """Weights before normalization, ``[B, T]`` float32, 0 where ``mask`` is False.
+        """Return weights before normalization, ``[B, T]`` float32, 0 where ``mask`` is False.
 
         They must not depend on how the batch was cut into microbatches. With ``normalization="batch"`` they are also
         asked for before the forward pass, of the whole batch.
@@ -80,16 +80,16 @@ class TokenWeighting(Algorithm, ABC):
         """
 
     def prepare(self, state: State) -> None:
-        """Once, before training."""
+        """Run once, before training."""
 
     def begin_batch(self, state: State, mask: Tensor) -> None:
-        """With the whole batch of the rank, before it is cut into microbatches."""
+        """Run with the whole batch of the rank, before it is cut into microbatches."""
 
     def before_forward(self, state: State) -> None:
-        """With each microbatch, before the model's forward pass."""
+        """Run with each microbatch, before the model's forward pass."""
 
     def sums(self, state: State, mask: Tensor) -> dict[str, Tensor]:
-        """Sums over the tokens of a microbatch whose means are logged beside the others, in float64."""
+        """Return sums over the tokens of a microbatch, in float64, whose means are logged too."""
         return {}
 
     def match(self, event: Event, state: State) -> bool:
@@ -192,7 +192,7 @@ def check_algorithms(algorithms: Sequence[Algorithm], model: Any) -> None:
 
 
 def weighting_of(algorithms: Sequence[Algorithm]) -> str | None:
-    """The name of the one that weights tokens, or None.
+    """Return the name of the algorithm that weights tokens, or None.
 
     Raises:
         ValueError: if several do.
@@ -209,7 +209,7 @@ def honours(state: State) -> bool:
 
 
 def unwrapped(model: Any) -> Any:
-    """The model that DDP may have wrapped."""
+    """Return a model without DDP around it."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
