@@ -1,9 +1,9 @@
-"""Turns image-caption pairs of any usual form into an MDS data set, in parallel and resumably.
+"""Convert image-caption pairs of any usual format into an MDS data set, in parallel and resumably.
 
 A source is cut into fixed units of work. Each unit becomes its own shards, in any process of any machine; when they are
 in place, one small file, written atomically, says so. ``index.json`` is put together from these files and written last.
-So the output is a function of the source and the options alone: not of where its units are converted, nor of how often
-the conversion was killed and started again, and what has no index is not whole.
+The output depends on the source and the options alone, not on the machine or on interruptions; without an index it is
+not complete.
 
     OUT/index.json                      the data set, written last
     OUT/shard.<unit>.<number>.mds
@@ -58,7 +58,7 @@ def convert_captions(
         What was read, written and rejected.
 
     Raises:
-        SourceError: the source has an unknown or ambiguous form, or cannot be read at all.
+        SourceError: the source has an unknown or ambiguous format, or cannot be read at all.
         ConversionError: ``out`` holds something else, too many samples were rejected (``rejected.jsonl`` is in place,
             and there is no index), a process died, an upload failed for good, or ``distributor`` lacks what it needs.
     """
@@ -81,7 +81,7 @@ def convert_captions(
 
 
 def _refuse_bad_files(source: str | Path, opened: Source, output: Output) -> None:
-    """An error that names the files that cannot be read, before any other is."""
+    """Raise SourceError naming the files that cannot be read."""
     bad = list(opened.bad_files())
     if not bad:
         return
@@ -129,7 +129,9 @@ def _begin(output: Output, settings: dict[str, Any]) -> ConversionSummary | None
     if finished is not None and (names is None or "index.json" in names):
         with _own_file(output, "conversion.json"):
             known = parse_json(finished)
-            _same_settings(output, {**known["settings"], "version": VERSION}, settings)  # it is whole, whoever made it
+            _same_settings(
+                output, {**known["settings"], "version": VERSION}, settings
+            )  # it is complete, of any version
             return ConversionSummary(**known["summary"])
     started = output.state / "settings.json"
     if started.exists():
@@ -238,8 +240,8 @@ def _finish(output: Output, settings: dict[str, Any], units: int, max_rejected: 
 
 
 def _losses(output: Output, units: int) -> dict[str, int]:
-    """How many captions each file has lost that cannot be read, or not to its end: what the whole ones have on average,
-    less what was read of it, and at least one."""
+    """Return how many captions each damaged file has lost: the mean of the whole ones less what was read of it, at
+    least one."""
     read: Counter[str] = Counter()
     cut = set[str]()
     for number in range(units):

@@ -1,7 +1,6 @@
-"""Converts the units of a source that are not done yet, by the distributor that the options name.
+"""Convert the units of a source that are not done yet, by the distributor that the options name.
 
-A distributor is a function that takes units of work and yields their results as they finish, in any order. It alone
-knows where they are converted; what says that a unit is done is written here.
+A distributor is a function that takes units of work and yields their results as they finish, in any order.
 """
 
 import sys
@@ -25,7 +24,7 @@ Distributor = Callable[[Task, Units, Advance], Results]
 
 
 def distributor_of(options: ConversionOptions) -> Distributor:
-    """The distributor that the options name.
+    """Return the distributor that the options name.
 
     Raises:
         ConversionError: if its package is missing.
@@ -68,7 +67,7 @@ def convert_units(source: Source, output: Output, options: ConversionOptions, di
 
 
 def _done(state: Path, number: int, unit: Any, present: set[str] | None) -> int | None:
-    """How many captions a finished unit read, or ``None`` if it has to be converted."""
+    """Return how many captions a finished unit read, or None if it has to be converted."""
     try:
         known = parse_json(unit_file(state, number).read_bytes())
         names = {shard["raw_data"]["basename"] for shard in known["shards"]}

@@ -27,7 +27,7 @@ _END_SECONDS = 60  # for the units that were cancelled
 
 
 class _Converted(NamedTuple):
-    """What a task of Ray's returns."""
+    """The result of a task of Ray."""
 
     number: int
     result: Result
@@ -73,7 +73,7 @@ def convert_on_ray(task: Task, units: Units, advance: Advance) -> Results:
 
 
 def _check_address() -> None:
-    """Refuse an address where nobody listens: Ray would wait there for many minutes."""
+    """Refuse an address without a server, on which Ray would wait for many minutes."""
     host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition("/")[2].rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
@@ -96,7 +96,7 @@ def _run(task: Task, units: Units, advance: Advance) -> Results:
             for unfinished in pending:
                 ray.cancel(unfinished)
             end = time.monotonic() + _END_SECONDS
-            for unfinished in pending:  # nobody writes any more when this returns
+            for unfinished in pending:  # nothing is written after this returns
                 with suppress(RayError):
                     ray.get(unfinished, timeout=max(0, end - time.monotonic()))
 
@@ -110,13 +110,13 @@ def _finished(pending: list[ray.ObjectRef], advance: Advance) -> Results:
 
 
 def _room() -> int:
-    """How many tasks to ask for: two for each CPU, so that a cluster that grows with what is asked for does."""
+    """Return two tasks for each CPU, so that an autoscaling cluster grows."""
     return 2 * max(1, int(ray.cluster_resources().get("CPU", 0)))
 
 
 @contextmanager
 def _needed(task: Task) -> Iterator[dict[str, Path]]:
-    """What every node has to see: names for a user, and the files or folders that have to be there.
+    """Yield the files or folders that every node has to see, by their names for the user.
 
     For the output it is a file made for the purpose, because a folder of the same name may be another one. Of the
     source a copy will do; remotes are seen by all.

@@ -1,4 +1,4 @@
-"""How to convert, and what a conversion did."""
+"""Options of a conversion, and its summary."""
 
 import re
 from dataclasses import asdict, dataclass, field
@@ -80,21 +80,21 @@ class ConversionOptions(SourceOptions):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the output depends on."""
+        """Return the options that the output depends on."""
         settings = {**asdict(self), "size_limit": size_in_bytes(self.size_limit), "version": VERSION}
         return {name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT_ON_OUTPUT}
 
 
 @dataclass(frozen=True)
 class ConversionSummary:
-    """What a conversion did. ``read = captions + rejected``, where an image without any caption reads as one.
+    """The summary of a conversion. ``read = captions + rejected``, where an image without any caption reads as one.
 
     Args:
         read: captions read.
         captions: captions written.
         samples: samples written; as many as captions, unless several captions share a sample.
         rejected: captions rejected; each has a line in ``rejected.jsonl``, or shares that of the file it was lost with.
-        estimated: how many of them are an estimate, because nobody knows what a file held that cannot be read.
+        estimated: how many of them are an estimate, because the content of an unreadable file is unknown.
         ignored: members of archives that are no samples; they have a line, and do not count.
         reasons: how many of them for which reason, the most frequent first.
         shards: shard files written.
@@ -133,6 +133,6 @@ def _number(value: Any) -> bool:
 
 
 def size_in_bytes(size: int | str) -> int | None:
-    """A size in bytes, from a number or from text such as ``64mb`` (of 1024 * 1024 bytes, as in streaming)."""
+    """Return a size in bytes, from a number or text such as ``64mb`` (of 1024 * 1024 bytes, as in streaming)."""
     match = re.fullmatch(r"(\d+)([kmg]?)b?", str(size).lower())
     return int(match[1]) * 1024 ** " kmg".index(match[2] or " ") if match else None

@@ -96,7 +96,7 @@ def _work(number: int, unit: Any) -> tuple[int, Result]:
 
 
 class _Counters:
-    """Samples and bytes that all processes add to, and that one of them tells."""
+    """Samples and bytes that all processes count, and one reports."""
 
     def __init__(self, shared: Any, advance: Advance):
         self.shared = shared

@@ -1,4 +1,4 @@
-"""Units of work: each becomes shards of its own, in any process, and a result that a small file holds."""
+"""Units of work: any process converts one to shards, and a small file holds its result."""
 
 import hashlib
 import io
@@ -35,7 +35,7 @@ WHAT_TO_DO = "mend the source, or leave them out with on_bad_file=skip"
 
 @dataclass(frozen=True)
 class Task:
-    """All that a process needs in order to convert any unit."""
+    """The source, output and options with which a process converts any unit."""
 
     source: Source
     output: Output
@@ -50,22 +50,22 @@ class Task:
 
 
 def json_line(value: Any) -> bytes:
-    """A value as one line of JSON."""
+    """Return a value as one line of JSON."""
     return json.dumps(value, sort_keys=True).encode() + b"\n"
 
 
 def unit_file(state: Path, number: int) -> Path:
-    """What says that a unit is done."""
+    """Return the file whose presence means that a unit is done."""
     return state / "units" / f"{number:08}.json"
 
 
 def digest(unit: Any) -> str:
-    """What tells a unit from one that has changed."""
+    """Return a digest by which a changed unit is recognised."""
     return hashlib.blake2b(repr(unit).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def scratch(output: Output) -> Path:
-    """A folder of this process for what is not whole yet; processes of other nodes may have the same number."""
+    """Create this process's folder for unfinished files; processes of other nodes may have the same number."""
     folder = output.state / f"tmp{os.getpid()}@{platform.node()}"
     # A remote's state is a folder of each node; that of a local output is there, or this node does not see it.
     folder.mkdir(parents=output.folder is None, exist_ok=True)
@@ -73,7 +73,7 @@ def scratch(output: Output) -> Path:
 
 
 def convert_unit(task: Task, number: int, unit: Any, advance: Advance) -> Result:
-    """Convert one unit of work: its shards go to their place.
+    """Convert one unit of work: its shards go to the output.
 
     Args:
         task: what is converted, and how.
@@ -82,7 +82,7 @@ def convert_unit(task: Task, number: int, unit: Any, advance: Advance) -> Result
         advance: called with captions and image bytes as they are done; may raise in order to stop.
 
     Returns:
-        What its unit file has to hold, now that they are there.
+        The content of its unit file.
     """
     folder = scratch(task.output)
     size_limit = size_in_bytes(task.options.size_limit) or 0
@@ -116,7 +116,7 @@ def convert_unit(task: Task, number: int, unit: Any, advance: Advance) -> Result
 
 
 def _line(problem: Rejected) -> dict[str, Any]:
-    """The line of a rejection, which says for how many captions it stands if not for one."""
+    """Return the line of a rejection, with its number of captions unless it is one."""
     line: dict[str, Any] = {
         "id": short(problem.key),
         "reason": problem.reason,
@@ -129,7 +129,7 @@ def _line(problem: Rejected) -> dict[str, Any]:
 
 
 def _convert(item: Record | Rejected, task: Task) -> tuple[list[dict[str, Any]], list[Rejected], int]:
-    """The samples of one record, what of it is rejected, and the size of its image."""
+    """Return the samples of one record, its rejections, and the size of its image."""
     if isinstance(item, Rejected):
         return [], [item], 0
     options = task.options

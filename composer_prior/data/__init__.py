@@ -1,1 +1,1 @@
-"""What training reads: captions, streams, batches, images, tokenizers, MDS, and where files lie."""
+"""Captions, streams, batches, images, tokenizers, MDS, files and remotes."""

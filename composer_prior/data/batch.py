@@ -1,4 +1,4 @@
-"""What a batch is: its images, its collation, its token counts and how it is cut into microbatches.
+"""Batches: their images, collation, token counts and microbatches.
 
 A batch is a dict of tensors with Hugging Face's names, every per-token tensor aligned with ``labels``.
 """
@@ -98,11 +98,11 @@ class ScoresCollator:
 
 
 def loss_mask(batch: Any, name: str) -> Tensor:
-    """``[B, T]`` bool, True on the loss-generating tokens of a batch.
+    """Return ``[B, T]`` bool, True on the loss-generating tokens of a batch.
 
     Args:
         batch: a dict with ``labels``.
-        name: of who needs it.
+        name: of the caller, for the error.
 
     Raises:
         ValueError: if it is none.
@@ -121,7 +121,7 @@ NO_TOKENS = 1e-9
 
 
 def count_tokens(batch: Mapping[str, Tensor]) -> dict[str, float]:
-    """Tokens of a batch: ``total`` without padding, and ``loss_generating``, which is never quite 0.
+    """Count the tokens of a batch: ``total`` without padding, and ``loss_generating``, which is never quite 0.
 
     The latter is a float always, since the ranks add theirs up as tensors of one type.
     """

@@ -1,4 +1,4 @@
-"""Image-caption pairs from mosaicml-streaming, as the batches that the models read."""
+"""Image-caption pairs from mosaicml-streaming, as the batches of models."""
 
 import hashlib
 import logging
@@ -38,7 +38,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
     """Samples ``{image: bytes, caption: str}`` of an MDS data set, local or remote, tokenized and preprocessed.
 
     An optional column ``image_related_spans`` (json, ``[[start, end], ...]`` in characters of the caption, null where
-    nobody knows) says which words the image determines. Sample ``i`` is a dict of tensors: ``input_ids``, ``labels``
+    it is unknown) says which words the image determines. Sample ``i`` is a dict of tensors: ``input_ids``, ``labels``
     ``[T]`` int64, ``image_related`` ``[T]`` bool where the data knows it, the image's tensors, and ``sample_id``.
 
     With a column ``captions`` (json, a list) in the place of ``caption``, and spans for each of them, every epoch of a
@@ -106,12 +106,12 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
 
     @property
     def format(self) -> CaptionFormat:
-        """How its captions become tokens."""
+        """Return how captions become tokens."""
         return CaptionFormat(self.tokenizer, self.prompt, self.max_caption_tokens)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the indices of all streams: of the shards' sizes and hashes, in order."""
+        """Return a digest of the indices of all streams: of the shards' sizes and hashes, in order."""
         indices = [Path(stream.local, stream.split or "", "index.json") for stream in self.streams]
         return index_fingerprint(index.read_bytes() for index in indices)
 
@@ -126,7 +126,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             return self._without_labels(sample_id)
 
     def image_and_caption(self, sample_id: int) -> tuple[Image.Image, str]:
-        """One sample as a person sees it; of several captions the one of this epoch.
+        """Return the image and caption of a sample; of several captions the one of this epoch.
 
         Raises:
             BadSampleError: naming the sample.
@@ -168,7 +168,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         return item
 
     def _draw(self, sample: Mapping[str, Any], sample_id: int) -> tuple[str, Any]:
-        """The caption of a sample in this epoch, and its spans."""
+        """Return the caption of a sample in this epoch, and its spans."""
         if "captions" not in sample:
             return sample["caption"], sample.get(SPANS_COLUMN)
         captions, spans = sample["captions"], sample.get(SPANS_COLUMN)
@@ -215,7 +215,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             raise BadSampleError(str(error)) from error
 
     def _without_labels(self, sample_id: int) -> dict[str, Any]:
-        """A blank image without a caption, in the place of a sample that cannot be used."""
+        """Return a blank image without a caption, in place of a sample that cannot be used."""
         blank = Image.new("RGB", (1, 1))
         image = self.image_processor(blank) if self.image_processor else ImageInputs({}, [])
         item = self._item(image, [], sample_id)
@@ -246,7 +246,7 @@ def check_scorable(data: StreamingCaptionDataset, scores: str) -> None:
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """An RGB image from the bytes of a file, see :mod:`composer_prior.data.images`.
+    """Decode an RGB image from the bytes of a file, see :mod:`composer_prior.data.images`.
 
     Raises:
         BadSampleError: if it is of a format that is not decoded, damaged, or larger than the limit against bombs.
@@ -264,7 +264,7 @@ def draw(count: int, *key: int) -> int:
 
 
 def _checked_spans(spans: Any) -> Sequence[Sequence[int]]:
-    """The spans of a caption; none where nobody knows any."""
+    """Return the spans of a caption; none where they are unknown."""
     try:
         return [(int(start), int(end)) for start, end in spans or () if start < end]
     except (TypeError, ValueError) as error:
@@ -272,12 +272,12 @@ def _checked_spans(spans: Any) -> Sequence[Sequence[int]]:
 
 
 def overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[Sequence[int]]) -> list[bool]:
-    """Whether each token, given by its characters, shares one with a span."""
+    """Return whether each token, given by its characters, shares one with a span."""
     return [any(start < span_end and span_start < end for span_start, span_end in spans) for start, end in offsets]
 
 
 def read_captions(config: Mapping[str, Any]) -> Iterator[str]:
-    """All captions of a data set, in their order. Every rank opens the data set; any of them may read.
+    """Return all captions of a data set, in order. Every rank opens the data set; any of them may read.
 
     Args:
         config: arguments of :class:`StreamingCaptionDataset`, of which those that say where the data are count.
@@ -302,7 +302,7 @@ def read_captions(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def caption_data_spec(dataset: StreamingCaptionDataset, batch_size: int, **kwargs: Any) -> DataSpec:
-    """A resumable loader of a caption data set, with its token counts.
+    """Return a resumable loader of a caption data set, with its token counts.
 
     Args:
         dataset: built with the same ``batch_size``.

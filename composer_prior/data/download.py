@@ -1,4 +1,4 @@
-"""Files from a bucket: whole and checked or not at all, within a time that is known beforehand."""
+"""Downloads that are whole and checked or fail, within a bounded time."""
 
 import mmap
 import os
@@ -73,7 +73,7 @@ def download(
 
 
 def patience(attempts: int, seconds: float) -> float:
-    """The longest time in seconds that a download may take, all attempts together."""
+    """Return the longest time in seconds that a download may take, all attempts together."""
     return attempts * (seconds + 1) + FIRST_PAUSE * 2.0**attempts
 
 
@@ -89,7 +89,7 @@ def _attempt(
     except FutureTimeoutError:
         by = f" of {service(remote)}" if service(remote) else ""
         raise TimeoutError(f"no answer{by}, or not all of it, within {seconds:g} s") from None
-    finally:  # at once, or when the download that nobody waits for has ended
+    finally:  # at once, or when an abandoned download has ended
         fetched.add_done_callback(lambda _: partial.unlink(missing_ok=True))
 
 
@@ -116,7 +116,7 @@ def check_file(file: Path, expected: FileInfo, algorithm: str | None = None) -> 
 
 
 def in_thread(job: Callable[[], Any]) -> "Future[None]":
-    """Run a job in a thread of its own, for which no end of the program waits."""
+    """Run a job in a daemon thread."""
     future: Future[None] = Future()
 
     def run() -> None:

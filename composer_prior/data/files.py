@@ -32,7 +32,7 @@ def open_plain(path: str | os.PathLike[str]) -> FileIO:
 
 
 def read_plain(path: str | os.PathLike[str], limit: int) -> bytes:
-    """The bytes of a plain file.
+    """Read a plain file.
 
     Raises:
         OSError: as for :func:`open_plain`, or the file is larger than ``limit`` bytes.
@@ -45,7 +45,7 @@ def read_plain(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What JSON holds.
+    """Parse JSON.
 
     Raises:
         ValueError: for what is no JSON, or is nested more than 100 deep.
@@ -57,7 +57,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def bounded(value: Any) -> Any:
-    """A value of JSON, unless it is nested so deep that working with it would fail.
+    """Return a value of JSON, unless it is nested too deeply to work with.
 
     Raises:
         ValueError: saying so.
@@ -89,7 +89,7 @@ def load_yaml(path: Path) -> Any:
 
 
 def _count(node: yaml.Node, counts: dict[int, int]) -> int:
-    """The values below a node, each alias counted as what it stands for."""
+    """Count the values below a node, each alias as what it stands for."""
     if id(node) not in counts:
         counts[id(node)] = 1  # an alias of itself counts as one
         parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value

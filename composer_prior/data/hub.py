@@ -28,7 +28,7 @@ class ModelFolderError(DataError):
 
 
 def model_place(path: str | Path, also: str | None = None) -> str | Path:
-    """The folder that a path names, or else the hub id, for ``from_pretrained``.
+    """Return the folder that a path names, or else the hub id, for ``from_pretrained``.
 
     A hub is asked once whether it has the model: transformers asks for many files, five times each. It is not asked for
     what one of transformers' caches, or the folder ``also``, holds.
@@ -53,7 +53,7 @@ def model_place(path: str | Path, also: str | None = None) -> str | Path:
 
 
 def _caches() -> Iterator[str | None]:
-    """Where transformers keeps what it has downloaded."""
+    """Yield the folders in which transformers keeps downloads."""
     yield constants.HF_HUB_CACHE
     yield from map(os.environ.get, ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE"))
 
@@ -88,7 +88,7 @@ def quiet() -> Iterator[None]:
 
 
 def load_pretrained(auto: Any, path: str | Path, trust_remote_code: bool = False, **options: Any) -> Any:
-    """``auto.from_pretrained`` of a folder or hub id; code that comes with it runs only if the user has said so.
+    """Run ``auto.from_pretrained`` on a folder or hub id; code that comes with it runs only if the user allows it.
 
     transformers would ask at the terminal, and run it after one key.
 

@@ -1,12 +1,12 @@
-"""What composer-prior accepts as an image: encoded bytes that Pillow can decode, checked as cheaply as possible.
+"""Images: encoded bytes that Pillow can decode, checked as cheaply as possible.
 
-Nothing here trusts its input. Only the raster formats in :data:`IMAGE_FORMATS` are ever handed to Pillow (so no PDF,
+The input is not trusted. Only the raster formats in :data:`IMAGE_FORMATS` are ever handed to Pillow (so no PDF,
 EPS or SVG interpreter is reachable), and an image with more than :data:`MAX_IMAGE_PIXELS` pixels, or with one side more
 than :data:`MAX_ASPECT_RATIO` times the other, is refused from its header. An animated image stands for its first frame,
 and :func:`decode_rgb` turns every kind of pixel into RGB.
 
-A full check and decoding are one function, so they agree on every image. What a file says about its pixels never costs
-the image: where orientation, transparency or other metadata make no sense, the pixels are taken as they stand.
+A full check and decoding are one function, so they agree on every image. Orientation,
+transparency or other metadata that make no sense are ignored.
 """
 
 import base64
@@ -83,7 +83,7 @@ class ImageError(ValueError):
 
 
 def read_image_file(path: str | os.PathLike[str], limit: int = MAX_IMAGE_BYTES) -> bytes:
-    """The bytes of a file that may be an image.
+    """Read a file that may be an image.
 
     Args:
         path: the file.
@@ -104,7 +104,7 @@ def read_image_file(path: str | os.PathLike[str], limit: int = MAX_IMAGE_BYTES) 
 
 
 def image_in_text(text: str, is_path: bool = True) -> bytes | None:
-    """The bytes of an image that a text holds, as a data URI or as base64 in any of its forms; ``None`` for a path.
+    """Decode an image that a text holds as a data URI or as base64 in any of its forms; return None for a path.
 
     Args:
         text: the text.
@@ -140,8 +140,8 @@ def check_image(data: bytes, check: str = "structure") -> None:
     ``check="structure"`` is many times faster. Pillow must read the header; a JPEG must end with its end marker, a PNG
     must have the right checksum on every chunk, up to its end chunk, and a WebP must be as long as it says. Whatever
     is doubtful, and every other format, is decoded. So an image that decodes is never refused, and a cut image is
-    always caught; damage *inside* a complete JPEG or WebP may pass, and whoever decodes the image later must be ready
-    for it.
+    always caught; damage *inside* a complete JPEG or WebP may pass, and the loader has to handle it
+    later.
 
     Args:
         data: the encoded image.
@@ -159,7 +159,7 @@ def check_image(data: bytes, check: str = "structure") -> None:
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """The first frame of an encoded image as RGB: upright (EXIF orientation), transparency laid on white.
+    """Decode the first frame of an image as RGB: upright (EXIF orientation), transparency laid on white.
 
     Grey of more than 8 bits is scaled, black to white over the range of its file. Up to 16 bits, the bits say it; for
     integers of 32 bits it is the least of 255, 65535 and 2^31 - 1 that holds the largest value, for floats the least of
@@ -210,14 +210,14 @@ def reencode_image(data: bytes, resize: int | None, reencode: str | None) -> byt
 
 
 def _shrunk(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    """A smaller size of the same aspect ratio, where rounding makes none that is extreme."""
+    """Return a smaller size of the same aspect ratio, which rounding must not make extreme."""
     least = math.ceil(longest / MAX_ASPECT_RATIO)
     width, height = (max(least, round(side * longest / max(size))) for side in size)
     return width, height
 
 
 def _decode(data: bytes, shrink: bool = False) -> Image.Image:
-    """The one way to decode: what it refuses, every check refuses. ``shrink`` reads all of a JPEG for fewer pixels."""
+    """Decode an image, for all checks; ``shrink`` reads all of a JPEG for fewer pixels."""
     try:
         return _decode_once(data, shrink)
     except ImageError:
@@ -235,7 +235,7 @@ def _decode_once(data: bytes, shrink: bool) -> Image.Image:
         if shrink:
             image.draft("RGB", (1, 1))
         image.load()
-        with suppress(Exception):  # an orientation that nobody can read is none
+        with suppress(Exception):  # an unreadable orientation is ignored
             ImageOps.exif_transpose(image, in_place=True)
         image = on_white(_eight_bits(image, data))
         if image.mode != "RGB":
@@ -259,7 +259,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _size_problem(width: int, height: int) -> tuple[str, str] | None:
-    """Reason and detail, where an image of this size is not accepted."""
+    """Return the reason and detail why an image of this size is not accepted, or None."""
     if min(width, height) < 1:
         return "empty image", f"{width} x {height} pixels"
     if width * height > MAX_IMAGE_PIXELS:
@@ -270,7 +270,7 @@ def _size_problem(width: int, height: int) -> tuple[str, str] | None:
 
 
 def _eight_bits(image: Image.Image, data: bytes) -> Image.Image:
-    """Grey of more than 8 bits with 8, where Pillow would clip it; the transparent colour follows the pixels."""
+    """Convert grey of more than 8 bits to 8, where Pillow would clip it; the transparent colour follows the pixels."""
     key = image.info.get("transparency")
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
@@ -290,7 +290,7 @@ def _eight_bits(image: Image.Image, data: bytes) -> Image.Image:
 
 
 def _white(values: np.ndarray, tags: Any) -> float:
-    """The value of white."""
+    """Return the value of white."""
     low, high = float(values.min()), float(values.max())  # nan where any value is
     bits, signed = tags.get(_TIFF_BITS, (16,))[0], tags.get(_TIFF_SAMPLE_FORMAT, (1,))[0] == 2
     if values.dtype.kind == "f":
@@ -306,7 +306,7 @@ def _white(values: np.ndarray, tags: Any) -> float:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """The image on white, as it stands where its transparency makes no sense."""
+    """Return the image on white; unchanged where its transparency makes no sense."""
     with suppress(Exception):
         if image.has_transparency_data:
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -315,7 +315,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def _without_metadata(data: bytes) -> bytes:
-    """A PNG without the chunks that a decoder may ignore, among which Pillow forgives none; else the same bytes.
+    """Return a PNG without the chunks that a decoder may ignore, where Pillow fails on damage; else the same bytes.
 
     Transparency and orientation stay where their chunks are sound.
     """
@@ -335,7 +335,7 @@ def _without_metadata(data: bytes) -> bytes:
 
 
 def _refuse(data: bytes, error: Exception) -> NoReturn:
-    """Turns whatever Pillow raised into an ImageError whose text is the same in every run."""
+    """Raise an error of Pillow as an ImageError whose text is the same in every run."""
     if isinstance(error, ImageError):
         raise error
     if not data:
@@ -358,12 +358,12 @@ def _refuse(data: bytes, error: Exception) -> NoReturn:
 
 
 def _format(data: bytes) -> str | None:
-    """The accepted format that these bytes begin as."""
+    """Return the accepted format that these bytes begin as, or None."""
     return next((form for form, magic in _MAGIC.items() if re.match(magic, data, re.DOTALL)), None)
 
 
 def _why_not_opened(data: bytes, form: str) -> Exception | None:
-    """The error that ``Image.open`` kept for itself when it went on to the next format."""
+    """Return the error that ``Image.open`` dropped when it went on to the next format."""
     try:
         Image.OPEN[form][0](io.BytesIO(data), "")
     except Exception as error:
@@ -372,7 +372,7 @@ def _why_not_opened(data: bytes, form: str) -> Exception | None:
 
 
 def _structure_is_sound(data: bytes) -> bool:
-    """Whether the cheap checks are enough to accept; ``False`` means doubt, and the image has to be decoded."""
+    """Return whether the cheap checks suffice to accept; if not, the image has to be decoded."""
     try:
         if data.startswith(b"\xff\xd8\xff"):
             _open(data)

@@ -10,7 +10,7 @@ from composer_prior.data.messages import DataError, one_line
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object that a file of JSON holds.
+    """Read the object that a file of JSON holds.
 
     Raises:
         DataError: naming the file.
@@ -25,7 +25,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def begin_lines(out: Path, settings: Mapping[str, Any], overwrite: bool = False) -> list[dict[str, Any]]:
-    """The lines that are there already; one that was not written to its end is taken away.
+    """Return the lines that are there already, and remove one that was not written to its end.
 
     Args:
         out: the file; its settings lie beside it in ``{out}.options.json``.

@@ -17,7 +17,7 @@ _TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 class LockedError(StorageError):
-    """A place that another process writes to."""
+    """A folder or file that another process writes to."""
 
 
 @contextmanager

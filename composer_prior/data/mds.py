@@ -123,13 +123,13 @@ def _sync(file: BufferedWriter) -> None:
 
 
 def sample_extent(shard: bytes | mmap.mmap, index: int) -> tuple[int, int]:
-    """Where a sample of a shard begins and ends."""
+    """Return where a sample of a shard begins and ends."""
     begin, end = np.frombuffer(shard, np.uint32, 2, 4 * (1 + index)).tolist()
     return begin, end
 
 
 def count_samples(shard: bytes) -> int | None:
-    """How many samples a shard has; None if it is not whole."""
+    """Return how many samples a shard has; None if it is not whole."""
     count = int(np.frombuffer(shard[:4], np.uint32)[0]) if len(shard) >= 8 else 0
     if not count or len(shard) < 4 * (count + 2):
         return None
@@ -137,7 +137,7 @@ def count_samples(shard: bytes) -> int | None:
 
 
 def read_column(data: Any, column: str, samples: range) -> list[Any]:
-    """One column of consecutive samples; the others, images for one, are not read.
+    """Read one column of consecutive samples, without the other columns.
 
     Args:
         data: a :class:`.CheckedDataset`.
@@ -163,7 +163,7 @@ def read_column(data: Any, column: str, samples: range) -> list[Any]:
 
 
 def _shard_bytes(data: Any, shard_id: int, retry: int = 7) -> mmap.mmap:
-    """A shard's file, downloaded if need be; the cache may evict it, but not while it is open."""
+    """Map a shard's file, downloaded if need be; the cache may evict it, but not while it is open."""
     shard = data.shards[shard_id]
     file = Path(shard.dirname, shard.split or "", shard.raw_data.basename)
     for _ in range(retry):
@@ -179,7 +179,7 @@ def _shard_bytes(data: Any, shard_id: int, retry: int = 7) -> mmap.mmap:
 
 
 def _cell(content: mmap.mmap, shard: Any, column: str, index: int) -> Any:
-    """One column of one sample: the sizes of those of no fixed size come first, then all of them in order."""
+    """Return one column of one sample: the sizes of those of no fixed size come first, then all columns in order."""
     from streaming.base.format.mds.encodings import mds_decode  # here: conversion starts without streaming
 
     begin, _ = sample_extent(content, index)

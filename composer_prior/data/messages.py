@@ -1,4 +1,4 @@
-"""What a user is told: one line for an error, and words that never decide how a program ends."""
+"""Messages for the user: errors of one line, and output that never ends the program."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ class OneLineError(Exception):
 
 
 class DataError(OneLineError, OSError):
-    """Data that cannot be read, named: an index, a shard."""
+    """An index or a shard that cannot be read; the message names it."""
 
 
 _HIDDEN: dict[str, str] = {}  # value: what is shown in its place
@@ -35,15 +35,15 @@ def hide(value: str, text: str) -> None:
 
 
 def hidden(text: str) -> str:
-    """A text without the values of :func:`hide`."""
+    """Return a text without the values of :func:`hide`."""
     for value in sorted(_HIDDEN, key=len, reverse=True):
         text = text.replace(value, _HIDDEN[value])
     return text
 
 
 def visible(text: str, keep: str = "") -> str:
-    """Text in which what is invisible, reorders text or steers a terminal is written out, such as ``[U+001B]``; the
-    joiners of scripts and emoji stay, and what ``keep`` holds."""
+    """Write out characters that are invisible, reorder text or control a terminal, such as ``[U+001B]``; the joiners of
+    scripts and emoji stay, and the characters of ``keep``."""
     return "".join(
         f"[U+{ord(char):04X}]" if unicodedata.category(char) in _UNSEEN and char not in f"\u200c\u200d{keep}" else char
         for char in text
@@ -51,12 +51,12 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def one_line(error: BaseException, length: int = 500) -> str:
-    """The message of an error as one line that a terminal shows as it is, or its type."""
+    """Return the message of an error as one line that a terminal shows as it is, or its type."""
     return visible(" ".join(hidden(str(error)).split()))[:length] or type(error).__name__
 
 
 def short(text: str, length: int = 200) -> str:
-    """The beginning of a text that may be of any length."""
+    """Return the beginning of a text that may be of any length."""
     return text if len(text) <= length else f"{text[:length]}… ({len(text):,} characters)"
 
 
@@ -74,7 +74,7 @@ def one_line_exit(expected: tuple[type[Exception], ...] = (ValueError, OSError, 
 
 
 def say(message: object) -> None:
-    """Print a line, whatever characters the terminal knows, and also when nobody reads any more or the disk is full."""
+    """Print a line; ignore a closed pipe or a full disk, and escape characters that the terminal lacks."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         print(visible(str(message), keep="\n\t").encode(encoding, "backslashreplace").decode(encoding), flush=True)
@@ -84,7 +84,7 @@ def say(message: object) -> None:
 
 
 def failure(error: BaseException) -> str:
-    """The message of an error as one line, and below it where it is from and where its traceback is logged."""
+    """Return the message of an error as one line, and below it its origin and where its traceback is logged."""
     where = traceback.extract_tb(error.__traceback__)[-1]
     return f"{one_line(error)}\n  ({where.filename}, line {where.lineno}; the traceback is in the log, on stderr)"
 

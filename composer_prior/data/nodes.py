@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def on_first_rank(function: Callable[[], T]) -> T:
-    """What a function returns, or raises, on the first rank of all; every rank has to call this.
+    """Return what a function returns, or raises, on the first rank of all; every rank has to call this.
 
     It alone looks for files that may not be there: a network disk lets a node that has missed one miss it for a while.
     """
@@ -36,7 +36,7 @@ def on_first_rank(function: Callable[[], T]) -> T:
 
 
 def _to_send(error: Exception) -> Exception:
-    """An error that other processes can raise; those of some libraries cannot be pickled."""
+    """Return an error that other processes can raise; those of some libraries cannot be pickled."""
     try:
         return pickle.loads(pickle.dumps(error))
     except Exception:
@@ -87,7 +87,7 @@ def check_shared(places: Mapping[str, str | Path]) -> None:
 
 
 def _sign(place: Path) -> Path:
-    """The place itself, or a file for the others to find in the folder that will hold it."""
+    """Return the path itself, or a file for the others to find in the folder that will hold it."""
     if place.exists():
         return place
     sign = next(folder for folder in place.parents if folder.exists()) / f".seen-by-all-nodes-{uuid.uuid4().hex}"

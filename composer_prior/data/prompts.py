@@ -12,7 +12,7 @@ from composer_prior.data.tokenizer import IMAGE_TOKEN, bos_id
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The token that begins every sequence, as text: the tokenizer's own, or its end of sequence where it has none."""
+    """Return the text of the token that begins every sequence: the beginning of sequence, or else its end."""
     return str(tokenizer.convert_ids_to_tokens(bos_id(tokenizer)))
 
 

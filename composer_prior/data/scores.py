@@ -51,7 +51,7 @@ class ScoresError(ValueError):
 
 
 class CaptionData(Protocol):
-    """What scores need to know of a :class:`.StreamingCaptionDataset`."""
+    """The attributes of a :class:`.StreamingCaptionDataset` that scores depend on."""
 
     tokenizer: PreTrainedTokenizerBase
     prompt: str
@@ -63,13 +63,13 @@ class CaptionData(Protocol):
 
 
 def index_fingerprint(indices: Iterable[bytes]) -> str:
-    """Digest of the indices of a data set's streams: of the shards' sizes and hashes, in order."""
+    """Return a digest of the indices of a data set's streams: of the shards' sizes and hashes, in order."""
     return hashlib.sha256(b"".join(indices)).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class ScoresCard:
-    """What scores belong to.
+    """The metadata of scores: the data, tokenizer and reference that they belong to.
 
     Args:
         data: fingerprint of the data set's index.
@@ -91,7 +91,7 @@ class ScoresCard:
 
     @classmethod
     def of(cls, data: CaptionData, reference: Mapping[str, str]) -> "ScoresCard":
-        """The card of the scores that a reference gives a data set."""
+        """Return the card of the scores that a reference gives a data set."""
         return cls(
             data.fingerprint,
             data.num_samples,
@@ -144,7 +144,7 @@ class ScoresCard:
 
 
 def _flat(card: ScoresCard, reference: bool) -> dict[str, Any]:
-    """The fields to compare; where a reference lies makes no difference."""
+    """Return the fields to compare; the path of a reference makes no difference."""
     fields = {**asdict(card), **{f"the reference's {key}": value for key, value in card.reference.items()}}
     ignored = {"reference", "the reference's path"}
     return {
@@ -155,7 +155,7 @@ def _flat(card: ScoresCard, reference: bool) -> dict[str, Any]:
 
 
 def encode_logprobs(logprobs: NDArray[np.floating]) -> bytes:
-    """Log-probabilities as little-endian float16; those below its range become its lowest, of weight 1 all the same.
+    """Encode log-probabilities as little-endian float16; those below its range become its lowest.
 
     Raises:
         ScoresError: if one is NaN or positive.
@@ -165,7 +165,7 @@ def encode_logprobs(logprobs: NDArray[np.floating]) -> bytes:
 
 
 def decode_logprobs(data: bytes) -> NDArray[np.float32]:
-    """Float32 log-probabilities, of :func:`encode_logprobs`.
+    """Decode float32 log-probabilities, of :func:`encode_logprobs`.
 
     Raises:
         ScoresError: if one is NaN or positive, or the bytes are not whole numbers.
@@ -226,7 +226,7 @@ class Scores:
         return int(self.bounds[-1])
 
     def __getitem__(self, sample_id: int) -> NDArray[np.float32]:
-        """Log-probabilities ``[tokens]`` of the caption tokens of a sample.
+        """Return the log-probabilities ``[tokens]`` of the caption tokens of a sample.
 
         Raises:
             ScoresError: if its shard is missing or damaged, or a value is none.
@@ -240,7 +240,7 @@ class Scores:
             raise ScoresError(f"{self.path}, scores of sample {sample_id}: {error}") from error
 
     def read(self, sample_id: int, tokens: int) -> NDArray[np.float32]:
-        """Those of a sample that has so many caption tokens.
+        """Return those of a sample that has so many caption tokens.
 
         Raises:
             ScoresError: as above, or if there are more or fewer.
@@ -263,7 +263,7 @@ class Scores:
 
 
 def open_scores(path: str, data: CaptionData, cache: Path, **patience: Any) -> Scores:
-    """Scores of a data set.
+    """Open the scores of a data set.
 
     Args:
         path: folder or remote.
@@ -280,7 +280,7 @@ def open_scores(path: str, data: CaptionData, cache: Path, **patience: Any) -> S
 
 
 def read_index(data: bytes, path: str, samples: int) -> list[Shard]:
-    """The shards of scores in a place, from the bytes of their index.
+    """Return the shards of scores, from the bytes of their index.
 
     Raises:
         ScoresError: if it is not an index of scores, or has another number of samples.
@@ -306,7 +306,7 @@ def _parse_entry(entry: Mapping[str, Any]) -> Shard:
 
 @lru_cache(maxsize=64)
 def _open_shard(path: str, size: int, digest: str) -> mmap.mmap:
-    """A shard's bytes, checked once. The cache bounds the open files of a process."""
+    """Map a shard's bytes, checked once. The cache bounds the open files of a process."""
     with open(path, "rb") as file:
         found = os.fstat(file.fileno()).st_size
         if found == size:
@@ -317,7 +317,7 @@ def _open_shard(path: str, size: int, digest: str) -> mmap.mmap:
 
 
 def _fetch(path: str, name: str, attempts: int, seconds: float) -> bytes:
-    """One small file of a folder or remote, as it is now."""
+    """Read one small file of a folder or remote."""
     try:
         if not is_remote(path):
             return Path(path, name).read_bytes()

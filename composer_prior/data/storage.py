@@ -67,7 +67,7 @@ def write_whole(file: Path, data: bytes) -> None:
 
 @contextmanager
 def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """A temporary folder of this process that takes its final name in one step when its writing has succeeded.
+    """Yield a temporary folder of this process that takes its final name in one step when its writing has succeeded.
 
     Args:
         folder: which must not exist, or be empty.
@@ -113,7 +113,7 @@ def _take_over(before: Path, folder: Path) -> None:
 
 
 def written_here(folder: Path) -> list[str]:
-    """The names of what this program wrote into a folder that it may replace; none for a folder that it did not."""
+    """Return the names of what this program wrote into a folder that it may replace."""
     with suppress(OSError, ValueError):
         return list(json.loads((folder / MARK).read_bytes()))
     return []

@@ -1,4 +1,4 @@
-"""Errors of object stores: whether a retry can help, and the message for the user."""
+"""Errors of object stores: whether a retry can help, and their message."""
 
 import os
 from collections.abc import Iterator, Mapping

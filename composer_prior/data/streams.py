@@ -64,12 +64,12 @@ class CheckedStream(Stream):
 
     @property
     def place(self) -> str:
-        """Where the data come from."""
+        """Return the remote or folder of the data."""
         return os.path.join(self.remote or self.local, self.split).rstrip("/")
 
     @property
     def patience(self) -> float:
-        """The longest time in seconds that a download may take, all attempts together."""
+        """Return the longest time in seconds that a download may take, all attempts together."""
         return patience(self.download_retry, self.download_timeout)
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
@@ -160,8 +160,8 @@ class CheckedDataset(FixedDataset):
             ``local``, and one of ``proportion``, ``repeat`` and ``choose``; or None, for the one that the following
             arguments tell. Default: ``None``.
         remote, local, split, keep_zip: see :class:`streaming.StreamingDataset`.
-        download_retry: attempts for each file, with 1, 2, 4 … s between them. Default: ``7``, which bears a server
-            that is gone for a minute.
+        download_retry: attempts for each file, with 1, 2, 4 … s between them. Default: ``7``, which survives
+            a one-minute outage.
         download_timeout: the longest time in seconds of one attempt. Default: ``60``.
         validate_hash: the hash to check downloaded shards by. Default: the strongest that the index has.
         kwargs: the others of :class:`streaming.StreamingDataset`.
@@ -200,7 +200,7 @@ class CheckedDataset(FixedDataset):
         super().__init__(streams=[CheckedStream(**place) for place in places], **given)
 
     def shard_name(self, shard_id: int) -> str:
-        """Where a shard comes from."""
+        """Return the path or URL of a shard."""
         stream = cast(CheckedStream, self.streams[self.stream_per_shard[shard_id]])
         return f"{stream.place}/{cast(MDSReader, self.shards[shard_id]).raw_data.basename}"
 
@@ -220,7 +220,7 @@ class CheckedDataset(FixedDataset):
         except Exception as error:
             if hasattr(self, "_cache_filelock"):
                 self._cache_filelock.release(force=True)
-            if self._is_own[shard_id]:  # whoever needs it finds the same, and no file is left in the user's folder
+            if self._is_own[shard_id]:  # other readers find the same, and the user's folder stays as it is
                 self._shard_states[shard_id] = _ShardState.REMOTE
                 raise DataError(f"{self.shard_name(shard_id)} cannot be read: {one_line(error)}") from error
             self._give_up(shard_id, one_line(error))
@@ -229,7 +229,7 @@ class CheckedDataset(FixedDataset):
 
     @property
     def _is_own(self) -> NDArray[np.bool_]:
-        """Of each shard, whether it lies in a folder of the user's and cannot be downloaded again."""
+        """Return for each shard whether it lies in a folder of the user's and cannot be downloaded again."""
         return np.array([stream.remote is None for stream in self.streams])[self.stream_per_shard]
 
     def _evict_coldest_shard(self) -> None:

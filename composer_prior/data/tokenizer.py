@@ -19,7 +19,7 @@ VOCAB_SIZES = range(256 + len(SPECIAL_TOKENS), 1_000_001)  # of a tokenizer that
 
 
 def build_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer ``name`` (a folder or hub id), with ``kwargs`` of ``AutoTokenizer.from_pretrained``.
+    """Load the tokenizer ``name`` (a folder or hub id), with ``kwargs`` of ``AutoTokenizer.from_pretrained``.
 
     It gets the image tokens here, if it has none, so that every run, reference and score of a recipe sees the same one.
     """
@@ -40,7 +40,7 @@ def build_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer in Hugging Face form, with the image tokens in its vocabulary.
+    """Train a byte-level BPE tokenizer of transformers, with the image tokens in its vocabulary.
 
     Args:
         captions: what to learn the merges from.
@@ -67,7 +67,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of the vocabulary, the merges and the special tokens: what decides how text becomes ids."""
+    """Return a digest of the vocabulary, the merges and the special tokens, which decide how text becomes ids."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
     backend.pop("padding", None)
     backend.pop("truncation", None)
@@ -79,7 +79,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Ids of the image and row-separator tokens, which the tokenizer gets unless it has them.
+    """Return the ids of the image and row-separator tokens, which the tokenizer gets unless it has them.
 
     They become special tokens, which text can be kept from spelling, where they were ordinary ones.
     """
@@ -93,7 +93,7 @@ def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
 
 
 def image_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Ids of the image and row-separator tokens.
+    """Return the ids of the image and row-separator tokens.
 
     Raises:
         ValueError: if the tokenizer lacks them.
@@ -113,7 +113,7 @@ def _missing_image_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Tokens of the text between image and caption. Whoever writes a special token there means it, as in a chat's form.
+    """Return the tokens of the text between image and caption, which may spell special tokens, as a chat template does.
 
     Raises:
         ValueError: for a prompt that spells the image, whose place is fixed.
@@ -129,7 +129,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that starts every sequence: the tokenizer's own, or its end-of-sequence token."""
+    """Return the token that starts every sequence: beginning of sequence, or else end of sequence."""
     token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if token_id is None:
         raise ValueError("The tokenizer has neither a beginning- nor an end-of-sequence token; set its eos_token.")
@@ -137,7 +137,7 @@ def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def encode_caption(tokenizer: PreTrainedTokenizerBase, caption: str) -> Encoding:
-    """Tokens of a caption and their offsets, with no special token among them unless it is a word of the vocabulary.
+    """Encode a caption as tokens and offsets, without special tokens unless they are words of the vocabulary.
 
     They are those of ``tokenizer(caption, add_special_tokens=False, split_special_tokens=True)``, in a fifth of the
     time: that call spends the rest around this one.
@@ -164,6 +164,6 @@ class CaptionFormat:
     max_caption_tokens: int = 128
 
     def prefix_ids(self, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
-        """What stands before the caption, but for the image; in the ids of another tokenizer, if one is given."""
+        """Return the ids before the caption without the image, of another tokenizer if one is given."""
         tokenizer = tokenizer or self.tokenizer
         return [bos_id(tokenizer), *prompt_ids(tokenizer, self.prompt)]

@@ -1,4 +1,4 @@
-"""Scores of one tokenizer's tokens, carried over to the tokens of another through the characters that both stand for.
+"""Carry log-probabilities of one tokenizer's tokens over to those of another, by characters.
 
 Each tokenizer cuts a text of ``n`` characters into consecutive stretches, one for each token. The log-probability of a
 token is spread evenly over its stretch, and that of a token of the other tokenizer is what lies in its own stretch: the
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 
 def token_edges(offsets: Sequence[tuple[int, int]], length: int) -> NDArray[np.float64]:
-    """Where each token's stretch of the text begins and ends.
+    """Return where each token's stretch of the text begins and ends.
 
     Args:
         offsets: first and last character (exclusive) of each token, as a fast tokenizer gives them.
@@ -46,7 +46,7 @@ def token_edges(offsets: Sequence[tuple[int, int]], length: int) -> NDArray[np.f
 
 
 def _stretches(offsets: Sequence[tuple[int, int]], length: int) -> list[tuple[int, int]]:
-    """Where each stretch begins, and how many tokens share it.
+    """Return where each stretch begins, and how many tokens share it.
 
     A token that adds no character shares the stretch of the token before, whose last character it is a byte of, or
     else, where it waits for characters to come, that of the token after.
@@ -71,7 +71,7 @@ def _stretches(offsets: Sequence[tuple[int, int]], length: int) -> list[tuple[in
 def align_logprobs(
     logprobs: NDArray[np.float32], edges: NDArray[np.float64], to_edges: NDArray[np.float64]
 ) -> NDArray[np.float32]:
-    """Log-probabilities of the tokens between ``to_edges``, from those of the tokens between ``edges``.
+    """Return log-probabilities of the tokens between ``to_edges``, from those of the tokens between ``edges``.
 
     Args:
         logprobs: ``[m]`` float32, finite, at most 0.

@@ -1,4 +1,4 @@
-"""What to score with what."""
+"""The arguments of a scoring job."""
 
 import os
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ BESIDE_RECIPE = ("out", "loader", "batch_tokens", "unit_samples", "dtype")  # op
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """What to score with what.
+    """The arguments of a scoring job.
 
     Args:
         out: folder, which may begin with ``~``, or remote for the scores.

@@ -1,4 +1,4 @@
-"""Scores the captions of a data set with the text-only reference, once, beside the data.
+"""Compute the reference log-probabilities of a data set's captions, once, beside the data.
 
 The data set is cut into units of consecutive samples, and each rank scores a run of them. A unit is put in place when
 it is whole, and the index is written last: a job that was killed goes on where it was, with any number of ranks.
@@ -41,7 +41,7 @@ from composer_prior.scoring.writer import ScoresWriter
 
 @dataclass
 class ScoreSummary:
-    """What a job did: samples, tokens and samples without scores, over all ranks, in this call."""
+    """Samples, tokens and samples without scores of this call, over all ranks."""
 
     out: str
     samples: int = 0
@@ -101,7 +101,7 @@ def _score_captions(job: ScoreJob) -> ScoreSummary:
 
 
 def _places(job: ScoreJob) -> dict[str, str]:
-    """Where nodes have to find the same; a reference or tokenizer that is not there is named by its hub id."""
+    """Return the paths that all nodes must see; a reference or tokenizer that does not exist is a hub id."""
     named = {"reference": job.reference, "tokenizer.name": job.tokenizer["name"]}
     there = on_first_rank(lambda: [key for key, place in named.items() if Path(place).expanduser().exists()])
     places = {"scores": os.path.join(job.out, INDEX), **{key: named[key] for key in there}}
@@ -111,7 +111,7 @@ def _places(job: ScoreJob) -> dict[str, str]:
 
 
 def _look(job: ScoreJob, data: StreamingCaptionDataset) -> tuple[ScoresCard, bool]:
-    """The card of the scores that a job makes, and whether they are there already."""
+    """Return the card of the scores that a job makes, and whether they exist already."""
     card = ScoresCard.of(data, reference_identity(job.reference, job.trust_remote_code))
     try:
         there = Scores(job.out, Path(job.out)).card
@@ -184,7 +184,7 @@ def _without_bad(
 def score_texts(
     captions: Sequence[str], form: CaptionFormat, reference: ReferenceLM, batch_tokens: int | None = None
 ) -> list[NDArray[np.float32]]:
-    """Log-probabilities of the tokens that a format makes of captions, ``[tokens]`` float32 for each.
+    """Return log-probabilities of the tokens that a format makes of captions, ``[tokens]`` float32 for each.
 
     A reference with another tokenizer reads the captions in its own tokens, and its scores are carried over by
     characters (:mod:`composer_prior.scoring.align`); its end-of-sequence token is the model's.
@@ -207,7 +207,7 @@ def score_texts(
 def _score_tokens(
     captions: list[str], form: CaptionFormat, reference: ReferenceLM, batch_tokens: int | None
 ) -> list[NDArray[np.float32]]:
-    """With the model's own tokens."""
+    """Score with the model's tokens."""
     prefix, eos = form.prefix_ids(), form.tokenizer.eos_token_id
     encoded = form.tokenizer(captions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     texts = [[*prefix, *[*ids, eos][: form.max_caption_tokens]] for ids in encoded]
@@ -217,7 +217,7 @@ def _score_tokens(
 def _score_characters(
     captions: list[str], form: CaptionFormat, reference: ReferenceLM, batch_tokens: int | None
 ) -> list[NDArray[np.float32]]:
-    """With the reference's tokens, carried over to the model's."""
+    """Score with the reference's tokens, carried over to the model's."""
     theirs: Any = reference.tokenizer
     if not theirs.is_fast or theirs.eos_token_id is None:
         raise ValueError(
@@ -244,7 +244,7 @@ class _Reading:
     to_edges: NDArray[np.float64]
 
     def carry_over(self, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Log-probabilities of the model's tokens, from those of ``ids``."""
+        """Return log-probabilities of the model's tokens, from those of ``ids``."""
         body, end = np.split(logprobs, [len(self.edges) - 1])
         edges = self.edges
         if len(body) == 0 and len(self.to_edges) > 1:  # the reference reads nothing of it
@@ -255,7 +255,7 @@ class _Reading:
 def _read(
     ids: list[int], edges: NDArray[np.float64], to_edges: NDArray[np.float64], form: CaptionFormat, eos_id: int
 ) -> _Reading:
-    """What the reference has to read of a caption: all of it, or what stands for the model's tokens where it is cut."""
+    """Return what the reference has to read of a caption: all of it, or the part of the model's tokens if it is cut."""
     if len(to_edges) <= form.max_caption_tokens:  # as many as its tokens with the end of sequence
         return _Reading([*ids, eos_id], edges, to_edges)
     to_edges = to_edges[: form.max_caption_tokens + 1]
@@ -264,7 +264,7 @@ def _read(
 
 
 def reference_identity(path: str, trust_remote_code: bool = False) -> dict[str, str]:
-    """Path of a language model, and fingerprints of its configuration, weights and tokenizer; nothing is loaded.
+    """Return the path of a language model, and fingerprints of its configuration, weights and tokenizer.
 
     Raises:
         ScoresError: if there is no such model.

@@ -1,4 +1,4 @@
-"""Writes scores beside the data, by units of consecutive samples."""
+"""Write scores beside the data, by units of consecutive samples."""
 
 import json
 import os
@@ -43,7 +43,7 @@ class ScoresWriter:
 
     @property
     def units(self) -> list[range]:
-        """The samples of each unit."""
+        """Return the samples of each unit."""
         starts = range(0, self.card.samples, self.unit_samples)
         return [range(start, min(start + self.unit_samples, self.card.samples)) for start in starts]
 
@@ -89,7 +89,7 @@ class ScoresWriter:
         self._put(INDEX, json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
 
     def _read_entry(self, unit: int, names: set[str] | None) -> dict[str, Any] | None:
-        """The index entry of a shard that is there, or None if it is not whole or of another size."""
+        """Return the index entry of a shard that exists, or None if it is not whole or of another size."""
         data = self.out.read(_shard(unit), names)
         config = ShardWriter(self.work, "", {COLUMN: "bytes"}, _SHARD_BYTES).config
         samples = len(self.units[unit])

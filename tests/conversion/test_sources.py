@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from composer_prior.conversion import sources
 from composer_prior.conversion.convert import ConversionError, convert_captions
 from composer_prior.conversion.sources import Record, Rejected, SourceError, lines, lists, open_source, read_image
+from composer_prior.data.images import ImageError
 
 COLOURS = ("red", "green", "blue")
 
@@ -365,7 +365,7 @@ def test_images_outside_the_source_are_not_read(name, reason, tmp_path):
     (root / "loop.png").symlink_to(root / "loop.png")
     (root / "large.png").write_bytes(bytes(1001))
     os.mkfifo(root / "pipe")
-    with pytest.raises(sources.RejectedImage) as caught:
+    with pytest.raises(ImageError) as caught:
         read_image(root.resolve(), name, 1000)
     assert caught.value.reason == reason
 

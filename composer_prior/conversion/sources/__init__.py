@@ -1,10 +1,10 @@
-"""Image-caption pairs as people keep them: one small reader per form, all yielding the same records.
+"""Image-caption pairs in the usual formats: one small reader per format, all yielding the same records.
 
 A source is cut into units of work by :meth:`Source.units`, which is cheap, deterministic and runs in one process;
 :meth:`Source.read` turns one unit into records, in any process. Neither ever holds more than one unit (COCO's JSON,
 which has to be joined, is read whole).
 
-| form | what it is |
+| format | content |
 | --- | --- |
 | ``jsonl``, ``csv``, ``tsv`` | a file of captions beside a folder of images, one record per line |
 | ``json`` | a JSON array: LLaVA's pre-training ``conversations``, or ``{"image": ..., "caption": ...}`` |
@@ -16,7 +16,7 @@ which has to be joined, is read whole).
 
 A table's delimiter is the one of comma, semicolon, tab and ``|`` by which its first line names the columns.
 
-What cannot be read never stops a reader: it yields a :class:`Rejected` in its place. A file that cannot be opened as
+Readers yield a :class:`Rejected` in place of what they cannot read. A file that cannot be opened as
 what it should be, or ends before its end, is a :class:`BadFile`, which may stand for many captions; a sample that is
 damaged in a file that goes on behind it is rejected by itself. Links in the folder that is named are followed, each
 real folder once; a path that a list names must lead to a file below the source or below ``images=``.

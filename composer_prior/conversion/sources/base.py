@@ -1,4 +1,4 @@
-"""What all sources have in common: their records, their options, and how columns are found."""
+"""Records, options and columns that all sources share."""
 
 import hashlib
 import os
@@ -29,7 +29,7 @@ _SEEN_CACHE_KIB = 64 << 10
 
 
 class SourceError(ValueError):
-    """A source that cannot be read at all: an unknown or ambiguous form, a missing column, a missing package."""
+    """A source that cannot be read at all: an unknown or ambiguous format, a missing column, a missing package."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Rejected:
         reason: a short fixed phrase, to count by.
         where: file and place.
         detail: what exactly is wrong.
-        count: how many captions it stands for; 0 for what is no sample at all, ``None`` where nobody knows.
+        count: how many captions it stands for; 0 for what is no sample at all, ``None`` where it is unknown.
         estimated: whether ``count`` is an estimate.
     """
 
@@ -84,7 +84,7 @@ class BadFile(Rejected):
 
     @classmethod
     def of(cls, name: str, detail: str, count: int | None = None) -> "BadFile":
-        """One that cannot be read at all."""
+        """Return one that cannot be read at all."""
         return cls(name, "unreadable file", name, detail, count)
 
 
@@ -99,7 +99,7 @@ class SourceOptions:
         caption_column: column, field or tar suffix that holds one caption, a list of them, or a conversation.
         key_column: column or field that names a record; ``id`` and ``key`` are recognised.
         split: which split of a Hugging Face dataset.
-        unit_samples: records in one unit of work, where the form does not dictate it.
+        unit_samples: records in one unit of work, where the format does not dictate it.
         max_image_bytes: larger images are rejected without being read.
         download_timeout: the longest time in seconds of one attempt to download a file of a remote source.
     """
@@ -124,7 +124,7 @@ class SourceOptions:
         expect_number("download_timeout", self.download_timeout, 1, whole=False)
 
     def _as_text(self, name: str) -> None:
-        """An option that is text, also where a number or a path was given, as ``images=2017`` may be."""
+        """Set an option to text, also where a number or a path was given, as in ``images=2017``."""
         value = getattr(self, name)
         if value is None:
             return
@@ -145,36 +145,36 @@ class Source(Protocol):
 
     @property
     def form(self) -> str:
-        """One of :data:`FORMS`."""
+        """Return one of :data:`FORMS`."""
 
     @property
     def images(self) -> Path:
-        """The folder that image paths are relative to, resolved."""
+        """Return the folder that image paths are relative to, resolved."""
 
     @property
     def folder(self) -> Path:
-        """The folder that the source lies in, resolved; absolute paths of images below it are read, too."""
+        """Return the folder of the source, resolved; absolute paths of images below it are read, too."""
 
     @property
     def total(self) -> int | None:
-        """How many records there are, where that is known beforehand."""
+        """Return how many records there are, or None if that is not known beforehand."""
 
     @property
     def has_spans(self) -> bool:
-        """Whether its first records have ``image_related_spans``."""
+        """Return whether the first records have ``image_related_spans``."""
 
     def bad_files(self) -> Iterator[BadFile]:
-        """Files that can be told to be unreadable without reading them through."""
+        """Yield files that are known to be unreadable without reading them through."""
 
     def units(self) -> Iterator[Any]:
-        """Units of work in a fixed order; each is small, picklable, and its ``repr`` says all that it is."""
+        """Yield units of work in a fixed order; each is small, picklable and identified by its ``repr``."""
 
     def read(self, unit: Any) -> Iterator[Record | Rejected]:
-        """The records of one unit, in a fixed order."""
+        """Yield the records of one unit, in a fixed order."""
 
 
 def pick(names: Sequence[str], wanted: str | None, usual: Sequence[str], option: str, where: str) -> str:
-    """The column to use: the one asked for, or the first of the usual names that is there."""
+    """Return the column to use: the one asked for, or the first of the usual names that is there."""
     chosen = wanted or next((name for name in usual if name in names), None)
     if chosen is None or chosen not in names:
         listed = " ".join(", ".join(map(str, names)).split())[:300] or "none"
@@ -186,7 +186,7 @@ def pick(names: Sequence[str], wanted: str | None, usual: Sequence[str], option:
 
 
 def load(module: str) -> Any:
-    """An optional package, or one line that says how to get it."""
+    """Import an optional package, or raise one line that says how to install it."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -197,7 +197,7 @@ def load(module: str) -> Any:
 
 
 class Seen:
-    """What was seen before, by eight bytes of hash, in a temporary file of sqlite: memory stays within its cache."""
+    """A set of identities, as eight bytes of hash in a temporary file of sqlite, in bounded memory."""
 
     def __init__(self) -> None:
         self._digests = sqlite3.connect("", isolation_level=None)
@@ -208,7 +208,7 @@ class Seen:
         self._digests.execute("BEGIN")
 
     def add(self, *identity: Any) -> bool:
-        """Whether it is new."""
+        """Add an identity, and return whether it is new."""
         digest = hashlib.blake2b(repr(identity).encode("utf-8", "surrogatepass"), digest_size=8).digest()
         number = int.from_bytes(digest, "little", signed=True)
         return self._digests.execute("INSERT OR IGNORE INTO seen VALUES (?)", (number,)).rowcount == 1
@@ -228,14 +228,14 @@ class FileUnit:
 
 
 def file_of(unit: Any) -> str | None:
-    """The file that a unit of work belongs to, if it is all of its file or a part of it."""
+    """Return the file that a unit of work belongs to, or None if it spans several."""
     if isinstance(unit, (FileUnit, BadFile)):
         return unit.name if isinstance(unit, FileUnit) else unit.where
     return unit if isinstance(unit, str) else None
 
 
 def asked_folder(images: str) -> Path:
-    """The folder that ``images=`` names, resolved."""
+    """Return the folder that ``images=`` names, resolved."""
     folder = Path(images).expanduser()
     if not folder.is_dir():
         raise SourceError(f"images={images}: no such folder.")

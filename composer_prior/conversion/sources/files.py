@@ -1,4 +1,4 @@
-"""Files that are not what they should be, told by their first and last bytes."""
+"""Files of the wrong kind, recognised by their first and last bytes."""
 
 import bz2
 import gzip
@@ -37,14 +37,14 @@ _NAMED = 3
 
 
 def kind_of(head: bytes) -> str | None:
-    """What a file is by its first bytes, where that is known; never a tar archive or text."""
+    """Return what a file is by its first bytes, or None for text and unknown formats."""
     lowered = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     known = (kind for magic, kind in _KINDS if head.startswith(magic) or lowered.startswith(magic))
     return next(known, "a tar archive" if head[257:262] == b"ustar" else None)
 
 
 def beginning(path: Path) -> tuple[bytes, int]:
-    """The first 512 bytes of a file, and its size.
+    """Return the first 512 bytes of a file, and its size.
 
     Raises:
         OSError: also for what is no regular file.
@@ -54,7 +54,7 @@ def beginning(path: Path) -> tuple[bytes, int]:
 
 
 def parquet_problem(path: Path) -> str | None:
-    """Why a file cannot be Parquet, or ``None`` where it may be."""
+    """Return why a file cannot be Parquet, or None where it may be."""
     head, size = beginning(path)
     if head.startswith(b"PAR1"):
         with open(path, "rb") as file:
@@ -66,7 +66,7 @@ def parquet_problem(path: Path) -> str | None:
 
 
 def tar_problem(path: Path) -> str | None:
-    """Why a file cannot be a tar archive, compressed or not, or ``None`` where it may be."""
+    """Return why a file cannot be a tar archive, compressed or not, or None where it may be."""
     head, size = beginning(path)
     if not size:
         return "empty"
@@ -87,7 +87,7 @@ def tar_problem(path: Path) -> str | None:
 
 
 def describe(bad: Sequence[BadFile]) -> str:
-    """The first few of them, each with what is wrong."""
+    """Describe the first few bad files."""
     named = ", ".join(f"{item.where} ({item.detail})" for item in bad[:_NAMED])
     return f"{named} and {len(bad) - _NAMED} more" if len(bad) > _NAMED else named
 
@@ -95,7 +95,7 @@ def describe(bad: Sequence[BadFile]) -> str:
 def file_unit(
     root: Path, file: Path, problem_of: Callable[[Path], str | None], reason: str = "unreadable file"
 ) -> FileUnit | BadFile:
-    """A file of a source, whatever links lead to it: its user has named them.
+    """Return the unit of a file, or why it is a bad one; links are followed.
 
     Args:
         root: the source's folder.

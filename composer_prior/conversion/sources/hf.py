@@ -80,7 +80,7 @@ class HFSource:
 
 
 def _load_saved(path: Path, split: str | None) -> Any:
-    """The one split of a saved dataset that is meant. Nothing in it is executed."""
+    """Load the chosen split of a saved dataset. Nothing in it is executed."""
     datasets = load("datasets")
     try:
         data = datasets.load_from_disk(str(path))

@@ -1,4 +1,4 @@
-"""Image files that really lie within the folders they may be read from."""
+"""Image files, read only within the folders that they may be read from."""
 
 import os
 import re
@@ -15,7 +15,7 @@ _HUB_REPOSITORY = re.compile(r"(datasets|models|spaces)--.+")
 
 
 def read_image(root: Path, name: str, limit: int, *also: Path) -> bytes:
-    """The bytes of an image file that really lies within a folder.
+    """Read an image file that lies within a folder, links resolved.
 
     Args:
         root: the folder, resolved.
@@ -37,8 +37,7 @@ def read_image(root: Path, name: str, limit: int, *also: Path) -> bytes:
 
 
 def find_inside(root: Path, name: str, *also: Path) -> str:
-    """Where an image really lies, see :func:`inside`; where no file has its name, the one whose name is the same text
-    in another Unicode form, as files have it that macOS wrote.
+    """Return the real path of an image, see :func:`inside`; its name may have another Unicode form, as macOS writes it.
 
     Raises:
         ImageError: as for :func:`inside`, or two files have such names.
@@ -59,7 +58,7 @@ def find_inside(root: Path, name: str, *also: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _forms_in(folder: str) -> dict[str, list[str]]:
-    """The names in a folder that are not ASCII, by their normal form."""
+    """Return the names in a folder that are not ASCII, by their normal form."""
     found: dict[str, list[str]] = {}
     with suppress(OSError):
         for name in os.listdir(folder):
@@ -69,14 +68,14 @@ def _forms_in(folder: str) -> dict[str, list[str]]:
 
 
 def normal_form(name: str) -> str:
-    """A name in the one of its Unicode forms (NFC) that all others are compared in."""
+    """Return a name in Unicode's normal form C, in which names are compared."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def inside(root: Path, name: str, *also: Path) -> str:
-    """Where an image that a list names really lies, which must be below ``root`` or one of the other folders.
+    """Return the real path of an image, which must be below ``root`` or one of the other folders.
 
-    ``name`` is relative to ``root``, or absolute (also ``file://``) and then says where the image is in its own right;
+    ``name`` is relative to ``root``, or absolute (also ``file://``) and then complete;
     backslashes are taken for slashes where no file has them in its name. A symbolic link must not lead out of the
     folders, except into the blobs of the Hugging Face cache's repository that ``root`` is a snapshot of.
 
@@ -97,7 +96,7 @@ def inside(root: Path, name: str, *also: Path) -> str:
 
 
 def _plain_path(root: Path, name: str) -> str:
-    """A path as this system writes it, without ``..``."""
+    """Return a path as this system writes it, without ``..``."""
     if name[:7].lower() == "file://":
         name = "/" + unquote(name[7:].partition("/")[2])
     elif "://" in name:
@@ -129,7 +128,7 @@ def _real_folder(path: str) -> str:
 
 @lru_cache(maxsize=64)
 def _hub_blobs(root: str) -> str | None:
-    """Where the links in a snapshot of the Hugging Face cache lead: ``REPOSITORY/snapshots/REVISION`` to its blobs."""
+    """Return the folder of blobs that the links in a snapshot of the Hugging Face cache lead to."""
     for folder in (Path(root), *Path(root).parents):
         if folder.parent.name == "snapshots" and _HUB_REPOSITORY.fullmatch(folder.parent.parent.name):
             return os.path.join(folder.parent.parent, "blobs", "")

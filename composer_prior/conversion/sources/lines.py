@@ -1,4 +1,4 @@
-"""Lines and rows of text files as people have them: any line ends, marked UTF-16, quotes that never close."""
+"""Lines and rows of text files with any line ends, marked UTF-16 and quotes that never close."""
 
 import codecs
 import csv
@@ -26,7 +26,7 @@ codecs.register_error(_MARK, lambda error: ("\udcff", error.end))  # type: ignor
 
 
 def encoding_of(path: Path) -> str:
-    """The encoding of a text file by its byte order mark; UTF-8 without one."""
+    """Return the encoding of a text file by its byte order mark; UTF-8 without one."""
     with open_plain(path) as file:
         head = file.read(4)
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
@@ -35,13 +35,13 @@ def encoding_of(path: Path) -> str:
 
 
 def open_text(path: Path) -> io.TextIOWrapper:
-    """A text file in its encoding; what is not in it becomes surrogates, which are rejected later."""
+    """Open a text file in its encoding; invalid bytes become surrogates, which are rejected later."""
     encoding = encoding_of(path)
     return open(path, encoding=encoding, errors="surrogateescape" if encoding == "utf-8-sig" else _MARK)
 
 
 def lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """Numbered lines, as UTF-8 where they are text; ``None`` stands for one that is too long to be held."""
+    """Yield numbered lines, as UTF-8 where they are text; None stands for one that is too long."""
     with open(path, "rb") as file:
         head = file.read(1 << 16)
         file.seek(0)
@@ -75,7 +75,7 @@ def _limited(readline: Callable[[int], bytes]) -> Iterator[bytes | None]:
 
 
 def rows(path: Path, delimiter: str, columns: int, image: int) -> Iterator[Row]:
-    """The rows of a table below its header, each with the number of its first line.
+    """Yield the rows of a table below its header, each with the number of its first line.
 
     A quote is one only where it is well formed: the closing quote ends its cell, and a row of several lines has as
     many cells as the header while its lines are no rows in their own right. Every other quote is part of the text. A
@@ -95,7 +95,7 @@ def rows(path: Path, delimiter: str, columns: int, image: int) -> Iterator[Row]:
 
 
 def header_of(path: Path, delimiter: str) -> list[str]:
-    """The cells of a table's first line."""
+    """Return the cells of a table's first line."""
     first = next((line for _, line in lines(path)), None)
     return _cells((first or b"").decode("utf-8", "surrogateescape"), delimiter)
 
@@ -106,12 +106,12 @@ def _body(path: Path) -> Iterator[tuple[int, str | None]]:
 
 
 def _cells(line: str, delimiter: str) -> list[str]:
-    """The cells of a line with well-formed quotes, or those between its delimiters."""
+    """Return the cells of a line with well-formed quotes, or those between its delimiters."""
     return _well_formed([line], delimiter) or line.rstrip("\r\n").split(delimiter)
 
 
 def _well_formed(pieces: Iterable[str], delimiter: str) -> list[str] | None:
-    """The cells of one row, if its quotes are as they should be."""
+    """Return the cells of one row, or None if its quotes are not well formed."""
     try:
         return next(csv.reader(pieces, delimiter=delimiter, strict=True), None)
     except csv.Error:
@@ -128,7 +128,7 @@ class _Table:
         self.stray = re.compile(f'{other}"{other}')
 
     def rows(self, numbered: Iterator[tuple[int, str | None]]) -> Iterator[Row]:
-        """The rows; never more than one, and no more than a limit, is held."""
+        """Yield the rows; no more than one, within a limit, is held in memory."""
         csv.field_size_limit(max(csv.field_size_limit(), LINE_LIMIT))
         ahead: deque[tuple[int, str | None]] = deque()
         while True:
@@ -149,7 +149,7 @@ class _Table:
                 yield number, *self._several_lines(line, ahead, numbered)
 
     def _kind(self, line: str, cells: list[str]) -> str:
-        """How a line of well-formed cells uses its quotes; only a table with tabs has to know."""
+        """Return how a line of well-formed cells uses its quotes; only a table with tabs has to know."""
         if self.delimiter != "\t":
             return _PLAIN
         needed = any('"' in cell or self.delimiter in cell for cell in cells)
@@ -158,8 +158,8 @@ class _Table:
     def _several_lines(
         self, line: str, ahead: deque[tuple[int, str | None]], numbered: Iterator[tuple[int, str | None]]
     ) -> tuple[list[str], str]:
-        """The cells of a row whose first line ends within quotes, if those ahead close them well, which are then taken;
-        or else those of that line alone, with its quotes as text."""
+        """Return the cells of a row of several lines if the lines ahead close its quotes well, or else of one line with
+        its quotes as text."""
         taken: list[str] = [line]
 
         def more() -> Iterator[str]:
@@ -186,7 +186,7 @@ class _Table:
         return cells, _NEEDED
 
     def _is_row(self, line: str, first: str) -> bool:
-        """Whether a line looks like a whole row if its quotes are taken as text, beside the first line of one."""
+        """Return whether a line looks like a whole row if its quotes are taken as text."""
         cells = line.rstrip("\r\n").split(self.delimiter)
         tabs = self.delimiter == "\t"  # text has hardly any
         if len(cells) < self.columns or (tabs and len(cells) > self.columns):
@@ -201,7 +201,7 @@ class _Table:
         return tabs or numbered or (folder != "" and folder == os.path.dirname(other))
 
     def _image_cell(self, cells: list[str]) -> str:
-        """The cell of the image, counted from the nearer end: a caption may have delimiters."""
+        """Return the cell of the image, counted from the nearer end: a caption may have delimiters."""
         place = self.image if 2 * self.image < self.columns else self.image - self.columns
         return cells[place].strip('"') if -len(cells) <= place < len(cells) else ""
 

@@ -95,7 +95,7 @@ class ListSource:
 
 
 def _problem(file: Path) -> str | None:
-    """What a list is instead of text, if that can be told."""
+    """Return what a list is instead of text, or None."""
     try:
         head, _ = beginning(file)
     except OSError as error:
@@ -106,7 +106,7 @@ def _problem(file: Path) -> str | None:
 
 
 def _images_folder(file: Path, asked: str | None, names: list[str]) -> Path:
-    """The folder that image paths are relative to: the one asked for, or the first likely one that has an image."""
+    """Return the folder of the images: the one asked for, or the first likely one that has an image."""
     if asked is not None:
         return asked_folder(asked)
     # captions_train2017.json of COCO lies in annotations/, beside train2017/.
@@ -167,8 +167,8 @@ def _read_table(path: Path, options: SourceOptions) -> Iterator[Record | Rejecte
 
 
 def _columns(path: Path, options: SourceOptions) -> tuple[str, list[str], SourceOptions]:
-    """The delimiter by which the first line of a table names the columns that are needed, the cells of that line, and
-    the options with these columns."""
+    """Return the delimiter by which a table's first line names the needed columns, its cells, and the options with
+    these columns."""
     usual = "\t,;|" if path.suffix.lower() == ".tsv" or options.form == "tsv" else ",;\t|"
     problems: list[tuple[bool, SourceError]] = []
     for delimiter in usual:
@@ -193,8 +193,8 @@ def _read_json_array(path: Path, options: SourceOptions) -> Iterator[Record | Re
 
 
 def _json_array(path: Path, chunk: int = 1 << 20) -> Iterator[Any]:
-    """The items of a JSON array, read a piece at a time; a bad file where it ends as none, or goes on behind its end,
-    which counts as so many items as what is left would hold of the size of those before."""
+    """Yield the items of a JSON array, read in pieces; then a bad file where the array is cut or text follows it,
+    counted as the items of mean size that fit in the rest."""
 
     def bad(detail: str) -> "BadFile":
         read = file.buffer.tell() - len(buffer) + position  # type: ignore[attr-defined]
@@ -232,7 +232,7 @@ def _json_array(path: Path, chunk: int = 1 << 20) -> Iterator[Any]:
 
 
 def _whole_number(digits: str) -> int | None:
-    """A number of an array, unless it has more digits than Python reads; none of ours has so many."""
+    """Return an integer of an array, or None if it has more digits than Python reads."""
     return int(digits) if len(digits) < _MOST_DIGITS else None
 
 
@@ -275,7 +275,7 @@ def _read_coco(path: Path, options: SourceOptions) -> Iterator[Record | Rejected
 
 
 def entry_record(entry: Any, key: str, where: str, options: SourceOptions) -> Record | Rejected:
-    """A record from one JSON object or one row of a table; without an id, its image's path names it."""
+    """Return the record of one JSON object or row of a table; without an id, its image's path names it."""
     if not isinstance(entry, dict):
         return Rejected(key, "malformed record", where, "not an object")
     own = value_of(entry, options.key_column, KEY_COLUMNS)
@@ -315,7 +315,7 @@ def _grouped(entries: Iterable[Record | Rejected]) -> Iterator[Record | Rejected
 
 
 def _unique(items: Iterable[Record | Rejected]) -> Iterator[Record | Rejected]:
-    """Rejects an id that came before, and, where a source has no ids, an image with a caption that it had before."""
+    """Reject repeated ids and, where a source has no ids, repeated pairs of image and caption."""
     seen = Seen()
     for item in items:
         if isinstance(item, Rejected):

@@ -102,7 +102,7 @@ class ParquetSource:
                 first, row, rows = group + 1, row + rows, 0
 
     def _repeated(self, opened: Any, first: int, last: int, seen: Seen) -> tuple[int, ...]:
-        """Rows whose key came before. Only the column of keys is read."""
+        """Return rows whose key came before; only the column of keys is read."""
         if self.options.key_column is None:
             return ()
         if self.options.key_column not in opened.schema_arrow.names:
@@ -133,7 +133,7 @@ class ParquetSource:
 
 
 def _batches(opened: Any, groups: Iterable[int], columns: list[str]) -> Iterator[Any]:
-    """A few rows of some columns at a time, fewer where a value that is stored once may stand in each.
+    """Yield a few rows of some columns at a time, fewer where rows unpack to much more than is stored.
 
     Raises:
         OSError: a row group unpacks to far more than images and captions do.
@@ -152,8 +152,7 @@ def _batches(opened: Any, groups: Iterable[int], columns: list[str]) -> Iterator
 
 
 def batch_rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """The rows of an Arrow batch; text that is not UTF-8 keeps its bad bytes as surrogates instead of failing, and a
-    time that Python has not is a number."""
+    """Yield the rows of an Arrow batch; invalid UTF-8 becomes surrogates, and a time out of Python's range a number."""
     try:
         yield from batch.to_pylist()
     except (ValueError, OverflowError):
@@ -179,7 +178,7 @@ def _scalar(arrow: Any, value: Any) -> Any:
 def row_record(
     entry: dict[str, Any], image: str, caption: str, options: SourceOptions, number: str, where: str, repeated: bool
 ) -> Record | Rejected:
-    """A record from one row of a table that may hold image bytes."""
+    """Return the record of one row of a table that may hold image bytes."""
     own = entry.get(options.key_column) if options.key_column else None
     key = number if own is None else str(own)
     record = record_of(entry.get(image), entry.get(caption), entry.get(SPANS), key, where, has_spans=SPANS in entry)

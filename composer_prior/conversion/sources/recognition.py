@@ -1,4 +1,4 @@
-"""What form a source has, from the names and beginnings of its files."""
+"""The format of a source, from the names and beginnings of its files."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def _suffix_form(path: Path) -> str | None:
 
 
 def _recognise(path: Path, wanted: str | None) -> tuple[str, list[Path]]:
-    """The form of a source and the files that make it up."""
+    """Return the format of a source and the files that make it up."""
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder. Accepted: {_ACCEPTED}.")
     found = _folder_forms(path, wanted) if path.is_dir() else _file_forms(path)
@@ -83,7 +83,7 @@ def _recognise(path: Path, wanted: str | None) -> tuple[str, list[Path]]:
 
 
 def _what_to_do(path: Path) -> str:
-    """With what is often found in place of a source."""
+    """Return advice for what is often found in place of a source."""
     if path.suffix.lower() == ".zip":
         return "; unpack it first"
     if not path.is_dir():
@@ -127,7 +127,7 @@ def _folder_forms(path: Path, wanted: str | None) -> dict[str, list[Path]]:
 
 
 def _files_below(path: Path) -> Iterator[Path]:
-    """All files of a folder, also those in folders that links lead to, each real folder once; hidden ones are not."""
+    """Yield all files of a folder that are not hidden; links to folders are followed, each real folder once."""
     seen = set[tuple[int, int]]()
     for folder, folders, files in os.walk(path, onerror=_refuse_folder, followlinks=True):
         status = os.stat(folder)
@@ -144,7 +144,7 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def archives_of(files: Iterable[Path]) -> dict[str, list[Path]]:
-    """The tar shards and the Parquet files among some, in order, by form."""
+    """Return the tar shards and Parquet files among some, in order, by format."""
     found = _merge(
         {form: [file]} for file in sorted(files) if (form := _suffix_form(file)) in ("webdataset", "parquet")
     )

@@ -1,4 +1,4 @@
-"""What the fields of an entry mean, in whichever form it came: its one image, its captions, LLaVA's conversations."""
+"""The image and captions in the fields of an entry, of any format: also of LLaVA's conversations."""
 
 import codecs
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ Turn = tuple[str, str, list[Any]]
 
 
 def value_of(entry: dict[str, Any], wanted: str | None, usual: Sequence[str]) -> Any:
-    """The field asked for, or the first of the usual ones that holds anything."""
+    """Return the field asked for, or the first of the usual ones that holds anything."""
     if wanted:
         return entry.get(wanted)
     for name in usual:
@@ -30,7 +30,7 @@ def value_of(entry: dict[str, Any], wanted: str | None, usual: Sequence[str]) ->
 def record_of(
     image: Any, caption: Any, spans: Any, key: str, where: str, explicit: bool = False, has_spans: bool = False
 ) -> Record | Rejected:
-    """A record from the values of its fields.
+    """Return a record from the values of its fields.
 
     Args:
         image: bytes, a path, a dict of one of them, or a list of one of these.
@@ -62,7 +62,7 @@ def record_of(
 
 
 def image_of(value: Any) -> bytes | str | None:
-    """The one image that a field holds, as bytes or as a path; ``None`` where there is none.
+    """Return the one image that a field holds, as bytes or as a path; None where there is none.
 
     Raises:
         ImageError: for several images, or base64 that is none.
@@ -83,7 +83,7 @@ def image_of(value: Any) -> bytes | str | None:
 
 
 def several(caption: Any, spans: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """One caption or a list of them, with as many lists of spans."""
+    """Return one caption or a list of them as a tuple, with as many lists of spans."""
     if not isinstance(caption, (list, tuple)):
         return (() if caption is None else (caption,)), (spans,)
     each = tuple(spans) if isinstance(spans, list) and len(spans) == len(caption) else (spans,) * len(caption)
@@ -91,7 +91,7 @@ def several(caption: Any, spans: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
 def decode_text(data: bytes) -> str:
-    """Text of a file, without a byte order mark; what is neither UTF-8 nor marked UTF-16 keeps surrogates."""
+    """Decode the text of a file, without a byte order mark; invalid bytes become surrogates."""
     if data.startswith(_UTF16):
         try:
             return data.decode("utf-16")
@@ -101,7 +101,7 @@ def decode_text(data: bytes) -> str:
 
 
 def _turns(value: Any) -> list[Turn] | None:
-    """The turns of a conversation; ``None`` for what is none."""
+    """Return the turns of a conversation; None for anything else."""
     if isinstance(value, str):
         if not value.startswith("["):
             return None
@@ -137,7 +137,7 @@ def _part_images(part: dict[str, Any]) -> Iterator[Any]:
 
 
 def _answer(turns: Sequence[Turn]) -> str | None:
-    """What the model says first after it was shown the image, or at all."""
+    """Return the model's first answer after the image was shown, or its first answer."""
     shown = [index for index, (role, _, images) in enumerate(turns) if role in _HUMAN and images]
     later = turns[shown[0] :] if shown else turns
     text = next((text for role, text, _ in later if role in _MODEL), "")

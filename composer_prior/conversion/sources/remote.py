@@ -43,7 +43,7 @@ class RemoteSource:
 
     @property
     def images(self) -> Path:
-        """Where Parquet files without the images' bytes find them: a folder on the disk, if an option names one."""
+        """Return the folder of images for Parquet files without their bytes, if an option names one."""
         return Path(self.options.images or os.devnull)
 
     @property
@@ -91,7 +91,7 @@ class RemoteSource:
         return iter(self.known_bad)  # of the others it shows when they are downloaded
 
     def _problem(self, name: str, file: Path) -> "BadFile | None":
-        """Why a file that was downloaded cannot be read at all."""
+        """Return why a downloaded file cannot be read at all, or None."""
         problem_of, reason = (
             (parquet_problem, "unreadable file") if self.form == "parquet" else (tar_problem, "broken archive")
         )
@@ -121,7 +121,7 @@ class RemoteSource:
 
     @contextmanager
     def _downloaded(self, name: str) -> Iterator[Path]:
-        """A copy of a file on the disk."""
+        """Download a file to a temporary folder."""
         remote = f"{self.remote}/{name}"
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, PurePosixPath(name).name)
@@ -137,7 +137,7 @@ class RemoteSource:
 
 
 def _names(remote: str) -> list[str]:
-    """Names of all files below a remote, in order."""
+    """Return the names of all files below a remote, in order."""
     try:
         return Remote(remote).names()
     except NotImplementedError:

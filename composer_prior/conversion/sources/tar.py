@@ -92,7 +92,7 @@ class TarSource:
                 yield bad
 
     def _cut(self, unit: FileUnit) -> "BadFile | None":
-        """What is wrong with an archive that does not end as one; only the headers of such a one are read."""
+        """Return what is wrong with an archive that lacks its end; only its headers are read."""
         path = self.root / unit.name
         if beginning(path)[0][257:262] != b"ustar":
             return None  # it is compressed, and has to be read
@@ -128,7 +128,7 @@ class TarSource:
         yield from group.end()
 
     def record(self, key: str, members: dict[str, bytes | None], where: str) -> Record | Rejected:
-        """The sample that the members of a name make, by their suffixes."""
+        """Return the sample that the members of a name make, by their suffixes."""
         options = self.options
         images = [options.image_column] if options.image_column else [s for s in members if s in IMAGE_SUFFIXES]
         images = [suffix for suffix in images if members.get(suffix) is not None]
@@ -156,11 +156,11 @@ class TarSource:
         return replace(record, note=f"choose one of {others} with caption_column=" if others else self.missing(key))
 
     def missing(self, key: str) -> str:
-        """Where the caption of an image should have been."""
+        """Return advice for an image without a caption."""
         return _together(key)
 
     def _caption(self, members: dict[str, bytes | None], entry: dict[str, Any]) -> Any:
-        """The caption of the member of text, unless that is empty, and otherwise that of the JSON."""
+        """Return the caption of the text member or, if that is empty, of the JSON."""
         column = self.options.caption_column
         suffixes = (column,) if column else _TEXT_SUFFIXES
         texts = [decode_text(members[suffix] or b"").rstrip("\r\n") for suffix in suffixes if suffix in members]
@@ -196,7 +196,7 @@ class _Group:
         yield from self.inner.add(name, last.lower(), data, True)
 
     def end(self) -> Iterator[Record | Rejected]:
-        """What is left when a member of another name comes."""
+        """Yield what is left when a member of another name follows."""
         yield from self._end_inner()
         known = any(data is not None for data in self.members.values())
         if self.members and (known or not self.has_pairs):
@@ -232,7 +232,7 @@ class _Group:
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """A member's name up to its first dot, and its suffix in small letters; no suffix for what is no sample."""
+    """Return a member's name up to its first dot, and its suffix in small letters; none for what is no sample."""
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     if not stem or "__MACOSX" in folder.split("/"):
@@ -312,7 +312,7 @@ def _tar_members(
     first: tuple[int, str] | None = None  # what stands before the first member
 
     def damaged(size: int, problem: str) -> tuple[str, Rejected]:
-        """Lost bytes, as so many samples as the others of the archive need bytes for."""
+        """Return lost bytes as a rejection of as many samples as would fill them."""
         count = max(1, round(size * stems / max(1, end - (first[0] if first else 0))))
         return "", Rejected(label, "broken archive", label, problem, count, estimated=count > 1)
 
@@ -363,7 +363,7 @@ def _tar_members(
 
 
 def _lost(tar: tarfile.TarFile, begin: int, end: int | None) -> tuple[int, str]:
-    """The size of what lies between two members, or behind the last one, and what is wrong with it."""
+    """Return the size of the bytes between two members, or behind the last one, and what is wrong with them."""
     if begin == end:
         return 0, ""
     assert tar.fileobj is not None
