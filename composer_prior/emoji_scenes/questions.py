@@ -1,4 +1,4 @@
-"""Questions about a scene with their possible answers, and the same as beginnings of captions."""
+"""Questions about a scene with possible answers, also as beginnings of captions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,25 +24,25 @@ _Found = tuple[Scene, str, Sequence[str], Sequence[Description]] | None
 
 
 def make_question(category: str, index: int, *, form: Form = "cloze", canvas: int = 96, seed: int = 17) -> Statements:
-    """A question about a scene, its true answer and the others.
+    """Make a question about a scene, its true answer and the false ones.
 
-    A model that was trained on captions alone has never seen a question. For it the form ``cloze`` asks by beginnings
-    of captions that end with what is asked for ("Stock photo: two snails"); score them without the end of the text.
-    The form ``question`` is a prompt with short answers, for instruction-tuned models.
+    Models trained on captions alone do not answer questions. For them ``cloze`` uses beginnings of captions that end
+    with the answer ("Stock photo: two snails"); score these without the end of the text. ``question`` is a prompt with
+    short answers, for instruction-tuned models.
 
-    - ``presence``: "Is there a snail?" yes or no. Captions deny nothing, so the cloze names a class that is there or
-      one that is not.
+    - ``presence``: "Is there a snail?" yes or no. Captions contain no negation, so the cloze names a present or an
+      absent class.
     - ``count``: "How many snails are there?" one to four.
     - ``size``: "Is the snail large or small?"
     - ``colour``: "What colour is the background?" eight colours.
-    - ``position``: "Where is the snail, seen from the owl?" left, right, above or below; just one of them holds.
+    - ``position``: "Where is the snail, seen from the owl?" left, right, above or below; exactly one holds.
 
     Args:
-        category: what is asked for, one of :data:`CATEGORIES`.
-        index: of the item; its scene depends on nothing but ``(seed, category, index)``.
+        category: topic of the question, one of :data:`CATEGORIES`.
+        index: number of the item; ``(seed, category, index)`` determine its scene.
         form: ``cloze`` or ``question``.
         canvas: side of the image in pixels, at least 32.
-        seed: of the training data, which decides what is held out.
+        seed: seed of the training data, which determines the held-out combinations.
     """
     find, answers, beginning = _CATEGORIES[category]
     purpose = f"questions/{category}"
@@ -129,7 +129,7 @@ def _description(scene: Scene, *mentions: Mention, relations: tuple[str | None, 
 
 
 def _first(options: Sequence[Any], answer: int) -> list[Any]:
-    """The options, the one at `answer` first."""
+    """Return the options with the one at `answer` first."""
     return [options[answer], *options[:answer], *options[answer + 1 :]]
 
 

@@ -1,4 +1,4 @@
-"""What a scene shows and how it looks: drawings on a coloured canvas."""
+"""Scenes: drawings on a coloured canvas."""
 
 import hashlib
 import itertools
@@ -62,16 +62,18 @@ class PlacedObject:
 
     @property
     def right(self) -> int:
+        """Right edge in pixels."""
         return self.x + self.side
 
     @property
     def bottom(self) -> int:
+        """Lower edge in pixels."""
         return self.y + self.side
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; objects of one class have one size."""
+    """The content of an image; objects of one class have one size."""
 
     canvas: int
     colour: str
@@ -88,12 +90,12 @@ class Scene:
 
 
 def sample_rng(split: str, index: int, seed: int) -> Rng:
-    """The random numbers of one sample."""
+    """Return the random numbers of one sample."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, SPLITS.index(split), index])))
 
 
 def is_held_out(names: Sequence[str], colour: str, seed: int) -> bool:
-    """Whether training never shows this: any of its pairs of classes or, for a lone class, the class on that colour."""
+    """Return True if a pair of classes or, for a single class, the class on that colour is held out of training."""
     classes = sorted(set(names))
     pairs = itertools.combinations(classes, 2) if len(classes) > 1 else [(classes[0], colour)]
     return any(_hash(f"{seed}/{first}/{second}") % 100 < HELD_OUT_PERCENT for first, second in pairs)
@@ -102,7 +104,7 @@ def is_held_out(names: Sequence[str], colour: str, seed: int) -> bool:
 def sample_scene(
     split: str, rng: Rng, *, canvas: int = 96, seed: int = 17, counts: Sequence[int] | None = None
 ) -> Scene:
-    """A scene that belongs to `split`, with so many objects of its first class, its second and so on, or as drawn."""
+    """Sample a scene of `split`, with these counts of objects by class, or random ones."""
     counts = counts or _sample_counts(rng)
     names, colour = _sample_combination(split, len(counts), rng, seed)
     sizes = [pick(tuple(SIZES), rng) for _ in names]
@@ -113,7 +115,7 @@ def sample_scene(
 
 
 def draw_scene(scene: Scene) -> Image.Image:
-    """The picture of a scene."""
+    """Draw a scene."""
     image = Image.new("RGB", (scene.canvas, scene.canvas), scene.rgb)
     for item in scene.objects:
         picture = drawing(item.name, item.side)
@@ -127,12 +129,12 @@ def _hash(text: str) -> int:
 
 
 def pick(options: Sequence[str], rng: Rng) -> str:
-    """One of the options."""
+    """Draw one of the options."""
     return options[rng.integers(len(options))]
 
 
 def _sample_counts(rng: Rng) -> list[int]:
-    """How many objects of each class a scene has."""
+    """Draw the number of objects of each class."""
     counts = [1]
     for _ in range(rng.choice(len(OBJECT_COUNTS), p=OBJECT_COUNTS)):
         if rng.random() < REPEAT_CLASS:
@@ -152,7 +154,7 @@ def _sample_combination(split: str, classes: int, rng: Rng, seed: int) -> tuple[
 
 
 def _place(labels: Sequence[tuple[str, str]], rng: Rng, canvas: int) -> Iterator[PlacedObject]:
-    """Put each (name, size) into a cell of its own of the 2x2 grid; a lone one anywhere."""
+    """Put each (name, size) into a different cell of the 2x2 grid, and a single one anywhere."""
     cell = canvas if len(labels) == 1 else canvas // 2
     for (name, size), place in zip(labels, rng.permutation(4), strict=False):
         side = int(SIZES[size] * canvas)

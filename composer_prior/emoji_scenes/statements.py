@@ -1,8 +1,8 @@
-"""Texts about a scene of which one is true, made so that nothing but the image tells which.
+"""Texts about a scene, one of them true, which only the image distinguishes.
 
-Every scene is of the validation split: its combination of classes, or of class and colour, is one that training never
-shows. So is that of every foil, so that a model that remembers combinations gains nothing either. Which of the
-possible answers is true is drawn last, each equally often.
+Every scene is of the validation split: its combination of classes, or of class and colour, is held out of training. So
+is the combination of every foil, so that memorized combinations do not help. The true answer is drawn last, and each
+answer is true equally often.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ class Statements:
     """Texts about a scene.
 
     Args:
-        scene: what they are about.
-        texts: the first one is true, the others are not.
-        prompt: what they answer; None: nothing, they are captions or beginnings of captions.
+        scene: the scene.
+        texts: texts, of which only the first is true.
+        prompt: the question; None for captions and beginnings of captions.
     """
 
     scene: Scene
@@ -31,12 +31,12 @@ class Statements:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the scenes of one item come from.
+    """Source of the scenes of one item.
 
     Args:
-        rng: the random numbers of the item.
+        rng: random numbers of the item.
         canvas: side of the images in pixels.
-        seed: of the training data, which decides what is held out.
+        seed: seed of the training data, which determines the held-out combinations.
     """
 
     rng: Rng
@@ -44,32 +44,32 @@ class Source:
     seed: int
 
     def scene(self, counts: Sequence[int] | None = None) -> Scene:
-        """A scene that training never shows."""
+        """Sample a scene of a held-out combination."""
         return sample_scene("validation", self.rng, canvas=self.canvas, seed=self.seed, counts=counts)
 
     def is_new(self, names: Sequence[str], colour: str) -> bool:
-        """Whether training never shows this."""
+        """Return True if the combination is held out of training."""
         return is_held_out(names, colour, self.seed)
 
 
 def item_rng(purpose: str, index: int, seed: int) -> Rng:
-    """The random numbers of one item."""
+    """Return the random numbers of one item."""
     return Rng(np.random.PCG64([seed, index, int.from_bytes(purpose.encode(), "big")]))
 
 
 def true_answer(purpose: str, index: int, answers: int, seed: int) -> int:
-    """Which answer of item `index` is true: each once in every `answers` items, in an order that is drawn."""
+    """Return the true answer of item `index`: each once in every `answers` items, in random order."""
     order = item_rng(f"{purpose}/order", index // answers, seed).permutation(answers)
     return int(order[index % answers])
 
 
 def keep_first(scene: Scene, name: str, count: int) -> Scene:
-    """The scene without the objects of a class that come after the first `count`."""
+    """Return the scene with only the first `count` objects of a class."""
     dropped = scene.groups[name][count:]
     return replace(scene, objects=tuple(item for item in scene.objects if item not in dropped))
 
 
 def write_all(descriptions: Sequence[Description], templates: Sequence[str], rng: Rng) -> tuple[str, ...]:
-    """The descriptions in the same words, those of a template that is drawn."""
+    """Write the descriptions in the same words, with a random template."""
     template, wording = pick(templates, rng), int(rng.integers(2**63))
     return tuple(write_description(one, template, Rng(np.random.PCG64(wording)))[0] for one in descriptions)

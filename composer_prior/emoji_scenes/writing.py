@@ -1,7 +1,7 @@
 """Emoji scenes: real drawings on a coloured canvas with captions that imitate alt text from the web.
 
-Each caption knows which of its characters the image determines, so that a model's accuracy can be read apart on
-image-related and on other tokens. Sample ``i`` of a split depends on nothing but ``(seed, split, i)``.
+Each caption has the spans of characters that the image determines, for separate metrics of image-related and other
+tokens. ``(seed, split, i)`` determine sample ``i`` of a split.
 """
 
 import fcntl
@@ -50,23 +50,22 @@ def make_emoji_scenes(
     num_workers: int | None = None,
     progress: bool = True,
 ) -> None:
-    """Write `out/train` and `out/validation` as MDS data sets, or return at once if they are there already.
+    """Write `out/train` and `out/validation` as MDS data sets, or return at once if they exist.
 
-    `out` appears only when it is whole. Validation scenes hold combinations that training never shows.
+    `out` appears atomically. Validation scenes have combinations that are absent from training.
 
     Args:
-        out: folder to make; its parent is made too.
+        out: folder to create, with its parents.
         train_samples: scenes in `out/train`.
         validation_samples: scenes in `out/validation`.
         canvas: side of the square images in pixels, at least 32.
         seed: together with a split and an index it determines a sample.
-        num_workers: worker processes (0: make everything in this one); default one per core, up to 8. The data does
-            not depend on it.
+        num_workers: worker processes (0: this process); default one per core, up to 8. The data do not depend on it.
         progress: show a progress bar.
 
     Raises:
         ImportError: the packages of the `emoji` extra are missing.
-        ValueError: an impossible argument, or `out` holds something else than what is asked for.
+        ValueError: an invalid argument, or `out` has other content.
     """
     out = Path(out).absolute()
     counts = dict(zip(SPLITS, (train_samples, validation_samples), strict=True))
@@ -92,7 +91,7 @@ def make_emoji_scenes(
 
 
 def make_sample(split: str, index: int, *, canvas: int = 96, seed: int = 17) -> dict[str, Any]:
-    """Sample `index` of `split`, as it is written."""
+    """Make sample `index` of `split`, as it is written."""
     rng = sample_rng(split, index, seed)
     scene = sample_scene(split, rng, canvas=canvas, seed=seed)
     caption, spans = write_caption(scene, rng)
@@ -116,7 +115,7 @@ def _recipe(arguments: dict[str, int]) -> dict[str, Any]:
 
 
 def _is_made(out: Path, arguments: dict[str, int]) -> bool:
-    """Whether `out` holds what the arguments ask for; ValueError if it holds anything else."""
+    """Return True if `out` has the requested data; raise ValueError if it has other content."""
     if not out.exists():
         return False
     remedy = "delete it or name another folder"
@@ -135,9 +134,9 @@ def _is_made(out: Path, arguments: dict[str, int]) -> bool:
 
 @contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
-    """Make a folder and hold it until the block ends or this process dies; wait while another process holds it.
+    """Create a folder and lock it until the block ends or this process dies; wait while another process locks it.
 
-    The lock goes with the folder when that takes its final name, so it is one of the system and not of a path.
+    The lock is on the folder and not on its path, as the folder is renamed at the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
@@ -176,7 +175,7 @@ def _make_chunk(job: _Job) -> list[dict[str, Any]]:
 
 
 def _make_in_order(jobs: Sequence[_Job], num_workers: int) -> Generator[dict[str, Any], None, None]:
-    """The samples of all jobs in order; at most three jobs per worker are made ahead of the reader."""
+    """Yield the samples of all jobs in order, at most three jobs per worker ahead of the reader."""
     if num_workers < 1:
         for job in jobs:
             yield from _make_chunk(job)
@@ -193,7 +192,7 @@ def _make_in_order(jobs: Sequence[_Job], num_workers: int) -> Generator[dict[str
 
 
 def _die_with_parent() -> None:
-    """A pool's workers outlive a parent that is killed, unless they watch it."""
+    """End a worker of a pool when its parent is killed."""
 
     def watch() -> None:
         if parent := multiprocessing.parent_process():
