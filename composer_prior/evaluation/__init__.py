@@ -1,1 +1,1 @@
-"""Benchmarks: what a model sees in images, in figures with intervals."""
+"""Benchmarks."""

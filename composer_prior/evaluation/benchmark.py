@@ -1,4 +1,4 @@
-"""What a benchmark is, and how one is run: predictions line by line, and figures with intervals from them alone."""
+"""The base of benchmarks, and how one is run: predictions line by line, and figures with intervals from them alone."""
 
 import json
 from abc import ABC, abstractmethod
@@ -21,47 +21,47 @@ Figures = dict[str, dict[str, float | None]]
 
 
 class Benchmark(ABC):
-    """Samples, what a model answers to each, and the figures that follow from the answers.
+    """Samples, the answers of a model, and the figures of the answers.
 
     A figure is a function of sums over samples, so that its interval is one product of matrices. Register a class with
     ``@register("benchmark", name)``; the arguments of its constructor are the options of the command.
     """
 
     fingerprint: str  # of what the samples are made from
-    batch_size: int = 16  # samples that are given to the model at once
-    headline: Mapping[str, str] = MappingProxyType({})  # the figures that a closing line tells, by its words
-    undefined: Mapping[str, str] = MappingProxyType({})  # why a figure may have no value, by its name
+    batch_size: int = 16  # samples per call of the model
+    headline: Mapping[str, str] = MappingProxyType({})  # figures of the closing line, by their words there
+    undefined: Mapping[str, str] = MappingProxyType({})  # reasons why a figure may have no value, by its name
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many samples there are."""
+        """Return the number of samples."""
 
     def other(self, number: int) -> int:
-        """Another sample, whose image takes the place of its own; itself where there is no other image."""
+        """Return the sample whose image replaces that of a sample; itself if there is no other image."""
         return (number + max(1, len(self) // 2)) % len(self)
 
     @abstractmethod
     def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """What a model answers to some samples: for each what JSON can hold and :meth:`count` needs."""
+        """Return the answers of a model to some samples, as JSON values for :meth:`count`."""
 
     @abstractmethod
     def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
-        """What one sample adds to the sums."""
+        """Return the terms that one sample adds to the sums."""
 
     @abstractmethod
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The figures from the sums over samples.
+        """Return the figures of sums over samples.
 
         Args:
             sums: by the names that :meth:`count` gives for any sample, of any shape.
         """
 
     def details(self, predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What else is worth telling, for JSON."""
+        """Return further results, for JSON."""
         return {}
 
     def page(self, predictions: Sequence[Mapping[str, Any]], title: str) -> str:
-        """Samples and predictions as a page of HTML."""
+        """Return samples and predictions as a page of HTML."""
         raise ValueError(f"page= is given, and {type(self).__name__} makes no page; leave it out.")
 
 
@@ -77,19 +77,17 @@ def run_benchmark(
     share: bool = True,
     seed: int = 17,
 ) -> tuple[Figures, list[dict[str, Any]]]:
-    """Figures of a model with 95 % intervals, and its predictions.
-
-    Every rank calls it and gets the figures.
+    """Return the figures of a model with 95 % intervals, and its predictions; every rank must call it.
 
     Args:
-        benchmark: which.
-        model: that answers.
-        predictions: a file with a line of JSON per sample, which a run that was stopped goes on from. Default: none.
-        settings: what the predictions depend on; a file made with other settings is refused.
-        limit: the first so many samples. Default: all.
+        benchmark: to run.
+        model: to answer.
+        predictions: a file with a line of JSON per sample, from which an interrupted run goes on. Default: none.
+        settings: of the predictions; a file made with other settings is refused.
+        limit: number of first samples. Default: all.
         progress: show a bar; None: on a terminal.
         overwrite: replace the file of predictions.
-        share: ranks share the samples; otherwise each does all, as it must where they share a model's weights.
+        share: ranks share the samples; otherwise each does all, as sharded weights require.
         seed: of the intervals.
 
     Raises:
@@ -135,8 +133,10 @@ def run_benchmark(
 
 
 def figures_of(benchmark: Benchmark, predictions: Sequence[Mapping[str, Any]], seed: int = 17) -> Figures:
-    """Figures with 95 % percentile intervals of a bootstrap over samples; what is not defined is None, as an interval
-    of one sample is, and of a category that has one (``name/category``)."""
+    """Return figures with 95 % percentile intervals of a bootstrap over samples.
+
+    An undefined value is None, as is the interval of one sample and of a category (``name/category``) with one sample.
+    """
     if not predictions:
         return {}
     counts = [benchmark.count(prediction) for prediction in predictions]
@@ -159,7 +159,7 @@ def figures_of(benchmark: Benchmark, predictions: Sequence[Mapping[str, Any]], s
 
 
 def reasons(benchmark: Benchmark, figures: Figures) -> dict[str, str]:
-    """Why figures have no value, by their names."""
+    """Return the reasons why figures have no value, by their names."""
     other = "there is no other image or nothing to divide by"
     named = {name: name.partition("/")[0] for name, one in figures.items() if one["value"] is None}
     return {name: benchmark.undefined.get(figure, other) for name, figure in named.items()}
@@ -167,13 +167,8 @@ def reasons(benchmark: Benchmark, figures: Figures) -> dict[str, str]:
 
 def _interval(value: Any, resampled: np.ndarray) -> dict[str, float | None]:
     defined = resampled[np.isfinite(resampled)]
-    low, high = np.percentile(defined, [2.5, 97.5]) if len(defined) else (None, None)
-    number = float(value) if np.isfinite(value) else None
-    return {
-        "value": number,
-        "low": None if low is None else float(low),
-        "high": None if high is None else float(high),
-    }
+    low, high = map(float, np.percentile(defined, [2.5, 97.5])) if len(defined) else (None, None)
+    return {"value": float(value) if np.isfinite(value) else None, "low": low, "high": high}
 
 
 def _hidden(progress: bool | None, rank: int) -> bool | None:

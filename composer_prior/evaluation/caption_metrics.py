@@ -1,4 +1,4 @@
-"""How near captions are to references: BLEU, ROUGE-L and CIDEr-D on Penn Treebank tokens, as pycocoevalcap has them.
+"""Similarity of captions to references: BLEU, ROUGE-L and CIDEr-D on Penn Treebank tokens, as in pycocoevalcap.
 
 The figures are those of Microsoft's COCO caption evaluation (Chen et al. 2015, arXiv 1504.00325), which published
 numbers come from: with its quirks, equal on equal tokens. Everything here is a pure function of tokens.
@@ -50,9 +50,9 @@ _TOKEN = re.compile(
 
 
 def tokenize(caption: str) -> list[str]:
-    """The words of a caption in lower case, as Stanford's PTBTokenizer cuts them, without punctuation.
+    """Cut a caption into words in lower case as Stanford's PTBTokenizer does, without punctuation.
 
-    What captions hold is cut as it cuts it; names of files and of versions may not be.
+    Names of files and of versions may be cut otherwise.
     """
     text = _DROPPED.sub("", caption)
     for character, written in _WRITTEN.items():
@@ -62,12 +62,12 @@ def tokenize(caption: str) -> list[str]:
 
 
 def ngrams(tokens: Sequence[str]) -> Counter[tuple[str, ...]]:
-    """How often each n-gram of one to four tokens occurs."""
+    """Count the n-grams of one to four tokens."""
     return Counter(tuple(tokens[i : i + n]) for n in ORDERS for i in range(len(tokens) - n + 1))
 
 
 def bleu_counts(caption: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """What a caption adds to the sums that BLEU is made of (Papineni et al. 2002, section 2).
+    """Return the terms that a caption adds to the sums of BLEU (Papineni et al. 2002, section 2).
 
     Returns:
         ``length``; ``reference_length``, that of the closest reference, the shorter of two; for n from 1 to 4 the
@@ -87,7 +87,7 @@ def bleu_counts(caption: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def bleu(sums: Mapping[str, Any]) -> list[Any]:
-    """BLEU-1 to BLEU-4 of a corpus, each in [0, 1], from sums of :func:`bleu_counts` of any shape."""
+    """Return BLEU-1 to BLEU-4 of a corpus, each in [0, 1], from sums of :func:`bleu_counts` of any shape."""
     ratio = (np.asarray(sums["length"]) + _TINY) / (np.asarray(sums["reference_length"]) + _SMALL)
     brevity = np.exp(np.minimum(0, 1 - 1 / ratio))
     precisions = [(sums[f"correct_{n}"] + _TINY) / (sums[f"guess_{n}"] + _SMALL) for n in ORDERS]
@@ -95,7 +95,7 @@ def bleu(sums: Mapping[str, Any]) -> list[Any]:
 
 
 def rouge_l(caption: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """ROUGE-L in [0, 1] (Lin 2004, equations 2 to 4), of the best precision and the best recall over references."""
+    """Return ROUGE-L in [0, 1] (Lin 2004, equations 2 to 4) of the best precision and recall over references."""
     common = [_longest_common(caption, reference) for reference in references]
     precision = max(common) / max(1, len(caption))
     recall = max(shared / max(1, len(reference)) for shared, reference in zip(common, references, strict=True))
@@ -105,10 +105,10 @@ def rouge_l(caption: Sequence[str], references: Sequence[Sequence[str]]) -> floa
 
 
 def document_frequency(references: Iterable[Sequence[Sequence[str]]]) -> Counter[tuple[str, ...]]:
-    """For each n-gram, how many images have it in a reference.
+    """Return for each n-gram the number of images with it in a reference.
 
     Args:
-        references: of each image the tokens of its references.
+        references: tokens of the references of each image.
     """
     return Counter(gram for some in references for gram in set().union(*map(ngrams, some)))
 
@@ -119,12 +119,13 @@ def cider_d(
     frequency: Mapping[tuple[str, ...], int],
     documents: int,
 ) -> float:
-    """CIDEr-D in [0, 10] (Vedantam et al. 2015, equation 4), which many papers give times ten.
+    """Return CIDEr-D in [0, 10] (Vedantam et al. 2015, equation 4), which many papers give times ten.
 
     Args:
-        caption, references: tokens.
+        caption: tokens.
+        references: tokens of each.
         frequency: of :func:`document_frequency` over all images.
-        documents: how many images that are.
+        documents: number of all images.
     """
     own = _tf_idf(caption, frequency, documents)
     total = 0.0
@@ -144,7 +145,7 @@ def cider_d(
 def _tf_idf(
     tokens: Sequence[str], frequency: Mapping[tuple[str, ...], int], documents: int
 ) -> list[dict[tuple[str, ...], float]]:
-    """The weights of the n-grams, for each n."""
+    """Return the weights of the n-grams, for each n."""
     weights: list[dict[tuple[str, ...], float]] = [{} for _ in ORDERS]
     for gram, count in ngrams(tokens).items():
         weights[len(gram) - 1][gram] = count * (math.log(documents) - math.log(max(1, frequency.get(gram, 0))))
@@ -156,7 +157,7 @@ def _norm(weights: Mapping[Any, float]) -> float:
 
 
 def _longest_common(first: Sequence[str], second: Sequence[str]) -> int:
-    """The length of the longest common subsequence."""
+    """Return the length of the longest common subsequence."""
     row = [0] * (len(second) + 1)
     for token in first:
         new = [0]

@@ -57,7 +57,7 @@ class CaptionedImages:
     Args:
         data: an MDS folder with the columns ``image`` and ``caption`` or ``captions``, or the annotations of COCO
             (``captions_val2014.json``), of Karpathy's splits (``dataset_coco.json``, ``dataset_flickr30k.json``) or of
-            NoCaps (its domains are categories), recognized from what they hold.
+            NoCaps (its domains are categories), recognized from their keys.
         images: folder of the images. Default: that of the annotations.
         split: of Karpathy's (default: ``test``), or a folder in the MDS folder.
 
@@ -85,7 +85,7 @@ class CaptionedImages:
         return len(self.samples)
 
     def image(self, number: int) -> Image.Image:
-        """An image as RGB.
+        """Return an image as RGB.
 
         Raises:
             DataError: naming it.
@@ -107,7 +107,7 @@ class CaptionSample(NamedTuple):
         image: RGB.
         encoded: its bytes, as they are stored.
         captions: at least one.
-        spans: ``[start, end)`` characters of the caption that the image determines; None where nobody knows.
+        spans: ``[start, end)`` characters of the caption that the image determines; None if unknown.
     """
 
     image: Image.Image
@@ -194,7 +194,7 @@ def _of_annotations(
 
 
 def _objects(content: Any, name: str) -> list[dict[str, Any]]:
-    """The list of objects that a file has by this name."""
+    """Return the list of objects of this name in a file."""
     found = content.get(name) if isinstance(content, Mapping) else None
     return found if isinstance(found, list) and all(isinstance(entry, dict) for entry in found) else []
 

@@ -1,7 +1,6 @@
-"""Which of several texts fits an image, by the model's likelihood: what foils and questions with options share."""
+"""Choices between texts about an image by the model's likelihood, the base of foils and of questions with options."""
 
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,7 +11,7 @@ from PIL import Image
 
 from composer_prior.evaluation.benchmark import Benchmark
 from composer_prior.evaluation.likelihood import TextOnly, TokenLogprobs, VisionLanguageModel, blanks
-from composer_prior.evaluation.samples import per_category, with_category
+from composer_prior.evaluation.samples import digest, file_size, other_images, per_category, with_category
 from composer_prior.models.reference import ReferenceLM
 
 TIE = 1e-3  # nats: below that, a model prefers neither
@@ -30,9 +29,9 @@ class Choice:
     Args:
         image: RGB.
         texts: the first one is true, the others are not.
-        category: of the sample; each has an accuracy of its own.
+        category: of the sample; each has its accuracy.
         prompt: text between image and text; None: that of training.
-        details: what the line of the prediction says besides.
+        details: further keys of the prediction.
     """
 
     image: Image.Image
@@ -43,12 +42,12 @@ class Choice:
 
 
 class ChoiceBenchmark(Benchmark):
-    """Accuracies of choosing the true text: by its log-probability (``total``), by that per token (``per_token``), and
-    by how much the image raises it (``image_gain``), log P(text | image) - log P(text).
+    """Accuracies of choosing the true text among others.
 
-    Beside each stands what the model gets with another sample's image (``shuffled``), which is the text-only level for
-    a model that ignores images; ``text_only`` is the accuracy of log P(text) alone, and ``chance`` that of guessing.
-    Texts that are equally likely share the point.
+    ``total`` chooses by log-probability, ``per_token`` by log-probability per token, and ``image_gain`` by how much the
+    image raises it, log P(text | image) - log P(text). Each has a figure with another sample's image (``shuffled``),
+    the text-only level for a model that ignores images. ``text_only`` is the accuracy of log P(text) alone, and
+    ``chance`` that of guessing. Equally likely texts share the point.
 
     Args:
         reference: the model of log P(text): ``blank``, the model itself with a grey image, or a causal LM on text, such
@@ -75,9 +74,10 @@ class ChoiceBenchmark(Benchmark):
 
     @abstractmethod
     def choice(self, number: int) -> Choice:
-        """A sample."""
+        """Return a sample."""
 
     def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Return log-probabilities of all texts: with the image, with another sample's, and without one."""
         samples = [self.choice(number) for number in numbers]
         images = [sample.image for sample in samples]
         others = [self.choice(self.other(number)).image for number in numbers]
@@ -102,19 +102,16 @@ class ChoiceBenchmark(Benchmark):
         return predictions
 
     def _by_prompt(self, model: Any, images: list[Image.Image], samples: list[Choice]) -> list[list[TokenLogprobs]]:
-        """Log-probabilities; samples of one prompt go to the model together."""
-        groups = defaultdict(list)
-        for place, sample in enumerate(samples):
-            groups[sample.prompt].append(place)
+        """Return log-probabilities; samples of one prompt go to the model together."""
         found: dict[int, list[TokenLogprobs]] = {}
-        for prompt, places in groups.items():
-            texts = [samples[place].texts for place in places]
-            scores = model.logprobs([images[place] for place in places], texts, prompt, self.end)
-            found.update(zip(places, scores, strict=True))
-        return [found[place] for place in range(len(samples))]
+        for prompt in dict.fromkeys(sample.prompt for sample in samples):
+            rows = [row for row, sample in enumerate(samples) if sample.prompt == prompt]
+            scores = model.logprobs([images[i] for i in rows], [samples[i].texts for i in rows], prompt, self.end)
+            found.update(zip(rows, scores, strict=True))
+        return [found[row] for row in range(len(samples))]
 
     def points(self, prediction: Mapping[str, Any]) -> dict[str, float]:
-        """What a sample earns, by the names of the accuracies."""
+        """Return the points of a sample, by the names of the accuracies."""
         tokens = np.array(prediction["tokens"])
         # Files of earlier versions say logprobs_prior.
         text_only = np.array(prediction.get("logprobs_text_only") or prediction["logprobs_prior"])
@@ -125,17 +122,41 @@ class ChoiceBenchmark(Benchmark):
         return points
 
     def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
+        """Return the points of a sample, overall and in its category."""
         return with_category({**self.points(prediction), "samples": 1.0}, prediction["category"])
 
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return per_category(sums, _accuracies)
+        """Return the accuracies, overall and of each category."""
+        return per_category(
+            sums, lambda some: {name: total / some["samples"] for name, total in some.items() if name != "samples"}
+        )
 
 
-def _accuracies(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: total / sums["samples"] for name, total in sums.items() if name != "samples"}
+class FileChoices(ChoiceBenchmark):
+    """Choices about images in files.
+
+    Args:
+        samples: with an ``image`` each, its file or its bytes.
+        reference: of :class:`ChoiceBenchmark`.
+        end: of :class:`ChoiceBenchmark`.
+        made_from: what else the fingerprint depends on, without the images.
+    """
+
+    def __init__(self, samples: Sequence[Any], reference: str, end: bool, *made_from: Any):
+        self.samples = samples
+        self._others = other_images([sample.image for sample in samples])
+        self.fingerprint = digest(made_from, [file_size(sample.image) for sample in samples], reference, end)
+        super().__init__(reference, end)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def other(self, number: int) -> int:
+        """Return a sample with another image."""
+        return self._others[number]
 
 
 def point(scores: np.ndarray) -> float:
-    """1 if the first score is the highest, shared among those within a tie; NaN where scores are."""
+    """Return 1 if the first score is the highest, shared among scores within a tie; NaN where scores are."""
     best = scores >= scores.max() - TIE
     return float(best[0]) / float(best.sum()) if best.any() else np.nan

@@ -1,4 +1,4 @@
-"""Which caption fits the image: the true one, or a foil that differs in a word or in their order."""
+"""Choices between the true caption of an image and foils, which differ in a word or in their order."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -9,17 +9,14 @@ from typing import Any
 import numpy as np
 
 from composer_prior.data.messages import DataError
-from composer_prior.evaluation.choices import SCORES, Choice, ChoiceBenchmark
+from composer_prior.evaluation.choices import SCORES, Choice, FileChoices
 from composer_prior.evaluation.samples import (
     ImageFolder,
     Unusable,
     data_files,
-    digest,
-    file_size,
     image_name,
     load_image,
     numbered,
-    other_images,
     read_json,
     text,
     usable,
@@ -40,9 +37,9 @@ class Foil:
         caption: true of it.
         foils: not true of it.
         category: which figures it belongs to.
-        box: what is shown of the image: left, top, right and bottom in pixels; None: all.
-        group: of which the categories' ``_macro`` figures are means, such as ARO's relation.
-        least: from how many samples on a group counts there.
+        box: the visible part of the image: left, top, right and bottom in pixels; None: all.
+        group: whose accuracies the ``_macro`` figures average, such as ARO's relation.
+        least: number of samples from which on a group counts there.
     """
 
     image: Path | bytes
@@ -54,12 +51,12 @@ class Foil:
     least: int = 1
 
 
-class Foils(ChoiceBenchmark):
+class Foils(FileChoices):
     """Accuracy of choosing the caption among its foils by likelihood; see :class:`.ChoiceBenchmark` for the figures.
 
-    The form of a file is recognized from what it holds:
+    The format of a file is recognized from its keys:
 
-    - own JSON Lines: ``image``, ``caption``, ``foils`` (or ``foil``) and perhaps ``category``;
+    - JSON Lines of this package: ``image``, ``caption``, ``foils`` (or ``foil``) and perhaps ``category``;
     - SugarCrepe (Hsieh et al. 2023), VALSE (Parcalabescu et al. 2022; samples that at least two of three annotators
       validated), FOIL-COCO (Shekhar et al. 2017; each foil beside the caption it was made from), and ARO's relations
       and attributions (Yuksekgonul et al. 2023; the images cut to the box that both objects are in), as their authors
@@ -87,26 +84,20 @@ class Foils(ChoiceBenchmark):
         end: bool = True,
     ):
         self.prompt = prompt
-        self.samples = read_foils(data, images)
-        self._others = other_images([sample.image for sample in self.samples])
-        parts = [(s.caption, s.foils, s.category, s.box, s.group, *file_size(s.image)) for s in self.samples]
-        self.fingerprint = digest(parts, prompt, reference, end)
-        super().__init__(reference, end)
-
-    def __len__(self) -> int:
-        return len(self.samples)
+        samples = read_foils(data, images)
+        parts = [(s.caption, s.foils, s.category, s.box, s.group) for s in samples]
+        super().__init__(samples, reference, end, parts, prompt)
 
     def choice(self, number: int) -> Choice:
+        """Return a caption with its foils."""
         sample = self.samples[number]
         image = load_image(sample.image)
         details = {"image": image_name(sample.image), **({"group": sample.group} if sample.group else {})}
         texts = (sample.caption, *sample.foils)
         return Choice(image.crop(sample.box) if sample.box else image, texts, sample.category, self.prompt, details)
 
-    def other(self, number: int) -> int:
-        return self._others[number]
-
     def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
+        """Return the points of a sample, overall, in its category and in its group."""
         points = super().count(prediction)
         if "group" not in prediction:
             return points
@@ -114,6 +105,7 @@ class Foils(ChoiceBenchmark):
         return points | {f"{name}{where}": points[name] for name in (*SCORES, "samples")}
 
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the accuracies, and their means over groups."""
         found = super().figures({name: total for name, total in sums.items() if _MACRO not in name})
         groups = defaultdict(list)
         for key, total in sums.items():
@@ -126,38 +118,38 @@ class Foils(ChoiceBenchmark):
 
 
 def _mean(values: list[np.ndarray]) -> np.ndarray:
-    """The mean of those that are defined: a resample need not have every group."""
+    """Return the mean of the defined values: a resample need not have every group."""
     table = np.stack(values)
     defined = np.isfinite(table)
     return np.where(defined, table, 0).sum(0) / defined.sum(0)
 
 
 def read_foils(data: str, images: str | None = None) -> list[Foil]:
-    """The samples of a file or of a folder of files.
+    """Read the samples of a file or of a folder of files.
 
     Raises:
-        DataError: in one line, for a file of no known form, or if no sample can be used.
+        DataError: in one line, for a file of no known format, or if no sample can be used.
     """
     files = data_files(data)
     folder = ImageFolder(images or files[0].parent)
     entries: list[tuple[str, Any]] = []
     for file in files:
         name = file.stem if len(files) > 1 else ""
-        entries += [(place, (form, entry, folder, name)) for place, form, entry in _entries(file)]
+        entries += [(place, (reader, entry, folder, name)) for place, reader, entry in _entries(file)]
     found = usable(data, entries, lambda entry: _foil(*entry))
     sizes = Counter((sample.category, sample.group) for sample in found)
     return [one if sizes[one.category, one.group] >= one.least else replace(one, group="") for one in found]
 
 
-def _foil(form: Any, entry: Any, images: ImageFolder, category: str) -> Foil:
-    sample: Foil = form(entry, images)
+def _foil(reader: Any, entry: Any, images: ImageFolder, category: str) -> Foil:
+    sample: Foil = reader(entry, images)
     if any(foil.strip() == sample.caption.strip() for foil in sample.foils):
         raise Unusable("with a foil equal to the caption", f"the caption {sample.caption!r} is its own foil")
     return replace(sample, category=sample.category or category)
 
 
 def _entries(file: Path) -> Iterator[tuple[str, Any, Any]]:
-    """The place of each entry of a file, the form it has, and what stands there."""
+    """Yield the place of each entry of a file, the function that reads it, and the entry."""
     content = read_json(file)
     if isinstance(content, Mapping) and {"annotations", "images"} <= content.keys():
         yield from ((place, _of_foil_coco, entry) for place, entry in _pairs_of_foil_coco(file, content))
@@ -166,13 +158,13 @@ def _entries(file: Path) -> Iterator[tuple[str, Any, Any]]:
         content = [content]
     rows = numbered(file, content) if isinstance(content, Mapping | list) else []
     keys = {key for _, entry in rows if isinstance(entry, Mapping) for key in entry}
-    form = next((form for needed, form in _FORMS if needed <= keys), None)
-    if form is None:
+    reader = next((reader for needed, reader in _READERS if needed <= keys), None)
+    if reader is None:
         raise DataError(
             f"{file}: expected JSON Lines with image, caption and foils, or a file of SugarCrepe, VALSE, FOIL-COCO or "
             "ARO's relations or attributions."
         )
-    yield from ((place, form, entry) for place, entry in rows)
+    yield from ((place, reader, entry) for place, entry in rows)
 
 
 def _own(entry: Any, images: ImageFolder) -> Foil:
@@ -217,7 +209,7 @@ def _of_aro(entry: Any, images: ImageFolder) -> Foil:
 
 
 def _pairs_of_foil_coco(file: Path, content: Any) -> Iterator[tuple[str, Any]]:
-    """Each foil with the caption that it was made from and the name of the image."""
+    """Yield each foil with its original caption and the name of the image."""
     names = {image.get("id"): image.get("file_name") for image in content["images"]}
     captions = {one.get("id"): one.get("caption") for one in content["annotations"] if one.get("foil") is False}
     for place, one in numbered(file, content["annotations"]):
@@ -231,7 +223,7 @@ def _of_foil_coco(entry: Any, images: ImageFolder) -> Foil:
     return Foil(images.find(text(entry, "file_name")), text(entry, "original"), (text(entry, "caption"),))
 
 
-_FORMS = (
+_READERS = (
     ({"true_caption", "false_caption"}, _of_aro),
     ({"filename", "negative_caption"}, _of_sugarcrepe),
     ({"image_file", "mturk"}, _of_valse),

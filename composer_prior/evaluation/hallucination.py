@@ -1,4 +1,4 @@
-"""Objects that captions name and images do not show: CHAIR, and which of those that are there are named."""
+"""Hallucinated objects of captions: CHAIR, and the share of the objects in the image that captions name."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +30,7 @@ class Vocabulary:
     """Objects and the words that name them.
 
     Args:
-        synonyms: for each object its words, of one or several parts; plurals are found by themselves.
+        synonyms: words of each object, of one or several parts; plurals are added.
     """
 
     def __init__(self, synonyms: Mapping[str, Iterable[str]]):
@@ -45,16 +45,16 @@ class Vocabulary:
         self._pattern = re.compile(rf"(?<!\w)(?:{forms})(?!\w)")
 
     def find(self, text: str) -> list[str]:
-        """The objects that a text names, in its order and as often as it names them.
+        """Return the objects that a text names, in its order and as often as it names them.
 
-        Whole words, of several that begin at one place the longest: a hot dog is not a dog.
+        Only whole words count, and of words that begin at one place the longest: a hot dog is not a dog.
         """
         found = (self._names[" ".join(re.split(r"[\s-]+", word))] for word in self._pattern.findall(text.lower()))
         return [name for name in found if name]
 
 
 def read_synonyms(file: str | Path) -> Vocabulary:
-    """Objects of a file in the form of CHAIR's ``synonyms.txt``: a line each, the object and then its synonyms.
+    """Read objects of a file like CHAIR's ``synonyms.txt``: a line each, the object and then its synonyms.
 
     Raises:
         DataError: naming the file and the line.
@@ -146,6 +146,7 @@ class Hallucination(Benchmark):
         return len(self.images)
 
     def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Return captions with the objects that they name and the objects in the image and in another."""
         pictures = [self.images.image(number) for number in numbers]
         captions = model.captions(pictures, self.prompt, self.max_new_tokens)
         return [
@@ -161,6 +162,7 @@ class Hallucination(Benchmark):
         ]
 
     def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
+        """Return the counts of :func:`chair_counts` for the image and for another."""
         counts = chair_counts(prediction["named"], prediction["there"])
         there = prediction["there_in_another"]
         another = dict[str, float]() if there is None else chair_counts(prediction["named"], there)
@@ -168,15 +170,16 @@ class Hallucination(Benchmark):
         return with_category(counts, prediction["category"])
 
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the figures of :func:`chair`, overall and of each category."""
         return per_category(sums, chair)
 
 
 def chair_counts(named: Sequence[str], there: Iterable[str]) -> dict[str, float]:
-    """What a caption adds to the sums that :func:`chair` needs.
+    """Return the terms that a caption adds to the sums of :func:`chair`.
 
     Args:
         named: the objects that it names, as often as it does.
-        there: those that the image shows.
+        there: the objects that the image shows.
     """
     different, true = set(named), set(there)
     wrong = [name for name in named if name not in true]
@@ -193,7 +196,7 @@ def chair_counts(named: Sequence[str], there: Iterable[str]) -> dict[str, float]
 
 
 def chair(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """CHAIR per instance and per sentence, recall, precision and the share of captions in which all is right."""
+    """Return CHAIR per instance and per sentence, recall, precision and the share of entirely right captions."""
     return {
         "chair_i": sums["mentions_wrong"] / sums["mentions"],
         "chair_s": sums["captions_wrong"] / sums["captions"],
@@ -217,7 +220,7 @@ def _plurals(word: str) -> set[str]:
 
 
 def _annotated(file: str, samples: Sequence[CaptionedImage], vocabulary: Vocabulary) -> list[set[str]]:
-    """The objects that COCO's instances show in images."""
+    """Return the objects of COCO's instances in each image."""
     path = Path(file).expanduser()
     content = read_json(path)
     if not isinstance(content, Mapping) or not {"images", "annotations", "categories"} <= content.keys():
@@ -239,7 +242,7 @@ def _annotated(file: str, samples: Sequence[CaptionedImage], vocabulary: Vocabul
     missing = [sample.name for sample in samples if sample.coco_id not in found]
     if missing:
         raise DataError(
-            f"instances={path}: {len(missing)} of {len(samples)} images are not among its own, such as "
+            f"instances={path}: {len(missing)} of {len(samples)} images are not in it, such as "
             f"{missing[0]}; give the instances of the same images."
         )
     return [found[sample.coco_id] for sample in samples]

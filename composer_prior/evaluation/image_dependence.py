@@ -1,4 +1,4 @@
-"""What a model takes from the image, token by token, and whether PRIOR's weights fall on these tokens."""
+"""Dependence of each token on the image, and its agreement with PRIOR's weights."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,6 +55,7 @@ class ImageDependence(Benchmark):
         return len(self.samples)
 
     def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Return log-probabilities per token with the image, with another and without one, and the weights."""
         samples = [self.samples[number] for number in numbers]
         others = [self.samples[self.other(number)].image for number in numbers]
         images = [sample.image for sample in samples]
@@ -80,6 +81,7 @@ class ImageDependence(Benchmark):
         ]
 
     def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
+        """Return sums over the tokens of a caption."""
         dependence = _dependence(prediction)
         with_image, another = np.array(prediction["with_image"]), np.array(prediction["with_another"], float)
         shuffled = another - np.array(prediction["without"])
@@ -99,6 +101,7 @@ class ImageDependence(Benchmark):
         return sums
 
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return means over tokens, the rank correlation and the precisions."""
         found = {
             "dependence": sums["dependence"] / sums["tokens"],
             "dependence_shuffled": sums["shuffled"] / sums["tokens"],
@@ -115,7 +118,7 @@ class ImageDependence(Benchmark):
         return found
 
     def details(self, predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Words by what the model takes from the image for them, the most first: mean over their occurrences, nats."""
+        """Return words by their dependence on the image, the largest first: mean over their occurrences, nats."""
         found = defaultdict(list)
         for prediction in predictions:
             for word, value in _words(prediction):
@@ -128,12 +131,12 @@ class ImageDependence(Benchmark):
         return {"words": sorted(means, key=lambda one: -one["dependence"])}
 
     def page(self, predictions: Sequence[Mapping[str, Any]], title: str) -> str:
-        """The figures; captions shaded by their dependence on the image, and below by the reference's weights."""
+        """Return the figures, and captions shaded by their dependence on the image and by the reference's weights."""
         cards = []
         for prediction in predictions[:PAGE_SAMPLES]:
             values = _dependence(prediction)
             shades = [_shades(prediction, values.tolist())]
-            labels = [f"what the image adds: {values.sum():.3g} nats, {values.mean():.3g} per token", "weights, 1 - P"]
+            labels = [f"the image adds {values.sum():.3g} nats, {values.mean():.3g} per token", "weights, 1 - P"]
             if prediction["weights"] is not None:
                 shades.append(_shades(prediction, prediction["weights"]))
             number, texts = prediction["sample"], [""] * len(shades)
@@ -147,7 +150,7 @@ class ImageDependence(Benchmark):
 
 
 def _weights(reference: TokenLogprobs, own: TokenLogprobs, text: str) -> list[float]:
-    """1 - P_r for each of the model's tokens; the last is the end of the sequence."""
+    """Return 1 - P_r for each of the model's tokens; the last is the end of the sequence."""
     edges, to_edges = (token_edges(tokens.offsets[:-1], len(text)) for tokens in (reference, own))
     carried = align_logprobs(np.array(reference.values[:-1], dtype=np.float32), edges, to_edges)
     return [float(value) for value in -np.expm1([*carried.tolist(), reference.values[-1]])]
@@ -158,12 +161,12 @@ def _dependence(prediction: Mapping[str, Any]) -> np.ndarray:
 
 
 def _hits(values: np.ndarray, related: np.ndarray) -> float:
-    """How many of the tokens with the largest values are image-related, taking as many as there are."""
+    """Count the image-related tokens among the largest values, taking as many as there are."""
     return float(related[np.argsort(-values, kind="stable")[: related.sum()]].sum())
 
 
 def _words(prediction: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
-    """Words in lower case, each with the sum over its tokens."""
+    """Return words in lower case, each with the sum over its tokens."""
     caption, start = prediction["caption"], 0
     letters = "".join(letter.lower() if letter.isalnum() else " " for letter in caption)
     values: dict[int, float] = defaultdict(float)
@@ -179,7 +182,7 @@ def _words(prediction: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
 
 
 def _shades(prediction: Mapping[str, Any], values: Sequence[float]) -> list[tuple[str, float | None]]:
-    """The pieces of a caption, each with the value of its token; tokens within one character share a piece."""
+    """Return the pieces of a caption with the values of their tokens; tokens within one character share a piece."""
     caption, start, pieces = prediction["caption"], 0, []
     for end, value in zip(prediction["ends"][:-1], values, strict=False):
         if end > start:

@@ -6,16 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from composer_prior.evaluation.choices import Choice, ChoiceBenchmark
+from composer_prior.evaluation.choices import Choice, FileChoices
 from composer_prior.evaluation.samples import (
     ImageFolder,
     Unusable,
     data_files,
-    digest,
-    file_size,
     load_image,
     numbered,
-    other_images,
     read_json,
     text,
     usable,
@@ -29,7 +26,7 @@ class Question(NamedTuple):
     Args:
         image: its file, or its bytes.
         question: such as "Is there a snowboard in the image?".
-        yes: whether that is the answer.
+        yes: True if that is the answer.
         category: the name of the file, where there are several.
         identity: ``question_id``.
     """
@@ -41,12 +38,11 @@ class Question(NamedTuple):
     identity: Any
 
 
-class Pope(ChoiceBenchmark):
+class Pope(FileChoices):
     """Accuracy, precision, recall and F1 of yes, and the share of yes, for the likelier answer.
 
-    Besides, the figures of every choice between texts: ``total``, which is the accuracy, ``image_gain``, and beside
-    them that with another image, the text alone and chance. Where there are several files, as random, popular and
-    adversarial, each has figures of its own, by its name.
+    The figures of :class:`.ChoiceBenchmark` are added; ``total`` is the accuracy. Each of several files, such as
+    random, popular and adversarial, is a category.
 
     Args:
         data: JSON Lines with question_id, image, text and label, as POPE's authors publish them, or a folder of such
@@ -75,31 +71,25 @@ class Pope(ChoiceBenchmark):
             raise ValueError(f"answers={answers!r}: expected two words with a comma between them, as in 'Yes,No'.")
         self.prompt = prompt
         self.answers = {True: tuple(spelled), False: tuple(reversed(spelled))}
-        self.questions = _read(data, images)
-        self._others = other_images([question.image for question in self.questions])
-        sizes = [file_size(question.image) for question in self.questions]
-        self.fingerprint = digest([question[1:] for question in self.questions], sizes, prompt, answers, reference, end)
-        super().__init__(reference, end)
-
-    def __len__(self) -> int:
-        return len(self.questions)
+        questions = _read(data, images)
+        super().__init__(questions, reference, end, [question[1:] for question in questions], prompt, answers)
 
     def choice(self, number: int) -> Choice:
-        asked = self.questions[number]
+        """Return a question with its answers."""
+        asked = self.samples[number]
         details = {"question_id": asked.identity, "question": asked.question, "label": "yes" if asked.yes else "no"}
         prompt = self.prompt.replace("{question}", asked.question)
         return Choice(load_image(asked.image), self.answers[asked.yes], asked.category, prompt, details)
 
-    def other(self, number: int) -> int:
-        return self._others[number]
-
     def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
+        """Return the points of a question, and whether yes is true and said."""
         points = super().count(prediction)
         is_yes, right = float(prediction["label"] == "yes"), points["total"]
         counts = {"is_yes": is_yes, "true_yes": is_yes * right, "said_yes": right if is_yes else 1 - right}
         return points | with_category(counts, prediction["category"])
 
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return accuracy, precision, recall, F1 and share of yes, with the figures of every choice."""
         shares = super().figures(sums)
         found = {name: share for name, share in shares.items() if name.partition("/")[0] not in _COUNTED}
         for key in [name for name in shares if name.partition("/")[0] == "is_yes"]:

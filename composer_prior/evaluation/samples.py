@@ -1,5 +1,4 @@
-"""What benchmarks that are made from files share: files read or refused in one line, entries left out by name, images
-found and decoded, and figures per category."""
+"""Samples of benchmarks from files: files read or refused in one line, unusable entries, images, and categories."""
 
 import os
 from collections import Counter, defaultdict
@@ -22,7 +21,7 @@ T = TypeVar("T")
 
 
 class Unusable(ValueError):
-    """An entry that no sample can be made of.
+    """Raised for an entry that no sample can be made of.
 
     Args:
         reason: a short fixed phrase that follows a number of entries, such as ``without a caption``.
@@ -35,12 +34,12 @@ class Unusable(ValueError):
 
 
 def usable(data: str, entries: Iterable[tuple[str, Any]], make: Callable[[Any], T]) -> list[T]:
-    """The samples made of entries; a line says how many are left out, why, and names the first.
+    """Make samples of entries; a line says how many are left out, why, and names the first.
 
     Args:
-        data: what the entries come from, for the message.
-        entries: the place of each, such as ``file.json, line 3``, and what stands there.
-        make: a sample of an entry.
+        data: source of the entries, for the message.
+        entries: the place of each, such as ``file.json, line 3``, and the entry.
+        make: makes a sample of an entry.
 
     Raises:
         DataError: if no entry is usable.
@@ -69,7 +68,7 @@ def usable(data: str, entries: Iterable[tuple[str, Any]], make: Callable[[Any], 
 
 
 def value(entry: Any, *names: str) -> Any:
-    """The value of the first of these keys that an entry has.
+    """Return the value of the first of these keys that an entry has.
 
     Raises:
         Unusable: if it has none, or it is empty.
@@ -82,7 +81,7 @@ def value(entry: Any, *names: str) -> Any:
 
 
 def text(entry: Any, *names: str) -> str:
-    """The text of the first of these keys that an entry has.
+    """Return the text of the first of these keys that an entry has.
 
     Raises:
         Unusable: if it has none.
@@ -94,7 +93,7 @@ def text(entry: Any, *names: str) -> str:
 
 
 def data_files(data: str) -> list[Path]:
-    """The JSON files that ``data=`` names: one, or those of a folder.
+    """Return the JSON files of ``data=``: one, or those of a folder.
 
     Raises:
         DataError: if there is none.
@@ -107,7 +106,7 @@ def data_files(data: str) -> list[Path]:
 
 
 def read_json(file: Path) -> Any:
-    """What a file of JSON holds; of JSON Lines the list of its lines, also where its name ends in .json.
+    """Read a file of JSON; of JSON Lines, whatever its name, return the list of its lines.
 
     Raises:
         DataError: naming the file and the line.
@@ -135,16 +134,16 @@ def read_json(file: Path) -> Any:
 
 
 def numbered(file: Path, content: Any) -> list[tuple[str, Any]]:
-    """The entries of a list or of an object, each with its place."""
+    """Return the entries of a list or of an object, each with its place."""
     if isinstance(content, Mapping):
         return [(f"{file.name}, {key}", entry) for key, entry in content.items()]
     return [(f"{file.name}, entry {number}", entry) for number, entry in enumerate(content, start=1)]
 
 
 class ImageFolder:
-    """Images by the names that annotations give them, in a folder or in one of the folders below it.
+    """Images by name, in a folder or in one of the folders below it.
 
-    No name leads out of it, but for a link that stands in it and leads to another folder, which its user has made.
+    No name leads out of the folder, except through a link inside it.
 
     Raises:
         DataError: if there is no such folder.
@@ -157,7 +156,7 @@ class ImageFolder:
         self._root = self.folder.resolve()
 
     def find(self, *names: str) -> Path | bytes:
-        """The file of an image that has one of these names, or the image itself where the name is its base64.
+        """Return the file of an image with one of these names, or the image itself if the name is its base64.
 
         Raises:
             Unusable: if it has none, or one that stands for several files.
@@ -203,7 +202,7 @@ class ImageFolder:
 
 
 def load_image(image: Path | bytes) -> Image.Image:
-    """An image as RGB, from its file or its bytes.
+    """Load an image as RGB, from its file or its bytes.
 
     Raises:
         DataError: naming the file.
@@ -216,7 +215,7 @@ def load_image(image: Path | bytes) -> Image.Image:
 
 
 def other_images(images: Sequence[Any]) -> list[int]:
-    """For each sample another one, half of all samples away, that has another image; itself where there is none."""
+    """Return for each sample another with another image, half of all samples away; itself if there is none."""
     count = len(images)
     if len(set(images)) < 2:
         return list(range(count))
@@ -230,29 +229,29 @@ def other_images(images: Sequence[Any]) -> list[int]:
 
 
 def digest(*parts: Any) -> str:
-    """A short text that differs where the parts do."""
+    """Return a short text that differs if the parts do."""
     return xxhash.xxh64(repr(parts).encode()).hexdigest()
 
 
 def image_name(image: Path | bytes, name: str = "") -> str:
-    """A name of an image, by default that of its file; a digest where it has none."""
+    """Return a name of an image, by default that of its file; a digest if it has none."""
     return f"image {xxhash.xxh64(image).hexdigest()}" if isinstance(image, bytes) else name or image.name
 
 
 def file_size(image: Path | bytes) -> tuple[str, int]:
-    """What a fingerprint says of an image: its name and size."""
+    """Return the name and size of an image, for a fingerprint."""
     return image_name(image), len(image) if isinstance(image, bytes) else image.stat().st_size
 
 
 def with_category(counts: Mapping[str, float], category: str) -> dict[str, float]:
-    """What a sample adds to the sums over all samples, and to those over its category (``name/category``)."""
+    """Return the counts of a sample for all samples and for its category (``name/category``)."""
     return {**counts, **({f"{name}/{category}": count for name, count in counts.items()} if category else {})}
 
 
 def per_category(
     sums: Mapping[str, np.ndarray], figures: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """The figures of all samples and of each category (``name/category``)."""
+    """Return the figures of all samples and of each category (``name/category``)."""
     groups: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     for key, total in sums.items():
         name, _, category = key.partition("/")

@@ -138,7 +138,7 @@ def test_objects_of_instances_join_those_of_the_references_or_stand_alone(tmp_pa
     alone = Hallucination(data=data, objects=objects, instances=instances, references=False)
     assert alone.there == [["dog"], ["dog"]]
     other = write_json(tmp_path / "other.json", {"images": [{"id": 0}], "categories": [], "annotations": []})
-    with pytest.raises(DataError, match=r"1 of 2 images are not among its own, such as 1\.jpg"):
+    with pytest.raises(DataError, match=r"1 of 2 images are not in it, such as 1\.jpg"):
         Hallucination(data=data, objects=objects, instances=other)
 
 

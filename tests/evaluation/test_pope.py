@@ -71,7 +71,7 @@ def test_each_of_several_files_has_figures_of_its_own(tmp_path):
         questions(tmp_path, f"coco_pope_{name}.json", wrong=1 if name == "random" else 2)
     benchmark = Pope(data=str(tmp_path))
     assert len(benchmark) == 16
-    assert all(benchmark.questions[i].image != benchmark.questions[benchmark.other(i)].image for i in range(16))
+    assert all(benchmark.samples[i].image != benchmark.samples[benchmark.other(i)].image for i in range(16))
     found, _ = figures(benchmark, sees)
     assert found["f1/coco_pope_random"] == found["f1/coco_pope_popular"] == found["accuracy"] == 1
 
