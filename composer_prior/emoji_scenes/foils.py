@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from composer_prior.emoji_scenes.captions import RELATIONS, TEMPLATES, Description, describe
 from composer_prior.emoji_scenes.scenes import BACKGROUNDS, CLASSES, SIZES, Scene
-from composer_prior.emoji_scenes.statements import Source, Statements, item_rng, keep_first, true_answer, write_all
+from composer_prior.emoji_scenes.statements import Source, Statements, draw, keep_first, write_all
 
 FOILS = 3  # of a class or a colour; counts, sizes, relations and absences have one
 COUNT_PAIRS = ((1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, 4))
@@ -30,13 +30,8 @@ def make_foils(category: str, index: int, *, canvas: int = 96, seed: int = 17) -
         seed: seed of the training data, which determines the held-out combinations.
     """
     find, answers, templates = _CATEGORIES[category]
-    purpose = f"foils/{category}"
-    source = Source(item_rng(purpose, index, seed), canvas, seed)
-    answer = true_answer(purpose, index, answers, seed)
-    while (found := find(source, answer)) is None:
-        pass
-    scene, descriptions = found
-    return Statements(scene, write_all(descriptions, templates, source.rng))
+    (scene, descriptions), rng = draw(find, f"foils/{category}", index, answers, canvas, seed)
+    return Statements(scene, write_all(descriptions, templates, rng))
 
 
 def _class(source: Source, _: int) -> _Found:

@@ -15,7 +15,7 @@ from composer_prior.emoji_scenes.captions import (
     with_article,
 )
 from composer_prior.emoji_scenes.scenes import BACKGROUNDS, CLASSES, SIZES, PlacedObject, Scene, pick
-from composer_prior.emoji_scenes.statements import Source, Statements, item_rng, true_answer, write_all
+from composer_prior.emoji_scenes.statements import Source, Statements, draw, write_all
 
 Form = Literal["cloze", "question"]
 
@@ -45,15 +45,10 @@ def make_question(category: str, index: int, *, form: Form = "cloze", canvas: in
         seed: seed of the training data, which determines the held-out combinations.
     """
     find, answers, beginning = _CATEGORIES[category]
-    purpose = f"questions/{category}"
-    source = Source(item_rng(purpose, index, seed), canvas, seed)
-    answer = true_answer(purpose, index, answers, seed)
-    while (found := find(source, answer)) is None:
-        pass
-    scene, question, options, descriptions = found
+    (scene, question, options, descriptions), rng = draw(find, f"questions/{category}", index, answers, canvas, seed)
     if form == "question":
         return Statements(scene, tuple(options), question)
-    return Statements(scene, write_all(descriptions, [beginning], source.rng))
+    return Statements(scene, write_all(descriptions, [beginning], rng))
 
 
 def _presence(source: Source, answer: int) -> _Found:
@@ -93,12 +88,8 @@ def _colour(source: Source, answer: int) -> _Found:
     if scene.colour != colours[0] or len(scene.groups) == 1:  # of a lone class the colour is held out
         return None
     description = describe(scene, source.rng)
-    return (
-        scene,
-        "What colour is the background?",
-        colours,
-        [replace(description, colour=colour) for colour in colours],
-    )
+    descriptions = [replace(description, colour=colour) for colour in colours]
+    return scene, "What colour is the background?", colours, descriptions
 
 
 def _position(source: Source, answer: int) -> _Found:
@@ -111,12 +102,9 @@ def _position(source: Source, answer: int) -> _Found:
     if true_relations(first, second) != [relations[0]]:
         return None
     mentions = [Mention(group[0].name, len(group)) for group in (first, second)]
-    return (
-        scene,
-        f"Where {_be(first)} {_the(first)}, seen from {_the(second)}?",
-        [relation.removesuffix(" of") for relation in relations],
-        [_description(scene, *mentions, relations=(relation,)) for relation in relations],
-    )
+    descriptions = [_description(scene, *mentions, relations=(relation,)) for relation in relations]
+    question = f"Where {_be(first)} {_the(first)}, seen from {_the(second)}?"
+    return scene, question, [relation.removesuffix(" of") for relation in relations], descriptions
 
 
 def _any_group(scene: Scene, source: Source) -> list[PlacedObject]:

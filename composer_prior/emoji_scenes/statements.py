@@ -5,13 +5,16 @@ is the combination of every foil, so that memorized combinations do not help. Th
 answer is true equally often.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from composer_prior.emoji_scenes.captions import Description, write_description
 from composer_prior.emoji_scenes.scenes import Rng, Scene, is_held_out, pick, sample_scene
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,17 @@ def true_answer(purpose: str, index: int, answers: int, seed: int) -> int:
     """Return the true answer of item `index`: each once in every `answers` items, in random order."""
     order = item_rng(f"{purpose}/order", index // answers, seed).permutation(answers)
     return int(order[index % answers])
+
+
+def draw(
+    find: Callable[[Source, int], T | None], purpose: str, index: int, answers: int, canvas: int, seed: int
+) -> tuple[T, Rng]:
+    """Draw scenes until one suits the item's true answer; return it and the item's random numbers."""
+    source = Source(item_rng(purpose, index, seed), canvas, seed)
+    answer = true_answer(purpose, index, answers, seed)
+    while (found := find(source, answer)) is None:
+        pass
+    return found, source.rng
 
 
 def keep_first(scene: Scene, name: str, count: int) -> Scene:

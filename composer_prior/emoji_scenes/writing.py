@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -36,6 +37,9 @@ Pictures of one to four OpenMoji drawings on a plain background, with captions i
 Drawings: OpenMoji (openmoji.org), {LICENCE} (https://creativecommons.org/licenses/by-sa/4.0/); so are the images.
 """
 
+# Smallest and largest value of each argument.
+_SAMPLES = (1, 10**8)
+_BOUNDS = {"train_samples": _SAMPLES, "validation_samples": _SAMPLES, "canvas": (32, 4096), "seed": (0, sys.maxsize)}
 _CHUNK = 128  # samples a worker makes at a time
 _SMALLEST_JOB = 2000  # samples below which starting workers takes longer than it saves
 
@@ -70,7 +74,11 @@ def make_emoji_scenes(
     out = Path(out).absolute()
     counts = dict(zip(SPLITS, (train_samples, validation_samples), strict=True))
     arguments = {f"{split}_samples": count for split, count in counts.items()} | {"canvas": canvas, "seed": seed}
-    _check_arguments(arguments)
+    for key, value in arguments.items():
+        least, most = _BOUNDS[key]
+        if not least <= value <= most:
+            bound = f"at least {least}" if value < least else f"at most {most}"
+            raise ValueError(f"{key} must be {bound}, got {value}")
     if _is_made(out, arguments):
         return
     check_drawings(CLASSES)
@@ -84,8 +92,9 @@ def make_emoji_scenes(
             if stale.is_dir():
                 shutil.rmtree(stale)
         _write_splits(partial, counts, canvas, seed, num_workers, progress)
+        recipe = {"arguments": arguments, "packages": versions(), "licence": LICENCE, "attribution": ATTRIBUTION}
         (partial / "README.md").write_text(README)
-        (partial / "recipe.json").write_text(json.dumps(_recipe(arguments), indent=2) + "\n")
+        (partial / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
         (partial / ".lock").unlink()
         partial.rename(out)
 
@@ -100,20 +109,6 @@ def make_sample(split: str, index: int, *, canvas: int = 96, seed: int = 17) -> 
     return {"image": buffer.getvalue(), "caption": caption, "image_related_spans": spans}
 
 
-def _check_arguments(arguments: dict[str, int]) -> None:
-    least = {"train_samples": 1, "validation_samples": 1, "canvas": 32, "seed": 0}
-    most = {"train_samples": 10**8, "validation_samples": 10**8, "canvas": 4096}
-    for key, value in arguments.items():
-        if value < least[key]:
-            raise ValueError(f"{key} must be at least {least[key]}, got {value}")
-        if value > most.get(key, value):
-            raise ValueError(f"{key} must be at most {most[key]}, got {value}")
-
-
-def _recipe(arguments: dict[str, int]) -> dict[str, Any]:
-    return {"arguments": arguments, "packages": versions(), "licence": LICENCE, "attribution": ATTRIBUTION}
-
-
 def _is_made(out: Path, arguments: dict[str, int]) -> bool:
     """Return True if `out` has the requested data; raise ValueError if it has other content."""
     if not out.exists():
@@ -122,11 +117,7 @@ def _is_made(out: Path, arguments: dict[str, int]) -> bool:
     if not (out / "recipe.json").is_file():
         raise ValueError(f"{out} exists but holds no emoji scenes (no recipe.json): {remedy}")
     found = json.loads((out / "recipe.json").read_text()).get("arguments", {})
-    differing = [
-        f"{key}: {found.get(key)} there, {value} asked for"
-        for key, value in arguments.items()
-        if found.get(key) != value
-    ]
+    differing = [f"{k}: {found.get(k)} there, {v} asked for" for k, v in arguments.items() if found.get(k) != v]
     if differing:
         raise ValueError(f"{out} was made with other arguments ({'; '.join(differing)}): {remedy}, or ask for the same")
     return True
