@@ -240,8 +240,10 @@ def _finish(output: Output, settings: dict[str, Any], units: int, max_rejected: 
 
 
 def _losses(output: Output, units: int) -> dict[str, int]:
-    """Return how many captions each damaged file has lost: the mean of the whole ones less what was read of it, at
-    least one."""
+    """Return the estimated number of lost captions by damaged file, at least one each.
+
+    It is the mean of the intact files less the captions read from the file.
+    """
     read: Counter[str] = Counter()
     cut = set[str]()
     for number in range(units):

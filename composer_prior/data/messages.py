@@ -42,8 +42,10 @@ def hidden(text: str) -> str:
 
 
 def visible(text: str, keep: str = "") -> str:
-    """Write out characters that are invisible, reorder text or control a terminal, such as ``[U+001B]``; the joiners of
-    scripts and emoji stay, and the characters of ``keep``."""
+    """Escape characters that are invisible, reorder text or control a terminal, such as ``[U+001B]``.
+
+    The joiners of scripts and emoji and the characters of ``keep`` stay.
+    """
     return "".join(
         f"[U+{ord(char):04X}]" if unicodedata.category(char) in _UNSEEN and char not in f"\u200c\u200d{keep}" else char
         for char in text

@@ -158,8 +158,7 @@ class _Table:
     def _several_lines(
         self, line: str, ahead: deque[tuple[int, str | None]], numbered: Iterator[tuple[int, str | None]]
     ) -> tuple[list[str], str]:
-        """Return the cells of a row of several lines if the lines ahead close its quotes well, or else of one line with
-        its quotes as text."""
+        """Return the cells of a row: several lines if they close its quotes, or else one line with quotes as text."""
         taken: list[str] = [line]
 
         def more() -> Iterator[str]:

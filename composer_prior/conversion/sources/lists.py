@@ -167,8 +167,7 @@ def _read_table(path: Path, options: SourceOptions) -> Iterator[Record | Rejecte
 
 
 def _columns(path: Path, options: SourceOptions) -> tuple[str, list[str], SourceOptions]:
-    """Return the delimiter by which a table's first line names the needed columns, its cells, and the options with
-    these columns."""
+    """Return a table's delimiter, the cells of its first line, and the options with its columns."""
     usual = "\t,;|" if path.suffix.lower() == ".tsv" or options.form == "tsv" else ",;\t|"
     problems: list[tuple[bool, SourceError]] = []
     for delimiter in usual:
@@ -193,8 +192,10 @@ def _read_json_array(path: Path, options: SourceOptions) -> Iterator[Record | Re
 
 
 def _json_array(path: Path, chunk: int = 1 << 20) -> Iterator[Any]:
-    """Yield the items of a JSON array, read in pieces; then a bad file where the array is cut or text follows it,
-    counted as the items of mean size that fit in the rest."""
+    """Yield the items of a JSON array, read in pieces, and a bad file if the array is truncated or text follows it.
+
+    The bad file counts the items of mean size that fit into the rest.
+    """
 
     def bad(detail: str) -> "BadFile":
         read = file.buffer.tell() - len(buffer) + position  # type: ignore[attr-defined]
