@@ -103,7 +103,7 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, x_end: float =
         may_be_log: take a logarithmic y axis where values are positive and the largest is over ten times the smallest.
     """
     values = np.array([y for line in lines for _, y in line.points])
-    log = may_be_log and values.min() > 0 and bool(10 < values.max() / values.min() < 1e30)
+    log = bool(may_be_log and values.min() > 0 and 10 < values.max() / values.min() < 1e30)
     with _drawn(6, 3.4) as (axes, svg):
         for line in lines:
             mark = "o" if line.dots or len(line.points) == 1 else ""

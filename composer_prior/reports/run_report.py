@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from composer_prior.reports.page import document, escape, legend, picture, pictures, samples_grid, table
@@ -118,8 +119,8 @@ def run_report(
     records: Iterable[Mapping[str, Any]],
     title: str,
     *,
-    validation: Mapping[str, Mapping[str, float]] | None = None,
-    benchmarks: Mapping[str, Mapping[str, Figure]] | None = None,
+    validation: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+    benchmarks: Mapping[str, Mapping[str, Figure]] = MappingProxyType({}),
     cards: Iterable[str] = (),
     recipe: str = "",
 ) -> str:
@@ -129,17 +130,14 @@ def run_report(
         records: of the run, each with ``batch`` and the metrics logged at it; read once.
         title: the page's title.
         validation: metrics by the name of their model.
-        benchmarks: figures by the names of benchmarks. Default: the last ``eval/<benchmark>/<figure>`` of the records.
+        benchmarks: figures by the name of their benchmark.
         cards: of :func:`.sample_card`, one per sample.
         recipe: text of the recipe.
     """
     logged = Logged.of(records)
-    if benchmarks is None:
-        benchmarks = _last_figures(logged)
-    figures = results(validation or {}, benchmarks)
     charts = _training_charts(logged) + _benchmark_charts(logged)
     cards = list(cards)
-    parts = [f"<p>{escape(_summary(logged))}</p>\n", figures]
+    parts = [f"<p>{escape(_summary(logged))}</p>\n", results(validation, benchmarks)]
     if charts:
         parts.append(f"<h2>Curves</h2>\n<p>{_thinning(logged)}</p>\n{pictures(charts)}")
     if cards:
@@ -225,16 +223,6 @@ def _benchmark_charts(logged: Logged) -> list[str]:
 
 def _groups(values: Sequence[T], size: int) -> list[Sequence[T]]:
     return [values[start : start + size] for start in range(0, len(values), size)]
-
-
-def _last_figures(logged: Logged) -> dict[str, dict[str, Figure]]:
-    found: dict[str, dict[str, Figure]] = defaultdict(dict)
-    for name, value in logged.last.items():
-        kind, _, rest = name.partition("/")
-        benchmark, _, figure = rest.partition("/")
-        if kind == "eval" and figure:
-            found[benchmark][figure] = {"value": value}
-    return found
 
 
 def results(validation: Mapping[str, Mapping[str, float]], benchmarks: Mapping[str, Mapping[str, Figure]]) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from functools import cache
 from html.parser import HTMLParser
 from statistics import fmean
 
@@ -63,6 +64,17 @@ def evaluated(batch: int) -> dict:
     }  # fmt: skip
     validation = {"metrics/eval/loss": 2.25, "metrics/eval/loss_other": 1.0, "metrics/eval/loss_image_related": None}
     return record(batch, **validation, **{f"eval/foils/{name}": value for name, value in figures.items()})
+
+
+def last_figures(record: dict) -> dict:
+    """The figures of benchmarks that a run has after its last record."""
+    found: dict = {}
+    for name, value in record.items():
+        kind, _, rest = name.partition("/")
+        if kind == "eval" and value is not None:
+            benchmark, _, figure = rest.partition("/")
+            found.setdefault(benchmark, {})[figure] = {"value": value}
+    return found
 
 
 def charts(page: str) -> list[str]:
@@ -126,7 +138,7 @@ def test_results_stand_beside_the_reference_and_chance():
         "reference (text only)": {"loss": 3.0, "accuracy": 0.25, "perplexity": 20.0},
         "run": {"loss": 2.0, "accuracy": 0.5, "loss_other": math.nan},
     }
-    assert cells(run_report([evaluated(1)], "run", validation=validation)) == [
+    assert cells(run_report([evaluated(1)], "run", validation=validation, benchmarks=last_figures(evaluated(1)))) == [
         ["validation", "loss, all", "accuracy, all"],
         ["reference (text only)", "3.0000", "0.2500"],
         ["run", "2.0000", "0.5000"],
@@ -147,7 +159,7 @@ def test_figures_are_explained_and_curves_have_colours_of_their_own():
     figures = {f"bleu_{n}": 0.1 for n in (1, 2, 3, 4)} | {"cider_d": 0.2, "rouge_l": 0.3, "chair_i": 0.4, "total": 0.5}
     figures |= {"total_shuffled": 0.4, "chance": 0.25}
     records = [{"batch": b, **{f"eval/all/{name}": v + b / 10 for name, v in figures.items()}} for b in (1, 2)]
-    page = run_report(records, "run", validation={"run": {"loss": 2.0}})
+    page = run_report(records, "run", validation={"run": {"loss": 2.0}}, benchmarks=last_figures(records[-1]))
     rows = [row[0] for row in cells(page)]
     assert {"all · CIDEr-D", "all · BLEU-4", "all · ROUGE-L", "all · CHAIR-i · lower is better"} <= {*rows}
     said = "\n".join(re.findall("<li>(.*?)</li>", page))
@@ -176,9 +188,10 @@ def test_what_a_run_lacks_is_not_there():
         assert "How long it was trained was not logged." in page
     assert charts(run_report([{"batch": 0, "loss/train/total": 2.0}], "of another model")) == ["Loss"]
     undefined_at_last = [{"batch": 1, "eval/foils/total": 0.5}, {"batch": 2, "eval/foils/total": None}]
-    assert "foils" not in run_report(undefined_at_last, "run")
+    assert "foils" not in run_report(undefined_at_last, "run", benchmarks=last_figures(undefined_at_last[-1]))
 
 
+@cache
 def page_of(text: str) -> str:
     shown = {"total": {"value": 0.5}, "of/" + text: {"value": 0.5}}
     return run_report(
@@ -247,7 +260,12 @@ def test_the_page_in_a_real_browser(tmp_path):
     records = [record(batch) for batch in range(50)] + [evaluated(50), evaluated(100)]
     text = " ".join(HOSTILE)
     cards = [card(hostile) for hostile in HOSTILE]
-    page.write_text(run_report(json.loads(json.dumps(records)), text, cards=cards, recipe=text), encoding="utf-8")
+    page.write_text(
+        run_report(
+            json.loads(json.dumps(records)), text, benchmarks=last_figures(records[-1]), cards=cards, recipe=text
+        ),
+        encoding="utf-8",
+    )
     dom, picture = browse(page, tmp_path)
     assert re.search("<title>(.*?)</title>", dom)[1].startswith("&lt;script&gt;")  # type: ignore[index]
     assert re.findall("<h2>(.*?)</h2>", dom) == ["Results", "Curves", "Captions of validation images"]
