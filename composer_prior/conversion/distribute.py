@@ -15,12 +15,12 @@ from tqdm import tqdm
 from composer_prior.conversion.options import ConversionError, ConversionOptions
 from composer_prior.conversion.processes import convert_in_processes
 from composer_prior.conversion.sources import Source
-from composer_prior.conversion.units import Advance, Results, Task, Units, digest, json_line, unit_file
+from composer_prior.conversion.units import Results, Task, Units, digest, json_line, unit_file
 from composer_prior.data.files import parse_json
 from composer_prior.data.remote import Output
 from composer_prior.data.storage import write_whole
 
-Distributor = Callable[[Task, Units, Advance], Results]
+Distributor = Callable[[Task, Units], Results]
 
 
 def distributor_of(options: ConversionOptions) -> Distributor:
@@ -52,17 +52,20 @@ def convert_units(source: Source, output: Output, options: ConversionOptions, di
             done = _done(output.state, number, unit, present)
             if done is None:
                 yield number, unit
-            else:
-                progress.skip(done)
+            elif not bar.disable:
+                bar.initial += done  # converted before, which says nothing about the speed
+                bar.update(done)
 
     disable = None if options.progress is None else not options.progress
     disable = True if sys.stderr is None else disable
     with tqdm(total=source.total, unit=" samples", smoothing=0.1, disable=disable, dynamic_ncols=True) as bar:
-        progress = Progress(bar)
-        task = Task(source, output, options, source.folder)
-        with closing(distributor(task, missing(), progress.advance)) as results:
+        task, written, start = Task(source, output, options, source.folder), 0, time.monotonic()
+        with closing(distributor(task, missing())) as results:
             for number, result in results:
                 write_whole(unit_file(output.state, number), json_line(result))
+                written += sum(shard["raw_data"]["bytes"] for shard in result["shards"])
+                bar.set_postfix_str(f"{written / (time.monotonic() - start + 1e-9) / 1e6:.1f} MB/s", refresh=False)
+                bar.update(result["read"])
     return count
 
 
@@ -75,26 +78,3 @@ def _done(state: Path, number: int, unit: Any, present: set[str] | None) -> int 
         return known["read"] if whole else None
     except (FileNotFoundError, ValueError, LookupError, TypeError):  # or one that is damaged
         return None
-
-
-class Progress:
-    """A progress bar in samples/s and MB/s."""
-
-    def __init__(self, bar: "tqdm[Any]"):
-        self.bar = bar
-        self.bytes = 0
-        self.start = time.monotonic()
-
-    def advance(self, samples: int, size: int) -> None:
-        """Count what was converted."""
-        self.bytes += size
-        if not self.bar.disable:
-            rate = self.bytes / (time.monotonic() - self.start + 1e-9) / 1e6
-            self.bar.set_postfix_str(f"{rate:.1f} MB/s", refresh=False)
-            self.bar.update(samples)
-
-    def skip(self, samples: int) -> None:
-        """Count what was converted before, which says nothing about the speed."""
-        if not self.bar.disable:
-            self.bar.initial += samples
-            self.bar.update(samples)

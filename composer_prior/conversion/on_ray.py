@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import uuid4
 
 import ray
@@ -20,22 +20,13 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from composer_prior.conversion.options import ConversionError
-from composer_prior.conversion.units import Advance, Result, Results, Task, Units, convert_unit
+from composer_prior.conversion.units import Result, Results, Task, Units, convert_unit
 from composer_prior.data.messages import one_line
 
 _END_SECONDS = 60  # for the units that were cancelled
 
 
-class _Converted(NamedTuple):
-    """The result of a task of Ray."""
-
-    number: int
-    result: Result
-    samples: int
-    size: int
-
-
-def convert_on_ray(task: Task, units: Units, advance: Advance) -> Results:
+def convert_on_ray(task: Task, units: Units) -> Results:
     """Convert units and yield their numbers and results as they finish.
 
     A task whose process or node has died is tried again by Ray, as often as it does by default: 3 times, or
@@ -45,7 +36,6 @@ def convert_on_ray(task: Task, units: Units, advance: Advance) -> Results:
         task: what is converted, and how.
         units: numbers and units; no more than two for each CPU of the cluster, or ``processes=``, are taken from it
             before they finish.
-        advance: called with captions and image bytes as they are done.
 
     Raises:
         ConversionError: if there is no cluster, a node of it does not see the source or the output, or a task's process
@@ -59,7 +49,7 @@ def convert_on_ray(task: Task, units: Units, advance: Advance) -> Results:
         except (OSError, RuntimeError, ValueError) as error:
             raise ConversionError(f"distributor=ray: no cluster to be had ({one_line(error, 200)}).") from error
     try:
-        yield from _run(task, units, advance)
+        yield from _run(task, units)
     except RayTaskError as error:
         if isinstance(error.cause, RayError):  # it could not be sent as it was
             raise ConversionError(f"{task.output.label}: {one_line(error.cause)}") from None
@@ -79,7 +69,7 @@ def _check_address() -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
-def _run(task: Task, units: Units, advance: Advance) -> Results:
+def _run(task: Task, units: Units) -> Results:
     """Keep every CPU of the cluster busy, with no more than two units each in memory."""
     with _needed(task) as needed:
         _check_nodes(needed)
@@ -89,9 +79,9 @@ def _run(task: Task, units: Units, advance: Advance) -> Results:
             for number, unit in units:
                 pending.append(convert.remote(sent, needed, number, unit))
                 while len(pending) >= (task.options.processes or _room()):
-                    yield from _finished(pending, advance)
+                    yield from _finished(pending)
             while pending:
-                yield from _finished(pending, advance)
+                yield from _finished(pending)
         finally:
             for unfinished in pending:
                 ray.cancel(unfinished)
@@ -101,12 +91,10 @@ def _run(task: Task, units: Units, advance: Advance) -> Results:
                     ray.get(unfinished, timeout=max(0, end - time.monotonic()))
 
 
-def _finished(pending: list[ray.ObjectRef], advance: Advance) -> Results:
+def _finished(pending: list[ray.ObjectRef]) -> Results:
     """Take out what finishes next; an error in it is raised."""
     (done,), pending[:] = ray.wait(pending)
-    converted = ray.get(done)
-    advance(converted.samples, converted.size)
-    yield converted.number, converted.result
+    yield ray.get(done)
 
 
 def _room() -> int:
@@ -164,13 +152,7 @@ def _received(task: ray.ObjectRef) -> Task:
     return ray.get(task)
 
 
-def _convert(sent: list[ray.ObjectRef], needed: Mapping[str, Path], number: int, unit: Any) -> _Converted:
+def _convert(sent: list[ray.ObjectRef], needed: Mapping[str, Path], number: int, unit: Any) -> tuple[int, Result]:
     """Convert one unit, in a process of Ray's."""
     _look(needed)  # this node may have come later
-    done = [0, 0]
-
-    def count(samples: int, size: int) -> None:
-        done[:] = done[0] + samples, done[1] + size
-
-    result = convert_unit(_received(sent[0]), number, unit, count)
-    return _Converted(number, result, *done)
+    return number, convert_unit(_received(sent[0]), number, unit)

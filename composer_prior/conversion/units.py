@@ -5,7 +5,7 @@ import io
 import json
 import os
 import platform
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from composer_prior.data.remote import Output
 Result = dict[str, Any]  # what the unit's file holds
 Units = Iterator[tuple[int, Any]]  # with their numbers
 Results = Generator[tuple[int, Result], None, None]  # likewise, in any order
-Advance = Callable[[int, int], None]  # counts captions and bytes of images
 
 WHAT_TO_DO = "mend the source, or leave them out with on_bad_file=skip"
 
@@ -72,14 +71,13 @@ def scratch(output: Output) -> Path:
     return folder
 
 
-def convert_unit(task: Task, number: int, unit: Any, advance: Advance) -> Result:
+def convert_unit(task: Task, number: int, unit: Any) -> Result:
     """Convert one unit of work: its shards go to the output.
 
     Args:
         task: what is converted, and how.
         number: the unit's number.
         unit: the unit.
-        advance: called with captions and image bytes as they are done; may raise in order to stop.
 
     Returns:
         The content of its unit file.
@@ -92,16 +90,14 @@ def convert_unit(task: Task, number: int, unit: Any, advance: Advance) -> Result
     for item in task.source.read(unit):
         if isinstance(item, BadFile) and task.options.on_bad_file == "raise":
             raise ConversionError(f"{item.where} cannot be read, or not to its end: {item.detail}; {WHAT_TO_DO}.")
-        kept, problems, size = _convert(item, task)
+        kept, problems = _convert(item, task)
         for sample in kept:
             writer.write(sample)
         rejected += problems
         written = sum(len(sample.get("captions", "?")) if "captions" in sample else 1 for sample in kept)
         samples += len(kept)
         captions += written
-        lost = sum(problem.count or 0 for problem in problems)
-        read += written + lost
-        advance(written + lost, size)
+        read += written + sum(problem.count or 0 for problem in problems)
     writer.finish()
     task.output.publish(folder, [shard["raw_data"]["basename"] for shard in writer.shards])
     counts = {"read": read, "captions": captions, "samples": samples}
@@ -128,10 +124,10 @@ def _line(problem: Rejected) -> dict[str, Any]:
     return line
 
 
-def _convert(item: Record | Rejected, task: Task) -> tuple[list[dict[str, Any]], list[Rejected], int]:
-    """Return the samples of one record, its rejections, and the size of its image."""
+def _convert(item: Record | Rejected, task: Task) -> tuple[list[dict[str, Any]], list[Rejected]]:
+    """Return the samples of one record, and its rejections."""
     if isinstance(item, Rejected):
-        return [], [item], 0
+        return [], [item]
     options = task.options
     several = len(item.captions) > 1
     keys = [f"{item.key}#{index}" if several else item.key for index in range(max(1, len(item.captions)))]
@@ -146,9 +142,9 @@ def _convert(item: Record | Rejected, task: Task) -> tuple[list[dict[str, Any]],
         else:
             check_image(image, options.check)
     except ImageError as error:
-        return [], [Rejected(key, error.reason, item.where, error.detail) for key in keys], 0
+        return [], [Rejected(key, error.reason, item.where, error.detail) for key in keys]
     if not item.captions:
-        return [], [Rejected(item.key, "missing caption", item.where, item.note)], len(image)
+        return [], [Rejected(item.key, "missing caption", item.where, item.note)]
     spans = item.spans if item.spans is not None else (None,) * len(item.captions)
     kept, problems = [], []
     for key, caption, span in zip(keys, item.captions, spans, strict=True):
@@ -163,7 +159,7 @@ def _convert(item: Record | Rejected, task: Task) -> tuple[list[dict[str, Any]],
         samples = [{"image": image, "caption": caption, SPANS: span} for caption, span in kept]
     else:
         samples = [{"image": image, "captions": [c for c, _ in kept], SPANS: [s for _, s in kept]}] if kept else []
-    return samples, problems, len(image)
+    return samples, problems
 
 
 def _caption_problem(caption: Any, limit: int) -> tuple[str, str] | None:

@@ -31,6 +31,7 @@ from composer_prior.conversion.convert import (
     convert_captions,
 )
 from composer_prior.data.images import ImageError, check_image, decode_rgb, reencode_image
+from composer_prior.data.locks import locked
 from composer_prior.data.mds import ShardWriter
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_captions.py"
@@ -253,7 +254,7 @@ def test_two_conversions_do_not_write_to_one_place(tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "_LOCK_SECONDS", 0)
     source, options = simple_source(tmp_path / "in", 2), ConversionOptions(processes=1)
     with (
-        convert._sole_writer(convert._place(str(tmp_path / "out"), options)),
+        locked(tmp_path / "out/.convert/lock"),
         pytest.raises(ConversionError, match="another conversion is writing here"),
     ):
         convert_captions(source, tmp_path / "out", options)
@@ -494,7 +495,7 @@ def test_the_command_line(tmp_path, capsys):
     assert main([str(source), str(tmp_path / "out"), "processes=1", "size_limit=1mb"]) == 0
     assert "3 captions read, 3 written as 3 samples in 1 shards" in capsys.readouterr().out
     assert main([str(source)]) == 2
-    assert "usage: SOURCE OUT [option=value ...]" in capsys.readouterr().err
+    assert "usage: composer-prior convert SOURCE OUT [option=value ...]" in capsys.readouterr().err
     for word, message in {
         "caption=all": "caption is not an option. Did you mean 'captions'?",
         "captions=some": "captions='some' is not accepted: expected all or sample",
