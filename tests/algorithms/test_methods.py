@@ -24,6 +24,7 @@ from composer_prior.algorithms.random_prior.weights import drawn
 from composer_prior.algorithms.rho1.rho1 import Rho1
 from composer_prior.algorithms.rho1.weights import selection_weights
 from composer_prior.algorithms.token_weighting.noise import token_noise
+from composer_prior.algorithms.token_weighting.normalize import normalize
 from composer_prior.data.batch import IGNORE_INDEX
 
 WEIGHTINGS = (PRIOR, PermutedPRIOR, RandomPRIOR, Oracle, Rho1, CAL, Focal)
@@ -68,7 +69,7 @@ def test_oracle(rows, floor, normalization):
         [(1.0 if r else floor) if m else 0.0 for m, r in zip(*row, strict=True)]
         for row in zip(mask.tolist(), related.tolist(), strict=True)
     ]
-    assert_equal(oracle_weights(related, mask, floor, normalization), raw, mask, normalization)
+    assert_equal(normalize(oracle_weights(related, mask, floor), mask, normalization), raw, mask, normalization)
 
 
 @settings(max_examples=100, deadline=None)
@@ -85,7 +86,8 @@ def test_rho1(rows, share, normalization):
         count = math.ceil(round(share * len(excess), 6))
         chosen = sorted(excess, key=lambda i: (-excess[i], i))[:count]
         raw.append([float(i in chosen) for i in range(len(keep))])
-    assert_equal(selection_weights(nll, ref_logprobs, mask, share, normalization), raw, mask, normalization)
+    weights = normalize(selection_weights(nll, ref_logprobs, mask, share), mask, normalization)
+    assert_equal(weights, raw, mask, normalization)
 
 
 @settings(max_examples=100, deadline=None)
@@ -112,7 +114,7 @@ def test_focal(rows, gamma, normalization):
         [(-math.expm1(-x)) ** gamma if m else 0.0 for m, x in zip(*row, strict=True)]
         for row in zip(mask.tolist(), nll.tolist(), strict=True)
     ]
-    assert_equal(focal_weights(nll, mask, gamma, normalization), raw, mask, normalization)
+    assert_equal(normalize(focal_weights(nll, mask, gamma), mask, normalization), raw, mask, normalization)
 
 
 def test_focal_is_the_focal_loss_with_its_gradient():
@@ -252,7 +254,7 @@ def test_any_model_with_logits_and_labels(tokenizer, make_spec, make_batch, refe
         nll[row, place] = -logits[row, place - 1].log_softmax(-1)[batch["labels"][row, place]]
     scores = reference.logprobs(batch["input_ids"], batch["attention_mask"], batch["labels"])
     weights = {
-        Rho1: lambda: selection_weights(nll, scores, mask),
+        Rho1: lambda: normalize(selection_weights(nll, scores, mask), mask),
         CAL: lambda: mask.float(),  # there is no image, so every difference is 0
         Focal: lambda: focal_weights(nll, mask),
     }[method]()

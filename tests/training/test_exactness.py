@@ -52,9 +52,9 @@ def formula_gradients(family, tokenizer, method):
     elif name == "random_prior":
         weights = normalize(drawn(raw[mask].sort().values, mask, noise), mask)
     elif name == "oracle":
-        weights = oracle_weights(batch["image_related"], mask, 0.1, normalization)
+        weights = normalize(oracle_weights(batch["image_related"], mask, 0.1), mask, normalization)
     elif name == "rho1":
-        weights = selection_weights(outputs["nll"], scores, mask, 0.6)
+        weights = normalize(selection_weights(outputs["nll"], scores, mask, 0.6), mask)
     elif name == "cal":
         is_text = batch["attention_mask"].bool()
         for token_id in model.image_token_ids:

@@ -5,7 +5,7 @@ from typing import Literal
 from composer.core import State, Time
 from torch import Tensor
 
-from composer_prior.algorithms.focal.weights import check_gamma, raw_weights
+from composer_prior.algorithms.focal.weights import focal_weights
 from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting
 
 
@@ -34,9 +34,10 @@ class Focal(TokenWeighting):
         start: str | Time = "0dur",
         end: str | Time = "1dur",
     ):
-        check_gamma(gamma)
+        if not gamma >= 0:
+            raise ValueError(f"gamma={gamma}: the exponent of (1 - P) must be 0 or more; the paper uses 2.")
         super().__init__(normalization, start, end)
         self.gamma = gamma
 
     def raw_weights(self, state: State, mask: Tensor) -> Tensor:
-        return raw_weights(self.nll(state), mask, self.gamma)
+        return focal_weights(self.nll(state), mask, self.gamma)

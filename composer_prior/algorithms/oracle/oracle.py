@@ -3,7 +3,7 @@
 from composer.core import State, Time
 from torch import Tensor
 
-from composer_prior.algorithms.oracle.weights import raw_weights
+from composer_prior.algorithms.oracle.weights import oracle_weights
 from composer_prior.algorithms.token_weighting.normalize import Normalization, check_floor
 from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting
 
@@ -40,4 +40,4 @@ class Oracle(TokenWeighting):
                 "Oracle needs `image_related` [B, T] in the batch: data whose captions mark what the image determines "
                 "(the column `image_related_spans`), as the embedded data do."
             )
-        return raw_weights(state.batch["image_related"], mask, self.floor)
+        return oracle_weights(state.batch["image_related"], mask, self.floor)

@@ -6,7 +6,7 @@ from composer.core import State, Time
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from composer_prior.algorithms.rho1.weights import check_share, selected
+from composer_prior.algorithms.rho1.weights import selection_weights
 from composer_prior.algorithms.token_weighting.reference_weighting import ReferenceWeighting
 from composer_prior.models.reference import Dtype, ReferenceLM
 
@@ -41,9 +41,10 @@ class Rho1(ReferenceWeighting):
         shard_reference: bool = False,
         reference_dtype: Dtype | None = None,
     ):
-        check_share(share)
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share}: the share of kept tokens must be in (0, 1]; the paper uses 0.6.")
         super().__init__(reference, normalization, start, end, shard_reference, reference_dtype)
         self.share = share
 
     def raw_weights(self, state: State, mask: Tensor) -> Tensor:
-        return selected(self.nll(state), self.ref_logprobs(state, mask), mask, self.share)
+        return selection_weights(self.nll(state), self.ref_logprobs(state, mask), mask, self.share)

@@ -3,37 +3,20 @@
 import torch
 from torch import Tensor
 
-from composer_prior.algorithms.token_weighting.normalize import Normalization, normalize
 
-
-def selection_weights(
-    nll: Tensor, ref_logprobs: Tensor, mask: Tensor, share: float = 0.6, normalization: Normalization = "sequence"
-) -> Tensor:
-    """Weight 1 on the tokens of each caption with the highest excess loss and 0 on the others, normalized.
+def selection_weights(nll: Tensor, ref_logprobs: Tensor, mask: Tensor, share: float = 0.6) -> Tensor:
+    """Return 1 on the tokens of each caption with the highest excess loss, the first of equal ones, and 0 on others.
 
     Args:
         nll: ``[B, T]`` float, ``-log P(token)`` under the model that is trained.
         ref_logprobs: ``[B, T]`` float, ``log P_r(token)`` under the reference; the excess loss is their sum.
         mask: ``[B, T]`` bool, True on loss-generating tokens.
         share: of a caption's tokens that are kept, in (0, 1]; rounded up to whole tokens.
-        normalization: see :func:`.normalize`; ``"sequence"`` makes the loss the mean over the tokens that are kept.
 
     Returns:
         ``[B, T]`` float32 without gradient, 0 where ``mask`` is False.
     """
-    check_share(share)
-    return normalize(selected(nll, ref_logprobs, mask, share), mask, normalization)
-
-
-def selected(nll: Tensor, ref_logprobs: Tensor, mask: Tensor, share: float) -> Tensor:
-    """Return 1 on the tokens that are kept, the first of equal ones, and 0 on the others."""
     excess = (nll.detach().float() + ref_logprobs.float()).masked_fill(~mask, -torch.inf)
     rank = excess.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     kept = (mask.sum(1, keepdim=True).double() * share - 1e-9).ceil()  # 0.6 * 5 is 3, not 4
     return (mask & (rank < kept)).float()
-
-
-def check_share(share: float) -> None:
-    """Raise a ValueError for an impossible share."""
-    if not 0 < share <= 1:
-        raise ValueError(f"share={share}: the share of tokens that are kept must be in (0, 1]; the paper uses 0.6.")
