@@ -18,7 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.measure import prepare_process
 from benchmarks.setup import build_tokenizer
-from composer_prior.training.builders import lvlm_skeleton
+from composer_prior.models.build import lvlm_skeleton
+from composer_prior.models.language import transformer_blocks
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -76,7 +77,7 @@ def saved_bytes(layer: nn.Module, hidden: Tensor, **inputs: Any) -> int:
 
 def activations(model: Any, samples: int, tokens: int) -> tuple[float, float]:
     """Return the bytes of activations of a microbatch in the language model, without and with checkpointing."""
-    language = model.model.language.model
+    language = model.model.causal_lm.model
     language.config._attn_implementation = "counted"
     block = language.layers[0].to(torch.bfloat16).train()
     hidden = torch.empty(samples, tokens, language.config.hidden_size, dtype=torch.bfloat16, device="meta")
@@ -113,7 +114,7 @@ def build(language: Mapping[str, Any]) -> Any:
 
 def parts_of(model: Any) -> Parts:
     """Count the weights of a model."""
-    blocks = model.model.blocks
+    blocks = transformer_blocks(model.model)
     every = weights(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Parts(every, trained, every - weights(*blocks), max(weights(block) for block in blocks))
@@ -125,9 +126,9 @@ def main() -> None:
     prepare_process(1)
     model = build(LLAMA_8B)
     parts = parts_of(model)
-    tokens = 1 + model.model.vision.max_image_tokens + settings.text
+    tokens = 1 + model.processor.image_processor.max_image_tokens + settings.text
     kept, checkpointed = activations(model, settings.samples, tokens)
-    blocks = len(model.model.blocks)
+    blocks = len(transformer_blocks(model.model))
     print(
         f"{parts.every / GB:.2f} billion weights, {parts.trained / GB:.2f} trained; {blocks} blocks of at most "
         f"{parts.largest / 1e6:.0f} million, {parts.root / GB:.2f} billion outside of them; in float32 "

@@ -47,9 +47,9 @@ def ours(folder: str, names: list[str], batch_size: int, given: Any) -> Callable
     model = load(folder)
 
     def run() -> list[str]:
-        images = Images(names, set(), model.image_processor)
+        images = Images(names, set())
         options = {"max_new_tokens": given.max_new_tokens}
-        found = caption_loaded(model, images, batch_size, given.num_workers, options)
+        found = caption_loaded(model, images, batch_size, given.num_workers, None, options)
         captions = {image.name: caption.text for batch in found for image, caption in batch if caption is not None}
         return [captions[name] for name in names]  # each worker makes batches of its own share
 

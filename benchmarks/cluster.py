@@ -44,8 +44,8 @@ TIME = ("model", "nodes", "minutes for a million captions", "checkpoint, GB", "s
 def operations(model: Any, caption: int) -> float:
     """Count the operations of training on one captioned image; the frozen tower has no backward pass."""
     lvlm = model.model
-    tokens = torch.tensor([1 + lvlm.vision.max_image_tokens + caption])
-    trained = projector_forward(lvlm) + lm_forward(lvlm.language, tokens) + head_forward(lvlm.language, caption)
+    tokens = torch.tensor([1 + lvlm.config.vision["image_tokens"] + caption])
+    trained = projector_forward(lvlm) + lm_forward(lvlm.causal_lm, tokens) + head_forward(lvlm.causal_lm, caption)
     return tower_forward(lvlm) + 3 * trained
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     for name, language in LLAMAS.items():
         model = build(language)
         parts, work = parts_of(model), operations(model, settings.caption)
-        tokens = 1 + model.model.vision.max_image_tokens + settings.text
+        tokens = 1 + model.processor.image_processor.max_image_tokens + settings.text
         _, kept = activations(model, settings.samples, tokens)
         checkpoint = (4 * parts.every + 8 * parts.trained) / GB
         for nodes in NODES:

@@ -26,7 +26,7 @@ def head_forward(lm: PreTrainedModel, tokens: int) -> float:
 
 def tower_forward(lvlm: Any) -> float:
     """Count the operations of one image in the tower."""
-    encoder, patches = lvlm.vision.encoder, lvlm.vision.max_image_tokens + 1
+    encoder, patches = lvlm.model.vision_tower.encoder, lvlm.config.vision["image_tokens"] + 1
     blocks = encoder.transformer.resblocks
     attention = 4 * encoder.conv1.out_channels * len(blocks) * patches**2
     linear = 2 * sum(p.numel() for p in blocks.parameters() if p.ndim == 2) * patches
@@ -35,7 +35,7 @@ def tower_forward(lvlm: Any) -> float:
 
 def projector_forward(lvlm: Any) -> float:
     """Count the operations of one image in the projector."""
-    return float(2 * _linear_parameters(lvlm.projector) * lvlm.vision.max_image_tokens)
+    return float(2 * _linear_parameters(lvlm.model.multi_modal_projector) * lvlm.config.vision["image_tokens"])
 
 
 def training_parts(model: ComposerLVLM, batch: Mapping[str, Tensor]) -> dict[str, float]:
@@ -44,8 +44,8 @@ def training_parts(model: ComposerLVLM, batch: Mapping[str, Tensor]) -> dict[str
     labelled = int((batch["labels"] != IGNORE_INDEX).sum())
     return {
         "tower and projector": 3 * len(batch["input_ids"]) * (tower_forward(lvlm) + projector_forward(lvlm)),
-        "LM": 3 * lm_forward(lvlm.language, batch["attention_mask"].sum(1)),
-        "head": 3 * head_forward(lvlm.language, labelled),
+        "LM": 3 * lm_forward(lvlm.causal_lm, batch["attention_mask"].sum(1)),
+        "head": 3 * head_forward(lvlm.causal_lm, labelled),
     }
 
 

@@ -198,19 +198,19 @@ def utilization(repetitions: int) -> list[Row]:
     state: dict[str, Tensor] = {}
 
     def tower_forward() -> None:
-        state["features"] = lvlm.projector(lvlm.vision(batch))
+        state["features"] = lvlm.model.get_image_features(pixel_values=batch["pixel_values"])
         state["leaf"] = state["features"].detach().requires_grad_()
 
     def lm_forward() -> None:
-        embeddings = lvlm.language.get_input_embeddings()(batch["input_ids"])
-        places = (batch["input_ids"] == lvlm.image_token_id)[..., None]
+        embeddings = lvlm.causal_lm.get_input_embeddings()(batch["input_ids"])
+        places = (batch["input_ids"] == lvlm.config.image_token_id)[..., None]
         state["hidden"] = last_hidden_states(
-            lvlm.language, inputs_embeds=embeddings.masked_scatter(places, state["leaf"])
+            lvlm.causal_lm, inputs_embeds=embeddings.masked_scatter(places, state["leaf"])
         )
         state["hidden leaf"] = state["hidden"].detach().requires_grad_()
 
     def head() -> None:
-        nll, _ = labelled_nll(state["hidden leaf"], head_of(lvlm.language), batch["labels"])
+        nll, _ = labelled_nll(state["hidden leaf"], head_of(lvlm.causal_lm), batch["labels"])
         state["nll leaf"] = nll.detach().requires_grad_()
         loss()
         nll.backward(state["nll leaf"].grad)
@@ -224,7 +224,7 @@ def utilization(repetitions: int) -> list[Row]:
         optimizer.zero_grad()
 
     with tempfile.TemporaryDirectory() as folder:
-        data = _caption_data(folder, 64, lvlm.vision.image_processor)
+        data = _caption_data(folder, 64, model.image_processor)
         collate = CaptionCollator(0)
         seconds = interleaved(
             {

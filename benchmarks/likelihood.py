@@ -8,15 +8,27 @@ The log-probabilities are compared.
 import os
 import statistics
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from benchmarks.measure import interleaved, prepare_process, ratio
 from benchmarks.setup import FIRST_WORD, IMAGE_TOKENS, VOCABULARY, build_llava, build_ours, caption_lengths
-from composer_prior.data.batch import IMAGE, ImageInputs
+from composer_prior.models.image_text_model import ImageTextModel
 
 DEFAULTS = {"rounds": 5, "images": 16, "threads": os.cpu_count(), "median": 12}
+
+
+class Prepared(ImageTextModel):
+    """A model whose images are pixels ``[3, H, W]``, prepared already."""
+
+    def inputs(self, images: Sequence[Any], prompt: str | None = None) -> dict[str, Tensor]:
+        """Return the beginning of sequence and the image, once for each image."""
+        ids = torch.tensor([[1] + [self.model.config.image_token_id] * IMAGE_TOKENS] * len(images))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.stack([*images])}
 
 
 def main(arguments: list[str]) -> None:
@@ -25,7 +37,7 @@ def main(arguments: list[str]) -> None:
     prepare_process(given.threads)
     ours = build_ours().eval()
     theirs = build_llava(ours).eval()
-    model = ours.model
+    model = Prepared(ours.model, ours.processor)
     generator = torch.Generator().manual_seed(19)
     print("| captions of an image | usual loop, captions/s | ours, captions/s | ours / loop |")
     print("| --- | --- | --- | --- |")
@@ -40,7 +52,7 @@ def main(arguments: list[str]) -> None:
             with torch.no_grad():
                 for image, some in zip(pixels, texts, strict=True):
                     for text in some:
-                        row = torch.tensor([[1] + [model.image_token_id] * IMAGE_TOKENS + text])
+                        row = torch.tensor([[1] + [model.model.config.image_token_id] * IMAGE_TOKENS + text])
                         logits = theirs(
                             input_ids=row, pixel_values=image[None], attention_mask=torch.ones_like(row)
                         ).logits
@@ -49,8 +61,7 @@ def main(arguments: list[str]) -> None:
             return found
 
         def own(pixels=pixels, texts=texts) -> list[float]:  # type: ignore[no-untyped-def]
-            images = [ImageInputs({"pixel_values": image}, [IMAGE] * IMAGE_TOKENS) for image in pixels]
-            return [sum(values) for some in model.text_logprobs(images, texts) for values in some]
+            return [sum(values) for some in model.text_logprobs([*pixels], texts) for values in some]
 
         assert torch.allclose(torch.tensor(usual()), torch.tensor(own()), rtol=1e-5)
         seconds = interleaved({"usual": usual, "own": own}, given.rounds)

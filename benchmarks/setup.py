@@ -25,10 +25,9 @@ from transformers import Trainer as HuggingFaceTrainer
 from benchmarks.measure import Stamps
 from composer_prior.data.batch import IGNORE_INDEX, count_tokens
 from composer_prior.data.tokenizer import add_image_tokens, image_token_ids
+from composer_prior.models.build import make_lvlm
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.models.lvlm import LVLM
-from composer_prior.models.projector import build_projector
-from composer_prior.models.vision import OpenCLIPTower
+from composer_prior.models.vision import build_open_clip
 
 HIDDEN, LAYERS, VOCABULARY, BATCH, MEDIAN_CAPTION = 256, 6, 49152, 16, 25
 IMAGE_TOKENS, FIRST_WORD = 64, 16  # ids below are special
@@ -65,30 +64,29 @@ def build_lm(vocabulary: int = VOCABULARY, layers: int = LAYERS) -> PreTrainedMo
 def build_ours(vocabulary: int = VOCABULARY) -> ComposerLVLM:
     """Build an LVLM: tower of 64 tokens, projector of two layers, language model."""
     torch.manual_seed(17)
-    tower = OpenCLIPTower("prior-vit-tiny", layer=-1)
-    lm = build_lm(vocabulary)
-    return ComposerLVLM(LVLM(tower, build_projector("mlp", tower.width, HIDDEN), lm, build_tokenizer()))
+    tower = build_open_clip("prior-vit-tiny", layer=-1)
+    return ComposerLVLM(*make_lvlm(build_lm(vocabulary), tower, "mlp", build_tokenizer()))
 
 
 def build_llava(ours: ComposerLVLM) -> LlavaForConditionalGeneration:
     """Build the same model with the same weights as a LLaVA of transformers."""
     lvlm: Any = ours.model
-    encoder = lvlm.vision.encoder
+    encoder = lvlm.model.vision_tower.encoder
     blocks = encoder.transformer.resblocks
     vision = CLIPVisionConfig(
         hidden_size=encoder.conv1.out_channels,
         intermediate_size=blocks[0].mlp.c_fc.out_features,
         num_hidden_layers=len(blocks),
         num_attention_heads=blocks[0].attn.num_heads,
-        image_size=lvlm.vision.image_size,
+        image_size=lvlm.model.vision_tower.image_size,
         patch_size=encoder.conv1.kernel_size[0],
         hidden_act="gelu",
     )
     llava = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=vision,
-            text_config=lvlm.language.config,
-            image_token_index=lvlm.image_token_id,
+            text_config=lvlm.causal_lm.config,
+            image_token_index=lvlm.config.image_token_id,
             vision_feature_layer=-1,
             vision_feature_select_strategy="default",
             tie_word_embeddings=True,
@@ -99,9 +97,9 @@ def build_llava(ours: ComposerLVLM) -> LlavaForConditionalGeneration:
     clip = getattr(tower, "vision_model", tower)  # transformers 5 has it without this layer
     clip.load_state_dict(_clip_weights(encoder.state_dict(), len(blocks)), strict=False)
     projector: Any = llava.model.multi_modal_projector
-    projector.linear_1.load_state_dict(lvlm.projector[0].state_dict())
-    projector.linear_2.load_state_dict(lvlm.projector[2].state_dict())
-    llava.model.language_model.load_state_dict(lvlm.language.model.state_dict())
+    projector.linear_1.load_state_dict(lvlm.model.multi_modal_projector[0].state_dict())
+    projector.linear_2.load_state_dict(lvlm.model.multi_modal_projector[2].state_dict())
+    llava.model.language_model.load_state_dict(lvlm.causal_lm.model.state_dict())
     llava.tie_weights()
     return llava
 

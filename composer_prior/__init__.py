@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from composer_prior.data.captions import StreamingCaptionDataset
     from composer_prior.data.prompts import CompletionCollator, beginning, prompt_and_completion
     from composer_prior.models.composer_lvlm import ComposerLVLM
-    from composer_prior.models.lvlm import LVLM
+    from composer_prior.models.image_text_model import ImageTextModel
     from composer_prior.models.reference import ReferenceLM
     from composer_prior.training.saving import load
 
@@ -26,7 +26,7 @@ _MODULES = {
     "importance_weights": "composer_prior.algorithms.prior.weights",
     "CompletionCollator": "composer_prior.data.prompts",
     "ComposerLVLM": "composer_prior.models.composer_lvlm",
-    "LVLM": "composer_prior.models.lvlm",
+    "ImageTextModel": "composer_prior.models.image_text_model",
     "ReferenceLM": "composer_prior.models.reference",
     "StreamingCaptionDataset": "composer_prior.data.captions",
     "TokenWeighting": "composer_prior.algorithms.token_weighting.token_weighting",
@@ -37,10 +37,10 @@ _MODULES = {
 }
 
 __all__ = [
-    "LVLM",
     "PRIOR",
     "CompletionCollator",
     "ComposerLVLM",
+    "ImageTextModel",
     "PRIORMixin",
     "ReferenceLM",
     "StreamingCaptionDataset",

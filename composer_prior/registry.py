@@ -54,7 +54,7 @@ _SHIPPED = {  # beside Composer's algorithms, callbacks and loggers, which have 
         "mlflow": "composer_prior.training.trackers:MLFlow",
         "ml_flow_logger": "composer_prior.training.trackers:MLFlow",
     },
-    "model": {"lvlm": "composer_prior.training.builders:build_lvlm"},
+    "model": {"lvlm": "composer_prior.models.build:build_lvlm"},
     "optimizer": {
         "decoupled_adamw": "composer.optim:DecoupledAdamW",
         "decoupled_sgdw": "composer.optim:DecoupledSGDW",
@@ -68,8 +68,8 @@ _SHIPPED = {  # beside Composer's algorithms, callbacks and loggers, which have 
         "polynomial_with_warmup": "composer.optim:PolynomialWithWarmupScheduler",
     },
     "vision": {
-        "open_clip": "composer_prior.models.vision:OpenCLIPTower",
-        "patches": "composer_prior.models.vision:PatchEmbedding",
+        "open_clip": "composer_prior.models.vision:build_open_clip",
+        "patches": "composer_prior.models.vision:build_patches",
     },
 }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from common.models import small_lvlm
+from composer_prior.models.lvlm import Caption
 from PIL import Image
 from streaming import MDSWriter
 
@@ -14,7 +15,6 @@ from composer_prior.data.lines import begin_lines
 from composer_prior.data.messages import DataError, announce
 from composer_prior.emoji_scenes.writing import make_sample
 from composer_prior.evaluation.captioned import CaptionSamples
-from composer_prior.models.lvlm import Caption
 from composer_prior.reports.closing import Samples
 
 HOSTILE = "a\x1b[31m\x07\r\x9b2J\u202eb\u2066c\u200fd\u061ce"

@@ -21,16 +21,16 @@ from composer.core import Precision, get_precision_context
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from composer_prior import LVLM, ComposerLVLM, ReferenceLM
+from composer_prior import ComposerLVLM, ReferenceLM
 from composer_prior.algorithms.prior.weights import importance_weights
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator
 from composer_prior.data.captions import decode_image
-from composer_prior.data.tokenizer import bos_id, train_tokenizer
+from composer_prior.data.tokenizer import bos_id, image_token_ids, train_tokenizer
 from composer_prior.emoji_scenes.writing import make_emoji_scenes, make_sample
 from composer_prior.models import head as head_module
+from composer_prior.models.build import make_lvlm
 from composer_prior.models.head import linear_nll
-from composer_prior.models.projector import build_projector
-from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding
+from composer_prior.models.vision import build_open_clip, build_patches
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -246,7 +246,7 @@ def make_batch(model: ComposerLVLM, tokenizer: PreTrainedTokenizerFast) -> dict[
         sample = make_sample("train", index, canvas=48)
         image = model.image_processor(decode_image(sample["image"]))
         caption = (tokenizer(sample["caption"])["input_ids"] * (1 + index % 3))[: [50, 1, 20][index % 3]]
-        prefix = [bos_id(tokenizer), *(model.image_token_ids[kind] for kind in image.layout)]
+        prefix = [bos_id(tokenizer), *(image_token_ids(model.tokenizer)[kind] for kind in image.layout)]
         samples.append(
             {
                 "input_ids": torch.tensor(prefix + caption),
@@ -269,17 +269,18 @@ def reference_logprobs(model: ComposerLVLM, tokenizer: PreTrainedTokenizerFast, 
     with torch.no_grad():
         lm.lm_head.weight.mul_(5)
     text = (batch[key] for key in ("input_ids", "attention_mask", "labels"))
-    return ReferenceLM(lm, tokenizer).logprobs(*text, drop_token_ids=model.image_token_ids)
+    return ReferenceLM(lm, tokenizer).logprobs(*text, drop_token_ids=image_token_ids(model.tokenizer))
 
 
 def small_model(family: str, tokenizer: PreTrainedTokenizerFast, pack: bool = False) -> ComposerLVLM:
     """Build a model of either family with the same weights each time."""
     lm = small_lm(tokenizer, **SIZES)
-    width = lm.config.hidden_size
     if family == "encoder":
-        tower: Any = OpenCLIPTower("prior-vit-tiny", image_size=48)
-        return ComposerLVLM(LVLM(tower, build_projector("mlp", tower.width, width), lm, tokenizer, pack=pack))
-    return ComposerLVLM(LVLM(PatchEmbedding(width, patch_size=16, max_side=48), None, lm, tokenizer, pack=pack))
+        tower: nn.Module = build_open_clip("prior-vit-tiny", image_size=48)
+    else:
+        tower = build_patches(lm.config.hidden_size, patch_size=16, max_side=48)
+    parts = make_lvlm(lm, tower, "mlp" if family == "encoder" else None, tokenizer)
+    return ComposerLVLM(*parts, pack=pack)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from composer.utils import reproducibility
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from composer_prior import LVLM, PRIOR, ComposerLVLM, ReferenceLM, StreamingCaptionDataset, selective_backprop_keys
+from composer_prior import PRIOR, ComposerLVLM, ReferenceLM, StreamingCaptionDataset, selective_backprop_keys
 from composer_prior.algorithms.cal.cal import CAL
 from composer_prior.algorithms.focal.focal import Focal
 from composer_prior.algorithms.oracle.oracle import Oracle
@@ -44,15 +44,16 @@ from composer_prior.algorithms.random_prior.random_prior import RandomPRIOR
 from composer_prior.algorithms.rho1.rho1 import Rho1
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.captions import caption_data_spec
-from composer_prior.data.tokenizer import train_tokenizer
+from composer_prior.data.tokenizer import image_token_ids, train_tokenizer
 from composer_prior.emoji_scenes.writing import make_emoji_scenes, make_sample
-from composer_prior.models.projector import build_projector
-from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding
+from composer_prior.models.build import make_lvlm
+from composer_prior.models.vision import build_open_clip, build_patches
 
 CARD = Path(__file__).parents[1] / "composer_prior/algorithms/prior/README.md"
 BEGIN, END = "<!-- composability: begin (python tools/composability.py prior) -->", "<!-- composability: end -->"
 FAMILIES = ("encoder", "patches")
 ORDERS = ("before", "after")
+IMAGE_INPUTS = ("pixel_values", "pixel_patches", "patch_mask")
 ALPHA, FLOOR, SHARE, GAMMA, SEED = 1.5, 0.1, 0.6, 2.0, 3
 TOLERANCE = 1e-5
 # Algorithms that only replace modules: without such a module they change nothing.
@@ -104,7 +105,7 @@ def cases() -> list[Case]:
         Case("GradientClipping", lambda m: [a.GradientClipping(clipping_type="norm", clipping_threshold=0.1)]),
         Case("GyroDropout", lambda m: [a.GyroDropout()]),
         Case("LabelSmoothing", lambda m: [a.LabelSmoothing(target_key="labels")]),
-        Case("LabelSmoothing", model={"label_smoothing": 0.1}, remark="as `LVLM(..., label_smoothing=0.1)`"),
+        Case("LabelSmoothing", model={"label_smoothing": 0.1}, remark="as `ComposerLVLM(..., label_smoothing=0.1)`"),
         Case("LayerFreezing", lambda m: [a.LayerFreezing(freeze_start=0.0, freeze_level=0.9)]),
         Case("LowPrecisionGroupNorm", lambda m: [a.LowPrecisionGroupNorm()]),
         Case(
@@ -237,10 +238,12 @@ def loss_by_hand(
 ) -> float:
     """Compute the loss of a method from all logits, row by row."""
     lvlm = model.model
-    embeddings = lvlm.language.get_input_embeddings()(batch["input_ids"])
-    embeddings[batch["input_ids"] == lvlm.image_token_id] = lvlm.projector(lvlm.vision(batch)).to(embeddings.dtype)
-    all_logits = lvlm.language(inputs_embeds=embeddings).logits.double()
-    smoothing = lvlm.label_smoothing
+    embeddings = lvlm.causal_lm.get_input_embeddings()(batch["input_ids"])
+    images = {key: batch[key] for key in IMAGE_INPUTS if key in batch}
+    features = lvlm.model.multi_modal_projector(lvlm.model.vision_tower(**images))
+    embeddings[batch["input_ids"] == lvlm.config.image_token_id] = features.to(embeddings.dtype)
+    all_logits = lvlm.causal_lm(inputs_embeds=embeddings).logits.double()
+    smoothing = model.label_smoothing
     total, count = 0.0, 0
     for row in rows(batch):
         places = (batch["labels"][row] != IGNORE_INDEX).nonzero()[:, 0]
@@ -248,7 +251,7 @@ def loss_by_hand(
         logits = all_logits[row, places - 1]
         logp = chosen(logits, tokens)
         before = logits.log_softmax(-1)
-        text, _ = text_logits(lvlm.language, model, batch, row)
+        text, _ = text_logits(lvlm.causal_lm, model, batch, row)
         caption = Caption(
             logp,
             logits.gather(1, tokens[:, None])[:, 0],
@@ -280,7 +283,7 @@ def chosen(logits: Tensor, tokens: Tensor) -> Tensor:
 def text_logits(lm: Any, model: Any, batch: Mapping[str, Tensor], row: int) -> tuple[Tensor, Tensor]:
     """Return logits ``[k, V]`` before the tokens of one caption, and the tokens, without the image."""
     is_text = batch["attention_mask"][row].bool()
-    for token_id in model.image_token_ids:
+    for token_id in image_token_ids(model.tokenizer):
         is_text &= batch["input_ids"][row] != token_id
     text, labels = batch["input_ids"][row][is_text], batch["labels"][row][is_text]
     places = (labels != IGNORE_INDEX).nonzero()[:, 0]
@@ -328,10 +331,10 @@ def small_model(family: str, **settings: Any) -> ComposerLVLM:
     tokenizer, _ = prepared()
     lm = small_lm(seed=0)
     if family == "encoder":
-        tower: nn.Module = OpenCLIPTower("prior-vit-tiny", image_size=24)
-        projector = build_projector("mlp", tower.width, 32)  # type: ignore[arg-type]
-        return ComposerLVLM(LVLM(tower, projector, lm, tokenizer, **settings))
-    return ComposerLVLM(LVLM(PatchEmbedding(32, patch_size=16, max_side=48), None, lm, tokenizer, **settings))
+        tower: nn.Module = build_open_clip("prior-vit-tiny", image_size=24)
+    else:
+        tower = build_patches(32, patch_size=16, max_side=48)
+    return ComposerLVLM(*make_lvlm(lm, tower, "mlp" if family == "encoder" else None, tokenizer), **settings)
 
 
 def run(name: str, case: Case, family: str, order: str) -> str:

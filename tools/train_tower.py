@@ -27,7 +27,8 @@ from composer_prior.emoji_scenes.scenes import (
     sample_rng,
     sample_scene,
 )
-from composer_prior.models.vision import OpenCLIPTower
+from composer_prior.models.prior_lvlm.modeling_prior_lvlm import OpenCLIPTower
+from composer_prior.models.vision import build_open_clip, image_processor_of
 from composer_prior.options import options_of, parse_options
 
 BLANK = len(CLASSES)  # the label of a patch without a drawing
@@ -60,9 +61,9 @@ def train_tower(
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     clip = open_clip.create_model(architecture)
-    tower = OpenCLIPTower(architecture, layer=-1)
+    tower = build_open_clip(architecture, layer=-1)
     tower.encoder.load_state_dict(clip.visual.state_dict(), strict=False)
-    heads = Heads(tower.width)
+    heads = Heads(tower.config["width"])
     model = nn.ModuleList([tower, heads])
     matrices = [p for name, p in model.named_parameters() if "resblocks" in name and p.ndim == 2]
     chosen = set(matrices)
@@ -74,7 +75,7 @@ def train_tower(
     scenes = Scenes(tower, canvas, seed, 0, steps * batch_size, crowded=True)
     started, recent = time.monotonic(), torch.zeros(len(LABELS))
     for step, (pixels, labels) in enumerate(DataLoader(scenes, batch_size, num_workers=1), 1):
-        losses = heads.losses(tower({"pixel_values": pixels}), labels)
+        losses = heads.losses(tower(pixels), labels)
         adam.zero_grad()
         muon.zero_grad()
         losses.sum().backward()
@@ -146,7 +147,7 @@ class Scenes(IterableDataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, tower: OpenCLIPTower, canvas: int, seed: int, begin: int, end: int, crowded: bool = False):
-        self.image_processor, self.patches = tower.image_processor, tower.max_image_tokens
+        self.image_processor, self.patches = image_processor_of(tower), tower.config["image_tokens"]
         self.canvas, self.seed, self.begin, self.end, self.crowded = canvas, seed, begin, end, crowded
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -155,7 +156,7 @@ class Scenes(IterableDataset[tuple[Tensor, Tensor]]):
             scene = sample_scene("train", rng, canvas=self.canvas, seed=self.seed)
             while self.crowded and len(scene.objects) < rng.integers(5):
                 scene = sample_scene("train", rng, canvas=self.canvas, seed=self.seed)
-            pixels = self.image_processor(draw_scene(scene)).tensors["pixel_values"]
+            pixels = self.image_processor.process(draw_scene(scene))[0]["pixel_values"]
             yield pixels, patch_labels(scene, round(self.patches**0.5)).flatten(1)
 
 
@@ -217,7 +218,7 @@ def evaluate(tower: OpenCLIPTower, heads: Heads, scenes: Scenes) -> float:
     right: dict[str, list[Tensor]] = {}
     for pixels, labels in DataLoader(scenes, 64):
         kinds = labels.transpose(0, 1).flatten(1)
-        features = tower({"pixel_values": pixels})
+        features = tower(pixels)
         squares.append(features.square().mean())
         found = [logits.argmax(-1) for logits in heads(features)]
         drawn, middle = kinds[0] != BLANK, kinds[2] == 1

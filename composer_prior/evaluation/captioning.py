@@ -61,6 +61,7 @@ class Captioning(Benchmark):
     def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
         pictures = [self.images.image(number) for number in numbers]
         samples = [self.images.samples[number] for number in numbers]
+        captions = model.generate_captions(pictures, self.prompt, self.max_new_tokens)
         return [
             {
                 "image": sample.name,
@@ -68,7 +69,7 @@ class Captioning(Benchmark):
                 "caption": caption,
                 "references": list(sample.references),
             }
-            for sample, caption in zip(samples, model.captions(pictures, self.prompt, self.max_new_tokens), strict=True)
+            for sample, caption in zip(samples, captions, strict=True)
         ]
 
     def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:

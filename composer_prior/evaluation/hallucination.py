@@ -148,7 +148,7 @@ class Hallucination(Benchmark):
     def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Return captions with the objects that they name and the objects in the image and in another."""
         pictures = [self.images.image(number) for number in numbers]
-        captions = model.captions(pictures, self.prompt, self.max_new_tokens)
+        captions = model.generate_captions(pictures, self.prompt, self.max_new_tokens)
         return [
             {
                 "image": self.images.samples[number].name,

@@ -5,16 +5,17 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from composer_prior.data.batch import ImageInputs
 from composer_prior.data.images import decode_rgb, read_image_file
 from composer_prior.data.lines import begin_lines
 from composer_prior.data.locks import sole_writer
@@ -22,7 +23,7 @@ from composer_prior.data.messages import one_line
 from composer_prior.data.remote import Remote
 from composer_prior.data.storage import is_remote
 from composer_prior.inference.device import check_device
-from composer_prior.models.lvlm import LVLM, Caption
+from composer_prior.models.image_text_model import Caption, ImageTextModel, model_inputs
 from composer_prior.reports.page import legend, sample_card, samples_page
 from composer_prior.training.saving import load
 
@@ -36,12 +37,12 @@ class Decoded:
 
     Args:
         name: as it was found.
-        inputs: for the model; None if it cannot be used.
-        error: why not.
+        image: RGB; None if it cannot be used, or is prepared.
+        error: why it cannot be used.
     """
 
     name: str
-    inputs: ImageInputs | None
+    image: Image.Image | None
     error: str = ""
 
 
@@ -51,13 +52,11 @@ class Images(IterableDataset[Decoded]):
     Args:
         sources: paths of images and of folders, whose subfolders are read too, and addresses of remotes.
         done: names that are left out.
-        image_processor: of the model.
     """
 
-    def __init__(self, sources: Sequence[str], done: set[str], image_processor: Any):
+    def __init__(self, sources: Sequence[str], done: set[str]):
         self.sources = sources
         self.done = done
-        self.image_processor = image_processor
 
     def __iter__(self) -> Iterator[Decoded]:
         worker = get_worker_info()
@@ -67,7 +66,7 @@ class Images(IterableDataset[Decoded]):
 
     def _decode(self, name: str) -> Decoded:
         try:
-            return Decoded(name, self.image_processor(decode_rgb(read_bytes(name))))
+            return Decoded(name, decode_rgb(read_bytes(name)))
         except Exception as error:  # one image's trouble, whatever it is
             return Decoded(name, None, one_line(error))
 
@@ -163,16 +162,14 @@ def caption_images(
     options |= {"probabilities": page is not None, **({"temperature": temperature} if temperature > 0 else {})}
     with sole_writer(lines, "out"):
         done = {line["image"] for line in begin_lines(lines, settings, overwrite)}
-        lvlm = load(model, trust_remote_code)
-        if prompt is not None:
-            lvlm.prompt = prompt
-        lvlm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        captioner = load(model, trust_remote_code)
+        captioner.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.manual_seed(seed)
-        images = Images(sources, done, lvlm.image_processor)
+        images = Images(sources, done)
         counts = {"captioned": 0, "errors": 0, "before": len(done)}
         disable = None if progress is None else not progress
         with open(lines, "a") as file, tqdm(unit=" images", disable=disable) as bar:
-            for batch in caption_loaded(lvlm, images, batch_size, num_workers, options):
+            for batch in caption_loaded(captioner, images, batch_size, num_workers, prompt, options):
                 for image, caption in batch:
                     line: dict[str, Any] = {"error": image.error} if caption is None else {"caption": caption.text}
                     if caption is not None and page is not None:
@@ -200,21 +197,46 @@ def _page(lines: Path, title: str) -> str:
 
 
 def caption_loaded(
-    model: LVLM, images: Images, batch_size: int, num_workers: int | None, options: Mapping[str, Any]
+    model: ImageTextModel,
+    images: Images,
+    batch_size: int,
+    num_workers: int | None,
+    prompt: str | None,
+    options: Mapping[str, Any],
 ) -> Iterator[list[tuple[Decoded, Caption | None]]]:
-    """Batches of images, each with its caption, or None if it cannot be used.
+    """Yield batches of images, each with its caption, or None if it cannot be used.
 
     Args:
         model: in evaluation mode.
         images: to caption.
         batch_size: images that are captioned at once.
-        num_workers: processes that read and decode images. None: the cores that the model leaves free, at most 8.
-        options: of :meth:`.LVLM.caption`.
+        num_workers: processes that read and prepare images. None: the cores that the model leaves free, at most 8.
+        prompt: text between image and caption. None: that of training.
+        options: of :meth:`.ImageTextModel.generate`.
     """
     if num_workers is None:  # a model on the CPU has all cores, and workers would take them from it
-        on_cpu = model.language.device.type == "cpu"
+        on_cpu = model.model.device.type == "cpu"
         num_workers = min(8, max(0, (os.cpu_count() or 1) - (torch.get_num_threads() if on_cpu else 1)))
-    for batch in DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=list):
-        usable = [image.inputs for image in batch if image.inputs is not None]
-        captions = iter(model.caption(usable, **options) if usable else [])
-        yield [(image, next(captions) if image.inputs is not None else None) for image in batch]
+    prepare = partial(_prepare, model.processor, prompt)
+    for batch, inputs in DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=prepare):
+        captions = iter(model.generate(inputs, **options) if inputs else [])
+        yield [(image, None if image.error else next(captions)) for image in batch]
+
+
+def _prepare(
+    processor: Any, prompt: str | None, batch: list[Decoded]
+) -> tuple[list[Decoded], dict[str, torch.Tensor] | None]:
+    """Prepare a batch in a worker; an image that the processor cannot take becomes one that cannot be used."""
+    usable = [one.image for one in batch if one.image is not None]
+    try:
+        inputs = model_inputs(processor, usable, prompt) if usable else None
+    except Exception as error:  # whatever a processor raises
+        if len(batch) == 1:
+            return [Decoded(batch[0].name, None, one_line(error))], None
+        errors = [_prepare(processor, prompt, [one])[0][0].error for one in batch]
+        return _prepare(
+            processor,
+            prompt,
+            [replace(one, error=e, image=None if e else one.image) for one, e in zip(batch, errors, strict=True)],
+        )
+    return [replace(one, image=None) for one in batch], inputs  # the model needs no more of them

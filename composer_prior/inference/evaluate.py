@@ -11,16 +11,11 @@ from typing import Any
 import torch
 import xxhash
 from composer.utils import dist, get_device
-from transformers import AutoConfig
 
 from composer_prior import registry
-from composer_prior.data.hub import ModelFolderError, load_pretrained
-from composer_prior.data.messages import DataError, one_line
 from composer_prior.data.nodes import sole_job
 from composer_prior.evaluation.benchmark import Benchmark, Figures, reasons, run_benchmark
-from composer_prior.evaluation.likelihood import HuggingFaceModel, OwnModel
 from composer_prior.inference.device import check_device
-from composer_prior.models.modeling_prior_lvlm import PriorLVLMConfig
 from composer_prior.training.saving import load
 
 PACKAGES = ("composer-prior", "torch", "transformers", "open-clip-torch")
@@ -75,7 +70,7 @@ def evaluate(
     built = registry.build("benchmark", benchmark, arguments, "benchmark")
     if page is not None and type(built).page is Benchmark.page:
         built.page([], "")  # which says so, before anything is answered
-    judged = load_judged(model, trust_remote_code)
+    judged = load(model, trust_remote_code)
     network = judged.model
     network.to(device or get_device(None)._device)
     fingerprint = model_fingerprint(network)
@@ -111,26 +106,6 @@ def evaluate(
                 Path(page).expanduser().parent.mkdir(parents=True, exist_ok=True)
                 Path(page).expanduser().write_text(built.page(predictions, title), encoding="utf-8")
     return results
-
-
-def load_judged(path: str, trust_remote_code: bool = False) -> OwnModel | HuggingFaceModel:
-    """A model of ours, or any image-text-to-text model of transformers.
-
-    Raises:
-        OSError: one line, naming what is wrong.
-    """
-    place = Path(path).expanduser()
-    if place.exists() and not (place / "config.json").is_file():
-        return OwnModel(load(place, trust_remote_code))
-    try:
-        config = load_pretrained(AutoConfig, path, trust_remote_code)
-    except ModelFolderError:
-        raise
-    except Exception as error:  # whatever the code of some model raises
-        raise DataError(f"{path} holds no model: {one_line(error)}") from error
-    if config.model_type == PriorLVLMConfig.model_type:
-        return OwnModel(load(path, trust_remote_code))
-    return HuggingFaceModel.from_pretrained(path, trust_remote_code)
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:

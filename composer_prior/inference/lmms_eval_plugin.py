@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from composer_prior.data.images import decode_rgb, on_white
 from composer_prior.data.tokenizer import encode_caption
-from composer_prior.models.lvlm import LVLM
+from composer_prior.models.image_text_model import ImageTextModel
 
 NAME = "composer_prior"
 
@@ -68,7 +68,7 @@ class ComposerPrior(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         place = Path(pretrained).expanduser()
         place = place / "model" if (place / "model/config.json").is_file() else place
-        self.model = LVLM.from_pretrained(place if place.exists() else pretrained, trust_remote_code)
+        self.model = ImageTextModel.from_pretrained(place if place.exists() else pretrained, trust_remote_code)
         alone = self._world_size == 1
         self.device = torch.device(device) if device is not None and alone else self.accelerator.device
         self.model.to(self.device)
@@ -90,10 +90,10 @@ class ComposerPrior(lmms):
                 for start in range(0, len(positions), self.batch_size):
                     batch = positions[start : start + self.batch_size]
                     options = requests[batch[0]].args[1]
-                    inputs = [self.model.image_processor(self._image(requests[position])) for position in batch]
-                    captions = self.model.caption(inputs, prompt, **decoding(options))
+                    images = [self._image(requests[position]) for position in batch]
+                    captions = self.model.generate_captions(images, prompt, **decoding(options))
                     for position, caption in zip(batch, captions, strict=True):
-                        answers[position] = cut(caption.text, options.get("until"))
+                        answers[position] = cut(caption, options.get("until"))
                     bar.update(len(batch))
         return answers
 
@@ -115,11 +115,12 @@ class ComposerPrior(lmms):
             groups.setdefault(key, []).append(position)
         answers = [(0.0, False)] * len(requests)
         for (*_, prompt), positions in tqdm(groups.items(), desc="Likelihoods", disable=self.rank != 0):
-            inputs = [self.model.image_processor(self._image(requests[positions[0]]))]
+            images = [self._image(requests[positions[0]])]
             texts = [self._continuation(requests[position]) for position in positions]
-            scores = self.model.text_logprobs(inputs, [texts], prompt)[0]
-            start = self.model._generation_batch(inputs, prompt)
-            greedy = self.model.generate_ids(*start, max_new_tokens=max(map(len, texts)))[0].tolist()
+            scores = self.model.text_logprobs(images, [texts], prompt)[0]
+            inputs = {key: value.to(self.device) for key, value in self.model.inputs(images, prompt).items()}
+            ids = self.model.model.generate(**inputs, max_new_tokens=max(map(len, texts)), do_sample=False)[0]
+            greedy = ids[inputs["input_ids"].shape[1] :].tolist()
             for position, text, values in zip(positions, texts, scores, strict=True):
                 answers[position] = (-sum(values), greedy[: len(text)] == text)
         return answers
@@ -147,7 +148,7 @@ class ComposerPrior(lmms):
 
 
 def decoding(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of :meth:`.LVLM.caption` that stand for a task's ``generation_kwargs``."""
+    """The options of :meth:`.ImageTextModel.generate_captions` that stand for a task's ``generation_kwargs``."""
     given = {key: value for key, value in options.items() if value is not None}
     samples = bool(given.get("do_sample", given.get("temperature", 0) > 0)) and given.get("temperature", 1) > 0
     found = {"max_new_tokens": int(given.get("max_new_tokens", 64)), "num_beams": int(given.get("num_beams", 1))}

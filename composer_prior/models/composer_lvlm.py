@@ -1,50 +1,158 @@
-"""The LVLM as Composer trains it."""
+"""Any image-text-to-text model of transformers as Composer trains it."""
 
+import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from composer.models import ComposerModel
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from composer_prior.data.batch import IGNORE_INDEX
-from composer_prior.models.head import weighted_mean
-from composer_prior.models.lvlm import LVLM
+from composer_prior.models.head import Head, TransformedHead, label_mask, labelled_nll, weighted_mean
+from composer_prior.models.image_text_model import ImageTextModel
+from composer_prior.models.label_logits import label_logits, on_text_alone
+from composer_prior.models.language import (
+    as_forward,
+    causal_lm_of,
+    check_adapters,
+    decoder_of,
+    head_of,
+    is_transformer_block,
+    last_hidden_states,
+    parts_of,
+)
 from composer_prior.models.metrics import TokenMetric, caption_metrics
+from composer_prior.models.packing import enable_packing, packed_hidden_states
+from composer_prior.models.prior_lvlm.modeling_prior_lvlm import PriorLVLMForConditionalGeneration
+from composer_prior.models.vision import to_image_inputs
 
 
 class ComposerLVLM(ComposerModel):
-    """An :class:`.LVLM` with loss and metrics. The loss honours ``token_weights`` in the batch.
+    """An image-text-to-text model with loss and metrics. The loss honours ``token_weights`` in the batch.
+
+    The head is applied on labelled positions only, so the logits of a batch are never in memory together.
 
     Args:
-        model: the model, also usable without Composer.
+        model: of transformers, such as :class:`.PriorLVLMForConditionalGeneration` or a LLaVA; or a causal language
+            model, which learns captions without images.
+        processor: of the model; its tokenizer for a language model.
+        label_smoothing: share of the uniform distribution over the vocabulary in the target of training, in [0, 1);
+            the outputs then have ``smoothed_nll`` too. Default: ``0.0``.
+        pack: put the samples of a batch into one row for the language model, so that it computes nothing on padding;
+            see :mod:`.packing`. Default: ``False``.
         image_related_metrics: report image-related and other tokens apart; the batch then has ``image_related``
             (``[B, T]`` bool). Default: ``False``.
+
+    Raises:
+        ValueError: for an impossible argument, or one that the model cannot honour.
     """
 
     honours_token_weights = True
 
-    def __init__(self, model: LVLM, image_related_metrics: bool = False):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        *,
+        label_smoothing: float = 0.0,
+        pack: bool = False,
+        image_related_metrics: bool = False,
+    ):
         super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing={label_smoothing}: expected a share in [0, 1).")
+        check_adapters(model)
+        if label_smoothing:
+            _linear_part(head_of(model))  # or refuse it before training
         self.model = model
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.label_smoothing = label_smoothing
+        self.pack = pack
         self.image_related_metrics = image_related_metrics
+        self.label_logits = False  # True: forward returns those too
+        base = causal_lm_of(model)
+        # Ours, and a language model, read sequences that are padded at their end: causal attention needs no mask then.
+        self._needs_mask = not (self.reads_text_alone or isinstance(base, PriorLVLMForConditionalGeneration))
+        if pack:
+            if self._needs_mask:
+                raise ValueError(f"pack=True: {type(base).__name__} cannot keep packed sequences apart; leave it out.")
+            enable_packing(parts_of(model)["language"])  # type: ignore[arg-type]
+        self._inputs = {*inspect.signature(decoder_of(base).forward).parameters}
+        # Composer asks these about each module: a unit of FSDP2, and of activation checkpointing, is a block.
+        vars(model)["fsdp_wrap_fn"] = partial(is_transformer_block, model=model)
+        vars(model)["activation_checkpointing_fn"] = partial(is_transformer_block, model=model)
 
     @property
-    def tokenizer(self) -> Any:
-        return self.model.tokenizer
-
-    @property
-    def image_token_ids(self) -> tuple[int, int]:
-        """Ids that stand for the image in ``input_ids``; a text-only reference drops them."""
-        return self.model.image_token_id, self.model.row_token_id
+    def reads_text_alone(self) -> bool:
+        """True for a language model, which reads no images."""
+        return isinstance(self.processor, PreTrainedTokenizerBase)
 
     @property
     def image_processor(self) -> Any:
-        """What turns an image into the model's input; None without a vision tower."""
-        return None if self.model.vision is None else self.model.vision.image_processor
+        """What turns an image into a data set's sample; None for a language model."""
+        return None if self.reads_text_alone else to_image_inputs(self.processor.image_processor)
+
+    @property
+    def image_text_model(self) -> ImageTextModel:
+        """The same model as it captions images and scores texts.
+
+        Raises:
+            ValueError: for a language model.
+        """
+        if self.reads_text_alone:
+            raise ValueError(f"{type(self.model).__name__} reads text alone: it cannot caption images.")
+        return ImageTextModel(self.model, self.processor)
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.model(batch)
+        """Return ``nll``: negative log-likelihood per token, ``[B, T]`` float32, 0 without a label; ``correct``: bool.
+
+        Args:
+            batch: the inputs of the model's decoder with ``labels`` ``[B, T]``, not shifted.
+        """
+        return as_forward(self.model, self._forward, batch)
+
+    def _forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        head, labels = head_of(self.model), batch["labels"]
+        hidden = self._hidden_states(batch)  # [B, T, D]
+        nll, correct = labelled_nll(hidden, head, labels)
+        outputs = {"nll": nll, "correct": correct}
+        if self.label_logits:
+            outputs["label_logits"] = label_logits(hidden, head, labels)
+        if self.label_smoothing and self.training:
+            outputs["smoothed_nll"] = nll + self.label_smoothing * label_margin(hidden, head, labels)
+        return outputs
+
+    def _hidden_states(self, batch: Mapping[str, Tensor]) -> Tensor:
+        inputs = {key: value for key, value in batch.items() if key in self._inputs}
+        if not self._needs_mask and not torch.compiler.is_compiling():
+            check_padding(batch.get("attention_mask"))
+        if self.pack:
+            mask, language = batch["attention_mask"], parts_of(self.model)["language"]
+            return packed_hidden_states(language, self._embed(inputs), mask)  # type: ignore[arg-type]
+        if not self._needs_mask:
+            inputs.pop("attention_mask", None)
+        return last_hidden_states(self.model, **inputs)
+
+    def _embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        base: Any = causal_lm_of(self.model)
+        if self.reads_text_alone:
+            return base.get_input_embeddings()(inputs["input_ids"])
+        return base.model.embed(**{key: value for key, value in inputs.items() if key != "attention_mask"})
+
+    @torch.no_grad()
+    def text_label_logits(self, input_ids: Tensor, is_text: Tensor, labels: Tensor) -> Tensor:
+        """Return the logit of each label when the model reads the text alone, see :func:`.on_text_alone`."""
+
+        def read(ids: Tensor, targets: Tensor) -> Tensor:
+            return label_logits(last_hidden_states(self.model, input_ids=ids), head_of(self.model), targets)
+
+        return as_forward(self.model, on_text_alone, read, input_ids, is_text, labels)
 
     def loss(
         self,
@@ -54,12 +162,14 @@ class ComposerLVLM(ComposerModel):
         reduction: Literal["mean", "none"] = "mean",
         **kwargs: Any,
     ) -> Tensor:
-        """Mean over the loss-generating tokens of weight times negative log-likelihood.
+        """Return the mean over the loss-generating tokens of weight times negative log-likelihood.
 
         Args:
             outputs: those of ``forward``.
             batch: a dict of tensors, or a pair whose second is ``labels``.
+            *args: ignored.
             reduction: ``"none"`` gives the mean over the tokens of each sample, ``[B]``.
+            **kwargs: ignored.
         """
         labels, weights = (
             (batch[1], None) if isinstance(batch, tuple) else (batch["labels"], batch.get("token_weights"))
@@ -70,11 +180,61 @@ class ComposerLVLM(ComposerModel):
         return weighted_mean(nll, weights, labels)
 
     def eval_forward(self, batch: Mapping[str, Tensor], outputs: Any = None) -> dict[str, Tensor]:
+        """Return the outputs of ``forward``."""
         return self.forward(batch) if outputs is None else outputs
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
+        """Return the metrics of captions by name."""
         return dict(caption_metrics(self.image_related_metrics))
 
     def update_metric(self, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor], metric: Metric) -> None:
+        """Add a batch to a metric."""
         assert isinstance(metric, TokenMetric)
         metric.update(batch, outputs)
+
+
+def check_padding(attention_mask: Tensor | None) -> None:
+    """Raise if sequences are padded elsewhere than at their end, where only a mask could hide the padding."""
+    if attention_mask is not None and bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
+        raise ValueError(
+            "The batch is padded on the left, but the model is trained on sequences padded at their end: set "
+            "processor.tokenizer.padding_side = 'right'."
+        )
+
+
+def label_margin(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
+    """Return by how much the logit of each label exceeds the mean logit, ``[B, T]`` float32, 0 without a label.
+
+    The cross-entropy with a share ``s`` of the uniform distribution in the target is ``nll + s * margin``: both terms
+    have the same log-sum-exp, and the mean logit is the product with the mean row of the head's weight.
+
+    Args:
+        hidden: ``[B, T, D]`` last hidden states.
+        head: a linear layer, whose logits may be scaled.
+        labels: ``[B, T]`` int64, not shifted.
+
+    Raises:
+        ValueError: for a head of which that does not hold.
+    """
+    linear, scale = _linear_part(head)
+    mask = label_mask(labels)
+    targets = labels[mask]
+    direction = F.embedding(targets, linear.weight) - linear.weight.mean(0)  # [n, D]
+    margin = (hidden[:, :-1][mask[:, 1:]].float() * direction.float()).sum(-1)
+    if linear.bias is not None:
+        margin = margin + linear.bias[targets] - linear.bias.mean()
+    return margin.new_zeros(labels.shape).masked_scatter(mask, margin * scale)
+
+
+def _linear_part(head: Head) -> tuple[nn.Linear, float]:
+    """Return the linear layer of a head and the factor of its logits; label smoothing needs no more of either."""
+    given = TransformedHead.of(head)
+    if given.softcap is not None:
+        raise ValueError(
+            f"label_smoothing and an LM that caps its logits at {given.softcap} do not combine; set it to 0."
+        )
+    if not isinstance(given.module, nn.Linear):
+        raise ValueError(
+            f"label_smoothing needs a linear LM head, not {type(given.module).__name__}; leave the head bare."
+        )
+    return given.module, given.scale

@@ -1,7 +1,6 @@
-"""The logits of the labels alone, which cost a vector product each and not one with the whole vocabulary."""
+"""Logits of the labels alone: one vector product each, in place of one with the whole vocabulary."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from composer_prior.models.reference import left_pack
 
 @torch.no_grad()
 def label_logits(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
-    """The logit of each label, ``[B, T]`` float32, 0 without a label.
+    """Return the logit of each label, ``[B, T]`` float32, 0 without a label.
 
     Args:
         hidden: ``[B, T, D]`` last hidden states of a causal LM.
@@ -33,20 +32,13 @@ def label_logits(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     return torch.zeros(labels.shape, device=labels.device).masked_scatter(mask, logits.float())
 
 
-def gathered_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """The same of full logits ``[B, T, V]``."""
-    mask = label_mask(labels)
-    found = logits[:, :-1][mask[:, 1:]].gather(1, labels[mask][:, None])[:, 0]
-    return torch.zeros(labels.shape, device=labels.device).masked_scatter(mask, found.float())
-
-
 def on_text_alone(
     read: Callable[[Tensor, Tensor], Tensor], input_ids: Tensor, is_text: Tensor, labels: Tensor
 ) -> Tensor:
-    """Something of each label when the text is read alone, its tokens moved together.
+    """Read the text of a batch alone, its tokens moved together, and return a value of each label.
 
     Args:
-        read: of ids and labels ``[B, S]`` something per label, ``[B, S]`` float32; padding stands at the end.
+        read: maps ids and labels ``[B, S]``, padded at the end, to a value of each label, ``[B, S]`` float32.
         input_ids, labels: ``[B, T]`` int64.
         is_text: ``[B, T]`` bool.
 
@@ -57,12 +49,3 @@ def on_text_alone(
     found = read(ids, targets)
     found[:, 0].masked_fill_(targets[:, 0] != IGNORE_INDEX, torch.nan)
     return torch.zeros(labels.shape, device=labels.device).scatter(1, positions, found)
-
-
-def text_label_logits_of(model: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """For a Hugging Face vision-language model: what gives the logits of labels when it reads the text alone."""
-
-    def read(ids: Tensor, targets: Tensor) -> Tensor:
-        return gathered_logits(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, targets)
-
-    return lambda input_ids, is_text, labels: on_text_alone(read, input_ids, is_text, labels)

@@ -1,11 +1,13 @@
 """The language model: any Hugging Face causal LM."""
 
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,7 +21,11 @@ from transformers import (
 from composer_prior.data.hub import ModelFolderError, load_pretrained
 from composer_prior.data.messages import one_line
 from composer_prior.models.head import Head, TransformedHead
-from composer_prior.models.modeling_prior_lvlm import decoder_of, logit_transform
+from composer_prior.models.prior_lvlm.modeling_prior_lvlm import (
+    PriorLVLMForConditionalGeneration,
+    decoder_of,
+    logit_transform,
+)
 
 VOCABULARY_MULTIPLE = 64
 # Kinds of layers in which tokens see each other by attention alone; the last three tell their MLPs.
@@ -194,17 +200,22 @@ def last_hidden_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
     Raises:
         ValueError: for a method of PEFT that adds virtual tokens to the input.
     """
+    check_adapters(model)
+    read: Tensor = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+    if read.is_cuda and "attention_mask" not in inputs:
+        # Without one, transformers builds a mask [B, 1, T, T], which keeps attention from its causal kernel.
+        inputs["attention_mask"] = torch.ones(read.shape[:2], dtype=torch.long, device=read.device)
+    return decoder_of(causal_lm_of(model))(**inputs, use_cache=False).last_hidden_state
+
+
+def check_adapters(model: PreTrainedModel) -> None:
+    """Raise if a method of PEFT adds virtual tokens to the input."""
     if hasattr(model, "get_base_model"):
         config = cast(Any, model).active_peft_config
         if config.is_prompt_learning:
             raise ValueError(
                 f"{config.peft_type.value} adds virtual tokens to the text, which have no place; use LoRA."
             )
-    read: Tensor = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
-    if read.is_cuda and "attention_mask" not in inputs:
-        # Without one, transformers builds a mask [B, 1, T, T], which keeps attention from its causal kernel.
-        inputs["attention_mask"] = torch.ones(read.shape[:2], dtype=torch.long, device=read.device)
-    return decoder_of(causal_lm_of(model))(**inputs, use_cache=False).last_hidden_state
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -231,14 +242,48 @@ def is_recurrent(model: Any) -> bool:
     return bool(model._is_stateful or kinds - _ATTENTION or any(isinstance(layer, nn.Conv1d) for layer in layers))
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The transformer blocks of an LM, in order: the modules that its class says are never split among devices."""
-    return [module for module in causal_lm_of(model).modules() if is_decoder_layer(module, model)]
+def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the transformer blocks, in order: the modules that a model's class says are never split among devices."""
+    return [module for module in causal_lm_of(model).modules() if is_transformer_block(module, model)]
 
 
-def is_decoder_layer(module: nn.Module, model: PreTrainedModel) -> bool:
-    """Whether a module of an LM is one of its :func:`decoder_layers`; before FSDP2, which gives it another class."""
-    return type(module).__name__ in (causal_lm_of(model)._no_split_modules or ())
+def is_transformer_block(module: nn.Module, model: PreTrainedModel) -> bool:
+    """Return True for one of :func:`transformer_blocks`; ask before FSDP2, which gives modules another class."""
+    parts = [part for part in causal_lm_of(model).modules() if isinstance(part, PreTrainedModel)]
+    return any(type(module).__name__ in (part._no_split_modules or ()) for part in parts)
+
+
+def parts_of(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the parts of a model by the names that recipes use: ``vision``, ``projector`` and ``language``.
+
+    A model on text alone is its own language model.
+    """
+    base: Any = causal_lm_of(model)
+    if not isinstance(base, PriorLVLMForConditionalGeneration):
+        return {"language": base}
+    vision, projector = base.model.vision_tower, base.model.multi_modal_projector
+    return {"vision": vision, "projector": projector, "language": base.causal_lm}
+
+
+def as_forward(model: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function as a forward pass of a model: where FSDP2 has sharded it, it gathers what its root unit holds."""
+    if not isinstance(model, FSDPModule):
+        return function(*args, **kwargs)
+    if "_call" not in vars(model):
+        vars(model)["_call"] = lambda function, *args, **kwargs: function(*args, **kwargs)
+        register_fsdp_forward_method(model, "_call")
+    return cast(Any, model)._call(function, *args, **kwargs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode and then back in the mode that it had."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def causal_lm_of(model: PreTrainedModel) -> PreTrainedModel:

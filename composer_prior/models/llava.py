@@ -9,7 +9,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import torch
@@ -24,6 +24,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -31,13 +32,13 @@ from composer_prior.data.hub import quiet
 from composer_prior.data.messages import one_line
 from composer_prior.data.storage import whole_folder, written_here
 from composer_prior.data.tokenizer import bos_id
-from composer_prior.models.language import generate_greedily, vocabulary_size
+from composer_prior.models.image_text_model import ImageTextModel, differing_weights
+from composer_prior.models.language import generate_greedily, parts_of, vocabulary_size
 from composer_prior.models.llava_check import PICTURES, Comparison, LlavaError, compare, failure, refusal
-from composer_prior.models.lvlm import LVLM
-from composer_prior.models.modeling_prior_lvlm import CHAT_TEMPLATE, IMAGE_TOKEN, decoder_of, logit_transform
-from composer_prior.models.pretrained import SHARD_SIZE, build_processor, differing_weights
+from composer_prior.models.model_folder import SHARD_SIZE, for_generation
+from composer_prior.models.prior_lvlm.modeling_prior_lvlm import OpenCLIPTower, decoder_of, logit_transform
+from composer_prior.models.prior_lvlm.processing_prior_lvlm import CHAT_TEMPLATE, IMAGE_TOKEN
 from composer_prior.models.stock_vision import NoStockFormError, StockVision, stock_vision
-from composer_prior.models.vision import OpenCLIPTower
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -64,7 +65,9 @@ class LlavaReport:
         return "\nwarning: ".join([line, *self.found.warnings])
 
 
-def export_llava(model: LVLM, folder: str | Path, *, dtype: str | None = None, overwrite: bool = False) -> LlavaReport:
+def export_llava(
+    model: ImageTextModel, folder: str | Path, *, dtype: str | None = None, overwrite: bool = False
+) -> LlavaReport:
     """Write a model as transformers' ``LlavaForConditionalGeneration``, with ``LlavaProcessor`` and tokenizer.
 
     The folder is loaded again and compared with the model before it gets its name.
@@ -115,27 +118,30 @@ def check_output(folder: Path, dtype: str | None, overwrite: bool) -> None:
         raise FileExistsError(f"{folder} holds no earlier export, so it is not overwritten; choose another folder.")
 
 
-def llava_of(model: LVLM) -> tuple[Any, Any]:
+def llava_of(model: ImageTextModel) -> tuple[Any, Any]:
     """The model as ``LlavaForConditionalGeneration``, with which it shares weights, and its ``LlavaProcessor``.
 
     Raises:
         LlavaError: if it has none.
     """
-    tower = model.vision
+    if hasattr(model.model, "get_base_model"):
+        raise refusal("the model", "it has adapters of PEFT; merge them first, merge_and_unload()")
+    parts = parts_of(model.model)
+    tower, lm = parts.get("vision"), cast(PreTrainedModel, parts["language"])
     if not isinstance(tower, OpenCLIPTower):
         raise refusal(f"the vision tower {type(tower).__name__}", "it is no encoder of OpenCLIP")
     vision = _vision(tower)
-    text, language = _language(model.language)
-    projector_act, projector = _projector(model.projector, vision.config.hidden_size, text.hidden_size)
-    processor = _processor(model, tower, vision)
+    text, language = _language(lm)
+    projector_act, projector = _projector(parts["projector"], vision.config.hidden_size, text.hidden_size)
+    processor = _processor(model.processor, tower, vision)
     config = LlavaConfig(
         vision_config=vision.config,
         text_config=text,
-        image_token_index=model.image_token_id,
+        image_token_index=model.processor.image_token_id,
         projector_hidden_act=projector_act,
         vision_feature_select_strategy="default" if vision.class_tokens else "full",
         vision_feature_layer=-1,  # blocks that come later are not there
-        image_seq_length=tower.max_image_tokens,
+        image_seq_length=tower.config["image_tokens"],
         tie_word_embeddings=text.tie_word_embeddings,
         architectures=[LlavaForConditionalGeneration.__name__],
     )
@@ -144,11 +150,11 @@ def llava_of(model: LVLM) -> tuple[Any, Any]:
         with torch.device("meta"):
             llava = LlavaForConditionalGeneration(config)
     except Exception as error:
-        raise failure(model.language, error) from error
-    decoder, stock = decoder_of(model.language), llava.model.language_model
+        raise failure(lm, error) from error
+    decoder, stock = decoder_of(lm), llava.model.language_model
     if type(decoder) is not type(stock):
         raise refusal(
-            f"the language model {type(model.language).__name__}",
+            f"the language model {type(lm).__name__}",
             f"transformers makes a {type(stock).__name__} of its configuration, not a {type(decoder).__name__}",
         )
     encoder = getattr(llava.model.vision_tower, "vision_model", llava.model.vision_tower)  # transformers 5: without it
@@ -219,8 +225,6 @@ def _projector(projector: nn.Module, width_in: int, width_out: int) -> tuple[str
 def _language(language: Any) -> tuple[PretrainedConfig, dict[str, Tensor]]:
     """Configuration and weights of the language model in LLaVA: its decoder, and a linear head without a bias."""
     what = f"the language model {type(language).__name__}"
-    if hasattr(language, "get_base_model"):
-        raise refusal(what, "it has adapters of PEFT; merge them first, merge_and_unload()")
     config = copy.deepcopy(language.config)
     if not type(config).__module__.startswith("transformers."):
         raise refusal(what, "its code is not in transformers")
@@ -245,12 +249,11 @@ def _language(language: Any) -> tuple[PretrainedConfig, dict[str, Tensor]]:
     return config, {**weights, "lm_head.weight": shared}
 
 
-def _processor(model: LVLM, tower: OpenCLIPTower, vision: StockVision) -> Any:
+def _processor(own: Any, tower: OpenCLIPTower, vision: StockVision) -> Any:
     """The stock processor that makes of pictures and text what the model reads."""
-    own: Any = build_processor(model)
     return LlavaProcessor(
         _image_processor(tower),
-        _with_bos(own.tokenizer),
+        _with_bos(for_generation(own).tokenizer),
         patch_size=vision.config.patch_size,
         vision_feature_select_strategy="default" if vision.class_tokens else "full",
         chat_template=CHAT_TEMPLATE,

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import LlavaProcessor
 
 from composer_prior.data.messages import OneLineError, one_line
-from composer_prior.models.lvlm import LVLM
-from composer_prior.models.modeling_prior_lvlm import IMAGE_TOKEN
-from composer_prior.models.pretrained import build_processor
+from composer_prior.models.image_text_model import ImageTextModel
+from composer_prior.models.language import evaluating, parts_of
+from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration
+from composer_prior.models.prior_lvlm.processing_prior_lvlm import IMAGE_TOKEN
 
 TOLERANCE = 1e-4  # of logits up to 10; larger ones have fewer decimals in float32
 PIXEL_TOLERANCE = 1e-5  # a level of 255 is a thousand times that: below are roundings of float32
@@ -54,7 +55,7 @@ def failure(language: Any, error: Exception) -> LlavaError:
 
 
 @torch.no_grad()
-def compare(model: LVLM, llava: Any, processor: LlavaProcessor, default: LlavaProcessor) -> Comparison:
+def compare(model: ImageTextModel, llava: Any, processor: LlavaProcessor, default: LlavaProcessor) -> Comparison:
     """Hold a model in LLaVA form against the model.
 
     Args:
@@ -66,33 +67,29 @@ def compare(model: LVLM, llava: Any, processor: LlavaProcessor, default: LlavaPr
     Raises:
         LlavaError: one line, naming what differs.
     """
-    if {parameter.dtype for parameter in model.parameters()} != {torch.float32}:
+    if {parameter.dtype for parameter in model.model.parameters()} != {torch.float32}:
         model = _in_float32(model)
-    training = model.training
-    model.eval()
     try:
-        return _compare(model, llava.to(model.language.device), processor, default)
+        with evaluating(model.model):
+            return _compare(model, llava.to(model.model.device), processor, default)
     except LlavaError:
         raise
     except Exception as error:  # whatever a language model says to what LLaVA gives it
-        raise failure(model.language, error) from error
-    finally:
-        model.train(training)
+        raise failure(parts_of(model.model)["language"], error) from error
 
 
-def _in_float32(model: LVLM) -> LVLM:
-    """A copy whose weights are those of the model; what it computes without weights, it computes in float32 anew."""
-    language: Any = type(model.language)(copy.deepcopy(model.language.config))
-    language.load_state_dict(model.language.state_dict())
-    parts: Any = copy.deepcopy([model.vision, model.projector])
-    vision, projector = (part.float() for part in parts)
-    copied = LVLM(vision, projector, language.float().to(model.language.device), model.tokenizer)
-    copied.prompt = model.prompt
-    return copied
+def _in_float32(model: ImageTextModel) -> ImageTextModel:
+    """Return a copy in float32; what the model computes without weights is computed in float32 anew."""
+    config = copy.deepcopy(model.model.config)
+    config.dtype = config.text_config.dtype = torch.float32
+    tower = copy.deepcopy(model.model.model.vision_tower)
+    copied: Any = PriorLVLMForConditionalGeneration(config, vision_tower=tower.float())
+    copied.load_state_dict({name: tensor.float() for name, tensor in model.model.state_dict().items()})
+    return ImageTextModel(copied.to(model.model.device), model.processor)
 
 
-def _compare(model: LVLM, llava: Any, processor: LlavaProcessor, default: LlavaProcessor) -> Comparison:
-    tower: Any = model.vision
+def _compare(model: ImageTextModel, llava: Any, processor: LlavaProcessor, default: LlavaProcessor) -> Comparison:
+    tower: Any = model.model.model.vision_tower
     shortest = tower.config["preprocess"]["resize_mode"] == "shortest"
     pictures, shifted = _pictures(tower.image_size, shortest)
     inputs, ours = _inputs(model, processor, pictures)
@@ -122,7 +119,7 @@ def _compare(model: LVLM, llava: Any, processor: LlavaProcessor, default: LlavaP
     return Comparison(logits, pixels, (*warnings, _shift_warning(tower.image_size, differing, same, len(shifted))))
 
 
-def _reads_otherwise(model: LVLM, processor: LlavaProcessor, picture: Image.Image) -> bool:
+def _reads_otherwise(model: ImageTextModel, processor: LlavaProcessor, picture: Image.Image) -> bool:
     """Whether the stock processor fails on a picture, or makes other pixels of it than ours."""
     try:
         inputs, ours = _inputs(model, processor, [picture])
@@ -155,12 +152,12 @@ def _shift_warning(image_size: int, logits: float, same: int, of: int) -> str:
     )
 
 
-def _inputs(model: LVLM, processor: LlavaProcessor, pictures: list[Image.Image]) -> tuple[Any, Any]:
+def _inputs(model: ImageTextModel, processor: LlavaProcessor, pictures: list[Image.Image]) -> tuple[Any, Any]:
     """What the stock processor and ours make of pictures with the prompt of training; the ids are the same."""
     text = [IMAGE_TOKEN + model.prompt] * len(pictures)
-    device = model.language.device
+    device = model.model.device
     inputs = processor(images=pictures, text=text, return_tensors="pt").to(device)
-    ours = build_processor(model, model.prompt)(images=pictures, return_tensors="pt").to(device)
+    ours = model.processor(images=pictures, return_tensors="pt").to(device)
     if not torch.equal(inputs["input_ids"], ours["input_ids"]):
         theirs, expected = (_cut(ids["input_ids"][0].tolist()) for ids in (inputs, ours))
         raise LlavaError(f"The tokenizer reads the prompt as {theirs}, not as {expected}; nothing is written.")
@@ -171,8 +168,8 @@ def _cut(ids: list[int]) -> str:
     return f"{ids[:2]} ... {ids[-6:]} ({len(ids)} tokens)"
 
 
-def _captions(model: LVLM, pictures: list[Image.Image]) -> list[str]:
-    return model.generate(pictures, max_new_tokens=CAPTION_TOKENS)
+def _captions(model: ImageTextModel, pictures: list[Image.Image]) -> list[str]:
+    return model.generate_captions(pictures, max_new_tokens=CAPTION_TOKENS)
 
 
 def _stock_captions(llava: Any, processor: LlavaProcessor, inputs: Any) -> list[str]:
@@ -180,20 +177,18 @@ def _stock_captions(llava: Any, processor: LlavaProcessor, inputs: Any) -> list[
     return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def _logit_difference(model: LVLM, llava: Any, inputs: Any, ours: Any) -> tuple[float, float]:
+def _logit_difference(model: ImageTextModel, llava: Any, inputs: Any, ours: Any) -> tuple[float, float]:
     """The largest difference of a logit, and how large it may be; on the prompt and on text that follows."""
     count = inputs["input_ids"].shape[0]
     following = torch.arange(CAPTION_TOKENS, device=inputs["input_ids"].device) * 7 % len(model.tokenizer)
-    following = following[following != model.image_token_id].expand(count, -1)
+    following = following[following != model.processor.image_token_id].expand(count, -1)
 
     def longer(batch: Any) -> dict[str, Tensor]:
         mask = torch.cat([batch["attention_mask"], torch.ones_like(following)], 1)
         return {**batch, "input_ids": torch.cat([batch["input_ids"], following], 1), "attention_mask": mask}
 
     batch = longer(ours)
-    expected = model.language(
-        inputs_embeds=model.embed(batch), attention_mask=batch["attention_mask"], use_cache=False
-    ).logits
+    expected = model.model(**batch, use_cache=False).logits
     difference = _difference(llava(**longer(inputs), use_cache=False).logits, expected)
     return difference, TOLERANCE * max(1.0, float(expected.abs().max()) / 10)
 

@@ -20,12 +20,11 @@ from composer_prior.data.hub import load_pretrained
 from composer_prior.models.head import target_logprobs
 from composer_prior.models.language import (
     check_head,
-    decoder_layers,
     head_of,
     last_hidden_states,
+    transformer_blocks,
     vocabulary_size,
 )
-from composer_prior.models.sharding import shard_from_first_rank
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -92,8 +91,10 @@ class ReferenceLM:
         Args:
             device: where to compute.
         """
+        from composer_prior.models.sharding import shard_from_first_rank  # here: models work without Composer
+
         if not isinstance(self._scorer, FSDPModule):
-            shard_from_first_rank(self._scorer, decoder_layers(self.model), torch.device(device))
+            shard_from_first_rank(self._scorer, transformer_blocks(self.model), torch.device(device))
         return self
 
     @torch.no_grad()

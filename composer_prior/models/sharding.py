@@ -16,7 +16,10 @@ from composer.models import ComposerModel
 from composer.utils import ParallelismConfig, dist
 from composer.utils.parallelism import FSDP2Config
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import PreTrainedModel
+
+from composer_prior.models.language import parts_of
 
 # Names a Python file that makes FSDP2 average gradients over gloo; FSDP2 is then accepted on CPUs. For tests.
 ON_CPU = "COMPOSER_PRIOR_FSDP2_ON_CPU"
@@ -76,17 +79,14 @@ def check_checkpointing(parallelism: Mapping[str, Any] | None, model: ComposerMo
 
 
 def prepare_sharded(model: nn.Module) -> None:
-    """Give a model that FSDP2 may have sharded what it still needs: methods that gather weights, and all tensors."""
+    """Give a model that FSDP2 may have sharded what it still needs: all tensors, and a frozen tower apart."""
     if ON_CPU in os.environ and not torch.cuda.is_available():
         runpy.run_path(os.environ[ON_CPU])
-    for module in model.modules():
-        if hasattr(module, "text_logprobs"):
-            lvlm: Any = module
-            if isinstance(module, FSDPModule) and dist.get_world_size() > 1:
-                share_tensor_attributes(lvlm, lvlm.language.device)
-            _keep_out_of_backward(lvlm.vision)
-            register_fsdp_forward_method(lvlm, "generate_ids")
-            register_fsdp_forward_method(lvlm, "text_logprobs")
+    lvlm: Any = getattr(model, "model", None)
+    if isinstance(lvlm, PreTrainedModel):
+        if isinstance(lvlm, FSDPModule) and dist.get_world_size() > 1:
+            share_tensor_attributes(lvlm, lvlm.device)
+        _keep_out_of_backward(parts_of(lvlm).get("vision"))
 
 
 def _keep_out_of_backward(tower: nn.Module | None) -> None:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from composer_prior.data.captions import StreamingCaptionDataset
 from composer_prior.data.messages import announce, failure, one_line
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.models.lvlm import Caption
+from composer_prior.models.image_text_model import Caption
 from composer_prior.reports.run_report import TOKENS
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def caption_samples(trainer: Trainer, count: int) -> Samples:
     left out. A model without a vision tower and a run without validation have no samples.
     """
     state, model = trainer.state, trained_model(trainer.state)
-    if not (isinstance(model, ComposerLVLM) and model.model.vision is not None and state.evaluators):
+    if not isinstance(model, ComposerLVLM) or model.reads_text_alone or not state.evaluators:
         return Samples()
     data = state.evaluators[0].dataloader.dataloader.dataset  # type: ignore[union-attr]
     found: list[Any] = [None]
@@ -105,9 +105,9 @@ def caption_samples(trainer: Trainer, count: int) -> Samples:
     dist.broadcast_object_list(found)  # an error on the first rank must not leave the others waiting
     samples: Samples = found[0]
     if samples.images:
-        inputs = [model.image_processor(image) for image in samples.images]
+        captioner = model.image_text_model
         with get_precision_context(state.precision, state.precision_config):
-            samples.generated = model.model.caption(inputs, data.prompt, probabilities=True)
+            samples.generated = captioner.generate(captioner.inputs(samples.images, data.prompt), probabilities=True)
     return samples
 
 

@@ -12,7 +12,6 @@ from torch.distributed.fsdp import FSDPModule
 from composer_prior import registry
 from composer_prior.data.messages import announce, failure
 from composer_prior.evaluation.benchmark import Benchmark, Figures, run_benchmark
-from composer_prior.evaluation.likelihood import OwnModel
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.reports.closing import trained_model
 from composer_prior.training.errors import one_line_errors
@@ -55,7 +54,7 @@ class RunBenchmark(Callback):
         self.figures = {}
         try:
             with get_precision_context(state.precision, state.precision_config):
-                self.figures, _ = run_benchmark(self.benchmark, OwnModel(model.model), limit=self.limit, share=share)
+                self.figures, _ = run_benchmark(self.benchmark, model.image_text_model, limit=self.limit, share=share)
         except Exception as error:  # whatever it is, the training goes on
             log.exception("Benchmark %s", self.name)
             announce(f"\nBenchmark {self.name}: no figures after batch {self._batch}: {failure(error)}")
@@ -83,7 +82,7 @@ def build_benchmarks(
         ValueError: naming what cannot be; also for a model without a vision tower.
     """
     chosen = {name: arguments for name, arguments in benchmarks.items() if arguments is not None}
-    if chosen and not (isinstance(model, ComposerLVLM) and model.model.vision is not None):
+    if chosen and not (isinstance(model, ComposerLVLM) and not model.reads_text_alone):
         raise ValueError(f"{where}benchmarks: they are for models with a vision tower; leave them out.")
     callbacks = []
     for name, given in chosen.items():

@@ -17,25 +17,28 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, load
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.serialization import get_unsafe_globals_in_checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from composer_prior.data.hub import load_pretrained
 from composer_prior.data.messages import one_line
 from composer_prior.data.storage import is_remote
 from composer_prior.data.tokenizer import add_image_tokens, tokenizer_fingerprint
-from composer_prior.models.lvlm import LVLM
-from composer_prior.models.modeling_prior_lvlm import PriorLVLMConfig
+from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.models.image_text_model import ImageTextModel
+from composer_prior.models.language import parts_of
+from composer_prior.models.prior_lvlm import PriorLVLMConfig
 
 # Set by a run: CHECKPOINT_VALIDATION_FUNCTION is the variable by which Composer knows what to call.
 ASKED_BY_COMPOSER = {"CHECKPOINT_VALIDATION_FUNCTION": f"{__name__}.holds_no_code"}
 CHECKPOINT_NAME = "ep{epoch}-ba{batch}-rank{rank}.pt"
 LATEST_NAME = "latest-rank0.pt"
+WEIGHT_NAMES = {"weight_names": "transformers"}  # in the identity of a run: how its checkpoints name weights
 METADATA = ".metadata"  # of a sharded checkpoint, which is a folder
 # What Composer puts into a checkpoint beside tensors and plain containers: times, and numpy's random state.
 _ALLOWED_GLOBALS = re.compile(
@@ -98,6 +101,8 @@ def check_checkpoint(path: str | Path, identity: Mapping[str, Any], whole: bool 
     if theirs is None:
         raise ValueError(f"{path} was not written by a run of this program: it does not say what it was made from.")
     there, here = flat(theirs), flat(identity)
+    if WEIGHT_NAMES.keys() <= here.keys() - there.keys():
+        raise ValueError(_old_names(path))
     differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     if differing:
         key = differing[0]
@@ -299,72 +304,85 @@ def find_weights(path: str) -> Path:
     raise ValueError("expected a run folder with a checkpoint, a checkpoint, or a model folder; none is there")
 
 
-def load_weights(path: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
+def load_weights(path: str, model: ComposerLVLM) -> str:
     """Give a model the weights of another run, and nothing else of it; what the run was made from may differ.
 
-    What is compared decides which weights fit: the names and shapes of all of a part's weights (vision, projector,
-    language), and the tokenizer, which says what each row of the embeddings stands for. A part that is not there at
-    all, as in a language model on text, stays as it is.
+    The weights fit if names and shapes of all of a part's weights (vision, projector, language) are the same, and the
+    tokenizer, which says what each row of the embeddings stands for. A part that is not there at all, as in a language
+    model on text, stays as it is.
 
     Args:
         path: see :func:`find_weights`.
-        model: a :class:`.ComposerLVLM` of whole weights, on the CPU.
-        tokenizer: of the model.
+        model: with whole weights, on the CPU.
 
     Returns:
-        What was loaded from where, in words.
+        a line on what was loaded from where.
 
     Raises:
         ValueError: naming what does not fit.
     """
     source = find_weights(path)
-    ours = model.state_dict()
     weights, fingerprint = read_weights(source)
     remedy = "init_from needs the same architecture and tokenizer"
-    if fingerprint is not None and fingerprint != tokenizer_fingerprint(tokenizer):
+    if fingerprint is not None and fingerprint != tokenizer_fingerprint(model.tokenizer):
         raise ValueError(f"init_from={path}: it was trained with another tokenizer than tokenizer.name; {remedy}.")
-    parts = {_part(name) for name in weights}
-    expected = {name: tensor.shape for name, tensor in ours.items() if _part(name) in parts}
-    found = {name: tensor.shape for name, tensor in weights.items()}
-    differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-    if differing or not weights:
-        name = differing[0] if differing else "no weights at all"
-        shapes = " and ".join(
-            f"{list(shapes[name]) if name in shapes else 'none'} {where}"
-            for shapes, where in ((found, "there"), (expected, "here"))
+    parts: dict[str, Any] = parts_of(model.model)
+    target: Any = model.model
+    loaded = list(parts)
+    if not any(name.startswith("model.model.vision_tower.") for name in weights):  # a language model on text
+        loaded, target = ["language"], parts["language"]
+    found = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    expected = {name: tensor.shape for name, tensor in target.state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    differing = sorted(name for name in {*expected, *shapes} if expected.get(name) != shapes.get(name))
+    if differing:
+        name = differing[0]
+        both = " and ".join(
+            f"{list(known[name]) if name in known else 'none'} {where}"
+            for known, where in ((shapes, "there"), (expected, "here"))
         )
-        raise ValueError(f"init_from={path}: {len(differing)} weights do not fit, such as {name} ({shapes}); {remedy}.")
-    model.load_state_dict(weights, strict=False)
-    kept = sorted({_part(name) for name in ours} - parts)
+        raise ValueError(f"init_from={path}: {len(differing)} weights do not fit, such as {name} ({both}); {remedy}.")
+    target.load_state_dict(found)
+    kept = sorted({*parts} - {*loaded})
     without = f"; {', '.join(kept)} stay as the recipe says" if kept else ""
-    return f"Weights: {', '.join(sorted(parts))} from {source}{without}"
-
-
-def _part(name: str) -> str:
-    """``model.language.lm_head.weight`` -> ``language``."""
-    return name.split(".")[1]
+    return f"Weights: {', '.join(sorted(loaded))} from {source}{without}"
 
 
 def read_weights(source: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Weights by their names in a :class:`.ComposerLVLM`, and the fingerprint of their tokenizer where it is known."""
+    """Return weights by their names in a :class:`.ComposerLVLM`, and the fingerprint of their tokenizer if known.
+
+    Raises:
+        ValueError: also for a checkpoint of composer-prior 0.1, whose names are others.
+    """
     if source.is_file():
         check_sums(source)
         state = _read_state(source)
         weights = {name.removeprefix("module."): tensor for name, tensor in state["model"].items()}
-        return weights, state.get("callbacks", {}).get(RunIdentity.__qualname__, {}).get("tokenizer")
-    if (source / METADATA).is_file():
+        fingerprint = state.get("callbacks", {}).get(RunIdentity.__qualname__, {}).get("tokenizer")
+    elif (source / METADATA).is_file():
         prefix = "state.model."
         weights = {name.removeprefix(prefix): tensor for name, tensor in _read_sharded(source, prefix).items()}
-        return weights, (_read_identity(source) or {}).get("tokenizer")
-    if json.loads((source / "config.json").read_bytes()).get("model_type") == PriorLVLMConfig.model_type:
-        model = LVLM.from_pretrained(source)
-        weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        return weights, tokenizer_fingerprint(model.tokenizer)
-    lm = load_pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
-    tokenizer = load_pretrained(AutoTokenizer, source)
-    add_image_tokens(tokenizer)
-    return {f"model.language.{name}": tensor for name, tensor in lm.state_dict().items()}, tokenizer_fingerprint(
-        tokenizer
+        fingerprint = (_read_identity(source) or {}).get("tokenizer")
+    else:
+        if json.loads((source / "config.json").read_bytes()).get("model_type") == PriorLVLMConfig.model_type:
+            lvlm = ImageTextModel.from_pretrained(source)
+            model, tokenizer = lvlm.model, lvlm.tokenizer
+        else:
+            model = load_pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
+            tokenizer = load_pretrained(AutoTokenizer, source)
+            add_image_tokens(tokenizer)
+        return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, tokenizer_fingerprint(
+            tokenizer
+        )
+    if any(name.startswith("model.language.") for name in weights):
+        raise ValueError(_old_names(source))
+    return weights, fingerprint
+
+
+def _old_names(path: Path) -> str:
+    return (
+        f"{path} was written by composer-prior 0.1, whose weights have other names: go on with that version, or start "
+        "another run from the model/ folder of its run (init_from, run_name)."
     )
 
 

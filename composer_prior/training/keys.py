@@ -19,7 +19,7 @@ _SCORE_JOB = "composer_prior.scoring.job:ScoreJob"
 _OF_THE_RECIPE = ("out", "reference", "tokenizer", "dataset", "progress_bar")  # fields that the recipe gives
 _SHARDING = "composer_prior.models.sharding:ShardingConfig"
 _LANGUAGE = "composer_prior.models.language:build_language_model"
-_PROJECTOR = "composer_prior.models.projector:build_projector"
+_PROJECTOR = "composer_prior.models.build:projector_options"
 _LOADER = "streaming:StreamingDataLoader"
 _LOADER_GIVEN = ("dataset", "batch_size", "collate_fn", "sampler", "batch_sampler")
 _DATASET = "composer_prior.data.captions:StreamingCaptionDataset"
@@ -122,7 +122,7 @@ def _check_lvlm(model: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}model.projector is given without model.vision; set it to null.")
     registry.check_arguments(_LANGUAGE, model["language"], f"{where}model.language", given=("tokenizer",))
     if projector is not None:
-        registry.check_arguments(_PROJECTOR, projector, f"{where}model.projector", given=("width_in", "width_out"))
+        registry.check_arguments(_PROJECTOR, projector, f"{where}model.projector")
 
 
 def check_named(kind: str, config: Mapping[str, Any], where: str, given: Sequence[str] = ()) -> None:

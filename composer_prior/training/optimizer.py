@@ -1,7 +1,7 @@
 """The optimizer of a recipe: weights in groups with settings of their own, and no weight decay where it does harm."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from composer_prior import registry
+from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.models.language import parts_of
 from composer_prior.registry import did_you_mean
 from composer_prior.training.keys import GroupSettings, settings_of
 
@@ -49,12 +51,12 @@ def _weights_in_groups(settings: list[GroupSettings], model: nn.Module, spare: b
 
     Args:
         settings: of :func:`settings_of`.
-        model: whose ``model.`` before each name is left out.
+        model: a :class:`.ComposerLVLM`, or another model, whose ``model.`` before each name is left out.
         spare: norms, biases and embeddings have no weight decay.
     """
     names: dict[nn.Parameter, list[str]] = {}
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        names.setdefault(weight, []).append(name.removeprefix("model."))
+    for name, weight in _named_weights(model):
+        names.setdefault(weight, []).append(name)
     trained = {weight: own for weight, own in names.items() if weight.requires_grad}
     if not trained:
         raise ValueError("Nothing to train: vision, projector and language are all frozen.")
@@ -74,6 +76,17 @@ def _weights_in_groups(settings: list[GroupSettings], model: nn.Module, spare: b
         group = {**arguments, **({"weight_decay": 0.0} if spared else {}), "name": prefix or _NO_GROUP, "params": []}
         groups.setdefault((prefix, spared), group)["params"].append(weight)
     return list(groups.values())
+
+
+def _named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the weights by the names that recipes use, a tied one several times."""
+    if not isinstance(model, ComposerLVLM):
+        for name, weight in model.named_parameters(remove_duplicate=False):
+            yield name.removeprefix("model."), weight
+        return
+    for part, module in parts_of(model.model).items():
+        for name, weight in module.named_parameters(remove_duplicate=False):
+            yield f"{part}.{name}", weight
 
 
 def _begins(name: str, prefix: str) -> bool:

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from composer_prior.data.lines import read_object
-from composer_prior.data.storage import whole_folder
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
-from composer_prior.models.lvlm import LVLM
+from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.models.model_folder import save_model_folder
 from composer_prior.training.config import TrainConfig, identified
 
 REFERENCE_CARD = "reference.json"
@@ -36,7 +36,7 @@ def model_folder(recipe: TrainConfig) -> Path:
 def write_reference(
     folder: Path,
     recipe: TrainConfig,
-    model: LVLM,
+    model: ComposerLVLM,
     weights: Mapping[str, Tensor],
     data: str,
     validation: Mapping[str, float],
@@ -46,7 +46,7 @@ def write_reference(
     Args:
         folder: where to.
         recipe: of the run.
-        model: without a vision tower.
+        model: of text alone.
         weights: of the model, whole and on the CPU.
         data: fingerprint of the training data.
         validation: metrics.
@@ -57,12 +57,7 @@ def write_reference(
         "recipe": identified(recipe, _IDENTITY),
         "validation": validation,
     }
-    with whole_folder(folder, replace=True) as temporary:
-        prefix = "language."
-        language: Any = model.language
-        language.save_pretrained(temporary, state_dict={k.removeprefix(prefix): v for k, v in weights.items()})
-        model.tokenizer.save_pretrained(temporary)
-        (temporary / REFERENCE_CARD).write_text(json.dumps(card, indent=2))
+    save_model_folder(model.model, model.tokenizer, folder, weights, {REFERENCE_CARD: json.dumps(card, indent=2)})
 
 
 def read_card(reference: TrainConfig) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from composer_prior.data.messages import announce
 from composer_prior.data.nodes import on_first_rank
 from composer_prior.data.remote import Remote, store_errors
 from composer_prior.data.storage import WriteError, full_disk_told, is_remote, written_here
-from composer_prior.models.modeling_prior_lvlm import PriorLVLMConfig
+from composer_prior.models.prior_lvlm import PriorLVLMConfig
 from composer_prior.training.checkpoints import (
     CHECKPOINT_NAME,
     LATEST_NAME,

@@ -11,15 +11,19 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from composer_prior.data.download import ATTEMPTS
+from composer_prior.data.hub import ModelFolderError, load_pretrained
 from composer_prior.data.lines import read_object
 from composer_prior.data.messages import announce, one_line
 from composer_prior.data.remote import Output
 from composer_prior.data.storage import StorageError, WriteError, full_disk_told, is_remote
 from composer_prior.data.tokenizer import tokenizer_fingerprint
-from composer_prior.models.lvlm import LVLM
-from composer_prior.models.pretrained import ModelFolderError, empty_form, hugging_face_weights, save_folder
+from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.models.image_text_model import ImageTextModel
+from composer_prior.models.language import generate_greedily
+from composer_prior.models.model_folder import save_model_folder
 from composer_prior.reports.closing import trained_model, validation_metrics
 from composer_prior.training.checkpoints import find_weights, read_weights
 from composer_prior.training.config import TrainConfig, written
@@ -29,18 +33,18 @@ from composer_prior.training.reference import model_folder, write_reference
 ARCHITECTURE = "architecture"  # a folder of the run: the model in Hugging Face form without weights, for checkpoints
 
 
-def save_architecture(recipe: TrainConfig, model: LVLM, data: Any) -> None:
+def save_architecture(recipe: TrainConfig, model: ComposerLVLM) -> None:
     """Write what a checkpoint of the run lacks to be a model: configuration, tokenizer, processor. Rank 0 does."""
     if dist.get_global_rank() != 0:
         return
     try:
-        save_folder(model, Path(recipe.run_folder, ARCHITECTURE), None, data.prompt)
+        save_model_folder(model.model, model.processor, Path(recipe.run_folder, ARCHITECTURE), None)
     except ValueError as error:
         announce(f"Model: the run will leave checkpoints alone, as {one_line(error)}.")
 
 
 def save_model(
-    recipe: TrainConfig, model: LVLM, data: Any, validation: Mapping[str, float], out: str | None = None
+    recipe: TrainConfig, model: ComposerLVLM, data: Any, validation: Mapping[str, float], out: str | None = None
 ) -> None:
     """Write the model in Hugging Face form, with a card of what it was made from; the folder is whole or not there.
 
@@ -56,25 +60,25 @@ def save_model(
     """
     out = out or str(model_folder(recipe))
     check_weights(model, f"{out} is not written")
-    if model.vision is not None and not has_architecture(recipe):
+    if not model.reads_text_alone and not has_architecture(recipe):
         return  # the run has said why
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights: Any = get_model_state_dict(model, options=options)
+    weights: Any = get_model_state_dict(model.model, options=options)
     if dist.get_global_rank() != 0:
         return
     try:
         size = sum(tensor.nbytes for tensor in weights.values())
         with full_disk_told(out, size), tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "model") if is_remote(out) else Path(out)
-            if model.vision is None:
+            if model.reads_text_alone:
                 write_reference(folder, recipe, model, weights, data.fingerprint, validation)
             else:
                 card = model_card(recipe, model, data.fingerprint, validation)
-                save_folder(model, folder, weights, data.prompt, card)
+                save_model_folder(model.model, model.processor, folder, weights, {"README.md": card})
             if is_remote(out):
                 Output(out, Path(temporary), ATTEMPTS).publish(folder, sorted(os.listdir(folder)))
     except (ValueError, OSError, StorageError) as error:
-        needed = model.vision is None or isinstance(error, WriteError)
+        needed = model.reads_text_alone or isinstance(error, WriteError)
         if needed and out == str(model_folder(recipe)):
             raise  # the run's end; on the way it goes on without
         announce(f"Model: {out} was not written: {one_line(error)}.")
@@ -103,7 +107,7 @@ class HuggingFaceCheckpointer(Callback):
         data = state.train_dataloader.dataset  # type: ignore[union-attr]
         folder = self.save_folder or os.path.join(self.recipe.run_folder, "huggingface")
         out = f"{folder.rstrip('/')}/ba{state.timestamp.batch.value}"
-        save_model(self.recipe, model.model, data, validation_metrics(state), out)
+        save_model(self.recipe, model, data, validation_metrics(state), out)
 
 
 def has_architecture(recipe: TrainConfig) -> bool:
@@ -113,7 +117,7 @@ def has_architecture(recipe: TrainConfig) -> bool:
     return found[0]
 
 
-def model_card(recipe: TrainConfig, model: LVLM, data: str, validation: Mapping[str, float]) -> str:
+def model_card(recipe: TrainConfig, model: ComposerLVLM, data: str, validation: Mapping[str, float]) -> str:
     """The text of the folder's ``README.md``."""
     metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in validation.items())
     used = {key: value for key, value in written(recipe).items() if value not in (None, {}, [])}
@@ -131,7 +135,7 @@ from composer_prior import load
 from PIL import Image
 
 model = load("path/of/this/folder")
-print(model.generate([Image.open("photo.jpg")]))
+print(model.generate_captions([Image.open("photo.jpg")]))
 ```
 
 Without composer-prior, `transformers` runs the code in this folder if you allow it:
@@ -165,21 +169,21 @@ def _licence(recipe: TrainConfig) -> str:
     return known.get("licence", "not stated; it is that of the images and captions")
 
 
-def load(path: str | Path, trust_remote_code: bool = False) -> LVLM:
-    """A trained model, in evaluation mode.
+def load(path: str | Path, trust_remote_code: bool = False) -> ImageTextModel:
+    """Load a trained model with its processor, in evaluation mode.
 
     Args:
-        path: a run folder, a model folder in Hugging Face form, a checkpoint of a run, or a hub id.
-        trust_remote_code: run code that comes with the language model. Default: ``False``.
+        path: a run folder, a checkpoint of a run, or the model folder or hub id of any image-text-to-text model.
+        trust_remote_code: run code that comes with the model. Default: ``False``.
 
     Raises:
         ModelFolderError: one line, naming what is wrong.
     """
     place = Path(path).expanduser()
     if (place / "config.json").is_file() or not place.exists():
-        return LVLM.from_pretrained(path, trust_remote_code)
+        return ImageTextModel.from_pretrained(path, trust_remote_code)
     if (place / "model" / "config.json").is_file():
-        return LVLM.from_pretrained(place / "model", trust_remote_code)
+        return ImageTextModel.from_pretrained(place / "model", trust_remote_code)
     try:
         source = find_weights(str(place))
     except ValueError as error:
@@ -187,26 +191,29 @@ def load(path: str | Path, trust_remote_code: bool = False) -> LVLM:
     return _load_checkpoint(source, trust_remote_code)
 
 
-def _load_checkpoint(source: Path, trust_remote_code: bool) -> LVLM:
-    """The model of a checkpoint, which tells the weights; the run folder above it tells the rest."""
+def _load_checkpoint(source: Path, trust_remote_code: bool) -> ImageTextModel:
+    """Load the model of a checkpoint, which has the weights; the run folder above it has the rest."""
     source = source.resolve()
     runs = [parent for parent in source.parents if (parent / ARCHITECTURE / "config.json").is_file()]
     if not runs:
         raise ModelFolderError(f"{source} has no {ARCHITECTURE}/ in a folder above it; leave it in its run folder.")
-    processor: Any
-    form, processor = empty_form(runs[0] / ARCHITECTURE, trust_remote_code)
+    folder = runs[0] / ARCHITECTURE
     try:
+        processor = load_pretrained(AutoProcessor, folder, trust_remote_code)
+        config = load_pretrained(AutoConfig, folder, trust_remote_code)
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
         weights, fingerprint = read_weights(source)
-    except (ValueError, OSError) as error:
+    except ModelFolderError:
+        raise
+    except Exception as error:  # whatever the code of some model raises
         raise ModelFolderError(f"{source} cannot be loaded: {one_line(error)}") from error
     if fingerprint not in (None, tokenizer_fingerprint(processor.tokenizer)):
-        raise ModelFolderError(f"{source} was made with another tokenizer than {runs[0] / ARCHITECTURE} holds.")
+        raise ModelFolderError(f"{source} was made with another tokenizer than {folder} holds.")
+    whole = {name.removeprefix("model."): tensor.float() for name, tensor in weights.items()}
     try:
-        state = hugging_face_weights({name.removeprefix("model."): tensor for name, tensor in weights.items()}, form)
-    except ValueError as error:
-        place = runs[0] / ARCHITECTURE
-        raise ModelFolderError(f"{source} is no checkpoint of the model in {place}: {error}.") from error
-    whole = {name: tensor.float() for name, tensor in state.items()}
-    form.load_state_dict(whole, strict=False, assign=True)  # what is not there is tied
-    form.tie_weights()
-    return LVLM.of(form, processor)
+        model.load_state_dict(whole, assign=True)
+    except RuntimeError as error:
+        raise ModelFolderError(f"{source} is no checkpoint of the model in {folder}: {one_line(error)}") from error
+    model.tie_weights()
+    generate_greedily(model, processor.tokenizer)
+    return ImageTextModel(model.eval(), processor)

@@ -38,6 +38,7 @@ from composer_prior.training.builders import (
 )
 from composer_prior.training.checkpoints import (
     ASKED_BY_COMPOSER,
+    WEIGHT_NAMES,
     Preempted,
     RunIdentity,
     StopOnSigterm,
@@ -67,6 +68,8 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     loaders = build_loaders(recipe, model)
     train_data: StreamingCaptionDataset = loaders["train"].dataloader.dataset
     if isinstance(model, ComposerLVLM):
+        if not model.reads_text_alone:
+            model.processor.prompt = train_data.prompt
         model.image_related_metrics = all(spec.dataloader.dataset.has_spans for spec in loaders.values())
         check_fit(model, train_data)
     if recipe.reference is not None:
@@ -74,6 +77,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     check_checkpointing(recipe.parallelism_config, model)
     optimizer = build_optimizer(recipe.optimizer, model)
     identity = {
+        **WEIGHT_NAMES,
         **identified(recipe, ("model", "optimizer")),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": train_data.fingerprint,
@@ -83,7 +87,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     start = find_start(recipe, identity)
     has_weights = not any(parameter.is_meta for parameter in model.parameters())
     if recipe.init_from is not None and start is None and has_weights:
-        announce(load_weights(recipe.init_from, model, tokenizer))
+        announce(load_weights(recipe.init_from, model))
     if recipe.compile_config is not None:
         prepare_compile()
     skips = [SkipEmptySteps()] if train_data.on_bad_sample == "skip" else []
@@ -179,8 +183,8 @@ def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
         write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(written(recipe))).encode())
     data = cast(Any, trainer.state.train_dataloader).dataset
     model = trained_model(trainer.state)
-    if isinstance(model, ComposerLVLM) and model.model.vision is not None:
-        save_architecture(recipe, model.model, data)
+    if isinstance(model, ComposerLVLM) and not model.reads_text_alone:
+        save_architecture(recipe, model)
     try:
         if trainer.state.timestamp.get(trainer.state.max_duration.unit) < trainer.state.max_duration:
             _fit(recipe, trainer)
@@ -194,7 +198,7 @@ def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
         for benchmark in _benchmarks(trainer):
             benchmark.run(trainer.state, trainer.logger)
         if isinstance(model, ComposerLVLM):
-            save_model(recipe, model.model, data, validation_metrics(trainer.state))
+            save_model(recipe, model, data, validation_metrics(trainer.state))
         dist.barrier()
         _report(recipe, trainer)
     except BaseException:

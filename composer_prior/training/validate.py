@@ -26,6 +26,7 @@ from composer_prior.data.scores import Scores, ScoresCard, ScoresError
 from composer_prior.data.storage import is_remote
 from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import build_tokenizer
+from composer_prior.models.build import lvlm_skeleton
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.sharding import build_parallelism, check_checkpointing
 from composer_prior.scoring.job import ScoreJob
@@ -34,7 +35,6 @@ from composer_prior.training.builders import (
     build_all,
     build_named,
     build_precision,
-    lvlm_skeleton,
     without_reference,
 )
 from composer_prior.training.checkpoints import find_checkpoint, find_weights
@@ -235,10 +235,9 @@ def check_fit(model: ComposerLVLM, data: StreamingCaptionDataset) -> None:
     Raises:
         ValueError: naming the lengths.
     """
-    tower: Any = model.model.vision
-    image_tokens = tower.max_image_tokens if tower is not None else 0
+    image_tokens = 0 if model.reads_text_alone else model.processor.image_processor.max_image_tokens
     longest = 1 + image_tokens + len(data.prompt_ids) + data.max_caption_tokens
-    positions = getattr(model.model.language.config, "max_position_embeddings", None)
+    positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise ValueError(
             f"model.language has {positions} positions, and a sequence may take {longest}: bos, {image_tokens} image, "

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import training
-from common.models import FAMILIES, small_lvlm
+from common.models import FAMILIES, full_logits, small_lm, small_lvlm
 from composer import Trainer
 from composer.algorithms import (
     EMA,
@@ -29,11 +29,12 @@ from composer.algorithms.low_precision_layernorm.low_precision_layernorm import 
 )
 from composer.core import Algorithm, Callback, Precision
 
-from composer_prior import LVLM, PRIOR, importance_weights, selective_backprop_keys
+from composer_prior import PRIOR, ComposerLVLM, importance_weights, selective_backprop_keys
 from composer_prior.algorithms.token_weighting.stacking import refusal
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.captions import decode_image
 from composer_prior.data.streams import CheckedDataset
+from composer_prior.data.tokenizer import image_token_ids
 
 pytestmark = pytest.mark.slow
 
@@ -128,8 +129,13 @@ def assert_close(ours, expected, rtol=1e-5):
     assert float((ours - expected).norm() / expected.norm()) <= rtol
 
 
+def text_scores(reference, model, batch):
+    drop = image_token_ids(model.tokenizer)
+    return reference.logprobs(batch["input_ids"], batch["attention_mask"], batch["labels"], drop)
+
+
 def formula_gradients(model, batch, reference):
-    scores = reference.logprobs(batch["input_ids"], batch["attention_mask"], batch["labels"], model.image_token_ids)
+    scores = text_scores(reference, model, batch)
     mask = batch["labels"] != IGNORE_INDEX
     model.zero_grad()
     ((model(batch)["nll"] * importance_weights(scores, mask)).sum() / mask.sum()).backward()
@@ -172,7 +178,8 @@ def test_layer_freezing_freezes_and_the_rest_learns(lvlm, make_spec, reference):
     held = {name for name in last if torch.equal(before[name], last[name])}
     assert held
     assert held <= frozen
-    assert "model.language.lm_head.weight" not in frozen
+    assert "model.lm_head.weight" not in frozen
+    assert "model.lm_head.weight" in last
     assert len(logged["prior/loss_weighted"]) == 8
 
 
@@ -237,13 +244,12 @@ def test_losses_per_sample(lvlm, make_batch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_label_smoothing_is_torchs(tokenizer, make_batch, family):
-    model = small_lvlm(family, tokenizer, tie_word_embeddings=family == "patches")
-    model.model.label_smoothing = 0.2
+    model = small_lvlm(family, tokenizer, options={"label_smoothing": 0.2}, tie_word_embeddings=family == "patches")
     batch = make_batch(model)
     model.loss(model(batch), batch).backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    logits = model.model.language(inputs_embeds=model.model.embed(batch)).logits[:, :-1].transpose(1, 2)
+    logits = full_logits(model.model, batch)[:, :-1].transpose(1, 2)
     expected = F.cross_entropy(logits, batch["labels"][:, 1:], label_smoothing=0.2)
     expected.backward()
     assert float(model.loss(model(batch), batch)) == pytest.approx(float(expected), rel=1e-5)
@@ -252,9 +258,8 @@ def test_label_smoothing_is_torchs(tokenizer, make_batch, family):
 
 
 def test_label_smoothing_refuses_what_it_cannot_do(tokenizer):
-    model = small_lvlm("patches", tokenizer).model
     with pytest.raises(ValueError, match=r"label_smoothing=1\.0: expected a share in \[0, 1\)"):
-        LVLM(model.vision, None, model.language, tokenizer, label_smoothing=1.0)
+        ComposerLVLM(small_lm(tokenizer), tokenizer, label_smoothing=1.0)
 
 
 def test_low_precision_layernorm_under_autocast(tokenizer, make_batch, reference):
@@ -264,12 +269,12 @@ def test_low_precision_layernorm_under_autocast(tokenizer, make_batch, reference
     assert any(isinstance(module, LPLayerNorm) for module in model.modules())
     assert refusal(LowPrecisionLayerNorm(), model) is None
     batch = make_batch(model)
-    scores = reference.logprobs(batch["input_ids"], batch["attention_mask"], batch["labels"], model.image_token_ids)
+    scores = text_scores(reference, model, batch)
     mask = batch["labels"] != IGNORE_INDEX
     weights = importance_weights(scores, mask)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         loss = model.loss(model(batch), {**batch, "token_weights": weights})
-        logits = model.model.language(inputs_embeds=model.model.embed(batch)).logits[:, :-1].double()
+        logits = full_logits(model.model, batch)[:, :-1].double()
     nll = F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none")
     assert float(loss) == pytest.approx(float((nll * weights[:, 1:]).sum() / mask.sum()), rel=1e-5)
 

@@ -1,20 +1,35 @@
-"""PRIOR on vision-language models of Hugging Face in Composer's own wrapper, which know nothing of weights."""
+"""PRIOR on vision-language models of transformers in ComposerLVLM, which take the path of the LVLM."""
 
 from functools import cache, partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from common.models import small_lm
-from common.vlms import BOS, EOS, KINDS, LM, NEWLINE, PAD, SPECIAL, VOCABULARY, WORDS, make_tokenizer, make_vlm
+from common.vlms import (
+    BOS,
+    EOS,
+    KINDS,
+    LM,
+    NEWLINE,
+    PAD,
+    SPECIAL,
+    VOCABULARY,
+    WORDS,
+    make_processor,
+    make_tokenizer,
+    make_vlm,
+)
 from composer import Trainer
 from composer.algorithms import SeqLengthWarmup
-from composer.core import Callback, DataSpec
+from composer.core import Callback, DataSpec, Event
 from composer.models import HuggingFaceModel
 from composer.utils import reproducibility
+from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from composer_prior import PRIOR, ReferenceLM
+from composer_prior import PRIOR, ComposerLVLM, ReferenceLM
 from composer_prior.algorithms.cal.cal import CAL
 from composer_prior.algorithms.token_weighting.image_tokens import image_positions, image_token_ids
 from composer_prior.data.batch import IGNORE_INDEX, count_tokens, split_packed_images
@@ -22,11 +37,9 @@ from composer_prior.data.batch import IGNORE_INDEX, count_tokens, split_packed_i
 TOLERANCE = 1e-5
 
 
-def make_model(kind, **changes):
-    """A model of random weights in Composer's HuggingFaceModel."""
-    wrapped = HuggingFaceModel(make_vlm(kind), use_logits=True, **changes)
-    wrapped.tokenizer = make_tokenizer(kind)  # the constructor takes none for configurations without a vocab_size
-    return wrapped
+def make_model(kind):
+    """A model of random weights."""
+    return ComposerLVLM(make_vlm(kind), make_processor(kind))
 
 
 def make_sample(kind, index):
@@ -63,7 +76,7 @@ def collate(kind, samples):
         rows["labels"].append([*[IGNORE_INDEX] * len(prefix), *caption, *[IGNORE_INDEX] * (longest - length)])
         rows["attention_mask"].append([1] * length + [0] * (longest - length))
     text = {key: torch.tensor(value) for key, value in rows.items()}
-    if kind == "qwen2_vl":  # transformers 5 asks for it, and Composer leaves out what 4 does not know
+    if kind == "qwen2_vl":  # transformers 5 asks for it, and ComposerLVLM leaves out what 4 does not know
         image = make_tokenizer(kind).convert_tokens_to_ids("<|image_pad|>")
         text["mm_token_type_ids"] = (text["input_ids"] == image).long()
     return {**text, **{key: torch.cat([tensors[key] for *_, tensors in samples]) for key in samples[0][2]}}
@@ -154,6 +167,70 @@ def loss_by_hand(kind, model, reference, indices):
     return total / count
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_of_tokens_are_those_of_the_familys_own_logits(kind):
+    """Of batches padded at their end, one after the other: Qwen2-VL keeps what it knows of positions."""
+    model = make_model(kind)
+    for indices in (range(6), range(3, 5), range(6)):
+        batch = collate(kind, [make_sample(kind, i) for i in indices])
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        mask = batch["labels"] != IGNORE_INDEX
+        with torch.no_grad():
+            found = model(batch)
+            logits = make_vlm(kind)(**inputs).logits[:, :-1]
+            own = make_vlm(kind)(**batch).loss
+        nll = F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none")
+        torch.testing.assert_close(found["nll"][:, 1:], nll, rtol=0, atol=TOLERANCE)
+        assert not found["nll"][:, 0].any()
+        assert torch.equal(found["correct"][:, 1:], mask[:, 1:] & (logits.argmax(-1) == batch["labels"][:, 1:]))
+        assert float(model.loss(found, batch)) == pytest.approx(float(own), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_padded_on_the_left(kind):
+    model, batch = make_model(kind), collate(kind, [make_sample(kind, i) for i in range(6)])
+    lengths = batch["attention_mask"].sum(1).tolist()
+    padded = {
+        key: torch.stack([row.roll(-n) for row, n in zip(batch[key], lengths, strict=True)])
+        for key in ("input_ids", "labels", "attention_mask", "mm_token_type_ids")
+        if key in batch
+    }
+    assert not padded["attention_mask"][:, 0].all()
+    with torch.no_grad():
+        expected, found = model(batch)["nll"], model({**batch, **padded})["nll"]
+    for there, here, n in zip(expected, found, lengths, strict=True):
+        torch.testing.assert_close(here.roll(n), there, rtol=0, atol=TOLERANCE)
+
+
+def test_a_model_without_masks_refuses_padding_on_the_left():
+    tokenizer = make_tokenizer("llava")
+    ids = torch.tensor([[PAD, BOS, 7, 8, EOS], [BOS, 9, 7, 8, EOS]])
+    for options in ({}, {"pack": True}):
+        model = ComposerLVLM(small_lm(tokenizer, **LM), tokenizer, **options)
+        with pytest.raises(ValueError, match=r"padded on the left, but .*padding_side = 'right'\.$"):
+            model({"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": ids})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_more_logits_are_made_than_labels(kind):
+    model = make_model(kind)
+    rows = []
+    model.model.lm_head.register_forward_hook(lambda _, inputs, logits: rows.append(logits[..., 0].numel()))
+    batch = collate(kind, [make_sample(kind, i) for i in range(6)])
+    model(batch)
+    assert sum(rows) <= int((batch["labels"] != IGNORE_INDEX).sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_composers_own_wrapper_is_refused(kind):
+    bare = HuggingFaceModel(make_vlm(kind), use_logits=True)
+    with pytest.raises(ValueError, match="PRIOR needs a model that applies token_weights in its loss") as error:
+        fit(bare, make_spec(kind), [PRIOR(make_reference())])
+    advice = "HuggingFaceModel does not: wrap the model of transformers in ComposerLVLM(model, processor)."
+    assert str(error.value).endswith(advice)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("microbatch", [None, 1, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient_are_the_formulas(kind, microbatch):
@@ -232,6 +309,18 @@ def test_stored_scores_equal_a_live_reference():
     assert stored.losses == live.losses
 
 
+def test_captions_are_greedy_whatever_the_configuration_says():
+    captions = []
+    for penalty in (1.0, 9.0):
+        model = make_vlm("llava")
+        model.generation_config.repetition_penalty = penalty
+        processor = make_processor("llava")
+        processor.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        trained = ComposerLVLM(model, processor).image_text_model
+        captions += trained.generate_captions([Image.new("RGB", (16, 16), "red")], max_new_tokens=12)
+    assert captions[0] == captions[1]
+
+
 def test_composers_own_split_cuts_images_of_qwen_apart():
     batch = collate("qwen2_vl", [make_sample("qwen2_vl", i) for i in range(6)])
     parts = split_packed_images(batch, 4)
@@ -243,6 +332,16 @@ def test_composers_own_split_cuts_images_of_qwen_apart():
         split_packed_images({**batch, "image_grid_thw": batch["image_grid_thw"][1:]}, 4)
     with pytest.raises(ValueError, match="stands for 84 patches, but there are 83"):
         split_packed_images({**batch, "pixel_values": batch["pixel_values"][1:]}, 4)
+
+
+class Warmup(SeqLengthWarmup):
+    """On any model: Composer's own refuses all but its HuggingFaceModel."""
+
+    def apply(self, event, state, logger):
+        if event == Event.INIT:
+            self._original_model = state.model
+        else:
+            super().apply(event, state, logger)
 
 
 def test_sequence_length_warmup():
@@ -275,7 +374,7 @@ def test_sequence_length_warmup():
 
     for before in (True, False):
         check = Check()
-        warmup = [SeqLengthWarmup(duration=1.0, min_seq_length=10, max_seq_length=26, step_size=8)]
+        warmup = [Warmup(duration=1.0, min_seq_length=10, max_seq_length=26, step_size=8)]
         prior = [PRIOR(reference)]
         trainer = Trainer(
             model=make_model("llava"),
@@ -290,18 +389,6 @@ def test_sequence_length_warmup():
         )
         trainer.fit()
         assert check.lengths == (10, 10, 10, 18, 18, 18)
-
-
-@pytest.mark.parametrize("outputs", [tuple, dict])
-def test_a_model_without_logits_is_refused(outputs):
-    model = make_model("llava")
-    forward = model.forward
-    model.forward = lambda batch: (lambda loss: (loss,) if outputs is tuple else {"loss": loss})(forward(batch).loss)
-    model.loss = lambda outputs, batch: next(iter(outputs.values() if isinstance(outputs, dict) else outputs))
-    with pytest.raises(ValueError, match=r"needs the per-token `logits` in the model's outputs .* got ") as error:
-        fit(model, make_spec("llava"), [PRIOR(make_reference())])
-    assert "\n" not in str(error.value)
-    assert str(error.value).endswith(f"got {outputs.__name__}.")
 
 
 @pytest.mark.parametrize(
@@ -327,5 +414,5 @@ def test_a_model_without_its_tokenizer_is_refused():
     model.tokenizer = None
     reference = make_reference()
     reference.model.resize_token_embeddings(VOCABULARY)
-    with pytest.raises(ValueError, match="cannot tell the image's tokens from text without the model's tokenizer"):
+    with pytest.raises(ValueError, match="image's tokens cannot be told from text without the model's tokenizer"):
         fit(model, make_spec("idefics3"), [PRIOR(reference)])

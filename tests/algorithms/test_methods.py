@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from common.models import small_lm, small_lvlm
+from common.models import full_logits, small_lm, small_lvlm
 from common.training import fit
 from composer.models import HuggingFaceModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from composer_prior import PRIOR
+from composer_prior import PRIOR, ComposerLVLM
 from composer_prior.algorithms.cal.cal import CAL
 from composer_prior.algorithms.cal.weights import contrast_weights
 from composer_prior.algorithms.focal.focal import Focal
@@ -26,6 +26,7 @@ from composer_prior.algorithms.rho1.weights import selection_weights
 from composer_prior.algorithms.token_weighting.noise import token_noise
 from composer_prior.algorithms.token_weighting.normalize import normalize
 from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.data.tokenizer import image_token_ids
 
 WEIGHTINGS = (PRIOR, PermutedPRIOR, RandomPRIOR, Oracle, Rho1, CAL, Focal)
 
@@ -242,9 +243,8 @@ def test_what_is_logged(tokenizer, make_spec, reference, method):
 
 
 @pytest.mark.parametrize("method", [Rho1, CAL, Focal])
-def test_any_model_with_logits_and_labels(tokenizer, make_spec, make_batch, reference, method):
-    """A text-only Hugging Face model in Composer's own wrapper, which knows nothing of weights."""
-    model = HuggingFaceModel(small_lm(tokenizer), tokenizer=tokenizer, use_logits=True)
+def test_a_language_model_on_text_alone(tokenizer, make_spec, make_batch, reference, method):
+    model = ComposerLVLM(small_lm(tokenizer), tokenizer)
     batch = make_batch(None)
     mask = batch["labels"] != IGNORE_INDEX
     with torch.no_grad():
@@ -265,6 +265,16 @@ def test_any_model_with_logits_and_labels(tokenizer, make_spec, make_batch, refe
         assert logged["cal/difference"][0][1] == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("method", WEIGHTINGS)
+def test_composers_own_wrapper_is_refused(tokenizer, make_spec, reference, method):
+    model = HuggingFaceModel(small_lm(tokenizer), tokenizer=tokenizer, use_logits=True)
+    algorithm = method(reference) if issubclass(method, (PRIOR, Rho1)) else method()
+    with pytest.raises(ValueError, match=f"^{method.__name__} needs a model that applies token_weights") as error:
+        fit(model, make_spec(None), [algorithm])
+    assert str(error.value).endswith("wrap the model of transformers in ComposerLVLM(model, processor).")
+    assert "\n" not in str(error.value)
+
+
 def test_cal_refuses_a_model_that_gives_no_logits_of_labels(tokenizer, make_spec):
     class Other(HuggingFaceModel):
         honours_token_weights = True
@@ -275,11 +285,11 @@ def test_cal_refuses_a_model_that_gives_no_logits_of_labels(tokenizer, make_spec
 
 
 def test_logits_of_labels(lvlm, make_batch):
-    lvlm.model.label_logits = True
+    lvlm.label_logits = True
     batch = make_batch(lvlm)
     with torch.no_grad():
         found = lvlm(batch)["label_logits"]
-        logits = lvlm.model.language(inputs_embeds=lvlm.model.embed(batch)).logits
+        logits = full_logits(lvlm.model, batch)
     for row, place in (batch["labels"] != IGNORE_INDEX).nonzero().tolist():
         expected = float(logits[row, place - 1, batch["labels"][row, place]])
         assert float(found[row, place]) == pytest.approx(expected, abs=1e-4)
@@ -287,7 +297,7 @@ def test_logits_of_labels(lvlm, make_batch):
 
 def test_a_label_without_text_before_it_counts_as_no_difference(tokenizer):
     model = small_lvlm("patches", tokenizer)
-    ids = torch.tensor([[model.image_token_ids[0], 5, 6]])
+    ids = torch.tensor([[image_token_ids(model.tokenizer)[0], 5, 6]])
     labels = torch.tensor([[IGNORE_INDEX, 5, 6]])
-    found = model.model.text_label_logits(ids, torch.tensor([[False, True, True]]), labels)
+    found = model.text_label_logits(ids, torch.tensor([[False, True, True]]), labels)
     assert found.isnan().tolist() == [[False, True, False]]

@@ -1,18 +1,22 @@
-"""PRIOR with LoRA: through Composer's ``peft_config``, and on the language model inside an LVLM."""
+"""PRIOR with LoRA: on a language model that reads text alone, and on the language model inside an LVLM."""
 
 import pytest
 import torch
-from common.models import FAMILIES, small_lm, small_lvlm
+from common.models import FAMILIES, full_logits, small_lm, small_lvlm
 from composer import Trainer
 from composer.core import Callback
-from composer.models import HuggingFaceModel
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from PIL import Image
 
-from composer_prior import LVLM, PRIOR, ComposerLVLM, ReferenceLM, importance_weights
+from composer_prior import PRIOR, ComposerLVLM, ImageTextModel, ReferenceLM, importance_weights
 from composer_prior.data.batch import IGNORE_INDEX
-from composer_prior.models.language import head_of, last_hidden_states
+from composer_prior.data.tokenizer import image_token_ids
+from composer_prior.models.language import head_of, last_hidden_states, parts_of
 
 TOLERANCE = 1e-5
+
+
+LANGUAGE = r".*language_model.*\.(q_proj|v_proj|down_proj)"  # and nothing of the tower or the projector
 
 
 def lora(**changes):
@@ -85,8 +89,8 @@ def reference(reference):
 
 
 @pytest.mark.parametrize("microbatch", [None, 3])
-def test_composers_peft_config(tokenizer, make_spec, make_batch, reference, microbatch):
-    model = HuggingFaceModel(small_lm(tokenizer), tokenizer=tokenizer, use_logits=True, peft_config=lora())
+def test_a_language_model_on_text_alone(tokenizer, make_spec, make_batch, reference, microbatch):
+    model = ComposerLVLM(get_peft_model(small_lm(tokenizer), lora()), tokenizer)
     batch = make_batch(None)
     scores = reference.logprobs(batch["input_ids"], batch["attention_mask"], batch["labels"])
     logits = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -95,24 +99,30 @@ def test_composers_peft_config(tokenizer, make_spec, make_batch, reference, micr
     assert all("lora_" in name for name in gradients)
     assert len(gradients) == 12
     assert_same(gradients, expected)
-    # Composer keeps the adapters alone.
-    assert all("lora_" in name for name in trainer.state.model.state_dict())
+    assert gradients.keys() <= trainer.state.model.state_dict().keys()
 
 
 def wrapped_lvlm(family, tokenizer, wrap, **settings):
-    model = small_lvlm(family, tokenizer).model
-    lvlm = LVLM(model.vision, model.projector, wrap(model.language), tokenizer, **settings)
-    return ComposerLVLM(lvlm)
+    whole = small_lvlm(family, tokenizer)
+    model = wrap(whole.model)
+    for part in ("vision", "projector"):  # PEFT has frozen all but its adapters
+        parts_of(model)[part].requires_grad_(True)
+    return ComposerLVLM(model, whole.processor, **settings)
 
 
-def peft_model(lm):
-    return get_peft_model(lm, lora())
+def peft_model(model):
+    return get_peft_model(model, lora(target_modules=LANGUAGE))
 
 
-def injected(lm):
+def injected(model):
     """Transformers' own way, which leaves the model's class as it is."""
-    lm.add_adapter(lora())
-    return lm
+    model.add_adapter(lora(target_modules=LANGUAGE))
+    return model
+
+
+def text_scores(reference, model, batch):
+    drop = image_token_ids(model.tokenizer)
+    return reference.logprobs(batch["input_ids"], batch["attention_mask"], batch["labels"], drop)
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -121,23 +131,29 @@ def injected(lm):
 def test_the_language_model_of_an_lvlm(tokenizer, make_spec, make_batch, reference, family, wrap, pack):
     model = wrapped_lvlm(family, tokenizer, wrap, pack=pack)
     batch = make_batch(model)
-    scores = reference.logprobs(batch["input_ids"], batch["attention_mask"], batch["labels"], model.image_token_ids)
-    logits = model.model.language(inputs_embeds=model.model.embed(batch)).logits
+    scores = text_scores(reference, model, batch)
+    logits = full_logits(model.model, batch)
     expected = formula_gradients(model, dense_nll(logits, batch["labels"]), batch, scores)
     _, gradients = fit(model, make_spec(model), [PRIOR(reference)], 3)
     assert sum("lora_" in name for name in gradients) == 12
     assert not any("language" in name and "lora_" not in name for name in gradients)
+    assert any("vision_tower" in name for name in gradients)
+    assert any("multi_modal_projector" in name for name in gradients) == (family == "encoder")
     assert_same(gradients, expected)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["embed_tokens", "lm_head"]}]
+    "changes",
+    [
+        {"target_modules": r".*language_model.*\.q_proj|.*lm_head"},
+        {"target_modules": LANGUAGE, "modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
 )
 def test_an_adapted_head(tokenizer, make_spec, make_batch, reference, changes):
-    model = wrapped_lvlm("patches", tokenizer, lambda lm: get_peft_model(lm, lora(**changes)))
+    model = wrapped_lvlm("patches", tokenizer, lambda whole: get_peft_model(whole, lora(**changes)))
     batch = make_batch(model)
-    scores = reference.logprobs(batch["input_ids"], batch["attention_mask"], batch["labels"], model.image_token_ids)
-    logits = model.model.language(inputs_embeds=model.model.embed(batch)).logits
+    scores = text_scores(reference, model, batch)
+    logits = full_logits(model.model, batch)
     expected = formula_gradients(model, dense_nll(logits, batch["labels"]), batch, scores)
     _, gradients = fit(model, make_spec(model), [PRIOR(reference)])
     assert any("lm_head" in name for name in gradients)
@@ -155,10 +171,16 @@ def test_hidden_states_and_head_of_a_peft_model(tokenizer):
 
 
 def test_captions_of_a_peft_model(tokenizer):
-    from PIL import Image
-
-    model = wrapped_lvlm("patches", tokenizer, peft_model).model
-    assert len(model.generate([Image.new("RGB", (48, 32))], max_new_tokens=4)) == 1
+    model = wrapped_lvlm("patches", tokenizer, peft_model)
+    images, texts = [Image.new("RGB", (48, 32))], [[[20, 30, 40]]]
+    (caption,) = model.image_text_model.generate_captions(images, max_new_tokens=4)
+    ((values,),) = model.image_text_model.text_logprobs(images, texts)
+    ((bare,),) = small_lvlm("patches", tokenizer).image_text_model.text_logprobs(images, texts)
+    assert values != pytest.approx(bare, abs=1e-2)
+    merged = ImageTextModel(model.model.merge_and_unload(), model.processor)
+    ((expected,),) = merged.text_logprobs(images, texts)
+    assert values == pytest.approx(expected, abs=1e-4)
+    assert merged.generate_captions(images, max_new_tokens=4) == [caption]
 
 
 def test_a_reference_with_an_adapter(tokenizer, make_batch):
@@ -169,8 +191,9 @@ def test_a_reference_with_an_adapter(tokenizer, make_batch):
     assert torch.allclose(scores, ReferenceLM(lm.merge_and_unload()).logprobs(*arguments), atol=1e-4)
 
 
-def test_prompt_tuning_is_refused(tokenizer, make_batch):
+@pytest.mark.parametrize("pack", [False, True])
+def test_prompt_tuning_is_refused(tokenizer, make_batch, pack):
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    model = wrapped_lvlm("patches", tokenizer, lambda lm: get_peft_model(lm, config))
+    whole = small_lvlm("patches", tokenizer)
     with pytest.raises(ValueError, match=r"PROMPT_TUNING adds virtual tokens .* use LoRA"):
-        model(make_batch(model))
+        ComposerLVLM(get_peft_model(whole.model, config), whole.processor, pack=pack)(make_batch(whole))

@@ -9,9 +9,9 @@ from composer import Trainer
 from composer.loggers import InMemoryLogger
 from composer.models import HuggingFaceModel
 
-from composer_prior import PRIOR, ReferenceLM, importance_weights
+from composer_prior import PRIOR, ComposerLVLM, ReferenceLM, importance_weights
 from composer_prior.data.batch import IGNORE_INDEX
-from composer_prior.data.tokenizer import train_tokenizer
+from composer_prior.data.tokenizer import image_token_ids, train_tokenizer
 
 
 def fit(model, spec, algorithms=(), duration="3ba", **changes):
@@ -40,7 +40,7 @@ def weighted_loss(nll, weights, labels):
 
 
 def test_alpha_zero_is_bitwise_next_token_prediction(tokenizer, make_spec, reference, lvlm):
-    family = "encoder" if lvlm.model.vision.__class__.__name__ == "OpenCLIPTower" else "patches"
+    family = "encoder" if type(lvlm.model.model.vision_tower).__name__ == "OpenCLIPTower" else "patches"
     runs = []
     for algorithms in ((), (PRIOR(reference, alpha=0.0),)):
         model = small_lvlm(family, tokenizer)
@@ -57,7 +57,7 @@ def test_alpha_zero_is_bitwise_next_token_prediction(tokenizer, make_spec, refer
 def test_the_first_loss_is_the_formula(lvlm, make_spec, make_batch, reference, normalization, stored):
     batch = make_batch(lvlm)
     ref_logprobs = reference.logprobs(
-        batch["input_ids"], batch["attention_mask"], batch["labels"], lvlm.image_token_ids
+        batch["input_ids"], batch["attention_mask"], batch["labels"], image_token_ids(lvlm.tokenizer)
     )
     weights = importance_weights(ref_logprobs, batch["labels"] != IGNORE_INDEX, 1.5, normalization, 0.2)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_the_reference_sees_text_only_and_learns_nothing(lvlm, make_spec, refere
     before = [p.clone() for p in reference.model.parameters()]
     trainer, _, _ = fit(lvlm, make_spec(lvlm), [PRIOR(reference)], duration="2ba")
     assert seen
-    assert not any(torch.isin(ids, torch.tensor(lvlm.image_token_ids)).any() for ids in seen)
+    assert not any(torch.isin(ids, torch.tensor(image_token_ids(lvlm.tokenizer))).any() for ids in seen)
     assert all(p.grad is None and not p.requires_grad for p in reference.model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, reference.model.parameters(), strict=True))
     assert not reference.model.training
@@ -154,9 +154,8 @@ def test_the_batch_that_a_loader_made_stays_as_it_is(lvlm, make_spec, make_batch
     assert scored == 3
 
 
-def test_any_model_with_logits_and_labels(tokenizer, make_spec, make_batch, reference):
-    """A text-only Hugging Face model in Composer's own wrapper, which knows nothing of weights."""
-    model = HuggingFaceModel(small_lm(tokenizer), tokenizer=tokenizer, use_logits=True)
+def test_a_language_model_on_text_alone(tokenizer, make_spec, make_batch, reference):
+    model = ComposerLVLM(small_lm(tokenizer), tokenizer)
     batch = make_batch(None)
     ref_logprobs = reference.logprobs(batch["input_ids"], batch["attention_mask"], batch["labels"])
     weights = importance_weights(ref_logprobs, batch["labels"] != IGNORE_INDEX)
@@ -207,16 +206,15 @@ def test_a_reference_with_another_vocabulary_is_refused(tokenizer, make_spec):
     other = train_tokenizer(["entirely different words"] * 3, 300)
     with pytest.raises(ValueError, match=r"another vocabulary than the model: \d+ of its tokens, such as"):
         fit(model, make_spec(model), [PRIOR(ReferenceLM(small_lm(other), other))])
-    bare = HuggingFaceModel(small_lm(tokenizer), use_logits=True)
+    bare = ComposerLVLM(small_lm(tokenizer), tokenizer)
+    bare.tokenizer = None
     with pytest.raises(ValueError, match="another vocabulary than the model: 300 and 600 tokens"):
         fit(bare, make_spec(None), [PRIOR(small_lm(tokenizer, vocab_size=300))])
 
 
-def test_a_model_without_logits_is_refused(tokenizer, make_spec, reference):
-    class NoLogits(HuggingFaceModel):
-        def forward(self, batch):
-            return {"loss": super().forward(batch)["loss"]}
-
-    model = NoLogits(small_lm(tokenizer), tokenizer=tokenizer, use_logits=True)
-    with pytest.raises(ValueError, match="needs the per-token `logits`"):
+def test_a_model_that_ignores_weights_is_refused(tokenizer, make_spec, reference):
+    model = HuggingFaceModel(small_lm(tokenizer), tokenizer=tokenizer, use_logits=True)
+    message = r"PRIOR needs a model that applies token_weights .* HuggingFaceModel does not: wrap .* ComposerLVLM\("
+    with pytest.raises(ValueError, match=message) as error:
         fit(model, make_spec(None), [PRIOR(reference)])
+    assert "\n" not in str(error.value)

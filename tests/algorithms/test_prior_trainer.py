@@ -21,19 +21,18 @@ from common.hf_trainers import (
     step,
 )
 from common.recipes import ROOT, fork_ranks
-from common.vlms import make_processor, make_tokenizer, make_vlm
+from common.vlms import make_processor, make_vlm
 from composer import Callback, DataSpec, Trainer
 from composer.loggers import InMemoryLogger
-from composer.models import HuggingFaceModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer as HFTrainer
 
-from composer_prior import PRIOR, PRIORMixin
+from composer_prior import PRIOR, ComposerLVLM, PRIORMixin
 from composer_prior.algorithms.prior.hugging_face import _check_trainer
 from composer_prior.algorithms.token_weighting.image_tokens import image_token_ids
 from composer_prior.data.batch import ScoresCollator, count_tokens
-from composer_prior.models.modeling_prior_lvlm import PriorLVLMConfig
+from composer_prior.models.prior_lvlm.modeling_prior_lvlm import PriorLVLMConfig
 
 TOLERANCE = 1e-6
 
@@ -50,8 +49,7 @@ class Spy(Callback):
 @cache
 def in_composer(options, completion_only_loss=True):
     """Loss and gradient of all the data under the Composer algorithm, and what it logs."""
-    model = HuggingFaceModel(make_vlm("llava"), use_logits=True)
-    model.tokenizer = make_tokenizer("llava")
+    model = ComposerLVLM(make_vlm("llava"), make_processor("llava"))
     collator, spy, log = make_collator(completion_only_loss), Spy(), InMemoryLogger()
     loader = DataLoader([*make_data()], batch_size=8, collate_fn=lambda rows: dict(collator(rows)))
     trainer = Trainer(

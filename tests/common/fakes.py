@@ -38,7 +38,9 @@ class FakeModel:
             for image, some in zip(images, texts, strict=True)
         ]
 
-    def captions(self, images: Sequence[Image.Image], prompt: str | None = None, max_new_tokens: int = 64) -> list[str]:
+    def generate_captions(
+        self, images: Sequence[Image.Image], prompt: str | None = None, max_new_tokens: int = 64
+    ) -> list[str]:
         return [self.caption(image) for image in images]
 
 

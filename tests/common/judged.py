@@ -19,5 +19,7 @@ class Blind:
         offsets = [(place, place + 1) for place in range(len(text))]
         return TokenLogprobs(values + [-0.5] * end, offsets + [(len(text), len(text))] * end)
 
-    def captions(self, images: Sequence[Any], prompt: str | None = None, max_new_tokens: int = 64) -> list[str]:
+    def generate_captions(
+        self, images: Sequence[Any], prompt: str | None = None, max_new_tokens: int = 64
+    ) -> list[str]:
         return ["a picture"] * len(images)

@@ -3,13 +3,18 @@
 from typing import Any
 
 from composer.utils import reproducibility
+from PIL import Image
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from composer_prior import LVLM, ComposerLVLM
-from composer_prior.models.projector import build_projector
-from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding
+from composer_prior import ComposerLVLM
+from composer_prior.data.batch import ImageInputs
+from composer_prior.models.build import make_lvlm
+from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration, PriorLVLMImageProcessor
+from composer_prior.models.vision import build_open_clip, build_patches, image_inputs
 
 FAMILIES = ("encoder", "patches")
+INPUTS = ("input_ids", "pixel_values", "pixel_patches", "patch_mask")
 
 
 def small_lm(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
@@ -33,13 +38,30 @@ def small_lm(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) 
     return LlamaForCausalLM(config)
 
 
-def small_lvlm(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) -> ComposerLVLM:
-    """Build an LVLM of either family around :func:`small_lm`."""
+def small_lvlm(
+    family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, options: Any = None, **changes: Any
+) -> ComposerLVLM:
+    """An LVLM of either family around :func:`small_lm`, with ``options`` of :class:`ComposerLVLM`."""
     lm = small_lm(tokenizer, seed, **changes)
-    width = lm.config.hidden_size
     if family == "encoder":
-        tower: Any = OpenCLIPTower("prior-vit-tiny", image_size=24, layer=-2)
-        projector = build_projector("mlp", tower.width, width)
+        tower: Any = build_open_clip("prior-vit-tiny", image_size=24, layer=-2)
     else:
-        tower, projector = PatchEmbedding(width, patch_size=16, max_side=48), None
-    return ComposerLVLM(LVLM(tower, projector, lm, tokenizer), image_related_metrics=True)  # as in a run
+        tower = build_patches(lm.config.hidden_size, patch_size=16, max_side=48)
+    parts = make_lvlm(lm, tower, "mlp" if family == "encoder" else None, tokenizer)
+    return ComposerLVLM(*parts, image_related_metrics=True, **(options or {}))  # as in a run
+
+
+def model_inputs(batch: Any) -> dict[str, Tensor]:
+    """What of a batch the model embeds."""
+    return {key: batch[key] for key in INPUTS if key in batch}
+
+
+def full_logits(model: PriorLVLMForConditionalGeneration, batch: Any) -> Tensor:
+    """The logits ``[B, T, V]`` of a batch that is padded at its end."""
+    return model(**model_inputs(batch)).logits
+
+
+def patch_inputs(image: Image.Image, patch_size: int, max_side: int) -> ImageInputs:
+    """An image in patches, as a data set's sample holds it."""
+    vision = {"type": "patches", "patch_size": patch_size, "max_side": max_side}
+    return image_inputs(PriorLVLMImageProcessor(vision), image)

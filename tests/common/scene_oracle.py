@@ -48,8 +48,10 @@ class SceneOracle:
             for image, some in zip(images, texts, strict=True)
         ]
 
-    def captions(self, images: Sequence[Image.Image], prompt: str | None = None, max_new_tokens: int = 64) -> list[str]:
-        """Describe the scene in plain words; empty for an image without a scene."""
+    def generate_captions(
+        self, images: Sequence[Image.Image], prompt: str | None = None, max_new_tokens: int = 64
+    ) -> list[str]:
+        """What is there, in plain words; empty for an image without a scene."""
         return [_caption(image.info[SCENE]) if SCENE in image.info else "" for image in images]
 
 

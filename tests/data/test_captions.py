@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from common.models import small_lvlm
+from common.models import patch_inputs, small_lvlm
 from PIL import Image
 from streaming import MDSWriter
 
@@ -13,7 +13,6 @@ from composer_prior import StreamingCaptionDataset
 from composer_prior.data.batch import IGNORE_INDEX, count_tokens
 from composer_prior.data.captions import BadSampleError, caption_data_spec, decode_image, draw, overlaps
 from composer_prior.data.scores import ScoresError
-from composer_prior.models.vision import patch_inputs
 
 
 def png(width=20, height=10, colour="red"):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from common.models import patch_inputs
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,7 +22,6 @@ from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.captions import BadSampleError, decode_image
 from composer_prior.data.images import IMAGE_FORMATS
 from composer_prior.data.scores import ScoresCard
-from composer_prior.models.vision import patch_inputs
 from composer_prior.scoring.writer import ScoresWriter
 
 pytestmark = pytest.mark.slow

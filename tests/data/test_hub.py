@@ -11,13 +11,12 @@ from composer_prior import load
 from composer_prior.data import hub
 from composer_prior.data.hub import ModelFolderError, model_place
 from composer_prior.data.tokenizer import build_tokenizer
-from composer_prior.inference.evaluate import load_judged
 from composer_prior.inference.export import export_model
 from composer_prior.models.language import build_language_model, language_skeleton
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.scoring.score import reference_identity
 from composer_prior.training.checkpoints import read_weights
-from tests.common.models import small_lvlm
+from tests.common.models import small_lm, small_lvlm
 
 CODE = """
 from pathlib import Path
@@ -56,8 +55,6 @@ def test_a_model_of_a_cache_is_found_beside_a_folder_of_its_organisation(cache, 
 def test_what_looks_like_a_path_and_is_not_there_is_said_without_asking_a_hub(path):
     with pytest.raises(ModelFolderError, match="does not exist: expected a folder, or a hub id"):
         load(path)
-    with pytest.raises(ModelFolderError, match="does not exist"):
-        load_judged(path)
     with pytest.raises(ModelFolderError, match="does not exist"):
         ReferenceLM.from_pretrained(path)
 
@@ -107,9 +104,9 @@ def test_commands_say_it_in_one_line(words, message, tmp_path, capsys):
 @pytest.fixture
 def trap(tmp_path, tokenizer, monkeypatch):
     """Folders whose tokenizer or model is a class in a file beside it, which leaves a mark when it is imported."""
-    model = small_lvlm("patches", tokenizer).model
+    model = small_lvlm("patches", tokenizer).image_text_model
     model.save_pretrained(tmp_path / "lvlm")
-    model.language.save_pretrained(tmp_path / "lm")
+    small_lm(tokenizer).save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
 
@@ -138,7 +135,6 @@ def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(trap, token
     calls = {
         "load": lambda: load(lvlm),
         "load a checkpoint": lambda: load(run / "checkpoints" / "ba1.pt"),
-        "evaluate": lambda: load_judged(lvlm),
         "export": lambda: export_model(lvlm, tmp_path / "out"),
         "init_from": lambda: read_weights(tmp_path / "lm-tokenizer"),
         "init_from another": lambda: read_weights(tmp_path / "lm-model"),

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+from common.models import patch_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
@@ -20,7 +21,6 @@ from composer_prior.conversion.convert import convert_captions
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.captions import BadSampleError, caption_data_spec
 from composer_prior.data.images import MAX_ASPECT_RATIO, ImageError, check_image, decode_rgb, reencode_image
-from composer_prior.models.vision import patch_inputs
 
 MANY = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 RAMP = np.tile(np.arange(256, dtype=np.uint8), (8, 1))

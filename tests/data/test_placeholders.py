@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from common.models import patch_inputs
 from common.tokenizers import KINDS, plain_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,12 +14,13 @@ from streaming import MDSWriter
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from composer_prior import LVLM, StreamingCaptionDataset
+from composer_prior import ComposerLVLM, StreamingCaptionDataset
 from composer_prior.data.captions import BadSampleError
 from composer_prior.data.tokenizer import add_image_tokens, encode_caption, prompt_ids, tokenizer_fingerprint
 from composer_prior.emoji_scenes.writing import make_sample
+from composer_prior.models.build import make_lvlm
 from composer_prior.models.language import build_language_model
-from composer_prior.models.vision import PatchEmbedding, patch_inputs
+from composer_prior.models.vision import build_patches
 
 CAPTIONS = [make_sample("train", i)["caption"] for i in range(60)]
 SPELLED = [f"a {token} b" for token in ("<image>", "<row>")] + ["<image>", "x<image><row>y", "<image> <image>\n<row>"]
@@ -140,10 +142,10 @@ def test_a_caption_that_spells_an_image_is_trained_on_as_text(tmp_path, kind: st
     data = open_data(write(tmp_path / "data", SPELLED), tokenizer, prompt="Say: ", max_caption_tokens=100)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     language = build_language_model(tokenizer, config={"model_type": "llama", **sizes})
-    model = LVLM(PatchEmbedding(16, patch_size=8, max_side=32), None, language, tokenizer)
+    model = ComposerLVLM(*make_lvlm(language, build_patches(16, patch_size=8, max_side=32), None, tokenizer))
     for index in range(len(SPELLED)):
         item = data[index]
-        assert int((item["input_ids"] == model.image_token_id).sum()) == len(item["pixel_patches"])
+        assert int((item["input_ids"] == model.model.config.image_token_id).sum()) == len(item["pixel_patches"])
         batch = {key: item[key][None] for key in ("input_ids", "labels", "pixel_patches")}
         batch["patch_mask"] = torch.ones(batch["pixel_patches"].shape[:2], dtype=torch.bool)
         assert model(batch)["nll"].isfinite().all()
@@ -204,6 +206,6 @@ def test_a_model_refuses_the_prompts_that_its_data_refuses():
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     add_image_tokens(tokenizer)
     language = build_language_model(tokenizer, config={"model_type": "llama", **sizes})
-    model = LVLM(PatchEmbedding(16, patch_size=8, max_side=32), None, language, tokenizer)
+    model = ComposerLVLM(*make_lvlm(language, build_patches(16, patch_size=8, max_side=32), None, tokenizer))
     with pytest.raises(ValueError, match="spells <image>"):
-        model.generate([Image.new("RGB", (8, 8))], prompt="<image> Say: ")
+        model.image_text_model.generate_captions([Image.new("RGB", (8, 8))], prompt="<image> Say: ")

@@ -8,7 +8,7 @@ from PIL import Image
 from composer_prior import CompletionCollator, beginning, prompt_and_completion
 from composer_prior.data.tokenizer import add_image_tokens, bos_id
 from composer_prior.models.llava import llava_of
-from composer_prior.models.pretrained import build_processor
+from composer_prior.models.model_folder import for_generation
 
 CAPTIONS = ["a red square", "two green squares and a grey one"]
 
@@ -18,8 +18,8 @@ CAPTIONS = ["a red square", "two green squares and a grey one"]
 def test_labels_are_the_completion_with_its_end(kind, form):
     tokenizer = plain_tokenizer("llama3" if kind == "no pad" else kind, CAPTIONS * 10)
     add_image_tokens(tokenizer)
-    model = small_lvlm("encoder", tokenizer).model
-    processor = build_processor(model) if form == "own" else llava_of(model)[1]
+    model = small_lvlm("encoder", tokenizer).image_text_model
+    processor = for_generation(model.processor) if form == "own" else llava_of(model)[1]
     if kind == "no pad":
         processor.tokenizer.pad_token = None
     rows = [
@@ -32,7 +32,7 @@ def test_labels_are_the_completion_with_its_end(kind, form):
     for row, caption in enumerate(CAPTIONS):
         real = batch["attention_mask"][row].bool()
         learnt = [*tokenizer(" " + caption, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        image = [model.image_token_id] * model.vision.max_image_tokens
+        image = [model.processor.image_token_id] * model.processor.image_processor.max_image_tokens
         assert batch["input_ids"][row][real].tolist() == [bos_id(tokenizer), *image, *learnt]
         labels = batch["labels"][row]
         assert labels[real].tolist() == [-100] * (1 + len(image)) + learnt

@@ -9,7 +9,6 @@ from PIL import Image
 from composer_prior.data.captions import StreamingCaptionDataset
 from composer_prior.evaluation.benchmark import run_benchmark
 from composer_prior.evaluation.image_dependence import ImageDependence
-from composer_prior.evaluation.likelihood import OwnModel
 from composer_prior.models.reference import ReferenceLM
 
 
@@ -66,8 +65,8 @@ def test_who_ignores_the_image_takes_nothing_from_it(benchmark):
 
 
 def test_weights_are_those_of_the_reference(benchmark, scenes, tokenizer, tmp_path):
-    model = small_lvlm("patches", tokenizer).model.eval()
-    figures, predictions = run_benchmark(benchmark, OwnModel(model))
+    model = small_lvlm("patches", tokenizer).eval().image_text_model
+    figures, predictions = run_benchmark(benchmark, model)
     reference = ReferenceLM(small_lm(tokenizer), tokenizer)
     data = StreamingCaptionDataset(
         tokenizer=tokenizer, image_processor=None, batch_size=1, local=str(scenes / "validation")

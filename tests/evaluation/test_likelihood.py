@@ -10,10 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from composer_prior.data.captions import CaptionFormat
 from composer_prior.data.messages import DataError
-from composer_prior.evaluation.likelihood import HuggingFaceModel, OwnModel, TextOnly
+from composer_prior.evaluation.likelihood import TextOnly
 from composer_prior.models.continuation import continuation_logprobs
+from composer_prior.models.image_text_model import ImageTextModel
 from composer_prior.models.language import head_of
-from composer_prior.models.modeling_prior_lvlm import decoder_of
+from composer_prior.models.prior_lvlm.modeling_prior_lvlm import decoder_of
 from composer_prior.models.reference import ReferenceLM
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -72,7 +73,7 @@ def test_models_of_transformers(kind, prompt, end):
             "{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}" + token + "{% else %}"
             "{{ part['text'] }}{% endif %}{% endfor %}"
         )
-    found = HuggingFaceModel(model, processor).logprobs(pictures(), TEXTS, prompt, end)
+    found = ImageTextModel(model.eval(), processor).logprobs(pictures(), TEXTS, prompt, end)
     for image, texts, scores in zip(pictures(), TEXTS, found, strict=True):
         for text, score in zip(texts, scores, strict=True):
             ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -91,27 +92,27 @@ def test_models_of_transformers(kind, prompt, end):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_own_models_and_their_hugging_face_form(family, tokenizer, tmp_path):
-    own = small_lvlm(family, tokenizer).model.eval()
-    own.prompt = "a picture of"
+def test_a_model_in_training_and_its_folder(family, tokenizer, tmp_path):
+    trained = small_lvlm(family, tokenizer).eval()
+    trained.processor.prompt = "a picture of"
+    own = trained.image_text_model
     own.save_pretrained(tmp_path / "model")
-    form = HuggingFaceModel.from_pretrained(tmp_path / "model")
+    form = ImageTextModel.from_pretrained(tmp_path / "model")
     texts = [["a red snail", "two owls"], ["a photo"], []]
     for prompt in (None, "", "buy"):
-        ours = OwnModel(own).logprobs(pictures(), texts, prompt)
+        ours = own.logprobs(pictures(), texts, prompt)
         theirs = form.logprobs(pictures(), texts, prompt)
         for some, same, image, written in zip(ours, theirs, pictures(), texts, strict=True):
             for one, other, text in zip(some, same, written, strict=True):
                 assert one.offsets == other.offsets
                 assert one.values == pytest.approx(other.values, abs=1e-5)
-                assert one.values == pytest.approx(of_training(own, image, text, prompt), abs=1e-5)
-    assert OwnModel(own).captions(pictures()) == form.captions(pictures())
+                assert one.values == pytest.approx(of_training(trained, image, text, prompt), abs=1e-5)
+    assert own.generate_captions(pictures()) == form.generate_captions(pictures())
 
 
 def of_training(model, image, text, prompt):
     """The log-probabilities that the loss of training is made of."""
-    inputs = model.image_processor(image)
-    batch, _ = model._generation_batch([inputs], model.prompt if prompt is None else prompt)
+    batch = model.image_text_model.inputs([image], prompt)
     ids = [*model.tokenizer(text, add_special_tokens=False)["input_ids"], model.tokenizer.eos_token_id]
     start = batch["input_ids"].shape[1]
     batch["input_ids"] = torch.cat([batch["input_ids"], torch.tensor([ids])], 1)
@@ -132,5 +133,5 @@ def test_text_alone_is_scored_as_the_reference_scores_it(tokenizer):
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(DataError, match=f"{tmp_path} holds no image-text-to-text model"):
-        HuggingFaceModel.from_pretrained(tmp_path)
+    with pytest.raises(DataError, match=f"{tmp_path} holds no model: it has no config.json"):
+        ImageTextModel.from_pretrained(tmp_path)

@@ -7,7 +7,6 @@ from common.fakes import write_image, write_json
 
 from composer_prior import registry
 from composer_prior.evaluation.benchmark import run_benchmark
-from composer_prior.evaluation.likelihood import OwnModel
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def options(tmp_path, scenes):
 def test_a_model_of_ours_answers_every_benchmark_and_can_be_counted_again(lvlm, options, name, tmp_path):
     benchmark = registry.build("benchmark", name, options[name], "benchmarks")
     file = tmp_path / "predictions.jsonl"
-    figures, predictions = run_benchmark(benchmark, OwnModel(lvlm.model.eval()), predictions=file, limit=5)
+    figures, predictions = run_benchmark(benchmark, lvlm.eval().image_text_model, predictions=file, limit=5)
     assert [json.loads(line) for line in file.read_text().splitlines()] == predictions
     assert len(predictions) == min(5, len(benchmark))
     again, _ = run_benchmark(benchmark, None, predictions=file, limit=5)  # no model is asked again

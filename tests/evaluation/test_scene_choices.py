@@ -14,7 +14,7 @@ from PIL import Image
 from composer_prior.emoji_scenes import drawings
 from composer_prior.emoji_scenes.scenes import draw_scene, is_held_out
 from composer_prior.evaluation.benchmark import run_benchmark
-from composer_prior.evaluation.likelihood import OwnModel, TokenLogprobs
+from composer_prior.evaluation.likelihood import TokenLogprobs
 from composer_prior.evaluation.scene_choices import SCENE, SceneChoices, SceneFoils, SceneQuestions
 from composer_prior.registry import build
 from tests.common.scene_oracle import SceneOracle
@@ -36,7 +36,9 @@ class Blind:
     ) -> list[list[TokenLogprobs]]:
         return [[TokenLogprobs([-0.1] * len(text) + [self._draw(text)], []) for text in some] for some in texts]
 
-    def captions(self, images: Sequence[Any], prompt: str | None = None, max_new_tokens: int = 64) -> list[str]:
+    def generate_captions(
+        self, images: Sequence[Any], prompt: str | None = None, max_new_tokens: int = 64
+    ) -> list[str]:
         return ["" for _ in images]
 
     def _draw(self, text: str) -> float:
@@ -72,7 +74,7 @@ def test_a_model_that_ignores_its_image_stays_at_the_level_of_text_alone(make):
 
 @pytest.mark.parametrize("family", ["encoder", "patches"])
 def test_a_small_model_is_scored(family: str, tokenizer):
-    model = OwnModel(small_lvlm(family, tokenizer).model)
+    model = small_lvlm(family, tokenizer).image_text_model
     for make in BENCHMARKS.values():
         benchmark = make(samples=12, canvas=48)
         figures, lines = run_benchmark(benchmark, model)
@@ -139,10 +141,11 @@ def test_the_end_of_a_text_counts_where_it_is_whole():
 
 def test_a_model_whose_projector_gives_zeros_is_at_text_only_level_and_at_chance(tokenizer):
     """The image's places are there, and nothing in them."""
-    model = small_lvlm("encoder", tokenizer).model.eval()
-    torch.nn.init.zeros_(model.projector[2].weight)
-    torch.nn.init.zeros_(model.projector[2].bias)
-    figures, _ = run_benchmark(SceneFoils(samples=24, canvas=48), OwnModel(model))
+    model = small_lvlm("encoder", tokenizer).eval().image_text_model
+    last = model.model.model.multi_modal_projector[2]
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.zeros_(last.bias)
+    figures, _ = run_benchmark(SceneFoils(samples=24, canvas=48), model)
     found = {name: one["value"] for name, one in figures.items()}
     assert found["image_gain"] == found["image_gain_shuffled"] == pytest.approx(found["chance"])
     assert found["total"] == found["total_shuffled"] == found["text_only"]

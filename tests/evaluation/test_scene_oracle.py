@@ -83,5 +83,5 @@ def test_it_reads_the_scene_of_the_image_and_knows_nothing_without_one():
     found = SceneOracle().logprobs([picture, other, blank], [texts] * 3)
     best = [[one.values[0] == 0 for one in scores] for scores in found]
     assert best == [[True, False], [False, True], [True, True]]
-    assert SceneOracle().captions([picture, blank]) == ["two snails and an owl on a red background", ""]
-    assert falsehoods(SceneOracle().captions([picture])[0], SCENE_OF_THREE) == []
+    assert SceneOracle().generate_captions([picture, blank]) == ["two snails and an owl on a red background", ""]
+    assert falsehoods(SceneOracle().generate_captions([picture])[0], SCENE_OF_THREE) == []

@@ -13,7 +13,7 @@ from common.models import small_lvlm
 from common.s3_server import s3_server
 from PIL import Image
 
-from composer_prior import LVLM
+from composer_prior import load
 from composer_prior.commands.cli import main as command
 from composer_prior.emoji_scenes.writing import make_sample
 from composer_prior.inference.caption import caption_images
@@ -23,7 +23,7 @@ from composer_prior.inference.caption import caption_images
 def here(tokenizer, tmp_path, monkeypatch):
     """A model, a folder of five images and one that is none, and an image beside it."""
     monkeypatch.chdir(tmp_path)
-    small_lvlm("patches", tokenizer).model.save_pretrained("model")
+    small_lvlm("patches", tokenizer).image_text_model.save_pretrained("model")
     Path("images/deeper").mkdir(parents=True)
     for number in range(5):
         folder = "images/deeper" if number == 3 else "images"
@@ -53,11 +53,11 @@ def test_every_image_has_its_line(here, capsys):
     broken = [line for line in found if "error" in line]
     assert [line["image"] for line in broken] == ["images/2b.jpg"]
     assert "HTML page" in broken[0]["error"]
-    model = LVLM.from_pretrained("model")
+    model = load("model")
     for line in found:
         if "caption" in line:
             with Image.open(line["image"]) as image:
-                assert [line["caption"]] == model.generate([image], max_new_tokens=8), line
+                assert [line["caption"]] == model.generate_captions([image], max_new_tokens=8), line
     assert capsys.readouterr().out == "6 images captioned, 1 could not be used.\n"
 
 
@@ -90,11 +90,10 @@ def test_the_page_shades_tokens_by_their_probability(here, beams):
     page = Path("page.html").read_text()
     assert page.count("<figure>") == 1
     assert page.count("<mark") >= 1
-    model = LVLM.from_pretrained("model")
+    model = load("model")
     with Image.open("photo.jpg") as image:
-        (caption,) = model.caption(
-            [model.image_processor(image)], max_new_tokens=8, probabilities=True, num_beams=beams
-        )
+        inputs = model.inputs([image])
+        (caption,) = model.generate(inputs, max_new_tokens=8, probabilities=True, num_beams=beams)
     assert all(0 <= probability <= 1 for _, probability in caption.pieces)
     assert "".join(text for text, _ in caption.pieces) == caption.text == lines()[0]["caption"]
 
@@ -131,7 +130,7 @@ def test_the_shade_of_a_token_is_its_probability(here):
 
 
 def test_a_caption_is_whole_where_the_tokenizer_rewrites_what_it_said(here):
-    model = LVLM.from_pretrained("model")
+    model = load("model")
     model.tokenizer.clean_up_tokenization_spaces = True
     model.tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True  # transformers 5
     ids = model.tokenizer("I do n't , know .", add_special_tokens=False)["input_ids"]

@@ -13,14 +13,14 @@ from streaming import MDSWriter
 from composer_prior import load
 from composer_prior.commands.cli import main as command
 from composer_prior.emoji_scenes.writing import make_sample
-from composer_prior.inference.evaluate import load_judged, model_fingerprint
+from composer_prior.inference.evaluate import model_fingerprint
 from composer_prior.models.llava import export_llava
 
 
 @pytest.fixture
 def here(tokenizer, scenes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small_lvlm("encoder", tokenizer).model.save_pretrained("model")
+    small_lvlm("encoder", tokenizer).image_text_model.save_pretrained("model")
     small_lm(tokenizer).save_pretrained("reference")
     tokenizer.save_pretrained("reference")
     Path("data").symlink_to(scenes)
@@ -42,7 +42,7 @@ def test_results_can_be_recounted(here, capsys):
     figure = results["figures"]["dependence"]
     assert figure["value"] == pytest.approx(total / tokens)
     assert figure["low"] < figure["value"] < figure["high"]
-    assert results["model"]["fingerprint"] == model_fingerprint(load_judged("model").model)
+    assert results["model"]["fingerprint"] == model_fingerprint(load("model").model)
     assert results["arguments"] == {"data": "data/validation", "reference": "reference"}
     assert set(results["versions"]) == {"python", "composer-prior", "torch", "transformers", "open-clip-torch"}
     assert Path("new/page.html").read_text().count("<figure>") == 10
@@ -70,7 +70,7 @@ def test_an_undefined_figure_is_null_and_has_a_reason(here, capsys):
 
 def test_an_export_to_transformers_gets_the_figures_of_the_model(here):
     export_llava(load("model"), "llava")
-    assert type(load_judged("llava").model).__name__ == "LlavaForConditionalGeneration"
+    assert type(load("llava").model).__name__ == "LlavaForConditionalGeneration"
     for benchmark in (["scene_foils", "samples=12", "canvas=48"], ["hallucination", "data=data/validation", "limit=8"]):
         found = []
         for model in ("model", "llava"):
@@ -159,7 +159,7 @@ class Lengths(Benchmark):
     def predict(self, model, numbers):
         from PIL import Image
         images = [Image.new("RGB", (32, 32), (self.shade, 0, number)) for number in numbers]
-        return [{"length": len(caption)} for caption in model.captions(images, max_new_tokens=5)]
+        return [{"length": len(caption)} for caption in model.generate_captions(images, max_new_tokens=5)]
 
     def count(self, prediction):
         return {"length": prediction["length"], "captions": 1.0}

@@ -59,7 +59,7 @@ def plugin(tokenizer, tmp_path, monkeypatch):
         setattr(module, attribute, value)
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.delitem(sys.modules, "composer_prior.inference.lmms_eval_plugin", raising=False)
-    small_lvlm("encoder", tokenizer).model.save_pretrained(tmp_path / "model")
+    small_lvlm("encoder", tokenizer).image_text_model.save_pretrained(tmp_path / "model")
     found = importlib.import_module("composer_prior.inference.lmms_eval_plugin")
     monkeypatch.setitem(sys.modules, found.__name__, found)
     judged = found.ComposerPrior(str(tmp_path / "model"), batch_size=2, device="cpu")
@@ -83,9 +83,10 @@ def choices(context=""):
 @torch.no_grad()
 def by_hand(model, image, text, prompt):
     ids = encode_caption(model.tokenizer, text).ids
-    start = model.embed(model._generation_batch([model.image_processor(image)], prompt)[0])
-    whole = torch.cat([start, model.language.get_input_embeddings()(torch.tensor([ids]))], 1)
-    logits = model.language(inputs_embeds=whole).logits[0, start.shape[1] - 1 : -1]
+    inputs = model.inputs([image], prompt)
+    start = inputs["input_ids"].shape[1]
+    whole = torch.cat([inputs["input_ids"], torch.tensor([ids])], 1)
+    logits = model.model(input_ids=whole, pixel_values=inputs["pixel_values"]).logits[0, start - 1 : -1]
     scores = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])
     return float(scores.sum()), logits.argmax(-1).tolist() == ids
 
@@ -106,10 +107,8 @@ def test_likelihoods_of_choices(plugin, tmp_path, use_context):
 def test_what_is_generated_is_greedy(plugin):
     request = Instance("generate_until", ("", {"max_new_tokens": 3}, visual, 1, "colours", "test"), 0)
     (text,) = plugin.generate_until([request])
-    ids = plugin.model.generate_ids(
-        *plugin.model._generation_batch([plugin.model.image_processor(Image.new("RGB", (24, 24), "green"))], ""),
-        max_new_tokens=3,
-    )[0]
+    inputs = plugin.model.inputs([Image.new("RGB", (24, 24), "green")], "")
+    ids = plugin.model.model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert text == plugin.model.tokenizer.decode(ids, skip_special_tokens=True)
     as_text = plugin.model.tokenizer.decode(ids[:1])
     if encode_caption(plugin.model.tokenizer, as_text).ids == ids[:1].tolist():

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 from composer_prior import load
-from composer_prior.data.tokenizer import add_image_tokens, bos_id, prompt_ids
+from composer_prior.data.tokenizer import add_image_tokens, bos_id, image_token_ids, prompt_ids
 from composer_prior.models.llava import export_llava
 
 pytestmark = pytest.mark.slow
@@ -37,11 +37,11 @@ def test_three_steps(kind, form_name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer = plain_tokenizer(kind, [*CAPTIONS, PROMPT] * 10)
     add_image_tokens(tokenizer)
-    lvlm = small_lvlm("encoder" if form_name == "llava" else form_name, tokenizer).model.eval()
+    lvlm = small_lvlm("encoder" if form_name == "llava" else form_name, tokenizer).eval()
     if form_name == "llava":
-        export_llava(lvlm, "model")
+        export_llava(lvlm.image_text_model, "model")
     else:
-        lvlm.save_pretrained("model")
+        lvlm.image_text_model.save_pretrained("model")
     form = AutoModelForImageTextToText.from_pretrained("model")
     processor = AutoProcessor.from_pretrained("model")
     options = SFTConfig(
@@ -65,7 +65,7 @@ def test_three_steps(kind, form_name, tmp_path, monkeypatch):
     batch = trainer.data_collator(first)
     for row, sample in enumerate(first):
         image = lvlm.image_processor(sample["images"][0])
-        cells = [(lvlm.image_token_id, lvlm.row_token_id)[kind] for kind in image.layout]
+        cells = [image_token_ids(tokenizer)[kind] for kind in image.layout]
         caption = tokenizer(" " + CAPTIONS[row], add_special_tokens=False)["input_ids"]
         ids = [bos_id(tokenizer), *cells, *prompt_ids(tokenizer, PROMPT), *caption, tokenizer.eos_token_id]
         real = batch["attention_mask"][row].bool()
@@ -84,5 +84,7 @@ def test_three_steps(kind, form_name, tmp_path, monkeypatch):
         return
     trainer.save_model("tuned")
     tuned = load("tuned")
-    assert any(not torch.equal(tuned.state_dict()[name], tensor) for name, tensor in lvlm.state_dict().items())
-    assert len(tuned.generate(first[0]["images"], max_new_tokens=4)) == 1
+    weights, before = tuned.model.state_dict(), lvlm.model.state_dict()
+    assert weights.keys() == before.keys()
+    assert any(not torch.equal(weights[name], tensor) for name, tensor in before.items())
+    assert len(tuned.generate_captions(first[0]["images"], max_new_tokens=4)) == 1

@@ -8,9 +8,9 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from composer_prior import ComposerLVLM
 from composer_prior.data.tokenizer import add_image_tokens
 from composer_prior.models.compile import prepare_compile
-from composer_prior.models.lvlm import LVLM
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ def model():
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=64, **sizes))
     prepare_compile()
     prepare_compile()  # once is enough
-    return LVLM(None, None, lm, tokenizer)
+    return ComposerLVLM(lm, tokenizer)
 
 
 def make_batches():

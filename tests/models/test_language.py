@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from common.models import small_lvlm
+from common.models import full_logits, small_lvlm
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import (
@@ -15,10 +15,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from composer_prior import LVLM, ReferenceLM
+from composer_prior import ComposerLVLM, ReferenceLM
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.tokenizer import build_tokenizer, image_token_ids
-from composer_prior.models import modeling_prior_lvlm
+from composer_prior.models.build import make_lvlm
 from composer_prior.models.compile import prepare_compile
 from composer_prior.models.head import TransformedHead, labelled_nll
 from composer_prior.models.language import (
@@ -28,6 +28,8 @@ from composer_prior.models.language import (
     language_skeleton,
     last_hidden_states,
 )
+from composer_prior.models.prior_lvlm import modeling_prior_lvlm
+from composer_prior.models.vision import build_patches
 
 VOCABULARY = 96
 SIZES = {
@@ -308,31 +310,30 @@ def test_a_capped_language_model_in_an_lvlm(tokenizer, make_batch):
     """Its losses are those of the model's own logits, eager and with an adapter; smoothed losses are refused."""
     from peft import LoraConfig, get_peft_model
 
-    plain = small_lvlm("patches", tokenizer)
-    batch = make_batch(plain)
+    batch = make_batch(small_lvlm("patches", tokenizer))
     settings = {**SIZES, **FAMILIES["gemma2"], "vocab_size": len(tokenizer), "max_position_embeddings": 256}
     lm = enlarged(build_language_model(tokenizer, config={"model_type": "gemma2", **settings})).eval()
     lora = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
-    for wrapped in (lm, get_peft_model(lm, lora)):
+    lvlm, processor = make_lvlm(lm, build_patches(32, patch_size=16, max_side=48), None, tokenizer)
+    for wrapped in (lvlm, get_peft_model(lvlm, lora)):
         assert isinstance(head_of(wrapped), TransformedHead)
-        model = LVLM(plain.model.vision, None, wrapped, tokenizer)
         with torch.no_grad():
-            logits = wrapped(inputs_embeds=model.embed(batch)).logits
-            nll = model(batch)["nll"]
+            logits = full_logits(wrapped, batch)
+            nll = ComposerLVLM(wrapped, processor)(batch)["nll"]
         has_label = batch["labels"] != IGNORE_INDEX
         expected = F.cross_entropy(logits[:, :-1][has_label[:, 1:]], batch["labels"][has_label], reduction="none")
         torch.testing.assert_close(nll[has_label], expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"label_smoothing and an LM that caps its logits at 30\.0 do not combine"):
-        LVLM(plain.model.vision, None, lm, tokenizer, label_smoothing=0.1)
+        ComposerLVLM(lm, tokenizer, label_smoothing=0.1)
 
 
 def test_smoothed_losses_of_scaled_logits(tokenizer, make_batch):
-    plain = small_lvlm("patches", tokenizer)
-    batch = make_batch(plain)
+    batch = make_batch(small_lvlm("patches", tokenizer))
     settings = {**SIZES, **FAMILIES["cohere"], "vocab_size": len(tokenizer), "max_position_embeddings": 256}
     lm = enlarged(build_language_model(tokenizer, config={"model_type": "cohere", **settings}))
-    model = LVLM(plain.model.vision, None, lm, tokenizer, label_smoothing=0.2).train()
-    logits = lm(inputs_embeds=model.embed(batch)).logits[:, :-1].transpose(1, 2)
+    parts = make_lvlm(lm, build_patches(32, patch_size=16, max_side=48), None, tokenizer)
+    model = ComposerLVLM(*parts, label_smoothing=0.2).train()
+    logits = full_logits(model.model, batch)[:, :-1].transpose(1, 2)
     expected = F.cross_entropy(logits, batch["labels"][:, 1:], label_smoothing=0.2)
     ours = model(batch)["smoothed_nll"].sum() / (batch["labels"] != IGNORE_INDEX).sum()
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
@@ -341,7 +342,7 @@ def test_smoothed_losses_of_scaled_logits(tokenizer, make_batch):
 @pytest.mark.slow
 def test_a_compiled_model_caps_its_logits(tokenizer):
     prepare_compile()
-    model = LVLM(None, None, enlarged(build("gemma2", vocab_size=len(tokenizer))), tokenizer)
+    model = ComposerLVLM(enlarged(build("gemma2", vocab_size=len(tokenizer))), tokenizer)
     ids = torch.randint(5, 300, (2, 8))
     batch = {"input_ids": ids, "labels": ids}
     compiled = torch.compile(model, backend="eager")

@@ -21,16 +21,22 @@ from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessor, LlavaForConditionalGeneration
 
+from composer_prior import ImageTextModel
 from composer_prior.commands.cli import main
 from composer_prior.data.tokenizer import add_image_tokens, bos_id, prompt_ids
 from composer_prior.emoji_scenes.writing import make_sample
 from composer_prior.models import stock_vision as stock
+from composer_prior.models.build import make_lvlm
 from composer_prior.models.language import build_language_model
 from composer_prior.models.llava import architecture_name, export_llava
 from composer_prior.models.llava_check import LlavaError, cut_differs
-from composer_prior.models.lvlm import LVLM
-from composer_prior.models.modeling_prior_lvlm import build_encoder, decoder_of, projector_layers, prune_encoder
-from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding
+from composer_prior.models.prior_lvlm.modeling_prior_lvlm import (
+    OpenCLIPTower,
+    build_encoder,
+    decoder_of,
+    prune_encoder,
+)
+from composer_prior.models.vision import build_open_clip, build_patches
 
 SIZE, PATCH, WIDTH = 24, 8, 32
 PREPROCESS = {
@@ -87,7 +93,9 @@ def clip_tower(quick_gelu=False, preprocess=None, **changes):
         "layer": 1,
         "preprocess": {**PREPROCESS, **(preprocess or {})},
     }
-    return shaken(OpenCLIPTower.from_config(config, build_encoder(config)))
+    return shaken(
+        OpenCLIPTower({**config, "width": WIDTH, "image_tokens": (SIZE // PATCH) ** 2}, build_encoder(config))
+    )
 
 
 def siglip_tower(act_layer="gelu", **changes):
@@ -107,7 +115,7 @@ def siglip_tower(act_layer="gelu", **changes):
         "layer": 1,
         "preprocess": {**PREPROCESS, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
     }
-    return shaken(OpenCLIPTower.from_config(config, encoder))
+    return shaken(OpenCLIPTower({**config, "width": WIDTH, "image_tokens": (SIZE // PATCH) ** 2}, encoder))
 
 
 def lvlm(tokenizer, tower=None, projector="mlp", prompt="", **language):
@@ -116,9 +124,9 @@ def lvlm(tokenizer, tower=None, projector="mlp", prompt="", **language):
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # some have others, beyond this vocabulary
     config = {"model_type": "llama", **(language or LLAMA), **special}
     lm = shaken(build_language_model(tokenizer, config=config))
-    model = LVLM(tower, shaken(projector_layers(projector, tower.width, lm.config.hidden_size)), lm, tokenizer)
-    model.prompt = prompt
-    return model.eval()
+    model, processor = make_lvlm(lm, tower, projector, tokenizer, prompt)
+    shaken(model.model.multi_modal_projector)
+    return ImageTextModel(model.eval(), processor)
 
 
 @cache
@@ -155,20 +163,21 @@ def assert_same(model, folder, **vision):
     images = pictures()
     inputs = processor(images=images, text=["<image>" + model.prompt] * len(images), return_tensors="pt")
     assert set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
-    prefix = [bos_id(model.tokenizer), *[model.image_token_id] * model.vision.max_image_tokens]
+    prefix = [
+        bos_id(model.tokenizer),
+        *[model.processor.image_token_id] * model.processor.image_processor.max_image_tokens,
+    ]
     prefix += prompt_ids(model.tokenizer, model.prompt)
     assert inputs["input_ids"].tolist() == [prefix] * len(images)
-    own = [model.vision.image_processor(image).tensors["pixel_values"] for image in images]
+    own = [model.processor.image_processor.process(image)[0]["pixel_values"] for image in images]
     torch.testing.assert_close(inputs["pixel_values"], torch.stack(own), rtol=0, atol=1e-5)
-    embeddings = model.embed({"input_ids": inputs["input_ids"], "pixel_values": torch.stack(own)})
-    torch.testing.assert_close(
-        llava(**inputs).logits, model.language(inputs_embeds=embeddings).logits, rtol=0, atol=1e-4
-    )
+    expected = model.model(input_ids=inputs["input_ids"], pixel_values=torch.stack(own)).logits
+    torch.testing.assert_close(llava(**inputs).logits, expected, rtol=0, atol=1e-4)
     ids = llava.generate(**inputs, max_new_tokens=12)[:, len(prefix) :]
-    expected = model.generate(images, max_new_tokens=12)
+    expected = model.generate_captions(images, max_new_tokens=12)
     assert processor.batch_decode(ids, skip_special_tokens=True) == expected
     assert len(set(expected)) > 1, "the pictures make no difference"
-    rows = model.language.get_input_embeddings().weight.shape[0]
+    rows = model.model.causal_lm.get_input_embeddings().weight.shape[0]
     assert llava.get_input_embeddings().weight.shape[0] == llava.lm_head.weight.shape[0] == rows
     assert {name: getattr(llava.config.vision_config, name) for name in vision} == vision
     return llava, processor
@@ -188,8 +197,8 @@ def test_language_models(tmp_path, tokenizer, kind):
     flat = [line for line in report.found.warnings if "torchvision" not in line]
     assert [line[:36] for line in flat] == ["pictures that are 1 or 3 pixels high"] * takes_rows_for_channels()
     llava, _ = assert_same(model, tmp_path / "llava")
-    tied = model.language.get_output_embeddings().weight is model.language.get_input_embeddings().weight
-    known = hasattr(decoder_of(model.language), "embed_tokens")  # the only name under which LLaVA ties them
+    tied = model.model.causal_lm.get_output_embeddings().weight is model.model.causal_lm.get_input_embeddings().weight
+    known = hasattr(decoder_of(model.model.causal_lm), "embed_tokens")  # the only name under which LLaVA ties them
     assert (llava.lm_head.weight is llava.get_input_embeddings().weight) == (tied and known)
 
 
@@ -256,7 +265,9 @@ def test_pixels(tmp_path, tokenizer, mode, interpolation):
     made = pictures([tuple(map(int, size)) for size in generator.integers(4, 130, (150, 2))])
     for image in [*made, *photographs()]:
         theirs = processor(image, return_tensors="pt")["pixel_values"][0]
-        same = torch.allclose(theirs, model.vision.image_processor(image).tensors["pixel_values"], rtol=0, atol=1e-5)
+        same = torch.allclose(
+            theirs, model.processor.image_processor.process(image)[0]["pixel_values"], rtol=0, atol=1e-5
+        )
         assert same != (mode == "shortest" and cut_differs(*image.size, SIZE)), image.size
         assert (default(image, return_tensors="pt")["pixel_values"][0] - theirs).abs().max() <= levels
         differing += not same
@@ -335,7 +346,7 @@ SCALED = {"granite": {**LLAMA, "logits_scaling": 2.0}, "cohere": LLAMA, "gemma2"
         ({"tower": lambda: siglip_tower("relu")}, "its activation is ReLU"),
         ({"tower": lambda: clip_tower(preprocess={"resize_mode": "longest"})}, "resize_mode=longest has no LLaVA form"),
         (
-            {"tower": lambda: PatchEmbedding(32, 16, 48), "projector": None},
+            {"tower": lambda: build_patches(32, 16, 48), "projector": None},
             "the vision tower PatchEmbedding has no LLaVA",
         ),
     ],
@@ -363,10 +374,11 @@ def test_a_language_model_that_fails_inside_of_llava(tmp_path, tokenizer):
 
 
 def test_a_model_of_lower_precision_keeps_it(tmp_path, tokenizer):
-    model = lvlm(tokenizer, siglip_tower(), "linear").bfloat16().train()
+    model = lvlm(tokenizer, siglip_tower(), "linear")
+    model.model.bfloat16().train()
     report = export_llava(model, tmp_path / "llava")
     assert report.dtype == "bfloat16"
-    assert model.training
+    assert model.model.training
     llava, _ = loaded(tmp_path / "llava")
     assert {parameter.dtype for parameter in llava.parameters()} == {torch.bfloat16}
 
@@ -389,7 +401,7 @@ def test_stock_transformers_needs_nothing_of_ours(tmp_path, tokenizer):
         print(repr(processor.decode(ids, skip_special_tokens=True)))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert literal_eval(done.stdout.splitlines()[-1]) == model.generate([image], max_new_tokens=12)[0]
+    assert literal_eval(done.stdout.splitlines()[-1]) == model.generate_captions([image], max_new_tokens=12)[0]
 
 
 @pytest.mark.slow
@@ -447,7 +459,7 @@ def assert_flat_pictures_are_read_as_the_warning_says(model, folder):
     _, processor = loaded(folder)
     for height in (1, 2, 3):
         picture = pictures()[0].resize((40, height))
-        ours = model.image_processor(picture).tensors["pixel_values"]
+        ours = model.processor.image_processor.process(picture)[0]["pixel_values"]
         given = {"images": picture, "text": "<image>", "return_tensors": "pt"}
         assert torch.equal(processor(**given, input_data_format="channels_last")["pixel_values"][0], ours)
         if height == 2:
@@ -455,7 +467,7 @@ def assert_flat_pictures_are_read_as_the_warning_says(model, folder):
 
 
 def test_the_command(tmp_path, tokenizer, capsys):
-    tower = OpenCLIPTower("prior-vit-tiny", image_size=24, layer=-2)
+    tower = build_open_clip("prior-vit-tiny", image_size=24, layer=-2)
     model = lvlm(tokenizer, tower, prompt="see: ")
     model.save_pretrained(tmp_path / "model")
     out = tmp_path / "llava"

@@ -2,17 +2,18 @@
 
 import pytest
 import torch
-from common.models import FAMILIES, small_lm, small_lvlm
+from common.models import FAMILIES, patch_inputs, small_lm, small_lvlm
 from PIL import Image
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
+from composer_prior import ComposerLVLM
 from composer_prior.data.batch import IGNORE_INDEX, IMAGE, ROW_SEPARATOR
 from composer_prior.data.captions import decode_image
 from composer_prior.emoji_scenes.scenes import draw_scene, sample_rng, sample_scene
 from composer_prior.emoji_scenes.writing import make_sample
-from composer_prior.models.modeling_prior_lvlm import patch_grid
-from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding, patch_inputs
+from composer_prior.models.prior_lvlm.image_processing_prior_lvlm import patch_grid
+from composer_prior.models.vision import build_open_clip, build_patches, image_inputs, image_processor_of
 
 
 def full_nll(logits, labels):
@@ -65,20 +66,20 @@ def test_encoder_family_is_llava(tokenizer, make_batch):
     model = small_lvlm("encoder", tokenizer).eval()
     lvlm = model.model
     batch = make_batch(model)
-    clip = hugging_face_clip(lvlm.vision.encoder, depth=4)
+    clip = hugging_face_clip(lvlm.model.vision_tower.encoder, depth=4)
     config = LlavaConfig(
         vision_config=clip.config,
-        text_config=lvlm.language.config,
-        image_token_index=lvlm.image_token_id,
+        text_config=lvlm.causal_lm.config,
+        image_token_index=lvlm.config.image_token_id,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
     llava = LlavaForConditionalGeneration(config).eval()
     llava.model.vision_tower.load_state_dict(clip.state_dict())
-    llava.model.language_model.load_state_dict(lvlm.language.model.state_dict())
-    llava.lm_head.load_state_dict(lvlm.language.lm_head.state_dict())
-    llava.model.multi_modal_projector.linear_1.load_state_dict(lvlm.projector[0].state_dict())
-    llava.model.multi_modal_projector.linear_2.load_state_dict(lvlm.projector[2].state_dict())
+    llava.model.language_model.load_state_dict(lvlm.model.language_model.state_dict())
+    llava.lm_head.load_state_dict(lvlm.lm_head.state_dict())
+    llava.model.multi_modal_projector.linear_1.load_state_dict(lvlm.model.multi_modal_projector[0].state_dict())
+    llava.model.multi_modal_projector.linear_2.load_state_dict(lvlm.model.multi_modal_projector[2].state_dict())
     with torch.no_grad():
         ours = model(batch)
         theirs = llava(
@@ -95,46 +96,46 @@ def test_patch_family_is_llama_on_patches_and_separators(tokenizer, make_batch):
     """Per-token NLL equals that of transformers' Llama fed with embeddings put together position by position."""
     model = small_lvlm("patches", tokenizer).eval()
     lvlm, batch = model.model, make_batch(model)
-    embed = lvlm.language.get_input_embeddings()
+    embed, project = lvlm.get_input_embeddings(), lvlm.model.vision_tower.proj
     rows = []
     with torch.no_grad():
         for ids, patches in zip(batch["input_ids"], batch["pixel_patches"], strict=True):
             unread = iter(patches)
             rows.append(
-                torch.stack([lvlm.vision.proj(next(unread)) if i == lvlm.image_token_id else embed(i) for i in ids])
+                torch.stack([project(next(unread)) if i == lvlm.config.image_token_id else embed(i) for i in ids])
             )
-        logits = lvlm.language(inputs_embeds=torch.stack(rows), attention_mask=batch["attention_mask"]).logits
+        logits = lvlm.causal_lm(inputs_embeds=torch.stack(rows), attention_mask=batch["attention_mask"]).logits
         ours = model(batch)["nll"]
     torch.testing.assert_close(ours.double(), full_nll(logits, batch["labels"]), rtol=1e-5, atol=1e-5)
-    assert (batch["input_ids"] == lvlm.row_token_id).any()
+    assert (batch["input_ids"] == lvlm.config.row_token_id).any()
 
 
 def test_what_is_learned_is_what_is_not_frozen(tokenizer):
-    tower = OpenCLIPTower("prior-vit-tiny", freeze=True)
+    tower = build_open_clip("prior-vit-tiny", freeze=True)
     assert not any(p.requires_grad for p in tower.parameters())
     assert not tower.train().training
-    features = tower({"pixel_values": torch.rand(2, 3, 96, 96)})
+    features = tower(torch.rand(2, 3, 96, 96))
     assert features.shape == (128, 128)
     assert not features.requires_grad
-    assert not any(p.requires_grad for p in PatchEmbedding(32, 16, 64, freeze=True).parameters())
+    assert not any(p.requires_grad for p in build_patches(32, 16, 64, freeze=True).parameters())
 
 
 @pytest.mark.parametrize("architecture", ["ViT-S-32", "ViT-B-16-SigLIP"])
 def test_any_open_clip_tower(architecture):
     """A plain ViT and a timm tower; features of the chosen block, class token dropped, later blocks removed."""
-    tower = OpenCLIPTower(architecture, image_size=64, layer=1).eval()
+    tower = build_open_clip(architecture, image_size=64, layer=1).eval()
     image = Image.new("RGB", (100, 60), "red")
-    inputs = tower.image_processor(image)
+    inputs = image_inputs(image_processor_of(tower), image)
     with torch.no_grad():
-        features = tower({"pixel_values": inputs.tensors["pixel_values"][None]})
+        features = tower(inputs.tensors["pixel_values"][None])
     side = 64 // (32 if architecture == "ViT-S-32" else 16)
     assert inputs.layout == [IMAGE] * side**2
-    assert features.shape == (side**2, tower.width)
+    assert features.shape == (side**2, tower.config["width"])
     blocks = tower.encoder.transformer.resblocks if architecture == "ViT-S-32" else tower.encoder.trunk.blocks
     assert len(blocks) == 2
     hooked = []
     blocks[-1].register_forward_hook(lambda *arguments: hooked.append(arguments[-1]))
-    tower({"pixel_values": inputs.tensors["pixel_values"][None]})
+    tower(inputs.tensors["pixel_values"][None])
     torch.testing.assert_close(hooked[0][0][-(side**2) :], features)
 
 
@@ -152,19 +153,19 @@ def test_a_pretrained_tower_is_loaded_from_a_file(tmp_path):
 
     clip = open_clip.create_model("prior-vit-tiny")
     torch.save(clip.state_dict(), tmp_path / "clip.pt")
-    tower = OpenCLIPTower("prior-vit-tiny", pretrained=str(tmp_path / "clip.pt"))
+    tower = build_open_clip("prior-vit-tiny", pretrained=str(tmp_path / "clip.pt"))
     assert torch.equal(tower.encoder.conv1.weight, clip.visual.conv1.weight)
 
 
 def test_the_shipped_tower_tells_the_drawings_apart():
     """The patch in the middle of a drawing resembles that of the same drawing in other scenes, at any place."""
-    tower = OpenCLIPTower("prior-vit-tiny", pretrained="emoji_scenes", layer=-1, freeze=True)
-    side = round(tower.max_image_tokens**0.5)
-    features, names = {}, {}
+    tower = build_open_clip("prior-vit-tiny", pretrained="emoji_scenes", layer=-1, freeze=True)
+    side = round(tower.config["image_tokens"] ** 0.5)
+    features, names, process = {}, {}, image_processor_of(tower).process
     for split, count in {"train": 600, "validation": 100}.items():
         scenes = [sample_scene(split, sample_rng(split, index, 17)) for index in range(count)]
-        pixels = torch.stack([tower.image_processor(draw_scene(scene)).tensors["pixel_values"] for scene in scenes])
-        grid = nn.functional.layer_norm(tower({"pixel_values": pixels}), [tower.width]).view(count, side, side, -1)
+        pixels = torch.stack([process(draw_scene(scene))[0]["pixel_values"] for scene in scenes])
+        grid = nn.functional.layer_norm(tower(pixels), [tower.config["width"]]).view(count, side, side, -1)
         drawings = [(i, item) for i, scene in enumerate(scenes) for item in scene.objects]
         middles = [
             grid[i, (2 * item.y + item.side) * side // 192, (2 * item.x + item.side) * side // 192]
@@ -188,12 +189,12 @@ def test_the_shipped_tower_tells_the_drawings_apart():
 )
 def test_an_impossible_tower_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        OpenCLIPTower(**arguments)
+        build_open_clip(**arguments)
 
 
 def test_a_cap_that_the_patch_size_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="max_side=100 is not a multiple of patch_size=16"):
-        PatchEmbedding(8, patch_size=16, max_side=100)
+        build_patches(8, patch_size=16, max_side=100)
 
 
 @pytest.mark.parametrize(
@@ -234,8 +235,8 @@ def test_embeddings_grow_for_the_image_tokens():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from composer_prior.data.tokenizer import add_image_tokens
-    from composer_prior.training.builders import build_lvlm
+    from composer_prior.data.tokenizer import add_image_tokens, image_token_ids
+    from composer_prior.models.build import build_lvlm
 
     plain = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>")
@@ -246,9 +247,9 @@ def test_embeddings_grow_for_the_image_tokens():
     model = build_lvlm(
         tokenizer, language={"config": config}, vision={"name": "patches", "patch_size": 8, "max_side": 32}
     )
-    assert model.image_token_ids == (3, 4)
-    assert model.model.language.get_input_embeddings().weight.shape[0] == 64
-    assert model.model.language.get_output_embeddings().weight.shape[0] == 64
+    assert image_token_ids(model.tokenizer) == (3, 4)
+    assert model.model.causal_lm.get_input_embeddings().weight.shape[0] == 64
+    assert model.model.causal_lm.get_output_embeddings().weight.shape[0] == 64
 
 
 def tokenizer_of_size(size):
@@ -266,7 +267,7 @@ def tokenizer_of_size(size):
 def test_eight_images_are_learned_by_heart(tokenizer, family):
     """After overfitting, generation with the KV cache brings the captions of all eight images back verbatim."""
     from composer_prior.data.batch import CaptionCollator
-    from composer_prior.data.tokenizer import bos_id
+    from composer_prior.data.tokenizer import bos_id, image_token_ids
 
     model = small_lvlm(family, tokenizer, hidden_size=64, initializer_range=0.02)
     samples = [make_sample("train", i, canvas=48) for i in range(8)]
@@ -279,7 +280,7 @@ def test_eight_images_are_learned_by_heart(tokenizer, family):
     for index, (image, sample) in enumerate(zip(images, samples, strict=True)):
         inputs = model.image_processor(image)
         caption = [*tokenizer(sample["caption"])["input_ids"], tokenizer.eos_token_id]
-        prefix = [bos_id(tokenizer), *(model.image_token_ids[kind] for kind in inputs.layout), *prompt_ids]
+        prefix = [bos_id(tokenizer), *(image_token_ids(tokenizer)[kind] for kind in inputs.layout), *prompt_ids]
         labels = [IGNORE_INDEX] * len(prefix) + caption
         ids = torch.tensor(prefix + caption)
         items.append({"input_ids": ids, "labels": torch.tensor(labels), "sample_id": index, **inputs.tensors})
@@ -293,13 +294,11 @@ def test_eight_images_are_learned_by_heart(tokenizer, family):
         optimizer.step()
         if loss < 5e-3:
             break
-    captions = model.model.generate(images, prompt, max_new_tokens=120)
+    captions = model.image_text_model.generate_captions(images, prompt, max_new_tokens=120)
     assert captions == [sample["caption"] for sample in samples]
     assert len(set(captions)) == 8
 
 
 def test_text_alone_cannot_be_asked_for_captions(tokenizer):
-    from composer_prior import LVLM
-
-    with pytest.raises(ValueError, match="without a vision tower"):
-        LVLM(None, None, small_lm(tokenizer), tokenizer).generate([Image.new("RGB", (4, 4))])
+    with pytest.raises(ValueError, match="reads text alone"):
+        ComposerLVLM(small_lm(tokenizer), tokenizer).image_text_model.generate_captions([Image.new("RGB", (4, 4))])

@@ -24,14 +24,13 @@ from transformers import (
     pipeline,
 )
 
-from composer_prior import LVLM
-from composer_prior.data.tokenizer import add_image_tokens, bos_id, prompt_ids
+from composer_prior.data.hub import ModelFolderError
+from composer_prior.data.tokenizer import add_image_tokens, bos_id, image_token_ids, prompt_ids
+from composer_prior.models.build import make_lvlm
 from composer_prior.models.head import TransformedHead
+from composer_prior.models.image_text_model import ImageTextModel
 from composer_prior.models.language import build_language_model, head_of, last_hidden_states
-from composer_prior.models.modeling_prior_lvlm import PriorLVLMForConditionalGeneration
-from composer_prior.models.pretrained import ModelFolderError, hugging_face_config, hugging_face_weights
-from composer_prior.models.projector import build_projector
-from composer_prior.models.vision import OpenCLIPTower, PatchEmbedding
+from composer_prior.models.vision import build_open_clip, build_patches
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2}
@@ -64,52 +63,53 @@ def pictures():
     return [Image.fromarray(s).resize(size, Image.Resampling.BICUBIC) for s, size in zip(small, sizes, strict=True)]
 
 
+def small(family, tokenizer):
+    return small_lvlm(family, tokenizer).eval().image_text_model
+
+
 def odd_lvlm(language, tokenizer, tower=None):
     torch.manual_seed(3)
     lm = build_language_model(tokenizer, config={"model_type": language, **SIZES, **LANGUAGES[language]})
-    if tower is None:
-        return LVLM(PatchEmbedding(32, patch_size=8, max_side=32), None, lm, tokenizer).eval()
-    return LVLM(tower, build_projector("linear", tower.width, 32), lm, tokenizer).eval()
+    projector = "linear" if tower is not None else None
+    tower = tower if tower is not None else build_patches(32, patch_size=8, max_side=32)
+    model, processor = make_lvlm(lm, tower, projector, tokenizer)
+    return ImageTextModel(model.eval(), processor)
 
 
-def logits_of(model, batch):
-    hidden = last_hidden_states(model.language, inputs_embeds=model.embed(batch))
-    return TransformedHead.of(head_of(model.language))(hidden)
-
-
-def compare(model, form, processor, prompt=""):
-    """Logits within 1e-4, captions equal: one by one, together, with beams."""
+def compare(ours, form, processor, prompt=""):
+    """Inputs equal, logits within 1e-4 of what the trained model makes of them; captions equal, also with beams."""
     images = pictures()
     with torch.no_grad():
         for image in images:
             inputs = processor(images=image, text="<image>" + prompt, return_tensors="pt")
-            batch, _ = model._generation_batch([model.image_processor(image)], prompt)
-            assert inputs["input_ids"].tolist() == batch["input_ids"].tolist()
+            batch = ours.inputs([image], prompt)
+            assert {*inputs} == {*batch}
             for key in batch:
                 assert torch.equal(inputs[key], batch[key]), key
-            difference = (form(**inputs).logits - logits_of(model, batch)).abs().max()
+            hidden = last_hidden_states(ours.model, **batch)
+            difference = (form(**inputs).logits - TransformedHead.of(head_of(ours.model))(hidden)).abs().max()
             assert difference <= 1e-4
     for beams in (1, 3):
         options = {"max_new_tokens": 12, "num_beams": beams, "do_sample": False}
-        expected = model.generate(images, prompt, **options)
+        expected = ours.generate_captions(images, prompt, **options)
         inputs = processor(
             images=images, text=["<image>" + prompt] * 4, padding=True, padding_side="left", return_tensors="pt"
         )
         ids = form.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
         assert processor.batch_decode(ids, skip_special_tokens=True) == expected
-        assert model.generate(images[:1], prompt, **options) == expected[:1]
+        assert ours.generate_captions(images[:1], prompt, **options) == expected[:1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_and_loaded_it_is_the_same(family, tokenizer, tmp_path):
-    model = small_lvlm(family, tokenizer).model.eval()
-    model.prompt = "a picture of"
+    model = small(family, tokenizer)
+    model.processor.prompt = "a picture of"
     model.save_pretrained(tmp_path / "model")
-    again = LVLM.from_pretrained(tmp_path / "model")
-    assert again.generate(pictures()) == model.generate(pictures())
+    again = ImageTextModel.from_pretrained(tmp_path / "model")
+    assert again.generate_captions(pictures()) == model.generate_captions(pictures())
     assert again.prompt == "a picture of"
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
+    for name, tensor in model.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
     form = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     compare(model, form, AutoProcessor.from_pretrained(tmp_path / "model"), "a picture of")
     again.save_pretrained(tmp_path / "again")
@@ -131,7 +131,7 @@ def test_every_kind_of_language_model(language, tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "model")
     form = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     compare(model, form, AutoProcessor.from_pretrained(tmp_path / "model"))
-    assert form.get_input_embeddings().weight.shape[0] == model.language.get_input_embeddings().weight.shape[0]
+    assert form.get_input_embeddings().weight.shape == model.model.get_input_embeddings().weight.shape
 
 
 @pytest.mark.slow
@@ -142,7 +142,9 @@ def test_every_kind_of_tower(kind, mode, tokenizer, tmp_path, monkeypatch):
     text = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 1, "layers": 1}
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small", {**description, "text_cfg": text})
     model = odd_lvlm(
-        "llama", tokenizer, OpenCLIPTower("small", image_size=description["vision_cfg"]["image_size"], resize_mode=mode)
+        "llama",
+        tokenizer,
+        build_open_clip("small", image_size=description["vision_cfg"]["image_size"], resize_mode=mode),
     )
     model.save_pretrained(tmp_path / "model")
     monkeypatch.delitem(open_clip.factory._MODEL_CONFIGS, "small")
@@ -150,7 +152,9 @@ def test_every_kind_of_tower(kind, mode, tokenizer, tmp_path, monkeypatch):
     compare(model, form, processor)
     for photograph in photographs():
         pixels = processor.image_processor(photograph)["pixel_values"][0]
-        assert torch.equal(pixels, model.image_processor(photograph).tensors["pixel_values"]), photograph.size
+        assert torch.equal(pixels, model.processor.image_processor.process(photograph)[0]["pixel_values"]), (
+            photograph.size
+        )
 
 
 def both(folder):
@@ -163,12 +167,11 @@ def test_the_beginning_of_a_sequence_stands_there_once(kind, tmp_path):
     add_image_tokens(tokenizer)
     prompt = "a photo of "
     model = odd_lvlm("llama", tokenizer)
-    model.prompt = prompt
+    model.processor.prompt = prompt
     model.save_pretrained(tmp_path / "model")
     form, processor = both(tmp_path / "model")
     picture = pictures()[0]
-    cells = [model.image_token_id, model.row_token_id]
-    layout = [cells[kind] for kind in model.image_processor(picture).layout]
+    layout = [image_token_ids(tokenizer)[ends] for ends in model.processor.image_processor.process(picture)[1]]
     expected = [bos_id(tokenizer), *layout, *prompt_ids(tokenizer, prompt)]
     assert processor(images=picture, text="<image>" + prompt)["input_ids"] == [expected]
     assert processor(images=picture)["input_ids"] == [expected]
@@ -179,19 +182,17 @@ def test_the_beginning_of_a_sequence_stands_there_once(kind, tmp_path):
     assert processor(images=picture, text=text)["input_ids"] == [expected]
     assert processor.tokenizer("a hammer", add_special_tokens=False)["input_ids"] == prompt_ids(tokenizer, "a hammer")
     seen = []
-    form.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
-    )
+    form.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     captioner = pipeline("image-text-to-text", model=form, processor=processor)
     found = captioner(images=picture, text="<image>" + prompt, max_new_tokens=8, return_full_text=False)
     assert seen[0].tolist() == [expected]
-    ours = model.generate([picture], max_new_tokens=8)[0]
+    ours = model.generate_captions([picture], max_new_tokens=8)[0]
     assert found[0]["generated_text"].removeprefix("<image>" + prompt).strip() == ours.strip()
 
 
 @pytest.mark.slow
 def test_without_this_package_its_own_code_reads_it(tokenizer, tmp_path):
-    model = small_lvlm("encoder", tokenizer).model.eval()
+    model = small("encoder", tokenizer)
     model.save_pretrained(tmp_path / "model")
     (picture := pictures()[0]).save(tmp_path / "picture.png")
     code = """
@@ -212,37 +213,34 @@ print(repr(processor.batch_decode(ids, skip_special_tokens=True)))
 assert "composer_prior" not in sys.modules
 """
     output, _ = run_program(sys.executable, "-c", code, cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
-    assert output.splitlines()[-1] == repr(model.generate([picture], max_new_tokens=8))
+    assert output.splitlines()[-1] == repr(model.generate_captions([picture], max_new_tokens=8))
 
 
 def test_loading_runs_no_code_of_the_folder(tokenizer, tmp_path):
-    small_lvlm("patches", tokenizer).model.save_pretrained(tmp_path / "model")
+    small("patches", tokenizer).save_pretrained(tmp_path / "model")
     code = tmp_path / "model" / "modeling_prior_lvlm.py"
     code.write_text("raise SystemExit('this has run')\n" + code.read_text())
-    LVLM.from_pretrained(tmp_path / "model")
+    ImageTextModel.from_pretrained(tmp_path / "model")
     AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     AutoProcessor.from_pretrained(tmp_path / "model")
     AutoImageProcessor.from_pretrained(tmp_path / "model")
 
 
 def test_the_loss_is_that_of_the_next_token(lvlm, make_batch):
-    model = lvlm.model.eval()
-    batch = make_batch(lvlm)
-    hugging_face = PriorLVLMForConditionalGeneration(hugging_face_config(model)).eval()
-    hugging_face.load_state_dict(hugging_face_weights(model.state_dict(), hugging_face), strict=False)
+    batch = make_batch(lvlm.eval())
     keys = ("input_ids", "attention_mask", "labels", "pixel_values", "pixel_patches", "patch_mask")
     with torch.no_grad():
-        outputs = hugging_face(**{key: batch[key] for key in keys if key in batch})
-        nll = model(batch)["nll"]
+        outputs = lvlm.model(**{key: batch[key] for key in keys if key in batch})
+        nll = lvlm(batch)["nll"]
     mean = nll.sum() / (batch["labels"] != -100).sum()
     assert float(outputs.loss) == pytest.approx(float(mean), abs=1e-5)
 
 
 def test_what_is_no_model_is_named(tokenizer, tmp_path):
     whole = tmp_path / "whole"
-    small_lvlm("patches", tokenizer).model.save_pretrained(whole)
+    small("patches", tokenizer).save_pretrained(whole)
     with pytest.raises(FileExistsError, match="exists"):
-        small_lvlm("patches", tokenizer).model.save_pretrained(whole)
+        small("patches", tokenizer).save_pretrained(whole)
     (tmp_path / "empty").mkdir()
     cases = {"empty": "holds no model"}
     for name in ("half", "no_tokenizer", "other", "cut"):
@@ -253,45 +251,47 @@ def test_what_is_no_model_is_named(tokenizer, tmp_path):
         file.unlink()
     cases["no_tokenizer"] = "tokenizer"
     config = json.loads((whole / "config.json").read_text())
-    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-    cases["other"] = "of the type llama"
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "model_type": "llama", "auto_map": {}}))
+    cases["other"] = "a llama, which captions no images"
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     cases["cut"] = "cannot|can't|holds no model"
     for name, words in cases.items():
         with pytest.raises(ModelFolderError, match=words) as found:
-            LVLM.from_pretrained(tmp_path / name)
+            ImageTextModel.from_pretrained(tmp_path / name)
         assert "\n" not in str(found.value)
         assert name in str(found.value)
 
 
 def test_weights_that_are_missing_are_named(tokenizer, tmp_path):
-    small_lvlm("patches", tokenizer).model.save_pretrained(tmp_path / "model")
+    small("patches", tokenizer).save_pretrained(tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights.pop("model.vision_tower.proj.bias")
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelFolderError, match=r"not whole: 1 weights differ, such as model.vision_tower.proj.bias"):
-        LVLM.from_pretrained(tmp_path / "model")
+        ImageTextModel.from_pretrained(tmp_path / "model")
 
 
 def test_large_models_are_cut_into_shards(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("composer_prior.models.pretrained.SHARD_SIZE", "50KB")
-    model = small_lvlm("encoder", tokenizer).model.eval()
+    monkeypatch.setattr("composer_prior.models.model_folder.SHARD_SIZE", "50KB")
+    model = small("encoder", tokenizer)
     model.save_pretrained(tmp_path / "model")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
-    assert LVLM.from_pretrained(tmp_path / "model").generate(pictures()) == model.generate(pictures())
+    assert ImageTextModel.from_pretrained(tmp_path / "model").generate_captions(pictures()) == model.generate_captions(
+        pictures()
+    )
 
 
 def test_models_without_the_form_are_refused(tokenizer, tmp_path):
-    model = small_lvlm("patches", tokenizer).model
-    model.vision = torch.nn.Linear(2, 2)
+    model = small("patches", tokenizer)
+    model.model.model.vision_tower = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="whose vision tower is Linear has no Hugging Face form"):
         model.save_pretrained(tmp_path / "model")
     assert not Path(tmp_path / "model").exists()
 
 
 def test_on_the_meta_device(tokenizer, tmp_path):
-    small_lvlm("encoder", tokenizer).model.save_pretrained(tmp_path / "model")
+    small("encoder", tokenizer).save_pretrained(tmp_path / "model")
     with torch.device("meta"):
         form = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tmp_path / "model"))
     assert {parameter.device.type for parameter in form.parameters()} == {"meta"}

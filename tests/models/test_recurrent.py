@@ -5,11 +5,11 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from composer_prior import LVLM
+from composer_prior import ComposerLVLM, ImageTextModel
+from composer_prior.models.build import lvlm_skeleton, make_lvlm
 from composer_prior.models.language import check_head, head_of
 from composer_prior.models.packing import enable_packing
-from composer_prior.models.vision import PatchEmbedding
-from composer_prior.training.builders import lvlm_skeleton
+from composer_prior.models.vision import build_patches
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES |= {"intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -64,17 +64,17 @@ def test_packing_is_refused_whatever_the_weights(family, tokenizer):
 @torch.no_grad()
 def test_captions_and_likelihoods_are_those_of_single_images(family, tokenizer):
     language = build(family, len(tokenizer))
-    model = LVLM(PatchEmbedding(32, patch_size=16, max_side=48), None, language, tokenizer).eval()
-    inputs = [model.image_processor(image) for image in pictures()]
-    alone = [model.caption([one], max_new_tokens=8)[0] for one in inputs]
-    assert model.caption(inputs, max_new_tokens=8) == alone
-    assert [one.text for one in model.caption(inputs, max_new_tokens=8, probabilities=True)] == [c.text for c in alone]
+    model = ImageTextModel(*make_lvlm(language, build_patches(32, patch_size=16, max_side=48), None, tokenizer))
+    images = pictures()
+    alone = [model.generate_captions([one], max_new_tokens=8)[0] for one in images]
+    assert model.generate_captions(images, max_new_tokens=8) == alone
+    assert [c.text for c in model.generate(model.inputs(images), 8, probabilities=True)] == alone
     with pytest.raises(ValueError, match=r"num_beams=3: .* is recurrent, and its states follow no beam; use 1"):
-        model.generate(pictures()[:1], num_beams=3)
+        model.generate_captions(images[:1], num_beams=3)
     texts = [[[5, 6, 7], [8]], [[9, 10]], [[5, 6], [7, 8], [9]], [[11]], [[5, 12, 13]]]
-    found = model.text_logprobs(inputs, texts)
-    for one, some, values in zip(inputs, texts, found, strict=True):
-        start = model.embed(model._generation_batch([one], "")[0])
+    found = model.text_logprobs(images, texts)
+    for one, some, values in zip(images, texts, found, strict=True):
+        start = model.model.model.embed(**{k: v for k, v in model.inputs([one]).items() if k != "attention_mask"})
         for text, scores in zip(some, values, strict=True):
             ids = torch.tensor([text])
             whole = torch.cat([start, language.get_input_embeddings()(ids)], 1)
@@ -90,10 +90,10 @@ class NoEmbeddings(LlamaForCausalLM):
 
 def test_what_cannot_generate_from_images_is_refused_before_training(tokenizer):
     config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), **SIZES)
-    tower = PatchEmbedding(32, patch_size=16, max_side=48)
+    tower = build_patches(32, patch_size=16, max_side=48)
     with pytest.raises(ValueError, match=r"NoEmbeddings cannot caption images \(its generate takes no inputs_embeds\)"):
-        LVLM(tower, None, NoEmbeddings(config), tokenizer)
-    LVLM(None, None, NoEmbeddings(config), tokenizer)  # on text alone it generates nothing
+        make_lvlm(NoEmbeddings(config), tower, None, tokenizer)
+    ComposerLVLM(NoEmbeddings(config), tokenizer)  # on text alone it generates nothing
 
 
 def test_states_that_one_batch_leaves_to_the_next_are_refused():

@@ -6,6 +6,7 @@ from common.models import small_lm
 
 from composer_prior import ReferenceLM
 from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.data.tokenizer import image_token_ids
 from composer_prior.models.reference import left_pack
 
 
@@ -23,10 +24,14 @@ def looped_logprobs(model, ids, keep, labels):
 def test_scores_are_those_of_the_text_alone(lvlm, make_batch, reference, batch_size):
     batch = make_batch(lvlm, batch_size=5)
     reference.batch_size = batch_size
-    keep = batch["attention_mask"].bool() & ~torch.isin(batch["input_ids"], torch.tensor(lvlm.image_token_ids))
+    keep = batch["attention_mask"].bool() & ~torch.isin(
+        batch["input_ids"], torch.tensor(image_token_ids(lvlm.tokenizer))
+    )
     with torch.no_grad():
         expected = looped_logprobs(reference.model, batch["input_ids"], keep, batch["labels"])
-    scores = reference.logprobs(batch["input_ids"], batch["attention_mask"], batch["labels"], lvlm.image_token_ids)
+    scores = reference.logprobs(
+        batch["input_ids"], batch["attention_mask"], batch["labels"], image_token_ids(lvlm.tokenizer)
+    )
     assert scores.dtype == torch.float32
     assert not scores.requires_grad
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)

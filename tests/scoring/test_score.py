@@ -24,7 +24,7 @@ from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator
 from composer_prior.data.captions import BadSampleError
 from composer_prior.data.mds import read_column
 from composer_prior.data.scores import Scores, ScoresCard, ScoresError
-from composer_prior.data.tokenizer import train_tokenizer
+from composer_prior.data.tokenizer import image_token_ids, train_tokenizer
 from composer_prior.models.reference import batches_by_length
 from composer_prior.scoring import score
 from composer_prior.scoring.job import ScoreJob
@@ -115,7 +115,7 @@ def test_stored_scores_are_those_of_a_live_reference(
     batch = CaptionCollator(tokenizer.pad_token_id)([dataset[i] for i in range(24)])
     mask = batch["labels"] != IGNORE_INDEX
     live = ReferenceLM.from_pretrained(folders[0]).logprobs(
-        batch["input_ids"], batch["attention_mask"], batch["labels"], model.image_token_ids
+        batch["input_ids"], batch["attention_mask"], batch["labels"], image_token_ids(model.tokenizer)
     )
     torch.testing.assert_close(batch["ref_logprobs"], live, rtol=2**-11, atol=1e-5)
     assert torch.equal(batch["ref_logprobs"] != 0, mask)

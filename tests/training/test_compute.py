@@ -18,7 +18,7 @@ def count(model, spec, monitor, duration="1ba", algorithms=(), **changes):
 
 def by_hand(model, batch):
     """A forward and a backward pass of a patch-embedding model: each product thrice, but the first layer's twice."""
-    language, patches = model.model.language, batch["pixel_patches"]
+    language, patches = model.model.causal_lm, batch["pixel_patches"]
     rows = batch["input_ids"].numel()
     layers = [m for name, m in language.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
     linear = 3 * sum(2 * m.weight.numel() * rows for m in layers)
@@ -27,7 +27,7 @@ def by_hand(model, batch):
     # Two products of queries, keys and values, all pairs of positions; the backward pass has five.
     attention = config.num_hidden_layers * (2 + 5) * 2 * batch_size * length**2 * config.hidden_size
     head = 3 * 2 * language.lm_head.weight.numel() * int((batch["labels"] != IGNORE_INDEX).sum())
-    embedding = model.model.vision
+    embedding = model.model.model.vision_tower
     weights = sum(p.numel() for p in embedding.parameters() if p.ndim == 2)
     return linear + attention + head + 2 * 2 * weights * patches.shape[0] * patches.shape[1]
 

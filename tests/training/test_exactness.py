@@ -19,6 +19,7 @@ from composer_prior.algorithms.rho1.weights import selection_weights
 from composer_prior.algorithms.token_weighting.noise import token_noise
 from composer_prior.algorithms.token_weighting.normalize import normalize
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator
+from composer_prior.data.tokenizer import image_token_ids
 
 pytestmark = pytest.mark.slow
 
@@ -37,10 +38,10 @@ def formula_gradients(family, tokenizer, method):
     """The formula on the whole batch with plain autograd: no Composer, no microbatches, no algorithm."""
     model = small_lvlm(family, tokenizer)
     batch = CaptionCollator(tokenizer.pad_token_id)(make_samples(model, tokenizer))
-    reference = make_reference(tokenizer)
-    scores = reference.logprobs(batch["input_ids"], batch["attention_mask"], batch["labels"], model.image_token_ids)
+    reference, image_ids = make_reference(tokenizer), image_token_ids(tokenizer)
+    scores = reference.logprobs(batch["input_ids"], batch["attention_mask"], batch["labels"], image_ids)
     mask = batch["labels"] != IGNORE_INDEX
-    model.model.label_logits = True
+    model.label_logits = True
     outputs = model(batch)
     name, _, normalization = method.partition(", ")
     normalization = normalization or "sequence"
@@ -57,9 +58,9 @@ def formula_gradients(family, tokenizer, method):
         weights = normalize(selection_weights(outputs["nll"], scores, mask, 0.6), mask)
     elif name == "cal":
         is_text = batch["attention_mask"].bool()
-        for token_id in model.image_token_ids:
+        for token_id in image_token_ids(tokenizer):
             is_text &= batch["input_ids"] != token_id
-        alone = model.model.text_label_logits(batch["input_ids"], is_text, batch["labels"])
+        alone = model.text_label_logits(batch["input_ids"], is_text, batch["labels"])
         weights = contrast_weights(outputs["label_logits"] - alone, mask, 0.1, 0.5)
     else:
         weights = focal_weights(outputs["nll"], mask, 1.5)

@@ -86,13 +86,14 @@ def pictures(model):
 
 def by_hand(model, image):
     """The most likely token, again and again, without a cache."""
-    batch, _ = model._generation_batch([model.image_processor(image)], model.prompt)
-    embeddings = model.embed(batch)
+    batch = model.inputs([image])
+    del batch["attention_mask"]
+    embeddings = model.model.model.embed(**batch)
     ids: list[int] = []
     while len(ids) < WORDS and model.tokenizer.eos_token_id not in ids:
-        token = model.language(inputs_embeds=embeddings).logits[:, -1].argmax(-1)
+        token = model.model.causal_lm(inputs_embeds=embeddings).logits[:, -1].argmax(-1)
         ids += token.tolist()
-        embeddings = torch.cat([embeddings, model.language.get_input_embeddings()(token)[:, None]], 1)
+        embeddings = torch.cat([embeddings, model.model.get_input_embeddings()(token)[:, None]], 1)
     return model.tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -102,8 +103,8 @@ def test_greedy_is_greedy_everywhere(here, tmp_path):
     images = pictures(model)
     expected = [by_hand(model, image) for image in images]
     assert all(expected)
-    assert model.generate(images, max_new_tokens=WORDS) == expected
-    assert load("runs/ntp_vit/checkpoints").generate(images, max_new_tokens=WORDS) == expected
+    assert model.generate_captions(images, max_new_tokens=WORDS) == expected
+    assert load("runs/ntp_vit/checkpoints").generate_captions(images, max_new_tokens=WORDS) == expected
     for number, image in enumerate(images):
         image.save(tmp_path / f"{number}.png")
     out = tmp_path / "captions.jsonl"

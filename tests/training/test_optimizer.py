@@ -12,7 +12,8 @@ from composer.models import HuggingFaceModel
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from composer_prior import LVLM, ComposerLVLM
+from composer_prior import ComposerLVLM
+from composer_prior.models.language import parts_of
 from composer_prior.registry import register
 from composer_prior.training.optimizer import build_optimizer
 from composer_prior.training.run import train
@@ -25,9 +26,12 @@ def adamw(**changes):
 
 
 def with_lora(tokenizer):
-    adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = small_lvlm("encoder", tokenizer).model
-    return ComposerLVLM(LVLM(model.vision, model.projector, get_peft_model(model.language, adapters), tokenizer))
+    adapters = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)", task_type="CAUSAL_LM")
+    model = small_lvlm("encoder", tokenizer)
+    adapted = get_peft_model(model.model, adapters)
+    for part in ("vision", "projector"):
+        parts_of(adapted)[part].requires_grad_(True)
+    return ComposerLVLM(adapted, model.processor)
 
 
 MODELS = {
@@ -57,12 +61,13 @@ def test_every_trained_weight_is_in_one_group_and_only_matrices_decay(tokenizer,
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_longest_prefix_decides_and_goes_on_from_the_shorter(tokenizer, tied):
     model = small_lvlm("encoder", tokenizer, tie_word_embeddings=tied)
-    names = {weight: name for name, weight in model.named_parameters()}
+    parts = parts_of(model.model).items()
+    names = {weight: f"{part}.{name}" for part, module in parts for name, weight in module.named_parameters()}
     optimizer = build_optimizer(adamw(groups=GROUPS), model)
     seen = {}
     for group in optimizer.param_groups:
         settings = (group["name"], group["lr"], tuple(group["betas"]), group["weight_decay"])
-        seen |= {names[weight].removeprefix("model."): settings for weight in group["params"]}
+        seen |= {names[weight]: settings for weight in group["params"]}
     assert seen["vision.encoder.conv1.weight"] == ("vision", 1e-4, (0.9, 0.999), 0.1)
     assert seen["vision.encoder.positional_embedding"] == ("vision", 1e-4, (0.9, 0.999), 0.0)
     assert seen["projector.0.weight"] == ("group0", 0.01, (0.9, 0.999), 0.1)
@@ -130,7 +135,7 @@ def test_groups_that_fit_no_trained_weight_are_refused(tokenizer, groups, messag
             super().__init__(params, lr=lr)
 
     model = small_lvlm("encoder", tokenizer, tie_word_embeddings=True)
-    model.model.projector.requires_grad_(False)
+    model.model.model.multi_modal_projector.requires_grad_(False)
     with pytest.raises(ValueError, match=message) as refused:
         build_optimizer({"name": "told", "groups": groups}, model)
     assert "\n" not in str(refused.value)

@@ -9,7 +9,7 @@ from common.real_scale import RECIPE, captions_of, check, pretrained, smaller
 from common.recipes import ROOT, fork_ranks, launch, losses
 from transformers import AutoModelForCausalLM
 
-from composer_prior.models.vision import OpenCLIPTower
+from composer_prior.models.vision import build_open_clip
 from composer_prior.training.checkpoints import find_weights, read_weights
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,7 @@ def test_two_stages(here):
     one, _ = read_weights(find_weights("runs/stage1"))
     lm = AutoModelForCausalLM.from_pretrained("runs/reference_smollm2/model")
     loaded = {f"model.language.{name}": tensor for name, tensor in lm.state_dict().items()}
-    vision = OpenCLIPTower("prior-vit-tiny", layer=-2, **tower)
+    vision = build_open_clip("prior-vit-tiny", layer=-2, **tower)
     loaded |= {f"model.vision.{name}": tensor for name, tensor in vision.state_dict().items()}
     assert {name for name in one if name not in loaded} == {name for name in one if ".projector." in name}
     assert all(torch.equal(one[name], tensor) for name, tensor in loaded.items())

@@ -15,10 +15,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from composer_prior import ComposerLVLM, StreamingCaptionDataset, load
 from composer_prior.data.captions import caption_data_spec
+from composer_prior.data.hub import ModelFolderError
 from composer_prior.data.remote import Remote
 from composer_prior.inference.caption import caption_images
 from composer_prior.models.llava import export_llava
-from composer_prior.models.pretrained import ModelFolderError
+from composer_prior.models.vision import to_image_inputs
 from composer_prior.training.run import train
 
 RUNS = {"prior_vit": [], "prior_patch": []}
@@ -49,7 +50,7 @@ def validation_data(model):
     return StreamingCaptionDataset(
         local="validation",
         tokenizer=model.tokenizer,
-        image_processor=model.image_processor,
+        image_processor=to_image_inputs(model.processor.image_processor),
         batch_size=8,
         max_caption_tokens=128,
     )
@@ -57,7 +58,7 @@ def validation_data(model):
 
 def validation_loss(model):
     data = validation_data(model)
-    composer = ComposerLVLM(model).eval()
+    composer = ComposerLVLM(model.model, model.processor).eval()
     total = count = 0.0
     with torch.no_grad():
         for batch in caption_data_spec(data, 8).dataloader:
@@ -81,8 +82,8 @@ def test_a_run_folder_alone_is_the_model(alone, name):
         if "checkpoints" in path:
             shutil.rmtree(f"runs/{name}/model", ignore_errors=True)
         again = load(path)
-        for key, tensor in model.state_dict().items():
-            assert torch.equal(again.state_dict()[key], tensor), (path, key)
+        for key, tensor in model.model.state_dict().items():
+            assert torch.equal(again.model.state_dict()[key], tensor), (path, key)
 
 
 def test_models_on_the_way(alone):
@@ -91,8 +92,8 @@ def test_models_on_the_way(alone):
     last = load_file("runs/prior_vit/huggingface/ba4/model.safetensors")
     assert all(torch.equal(last[name], tensor) for name, tensor in final.items())
     earlier = load("runs/prior_vit/huggingface/ba2")
-    ours = load("runs/prior_vit/checkpoints/ep0-ba2-rank0.pt")
-    assert all(torch.equal(earlier.state_dict()[name], tensor) for name, tensor in ours.state_dict().items())
+    ours = load("runs/prior_vit/checkpoints/ep0-ba2-rank0.pt").model.state_dict()
+    assert all(torch.equal(earlier.model.state_dict()[name], tensor) for name, tensor in ours.items())
 
 
 def test_the_card_says_what_the_model_was_made_from(runs):
@@ -196,7 +197,7 @@ def test_the_export_has_the_loss_and_the_captions_of_the_run(alone):
     images = [data.image_and_caption(number)[0] for number in range(data.num_samples)]
     inputs = processor(images=images, text=["<image>"] * len(images), padding=True, return_tensors="pt")
     ids = llava.generate(**inputs, max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    expected = model.generate(images, max_new_tokens=24)
+    expected = model.generate_captions(images, max_new_tokens=24)
     assert processor.batch_decode(ids, skip_special_tokens=True) == expected
     captioner = pipeline("image-text-to-text", model=llava, processor=processor)
     (found,) = captioner(images=images[0], text="<image>", max_new_tokens=24, return_full_text=False)
@@ -216,4 +217,4 @@ def test_captions_from_the_command_are_those_of_the_model(alone):
     counts = caption_images("runs/prior_vit", ["images"], batch_size=2, max_new_tokens=8, num_workers=0, progress=False)
     assert counts == {"captioned": 5, "errors": 0, "before": 0}
     lines = [json.loads(line) for line in Path("captions.jsonl").read_text().splitlines()]
-    assert [line["caption"] for line in lines] == model.generate(images, max_new_tokens=8)
+    assert [line["caption"] for line in lines] == model.generate_captions(images, max_new_tokens=8)

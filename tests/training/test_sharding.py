@@ -12,7 +12,7 @@ from composer_prior import ReferenceLM
 from composer_prior.models.sharding import check_checkpointing
 
 PROGRAMS = ROOT / "tests/common/programs"
-BLOCKS = ["model.language.model.layers.0", "model.language.model.layers.1"]
+BLOCKS = ["model.model.language_model.layers.0", "model.model.language_model.layers.1"]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_the_other_rank_has_all_that_is_no_weight(ranks):
 def test_each_block_is_a_unit(ranks):
     for rank in ranks[1]:
         model = rank["model"]
-        tower = [f"model.vision.encoder.transformer.resblocks.{number}" for number in range(3)]
+        tower = [f"model.model.vision_tower.encoder.transformer.resblocks.{number}" for number in range(3)]
         assert model["checkpointed"] == [*tower, *BLOCKS]
         assert model["units"] == ["model", *(f"{name}._checkpoint_wrapped_module" for name in model["checkpointed"])]
         assert model["gathered_in_backward"] == [name for name in model["units"] if "vision" not in name]
@@ -76,8 +76,8 @@ def test_a_sharded_reference_scores_as_a_whole_one(ranks):
 def test_checkpointing_that_matches_nothing_is_refused(tokenizer, monkeypatch, key):
     model = small_lvlm("patches", tokenizer)
     check_checkpointing({"fsdp2": {key: True}}, model)
-    monkeypatch.setattr(type(model.model.language), "_no_split_modules", None)
-    monkeypatch.setattr(model.model.language, "_no_split_modules", None)
+    for part in (model.model, model.model.model, model.model.get_decoder()):
+        monkeypatch.setattr(part, "_no_split_modules", [])
     check_checkpointing({"fsdp2": {key: False}}, model)
     check_checkpointing(None, model)
     with pytest.raises(ValueError, match=f"fsdp2.{key}=true matches no part of ComposerLVLM"):

@@ -5,13 +5,11 @@ from typing import Any, Literal
 import torch
 from composer.core import Precision, State, Time, get_precision_context
 from torch import Tensor
-from torch.distributed.fsdp import register_fsdp_forward_method
 
 from composer_prior.algorithms.cal.weights import check_arguments, raw_weights
 from composer_prior.algorithms.token_weighting.image_tokens import image_token_ids, text_positions
-from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting, honours, unwrapped
+from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting, unwrapped
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.models.label_logits import gathered_logits, text_label_logits_of
 
 
 class CAL(TokenWeighting):
@@ -58,35 +56,35 @@ class CAL(TokenWeighting):
         check_arguments(low, high, window)
 
     def prepare(self, state: State) -> None:
+        """Let the model return the logits of the labels.
+
+        Raises:
+            ValueError: for a model that is no :class:`.ComposerLVLM`.
+        """
         model = unwrapped(state.model)
-        image_token_ids(model)
-        if isinstance(model, ComposerLVLM):
-            model.model.label_logits = True
-            if "text_label_logits" not in vars(model.model):  # does nothing to a model that FSDP2 has not sharded
-                register_fsdp_forward_method(model.model, "text_label_logits")
-        elif honours(state):
+        if not isinstance(model, ComposerLVLM):
             raise ValueError(
-                f"CAL needs the logits of the labels, which {type(model).__name__} does not give; use a ComposerLVLM, "
-                "or a Hugging Face model in Composer's HuggingFaceModel."
+                f"CAL needs the logits of the labels, which {type(model).__name__} does not give: wrap the model of "
+                "transformers in ComposerLVLM(model, processor)."
             )
+        image_token_ids(model)
+        model.label_logits = True
 
     @torch.no_grad()
     def before_forward(self, state: State) -> None:
+        """Read the text of the microbatch without its images."""
         model: Any = unwrapped(state.model)
         batch = state.batch
-        is_text = text_positions(batch, model)
-        read = model.model.text_label_logits if isinstance(model, ComposerLVLM) else text_label_logits_of(model.model)
         with get_precision_context(state.precision or Precision.FP32, state.precision_config):
-            self._without = read(batch["input_ids"], is_text, batch["labels"])
+            self._without = model.text_label_logits(batch["input_ids"], text_positions(batch, model), batch["labels"])
 
     def raw_weights(self, state: State, mask: Tensor) -> Tensor:
-        if isinstance(unwrapped(state.model), ComposerLVLM):
-            outputs: Any = state.outputs
-            with_image = outputs["label_logits"]
-        else:
-            with_image = gathered_logits(self.logits(state).detach(), state.batch["labels"])
-        self._difference = torch.where(mask & self._without.isfinite(), with_image - self._without, 0.0)
+        """Return CAL's weights, ``[B, T]`` float32."""
+        outputs: Any = state.outputs
+        difference = outputs["label_logits"] - self._without
+        self._difference = torch.where(mask & self._without.isfinite(), difference, 0.0)
         return raw_weights(self._difference, mask, self.low, self.high, self.window)
 
     def sums(self, state: State, mask: Tensor) -> dict[str, Tensor]:
+        """Return the sum of the differences."""
         return {"difference": self._difference.double().sum()}

@@ -15,8 +15,7 @@ class PRIOR(ReferenceWeighting):
 
     ``P_r`` is the token's probability under a text-only language model trained on the same captions. The weights enter
     the batch as ``token_weights`` (``[B, T]`` float32) on ``Event.BEFORE_LOSS`` and leave it on ``Event.AFTER_LOSS``.
-    A model whose attribute ``honours_token_weights`` is true applies them itself; for any other model the algorithm
-    computes the weighted loss from the ``logits`` of its outputs and the ``labels`` of the batch.
+    The model applies them in its loss, as :class:`.ComposerLVLM` does for any image-text-to-text model of transformers.
 
     Logged each step: ``prior/reference_nll`` (nats per token), ``prior/effective_sample_size``
     (``(sum w)^2 / (n sum w^2)``), ``prior/top_decile_share`` (share of the weight held by the heaviest tenth of the
@@ -39,7 +38,7 @@ class PRIOR(ReferenceWeighting):
     Raises:
         ValueError: for an impossible argument, another algorithm that it cannot run beside, a reference with another
             vocabulary than the model's, a batch without ``labels`` or with neither ``ref_logprobs`` nor a reference to
-            compute them, NaN or positive log-probabilities, or a model without logits.
+            compute them, NaN or positive log-probabilities, or a model that does not apply the weights.
 
     Example:
         .. code-block:: python

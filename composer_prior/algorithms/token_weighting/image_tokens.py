@@ -32,19 +32,16 @@ _TOKEN = re.compile(
 def image_token_ids(model: Any) -> tuple[int, ...]:
     """Ids of the tokens that stand for the image in the model's input.
 
-    They are the model's own ``image_token_ids``, or else what the Hugging Face configuration names, and the special
-    tokens of ``model.tokenizer`` that lay an image out.
+    They are what the Hugging Face configuration names, and the special tokens of ``model.tokenizer`` that lay an image
+    out.
 
     Raises:
         ValueError: for a Hugging Face vision-language model without its tokenizer.
     """
-    if hasattr(model, "image_token_ids"):
-        return tuple(model.image_token_ids)
     config = getattr(getattr(model, "model", model), "config", None)
     if hasattr(config, "vision_config") and getattr(model, "tokenizer", None) is None:
         raise ValueError(
-            "One cannot tell the image's tokens from text without the model's tokenizer: set `model.tokenizer = "
-            "tokenizer` on Composer's HuggingFaceModel."
+            "The image's tokens cannot be told from text without the model's tokenizer: give the model's processor."
         )
     ids = {getattr(config, name, None) for name in _CONFIG_NAMES}
     added = getattr(getattr(model, "tokenizer", None), "added_tokens_decoder", {})
@@ -58,7 +55,7 @@ def image_positions(input_ids: Tensor, labels: Tensor, model: Any) -> Tensor:
     Args:
         input_ids: ``[B, T]`` int64.
         labels: ``[B, T]`` int64; a line break with a label is text.
-        model: a :class:`.ComposerLVLM`, or Composer's ``HuggingFaceModel`` around a vision-language model.
+        model: a :class:`.ComposerLVLM`.
     """
     image = torch.isin(input_ids, torch.tensor(image_token_ids(model), dtype=torch.long, device=input_ids.device))
     breaks = torch.tensor(_line_break_ids(model), dtype=torch.long, device=input_ids.device)
@@ -81,6 +78,6 @@ def _next_to(image: Tensor, is_break: Tensor) -> Tensor:
 
 def _line_break_ids(model: Any) -> list[int]:
     tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None or hasattr(model, "image_token_ids"):
+    if tokenizer is None:
         return []
     return [i for text in ("\n", "\n\n", "\n\n\n") for i in tokenizer(text, add_special_tokens=False)["input_ids"]]

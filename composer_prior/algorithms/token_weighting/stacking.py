@@ -20,7 +20,8 @@ from composer.core import Algorithm
 from torch import nn
 
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.models.vision import PatchEmbedding
+from composer_prior.models.language import parts_of
+from composer_prior.models.prior_lvlm.modeling_prior_lvlm import PatchEmbedding
 
 _MIXES_TARGETS = "it mixes the targets of two samples, but a caption's tokens are also the model's input"
 _INSTEAD = "transform images as they are read, StreamingCaptionDataset(transform=...)"
@@ -29,7 +30,7 @@ _REASONS: dict[type[Algorithm], str] = {
     Alibi: "it reshapes all tensors of the batch to other lengths, which cuts images and captions apart",
     CutMix: _MIXES_TARGETS,
     GyroDropout: "its masks are for inputs [B, D], not for sequences [B, T, D]",
-    LabelSmoothing: "it needs all logits as one tensor; smooth inside the model, LVLM(..., label_smoothing=0.1)",
+    LabelSmoothing: "it needs all logits as one tensor; smooth in ComposerLVLM(..., label_smoothing=0.1)",
     MixUp: _MIXES_TARGETS,
     NoOpModel: "it replaces the model by one that reads no captions",
     ProgressiveResizing: _RESIZES,
@@ -62,7 +63,7 @@ def refusal(algorithm: Algorithm, model: Any) -> str | None:
 
 
 def _cutout_refusal(algorithm: CutOut, model: Any) -> str | None:
-    if isinstance(getattr(getattr(model, "model", None), "vision", None), PatchEmbedding):
+    if isinstance(model, ComposerLVLM) and isinstance(parts_of(model.model).get("vision"), PatchEmbedding):
         return f"the batch has patches, not images [B, 3, H, W]; {_INSTEAD}"
     if isinstance(algorithm.input_key, int):
         return f"input_key={algorithm.input_key}, but batches are dicts; give CutOut(input_key='pixel_values')"

@@ -20,7 +20,6 @@ from composer_prior.algorithms.token_weighting.normalize import (
 from composer_prior.algorithms.token_weighting.stacking import check_stack
 from composer_prior.algorithms.token_weighting.statistics import heaviest, summary, token_sums
 from composer_prior.data.batch import loss_mask
-from composer_prior.models.head import logits_nll, weighted_mean
 
 _STEP_EVENTS = (
     Event.BATCH_START,
@@ -36,8 +35,8 @@ class TokenWeighting(Algorithm, ABC):
     """Weight the loss of each caption token; what the weight is, a subclass says.
 
     The weights enter the batch as ``token_weights`` (``[B, T]`` float32) on ``Event.BEFORE_LOSS`` and leave it on
-    ``Event.AFTER_LOSS``. A model whose attribute ``honours_token_weights`` is true applies them itself; for any other
-    model the algorithm computes the weighted loss from the ``logits`` of its outputs and the ``labels`` of the batch.
+    ``Event.AFTER_LOSS``. The model applies them in its loss and says so with ``honours_token_weights``, and its
+    outputs have ``nll`` (``[B, T]`` float32), as those of a :class:`.ComposerLVLM` do.
 
     Logged each step, after the method's name and a slash: ``effective_sample_size`` (``(sum w)^2 / (n sum w^2)``),
     ``top_decile_share`` (share of the weight held by the heaviest tenth of the rank's tokens), ``loss_weighted`` and
@@ -52,7 +51,7 @@ class TokenWeighting(Algorithm, ABC):
 
     Raises:
         ValueError: for an impossible argument, another algorithm that it cannot run beside, a batch without
-            ``labels``, or a model without logits.
+            ``labels``, or a model that does not apply the weights.
     """
 
     name: ClassVar[str]
@@ -64,7 +63,6 @@ class TokenWeighting(Algorithm, ABC):
         self.end = Time.from_timestring(end) if isinstance(end, str) else end
         self._batch_sums: Tensor | None = None
         self._statistics: list[tuple[dict[str, Tensor], Tensor]] = []
-        self._nll: Tensor | None = None
         self._logged = False
 
     @abstractmethod
@@ -98,6 +96,7 @@ class TokenWeighting(Algorithm, ABC):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.INIT:
             check_algorithms(state.algorithms, unwrapped(state.model))
+            _check_model(unwrapped(state.model), type(self).__name__)
         elif event == Event.FIT_START:
             self.prepare(state)
         elif event == Event.BATCH_START:
@@ -134,37 +133,13 @@ class TokenWeighting(Algorithm, ABC):
     def _finish_loss(self, state: State) -> None:
         mask = self._loss_mask(state.batch)
         weights = state.batch.pop("token_weights")
-        nll = self.nll(state)
-        self._nll = None
-        if not honours(state):
-            state.loss = weighted_mean(nll, weights, state.batch["labels"])
-        weights, nll = weights.detach(), nll.detach()
+        weights, nll = weights.detach(), self.nll(state).detach()
         sums = token_sums(weights[mask], nll[mask].float()) | self.sums(state, mask)
         self._statistics.append((sums, weights[mask]))
 
     def nll(self, state: State) -> Tensor:
-        """The model's negative log-likelihood of each label, ``[B, T]`` float32, after the forward pass."""
-        if honours(state):
-            return cast(Mapping[str, Tensor], state.outputs)["nll"]
-        if self._nll is None:  # the largest product of a step: not twice
-            self._nll = logits_nll(self.logits(state), state.batch["labels"])
-        return self._nll
-
-    def logits(self, state: State) -> Tensor:
-        """The ``[B, T, V]`` logits of a model that does not honour ``token_weights``.
-
-        Raises:
-            ValueError: if its outputs have none.
-        """
-        outputs: Any = state.outputs
-        logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
-        if logits is None:
-            raise ValueError(
-                f"{type(self).__name__} needs the per-token `logits` in the model's outputs (a Hugging Face model in "
-                f"Composer's HuggingFaceModel has them), or a model with `honours_token_weights`; got "
-                f"{type(outputs).__name__}."
-            )
-        return logits
+        """Return the model's negative log-likelihood of each label, ``[B, T]`` float32, after the forward pass."""
+        return cast(Mapping[str, Tensor], state.outputs)["nll"]
 
     def _loss_mask(self, batch: Any) -> Tensor:
         return loss_mask(batch, type(self).__name__)
@@ -203,9 +178,12 @@ def weighting_of(algorithms: Sequence[Algorithm]) -> str | None:
     return names[0] if names else None
 
 
-def honours(state: State) -> bool:
-    """Whether the model applies `token_weights` itself."""
-    return getattr(unwrapped(state.model), "honours_token_weights", False)
+def _check_model(model: Any, method: str) -> None:
+    if not getattr(model, "honours_token_weights", False):
+        raise ValueError(
+            f"{method} needs a model that applies token_weights in its loss, and {type(model).__name__} does not: wrap "
+            "the model of transformers in ComposerLVLM(model, processor)."
+        )
 
 
 def unwrapped(model: Any) -> Any:

@@ -21,7 +21,7 @@ from composer_prior.algorithms.random_prior.random_prior import RandomPRIOR
 from composer_prior.algorithms.rho1.rho1 import Rho1
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, count_tokens
 from composer_prior.data.captions import decode_image
-from composer_prior.data.tokenizer import bos_id
+from composer_prior.data.tokenizer import bos_id, image_token_ids
 from composer_prior.emoji_scenes.writing import make_sample
 from composer_prior.models.sharding import build_parallelism, prepare_sharded
 
@@ -52,7 +52,7 @@ def make_samples(model, tokenizer):
         sample = make_sample("train", index, canvas=48)
         image = model.image_processor(decode_image(sample["image"]))
         caption = (tokenizer(sample["caption"])["input_ids"] * (1 + index % 3))[: [50, 1, 20][index % 3]]
-        prefix = [bos_id(tokenizer), *(model.image_token_ids[kind] for kind in image.layout)]
+        prefix = [bos_id(tokenizer), *(image_token_ids(model.tokenizer)[kind] for kind in image.layout)]
         labels = [IGNORE_INDEX] * (len(caption) if index == 4 else 0)
         samples.append(
             {

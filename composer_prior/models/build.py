@@ -1,0 +1,151 @@
+"""Build an LVLM from a recipe's ``model``, or from its parts."""
+
+import logging
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from composer_prior import registry
+from composer_prior.data.messages import one_line
+from composer_prior.data.tokenizer import image_token_ids
+from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.models.language import (
+    build_language_model,
+    causal_lm_of,
+    generate_greedily,
+    hidden_size,
+    is_recurrent,
+    language_skeleton,
+    vocabulary_size,
+)
+from composer_prior.models.prior_lvlm import PriorLVLMConfig, PriorLVLMProcessor
+from composer_prior.models.prior_lvlm.modeling_prior_lvlm import PriorLVLMForConditionalGeneration
+from composer_prior.models.vision import build_open_clip, image_processor_of
+
+
+def build_lvlm(
+    tokenizer: PreTrainedTokenizerBase,
+    language: dict[str, Any],
+    vision: dict[str, Any] | None = None,
+    projector: dict[str, Any] | None = None,
+    label_smoothing: float = 0.0,
+    pack: bool = False,
+    image_related_metrics: bool = False,
+) -> ComposerLVLM:
+    """Build an LVLM, or without ``vision`` a language model on the captions alone, such as the reference.
+
+    Args:
+        tokenizer: with the image tokens, as of :func:`.build_tokenizer`.
+        language: arguments of :func:`.build_language_model`.
+        vision: ``name`` of a vision tower and its arguments.
+        projector: arguments of :func:`projector_options`; for towers of another width than the LM's.
+        label_smoothing: see :class:`.ComposerLVLM`.
+        pack: see :class:`.ComposerLVLM`.
+        image_related_metrics: see :class:`.ComposerLVLM`.
+    """
+    lm = build_language_model(tokenizer, **language)
+    return _build(lm, tokenizer, vision, projector, label_smoothing, pack, image_related_metrics)
+
+
+def lvlm_skeleton(tokenizer: PreTrainedTokenizerBase, language: dict[str, Any], **config: Any) -> ComposerLVLM:
+    """Build what :func:`build_lvlm` builds on the meta device: every shape and no weight, in seconds for any size.
+
+    Raises:
+        ValueError: as :func:`build_lvlm`, but for what only weights can show.
+    """
+    vision = config.pop("vision", None)
+    tower: Any = None if vision is None else registry.load("vision", vision["name"], "model.vision")
+    if vision is not None and tower is not build_open_clip and registry.takes(tower, "pretrained"):
+        vision = {**vision, "pretrained": None}  # OpenCLIP's says by it what becomes of pictures, and loads nothing
+    logging.disable(logging.WARNING)  # OpenCLIP says that there are no weights, and not that none are wanted
+    try:
+        with torch.device("meta"):
+            return _build(language_skeleton(tokenizer, **language), tokenizer, vision, **config)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def projector_options(name: Literal["linear", "mlp"], freeze: bool = False) -> tuple[str, bool]:
+    """Return the projector's ``name``, ``linear`` or ``mlp``, two layers with a GELU, and if it is kept as it is."""
+    return name, freeze
+
+
+def _build(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    vision: Mapping[str, Any] | None = None,
+    projector: Mapping[str, Any] | None = None,
+    label_smoothing: float = 0.0,
+    pack: bool = False,
+    image_related_metrics: bool = False,
+) -> ComposerLVLM:
+    options = {"label_smoothing": label_smoothing, "pack": pack, "image_related_metrics": image_related_metrics}
+    if vision is None:
+        generate_greedily(lm, tokenizer)
+        return ComposerLVLM(lm, tokenizer, **options)  # type: ignore[arg-type]
+    constructor = registry.load("vision", vision["name"], "model.vision.name")
+    given = {"width": hidden_size(lm)} if registry.takes(constructor, "width") else {}
+    tower = constructor(**given, **{key: value for key, value in vision.items() if key != "name"})
+    name, freeze = projector_options(**projector) if projector is not None else (None, False)
+    model, processor = make_lvlm(lm, tower, name, tokenizer)
+    if freeze:
+        model.model.multi_modal_projector.requires_grad_(False)
+    return ComposerLVLM(model, processor, **options)  # type: ignore[arg-type]
+
+
+def make_lvlm(
+    lm: PreTrainedModel,
+    tower: nn.Module,
+    projector: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str = "",
+) -> tuple[PriorLVLMForConditionalGeneration, PriorLVLMProcessor]:
+    """Make an LVLM of its parts, whose modules it takes.
+
+    Args:
+        lm: a causal LM whose embeddings hold the image tokens.
+        tower: see :mod:`.vision`.
+        projector: ``linear``, ``mlp``, or None where the tower's features have the LM's width.
+        tokenizer: with the image tokens.
+        prompt: text between image and caption. Default: none.
+
+    Returns:
+        the model and its processor.
+
+    Raises:
+        ValueError: for parts that do not fit, or an LM that cannot generate from embeddings.
+    """
+    settings: Any = tower.config
+    if projector is None and settings["width"] != hidden_size(lm):
+        raise ValueError(
+            f"model.projector is missing: features of {settings['width']} do not fit an LM of {hidden_size(lm)}."
+        )
+    _check_generation(lm)
+    if len(tokenizer) > vocabulary_size(lm):
+        raise ValueError(f"The LM embeds {vocabulary_size(lm)} of {len(tokenizer)} tokens.")
+    image_token_id, row_token_id = image_token_ids(tokenizer)
+    config = PriorLVLMConfig(lm.config, settings, projector, image_token_id, row_token_id)
+    model = PriorLVLMForConditionalGeneration(config, lm, tower)
+    generate_greedily(model, tokenizer)
+    return model, PriorLVLMProcessor(image_processor_of(tower), tokenizer, prompt)
+
+
+@torch.no_grad()
+def _check_generation(language: PreTrainedModel) -> None:
+    """Refuse, before it is trained on images, an LM that cannot generate from embeddings."""
+    model: Any = causal_lm_of(language)
+    reason = "its generate takes no inputs_embeds"
+    works = model.can_generate() and "inputs_embeds" in signature(model.prepare_inputs_for_generation).parameters
+    if works and is_recurrent(model) and model.device.type != "meta":
+        image = torch.zeros(1, 3, hidden_size(model), device=model.device, dtype=model.dtype)
+        mask = torch.ones(1, 3, dtype=torch.long, device=model.device)
+        try:
+            model.generate(inputs_embeds=image, attention_mask=mask, max_new_tokens=2)
+        except Exception as error:  # whatever the code of some model raises
+            works, reason = False, one_line(error)
+    if not works:
+        raise ValueError(f"{type(model).__name__} cannot caption images ({reason}); give another language model.")

@@ -1,0 +1,325 @@
+"""An image-text-to-text model of transformers at work: captions of images, and likelihoods of texts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from composer_prior.data.hub import ModelFolderError, load_pretrained
+from composer_prior.data.messages import DataError, one_line
+from composer_prior.data.tokenizer import encode_caption, prompt_ids
+from composer_prior.models.continuation import continuation_logprobs, same
+from composer_prior.models.language import (
+    as_forward,
+    causal_lm_of,
+    decoder_of,
+    evaluating,
+    generate_greedily,
+    head_of,
+    is_recurrent,
+    parts_of,
+)
+from composer_prior.models.model_folder import save_model_folder
+from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration, PriorLVLMProcessor
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A generated caption.
+
+    Args:
+        text: the caption.
+        pieces: what each token adds to it, with its probability, where that was asked for.
+    """
+
+    text: str
+    pieces: tuple[tuple[str, float | None], ...] = ()
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probability of each token of a text, and which characters of the text it is.
+
+    Args:
+        values: in nats; the last is that of the end of the sequence, where that was asked for.
+        offsets: ``[start, end)`` of each token in the text; ``(n, n)`` for the end of the sequence.
+    """
+
+    values: list[float]
+    offsets: list[tuple[int, int]]
+
+
+class ImageTextModel:
+    """A model of transformers with its processor, such as :func:`composer_prior.load` returns.
+
+    Args:
+        model: such as a :class:`.PriorLVLMForConditionalGeneration`, a LLaVA, a Qwen2-VL or an Idefics3, or one of PEFT
+            around it. It generates the most likely tokens unless a call says otherwise, whatever its configuration
+            says.
+        processor: of the model. With a chat template, image and prompt are what the user says.
+
+    Raises:
+        DataError: for a model without a decoder and a head.
+    """
+
+    def __init__(self, model: Any, processor: Any):
+        self.model = model
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        base = causal_lm_of(model)
+        if not hasattr(base, "model") or base.get_output_embeddings() is None:
+            raise DataError(f"{type(base).__name__} has no decoder and head that texts could be scored with.")
+        generate_greedily(model)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, trust_remote_code: bool = False) -> "ImageTextModel":
+        """Load model and processor from a folder or hub id, in evaluation mode.
+
+        Args:
+            path: the folder or hub id.
+            trust_remote_code: run code that comes with the model. Default: ``False``.
+
+        Raises:
+            ModelFolderError: one line, naming what is wrong.
+        """
+        if Path(path).is_dir() and not Path(path, "config.json").is_file():  # transformers would guess by the name
+            raise ModelFolderError(f"{path} holds no model: it has no config.json.")
+        try:
+            config = load_pretrained(AutoConfig, path, trust_remote_code)
+            model, found = load_pretrained(
+                AutoModelForImageTextToText, path, trust_remote_code, output_loading_info=True
+            )
+            processor = load_pretrained(AutoProcessor, path, trust_remote_code)
+        except ModelFolderError:
+            raise
+        except Exception as error:  # whatever the code of some model raises
+            if "Unrecognized configuration class" in str(error):
+                raise ModelFolderError(f"{path} holds a {config.model_type}, which captions no images.") from error
+            raise ModelFolderError(f"{path} holds no model that can be loaded: {one_line(error)}") from error
+        differing = differing_weights(found, unexpected=isinstance(model, PriorLVLMForConditionalGeneration))
+        if differing:
+            raise ModelFolderError(f"{path} is not whole: {len(differing)} weights differ, such as {differing[0]}.")
+        return cls(model.eval(), processor)
+
+    def to(self, device: torch.device | str) -> "ImageTextModel":
+        """Move the model's weights."""
+        self.model.to(device)
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model and processor with the code that reads them.
+
+        Args:
+            folder: must not exist; it appears only when it is whole.
+
+        Raises:
+            ValueError: as :func:`.save_model_folder`.
+            FileExistsError: if the folder exists.
+        """
+        if Path(folder).exists():
+            raise FileExistsError(f"{folder} exists; choose another folder, or remove it first.")
+        save_model_folder(self.model, self.processor, folder, self.model.state_dict())
+
+    @property
+    def prompt(self) -> str:
+        """Text between image and caption in training, where it is known."""
+        return getattr(self.processor, "prompt", "")
+
+    def inputs(self, images: Sequence[Image.Image], prompt: str | None = None) -> dict[str, Tensor]:
+        """Return what :meth:`generate` takes, see :func:`model_inputs`."""
+        return model_inputs(self.processor, images, prompt)
+
+    def generate_captions(
+        self, images: Sequence[Image.Image], prompt: str | None = None, max_new_tokens: int = 64, **kwargs: Any
+    ) -> list[str]:
+        """Caption each image; greedy unless ``kwargs`` of Hugging Face's ``generate`` say otherwise.
+
+        Args:
+            images: Pillow's, at least one.
+            prompt: text between the image and the caption. Default: that of training, where it is known, or none.
+            max_new_tokens: longest caption in tokens. Default: ``64``.
+            **kwargs: of ``generate``.
+        """
+        return [caption.text for caption in self.generate(self.inputs(images, prompt), max_new_tokens, **kwargs)]
+
+    @torch.no_grad()
+    def generate(
+        self, inputs: Mapping[str, Tensor], max_new_tokens: int = 64, probabilities: bool = False, **kwargs: Any
+    ) -> list[Caption]:
+        """Continue each row of :meth:`inputs`.
+
+        Args:
+            inputs: padded on the left.
+            max_new_tokens: longest caption in tokens. Default: ``64``.
+            probabilities: give captions in pieces, each with the probability that the model gave it.
+            **kwargs: of Hugging Face's ``generate``.
+
+        Raises:
+            ValueError: for beams of a recurrent language model.
+        """
+        recurrent = is_recurrent(self.model)
+        if recurrent and kwargs.get("num_beams", 1) > 1:
+            name = type(parts_of(self.model)["language"]).__name__
+            raise ValueError(
+                f"num_beams={kwargs['num_beams']}: {name} is recurrent, and its states follow no beam; use 1."
+            )
+        if probabilities:
+            kwargs |= {"return_dict_in_generate": True, "output_logits": True}
+        options = {"do_sample": False, "max_new_tokens": max_new_tokens, **kwargs}
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        # A recurrent layer reads padding too, so rows of one length go together.
+        groups = same(lengths) if recurrent else [list(range(len(lengths)))]
+        captions: list[Any] = [None] * len(lengths)
+        with evaluating(self.model):
+            for rows in groups:
+                given = self._rows(inputs, rows)
+                found = as_forward(self.model, self.model.generate, **given, **options)
+                start = given["input_ids"].shape[1]
+                for row, caption in zip(rows, self._captions(found, start, probabilities), strict=True):
+                    captions[row] = caption
+        return captions
+
+    def _rows(self, inputs: Mapping[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
+        """Return some rows, on the model's device and without the padding that all of them have."""
+        if len(rows) == len(inputs["input_ids"]):
+            return {key: value.to(self.model.device) for key, value in inputs.items()}
+        chosen = {key: value[list(rows)] for key, value in inputs.items()}
+        padding = int((chosen["attention_mask"] == 0).sum(1).min())
+        chosen |= {key: chosen[key][:, padding:] for key in ("input_ids", "attention_mask")}
+        return {key: value.to(self.model.device) for key, value in chosen.items()}
+
+    def _captions(self, found: Any, start: int, probabilities: bool) -> list[Caption]:
+        """Return what a model's ``generate`` has returned as text."""
+        if not probabilities:
+            return [Caption(text) for text in self.tokenizer.batch_decode(found[:, start:], skip_special_tokens=True)]
+        scores = self.model.compute_transition_scores(
+            found.sequences, found.logits, found.get("beam_indices"), normalize_logits=True
+        )
+        new = found.sequences[:, start:].tolist()
+        return [self._in_pieces(ids, row.exp()) for ids, row in zip(new, scores, strict=True)]
+
+    def _in_pieces(self, ids: list[int], probabilities: Tensor) -> Caption:
+        """Return a caption whose pieces are what each token adds; one piece where a token changes what was there."""
+        pieces: list[tuple[str, float | None]] = []
+        text = ""
+        for count, probability in enumerate(probabilities.tolist(), 1):
+            longer = str(self.tokenizer.decode(ids[:count], skip_special_tokens=True))
+            whole = not longer.endswith("\N{REPLACEMENT CHARACTER}") or count == len(ids)  # of a character's bytes
+            if whole and longer.startswith(text) and longer != text:
+                pieces.append((longer[len(text) :], probability))
+                text = longer
+        caption = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return Caption(caption, tuple(pieces) if text == caption else ((caption, None),))
+
+    def logprobs(
+        self,
+        images: Sequence[Image.Image],
+        texts: Sequence[Sequence[str]],
+        prompt: str | None = None,
+        end: bool = True,
+    ) -> list[list[TokenLogprobs]]:
+        """Return the log-probabilities of the texts of each image.
+
+        Args:
+            images: Pillow's.
+            texts: for each image the texts that are scored with it.
+            prompt: text between image and text. Default: that of training, where it is known, or none.
+            end: score the end of the sequence too.
+        """
+        encoded = [[encode_text(self.tokenizer, text, end) for text in some] for some in texts]
+        ids = [[one for one, _ in some] for some in encoded]
+        return with_offsets(self.text_logprobs(images, ids, prompt), encoded)
+
+    @torch.no_grad()
+    def text_logprobs(
+        self, images: Sequence[Image.Image], texts: Sequence[Sequence[Sequence[int]]], prompt: str | None = None
+    ) -> list[list[list[float]]]:
+        """Return ``log P(text[t] | image, prompt, text[:t])`` of every token of the texts of each image, in nats.
+
+        The model reads image and prompt once, however many texts there are.
+
+        Args:
+            images: Pillow's.
+            texts: for each image the ids of its texts, each at least one token long.
+            prompt: text between image and text. Default: that of training, where it is known, or none.
+        """
+        inputs = self.inputs(images, prompt)
+        groups = same(inputs["attention_mask"].sum(1).tolist())
+        cuts = all(len(value) == len(images) for value in inputs.values())
+        if len(groups) > 1 and not cuts:  # images without a batch dimension, such as Qwen2-VL's
+            return [self.text_logprobs([image], [some], prompt)[0] for image, some in zip(images, texts, strict=True)]
+        found: list[list[list[float]]] = [[] for _ in images]
+        with evaluating(self.model):
+            for rows in groups:
+                of_rows = [texts[row] for row in rows]
+                scores = as_forward(self.model, self._continue, self._rows(inputs, rows), of_rows)
+                for row, values in zip(rows, scores, strict=True):
+                    found[row] = values
+        return found
+
+    def _continue(self, prefix: Mapping[str, Tensor], texts: Sequence[Sequence[Sequence[int]]]) -> Any:
+        base: Any = causal_lm_of(self.model)
+        decoder: Any = decoder_of(base)
+        if isinstance(base, PriorLVLMForConditionalGeneration):  # a recurrent decoder reads the beginning again
+            rest = {key: value for key, value in prefix.items() if key != "attention_mask"}
+            prefix = {"inputs_embeds": base.model.embed(**rest), "attention_mask": prefix["attention_mask"]}
+            decoder = base.get_decoder()
+        return continuation_logprobs(decoder, head_of(self.model), prefix, texts)
+
+
+def model_inputs(processor: Any, images: Sequence[Image.Image], prompt: str | None = None) -> dict[str, Tensor]:
+    """Return what stands before a caption, as a processor writes it: the image and the prompt, padded on the left.
+
+    Args:
+        processor: of the model.
+        images: Pillow's, one for each caption.
+        prompt: text between image and caption. Default: that of training, where it is known, or none.
+
+    Raises:
+        ValueError: for a prompt of ours that spells the image.
+    """
+    text = getattr(processor, "prompt", "") if prompt is None else prompt
+    if isinstance(processor, PriorLVLMProcessor):
+        prompt_ids(processor.tokenizer, text)  # type: ignore[attr-defined]
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
+        written = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    else:
+        written = processor.image_token + text
+    pictures = [[image.convert("RGB")] for image in images]
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    return dict(processor(images=pictures, text=[written] * len(images), **options))
+
+
+def encode_text(tokenizer: Any, text: str, end: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the ids of a text, and the characters of it that each is.
+
+    Raises:
+        ValueError: for a text without tokens.
+    """
+    encoding = encode_caption(tokenizer, text)
+    ids, offsets = [*encoding.ids], [*encoding.offsets]
+    if end:
+        ids.append(tokenizer.eos_token_id)
+        offsets.append((len(text), len(text)))
+    if not ids:
+        raise ValueError("A text without tokens has no likelihood; give one that is not empty.")
+    return ids, offsets
+
+
+def with_offsets(values: list[list[list[float]]], encoded: Sequence[Sequence[Any]]) -> list[list[TokenLogprobs]]:
+    """Join log-probabilities with the offsets of :func:`encode_text`."""
+    return [
+        [TokenLogprobs(one, offsets) for one, (_, offsets) in zip(scores, some, strict=True)]
+        for scores, some in zip(values, encoded, strict=True)
+    ]
+
+
+def differing_weights(found: Mapping[str, Any], unexpected: bool = True) -> list[str]:
+    """Return what transformers' ``output_loading_info`` calls missing, of another shape, or ``unexpected``."""
+    names = {*found["missing_keys"], *map(str, found["mismatched_keys"])}
+    return sorted(names | ({*found["unexpected_keys"]} if unexpected else set()))

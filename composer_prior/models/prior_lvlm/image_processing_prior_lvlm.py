@@ -1,0 +1,108 @@
+"""Image processor of the LVLM: OpenCLIP's preprocessing, or pixel patches in the image's own aspect ratio."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import load_image
+
+
+class PriorLVLMImageProcessor(BaseImageProcessor):
+    """Turn images into ``pixel_values [B, 3, H, W]``, or ``pixel_patches [B, N, 3 P P]`` and ``patch_mask [B, N]``.
+
+    Args:
+        vision: the tower, as in :class:`PriorLVLMConfig`.
+    """
+
+    model_input_names = ["pixel_values", "pixel_patches", "patch_mask"]  # noqa: RUF012 - as transformers has it
+
+    def __init__(self, vision: Mapping[str, Any] | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.vision = dict(vision or {})
+
+    @property
+    def max_image_tokens(self) -> int:
+        """Most positions that an image takes in the text."""
+        if self.vision["type"] == "patches":
+            side = self.vision["max_side"] // self.vision["patch_size"]
+            return side * (side + 1)
+        return self.vision["image_tokens"]
+
+    def process(self, image: Image.Image) -> tuple[dict[str, Tensor], list[bool]]:
+        """Return the tensors of one image, and for each of its positions in the text whether a row ends there."""
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        if self.vision["type"] == "patches":
+            patches, rows, columns = cut_patches(image, self.vision["patch_size"], self.vision["max_side"])
+            return {"pixel_patches": patches}, ([False] * columns + [True]) * rows
+        return {"pixel_values": self._transform(image)}, [False] * self.vision["image_tokens"]
+
+    @property
+    def _transform(self) -> Any:
+        """OpenCLIP's preprocessing, made once."""
+        if "made_transform" not in vars(self):
+            from open_clip.transform import PreprocessCfg, image_transform_v2
+
+            self.made_transform = image_transform_v2(PreprocessCfg(**self.vision["preprocess"]), is_train=False)
+        return self.made_transform
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is saved."""
+        return {key: value for key, value in super().to_dict().items() if key != "made_transform"}
+
+    def batch(self, images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Stack the tensors of images; patches are padded at their end."""
+        if "pixel_values" in images[0]:
+            return {"pixel_values": torch.stack([image["pixel_values"] for image in images])}
+        patches = [image["pixel_patches"] for image in images]
+        lengths = torch.tensor([len(p) for p in patches])
+        return {
+            "pixel_patches": nn.utils.rnn.pad_sequence(patches, batch_first=True),
+            "patch_mask": torch.arange(int(lengths.max())) < lengths[:, None],
+        }
+
+    def preprocess(self, images: Any, return_tensors: Any = "pt", **kwargs: Any) -> BatchFeature:
+        """Return the tensors of one image or of several: Pillow's, arrays, paths or addresses."""
+        return BatchFeature(self.batch([self.process(image)[0] for image in flat_images(images)]), return_tensors)
+
+
+def cut_patches(image: Image.Image, patch_size: int, max_side: int) -> tuple[Tensor, int, int]:
+    """Cut an RGB image into patches in raster order.
+
+    The longer side is rounded to the patch grid and capped at ``max_side``; the other keeps the aspect ratio as nearly
+    as the grid allows.
+
+    Returns:
+        ``[N, 3 P P]`` float32 in [-1, 1], the number of rows, and the number of columns.
+    """
+    rows, columns = patch_grid(image.height, image.width, patch_size, max_side)
+    image = image.resize((columns * patch_size, rows * patch_size), Image.Resampling.BICUBIC)
+    pixels = pil_to_tensor(image).float().div_(127.5).sub_(1.0)  # [3, H, W]
+    patches = pixels.reshape(3, rows, patch_size, columns, patch_size).permute(1, 3, 0, 2, 4)  # [h, w, 3, P, P]
+    return patches.flatten(2).flatten(0, 1), rows, columns
+
+
+def patch_grid(height: int, width: int, patch_size: int, max_side: int) -> tuple[int, int]:
+    """Return the rows and columns of patches of an image of ``height`` x ``width`` pixels."""
+    long_side = max(height, width)
+    target = min(max_side, max(1, round(long_side / patch_size)) * patch_size)
+    rows, columns = (max(1, round(side * target / long_side / patch_size)) for side in (height, width))
+    return rows, columns
+
+
+def flat_images(images: Any) -> list[Image.Image]:
+    """Return images in a list, nested or not, as Pillow's."""
+    if isinstance(images, (list, tuple)):
+        return [one for image in images for one in flat_images(image)]
+    if isinstance(images, (str, Image.Image)):
+        return [load_image(images)]
+    pixels = np.asarray(images)  # [H, W, 3], or [3, H, W] as torch has it
+    return [Image.fromarray(pixels.transpose(1, 2, 0) if pixels.shape[0] == 3 else pixels)]
+
+
+PriorLVLMImageProcessor.register_for_auto_class("AutoImageProcessor")
