@@ -91,6 +91,13 @@ class Remote:
 
         download(fetch, file, check, attempts or ATTEMPTS, seconds, remote=url)
 
+    def read(self, name: str, **options: Any) -> bytes:
+        """Return the bytes of a small object; ``options`` and errors are those of :meth:`get`."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "object")
+            self.get(name, file, **options)
+            return file.read_bytes()
+
     def put(self, folder: Path, name: str, attempts: int = 1) -> None:
         """Upload a file of a folder, with 1, 2, 4 … s between attempts.
 
@@ -237,11 +244,9 @@ class Output:
         if self.remote is None:
             path = Path(self.label, name)
             return path.read_bytes() if path.exists() else None
-        with tempfile.TemporaryDirectory(dir=self.state) as folder:
-            try:
-                self.remote.get(name, Path(folder, name), attempts=1 if names is None else self.attempts)
-                return Path(folder, name).read_bytes()
-            except DataError as error:
-                if names is not None or is_denied(error):
-                    raise StorageError(f"{self.label}/{name} cannot be read: {error}.") from error
-                return None  # remotes say in many ways that a file is missing
+        try:
+            return self.remote.read(name, attempts=1 if names is None else self.attempts)
+        except DataError as error:
+            if names is not None or is_denied(error):
+                raise StorageError(f"{self.label}/{name} cannot be read: {error}.") from error
+            return None  # remotes say in many ways that a file is missing

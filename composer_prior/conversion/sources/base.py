@@ -185,6 +185,19 @@ def pick(names: Sequence[str], wanted: str | None, usual: Sequence[str], option:
     return chosen
 
 
+def pick_columns(names: Sequence[str], options: SourceOptions, where: str, folder: Path) -> tuple[str, str, Path]:
+    """Return the columns of images and captions, and the folder of images that are paths.
+
+    Raises:
+        SourceError: if a column or the folder is missing.
+    """
+    image = pick(names, options.image_column, IMAGE_COLUMNS, "image_column", where)
+    caption = pick(names, options.caption_column, CAPTION_COLUMNS, "caption_column", where)
+    if options.key_column:
+        pick(names, options.key_column, (), "key_column", where)
+    return image, caption, asked_folder(options.images) if options.images else folder.resolve()
+
+
 def load(module: str) -> Any:
     """Import an optional package, or raise one line that says how to install it."""
     try:

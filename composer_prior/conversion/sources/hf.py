@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from composer_prior.conversion.sources.base import (
-    CAPTION_COLUMNS,
-    IMAGE_COLUMNS,
     SPANS,
     BadFile,
     Record,
@@ -15,9 +13,8 @@ from composer_prior.conversion.sources.base import (
     Seen,
     SourceError,
     SourceOptions,
-    asked_folder,
     load,
-    pick,
+    pick_columns,
 )
 from composer_prior.conversion.sources.files import beginning, describe, file_unit, kind_of
 from composer_prior.conversion.sources.parquet import ROWS_AT_ONCE, batch_rows, row_record
@@ -40,11 +37,7 @@ class HFSource:
     @classmethod
     def open(cls, path: Path, options: SourceOptions) -> "HFSource":
         data = _load_saved(path, options.split)
-        image = pick(data.column_names, options.image_column, IMAGE_COLUMNS, "image_column", str(path))
-        caption = pick(data.column_names, options.caption_column, CAPTION_COLUMNS, "caption_column", str(path))
-        if options.key_column:
-            pick(data.column_names, options.key_column, (), "key_column", str(path))
-        images = asked_folder(options.images) if options.images else path.resolve()
+        image, caption, images = pick_columns(data.column_names, options, str(path), path)
         return cls(path, options, image, caption, images, len(data), SPANS in data.column_names)
 
     @property

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from composer_prior.conversion.sources.base import (
-    CAPTION_COLUMNS,
-    IMAGE_COLUMNS,
     SPANS,
     BadFile,
     FileUnit,
@@ -16,9 +14,8 @@ from composer_prior.conversion.sources.base import (
     Seen,
     SourceError,
     SourceOptions,
-    asked_folder,
     load,
-    pick,
+    pick_columns,
 )
 from composer_prior.conversion.sources.files import describe, file_unit, parquet_problem
 from composer_prior.conversion.sources.records import record_of
@@ -60,11 +57,7 @@ class ParquetSource:
             except (arrow.ArrowException, OSError) as error:
                 bad.append(BadFile.of(file.relative_to(root).as_posix(), one_line(error, 200)))
                 continue
-            image = pick(names, options.image_column, IMAGE_COLUMNS, "image_column", file.name)
-            caption = pick(names, options.caption_column, CAPTION_COLUMNS, "caption_column", file.name)
-            if options.key_column:
-                pick(names, options.key_column, (), "key_column", file.name)
-            images = asked_folder(options.images) if options.images else root.resolve()
+            image, caption, images = pick_columns(names, options, file.name, root)
             return cls(root, tuple(files), options, image, caption, images, SPANS in names)
         raise SourceError(f"{root}: none of its {len(files)} Parquet files can be read: {describe(bad)}.")
 

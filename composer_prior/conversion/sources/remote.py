@@ -61,7 +61,14 @@ class RemoteSource:
         found = archives_of([Path(last)])
         if not found:
             folder = remote.rstrip("/")
-            found = archives_of(Path(name) for name in _names(folder))
+            try:
+                found = archives_of(map(Path, Remote(folder).names()))
+            except NotImplementedError:
+                raise SourceError(f"{remote}: a remote of this kind cannot be listed; name one of its files.") from None
+            except (StorageError, FileNotFoundError) as error:
+                raise SourceError(
+                    f"{remote} cannot be listed: {told(error.__cause__ or error, remote, 200)}."
+                ) from error
         if options.form is not None:
             found = {form: files for form, files in found.items() if form == options.form}
         if len(found) != 1:
@@ -134,13 +141,3 @@ class RemoteSource:
                     raise _NotThereError(f"{remote} cannot be read: {error}") from error
                 raise SourceError(f"{remote} cannot be read: {error}; run the same command again to go on.") from error
             yield file
-
-
-def _names(remote: str) -> list[str]:
-    """Return the names of all files below a remote, in order."""
-    try:
-        return Remote(remote).names()
-    except NotImplementedError:
-        raise SourceError(f"{remote}: a remote of this kind cannot be listed; name one of its files.") from None
-    except (StorageError, FileNotFoundError) as error:
-        raise SourceError(f"{remote} cannot be listed: {told(error.__cause__ or error, remote, 200)}.") from error
