@@ -122,11 +122,9 @@ class ChoiceBenchmark(Benchmark):
         return points
 
     def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
-        """Return the points of a sample, overall and in its category."""
         return with_category({**self.points(prediction), "samples": 1.0}, prediction["category"])
 
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the accuracies, overall and of each category."""
         return per_category(
             sums, lambda some: {name: total / some["samples"] for name, total in some.items() if name != "samples"}
         )
@@ -152,7 +150,6 @@ class FileChoices(ChoiceBenchmark):
         return len(self.samples)
 
     def other(self, number: int) -> int:
-        """Return a sample with another image."""
         return self._others[number]
 
 

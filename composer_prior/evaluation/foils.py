@@ -89,7 +89,6 @@ class Foils(FileChoices):
         super().__init__(samples, reference, end, parts, prompt)
 
     def choice(self, number: int) -> Choice:
-        """Return a caption with its foils."""
         sample = self.samples[number]
         image = load_image(sample.image)
         details = {"image": image_name(sample.image), **({"group": sample.group} if sample.group else {})}
@@ -97,7 +96,6 @@ class Foils(FileChoices):
         return Choice(image.crop(sample.box) if sample.box else image, texts, sample.category, self.prompt, details)
 
     def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
-        """Return the points of a sample, overall, in its category and in its group."""
         points = super().count(prediction)
         if "group" not in prediction:
             return points
@@ -105,7 +103,6 @@ class Foils(FileChoices):
         return points | {f"{name}{where}": points[name] for name in (*SCORES, "samples")}
 
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the accuracies, and their means over groups."""
         found = super().figures({name: total for name, total in sums.items() if _MACRO not in name})
         groups = defaultdict(list)
         for key, total in sums.items():

@@ -162,7 +162,6 @@ class Hallucination(Benchmark):
         ]
 
     def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
-        """Return the counts of :func:`chair_counts` for the image and for another."""
         counts = chair_counts(prediction["named"], prediction["there"])
         there = prediction["there_in_another"]
         another = dict[str, float]() if there is None else chair_counts(prediction["named"], there)
@@ -170,7 +169,6 @@ class Hallucination(Benchmark):
         return with_category(counts, prediction["category"])
 
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the figures of :func:`chair`, overall and of each category."""
         return per_category(sums, chair)
 
 

@@ -81,7 +81,6 @@ class ImageDependence(Benchmark):
         ]
 
     def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
-        """Return sums over the tokens of a caption."""
         dependence = _dependence(prediction)
         with_image, another = np.array(prediction["with_image"]), np.array(prediction["with_another"], float)
         shuffled = another - np.array(prediction["without"])
@@ -101,7 +100,6 @@ class ImageDependence(Benchmark):
         return sums
 
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return means over tokens, the rank correlation and the precisions."""
         found = {
             "dependence": sums["dependence"] / sums["tokens"],
             "dependence_shuffled": sums["shuffled"] / sums["tokens"],

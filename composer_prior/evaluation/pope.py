@@ -75,21 +75,18 @@ class Pope(FileChoices):
         super().__init__(questions, reference, end, [question[1:] for question in questions], prompt, answers)
 
     def choice(self, number: int) -> Choice:
-        """Return a question with its answers."""
         asked = self.samples[number]
         details = {"question_id": asked.identity, "question": asked.question, "label": "yes" if asked.yes else "no"}
         prompt = self.prompt.replace("{question}", asked.question)
         return Choice(load_image(asked.image), self.answers[asked.yes], asked.category, prompt, details)
 
     def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
-        """Return the points of a question, and whether yes is true and said."""
         points = super().count(prediction)
         is_yes, right = float(prediction["label"] == "yes"), points["total"]
         counts = {"is_yes": is_yes, "true_yes": is_yes * right, "said_yes": right if is_yes else 1 - right}
         return points | with_category(counts, prediction["category"])
 
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return accuracy, precision, recall, F1 and share of yes, with the figures of every choice."""
         shares = super().figures(sums)
         found = {name: share for name, share in shares.items() if name.partition("/")[0] not in _COUNTED}
         for key in [name for name in shares if name.partition("/")[0] == "is_yes"]:

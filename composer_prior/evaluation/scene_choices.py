@@ -60,7 +60,6 @@ class SceneChoices(ChoiceBenchmark):
         """Make the texts of an item of a category."""
 
     def choice(self, number: int) -> Choice:
-        """Return a sample, whose image has its scene in ``info``."""
         return self._choice(number)
 
     def _make_choice(self, number: int) -> Choice:
@@ -78,7 +77,6 @@ class SceneFoils(SceneChoices):
     all_categories = foils.CATEGORIES
 
     def statements(self, category: str, index: int) -> Statements:
-        """Make a caption and its foils."""
         return foils.make_foils(category, index, canvas=self.canvas, seed=self.seed)
 
 
@@ -100,5 +98,4 @@ class SceneQuestions(SceneChoices):
         self.fingerprint += f" {form}"
 
     def statements(self, category: str, index: int) -> Statements:
-        """Make a question's answers, or beginnings of captions."""
         return questions.make_question(category, index, form=self.form, canvas=self.canvas, seed=self.seed)
