@@ -72,7 +72,7 @@ class Images(IterableDataset[Decoded]):
 
 
 def find_images(sources: Sequence[str]) -> Iterator[str]:
-    """The names of images, as they are found: a folder's and a remote's are those that end as images do."""
+    """Yield the names of images; in folders and remotes those with the suffix of an image."""
     for source in sources:
         if is_remote(source) and not source.lower().endswith(SUFFIXES):
             remote = Remote(source)
@@ -86,7 +86,7 @@ def find_images(sources: Sequence[str]) -> Iterator[str]:
 
 
 def read_bytes(name: str) -> bytes:
-    """The bytes of a file, or of an object of a remote."""
+    """Read a file, or an object of a remote."""
     if not is_remote(name):
         return read_image_file(name)
     with tempfile.TemporaryDirectory() as folder:
@@ -114,11 +114,10 @@ def caption_images(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, int]:
-    """Caption images, one line of JSON each: ``{"image", "caption"}``, or ``{"image", "error"}`` for one that is none;
-    with a page also ``tokens``, the pieces of the caption with their probabilities.
+    """Caption images, one line of JSON each: ``{"image", "caption"}``, or ``{"image", "error"}`` for an unreadable one.
 
-    Lines are written as soon as they are known. The same call goes on where an earlier one was stopped; with other
-    options it is refused.
+    With a page lines also have ``tokens``, the pieces of the caption with their probabilities. Lines are written as
+    soon as they are ready. The same call resumes an interrupted one; with other options it is rejected.
 
     Args:
         model: a run folder, a model folder, a checkpoint or a hub id.
@@ -184,7 +183,7 @@ def caption_images(
 
 
 def _page(lines: Path, title: str) -> str:
-    """The first captions of a file, also those of earlier calls, which have no shades if these asked for no page."""
+    """Make a page of the first captions of a file; captions of calls without a page have no shades."""
     cards = []
     with open(lines) as file:
         for line in islice((line for line in map(json.loads, file) if "caption" in line), PAGE_IMAGES):

@@ -27,7 +27,7 @@ NAME = "composer_prior"
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval knows of the model before it is needed."""
+    """Describe the model to lmms-eval."""
     return ModelManifest(model_id=NAME, simple_class_path=f"{__name__}.{ComposerPrior.__name__}")
 
 
@@ -74,7 +74,7 @@ class ComposerPrior(lmms):
         self.model.to(self.device)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """A caption for each request, in their order.
+        """Caption the requests, in their order.
 
         Raises:
             ValueError: for a document that has not exactly one image.
@@ -126,7 +126,7 @@ class ComposerPrior(lmms):
         return answers
 
     def _continuation(self, request: Instance) -> list[int]:
-        """The ids of the text whose likelihood is asked for: a choice, or what a task makes of the document."""
+        """Return the ids of the text of a likelihood request: a choice, or the task's text for the document."""
         _, text, _, number, task, split = request.args
         text = text(self.task_dict[task][split][number]) if callable(text) else text
         ids: list[int] = encode_caption(self.model.tokenizer, text).ids
@@ -148,7 +148,7 @@ class ComposerPrior(lmms):
 
 
 def decoding(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of :meth:`.ImageTextModel.generate_captions` that stand for a task's ``generation_kwargs``."""
+    """Translate a task's ``generation_kwargs`` into options of :meth:`.ImageTextModel.generate_captions`."""
     given = {key: value for key, value in options.items() if value is not None}
     samples = bool(given.get("do_sample", given.get("temperature", 0) > 0)) and given.get("temperature", 1) > 0
     found = {"max_new_tokens": int(given.get("max_new_tokens", 64)), "num_beams": int(given.get("num_beams", 1))}
@@ -157,13 +157,13 @@ def decoding(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cut(text: str, until: str | Sequence[str] | None) -> str:
-    """The text before the first of the words that end it."""
+    """Cut a text before the first of its end words."""
     ends = [until] if isinstance(until, str) else until or []
     return text[: min([len(text), *(text.find(end) for end in ends if end and end in text)])]
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """An image as RGB, its transparency laid on white as in training."""
+    """Convert an image to RGB, with transparency on white as in training."""
     return on_white(image.copy()).convert("RGB")
 
 

@@ -91,7 +91,7 @@ def _go_on(decoder: Any, prefix: Mapping[str, Tensor], start: Any, owner: Tensor
 
 
 def _anew(decoder: Any, prefix: Mapping[str, Tensor], owner: Tensor, ids: Tensor) -> Tensor:
-    """The same for a model that keeps no keys and values, as recurrent ones: beginnings are read again."""
+    """Return the same for a model without a cache, such as recurrent ones, by reading prefixes again."""
     if "inputs_embeds" not in prefix:
         raise ValueError(f"{type(decoder).__name__} keeps no keys and values that texts could go on from.")
     embedded = decoder.get_input_embeddings()(ids)
@@ -100,7 +100,7 @@ def _anew(decoder: Any, prefix: Mapping[str, Tensor], owner: Tensor, ids: Tensor
 
 
 def same(values: Sequence[Any]) -> list[list[int]]:
-    """The places of equal values together."""
+    """Group the indices of equal values."""
     groups = defaultdict(list)
     for place, value in enumerate(values):
         groups[value].append(place)

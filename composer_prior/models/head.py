@@ -49,14 +49,14 @@ class TransformedHead:
 
     @classmethod
     def of(cls, head: "Head") -> "TransformedHead":
-        """The same head; a bare module leaves its logits as they are."""
+        """Return the head; a bare module becomes one without a transformation of its logits."""
         return head if isinstance(head, cls) else cls(head)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.transform(self.module(hidden))
 
     def transform(self, logits: Tensor) -> Tensor:
-        """What becomes of the module's logits."""
+        """Scale and cap the module's logits."""
         logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
@@ -177,7 +177,7 @@ def _dense(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _cut_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernel of the library, and another pass for the most likely token, which it does not give."""
+    """Run the library's kernel, and another pass for the most likely token, which the kernel does not return."""
     hidden, weight, _, softcap = _cast(hidden, head)
     assert linear_cross_entropy is not None
     nll = linear_cross_entropy(hidden, weight, targets, softcap=softcap, reduction="none")
@@ -257,9 +257,13 @@ class _LinearNLL(torch.autograd.Function):
 def _blockwise(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None, kept_elements: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor]]:
-    """Negative log-likelihood ``[n]``, ``[n]`` whether the target is the most likely token, the probability of each
-    block ``[blocks, n]``, the cap's slope at the targets ``[n]``, and the probabilities within the first blocks
-    ``[n, v]`` times the cap's slopes, as many as may be kept."""
+    """Return what the backward pass needs of the head's blocks.
+
+    Returns:
+        negative log-likelihood ``[n]``; ``[n]`` True if the target is the most likely token; the probability of each
+        block ``[blocks, n]``; the cap's slope at the targets ``[n]``; and the probabilities within the first blocks
+        ``[n, v]`` times the cap's slopes, as far as memory allows.
+    """
     tops, top_tokens, sums, kept = [], [], [], []
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     target_logits = torch.full(targets.shape, torch.nan, dtype=dtype, device=hidden.device)
@@ -287,7 +291,7 @@ def _blockwise(
 
 
 def _blocks(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
-    """The vocabulary in blocks of equal size, but for the last; on a GPU of whole tiles of its matrix products."""
+    """Split the vocabulary into blocks of equal size except the last; on a GPU, of whole tiles of matrix products."""
     kind = device.type if device.type in BLOCK_ELEMENTS else "cuda"
     count = -(-vocabulary // max(256, BLOCK_ELEMENTS[kind] // max(tokens, 1)))
     size = -(-vocabulary // (count * BLOCK_MULTIPLE[kind])) * BLOCK_MULTIPLE[kind]
@@ -302,7 +306,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
 
 
 def _slope(capped: Tensor, softcap: float | None) -> Tensor | None:
-    """Derivative of the cap by what it was given, from what came out; None without a cap."""
+    """Return the derivative of the cap from its output; None without a cap."""
     return None if softcap is None else 1 - (capped / softcap).square_()
 
 
@@ -316,7 +320,7 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _cast(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor | None, float | None]:
-    """What ``head(hidden)`` would multiply, under autocast too, with its scale in the hidden states; its soft cap."""
+    """Return the factors of ``head(hidden)`` under autocast too, the scale in the hidden states, and its cap."""
     given = TransformedHead.of(head)
     weight, bias, dtype = given.module.weight, given.module.bias, _product_dtype(hidden)
     if given.scale != 1:

@@ -35,11 +35,12 @@ def label_logits(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 def on_text_alone(
     read: Callable[[Tensor, Tensor], Tensor], input_ids: Tensor, is_text: Tensor, labels: Tensor
 ) -> Tensor:
-    """Read the text of a batch alone, its tokens moved together, and return a value of each label.
+    """Read only the text of a batch, without gaps, and return a value for each label.
 
     Args:
         read: maps ids and labels ``[B, S]``, padded at the end, to a value of each label, ``[B, S]`` float32.
-        input_ids, labels: ``[B, T]`` int64.
+        input_ids: ``[B, T]`` int64.
+        labels: ``[B, T]`` int64.
         is_text: ``[B, T]`` bool.
 
     Returns:

@@ -45,7 +45,7 @@ def build_language_model(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A causal LM, pretrained or new, whose embeddings hold every token of the tokenizer.
+    """Build a causal LM, pretrained or new, with embeddings for every token of the tokenizer.
 
     Args:
         tokenizer: its length is the vocabulary of a new model.
@@ -79,10 +79,11 @@ def language_skeleton(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """What :func:`build_language_model` builds, without its weights: call it on the meta device.
+    """Build the model of :func:`build_language_model` without its weights: call it on the meta device.
 
     Raises:
-        ValueError, OSError: as there, but for what only weights can show.
+        ValueError: as there, except for errors that only weights show.
+        OSError: as there.
     """
     settings = _configuration(tokenizer, pretrained, config, trust_remote_code)
     text = settings.get_text_config(decoder=True)
@@ -100,7 +101,7 @@ def _configuration(
     config: dict[str, Any] | None,
     trust_remote_code: bool,
 ) -> PretrainedConfig:
-    """The Hugging Face configuration of a pretrained model or of a new one."""
+    """Return the Hugging Face configuration of a pretrained model or of a new one."""
     if (pretrained is None) == (config is None):
         raise ValueError("model.language needs either `pretrained` (a hub id or folder) or `config` (a new model).")
     if pretrained is not None:
@@ -178,12 +179,12 @@ def generate_greedily(model: Any, tokenizer: PreTrainedTokenizerBase | None = No
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Number of tokens that the model embeds."""
+    """Return the number of tokens that the model embeds."""
     return cast(Tensor, model.get_input_embeddings().weight).shape[0]
 
 
 def hidden_size(model: PreTrainedModel) -> int:
-    """Size of the model's input embeddings."""
+    """Return the size of the model's input embeddings."""
     return cast(Tensor, model.get_input_embeddings().weight).shape[1]
 
 
@@ -219,7 +220,7 @@ def check_adapters(model: PreTrainedModel) -> None:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """What maps hidden states to logits: the module, and what the model's configuration does to the logits after it."""
+    """Return the map of hidden states to logits: the module, with the scale and cap of the model's configuration."""
     module = model.get_output_embeddings()
     config = causal_lm_of(model).config.get_text_config()
     scale, softcap = logit_transform(config)
@@ -287,7 +288,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def causal_lm_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The Hugging Face model inside one of PEFT."""
+    """Return the Hugging Face model inside one of PEFT."""
     return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -325,7 +326,7 @@ def check_head(model: PreTrainedModel, reads_embeddings: bool = False) -> None:
 
 
 def _complaint(model: PreTrainedModel, reads_embeddings: bool) -> str | None:
-    """What about an LM is not as we take it to be; None where all is."""
+    """Return the first violated assumption about an LM, or None."""
     head, embeddings = TransformedHead.of(head_of(model)), model.get_input_embeddings()
     ids = torch.arange(4, device=model.device)[None] * (vocabulary_size(model) // 4)
     seen: list[tuple[Tensor, Tensor]] = []

@@ -119,10 +119,10 @@ def check_output(folder: Path, dtype: str | None, overwrite: bool) -> None:
 
 
 def llava_of(model: ImageTextModel) -> tuple[Any, Any]:
-    """The model as ``LlavaForConditionalGeneration``, with which it shares weights, and its ``LlavaProcessor``.
+    """Build a ``LlavaForConditionalGeneration`` that shares weights with the model, and its ``LlavaProcessor``.
 
     Raises:
-        LlavaError: if it has none.
+        LlavaError: if LLaVA does not support the model.
     """
     if hasattr(model.model, "get_base_model"):
         raise refusal("the model", "it has adapters of PEFT; merge them first, merge_and_unload()")
@@ -177,7 +177,7 @@ def llava_of(model: ImageTextModel) -> tuple[Any, Any]:
 
 
 def _vision(tower: OpenCLIPTower) -> StockVision:
-    """The tower as a vision model of transformers."""
+    """Convert the tower to a vision model of transformers."""
     try:
         return stock_vision(tower.encoder, tower.image_size)
     except NoStockFormError as error:
@@ -185,7 +185,7 @@ def _vision(tower: OpenCLIPTower) -> StockVision:
 
 
 def architecture_name(vision: Any) -> str:
-    """The name of OpenCLIP's architecture that a tower's configuration describes, at whatever image size."""
+    """Return the name of OpenCLIP's architecture with a tower's configuration, at any image size."""
     described = {key: value for key, value in vision["vision_cfg"].items() if key != "image_size"}
     same = []
     for name in open_clip.list_models():
@@ -200,7 +200,7 @@ def architecture_name(vision: Any) -> str:
 
 
 def _projector(projector: nn.Module, width_in: int, width_out: int) -> tuple[str, dict[str, Tensor]]:
-    """The activation and the weights of LLaVA's projector, which always has two layers."""
+    """Return the activation and the weights of LLaVA's projector, which always has two layers."""
     layers: list[Any] = list(projector) if isinstance(projector, nn.Sequential) else [projector]
     kinds = [nn.Linear if isinstance(layer, nn.Linear) else type(layer) for layer in layers]
     if kinds == [nn.Linear, nn.GELU, nn.Linear] and layers[1].approximate == "none":
@@ -223,7 +223,7 @@ def _projector(projector: nn.Module, width_in: int, width_out: int) -> tuple[str
 
 
 def _language(language: Any) -> tuple[PretrainedConfig, dict[str, Tensor]]:
-    """Configuration and weights of the language model in LLaVA: its decoder, and a linear head without a bias."""
+    """Return configuration and weights of the language model in LLaVA: its decoder, and a linear head without bias."""
     what = f"the language model {type(language).__name__}"
     config = copy.deepcopy(language.config)
     if not type(config).__module__.startswith("transformers."):
@@ -250,7 +250,7 @@ def _language(language: Any) -> tuple[PretrainedConfig, dict[str, Tensor]]:
 
 
 def _processor(own: Any, tower: OpenCLIPTower, vision: StockVision) -> Any:
-    """The stock processor that makes of pictures and text what the model reads."""
+    """Build the stock processor with the model's preprocessing of images and text."""
     return LlavaProcessor(
         _image_processor(tower),
         _with_bos(for_generation(own).tokenizer),
@@ -263,9 +263,9 @@ def _processor(own: Any, tower: OpenCLIPTower, vision: StockVision) -> Any:
 
 
 def _image_processor(tower: OpenCLIPTower) -> CLIPImageProcessor:
-    """The one on Pillow, whose resizing is OpenCLIP's to the bit; the one on torch rounds otherwise.
+    """Build the image processor on Pillow, which resizes exactly as OpenCLIP; the one on torch rounds differently.
 
-    It takes the rows of a picture that is 1 or 3 pixels high for channels. transformers 5 gave its name to the other.
+    It confuses rows and channels of images 1 or 3 pixels high. In transformers 5 the one on torch has its name.
     """
     on_pillow: type[CLIPImageProcessor] = getattr(transformers, "CLIPImageProcessorPil", CLIPImageProcessor)
     given, size = tower.config["preprocess"], tower.image_size
@@ -284,9 +284,9 @@ def _image_processor(tower: OpenCLIPTower) -> CLIPImageProcessor:
 
 
 def _with_bos(tokenizer: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer that begins a text with the beginning-of-sequence token, as our sequences do, whatever its class.
+    """Return a tokenizer that begins a text with the beginning-of-sequence token, as our sequences, for any class.
 
-    Classes such as GPT-NeoX's write over what its file says of that when they load it; the plain class keeps it.
+    Classes such as GPT-NeoX's override this setting of the file when they load it; the plain class keeps it.
     """
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     settings |= {"padding": None, "truncation": None, "pre_tokenizer": _alike_everywhere(settings["pre_tokenizer"])}
@@ -323,7 +323,7 @@ def _alike_everywhere(settings: Any) -> Any:
 
 
 def _load(folder: Path) -> tuple[Any, Any, Any]:
-    """What stock transformers makes of a folder: the model, and the processors on Pillow and by default."""
+    """Load a folder with stock transformers: the model, the processor on Pillow, and the default one."""
     on_pillow, default = [AutoProcessor.from_pretrained(folder, **backend) for backend in ({"backend": "pil"}, {})]
     llava, found = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     odd = differing_weights(found)

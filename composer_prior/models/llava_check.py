@@ -39,7 +39,7 @@ class Comparison(NamedTuple):
 
 
 def refusal(what: str, why: str) -> LlavaError:
-    """The error for a part that LLaVA does not have, which names the way that is open."""
+    """Return the error for a part that LLaVA does not support, with an alternative."""
     return LlavaError(
         f"{what} has no LLaVA form: {why.rstrip('.')}; use the model folder of the run, which transformers reads with "
         "trust_remote_code=True."
@@ -47,7 +47,7 @@ def refusal(what: str, why: str) -> LlavaError:
 
 
 def failure(language: Any, error: Exception) -> LlavaError:
-    """The error for a language model that raises one inside of LLaVA."""
+    """Return the error for a language model that fails inside of LLaVA."""
     return LlavaError(
         f"LLaVA with the language model {type(language).__name__} fails ({one_line(error, 200)}); nothing is written. "
         "The model folder of the run is another way, which transformers reads with trust_remote_code=True."
@@ -56,12 +56,12 @@ def failure(language: Any, error: Exception) -> LlavaError:
 
 @torch.no_grad()
 def compare(model: ImageTextModel, llava: Any, processor: LlavaProcessor, default: LlavaProcessor) -> Comparison:
-    """Hold a model in LLaVA form against the model.
+    """Compare an exported LLaVA with the model.
 
     Args:
         model: in any precision; float32 is compared.
-        llava, processor: ``LlavaForConditionalGeneration``, in float32, and its processor, as transformers loads them,
-            with pictures fitted by Pillow.
+        llava: ``LlavaForConditionalGeneration`` in float32, as transformers loads it.
+        processor: its processor on Pillow.
         default: the processor that transformers loads when it is not asked for one on Pillow.
 
     Raises:
@@ -153,7 +153,7 @@ def _shift_warning(image_size: int, logits: float, same: int, of: int) -> str:
 
 
 def _inputs(model: ImageTextModel, processor: LlavaProcessor, pictures: list[Image.Image]) -> tuple[Any, Any]:
-    """What the stock processor and ours make of pictures with the prompt of training; the ids are the same."""
+    """Return the outputs of the stock processor and of ours for images with the prompt of training; ids are equal."""
     text = [IMAGE_TOKEN + model.prompt] * len(pictures)
     device = model.model.device
     inputs = processor(images=pictures, text=text, return_tensors="pt").to(device)
@@ -178,7 +178,7 @@ def _stock_captions(llava: Any, processor: LlavaProcessor, inputs: Any) -> list[
 
 
 def _logit_difference(model: ImageTextModel, llava: Any, inputs: Any, ours: Any) -> tuple[float, float]:
-    """The largest difference of a logit, and how large it may be; on the prompt and on text that follows."""
+    """Return the largest difference of a logit on the prompt and on text after it, and its tolerance."""
     count = inputs["input_ids"].shape[0]
     following = torch.arange(CAPTION_TOKENS, device=inputs["input_ids"].device) * 7 % len(model.tokenizer)
     following = following[following != model.processor.image_token_id].expand(count, -1)

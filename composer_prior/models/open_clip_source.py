@@ -41,10 +41,11 @@ class Source(NamedTuple):
 
 
 def find_source(architecture: str, pretrained: str | None, given: Mapping[str, Any]) -> Source:
-    """Find an encoder and what its weights were trained with; no weight is read.
+    """Find an encoder and the preprocessing of its weights, without reading weights.
 
     Args:
-        architecture, pretrained: of :class:`.OpenCLIPTower`.
+        architecture: see :class:`.OpenCLIPTower`.
+        pretrained: see :class:`.OpenCLIPTower`.
         given: :data:`PREPROCESSING`; None where the weights' own is wanted.
 
     Raises:
@@ -73,7 +74,7 @@ def brings_weights(architecture: str) -> bool:
 
 
 def _with_own_weights(architecture: str, pretrained: str | None) -> Source:
-    """That of ``local-dir:FOLDER`` or ``hf-hub:ORG/NAME``."""
+    """Find the source of ``local-dir:FOLDER`` or ``hf-hub:ORG/NAME``."""
     what, place = f"model.vision.architecture={architecture}", architecture.partition(":")[2]
     if pretrained:
         raise ValueError(f"{what} brings its weights; leave model.vision.pretrained out.")
@@ -94,7 +95,7 @@ def _with_own_weights(architecture: str, pretrained: str | None) -> Source:
 
 
 def _of_table(architecture: str, pretrained: str | None) -> Source:
-    """That of an architecture of OpenCLIP's, with weights of its table, of ours, of a file, or random ones."""
+    """Find the source of an OpenCLIP architecture, with weights of its table, of ours, of a file, or random ones."""
     config, default = open_clip.get_model_config(architecture), asdict(PreprocessCfg())
     if config is None:
         raise ValueError(
@@ -120,7 +121,7 @@ def _of_table(architecture: str, pretrained: str | None) -> Source:
 
 
 def _of_file(file: Path, architecture: str, config: dict[str, Any], known: list[dict[str, Any]]) -> Source:
-    """That of a checkpoint: by the configuration beside it, else by what all weights of its architecture share."""
+    """Find the source of a checkpoint: by the configuration beside it, or by the values that all tags share."""
     if zipfile.is_zipfile(file) and any("/code/" in name for name in zipfile.ZipFile(file).namelist()):
         raise ValueError(
             f"model.vision.pretrained={file} is a TorchScript archive, as OpenAI's are: OpenCLIP does not read it. Set "
@@ -159,5 +160,5 @@ def _check_activation(architecture: str, config: Mapping[str, Any], trained: Any
 
 
 def _twin(architecture: str) -> str:
-    """The name of an architecture with the other activation."""
+    """Return the name of an architecture with the other activation."""
     return architecture.removesuffix(QUICK) if architecture.endswith(QUICK) else architecture + QUICK

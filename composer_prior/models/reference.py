@@ -238,7 +238,7 @@ class _Scorer(nn.Module):
 
 
 def _default_dtype(config: PretrainedConfig) -> torch.dtype:
-    """That of the files; but float32 without a GPU, where bf16 products can be 100 times slower."""
+    """Return the type of the files, or float32 without a GPU, where bf16 products can be 100 times slower."""
     dtype: Any = config.dtype
     return dtype if dtype is not None and torch.cuda.is_available() else torch.float32
 

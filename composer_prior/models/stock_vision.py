@@ -60,7 +60,7 @@ class StockVision(NamedTuple):
 
 
 def stock_vision(encoder: nn.Module, image_size: int) -> StockVision:
-    """The vision model of transformers that computes what an encoder does up to the last block that it has left.
+    """Build the vision model of transformers that equals an encoder up to its last block.
 
     Args:
         encoder: OpenCLIP's, without what comes after its blocks.
@@ -134,7 +134,7 @@ def _all_names(
 
 
 def _renamed(state: Mapping[str, Tensor], names: Mapping[str, list[str]]) -> dict[str, Tensor]:
-    """The weights under their names in transformers. Every one has a place, and every place has one."""
+    """Rename the weights for transformers; the names match one to one."""
     odd = sorted({*state} ^ {*names})
     if odd:
         raise NoStockFormError(
@@ -158,7 +158,7 @@ def _expect(blocks: Iterable[nn.Module], kind: type[nn.Module]) -> None:
 
 
 def _activation(modules: Iterable[nn.Module]) -> str:
-    """The name of what activation modules compute: their classes have many names, and GELU has three forms."""
+    """Return the name of the function of activation modules, whose classes have many names."""
     x = torch.linspace(-4, 4, 101, device="cpu")
     found = set()
     for kind, module in {type(module): module for module in modules}.items():

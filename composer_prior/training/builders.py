@@ -15,7 +15,7 @@ from composer_prior.models.build import lvlm_skeleton
 def build_model(
     config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, parallelism: Mapping[str, Any] | None = None
 ) -> Any:
-    """The model of a recipe; with FSDP2 the first rank alone loads weights, and Composer brings them to the others.
+    """Build the model of a recipe; with FSDP2 only the first rank loads weights, and Composer sends them to the others.
 
     Args:
         config: the recipe's ``model``.

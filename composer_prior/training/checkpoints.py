@@ -178,7 +178,7 @@ def holds_no_code(path: str | Path, parts: Sequence[tuple[int, int]] | None = No
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint of one file, its tensors mapped from the disk."""
+    """Read the state of a checkpoint of one file, with tensors mapped from the disk."""
     holds_no_code(path)
     content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
     state = content.get("state") if isinstance(content, Mapping) else None
@@ -188,7 +188,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _read_identity(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint says that its run was made of, or None; of a sharded one with the keys ``a.b`` joined."""
+    """Read the identity of a checkpoint's run, or None; a sharded one has joined keys ``a.b``."""
     if path.is_dir():
         prefix = f"state.callbacks.{RunIdentity.__qualname__}."
         return {key.removeprefix(prefix): value for key, value in _read_sharded(path, prefix).items()} or None
@@ -204,7 +204,7 @@ def _refuse_foreign(path: Path, names: Iterable[str], allowed: re.Pattern[str]) 
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    """Flatten ``{"a": {"b": 1}}`` to ``{"a.b": 1}``."""
     joined: dict[str, Any] = {}
     for key, value in tree.items():
         joined |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -233,7 +233,7 @@ def mend_checkpoints(folder: Path) -> Path | None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a folder, a file or the folder of a sharded one, or None."""
+    """Return the newest complete checkpoint of a folder, a file or the folder of a sharded one, or None."""
     whole = {batch: path for path, batch in checkpoints_in(folder).items() if is_complete(path)}
     return whole[max(whole)] if whole else None
 
@@ -245,7 +245,7 @@ def checkpoints_in(folder: Path) -> dict[Path, int]:
 
 
 def batch_of(path: Path) -> int | None:
-    """The batch after which a checkpoint was saved, by its name; None for another name."""
+    """Return the batch of a checkpoint from its name; None for another name."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else None
 
@@ -387,7 +387,7 @@ def _old_names(path: Path) -> str:
 
 
 def _read_sharded(folder: Path, prefix: str) -> dict[str, Any]:
-    """The entries of a checkpoint of FSDP2 whose names begin with a prefix, whole, without running any code in it."""
+    """Read the entries of a sharded checkpoint with a prefix, without running code in it."""
     check_sums(folder, prefix)
     entries: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -401,7 +401,7 @@ def _read_sharded(folder: Path, prefix: str) -> dict[str, Any]:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What describes a sharded checkpoint.
+    """Read the metadata of a sharded checkpoint.
 
     Raises:
         ValueError: if it would run code when it is unpickled, is none, or names files elsewhere.

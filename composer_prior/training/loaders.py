@@ -54,7 +54,8 @@ def build_loader(
 
     Args:
         config: the recipe's ``train_loader`` or ``eval_loader``.
-        tokenizer, image_processor: those of the model.
+        tokenizer: the tokenizer of the model.
+        image_processor: the image processor of the model.
         batch_size: samples per rank.
         shuffle_seed: for a recipe that gives none.
         drop_last: leave out a last batch that is not full, unless the recipe says otherwise.

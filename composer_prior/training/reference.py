@@ -61,7 +61,7 @@ def write_reference(
 
 
 def read_card(reference: TrainConfig) -> dict[str, Any] | None:
-    """The card of the reference that a recipe names, or None if it has not been trained to its end."""
+    """Read the metadata of the reference of a recipe, or None if the reference is not finished."""
     path = model_folder(reference) / REFERENCE_CARD
     return read_object(path) if path.is_file() else None
 

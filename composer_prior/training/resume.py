@@ -44,9 +44,9 @@ RUN_FILES = ("config.yaml", "metrics.jsonl", "report.html")  # that a run writes
 
 
 def find_start(recipe: TrainConfig, identity: Mapping[str, Any]) -> str | None:
-    """The checkpoint that a run goes on from, a path or an address, or None; what a new run replaces is removed.
+    """Find the checkpoint to resume from, a path or url, or None; the files that a new run replaces are removed.
 
-    The first rank of all looks, checks and removes, and the others do as it says.
+    The first rank finds, checks and removes for all ranks.
 
     Raises:
         ValueError: for a checkpoint that is not whole, would run code or belongs to another run.
@@ -81,8 +81,7 @@ def _check_kind(start: str, recipe: TrainConfig) -> None:
 
 
 def _newest_whole(folder: str, identity: Mapping[str, Any]) -> str | None:
-    """The newest whole checkpoint of a folder, in which those that are cut are removed and others set aside, or of a
-    bucket."""
+    """Return the newest complete checkpoint of a folder or bucket; a folder's incomplete ones are removed."""
     if bucket := _Bucket(folder) if is_remote(folder) else None:
         saved = bucket.whole()
     else:
@@ -179,8 +178,7 @@ class _Bucket:
         self.folder = self.remote.url
 
     def whole(self) -> Iterator[str]:
-        """The addresses of whole checkpoints, newest first: shards arrive in any order, and a run may end before the
-        last."""
+        """Yield the urls of complete checkpoints, newest first; shards may be missing after an interruption."""
         below = {name.partition("/")[0] for name in self.remote.names()}
         batches = {name: batch for name in below if (batch := batch_of(Path(name))) is not None}
         for name in sorted(batches, key=lambda name: batches[name], reverse=True):
@@ -216,7 +214,7 @@ class _Bucket:
 
     @contextmanager
     def _local(self, name: str) -> Iterator[Path]:
-        """A place for a copy, about which errors are told of what it is a copy of."""
+        """Yield a path for a copy; errors name the original."""
         with tempfile.TemporaryDirectory() as temporary:
             local = Path(temporary, name)
             try:

@@ -118,7 +118,7 @@ def has_architecture(recipe: TrainConfig) -> bool:
 
 
 def model_card(recipe: TrainConfig, model: ComposerLVLM, data: str, validation: Mapping[str, float]) -> str:
-    """The text of the folder's ``README.md``."""
+    """Return the text of the folder's ``README.md``."""
     metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in validation.items())
     used = {key: value for key, value in written(recipe).items() if value not in (None, {}, [])}
     return f"""---
@@ -163,7 +163,7 @@ print(captioner(images="photo.jpg", text="<image>{recipe.train_loader["dataset"]
 
 
 def _licence(recipe: TrainConfig) -> str:
-    """What the data say of their licence."""
+    """Return the licence of the data."""
     file = Path((recipe.data or {}).get("out", "."), "recipe.json")
     known: Any = read_object(file) if recipe.data and file.is_file() else {}
     return known.get("licence", "not stated; it is that of the images and captions")

@@ -61,7 +61,7 @@ from composer_prior.training.validate import check_fit
 
 @one_line_errors()
 def build_trainer(recipe: TrainConfig) -> Trainer:
-    """The Trainer of a recipe, whose data, tokenizer, reference and scores are there."""
+    """Build the Trainer of a recipe; data, tokenizer, reference and scores must exist."""
     reproducibility.seed_all(recipe.seed)
     tokenizer = build_tokenizer(recipe.tokenizer)
     model = build_model(recipe.model, tokenizer, recipe.parallelism_config)

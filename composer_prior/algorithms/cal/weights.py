@@ -15,14 +15,14 @@ def contrast_weights(
     window: int = 3,
     normalization: Normalization = "sequence",
 ) -> Tensor:
-    """Weights from the difference of each label's logit with and without the image: clamped, then smoothed.
+    """Compute weights from the difference of each label's logit with and without the image: clamped, then smoothed.
 
     Args:
         difference: ``[B, T]`` float, logit of the label with the image minus that without it.
         mask: ``[B, T]`` bool, True on loss-generating tokens.
-        low, high: the difference is clamped to these. The paper's are 1 and 5.
-        window: an odd number of neighbours, the token included, whose mean is taken; those that are no
-            loss-generating tokens do not count. The paper's is 3.
+        low: lower bound of the difference. The paper's is 1.
+        high: upper bound of the difference. The paper's is 5.
+        window: odd number of neighbouring loss-generating tokens, including the token, for the mean. The paper's is 3.
         normalization: see :func:`.normalize`.
 
     Returns:

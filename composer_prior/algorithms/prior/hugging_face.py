@@ -101,7 +101,7 @@ class PRIORMixin(Trainer):
         self._evaluates_on_items, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, True
 
     def score(self, dataset: Any, batch_size: int = 64) -> Any:
-        """The reference's log-probabilities of a data set's labels, to be kept beside it.
+        """Compute the reference log-probabilities of a data set's labels, to be stored beside it.
 
         Args:
             dataset: a ``datasets.Dataset`` of the samples that the trainer takes.
@@ -139,7 +139,7 @@ class PRIORMixin(Trainer):
         return logprobs.to(batch["labels"].device)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of an optimizer step with their weights, and how many tokens the step has."""
+        """Return the batches of an optimizer step with their weights, and the number of tokens of the step."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
         if not batches:
             return batches, None
@@ -175,7 +175,7 @@ class PRIORMixin(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The trainer's own, with weights in training."""
+        """Compute the trainer's loss, weighted in training."""
         weights = inputs.pop("token_weights", None)
         inputs.pop("ref_logprobs", None)
         if not cast(nn.Module, self.model).training:
@@ -190,7 +190,7 @@ class PRIORMixin(Trainer):
         return super().compute_loss(weighted, inputs, return_outputs, num_items_in_batch)
 
     def _weighted(self, model: Any, weights: Tensor, /, **inputs: Any) -> Any:
-        """The model's outputs, with weights in what the trainer makes its loss of."""
+        """Return the model's outputs, with weights in the outputs that the trainer computes its loss from."""
         if inputs.get("fused_lm_head"):  # TRL's trainer, which sums the log-probabilities of labels[:, 1:]
             labels, outputs = inputs["labels"], model(**inputs)
             nll = torch.nn.functional.pad(-outputs["log_probs"], (1, 0))
@@ -209,7 +209,7 @@ class PRIORMixin(Trainer):
             self._sums[name] = self._sums.get(name, 0) + value.to(self.args.device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The trainer's own, with the statistics of the weights since the last time."""
+        """Log the trainer's metrics with statistics of the weights since the last log."""
         if "loss" in logs and self._sums:
             values = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum")
             metrics = summary(dict(zip(self._sums, values.tolist(), strict=True)))

@@ -39,11 +39,13 @@ def sums_of_part(weights: Tensor, mask: Tensor) -> Tensor:
 
 
 def normalize_part(weights: Tensor, mask: Tensor, normalization: Normalization, sums: Tensor | None) -> Tensor:
-    """Normalize a part of a batch, a microbatch on one rank, as :func:`normalize` does the whole.
+    """Normalize a microbatch as :func:`normalize` does the whole batch.
 
     Args:
-        weights, mask, normalization: of :func:`normalize`.
-        sums: ``[2]``, those of :func:`sums_of_part` over all parts; None, if this is the only one.
+        weights: see :func:`normalize`.
+        mask: see :func:`normalize`.
+        normalization: see :func:`normalize`.
+        sums: ``[2]``, the sums of :func:`sums_of_part` over all parts; None for a single part.
     """
     if normalization != "batch" or sums is None:
         return normalize(weights, mask, normalization)

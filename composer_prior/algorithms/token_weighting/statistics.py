@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def token_sums(weights: Tensor, nll: Tensor) -> dict[str, Tensor]:
-    """Sums over tokens, in float64.
+    """Return sums over tokens, in float64.
 
     Args:
         weights: ``[n]``.

@@ -117,7 +117,7 @@ class TokenWeighting(Algorithm, ABC):
         return _reached(state, self.start) and not _reached(state, self.end)
 
     def _begin_batch(self, state: State) -> None:
-        """What needs the whole batch is done before it is cut, so that nothing depends on the cut."""
+        """Compute all that needs the whole batch before it is split into microbatches."""
         self._logged = False
         mask = self._loss_mask(state.batch)
         self.begin_batch(state, mask)
