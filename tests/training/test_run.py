@@ -78,7 +78,7 @@ def test_the_page_of_a_run(quick_start):
         row = re.search(f"{name}</th>(.*?)</tr>", page)
         assert row is not None
         assert re.findall("<td>(.*?)</td>", row[1]) == [*table[::2], *table[1::2]]
-        assert page.count("all, validation") == 2 * 3, "in the legend, the description and on the point"
+        assert page.count("all, validation") == 2 * 2, "in the legend and the description of each chart"
         assert html.escape((folder / f"runs/{name}/config.yaml").read_text()) in page
         shown = [html.unescape(re.sub("<.*?>", "", text)) for text in re.findall(r'<p dir="auto">(.*?)</p>', page)]
         assert page.count("data:image/") == len(shown) // 2 == (2 if name == "prior_vit" else 0)
