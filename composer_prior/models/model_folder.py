@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,7 +38,7 @@ def save_model_folder(
             configuration does not describe, as after surgery.
     """
     empty = empty_copy(model)
-    state = None if weights is None else _described(weights, empty)
+    state = None if weights is None else fitting_weights(weights, empty)
     with whole_folder(Path(folder), replace=True) as temporary:
         if state is None:
             empty.config.save_pretrained(temporary)
@@ -73,17 +73,17 @@ def empty_copy(model: PreTrainedModel) -> Any:
     return empty
 
 
-def _described(weights: Mapping[str, Tensor], empty: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the weights, tied ones once.
+def fitting_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return weights that fit a model by name and shape, tied ones once.
 
     Raises:
-        ValueError: if there are others, too few, or of other shapes than in the empty model.
+        ValueError: if there are others, too few, or of other shapes than in the model.
     """
-    expected: dict[str, Tensor] = dict(empty.state_dict(keep_vars=True))
-    differing = sorted(expected.keys() ^ weights.keys())
-    if differing:
-        example = f"{differing[0]}, which {'is missing' if differing[0] in expected else 'it does not have'}"
-        raise ValueError(f"{len(differing)} weights differ, such as {example}")
+    expected: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+    further, lacking = sorted(weights.keys() - expected.keys()), sorted(expected.keys() - weights.keys())
+    if further or lacking:
+        example = f"{further[0]}, which it does not have" if further else f"{lacking[0]}, which is missing"
+        raise ValueError(f"{len(further) + len(lacking)} weights differ, such as {example}")
     differing = [name for name, tensor in weights.items() if tensor.shape != expected[name].shape]
     if differing:
         name = differing[0]

@@ -32,6 +32,7 @@ from composer_prior.data.tokenizer import add_image_tokens, tokenizer_fingerprin
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.image_text_model import ImageTextModel
 from composer_prior.models.language import parts_of
+from composer_prior.models.model_folder import fitting_weights
 from composer_prior.models.prior_lvlm import PriorLVLMConfig
 
 # Set by a run: CHECKPOINT_VALIDATION_FUNCTION is the variable by which Composer knows what to call.
@@ -332,17 +333,10 @@ def load_weights(path: str, model: ComposerLVLM) -> str:
     if not any(name.startswith("model.model.vision_tower.") for name in weights):  # a language model on text
         loaded, target = ["language"], parts["language"]
     found = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-    expected = {name: tensor.shape for name, tensor in target.state_dict().items()}
-    shapes = {name: tensor.shape for name, tensor in found.items()}
-    differing = sorted(name for name in {*expected, *shapes} if expected.get(name) != shapes.get(name))
-    if differing:
-        name = differing[0]
-        both = " and ".join(
-            f"{list(known[name]) if name in known else 'none'} {where}"
-            for known, where in ((shapes, "there"), (expected, "here"))
-        )
-        raise ValueError(f"init_from={path}: {len(differing)} weights do not fit, such as {name} ({both}); {remedy}.")
-    target.load_state_dict(found)
+    try:
+        target.load_state_dict(fitting_weights(found, target), strict=False)  # what is not there is tied
+    except ValueError as error:
+        raise ValueError(f"init_from={path}: {error}; {remedy}.") from error
     kept = sorted({*parts} - {*loaded})
     without = f"; {', '.join(kept)} stay as the recipe says" if kept else ""
     return f"Weights: {', '.join(sorted(loaded))} from {source}{without}"

@@ -23,7 +23,7 @@ from composer_prior.data.tokenizer import tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.image_text_model import ImageTextModel
 from composer_prior.models.language import generate_greedily
-from composer_prior.models.model_folder import save_model_folder
+from composer_prior.models.model_folder import fitting_weights, save_model_folder
 from composer_prior.reports.closing import trained_model, validation_metrics
 from composer_prior.training.checkpoints import find_weights, read_weights
 from composer_prior.training.config import TrainConfig, written
@@ -211,9 +211,9 @@ def _load_checkpoint(source: Path, trust_remote_code: bool) -> ImageTextModel:
         raise ModelFolderError(f"{source} was made with another tokenizer than {folder} holds.")
     whole = {name.removeprefix("model."): tensor.float() for name, tensor in weights.items()}
     try:
-        model.load_state_dict(whole, assign=True)
-    except RuntimeError as error:
-        raise ModelFolderError(f"{source} is no checkpoint of the model in {folder}: {one_line(error)}") from error
+        model.load_state_dict(fitting_weights(whole, model), strict=False, assign=True)  # what is not there is tied
+    except ValueError as error:
+        raise ModelFolderError(f"{source} is no checkpoint of the model in {folder}: {error}.") from error
     model.tie_weights()
     generate_greedily(model, processor.tokenizer)
     return ImageTextModel(model.eval(), processor)

@@ -122,8 +122,8 @@ def test_a_model_folder_gives_the_language_model(here, capsys):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.vision.layer=-2"], r"weights do not fit, such as .*resblocks.* \(\[.*\] there and none"),
-        (["model.projector.name=linear"], "weights do not fit, such as model.multi_modal_projector"),
+        (["model.vision.layer=-2"], r"weights differ, such as .*resblocks.*, which it does not have"),
+        (["model.projector.name=linear"], "weights differ, such as model.multi_modal_projector"),
         (
             ["init_from=runs/nowhere"],
             "init_from=runs/nowhere: expected a run folder with a checkpoint, a checkpoint, or",
