@@ -520,7 +520,6 @@ def test_a_recipe_s_scores_are_made_once(folders: Any, scenes: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "usage: "),
         (["out=x"], "Without a recipe, give out=..., reference=..., tokenizer.name=... and dataset.local=..."),
         (["outt=x"], "outt is not a key. Did you mean 'out'?"),
         (["no.yaml"], "The recipe no.yaml does not exist."),
@@ -535,4 +534,12 @@ def test_errors_are_one_line(words: list[str], message: str, monkeypatch: pytest
     with pytest.raises(SystemExit) as error:
         main(words)
     assert message in str(error.value)
-    assert not words or "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_without_words_the_usage_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main([])
+    assert error.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("usage: ")
