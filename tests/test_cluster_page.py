@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ def test_each_node_is_launched_as_its_part_of_the_job(scheduler, first, started,
             assert job == "launch"
             for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port), ("WORLD_SIZE", world_size)):
                 monkeypatch.setenv(name, value)
-            parsed = launch.main(words)
+            given = [*takewhile(lambda word: "=" in word, words)]
+            _, chosen = parse_options(given, options_of(launch.launch))
+            parsed = launch.launch(words[len(given) :], **chosen)
             assert (parsed.nproc, parsed.world_size, parsed.master_addr, parsed.master_port) == (8, 32, first, 7501)
             places.add((parsed.node_rank, parsed.base_rank))
             job, recipe, *changes = parsed.training_script_args
