@@ -11,7 +11,7 @@ from PIL import Image
 
 from composer_prior.evaluation.benchmark import Benchmark
 from composer_prior.evaluation.likelihood import TextOnly, TokenLogprobs, VisionLanguageModel, blanks
-from composer_prior.evaluation.samples import digest, file_size, other_images, per_category, with_category
+from composer_prior.evaluation.samples import other_images, per_category, with_category
 from composer_prior.models.reference import ReferenceLM
 
 TIE = 1e-3  # nats: below that, a model prefers neither
@@ -137,13 +137,11 @@ class FileChoices(ChoiceBenchmark):
         samples: with an ``image`` each, its file or its bytes.
         reference: of :class:`ChoiceBenchmark`.
         end: of :class:`ChoiceBenchmark`.
-        made_from: what else the fingerprint depends on, without the images.
     """
 
-    def __init__(self, samples: Sequence[Any], reference: str, end: bool, *made_from: Any):
+    def __init__(self, samples: Sequence[Any], reference: str, end: bool):
         self.samples = samples
         self._others = other_images([sample.image for sample in samples])
-        self.fingerprint = digest(made_from, [file_size(sample.image) for sample in samples], reference, end)
         super().__init__(reference, end)
 
     def __len__(self) -> int:

@@ -14,6 +14,8 @@ from composer_prior.evaluation.samples import (
     ImageFolder,
     Unusable,
     data_files,
+    digest,
+    file_size,
     image_name,
     load_image,
     numbered,
@@ -85,8 +87,9 @@ class Foils(FileChoices):
     ):
         self.prompt = prompt
         samples = read_foils(data, images)
-        parts = [(s.caption, s.foils, s.category, s.box, s.group) for s in samples]
-        super().__init__(samples, reference, end, parts, prompt)
+        parts = [(s.caption, s.foils, s.category, s.box, s.group, *file_size(s.image)) for s in samples]
+        self.fingerprint = digest(parts, prompt, reference, end)
+        super().__init__(samples, reference, end)
 
     def choice(self, number: int) -> Choice:
         sample = self.samples[number]

@@ -11,6 +11,8 @@ from composer_prior.evaluation.samples import (
     ImageFolder,
     Unusable,
     data_files,
+    digest,
+    file_size,
     load_image,
     numbered,
     read_json,
@@ -72,7 +74,9 @@ class Pope(FileChoices):
         self.prompt = prompt
         self.answers = {True: tuple(spelled), False: tuple(reversed(spelled))}
         questions = _read(data, images)
-        super().__init__(questions, reference, end, [question[1:] for question in questions], prompt, answers)
+        sizes = [file_size(question.image) for question in questions]
+        self.fingerprint = digest([question[1:] for question in questions], sizes, prompt, answers, reference, end)
+        super().__init__(questions, reference, end)
 
     def choice(self, number: int) -> Choice:
         asked = self.samples[number]
