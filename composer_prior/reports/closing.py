@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from composer import Trainer
 from composer.core import State, get_precision_context
 from composer.utils import dist
 from PIL import Image
-from torch.nn.parallel import DistributedDataParallel
 
+from composer_prior.algorithms.token_weighting.token_weighting import unwrapped
 from composer_prior.data.captions import StreamingCaptionDataset
 from composer_prior.data.messages import announce, failure, one_line
 from composer_prior.models.composer_lvlm import ComposerLVLM
@@ -37,12 +36,6 @@ def closing_part() -> Iterator[None]:
     except Exception as error:
         log.exception("The closing report")
         announce(f"\nThe closing report lacks a part: {type(error).__name__}: {failure(error)}")
-
-
-def trained_model(state: State) -> torch.nn.Module:
-    """Return the model that was given to the Trainer, without DDP around it."""
-    model = state.model
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -95,7 +88,7 @@ def caption_samples(trainer: Trainer, count: int) -> Samples:
     Every rank must call it, as sharded weights take part in generation on all ranks. Unusable samples are named and
     left out. A model without a vision tower and a run without validation have no samples.
     """
-    state, model = trainer.state, trained_model(trainer.state)
+    state, model = trainer.state, unwrapped(trainer.state.model)
     if not isinstance(model, ComposerLVLM) or model.reads_text_alone or not state.evaluators:
         return Samples()
     data = state.evaluators[0].dataloader.dataloader.dataset  # type: ignore[union-attr]

@@ -10,10 +10,10 @@ from composer.utils import create_interval_scheduler
 from torch.distributed.fsdp import FSDPModule
 
 from composer_prior import registry
+from composer_prior.algorithms.token_weighting.token_weighting import unwrapped
 from composer_prior.data.messages import announce, failure
 from composer_prior.evaluation.benchmark import Benchmark, Figures, run_benchmark
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.reports.closing import trained_model
 from composer_prior.training.errors import one_line_errors
 from composer_prior.training.keys import benchmark_arguments
 
@@ -48,7 +48,7 @@ class RunBenchmark(Callback):
         if self._batch == int(state.timestamp.batch):
             return
         self._batch = int(state.timestamp.batch)
-        model: Any = trained_model(state)
+        model: Any = unwrapped(state.model)
         # Where ranks share the weights, all of them take part in every pass.
         share = not any(isinstance(module, FSDPModule) for module in model.modules())
         self.figures = {}

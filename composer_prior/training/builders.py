@@ -35,13 +35,22 @@ def build_named(kind: str, config: Mapping[str, Any], **given: Any) -> Any:
     return registry.build(kind, config["name"], _without_name(config), kind, **given)
 
 
-def build_all(kind: str, configs: Mapping[str, Any]) -> list[Any]:
-    """Build components given as ``{name: {argument: ...}}``, in order, without those whose arguments are None."""
-    return [
-        registry.build(kind, name, arguments, f"{kind}s.{name}")
-        for name, arguments in configs.items()
-        if arguments is not None
-    ]
+def build_all(kind: str, configs: Mapping[str, Any], **given: Any) -> list[Any]:
+    """Build components given as ``{name: {argument: ...}}``, in order, without those whose arguments are None.
+
+    Args:
+        kind: of the components.
+        configs: their arguments by name.
+        given: arguments of the program, for the components that take them.
+    """
+    built = []
+    for name, arguments in configs.items():
+        if arguments is not None:
+            where = f"{kind}s.{name}"
+            constructor = registry.look_up(kind, name, where)
+            taken = {key: value for key, value in given.items() if registry.takes(constructor, key)}
+            built.append(registry.build(kind, name, arguments, where, **taken))
+    return built
 
 
 def without_reference(components: Mapping[str, Any]) -> dict[str, Any]:

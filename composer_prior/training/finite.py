@@ -1,5 +1,6 @@
-"""Losses, gradients and weights that are not finite: no step takes them, and nothing of them is saved."""
+"""Steps that change nothing: those without a label, and those whose loss or gradient is not finite."""
 
+import logging
 from typing import Any
 
 import torch
@@ -8,9 +9,10 @@ from composer.loggers import Logger
 from composer.utils import dist, ensure_tuple
 from torch import Tensor, nn
 
+from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.messages import OneLineError, announce
-from composer_prior.training.empty_steps import change_nothing
 
+log = logging.getLogger(__name__)
 _KINDS = ("loss", "gradient norm")
 _REMEDY = "earlier checkpoints stay; look at that batch, lower optimizer.lr, clip gradients"
 
@@ -79,6 +81,28 @@ class FiniteSteps(Callback):
         for metric in (state.train_metrics or {}).values():
             metric.reset()
         announce(f"{message}. The step changes nothing ({self._left_out} of nan_steps={self.allowed}).")
+
+
+class SkipEmptySteps(Callback):
+    """Let a step without any label, over all ranks, change neither weights nor the optimizer's moments.
+
+    With ``on_bad_sample="skip"`` the samples that cannot be used count for nothing; where a whole batch consists of
+    them, the gradient is 0, and an optimizer would still decay the weights and move them by its momentum.
+    """
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        labels = (state.batch["labels"] != IGNORE_INDEX).sum()
+        count = state.device.tensor_to_device(torch.as_tensor(labels))
+        dist.all_reduce(count, reduce_operation="SUM")
+        if count.item() == 0:
+            log.warning("Batch %d holds no sample that can be used: it changes nothing.", int(state.timestamp.batch))
+            change_nothing(state.model)
+
+
+def change_nothing(model: nn.Module) -> None:
+    """Let the step that follows change neither weights nor moments."""
+    for parameter in model.parameters():
+        parameter.grad = None  # optimizers pass over these
 
 
 def check_weights(model: nn.Module, what: str) -> None:

@@ -23,11 +23,12 @@ from composer_prior.data.storage import is_remote, whole_folder
 from composer_prior.data.tokenizer import train_tokenizer
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import score_captions
-from composer_prior.training.checkpoints import CHECKPOINT_NAME
+from composer_prior.training.checkpoints.bucket import check_bucket
+from composer_prior.training.checkpoints.start import check_replaced
+from composer_prior.training.checkpoints.storage import CHECKPOINT_NAME
 from composer_prior.training.config import TrainConfig
 from composer_prior.training.errors import one_line_errors
 from composer_prior.training.reference import REFERENCE_CARD, check_reference, model_folder
-from composer_prior.training.resume import check_bucket, check_replaced
 from composer_prior.training.trainer import build_trainer, finish
 from composer_prior.training.validate import check_parts, check_whole, trained_recipes
 

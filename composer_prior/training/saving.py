@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from composer_prior.algorithms.token_weighting.token_weighting import unwrapped
 from composer_prior.data.download import ATTEMPTS
 from composer_prior.data.hub import ModelFolderError, load_pretrained
 from composer_prior.data.lines import read_object
@@ -24,8 +25,9 @@ from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.image_text_model import ImageTextModel
 from composer_prior.models.language import generate_greedily
 from composer_prior.models.model_folder import fitting_weights, save_model_folder
-from composer_prior.reports.closing import trained_model, validation_metrics
-from composer_prior.training.checkpoints import find_weights, read_weights
+from composer_prior.reports.closing import validation_metrics
+from composer_prior.training.checkpoints.loading import read_weights
+from composer_prior.training.checkpoints.storage import find_weights
 from composer_prior.training.config import TrainConfig, written
 from composer_prior.training.finite import check_weights
 from composer_prior.training.reference import model_folder, write_reference
@@ -88,22 +90,22 @@ class HuggingFaceCheckpointer(Callback):
     """Write the model in Hugging Face form during training, without the optimizer's state (LLM Foundry's name).
 
     Args:
+        recipe: of the run.
         interval: how often, such as ``1000ba`` or ``1ep``.
         save_folder: folder or remote; each model goes to ``ba{batch}`` in it. Default: ``huggingface`` in the run's
             folder.
     """
 
-    def __init__(self, interval: str | Time, save_folder: str | None = None):
+    def __init__(self, recipe: TrainConfig, interval: str | Time, save_folder: str | None = None):
+        self.recipe = recipe
         self.save_folder = save_folder
-        self.recipe: TrainConfig | None = None  # set by the run
         self._is_due = create_interval_scheduler(interval, include_end_of_training=False)
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         """Write a model when the interval says so."""
         if event not in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT) or not self._is_due(state, event):
             return
-        assert self.recipe is not None
-        model: Any = trained_model(state)
+        model: Any = unwrapped(state.model)
         data = state.train_dataloader.dataset  # type: ignore[union-attr]
         folder = self.save_folder or os.path.join(self.recipe.run_folder, "huggingface")
         out = f"{folder.rstrip('/')}/ba{state.timestamp.batch.value}"

@@ -11,7 +11,7 @@ from composer.loggers import Logger, LoggerDestination, MLFlowLogger, Tensorboar
 from composer.utils import dist
 from omegaconf import OmegaConf
 
-from composer_prior.training.checkpoints import flat
+from composer_prior.training.checkpoints.identity import flat
 from composer_prior.training.metrics_file import MetricsFile
 
 WANDB_ID = "wandb_id.txt"  # a file of the run: its id there

@@ -11,6 +11,7 @@ from composer.core import Event, Time, TimeUnit
 from composer.utils import dist, reproducibility
 from omegaconf import OmegaConf
 
+from composer_prior.algorithms.token_weighting.token_weighting import unwrapped
 from composer_prior.data.captions import StreamingCaptionDataset
 from composer_prior.data.messages import announce
 from composer_prior.data.nodes import check_same
@@ -25,7 +26,6 @@ from composer_prior.reports.closing import (
     caption_samples,
     closing_part,
     metrics_table,
-    trained_model,
     validation_metrics,
 )
 from composer_prior.training.benchmarks import RunBenchmark, build_benchmarks
@@ -36,25 +36,21 @@ from composer_prior.training.builders import (
     build_precision,
     without_reference,
 )
-from composer_prior.training.checkpoints import (
-    ASKED_BY_COMPOSER,
-    WEIGHT_NAMES,
-    Preempted,
-    RunIdentity,
-    StopOnSigterm,
-    load_weights,
-)
+from composer_prior.training.checkpoints.identity import WEIGHT_NAMES, RunIdentity
+from composer_prior.training.checkpoints.loading import load_weights
+from composer_prior.training.checkpoints.pickles import ASKED_BY_COMPOSER
+from composer_prior.training.checkpoints.saver import Checkpoints
+from composer_prior.training.checkpoints.sigterm import Preempted, StopOnSigterm
+from composer_prior.training.checkpoints.start import find_start
 from composer_prior.training.config import TrainConfig, identified, written
-from composer_prior.training.empty_steps import SkipEmptySteps
 from composer_prior.training.errors import one_line_errors
-from composer_prior.training.finite import FiniteSteps, check_weights
+from composer_prior.training.finite import FiniteSteps, SkipEmptySteps, check_weights
 from composer_prior.training.loaders import build_loaders
 from composer_prior.training.metrics_file import MetricsFile
 from composer_prior.training.optimizer import build_optimizer
 from composer_prior.training.reference import check_reference, model_folder, read_card
 from composer_prior.training.report import report_file, write_report
-from composer_prior.training.resume import Checkpoints, find_start
-from composer_prior.training.saving import HuggingFaceCheckpointer, save_architecture, save_model
+from composer_prior.training.saving import save_architecture, save_model
 from composer_prior.training.trackers import begin_trackers
 from composer_prior.training.validate import check_fit
 
@@ -92,10 +88,8 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         prepare_compile()
     skips = [SkipEmptySteps()] if train_data.on_bad_sample == "skip" else []
     reference = None if recipe.reference_recipe is None else str(model_folder(recipe.reference_recipe))
-    callbacks = [*build_all("callback", recipe.callbacks), *build_benchmarks(recipe.benchmarks, model, reference)]
-    for callback in callbacks:
-        if isinstance(callback, HuggingFaceCheckpointer):
-            callback.recipe = recipe
+    callbacks = build_all("callback", recipe.callbacks, recipe=recipe)
+    callbacks += build_benchmarks(recipe.benchmarks, model, reference)
     saver = [] if recipe.save_folder is None else [Checkpoints(recipe)]
     os.environ.update(ASKED_BY_COMPOSER)
     # Where samples carry stored scores, no reference is loaded for nothing.
@@ -182,7 +176,7 @@ def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(written(recipe))).encode())
     data = cast(Any, trainer.state.train_dataloader).dataset
-    model = trained_model(trainer.state)
+    model = unwrapped(trainer.state.model)
     if isinstance(model, ComposerLVLM) and not model.reads_text_alone:
         save_architecture(recipe, model)
     try:

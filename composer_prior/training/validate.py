@@ -37,7 +37,7 @@ from composer_prior.training.builders import (
     build_precision,
     without_reference,
 )
-from composer_prior.training.checkpoints import find_checkpoint, find_weights
+from composer_prior.training.checkpoints.storage import find_checkpoint, find_weights
 from composer_prior.training.config import TrainConfig
 from composer_prior.training.errors import StartError, one_line_errors
 from composer_prior.training.keys import check_keys, settings_of
@@ -92,7 +92,7 @@ def check_parts(recipe: TrainConfig, where: str = "") -> None:
     parts["scheduler"] = partial(build_named, "scheduler", recipe.scheduler)
     for kind in ("callback", "logger"):
         for name, arguments in getattr(recipe, f"{kind}s").items():
-            parts[f"{kind}s.{name}"] = partial(build_all, kind, {name: arguments})
+            parts[f"{kind}s.{name}"] = partial(build_all, kind, {name: arguments}, recipe=recipe)
     if recipe.init_from is not None:
         parts[f"init_from={recipe.init_from}"] = partial(find_weights, recipe.init_from)
     if recipe.load_path is not None and not is_remote(recipe.load_path):

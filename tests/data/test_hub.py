@@ -15,7 +15,7 @@ from composer_prior.inference.export import export_model
 from composer_prior.models.language import build_language_model, language_skeleton
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.scoring.score import reference_identity
-from composer_prior.training.checkpoints import read_weights
+from composer_prior.training.checkpoints.loading import read_weights
 from tests.common.models import small_lm, small_lvlm
 
 CODE = """

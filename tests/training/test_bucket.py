@@ -9,8 +9,8 @@ from common.recipes import ROOT, SHRUNKEN, fork_ranks, losses, recipe
 from common.s3_server import s3_server
 from composer.utils import S3ObjectStore
 
-from composer_prior.training.checkpoints import _read_identity
-from composer_prior.training.resume import find_start
+from composer_prior.training.checkpoints.identity import read_identity
+from composer_prior.training.checkpoints.start import find_start
 from composer_prior.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -69,7 +69,7 @@ def again(bucket, tmp_path):
     store, _ = bucket
     for name in (f"single/{ONE_FILE}", *(f"sharded/{SHARDED}/{shard}" for shard in SHARDS)):
         store.download_object(name, tmp_path / name.split("/", 1)[1])
-    identity = _read_identity(tmp_path / ONE_FILE)
+    identity = read_identity(tmp_path / ONE_FILE)
 
     def find(*names, **changes):
         folder = f"{tmp_path.name}-{len(names)}"

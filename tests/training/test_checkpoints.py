@@ -16,9 +16,11 @@ from common.s3_server import s3_server
 from composer.utils import S3ObjectStore, dist
 from composer.utils.checkpoint import safe_torch_load
 
-from composer_prior.training.checkpoints import ASKED_BY_COMPOSER, LATEST_NAME, check_checkpoint, mend_checkpoints
+from composer_prior.training.checkpoints.identity import check_checkpoint
+from composer_prior.training.checkpoints.pickles import ASKED_BY_COMPOSER
+from composer_prior.training.checkpoints.saver import Checkpoints
+from composer_prior.training.checkpoints.storage import LATEST_NAME, mend_checkpoints
 from composer_prior.training.keys import check_keys
-from composer_prior.training.resume import Checkpoints
 from composer_prior.training.run import train
 
 sys.path.insert(0, str(ROOT / "tools"))

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from composer_prior.data.hub import ModelFolderError, load_pretrained
 from composer_prior.models.reference import ReferenceLM
-from composer_prior.training.checkpoints import read_weights
+from composer_prior.training.checkpoints.loading import read_weights
 from composer_prior.training.keys import check_keys
 from composer_prior.training.run import train
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from composer_prior.commands.cli import main
 from composer_prior.data.storage import WriteError
-from composer_prior.training.checkpoints import LATEST_NAME
+from composer_prior.training.checkpoints.storage import LATEST_NAME
 from composer_prior.training.run import train
 
 pytestmark = pytest.mark.slow

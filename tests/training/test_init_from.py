@@ -15,15 +15,10 @@ from composer.utils.checkpoint import FileSystemReaderWithValidation
 from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.api import CheckpointException
 
-from composer_prior.training.checkpoints import (
-    ASKED_BY_COMPOSER,
-    LATEST_NAME,
-    RunIdentity,
-    _read_identity,
-    check_checkpoint,
-    find_weights,
-    load_weights,
-)
+from composer_prior.training.checkpoints.identity import RunIdentity, check_checkpoint, read_identity
+from composer_prior.training.checkpoints.loading import load_weights
+from composer_prior.training.checkpoints.pickles import ASKED_BY_COMPOSER
+from composer_prior.training.checkpoints.storage import LATEST_NAME, find_weights
 from composer_prior.training.run import train
 
 PROJECTOR_ALONE = ["model.vision.freeze=true", "model.language.freeze=true"]
@@ -98,7 +93,7 @@ def test_load_path_of_another_stage_names_the_way(here):
 
 def test_a_sharded_checkpoint_is_resumed_and_a_foreign_one_refused(here):
     checkpoint = find_weights("runs/sharded")
-    identity = RunIdentity(_read_identity(checkpoint)).state_dict()
+    identity = RunIdentity(read_identity(checkpoint)).state_dict()
     with pytest.raises(ValueError, match=r"ep0-ba4 is of another run: seed differ \(seed: 17 there, 3 here\)"):
         check_checkpoint(checkpoint, {**identity, "seed": 3})
     arguments = [str(ROOT / "train.py"), str(ROOT / "yamls/ntp_vit.yaml"), *SHRUNKEN, *VIT, *PROJECTOR_ALONE]
@@ -160,7 +155,7 @@ def test_another_tokenizer_of_the_same_size_is_refused(here, tokenizer):
 def test_code_in_a_sharded_checkpoint_is_not_run(here, monkeypatch, plant, message):
     """On any road: goes on from it, starts from its weights, or Composer reads it after all."""
     checkpoint = find_weights("runs/sharded")
-    identity = _read_identity(checkpoint)
+    identity = read_identity(checkpoint)
     check_checkpoint(checkpoint, RunIdentity(identity).state_dict())
     plant(checkpoint)
     with pytest.raises(ValueError, match=message):

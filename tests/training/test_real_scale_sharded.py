@@ -10,7 +10,8 @@ from common.recipes import ROOT, fork_ranks, launch, losses
 from transformers import AutoModelForCausalLM
 
 from composer_prior.models.vision import build_open_clip
-from composer_prior.training.checkpoints import find_weights, read_weights
+from composer_prior.training.checkpoints.loading import read_weights
+from composer_prior.training.checkpoints.storage import find_weights
 
 pytestmark = pytest.mark.slow
 

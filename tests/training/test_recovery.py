@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from common.recipes import losses, recipe
 
-from composer_prior.training.checkpoints import LATEST_NAME, DamagedError, check_sums, newest_checkpoint
+from composer_prior.training.checkpoints.pickles import DamagedError
+from composer_prior.training.checkpoints.storage import LATEST_NAME, check_sums, newest_checkpoint
 from composer_prior.training.keys import check_keys
 from composer_prior.training.run import train
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from common.recipes import NO_REPORT, ROOT, SHRUNKEN, VIT, fork_ranks, launch, losses, recipe
 
-from composer_prior.training.checkpoints import find_weights, read_weights
+from composer_prior.training.checkpoints.loading import read_weights
+from composer_prior.training.checkpoints.storage import find_weights
 from composer_prior.training.run import train
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,121 @@
+"""The identity of a run, which its checkpoints hold, and the reading of checkpoints without running code."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Callback
+from torch.distributed.checkpoint import DefaultLoadPlanner, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+
+from composer_prior.training.checkpoints.pickles import holds_no_code, read_metadata
+from composer_prior.training.checkpoints.storage import check_sums, places_of
+
+WEIGHT_NAMES = {"weight_names": "transformers"}  # in the identity of a run: how its checkpoints name weights
+
+
+class RunIdentity(Callback):
+    """Carries in each checkpoint what the run is made of.
+
+    Args:
+        identity: names and values, such as the model's recipe and the fingerprints of tokenizer and data.
+    """
+
+    def __init__(self, identity: Mapping[str, Any]):
+        self.identity = dict(identity)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.identity)
+
+
+def check_checkpoint(path: str | Path, identity: Mapping[str, Any], whole: bool = True) -> None:
+    """Refuse a checkpoint before Composer unpickles it.
+
+    Args:
+        path: of a checkpoint, a file or the folder of a sharded one.
+        identity: that of the run, see :class:`RunIdentity`.
+        whole: all of it is there, and is compared with the sums that it holds. Default: ``True``.
+
+    Raises:
+        DamagedError: if it is not whole.
+        ValueError: if it would run code when loaded, or belongs to a run of another identity; one line that names the
+            keys.
+    """
+    path = Path(path)
+    if whole:
+        check_sums(path)
+    if path.is_dir():
+        for shard, parts in places_of(read_metadata(path), tensors=False).items():
+            holds_no_code(path / shard, parts)
+    theirs = read_identity(path)
+    if theirs is None:
+        raise ValueError(f"{path} was not written by a run of this program: it does not say what it was made from.")
+    there, here = flat(theirs), flat(identity)
+    if WEIGHT_NAMES.keys() <= here.keys() - there.keys():
+        raise ValueError(old_names(path))
+    differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"{path} is of another run: {', '.join(differing)} differ ({key}: {there.get(key)!r} there, "
+            f"{here.get(key)!r} here). load_path and autoresume go on with the same run; to start another from "
+            f"its weights, give init_from={path} and a run_name of its own; to start anew, delete it."
+        )
+
+
+def read_identity(path: Path) -> dict[str, Any] | None:
+    """Read the identity of a checkpoint's run, or None; a sharded one has joined keys ``a.b``."""
+    if path.is_dir():
+        prefix = f"state.callbacks.{RunIdentity.__qualname__}."
+        return {key.removeprefix(prefix): value for key, value in read_sharded(path, prefix).items()} or None
+    return read_state(path).get("callbacks", {}).get(RunIdentity.__qualname__)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read the state of a checkpoint of one file, with tensors mapped from the disk."""
+    holds_no_code(path)
+    content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    state = content.get("state") if isinstance(content, Mapping) else None
+    if not (isinstance(state, Mapping) and isinstance(state.get("model"), Mapping)):
+        raise ValueError(f"{path} is no checkpoint as Composer 0.32 writes it: it lacks state.model.")
+    return dict(state)
+
+
+def read_sharded(folder: Path, prefix: str) -> dict[str, Any]:
+    """Read the entries of a sharded checkpoint with a prefix, without running code in it."""
+    check_sums(folder, prefix)
+    entries: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        if isinstance(entry, TensorStorageMetadata)
+        else None
+        for name, entry in read_metadata(folder).state_dict_metadata.items()
+        if name.startswith(prefix)
+    }
+    load(entries, checkpoint_id=folder, planner=_WeightsOnly(flatten_state_dict=False), no_dist=True)
+    return entries
+
+
+class _WeightsOnly(DefaultLoadPlanner):
+    """Reads values that are no tensors without unpickling objects; torch's own planner would."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten ``{"a": {"b": 1}}`` to ``{"a.b": 1}``."""
+    joined: dict[str, Any] = {}
+    for key, value in tree.items():
+        joined |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return joined
+
+
+def old_names(path: Path) -> str:
+    """Return the refusal of a checkpoint whose weights have the names of version 0.1."""
+    return (
+        f"{path} was written by composer-prior 0.1, whose weights have other names: go on with that version, or start "
+        "another run from the model/ folder of its run (init_from, run_name)."
+    )

@@ -1,0 +1,88 @@
+"""Load the weights of a checkpoint or of a model folder into another model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from composer_prior.data.hub import load_pretrained
+from composer_prior.data.tokenizer import add_image_tokens, tokenizer_fingerprint
+from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.models.image_text_model import ImageTextModel
+from composer_prior.models.language import parts_of
+from composer_prior.models.model_folder import fitting_weights
+from composer_prior.models.prior_lvlm import PriorLVLMConfig
+from composer_prior.training.checkpoints.identity import RunIdentity, old_names, read_identity, read_sharded, read_state
+from composer_prior.training.checkpoints.pickles import METADATA
+from composer_prior.training.checkpoints.storage import check_sums, find_weights
+
+
+def load_weights(path: str, model: ComposerLVLM) -> str:
+    """Give a model the weights of another run, and nothing else of it; what the run was made from may differ.
+
+    The weights fit if names and shapes of all of a part's weights (vision, projector, language) are the same, and the
+    tokenizer, which says what each row of the embeddings stands for. A part that is not there at all, as in a language
+    model on text, stays as it is.
+
+    Args:
+        path: see :func:`find_weights`.
+        model: with whole weights, on the CPU.
+
+    Returns:
+        a line on what was loaded from where.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    source = find_weights(path)
+    weights, fingerprint = read_weights(source)
+    remedy = "init_from needs the same architecture and tokenizer"
+    if fingerprint is not None and fingerprint != tokenizer_fingerprint(model.tokenizer):
+        raise ValueError(f"init_from={path}: it was trained with another tokenizer than tokenizer.name; {remedy}.")
+    parts: dict[str, Any] = parts_of(model.model)
+    target: Any = model.model
+    loaded = list(parts)
+    if not any(name.startswith("model.model.vision_tower.") for name in weights):  # a language model on text
+        loaded, target = ["language"], parts["language"]
+    found = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    try:
+        target.load_state_dict(fitting_weights(found, target), strict=False)  # what is not there is tied
+    except ValueError as error:
+        raise ValueError(f"init_from={path}: {error}; {remedy}.") from error
+    kept = sorted({*parts} - {*loaded})
+    without = f"; {', '.join(kept)} stay as the recipe says" if kept else ""
+    return f"Weights: {', '.join(sorted(loaded))} from {source}{without}"
+
+
+def read_weights(source: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Return weights by their names in a :class:`.ComposerLVLM`, and the fingerprint of their tokenizer if known.
+
+    Raises:
+        ValueError: also for a checkpoint of composer-prior 0.1, whose names are others.
+    """
+    if source.is_file():
+        check_sums(source)
+        state = read_state(source)
+        weights = {name.removeprefix("module."): tensor for name, tensor in state["model"].items()}
+        fingerprint = state.get("callbacks", {}).get(RunIdentity.__qualname__, {}).get("tokenizer")
+    elif (source / METADATA).is_file():
+        prefix = "state.model."
+        weights = {name.removeprefix(prefix): tensor for name, tensor in read_sharded(source, prefix).items()}
+        fingerprint = (read_identity(source) or {}).get("tokenizer")
+    else:
+        if json.loads((source / "config.json").read_bytes()).get("model_type") == PriorLVLMConfig.model_type:
+            lvlm = ImageTextModel.from_pretrained(source)
+            model, tokenizer = lvlm.model, lvlm.tokenizer
+        else:
+            model = load_pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
+            tokenizer = load_pretrained(AutoTokenizer, source)
+            add_image_tokens(tokenizer)
+        return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, tokenizer_fingerprint(
+            tokenizer
+        )
+    if any(name.startswith("model.language.") for name in weights):
+        raise ValueError(old_names(source))
+    return weights, fingerprint
