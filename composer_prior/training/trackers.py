@@ -23,15 +23,19 @@ class WandB(WandBLogger):
     Without a network each start leaves a folder of its own, of which the last holds the whole run.
     """
 
-    def begin(self, recipe: Mapping[str, Any], goes_on: bool) -> None:
-        """Set up the tracker before the Trainer is built."""
-        file = Path(OmegaConf.create(dict(recipe))["run_folder"], WANDB_ID)  # it may name an environment variable
-        known = file.read_text() if goes_on and file.is_file() else uuid.uuid4().hex[:8]
+    def __init__(self, recipe: Mapping[str, Any], goes_on: bool, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._recipe, self._goes_on = recipe, goes_on
+
+    def init(self, state: State, logger: Logger) -> None:
+        file = Path(OmegaConf.create(dict(self._recipe))["run_folder"], WANDB_ID)  # it may name an environment variable
+        known = file.read_text() if self._goes_on and file.is_file() else uuid.uuid4().hex[:8]
         if self._enabled and self._rank_zero_only:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(known)
             self._init_kwargs = {"id": known, "resume": "allow", **self._init_kwargs}
-        self._init_kwargs = {"config": dict(recipe), "allow_val_change": True, **self._init_kwargs}
+        self._init_kwargs = {"config": dict(self._recipe), "allow_val_change": True, **self._init_kwargs}
+        super().init(state, logger)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         import wandb  # an optional package
@@ -48,9 +52,9 @@ class WandB(WandBLogger):
 class WholeSteps(LoggerDestination):
     """Write the metrics of each step once, when it is whole: Composer logs some twice at the end of an epoch."""
 
-    def begin(self, recipe: Mapping[str, Any], goes_on: bool) -> None:
-        """Set up the tracker before the Trainer is built."""
-        self._recipe = recipe
+    def __init__(self, recipe: Mapping[str, Any], goes_on: bool, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._recipe, self._goes_on = recipe, goes_on
         self._record: dict[str, Any] = {}  # of the current step
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -78,9 +82,8 @@ class WholeSteps(LoggerDestination):
 class MLFlow(WholeSteps, MLFlowLogger):
     """Composer's, with the recipe as its parameters; a start from a checkpoint goes on with the same run."""
 
-    def begin(self, recipe: Mapping[str, Any], goes_on: bool) -> None:
-        """Set up the tracker before the Trainer is built."""
-        super().begin(flat(recipe), goes_on)
+    def __init__(self, recipe: Mapping[str, Any], goes_on: bool, **kwargs: Any):
+        super().__init__(flat(recipe), goes_on, **kwargs)
         self.resume, self._last = self.resume or goes_on, dict[str, int]()
 
     def after_load(self, state: State, logger: Logger) -> None:
@@ -104,10 +107,10 @@ class TensorBoard(WholeSteps, TensorboardLogger):
 
     _opened: Any = None
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, recipe: Mapping[str, Any], goes_on: bool, **kwargs: Any):
         import tensorboard  # noqa: F401  an optional package, missed before anything is made
 
-        super().__init__(**kwargs)
+        super().__init__(recipe, goes_on, **kwargs)
 
     def _initialize_summary_writer(self) -> None:
         """Do nothing: the step is not known yet."""
@@ -142,17 +145,3 @@ class TensorBoard(WholeSteps, TensorboardLogger):
 
 def _file_of(logger: Logger) -> MetricsFile:
     return next(one for one in logger.destinations if isinstance(one, MetricsFile))
-
-
-def begin_trackers(loggers: list[Any], recipe: Mapping[str, Any], goes_on: bool) -> list[Any]:
-    """Set up the trackers of a run.
-
-    Args:
-        loggers: of the recipe.
-        recipe: as files and pages may have it.
-        goes_on: the run starts from a checkpoint.
-    """
-    for logger in loggers:
-        if isinstance(logger, WandB | MLFlow | TensorBoard):
-            logger.begin(recipe, goes_on)
-    return loggers

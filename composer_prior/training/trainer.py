@@ -51,7 +51,6 @@ from composer_prior.training.optimizer import build_optimizer
 from composer_prior.training.reference import check_reference, model_folder, read_card
 from composer_prior.training.report import report_file, write_report
 from composer_prior.training.saving import save_architecture, save_model
-from composer_prior.training.trackers import begin_trackers
 from composer_prior.training.validate import check_fit
 
 
@@ -94,7 +93,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     os.environ.update(ASKED_BY_COMPOSER)
     # Where samples carry stored scores, no reference is loaded for nothing.
     algorithms = recipe.algorithms if train_data.scores is None else without_reference(recipe.algorithms)
-    trackers = begin_trackers(build_all("logger", recipe.loggers), written(recipe), goes_on=start is not None)
+    trackers = build_all("logger", recipe.loggers, recipe=written(recipe), goes_on=start is not None)
     trainer = Trainer(
         model=model,
         train_dataloader=loaders["train"],
