@@ -2,7 +2,6 @@
 
 import json
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from composer.utils import dist
 from omegaconf import OmegaConf
 
 from composer_prior.training.checkpoints.identity import flat
+from composer_prior.training.config import TrainConfig, written
 from composer_prior.training.metrics_file import MetricsFile
 
 WANDB_ID = "wandb_id.txt"  # a file of the run: its id there
@@ -23,18 +23,18 @@ class WandB(WandBLogger):
     Without a network each start leaves a folder of its own, of which the last holds the whole run.
     """
 
-    def __init__(self, recipe: Mapping[str, Any], goes_on: bool, **kwargs: Any):
+    def __init__(self, recipe: TrainConfig, goes_on: bool, **kwargs: Any):
         super().__init__(**kwargs)
-        self._recipe, self._goes_on = recipe, goes_on
+        self._recipe, self._goes_on = written(recipe), goes_on
 
     def init(self, state: State, logger: Logger) -> None:
-        file = Path(OmegaConf.create(dict(self._recipe))["run_folder"], WANDB_ID)  # it may name an environment variable
+        file = Path(OmegaConf.create(self._recipe)["run_folder"], WANDB_ID)  # it may name an environment variable
         known = file.read_text() if self._goes_on and file.is_file() else uuid.uuid4().hex[:8]
         if self._enabled and self._rank_zero_only:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(known)
             self._init_kwargs = {"id": known, "resume": "allow", **self._init_kwargs}
-        self._init_kwargs = {"config": dict(self._recipe), "allow_val_change": True, **self._init_kwargs}
+        self._init_kwargs = {"config": self._recipe, "allow_val_change": True, **self._init_kwargs}
         super().init(state, logger)
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -52,9 +52,9 @@ class WandB(WandBLogger):
 class WholeSteps(LoggerDestination):
     """Write the metrics of each step once, when it is whole: Composer logs some twice at the end of an epoch."""
 
-    def __init__(self, recipe: Mapping[str, Any], goes_on: bool, **kwargs: Any):
+    def __init__(self, recipe: TrainConfig, goes_on: bool, **kwargs: Any):
         super().__init__(**kwargs)
-        self._recipe, self._goes_on = recipe, goes_on
+        self._recipe, self._goes_on = written(recipe), goes_on
         self._record: dict[str, Any] = {}  # of the current step
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -82,8 +82,9 @@ class WholeSteps(LoggerDestination):
 class MLFlow(WholeSteps, MLFlowLogger):
     """Composer's, with the recipe as its parameters; a start from a checkpoint goes on with the same run."""
 
-    def __init__(self, recipe: Mapping[str, Any], goes_on: bool, **kwargs: Any):
-        super().__init__(flat(recipe), goes_on, **kwargs)
+    def __init__(self, recipe: TrainConfig, goes_on: bool, **kwargs: Any):
+        super().__init__(recipe, goes_on, **kwargs)
+        self._recipe = flat(self._recipe)
         self.resume, self._last = self.resume or goes_on, dict[str, int]()
 
     def after_load(self, state: State, logger: Logger) -> None:
@@ -107,7 +108,7 @@ class TensorBoard(WholeSteps, TensorboardLogger):
 
     _opened: Any = None
 
-    def __init__(self, recipe: Mapping[str, Any], goes_on: bool, **kwargs: Any):
+    def __init__(self, recipe: TrainConfig, goes_on: bool, **kwargs: Any):
         import tensorboard  # noqa: F401  an optional package, missed before anything is made
 
         super().__init__(recipe, goes_on, **kwargs)

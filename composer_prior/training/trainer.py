@@ -93,7 +93,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     os.environ.update(ASKED_BY_COMPOSER)
     # Where samples carry stored scores, no reference is loaded for nothing.
     algorithms = recipe.algorithms if train_data.scores is None else without_reference(recipe.algorithms)
-    trackers = build_all("logger", recipe.loggers, recipe=written(recipe), goes_on=start is not None)
+    trackers = build_all("logger", recipe.loggers, recipe=recipe, goes_on=start is not None)
     trainer = Trainer(
         model=model,
         train_dataloader=loaders["train"],
