@@ -72,7 +72,7 @@ class SceneChoices(ChoiceBenchmark):
 
 
 class SceneFoils(SceneChoices):
-    """Which caption fits: one fact is wrong in each of the others, see :func:`.make_foils`."""
+    """Choices between a true caption and captions with one wrong fact, see :func:`.make_foils`."""
 
     all_categories = foils.CATEGORIES
 
@@ -81,7 +81,7 @@ class SceneFoils(SceneChoices):
 
 
 class SceneQuestions(SceneChoices):
-    """Which answer fits, see :func:`.make_question`.
+    """Choices between the answers of a question, see :func:`.make_question`.
 
     Args:
         form: ``cloze``, beginnings of captions for a model that was trained on captions, scored without the end of the

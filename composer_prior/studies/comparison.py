@@ -74,7 +74,7 @@ class Average:
 
 @dataclass(frozen=True)
 class Reached:
-    """When a method is as good as the baseline at its end.
+    """The steps after which a method is as good as the baseline at its end.
 
     Args:
         shares: by seed, the batch as a share of the baseline's steps at that seed; ``None`` where it never is.

@@ -14,7 +14,7 @@ MIN_SIZES = 4
 """Fewer sizes than this have no fit with an asymptote: it has three coefficients."""
 
 EXPONENTS = (1e-3, 10.0)
-"""Where c is searched."""
+"""Bounds of the search of c."""
 
 _RESAMPLES = 1000
 _RANDOM_SEED = 20250508
@@ -47,12 +47,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Fit:
-    """What was fitted to the points of one method.
+    """The coefficients fitted to the points of one method.
 
     Args:
         coefficients: by name: ``a``, ``b``, ``c`` with :data:`MIN_SIZES` sizes, ``k0``, ``k`` with two of them. A
             coefficient that the points do not determine is missing.
-        notes: what stands against believing them, as sentences.
+        notes: reasons to doubt them, as sentences.
     """
 
     coefficients: Mapping[str, Estimate]
