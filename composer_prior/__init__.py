@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from composer_prior.models.reference import ReferenceLM
     from composer_prior.training.saving import load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _MODULES = {
     "PRIOR": "composer_prior.algorithms.prior.prior",

@@ -5,13 +5,16 @@ import torch
 from common.models import FAMILIES, patch_inputs, small_lm, small_lvlm
 from PIL import Image
 from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
-from composer_prior import ComposerLVLM
+from composer_prior import ComposerLVLM, registry
 from composer_prior.data.batch import IGNORE_INDEX, IMAGE, ROW_SEPARATOR
 from composer_prior.data.captions import decode_image
 from composer_prior.emoji_scenes.scenes import draw_scene, sample_rng, sample_scene
 from composer_prior.emoji_scenes.writing import make_sample
+from composer_prior.models.build import build_lvlm, lvlm_skeleton
+from composer_prior.models.prior_lvlm import PriorLVLMImageProcessor
 from composer_prior.models.prior_lvlm.image_processing_prior_lvlm import patch_grid
 from composer_prior.models.vision import build_open_clip, build_patches, image_inputs, image_processor_of
 
@@ -236,7 +239,6 @@ def test_embeddings_grow_for_the_image_tokens():
     from transformers import PreTrainedTokenizerFast
 
     from composer_prior.data.tokenizer import add_image_tokens, image_token_ids
-    from composer_prior.models.build import build_lvlm
 
     plain = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>")
@@ -302,3 +304,38 @@ def test_eight_images_are_learned_by_heart(tokenizer, family):
 def test_text_alone_cannot_be_asked_for_captions(tokenizer):
     with pytest.raises(ValueError, match="reads text alone"):
         ComposerLVLM(small_lm(tokenizer), tokenizer).image_text_model.generate_captions([Image.new("RGB", (4, 4))])
+
+
+class Quarters(PriorLVLMImageProcessor):
+    max_image_tokens = 4
+
+    def process(self, image):
+        return {"pixel_values": pil_to_tensor(image.resize((8, 8))) / 255}, [False] * 4
+
+
+class MeanColours(nn.Module):
+    """A tower from outside of the package: the mean colour of each quarter of an image."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.config = {"type": "mean_colours", "width": width}
+        self.image_processor = Quarters(self.config)
+        self.linear = nn.Linear(3, width)
+
+    def forward(self, pixel_values):
+        colours = nn.functional.adaptive_avg_pool2d(pixel_values, 2).flatten(2).transpose(1, 2)
+        return self.linear(colours).flatten(0, 1)
+
+
+def test_a_tower_from_outside_trains_and_captions_and_has_no_folder(tokenizer, make_batch, monkeypatch, tmp_path):
+    monkeypatch.setitem(registry._COMPONENTS, "vision", {"mean_colours": MeanColours})
+    language = {"config": {**small_lm(tokenizer).config.to_dict(), "model_type": "llama"}}
+    model = build_lvlm(tokenizer, language, vision={"name": "mean_colours"})
+    assert lvlm_skeleton(tokenizer, language, vision={"name": "mean_colours"}).model.device.type == "meta"
+    batch = make_batch(model)
+    assert (batch["input_ids"] == model.model.config.image_token_id).sum() == 4 * len(batch["input_ids"])
+    model.loss(model(batch), batch).backward()
+    assert model.model.model.vision_tower.linear.weight.grad.abs().sum() > 0
+    assert len(model.image_text_model.generate_captions([Image.new("RGB", (5, 5))] * 2, max_new_tokens=2)) == 2
+    with pytest.raises(ValueError, match="whose vision tower is MeanColours has no Hugging Face form"):
+        model.image_text_model.save_pretrained(tmp_path / "model")
