@@ -1,4 +1,4 @@
-"""Models and tokenizers in Hugging Face form: found in a folder or on a hub, and loaded without running their code."""
+"""Find and load models and tokenizers in Hugging Face format, without running code that comes with them."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Writes a trained model in the form of another library: ``composer-prior export MODEL OUT format=llava``."""
+"""Write a trained model in the format of another library: ``composer-prior export MODEL OUT format=llava``."""
 
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ def export_model(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Any:
-    """Load a model and write it in another form, which is compared with the model before it is there.
+    """Load a model and write it in another format; the result is compared with the model first.
 
     Args:
         model: a run folder, a model folder, a checkpoint of a run, or a hub id.
         out: the folder to write.
-        format: the form, ``llava``: ``LlavaForConditionalGeneration`` of transformers, with no code of ours.
+        format: ``llava``: ``LlavaForConditionalGeneration`` of transformers, with no code of ours.
         dtype: of the weights: ``float32``, ``bfloat16`` or ``float16``. Default: the model's own.
         overwrite: replace a folder that an earlier export has written.
         trust_remote_code: run code that comes with the language model.

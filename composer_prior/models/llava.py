@@ -1,6 +1,6 @@
 """An LVLM as transformers' own LLaVA: a folder that its stock classes load, with no code of ours.
 
-Not every model has that form; one that has not is refused by name. What is written is compared with the model before
+A model without an equivalent is refused by name. The result is compared with the model before
 the folder is there.
 """
 
@@ -38,7 +38,7 @@ from composer_prior.models.llava_check import PICTURES, Comparison, LlavaError, 
 from composer_prior.models.model_folder import SHARD_SIZE, for_generation
 from composer_prior.models.prior_lvlm.modeling_prior_lvlm import OpenCLIPTower, decoder_of, logit_transform
 from composer_prior.models.prior_lvlm.processing_prior_lvlm import CHAT_TEMPLATE, IMAGE_TOKEN
-from composer_prior.models.stock_vision import NoStockFormError, StockVision, stock_vision
+from composer_prior.models.stock_vision import NoStockModelError, StockVision, stock_vision
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -79,7 +79,7 @@ def export_llava(
         overwrite: replace a folder that an earlier export has written. Default: ``False``.
 
     Raises:
-        LlavaError: one line, naming what has no LLaVA form, or what came out otherwise.
+        LlavaError: one line, naming what has no LLaVA equivalent, or what came out otherwise.
         FileExistsError: if the folder exists and is not to be overwritten.
     """
     folder = Path(folder).expanduser()
@@ -180,7 +180,7 @@ def _vision(tower: OpenCLIPTower) -> StockVision:
     """Convert the tower to a vision model of transformers."""
     try:
         return stock_vision(tower.encoder, tower.image_size)
-    except NoStockFormError as error:
+    except NoStockModelError as error:
         raise refusal(f"the vision tower {architecture_name(tower.config)}", one_line(error)) from error
 
 

@@ -1,4 +1,4 @@
-"""Holds a model in LLaVA form against the model itself: pixels, ids, logits and captions of a few pictures."""
+"""Holds a model in LLaVA format against the model itself: pixels, ids, logits and captions of a few pictures."""
 
 import copy
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ PICTURES, CAPTION_TOKENS = 3, 16
 
 
 class LlavaError(OneLineError, ValueError):
-    """A model that has no LLaVA form, or whose LLaVA form is not the same model."""
+    """A model that has no LLaVA equivalent, or whose LLaVA format is not the same model."""
 
 
 class Comparison(NamedTuple):
@@ -41,8 +41,8 @@ class Comparison(NamedTuple):
 def refusal(what: str, why: str) -> LlavaError:
     """Return the error for a part that LLaVA does not support, with an alternative."""
     return LlavaError(
-        f"{what} has no LLaVA form: {why.rstrip('.')}; use the model folder of the run, which transformers reads with "
-        "trust_remote_code=True."
+        f"{what} has no LLaVA equivalent: {why.rstrip('.')}; use the model folder of the run, which transformers "
+        "reads with trust_remote_code=True."
     )
 
 

@@ -61,7 +61,7 @@ def empty_copy(model: PreTrainedModel) -> Any:
     if isinstance(model, PriorLVLMForConditionalGeneration):
         tower = model.model.vision_tower
         if not isinstance(tower, tuple(TOWERS.values())):
-            raise ValueError(f"a model whose vision tower is {type(tower).__name__} has no Hugging Face form")
+            raise ValueError(f"a model with the tower {type(tower).__name__} cannot be saved in Hugging Face format")
     config = deepcopy(model.config)
     dtype = next(model.parameters()).dtype
     for part in {id(part): part for part in (config, config.get_text_config())}.values():

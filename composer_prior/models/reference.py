@@ -60,7 +60,7 @@ class ReferenceLM:
     def from_pretrained(
         cls, path: str, trust_remote_code: bool = False, dtype: Dtype | None = None, weights: bool = True
     ) -> "ReferenceLM":
-        """Load model and tokenizer from a folder or hub id in Hugging Face form.
+        """Load model and tokenizer from a folder or hub id in Hugging Face format.
 
         Args:
             path: of the folder, or hub id.

@@ -41,7 +41,7 @@ SIGLIP_BLOCK = {
 }
 
 
-class NoStockFormError(ValueError):
+class NoStockModelError(ValueError):
     """Why an encoder is no vision model of transformers."""
 
 
@@ -67,14 +67,14 @@ def stock_vision(encoder: nn.Module, image_size: int) -> StockVision:
         image_size: side of the square input in pixels.
 
     Raises:
-        NoStockFormError: if there is none.
+        NoStockModelError: if there is none.
     """
     if type(encoder) is VisionTransformer:
         return _clip(encoder, image_size)
     trunk = getattr(encoder, "trunk", None)
     if type(encoder) is TimmModel and type(trunk) is TimmVisionTransformer:
         return _siglip(encoder, image_size)
-    raise NoStockFormError(
+    raise NoStockModelError(
         f"its {type(trunk if trunk is not None else encoder).__name__} is no plain ViT of CLIP or SigLIP"
     )
 
@@ -137,7 +137,7 @@ def _renamed(state: Mapping[str, Tensor], names: Mapping[str, list[str]]) -> dic
     """Rename the weights for transformers; the names match one to one."""
     odd = sorted({*state} ^ {*names})
     if odd:
-        raise NoStockFormError(
+        raise NoStockModelError(
             f"it {'has' if odd[0] in state else 'lacks'} {odd[0]}, unlike a plain ViT of CLIP or SigLIP"
         )
     weights: dict[str, Tensor] = {}
@@ -154,7 +154,7 @@ def _renamed(state: Mapping[str, Tensor], names: Mapping[str, list[str]]) -> dic
 def _expect(blocks: Iterable[nn.Module], kind: type[nn.Module]) -> None:
     other = {type(block).__name__ for block in blocks if type(block) is not kind}
     if other:
-        raise NoStockFormError(f"its blocks are {', '.join(sorted(other))}")
+        raise NoStockModelError(f"its blocks are {', '.join(sorted(other))}")
 
 
 def _activation(modules: Iterable[nn.Module]) -> str:
@@ -165,12 +165,12 @@ def _activation(modules: Iterable[nn.Module]) -> str:
         same = [name for name in ACTIVATIONS if torch.allclose(ACT2FN[name](x), module(x), rtol=0, atol=1e-6)]
         found.add(same[0] if same else kind.__name__)
     if len(found) > 1 or not found <= {*ACTIVATIONS}:
-        raise NoStockFormError(f"its activation is {', '.join(sorted(found))}")
+        raise NoStockModelError(f"its activation is {', '.join(sorted(found))}")
     return found.pop()
 
 
 def _epsilon(modules: Iterable[nn.Module]) -> float:
     found = {module.eps for module in modules if isinstance(module, nn.LayerNorm)}
     if len(found) != 1:
-        raise NoStockFormError(f"its layer norms have {len(found)} different epsilons")
+        raise NoStockModelError(f"its layer norms have {len(found)} different epsilons")
     return found.pop()

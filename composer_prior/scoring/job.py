@@ -14,7 +14,7 @@ class ScoreJob:
 
     Args:
         out: folder, which may begin with ``~``, or remote for the scores.
-        reference: folder or hub id of a causal LM in Hugging Face form.
+        reference: folder or hub id of a causal LM in Hugging Face format.
         tokenizer: of the model to be trained, ``name`` and ``kwargs`` as in a recipe.
         dataset: as in a recipe's ``train_loader.dataset``, such as ``local``, ``remote`` and ``max_caption_tokens``.
         batch_tokens: tokens of one forward pass, padding included; default: what suits the device.

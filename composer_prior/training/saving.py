@@ -32,7 +32,7 @@ from composer_prior.training.config import TrainConfig, written
 from composer_prior.training.finite import check_weights
 from composer_prior.training.reference import model_folder, write_reference
 
-ARCHITECTURE = "architecture"  # a folder of the run: the model in Hugging Face form without weights, for checkpoints
+ARCHITECTURE = "architecture"  # a folder of the run: the model in Hugging Face format without weights, for checkpoints
 
 
 def save_architecture(recipe: TrainConfig, model: ComposerLVLM) -> None:
@@ -48,7 +48,7 @@ def save_architecture(recipe: TrainConfig, model: ComposerLVLM) -> None:
 def save_model(
     recipe: TrainConfig, model: ComposerLVLM, data: Any, validation: Mapping[str, float], out: str | None = None
 ) -> None:
-    """Write the model in Hugging Face form, with a card of what it was made from; the folder is whole or not there.
+    """Write the model in Hugging Face format, with a card of what it was made from; the folder is whole or not there.
 
     A model without a vision tower is written as a reference. Every rank calls it, since the weights may be sharded
     among them; rank 0 writes.
@@ -87,7 +87,7 @@ def save_model(
 
 
 class HuggingFaceCheckpointer(Callback):
-    """Write the model in Hugging Face form during training, without the optimizer's state (LLM Foundry's name).
+    """Write the model in Hugging Face format during training, without the optimizer's state (LLM Foundry's name).
 
     Args:
         recipe: of the run.
@@ -113,7 +113,7 @@ class HuggingFaceCheckpointer(Callback):
 
 
 def has_architecture(recipe: TrainConfig) -> bool:
-    """Whether the run's model has a Hugging Face form; the same answer on every rank."""
+    """Whether the run's model has a Hugging Face format; the same answer on every rank."""
     found = [Path(recipe.run_folder, ARCHITECTURE, "config.json").is_file()]
     dist.broadcast_object_list(found)
     return found[0]

@@ -247,5 +247,5 @@ def _places(recipe: TrainConfig, trainer: Trainer) -> str:
     if recipe.save_folder:
         parts.append(f"checkpoints in {recipe.save_folder}")
     if model_folder(recipe).exists():
-        parts.append(f"the model in Hugging Face form in {model_folder(recipe)}")
+        parts.append(f"the model in Hugging Face format in {model_folder(recipe)}")
     return f"\n{recipe.run_name}, {trainer.state.timestamp.batch.value} batches: {', '.join(parts)}."

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on the model's own Hugging Face form and on its LLaVA export: the ids it trains on, and its loss."""
+"""TRL's SFTTrainer on the model in Hugging Face format and on its LLaVA export: the ids it trains on, and its loss."""
 
 import pytest
 import torch

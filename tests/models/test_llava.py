@@ -1,4 +1,4 @@
-"""The LLaVA form of a model, loaded by stock transformers, against the model; and what has no such form."""
+"""The LLaVA format of a model, loaded by stock transformers, against the model; and what has no such form."""
 
 import json
 import subprocess
@@ -320,17 +320,17 @@ SCALED = {"granite": {**LLAMA, "logits_scaling": 2.0}, "cohere": LLAMA, "gemma2"
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"model_type": "phi", **LLAMA}, "the language model PhiForCausalLM has no LLaVA form: its LM head has a bias"),
-        ({"model_type": "granite", **SCALED["granite"]}, "GraniteForCausalLM has no LLaVA form: it scales its logits"),
-        ({"model_type": "cohere", **SCALED["cohere"]}, "CohereForCausalLM has no LLaVA form: it scales its logits"),
-        ({"model_type": "gemma2", **SCALED["gemma2"]}, "Gemma2ForCausalLM has no LLaVA form: it caps its logits"),
+        ({"model_type": "phi", **LLAMA}, "PhiForCausalLM has no LLaVA equivalent: its LM head has a bias"),
+        ({"model_type": "granite", **SCALED["granite"]}, "GraniteForCausalLM has no LLaVA equivalent: it scales its"),
+        ({"model_type": "cohere", **SCALED["cohere"]}, "CohereForCausalLM has no LLaVA equivalent: it scales its"),
+        ({"model_type": "gemma2", **SCALED["gemma2"]}, "Gemma2ForCausalLM has no LLaVA equivalent: it caps its logits"),
         (
             {"model_type": "opt", **LANGUAGE_MODELS["opt"], "word_embed_proj_dim": 16},
-            "OPTForCausalLM has no LLaVA form: its embeddings, hidden states and LM head differ in width",
+            "OPTForCausalLM has no LLaVA equivalent: its embeddings, hidden states and LM head differ in width",
         ),
         (
             {"tower": lambda: clip_tower(no_ln_pre=True)},
-            "the vision tower of OpenCLIP has no LLaVA form: it lacks ln_pre.bias",
+            "the vision tower of OpenCLIP has no LLaVA equivalent: it lacks ln_pre.bias",
         ),
         ({"tower": lambda: clip_tower(ls_init_value=0.1)}, "it has transformer.resblocks.0.ls_1.gamma"),
         ({"tower": lambda: clip_tower(qk_norm=True)}, "its blocks are CustomResidualAttentionBlock"),
@@ -340,11 +340,11 @@ SCALED = {"granite": {**LLAMA, "logits_scaling": 2.0}, "cohere": LLAMA, "gemma2"
         ),
         (
             {"tower": lambda: siglip_tower(class_token=True)},
-            "tower a_small_siglip has no LLaVA form: it has trunk.cls_token",
+            "tower a_small_siglip has no LLaVA equivalent: it has trunk.cls_token",
         ),
         ({"tower": lambda: siglip_tower(qk_norm=True)}, "it has trunk.blocks.0.attn.k_norm.bias"),
         ({"tower": lambda: siglip_tower("relu")}, "its activation is ReLU"),
-        ({"tower": lambda: clip_tower(preprocess={"resize_mode": "longest"})}, "resize_mode=longest has no LLaVA form"),
+        ({"tower": lambda: clip_tower(preprocess={"resize_mode": "longest"})}, "resize_mode=longest has no LLaVA"),
         (
             {"tower": lambda: build_patches(32, 16, 48), "projector": None},
             "the vision tower PatchEmbedding has no LLaVA",
@@ -406,7 +406,7 @@ def test_stock_transformers_needs_nothing_of_ours(tmp_path, tokenizer):
 
 @pytest.mark.slow
 def test_open_clip_architectures():
-    """How many have a LLaVA form, in which GELU, and what is in the way of the others."""
+    """How many have a LLaVA equivalent, in which GELU, and what is in the way of the others."""
     forms, ways, built = Counter(), {}, {}
     for name in open_clip.list_models():
         config = open_clip.get_model_config(name)
@@ -425,7 +425,7 @@ def test_open_clip_architectures():
             try:
                 form = stock.stock_vision(encoder, 224).config
                 built[key] = (form.model_type, form.hidden_act)
-            except stock.NoStockFormError as error:
+            except stock.NoStockModelError as error:
                 built[key] = str(error)
         if isinstance(built[key], str):
             ways[name] = built[key]

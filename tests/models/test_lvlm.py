@@ -337,5 +337,5 @@ def test_a_tower_from_outside_trains_and_captions_and_has_no_folder(tokenizer, m
     model.loss(model(batch), batch).backward()
     assert model.model.model.vision_tower.linear.weight.grad.abs().sum() > 0
     assert len(model.image_text_model.generate_captions([Image.new("RGB", (5, 5))] * 2, max_new_tokens=2)) == 2
-    with pytest.raises(ValueError, match="whose vision tower is MeanColours has no Hugging Face form"):
+    with pytest.raises(ValueError, match="with the tower MeanColours cannot be saved in Hugging Face format"):
         model.image_text_model.save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""The Hugging Face form against the LVLM: logits, captions, pixels and ids, through every way of loading it."""
+"""The Hugging Face format against the LVLM: logits, captions, pixels and ids, through every way of loading it."""
 
 import json
 import shutil
@@ -285,7 +285,7 @@ def test_large_models_are_cut_into_shards(tokenizer, tmp_path, monkeypatch):
 def test_models_without_the_form_are_refused(tokenizer, tmp_path):
     model = small("patches", tokenizer)
     model.model.model.vision_tower = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="whose vision tower is Linear has no Hugging Face form"):
+    with pytest.raises(ValueError, match="with the tower Linear cannot be saved in Hugging Face format"):
         model.save_pretrained(tmp_path / "model")
     assert not Path(tmp_path / "model").exists()
 

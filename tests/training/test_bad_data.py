@@ -175,7 +175,7 @@ def test_what_goes_wrong_in_the_report_is_said_and_ends_no_run(part, capsys, mon
     assert failed == ("generate" in part)
     where = f"{Path(__file__).name}, line {fail.__code__.co_firstlineno + 1}; the traceback is in the log"
     assert output.count(where) == caplog.text.count("RuntimeError: out of\nmemory") > failed
-    assert "checkpoints in runs/ntp_vit/checkpoints, the model in Hugging Face form in runs/ntp_vit/model." in output
+    assert "checkpoints in runs/ntp_vit/checkpoints, the model in Hugging Face format in runs/ntp_vit/model." in output
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def test_the_closing_table_and_captions(quick_start):
     assert len(rows[1]) == 7
     assert output.count("true:") == output.count("generated:") == 2
     assert (
-        "checkpoints in runs/prior_vit/checkpoints, the model in Hugging Face form in runs/prior_vit/model." in output
+        "checkpoints in runs/prior_vit/checkpoints, the model in Hugging Face format in runs/prior_vit/model." in output
     )
 
 

@@ -139,7 +139,7 @@ def find_checkpoint(path: str) -> None:
 
 
 def find_weights(path: str) -> Path:
-    """Where the weights are that a path names: a checkpoint, or a model in Hugging Face form.
+    """Find the weights that a path names: a checkpoint, or a model in Hugging Face format.
 
     Args:
         path: of a run folder (its newest checkpoint is meant, or else its model), a checkpoint in one file, the folder
