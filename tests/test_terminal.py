@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from common.models import small_lvlm
-from composer_prior.models.lvlm import Caption
 from PIL import Image
 from streaming import MDSWriter
 
@@ -15,6 +14,7 @@ from composer_prior.data.lines import begin_lines
 from composer_prior.data.messages import DataError, announce
 from composer_prior.emoji_scenes.writing import make_sample
 from composer_prior.evaluation.captioned import CaptionSamples
+from composer_prior.models.image_text_model import Caption
 from composer_prior.reports.closing import Samples
 
 HOSTILE = "a\x1b[31m\x07\r\x9b2J\u202eb\u2066c\u200fd\u061ce"
@@ -64,7 +64,7 @@ def test_an_error_shows_what_it_names(words, tmp_path, monkeypatch, capsys):
 
 def test_files_keep_what_the_terminal_shows(tokenizer, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    small_lvlm("patches", tokenizer).model.save_pretrained("model")
+    small_lvlm("patches", tokenizer).image_text_model.save_pretrained("model")
     Path(HOSTILE).mkdir()
     Path(HOSTILE, f"{HOSTILE}.png").write_bytes(make_sample("validation", 0)["image"])
     pairs = [{"image": f"{HOSTILE}{end}", "caption": f"{HOSTILE} owl"} for end in (".png", "x.png")]
