@@ -89,7 +89,7 @@ class Captioning(Benchmark):
         return per_category(sums, _figures)
 
     def details(self, predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """How many words a caption has in the mean."""
+        """Return the mean number of words of a caption."""
         return {"words": float(np.mean([len(tokenize(prediction["caption"])) for prediction in predictions]))}
 
     @cached_property

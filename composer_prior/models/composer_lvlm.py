@@ -95,7 +95,7 @@ class ComposerLVLM(ComposerModel):
 
     @property
     def image_processor(self) -> Any:
-        """What turns an image into a data set's sample; None for a language model."""
+        """A function from an image to :class:`.ImageInputs`; None for a language model."""
         return None if self.reads_text_alone else to_image_inputs(self.processor.image_processor)
 
     @property

@@ -154,7 +154,7 @@ def _kernel_takes(hidden: Tensor) -> bool:
 
 
 def is_plain_linear(head: nn.Module) -> bool:
-    """Whether the head is its weight and bias and nothing else: no adapter, no hook (FSDP's, say), no shards."""
+    """Return True if the head is its weight and bias alone, without an adapter, a hook such as FSDP's, or shards."""
     return (
         isinstance(head, nn.Linear)
         and type(head).forward is nn.Linear.forward

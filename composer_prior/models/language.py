@@ -228,10 +228,10 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def is_recurrent(model: Any) -> bool:
-    """Whether some layer carries more from token to token than attention's keys and values, as Mamba's or LFM2's.
+    """Return True if a layer carries more from token to token than attention's keys and values, as in Mamba or LFM2.
 
-    Padding before a text, several texts in one row and a cache that is cut would change what such a layer computes.
-    Decided by the kinds of layers alone; a kind that is not known is taken for one of these.
+    Padding before a text, several texts in one row and a cropped cache change the results of such a layer. The kinds of
+    layers decide; an unknown kind counts as recurrent.
 
     Args:
         model: of transformers, or one of PEFT around it; with or without weights.
@@ -363,6 +363,6 @@ def _complaint(model: PreTrainedModel, reads_embeddings: bool) -> str | None:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors differ by rounding alone."""
+    """Return True if two tensors differ by rounding alone."""
     tolerance = 1e-3 if a.dtype == torch.float32 else 2e-2
     return a.shape == b.shape and bool((a.float() - b.float()).norm() <= tolerance * b.float().norm())

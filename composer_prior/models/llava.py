@@ -45,7 +45,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class LlavaReport:
-    """What :func:`export_llava` has written.
+    """Result of :func:`export_llava`.
 
     Args:
         folder: where it is.

@@ -25,7 +25,7 @@ class LlavaError(OneLineError, ValueError):
 
 
 class Comparison(NamedTuple):
-    """What was measured in float32 on pictures of odd sizes.
+    """Differences in float32 on pictures of odd sizes.
 
     Args:
         logits: the largest difference of a logit.
@@ -120,7 +120,7 @@ def _compare(model: ImageTextModel, llava: Any, processor: LlavaProcessor, defau
 
 
 def _reads_otherwise(model: ImageTextModel, processor: LlavaProcessor, picture: Image.Image) -> bool:
-    """Whether the stock processor fails on a picture, or makes other pixels of it than ours."""
+    """Return True if the stock processor fails on a picture, or its pixels differ from ours."""
     try:
         inputs, ours = _inputs(model, processor, [picture])
     except ValueError:
@@ -212,9 +212,9 @@ def _pictures(image_size: int, shortest: bool) -> tuple[list[Image.Image], list[
 
 
 def cut_differs(width: int, height: int, image_size: int) -> bool:
-    """Whether torchvision and transformers cut the middle of a picture otherwise, once its shorter side is fitted.
+    """Return True if torchvision and transformers crop a picture differently after its shorter side is resized.
 
-    Half of an odd rest is rounded to even there and down here.
+    torchvision rounds half of an odd rest to even, and transformers rounds it down.
     """
     long, short = max(width, height), min(width, height)
     return (int(image_size * long / short) - image_size) % 4 == 3

@@ -69,7 +69,7 @@ def find_source(architecture: str, pretrained: str | None, given: Mapping[str, A
 
 
 def brings_weights(architecture: str) -> bool:
-    """Whether an architecture is a folder or a hub's, which hold weights, too."""
+    """Return True if an architecture is a folder or a hub id, which hold weights too."""
     return architecture.startswith((LOCAL, HUB))
 
 

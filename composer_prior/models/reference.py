@@ -174,7 +174,7 @@ class ReferenceLM:
             )
 
     def reads(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether the ids of a tokenizer's text mean the same to the reference.
+        """Return True if the ids of a tokenizer's text mean the same to the reference.
 
         The tokenizer may have further special tokens, such as those of images, which no caption contains.
         """

@@ -144,7 +144,7 @@ def _renamed(state: Mapping[str, Tensor], names: Mapping[str, list[str]]) -> dic
     for ours, theirs in names.items():
         parts = state[ours].detach().chunk(len(theirs))
         weights |= {name: part.clone() for name, part in zip(theirs, parts, strict=True)}
-    # Nobody reads these: they come after the features, and the encoder has them no more.
+    # Unused: these come after the features, and the encoder no longer has them.
     norm = weights["encoder.layers.0.layer_norm1.weight"]
     weights["post_layernorm.weight"] = torch.ones_like(norm)
     weights["post_layernorm.bias"] = torch.zeros_like(norm)

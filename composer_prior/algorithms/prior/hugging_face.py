@@ -26,7 +26,7 @@ from composer_prior.models.reference import Dtype, ReferenceLM
 if TYPE_CHECKING:
     from transformers import Trainer
 else:
-    Trainer = object  # whoever mixes this in has imported theirs
+    Trainer = object  # a subclass brings its own trainer
 
 
 class PRIORMixin(Trainer):

@@ -70,7 +70,7 @@ def text_positions(batch: Mapping[str, Tensor], model: Any) -> Tensor:
 
 
 def _next_to(image: Tensor, is_break: Tensor) -> Tensor:
-    """Whether the last token at or before each position that is no line break belongs to the image."""
+    """Return True at positions whose last token that is no line break belongs to the image."""
     place = torch.arange(image.shape[1], device=image.device).expand_as(image)
     last = torch.where(is_break, -1, place).cummax(1).values
     return image.gather(1, last.clamp(min=0)) & (last >= 0)
