@@ -154,7 +154,9 @@ def test_help_refers_nobody_to_code(capsys):
     for words in [[job] for job in JOBS] + [["evaluate", f"benchmark={name}"] for name in registry.names("benchmark")]:
         with pytest.raises(SystemExit):
             main([*words, "--help"])
-        assert not re.search(r"see [A-Za-z_.]*[A-Z]|composer_prior\.|FORMS|options too", capsys.readouterr().out), words
+        assert not re.search(r"see [A-Za-z_.]*[A-Z]|composer_prior\.|FORMATS|options too", capsys.readouterr().out), (
+            words
+        )
 
 
 def test_a_version_is_told(capsys):

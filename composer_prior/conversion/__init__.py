@@ -1,1 +1,1 @@
-"""From any usual form of image-caption pairs to MDS."""
+"""Conversion of image-caption pairs to MDS."""

@@ -1,9 +1,9 @@
 """Convert image-caption pairs of any usual format into an MDS data set, in parallel and resumably.
 
-A source is cut into fixed units of work. Each unit becomes its own shards, in any process of any machine; when they are
-in place, one small file, written atomically, says so. ``index.json`` is put together from these files and written last.
-The output depends on the source and the options alone, not on the machine or on interruptions; without an index it is
-not complete.
+A source is cut into fixed units of work. Each unit becomes separate shards, in any process of any machine; when they
+are complete, a small file is written atomically as a record. ``index.json`` is made from these files and written last.
+The output depends only on the source and the options, not on the machine or on interruptions; without an index it is
+incomplete.
 
     OUT/index.json                      the data set, written last
     OUT/shard.<unit>.<number>.mds
@@ -27,7 +27,7 @@ from urllib.parse import urlparse
 from composer_prior.conversion.distribute import convert_units, distributor_of
 from composer_prior.conversion.options import VERSION, ConversionError, ConversionOptions, ConversionSummary
 from composer_prior.conversion.sources import Source, SourceError, SourceOptions, describe, open_source
-from composer_prior.conversion.units import WHAT_TO_DO, json_line, scratch, unit_file
+from composer_prior.conversion.units import BAD_FILE_HINT, json_line, scratch, unit_file
 from composer_prior.data.files import parse_json
 from composer_prior.data.locks import LockedError, locked
 from composer_prior.data.messages import one_line
@@ -44,30 +44,30 @@ def convert_captions(
 
     The columns are ``image`` (bytes), ``caption`` (str) or ``captions`` (json, a list), and, where the source has it,
     ``image_related_spans`` (json: ``[start, end)`` character spans of the caption, or one such list for each caption;
-    ``null`` for a caption without). Killed and called again, it goes on where it was. Called again when it is complete,
-    it returns the summary and does nothing.
+    ``null`` for a caption without). A call after a killed one continues its work; a call after a complete one
+    only returns the summary.
 
     Args:
-        source: a file, folder or remote, see :func:`composer_prior.conversion.sources.open_source`.
-        out: a folder, or a remote (``s3://``, ``gs://``, ``oci://``, ``azure://``, ``hf://`` …). Credentials come from
-            the environment, as everywhere in streaming.
+        source: a file, folder or URL, see :func:`composer_prior.conversion.sources.open_source`.
+        out: a folder, or a URL (``s3://``, ``gs://``, ``oci://``, ``azure://``, ``hf://`` …). Credentials come from
+            the environment, as for streaming.
         options: how to read and convert.
         overrides: fields of :class:`ConversionOptions`.
 
     Returns:
-        What was read, written and rejected.
+        The numbers of captions read, written and rejected.
 
     Raises:
         SourceError: the source has an unknown or ambiguous format, or cannot be read at all.
-        ConversionError: ``out`` holds something else, too many samples were rejected (``rejected.jsonl`` is in place,
-            and there is no index), a process died, an upload failed for good, or ``distributor`` lacks what it needs.
+        ConversionError: ``out`` holds other files, too many samples were rejected (``rejected.jsonl`` is written, but
+            no index), a process died, an upload failed for good, or the package of ``distributor`` is missing.
     """
     options = replace(options or ConversionOptions(), **overrides)
     distributor = distributor_of(options)
     opened = open_source(source, **{f.name: getattr(options, f.name) for f in dataclasses.fields(SourceOptions)})
-    place_of_source = str(source).rstrip("/") if is_remote(source) else os.path.realpath(Path(source).expanduser())
-    identity = hashlib.blake2b(place_of_source.encode(errors="surrogateescape"), digest_size=8).hexdigest()
-    settings = {**options.settings, "form": opened.form, "source": identity}
+    origin = str(source).rstrip("/") if is_remote(source) else os.path.realpath(Path(source).expanduser())
+    identity = hashlib.blake2b(origin.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+    settings = {**options.settings, "form": opened.format, "source": identity}
     output = _output(str(out), options)
     with _sole_writer(output):
         complete = _begin(output, settings)
@@ -88,7 +88,7 @@ def _refuse_bad_files(source: str | Path, opened: Source, output: Output) -> Non
     if not any((output.state / "units").iterdir()):
         shutil.rmtree(output.state, ignore_errors=True)
     files = "a file" if len(bad) == 1 else f"{len(bad)} files"
-    raise SourceError(f"{source}: {files} cannot be read: {describe(bad)}; {WHAT_TO_DO}.")
+    raise SourceError(f"{source}: {files} cannot be read: {describe(bad)}; {BAD_FILE_HINT}.")
 
 
 def _output(out: str, options: ConversionOptions) -> Output:
@@ -112,7 +112,7 @@ def _output(out: str, options: ConversionOptions) -> Output:
 
 @contextmanager
 def _sole_writer(output: Output) -> Iterator[None]:
-    """Hold the only right to write to a place, and let what goes wrong there be an error of the conversion."""
+    """Lock the output, and raise errors of writing to it as a ConversionError."""
     try:
         with locked(output.state / "lock", _LOCK_SECONDS), full_disk_told(output.folder or output.state):
             yield
@@ -123,26 +123,25 @@ def _sole_writer(output: Output) -> Iterator[None]:
 
 
 def _begin(output: Output, settings: dict[str, Any]) -> ConversionSummary | None:
-    """Prepare the state; the summary, if the output is complete already."""
+    """Prepare the state, or return the summary if the output is complete already."""
     names = output.names()
     finished = output.read("conversion.json", names)
     if finished is not None and (names is None or "index.json" in names):
-        with _own_file(output, "conversion.json"):
+        with _valid_file(output, "conversion.json"):
             known = parse_json(finished)
-            _same_settings(
-                output, {**known["settings"], "version": VERSION}, settings
-            )  # it is complete, of any version
+            # A complete output of an earlier version is accepted.
+            _same_settings(output, {**known["settings"], "version": VERSION}, settings)
             return ConversionSummary(**known["summary"])
     started = output.state / "settings.json"
     if started.exists():
-        with _own_file(output, started.name):
+        with _valid_file(output, started.name):
             _same_settings(output, parse_json(started.read_bytes()), settings)
     else:
         other = (names or set()) - {".convert"}
         if (output.folder is not None and other) or "index.json" in other:
             shutil.rmtree(output.state, ignore_errors=True)
             some = ", ".join(sorted(other)[:3])
-            raise ConversionError(f"{output.label}: holds something else ({some}); choose an empty place.")
+            raise ConversionError(f"{output.label}: holds something else ({some}); choose an empty folder.")
         if output.remote is not None:
             output.remote.check_writable()
         write_whole(started, json_line(settings))
@@ -153,8 +152,8 @@ def _begin(output: Output, settings: dict[str, Any]) -> ConversionSummary | None
 
 
 @contextmanager
-def _own_file(output: Output, name: str) -> Iterator[None]:
-    """Let a file of the conversion's that holds something else be one line."""
+def _valid_file(output: Output, name: str) -> Iterator[None]:
+    """Raise a state file of unexpected content as one line."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -178,7 +177,7 @@ def _same_settings(output: Output, known: dict[str, Any], settings: dict[str, An
 
 
 def _finish(output: Output, settings: dict[str, Any], units: int, max_rejected: float) -> ConversionSummary:
-    """Put the results of all units together; the index comes last."""
+    """Merge the results of all units, and write the index last."""
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     shards: list[dict[str, Any]] = []
@@ -217,9 +216,8 @@ def _finish(output: Output, settings: dict[str, Any], units: int, max_rejected: 
     )
     output.publish(folder, ["rejected.jsonl"])
     if not summary.samples and not rejected:
-        others = f", but {summary.ignored} members that are no samples; see rejected.jsonl there" * bool(
-            summary.ignored
-        )
+        ignored = summary.ignored
+        others = f", but {ignored} members that are no samples; see rejected.jsonl there" if ignored else ""
         raise ConversionError(f"{output.label}: the source holds no captions{others}.")
     if not summary.samples or rejected > max_rejected * summary.read:
         most = ", ".join(f"{count} {reason}" for reason, count in list(ordered.items())[:3])
@@ -240,9 +238,9 @@ def _finish(output: Output, settings: dict[str, Any], units: int, max_rejected: 
 
 
 def _losses(output: Output, units: int) -> dict[str, int]:
-    """Return the estimated number of lost captions by damaged file, at least one each.
+    """Return the estimated number of lost captions of each damaged file, at least one.
 
-    It is the mean of the intact files less the captions read from the file.
+    It is the mean of the intact files minus the captions read from the file.
     """
     read: Counter[str] = Counter()
     cut = set[str]()

@@ -1,4 +1,4 @@
-"""Convert the units of a source that are not done yet, by the distributor that the options name.
+"""Convert the unfinished units of a source with the distributor that the options name.
 
 A distributor is a function that takes units of work and yields their results as they finish, in any order.
 """
@@ -32,7 +32,7 @@ def distributor_of(options: ConversionOptions) -> Distributor:
     if options.distributor == "processes":
         return convert_in_processes
     try:
-        import ray  # noqa: F401  an optional package, and a missing one is not to be taken for a missing module of ours
+        import ray  # noqa: F401  tested alone, so that a missing module of ours is not reported as a missing package
     except ImportError as error:
         raise ConversionError("distributor=ray needs the package ray: pip install 'composer-prior[ray]'.") from error
     from composer_prior.conversion.on_ray import convert_on_ray
@@ -41,7 +41,7 @@ def distributor_of(options: ConversionOptions) -> Distributor:
 
 
 def convert_units(source: Source, output: Output, options: ConversionOptions, distributor: Distributor) -> int:
-    """Convert every unit that is not done yet, and return how many units there are."""
+    """Convert every unfinished unit, and return the number of all units."""
     count = 0
 
     def missing() -> Units:
@@ -53,7 +53,7 @@ def convert_units(source: Source, output: Output, options: ConversionOptions, di
             if done is None:
                 yield number, unit
             elif not bar.disable:
-                bar.initial += done  # converted before, which says nothing about the speed
+                bar.initial += done  # converted before, so not part of the speed
                 bar.update(done)
 
     disable = None if options.progress is None else not options.progress
@@ -70,11 +70,11 @@ def convert_units(source: Source, output: Output, options: ConversionOptions, di
 
 
 def _done(state: Path, number: int, unit: Any, present: set[str] | None) -> int | None:
-    """Return how many captions a finished unit read, or None if it has to be converted."""
+    """Return the number of captions that a finished unit read, or None if it has to be converted."""
     try:
         known = parse_json(unit_file(state, number).read_bytes())
         names = {shard["raw_data"]["basename"] for shard in known["shards"]}
         whole = known["unit"] == digest(unit) and (present is None or names <= present)
         return known["read"] if whole else None
-    except (FileNotFoundError, ValueError, LookupError, TypeError):  # or one that is damaged
+    except (FileNotFoundError, ValueError, LookupError, TypeError):  # missing or damaged
         return None

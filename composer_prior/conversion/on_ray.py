@@ -1,7 +1,6 @@
 """The distributor ``ray``: units of work are tasks of a Ray cluster, with Ray's scheduler, retries and dashboard.
 
-The cluster is found as by any program of Ray's: ``RAY_ADDRESS``, or the one that runs on this machine, or one of this
-machine alone that is started for the conversion.
+Ray finds the cluster as usual: that of ``RAY_ADDRESS``, or one that runs on this machine, or a new one on this machine.
 """
 
 import os
@@ -29,17 +28,15 @@ _END_SECONDS = 60  # for the units that were cancelled
 def convert_on_ray(task: Task, units: Units) -> Results:
     """Convert units and yield their numbers and results as they finish.
 
-    A task whose process or node has died is tried again by Ray, as often as it does by default: 3 times, or
-    ``RAY_TASK_MAX_RETRIES``.
+    Ray repeats a task whose process or node has died ``RAY_TASK_MAX_RETRIES`` times, by default 3.
 
     Args:
-        task: what is converted, and how.
-        units: numbers and units; no more than two for each CPU of the cluster, or ``processes=``, are taken from it
-            before they finish.
+        task: source, output and options.
+        units: numbers and units; at most two for each CPU of the cluster, or ``processes=``, are in work at a time.
 
     Raises:
-        ConversionError: if there is no cluster, a node of it does not see the source or the output, or a task's process
-            died too often.
+        ConversionError: if there is no cluster, one of its nodes does not see the source or the output, or a task's
+            process died too often.
     """
     mine = not ray.is_initialized()
     if mine:
@@ -51,7 +48,7 @@ def convert_on_ray(task: Task, units: Units) -> Results:
     try:
         yield from _run(task, units)
     except RayTaskError as error:
-        if isinstance(error.cause, RayError):  # it could not be sent as it was
+        if isinstance(error.cause, RayError):  # the error could not be pickled
             raise ConversionError(f"{task.output.label}: {one_line(error.cause)}") from None
         raise error.cause from error
     except RayError as error:
@@ -63,17 +60,17 @@ def convert_on_ray(task: Task, units: Units) -> Results:
 
 
 def _check_address() -> None:
-    """Refuse an address without a server, on which Ray would wait for many minutes."""
+    """Refuse an address without a server, for which Ray would wait for minutes."""
     host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition("/")[2].rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _run(task: Task, units: Units) -> Results:
-    """Keep every CPU of the cluster busy, with no more than two units each in memory."""
+    """Convert units with every CPU of the cluster, at most two units each in memory."""
     with _needed(task) as needed:
         _check_nodes(needed)
-        convert, sent = ray.remote(_convert), [ray.put(task)]  # in a list it is not fetched anew for each unit
+        convert, sent = ray.remote(_convert), [ray.put(task)]  # in a list, so that it is not fetched for each unit
         pending: list[ray.ObjectRef] = []
         try:
             for number, unit in units:
@@ -86,13 +83,13 @@ def _run(task: Task, units: Units) -> Results:
             for unfinished in pending:
                 ray.cancel(unfinished)
             end = time.monotonic() + _END_SECONDS
-            for unfinished in pending:  # nothing is written after this returns
+            for unfinished in pending:  # wait, so that nothing is written after this returns
                 with suppress(RayError):
                     ray.get(unfinished, timeout=max(0, end - time.monotonic()))
 
 
 def _finished(pending: list[ray.ObjectRef]) -> Results:
-    """Take out what finishes next; an error in it is raised."""
+    """Remove the next finished unit from ``pending`` and yield its result, or raise its error."""
     (done,), pending[:] = ray.wait(pending)
     yield ray.get(done)
 
@@ -104,10 +101,10 @@ def _room() -> int:
 
 @contextmanager
 def _needed(task: Task) -> Iterator[dict[str, Path]]:
-    """Yield the files or folders that every node has to see, by their names for the user.
+    """Yield the files or folders that every node must see, by their names for the user.
 
-    For the output it is a file made for the purpose, because a folder of the same name may be another one. Of the
-    source a copy will do; remotes are seen by all.
+    For the output it is a new file, because another folder may have the same name. A node may have a copy of the
+    source; remotes are not checked.
     """
     needed = {str(folder): folder for folder in (task.folder, task.source.images)}
     sign = task.output.state / f"seen-by-all-nodes-{uuid4().hex}"
@@ -121,8 +118,8 @@ def _needed(task: Task) -> Iterator[dict[str, Path]]:
 
 
 def _check_nodes(needed: Mapping[str, Path]) -> None:
-    """Refuse a node that does not see what is needed, or cannot run this module, before any unit is converted."""
-    look = ray.remote(num_cpus=0)(_look)  # also on a node that is busy
+    """Refuse a node that does not see a needed file, or cannot run this module, before any unit is converted."""
+    look = ray.remote(num_cpus=0)(_look)  # also on a busy node
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     on = (NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes)
     for seen in [look.options(scheduling_strategy=strategy).remote(needed) for strategy in on]:
@@ -131,7 +128,7 @@ def _check_nodes(needed: Mapping[str, Path]) -> None:
         except RayTaskError as error:
             if isinstance(error.cause, ConversionError):
                 raise
-            problem = str(error.cause).strip().rpartition("\n")[2]  # below a traceback
+            problem = str(error.cause).strip().rpartition("\n")[2]  # the last line of a traceback
             raise ConversionError(
                 f"distributor=ray: a node of the cluster cannot take part ({problem}); install the same composer-prior "
                 "on all of them, with the extra ray."
@@ -153,6 +150,6 @@ def _received(task: ray.ObjectRef) -> Task:
 
 
 def _convert(sent: list[ray.ObjectRef], needed: Mapping[str, Path], number: int, unit: Any) -> tuple[int, Result]:
-    """Convert one unit, in a process of Ray's."""
-    _look(needed)  # this node may have come later
+    """Convert one unit in a process of Ray."""
+    _look(needed)  # this node may have joined later
     return number, convert_unit(_received(sent[0]), number, unit)

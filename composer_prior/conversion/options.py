@@ -20,31 +20,30 @@ class ConversionError(OneLineError, RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionOptions(SourceOptions):
-    """How to convert; the fields of :class:`SourceOptions` say how to read.
+    """Options of a conversion, in addition to those of :class:`SourceOptions` for reading.
 
     Args:
-        captions: what becomes of several captions of one image, ``"all"`` or ``"sample"``. ``"all"``: one sample each,
+        captions: ``"all"`` or ``"sample"``, for several captions of one image. ``"all"``: one sample each,
             in the column ``caption``. ``"sample"``: one sample with all of them, in the column ``captions``, of which
             the loader draws one in each epoch.
         max_caption_chars: longer captions are rejected.
-        check: of images, ``"structure"``: whether the file is whole; or ``"full"``: every image is decoded, too. See
+        check: of images, ``"structure"`` (the file is complete) or ``"full"`` (it can also be decoded). See
             :func:`composer_prior.data.images.check_image`.
         resize: shrink images to this longest side. Images pass through unchanged by default.
         reencode: ``"jpeg"``, ``"png"`` or ``"webp"``, with an optional quality as in ``"jpeg:90"``.
         size_limit: the largest shard, in bytes or as in ``"64mb"``.
         max_rejected: the largest share of the captions read that may be rejected.
-        on_bad_file: what becomes of a file that cannot be read, or not to its end: an empty one, a Git LFS pointer, one
-            that was cut. ``"raise"``: an error that names it. ``"skip"``: it is left out, what was read of it is kept,
-            and what it held counts as rejected: what its footer says, or else what the readable files hold on average.
-            Samples that are damaged within a file that goes on behind them are rejected one by one in any case.
-        distributor: where units of work are converted: in ``"processes"`` of this machine, or as tasks of a ``"ray"``
-            cluster, the one of ``RAY_ADDRESS`` or of this machine. The output does not depend on it.
-        processes: how many processes, one per CPU by default; with Ray, how many tasks at a time, by default as many as
-            the cluster has room for. The output does not depend on it.
-        progress: show a progress bar; by default where standard error is a terminal.
-        work: the folder in which a conversion to a remote keeps its state, in order to be resumed, and in which all
-            else stays. By default the user's cache.
-        upload_attempts: how often an upload is tried, with 1, 2, 4 … s between.
+        on_bad_file: ``"raise"`` or ``"skip"``, for a file that cannot be read to its end, such as a truncated one or a
+            Git LFS pointer. ``"raise"``: raise an error that names it. ``"skip"``: keep the samples that were read, and
+            count the others as rejected; their number is that in the file's footer, or else the mean of the readable
+            files. Damaged samples within a readable file are always rejected one by one.
+        distributor: ``"processes"`` of this machine, or tasks of a ``"ray"`` cluster, that of ``RAY_ADDRESS`` or of
+            this machine. The output does not depend on it.
+        processes: number of processes, by default one per CPU; with Ray, number of tasks at a time, by default two per
+            CPU of the cluster. The output does not depend on it.
+        progress: show a progress bar; by default if standard error is a terminal.
+        work: the folder for the state and temporary files of a conversion to a remote. By default the user's cache.
+        upload_attempts: number of attempts of an upload, with pauses of 1, 2, 4 … s.
     """
 
     captions: str = "all"
@@ -87,18 +86,18 @@ class ConversionOptions(SourceOptions):
 
 @dataclass(frozen=True)
 class ConversionSummary:
-    """The summary of a conversion. ``read = captions + rejected``, where an image without any caption reads as one.
+    """The summary of a conversion; ``read = captions + rejected``, and an image without captions counts as one.
 
     Args:
         read: captions read.
         captions: captions written.
         samples: samples written; as many as captions, unless several captions share a sample.
-        rejected: captions rejected; each has a line in ``rejected.jsonl``, or shares that of the file it was lost with.
-        estimated: how many of them are an estimate, because the content of an unreadable file is unknown.
-        ignored: members of archives that are no samples; they have a line, and do not count.
-        reasons: how many of them for which reason, the most frequent first.
+        rejected: captions rejected, with a line in ``rejected.jsonl`` for each caption or each lost file.
+        estimated: number of them that is an estimate, because the content of an unreadable file is unknown.
+        ignored: members of archives that are not samples; they have a line, but do not count.
+        reasons: number of rejected captions by reason, the most frequent first.
         shards: shard files written.
-        bytes: their size.
+        bytes: size of the shards.
     """
 
     read: int = 0

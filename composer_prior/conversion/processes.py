@@ -17,8 +17,8 @@ def convert_in_processes(task: Task, units: Units) -> Results:
     """Convert units and yield their numbers and results as they finish.
 
     Args:
-        task: what is converted, and how.
-        units: numbers and units; no more than two for each process are taken from it before they finish.
+        task: source, output and options.
+        units: numbers and units; at most two for each process are in work at a time.
 
     Raises:
         ConversionError: if a process died.
@@ -41,7 +41,7 @@ _task: Task  # of this process of the pool
 
 
 def _start_worker(task: Task, stop: Any, parent: int) -> None:
-    """Leave Ctrl-C to the parent, and end soon after it has ended or asks to stop."""
+    """Ignore Ctrl-C, and exit soon after the parent has ended or asks to stop."""
     global _task
     _task = task
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -59,8 +59,8 @@ def _work(number: int, unit: Any) -> tuple[int, Result]:
 
 
 def _in_parallel(task: Task, units: Units, processes: int) -> Results:
-    """Keep every process busy, with no more than two units each in memory."""
-    # Forked processes start at once, and do not run a script again that calls this without a main guard.
+    """Convert units in several processes, at most two units each in memory."""
+    # Forked processes start at once, and do not rerun a script that lacks a main guard.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     stop = context.Event()
     with ProcessPoolExecutor(processes, context, _start_worker, (task, stop, os.getpid())) as pool:
@@ -79,7 +79,7 @@ def _in_parallel(task: Task, units: Units, processes: int) -> Results:
 
 
 def _finished(pending: set[Future[tuple[int, Result]]]) -> Results:
-    """Take out the units that have finished; an error in one of them is raised."""
+    """Remove finished units from ``pending`` and yield their results, or raise their errors."""
     done, _ = wait(pending, return_when=FIRST_COMPLETED)
     pending -= done
     for future in done:

@@ -1,4 +1,4 @@
-"""Units of work: any process converts one to shards, and a small file holds its result."""
+"""Units of work: any process converts a unit to shards, and a small file records the result."""
 
 import hashlib
 import io
@@ -25,11 +25,11 @@ from composer_prior.data.mds import ShardWriter
 from composer_prior.data.messages import short
 from composer_prior.data.remote import Output
 
-Result = dict[str, Any]  # what the unit's file holds
-Units = Iterator[tuple[int, Any]]  # with their numbers
-Results = Generator[tuple[int, Result], None, None]  # likewise, in any order
+Result = dict[str, Any]  # the content of the unit's file
+Units = Iterator[tuple[int, Any]]  # numbers and units
+Results = Generator[tuple[int, Result], None, None]  # numbers and results, in any order
 
-WHAT_TO_DO = "mend the source, or leave them out with on_bad_file=skip"
+BAD_FILE_HINT = "mend the source, or leave them out with on_bad_file=skip"
 
 
 @dataclass(frozen=True)
@@ -54,28 +54,28 @@ def json_line(value: Any) -> bytes:
 
 
 def unit_file(state: Path, number: int) -> Path:
-    """Return the file whose presence means that a unit is done."""
+    """Return the file that records a finished unit."""
     return state / "units" / f"{number:08}.json"
 
 
 def digest(unit: Any) -> str:
-    """Return a digest by which a changed unit is recognised."""
+    """Return a digest that changes with the unit."""
     return hashlib.blake2b(repr(unit).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def scratch(output: Output) -> Path:
     """Create this process's folder for unfinished files; processes of other nodes may have the same number."""
     folder = output.state / f"tmp{os.getpid()}@{platform.node()}"
-    # A remote's state is a folder of each node; that of a local output is there, or this node does not see it.
+    # The state folder of a local output exists on every node that sees the output; that of a remote may be missing.
     folder.mkdir(parents=output.folder is None, exist_ok=True)
     return folder
 
 
 def convert_unit(task: Task, number: int, unit: Any) -> Result:
-    """Convert one unit of work: its shards go to the output.
+    """Convert one unit of work, and write its shards to the output.
 
     Args:
-        task: what is converted, and how.
+        task: source, output and options.
         number: the unit's number.
         unit: the unit.
 
@@ -89,7 +89,7 @@ def convert_unit(task: Task, number: int, unit: Any) -> Result:
     read = captions = samples = 0
     for item in task.source.read(unit):
         if isinstance(item, BadFile) and task.options.on_bad_file == "raise":
-            raise ConversionError(f"{item.where} cannot be read, or not to its end: {item.detail}; {WHAT_TO_DO}.")
+            raise ConversionError(f"{item.where} cannot be read, or not to its end: {item.detail}; {BAD_FILE_HINT}.")
         kept, problems = _convert(item, task)
         for sample in kept:
             writer.write(sample)
@@ -112,7 +112,7 @@ def convert_unit(task: Task, number: int, unit: Any) -> Result:
 
 
 def _line(problem: Rejected) -> dict[str, Any]:
-    """Return the line of a rejection, with its number of captions unless it is one."""
+    """Return the line of a rejection, with its number of captions if that is not 1."""
     line: dict[str, Any] = {
         "id": short(problem.key),
         "reason": problem.reason,

@@ -19,7 +19,7 @@ _GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_t
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """A processed image: the tensors of its batch entry, and what each of its positions in the text sequence is."""
+    """A processed image: the tensors of its batch entry, and the kind of each of its positions in the text sequence."""
 
     tensors: dict[str, Tensor]
     layout: list[int]  # IMAGE or ROW_SEPARATOR, one per position
@@ -29,7 +29,7 @@ def stack_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Batch the tensors of processed images: ``pixel_values``, or ``pixel_patches`` padded, with ``patch_mask``."""
     if not images or not images[0]:
         return {}
-    # In a loader's worker, default_collate writes to memory that the program shares, and so spares a copy.
+    # In a loader's worker, default_collate writes to shared memory, which saves a copy.
     if "pixel_values" in images[0]:
         return {"pixel_values": default_collate([image["pixel_values"] for image in images])}
     patches = [image["pixel_patches"] for image in images]
@@ -105,7 +105,7 @@ def loss_mask(batch: Any, name: str) -> Tensor:
         name: of the caller, for the error.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is not such a dict.
     """
     if not isinstance(batch, Mapping) or "labels" not in batch:
         got = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
@@ -115,15 +115,15 @@ def loss_mask(batch: Any, name: str) -> Tensor:
     return batch["labels"] != IGNORE_INDEX
 
 
-# Composer divides by the tokens of a step over all ranks. Where no sample could be used, this lets the loss be 0 and
-# not 0 / 0; beside any real token it is lost in rounding.
+# Composer divides by the tokens of a step over all ranks. If no sample could be used, this makes the loss 0 instead of
+# 0 / 0; beside any real token it is lost in rounding.
 NO_TOKENS = 1e-9
 
 
 def count_tokens(batch: Mapping[str, Tensor]) -> dict[str, float]:
-    """Count the tokens of a batch: ``total`` without padding, and ``loss_generating``, which is never quite 0.
+    """Count the tokens of a batch: ``total`` without padding, and ``loss_generating``, which is never exactly 0.
 
-    The latter is a float always, since the ranks add theirs up as tensors of one type.
+    The latter is always a float, as the ranks add theirs up as tensors of one type.
     """
     return {
         "total": int(batch["attention_mask"].sum()),

@@ -20,6 +20,7 @@ from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, ImageInputs
 from composer_prior.data.download import ATTEMPTS
 from composer_prior.data.images import ImageError, decode_rgb
 from composer_prior.data.messages import OneLineError, one_line, visible
+from composer_prior.data.opening import sample_captions
 from composer_prior.data.scores import ScoresError, index_fingerprint, open_scores
 from composer_prior.data.streams import CheckedDataset
 from composer_prior.data.tokenizer import CaptionFormat, bos_id, encode_caption, image_token_ids, prompt_ids
@@ -31,30 +32,30 @@ SPANS_COLUMN = "image_related_spans"
 
 
 class BadSampleError(OneLineError, ValueError):
-    """A sample that cannot be used: an image that does not decode, a caption that is empty."""
+    """A sample that cannot be used, as its image does not decode or its caption is empty."""
 
 
 class StreamingCaptionDataset(CheckedDataset, VisionDataset):
     """Samples ``{image: bytes, caption: str}`` of an MDS data set, local or remote, tokenized and preprocessed.
 
     An optional column ``image_related_spans`` (json, ``[[start, end], ...]`` in characters of the caption, null where
-    it is unknown) says which words the image determines. Sample ``i`` is a dict of tensors: ``input_ids``, ``labels``
-    ``[T]`` int64, ``image_related`` ``[T]`` bool where the data knows it, the image's tensors, and ``sample_id``.
+    they are unknown) marks the words that the image determines. Sample ``i`` is a dict of tensors: ``input_ids`` and
+    ``labels`` ``[T]`` int64, ``image_related`` ``[T]`` bool if there are spans, the image's tensors, and ``sample_id``.
 
-    With a column ``captions`` (json, a list) in the place of ``caption``, and spans for each of them, every epoch of a
-    shuffled data set draws one, a function of ``shuffle_seed``, epoch and ``sample_id`` alone; a data set that is not
-    shuffled, as for validation, always draws the same.
+    With a column ``captions`` (json, a list) instead of ``caption``, and spans for each of them, every epoch of a
+    shuffled data set draws one caption, which depends on ``shuffle_seed``, epoch and ``sample_id`` alone. A data set
+    that is not shuffled, such as one for validation, always draws the same caption.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer with the image tokens (:func:`.add_image_tokens`).
-        image_processor: the one of the model's vision tower; None reads captions alone and decodes no image.
+        image_processor: that of the model's vision tower; None reads only captions and decodes no image.
         transform: RGB image -> RGB image of any size, before the image processor; Composer's ``RandAugment``,
             ``AugMix`` and ``ColOut(batch=False)`` put theirs here.
         prompt: text between image and caption; its tokens have no label.
         max_caption_tokens: a longer caption is cut there, and then has no end-of-sequence token. Default: ``128``.
-        on_bad_sample: ``"raise"``, or ``"skip"``: the sample stays in its batch without any label, so that it counts
-            for nothing, and a warning names it. Default: ``"raise"``.
-        scores: folder or remote of the reference's stored log-probabilities; samples then have ``ref_logprobs``
+        on_bad_sample: ``"raise"``, or ``"skip"``: the sample stays in its batch without labels, and so without
+            effect, and a warning names it. Default: ``"raise"``.
+        scores: folder or URL of the stored reference log-probabilities; samples then have ``ref_logprobs``
             (``[T]`` float32, aligned with ``labels``, 0 where there is none).
         kwargs: those of :class:`.CheckedDataset`, which are those of :class:`streaming.StreamingDataset`.
 
@@ -81,13 +82,14 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         CheckedDataset.__init__(self, **kwargs)
         VisionDataset.__init__(self, transform=transform)
         columns = [frozenset(cast(MDSReader, shard).column_names) for shard in self.shards]
-        for place, names in zip(self._shard_places(), columns, strict=True):
+        for shard_id, names in enumerate(columns):
             if not names & {"caption", "captions"} or (image_processor is not None and "image" not in names):
-                raise ValueError(f"{place} has the columns {', '.join(sorted(names))}; expected image and caption.")
+                listed = ", ".join(sorted(names))
+                raise ValueError(f"{self.shard_name(shard_id)} has the columns {listed}; expected image and caption.")
         self.has_several_captions = any("captions" in names for names in columns)
         if scores:
             check_scorable(self, scores)
-        self.has_spans = all(SPANS_COLUMN in names for names in columns)  # it says which words the image determines
+        self.has_spans = all(SPANS_COLUMN in names for names in columns)
         self.epoch = 0
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -97,7 +99,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         self.on_bad_sample = on_bad_sample
         self.placeholder_ids = image_token_ids(tokenizer)
         self.bos_id = bos_id(tokenizer)
-        # No caption may spell them, as it can where they are words of the vocabulary; an unknown word may be one.
+        # A caption must not contain them, as it can where they are words of the vocabulary.
         self.reserved_ids = {*self.placeholder_ids, self.bos_id, tokenizer.eos_token_id} - {tokenizer.unk_token_id}
         self.scores = None
         if scores:
@@ -111,7 +113,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return a digest of the indices of all streams: of the shards' sizes and hashes, in order."""
+        """Return a digest of the indices of all streams, which hold the shards' sizes and hashes."""
         indices = [Path(stream.local, stream.split or "", "index.json") for stream in self.streams]
         return index_fingerprint(index.read_bytes() for index in indices)
 
@@ -119,14 +121,14 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         try:
             return self._encode(self._read(sample_id, retry), sample_id)
         except BadSampleError as error:
-            message = f"{self._place(sample_id)}: {error}"
+            message = f"{self.sample_name(sample_id)}: {error}"
             if self.on_bad_sample == "raise":
                 raise BadSampleError(f"{message} (on_bad_sample=skip goes on without it)") from error
             log.warning("Skipped %s", visible(message))
             return self._without_labels(sample_id)
 
     def image_and_caption(self, sample_id: int) -> tuple[Image.Image, str]:
-        """Return the image and caption of a sample; of several captions the one of this epoch.
+        """Return the image of a sample and its caption in this epoch.
 
         Raises:
             BadSampleError: naming the sample.
@@ -135,7 +137,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             sample = self._read(sample_id, ATTEMPTS)
             return decode_image(sample["image"]), self._draw(sample, sample_id)[0]
         except BadSampleError as error:
-            raise BadSampleError(f"{self._place(sample_id)}: {error}") from error
+            raise BadSampleError(f"{self.sample_name(sample_id)}: {error}") from error
 
     def _read(self, sample_id: int, retry: int) -> Mapping[str, Any]:
         try:
@@ -188,7 +190,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             if self.transform is not None:
                 image = self.transform(image.copy())  # a plain Image: Composer's transforms refuse a PngImageFile
             return self.image_processor(image)
-        except (ValueError, OSError) as error:  # what Pillow and torchvision raise for an image they cannot handle
+        except (ValueError, OSError) as error:  # of Pillow and torchvision
             raise BadSampleError(
                 f"the image of {image.width} x {image.height} pixels cannot be processed: {one_line(error)}"
             ) from error
@@ -215,7 +217,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             raise BadSampleError(str(error)) from error
 
     def _without_labels(self, sample_id: int) -> dict[str, Any]:
-        """Return a blank image without a caption, in place of a sample that cannot be used."""
+        """Return a blank image without a caption, instead of a sample that cannot be used."""
         blank = Image.new("RGB", (1, 1))
         image = self.image_processor(blank) if self.image_processor else ImageInputs({}, [])
         item = self._item(image, [], sample_id)
@@ -223,13 +225,11 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             item["image_related"] = torch.zeros(len(item["labels"]), dtype=torch.bool)
         return item
 
-    def _place(self, sample_id: int) -> str:
+    def sample_name(self, sample_id: int) -> str:
+        """Return the number of a sample, and its shard and position there."""
         shard_id, index = self.spanner[sample_id]
         shard = cast(MDSReader, self.shards[shard_id])
         return f"sample {sample_id} (number {index} of {shard.split or '.'}/{shard.raw_data.basename})"
-
-    def _shard_places(self) -> Iterator[str]:
-        return (self.shard_name(shard_id) for shard_id in range(self.num_shards))
 
 
 def check_scorable(data: StreamingCaptionDataset, scores: str) -> None:
@@ -249,7 +249,7 @@ def decode_image(data: bytes) -> Image.Image:
     """Decode an RGB image from the bytes of a file, see :mod:`composer_prior.data.images`.
 
     Raises:
-        BadSampleError: if it is of a format that is not decoded, damaged, or larger than the limit against bombs.
+        BadSampleError: if its format is not supported, or it is damaged or larger than the limit.
     """
     try:
         return decode_rgb(data)
@@ -272,17 +272,17 @@ def _checked_spans(spans: Any) -> Sequence[Sequence[int]]:
 
 
 def overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[Sequence[int]]) -> list[bool]:
-    """Return whether each token, given by its characters, shares one with a span."""
+    """Return for each token, given by its characters, whether it shares one with a span."""
     return [any(start < span_end and span_start < end for span_start, span_end in spans) for start, end in offsets]
 
 
 def read_captions(config: Mapping[str, Any]) -> Iterator[str]:
-    """Return all captions of a data set, in order. Every rank opens the data set; any of them may read.
+    """Return all captions of a data set, in order; every rank must call this, but only some need to iterate.
 
     Args:
-        config: arguments of :class:`StreamingCaptionDataset`, of which those that say where the data are count.
+        config: arguments of :class:`StreamingCaptionDataset`; only those that locate the data are used.
     """
-    places = (
+    keys = (
         "local",
         "remote",
         "split",
@@ -292,13 +292,9 @@ def read_captions(config: Mapping[str, Any]) -> Iterator[str]:
         "download_timeout",
         "validate_hash",
     )
-    data = CheckedDataset(batch_size=1, **{key: config[key] for key in places if key in config})
+    data = CheckedDataset(batch_size=1, **{key: config[key] for key in keys if key in config})
     samples = (data[index] for index in range(data.num_samples))
-    return (
-        caption
-        for sample in samples
-        for caption in ([sample["caption"]] if "caption" in sample else sample["captions"])
-    )
+    return (caption for sample in samples for caption in sample_captions(sample))
 
 
 def caption_data_spec(dataset: StreamingCaptionDataset, batch_size: int, **kwargs: Any) -> DataSpec:

@@ -1,4 +1,4 @@
-"""Downloads that are whole and checked or fail, within a bounded time."""
+"""Downloads that are whole and checked, or fail within a bounded time."""
 
 import mmap
 import os
@@ -44,21 +44,21 @@ def download(
     clean_up: Callable[[], None] = lambda: None,
     remote: str = "",
 ) -> None:
-    """Download a file under another name, check it, and put it in place; try again if that fails.
+    """Download a file under a temporary name, check it, and rename it; try again if that fails.
 
-    An attempt takes no longer than ``seconds``, whatever the server does; between attempts there are 1, 2, 4 … s.
+    An attempt takes at most ``seconds``; pauses between attempts are 1, 2, 4 … s.
 
     Args:
-        fetch: puts the file where it is told.
-        file: its final place.
-        check: raises if it is not what it should be.
-        attempts: how often to try.
+        fetch: downloads to the path that it is given.
+        file: the final path.
+        check: raises if the file is wrong.
+        attempts: number of attempts.
         seconds: the longest time of an attempt.
-        clean_up: called after one that failed.
-        remote: its address, for messages.
+        clean_up: called after a failed attempt.
+        remote: the file's URL, for messages.
 
     Raises:
-        DataError: saying what happened in the last attempt; from the error itself.
+        DataError: with the error of the last attempt as its cause.
     """
     for attempt in range(attempts):
         try:
@@ -94,7 +94,7 @@ def _attempt(
 
 
 def check_file(file: Path, expected: FileInfo, algorithm: str | None = None) -> None:
-    """Refuse a file that is not what the index says.
+    """Refuse a file whose size or hash differs from the index.
 
     Args:
         file: to check.

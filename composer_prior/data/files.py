@@ -14,12 +14,12 @@ from omegaconf import OmegaConf
 MAX_JSON_BYTES = 1 << 30
 """Of JSON that is read whole; COCO's captions have 0.1 GB."""
 MAX_RECIPE_BYTES = 1 << 20
-_MOST_NESTED = 100  # Python's own limit depends on who calls, and pickling ends before it
-_MOST_VALUES = 100_000  # of a YAML file, where an alias counts as all that it stands for
+_MOST_NESTED = 100  # Python's limit depends on the depth of the call, and that of pickle is lower
+_MOST_VALUES = 100_000  # of a YAML file, with its aliases expanded
 
 
 def open_plain(path: str | os.PathLike[str]) -> FileIO:
-    """Open a plain file, without waiting for one who writes to a pipe.
+    """Open a plain file, without waiting for the writer of a pipe.
 
     Raises:
         OSError: also for a pipe, socket, device or folder.
@@ -48,7 +48,7 @@ def parse_json(text: str | bytes) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: for what is no JSON, or is nested more than 100 deep.
+        ValueError: if the text is not JSON, or is nested more than 100 deep.
     """
     try:
         return bounded(json.loads(text))
@@ -60,7 +60,7 @@ def bounded(value: Any) -> Any:
     """Return a value of JSON, unless it is nested too deeply to work with.
 
     Raises:
-        ValueError: saying so.
+        ValueError: if it is nested more than 100 deep.
     """
     level = [value]
     for _ in range(_MOST_NESTED):
@@ -72,7 +72,7 @@ def bounded(value: Any) -> Any:
 
 
 def load_yaml(path: Path) -> Any:
-    """Load a YAML file with OmegaConf; nothing in it is executed.
+    """Load a YAML file with OmegaConf, without executing anything in it.
 
     Raises:
         ValueError: for a file that is larger than 1 MiB, or has more than 100,000 values when its aliases are written
@@ -89,7 +89,7 @@ def load_yaml(path: Path) -> Any:
 
 
 def _count(node: yaml.Node, counts: dict[int, int]) -> int:
-    """Count the values below a node, each alias as what it stands for."""
+    """Count the values below a node, with its aliases expanded."""
     if id(node) not in counts:
         counts[id(node)] = 1  # an alias of itself counts as one
         parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value

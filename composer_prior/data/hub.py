@@ -20,25 +20,25 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 # Modules of transformers that warn about choices which the user cannot change.
 SAYS = ("models.auto.image_processing_auto", "processing_utils", "dynamic_module_utils", "image_utils")
 UNSAID = re.compile("`use_fast` is unset|not a valid Python identifier|channel dimension is ambiguous")
-SECONDS = 5.0  # that a hub may take to answer
+SECONDS = 5.0  # timeout of a hub's answer
 
 
 class ModelFolderError(DataError):
     """A folder or hub id that holds no model that can be read."""
 
 
-def model_place(path: str | Path, also: str | None = None) -> str | Path:
+def find_model(path: str | Path, also: str | None = None) -> str | Path:
     """Return the folder that a path names, or else the hub id, for ``from_pretrained``.
 
-    A hub is asked once whether it has the model: transformers asks for many files, five times each. It is not asked for
-    what one of transformers' caches, or the folder ``also``, holds.
+    The hub is asked once whether it has the model; transformers would ask for many files, five times each. It is not
+    asked for models in one of transformers' caches or in the folder ``also``.
 
     Raises:
         ModelFolderError: one line, if there is no such folder, or no such model of a hub that can be reached.
     """
-    place, name = Path(path).expanduser(), str(path)
-    if place.exists():
-        return place
+    folder, name = Path(path).expanduser(), str(path)
+    if folder.exists():
+        return folder
     first = name.partition("/")[0] if "/" in name else ""
     missing = ModelFolderError(f"{name!r} does not exist: expected a folder, or a hub id such as organisation/model.")
     if not HUB_ID.fullmatch(name) or first == "runs":
@@ -62,9 +62,9 @@ def _caches() -> Iterator[str | None]:
 def _ask_hub(name: str) -> None:
     try:
         model_info(name, timeout=SECONDS)
-    except Exception as error:  # of whichever library asks
+    except Exception as error:  # of any HTTP library
         if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
-            return  # a mirror that knows files alone
+            return  # a mirror that serves only files
         raise ModelFolderError(
             f"{name!r} is neither a folder, nor a model of a hub that can be reached ({type(error).__name__})."
         ) from error
@@ -72,7 +72,7 @@ def _ask_hub(name: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep back what transformers says and the user cannot change; what else it says is shown."""
+    """Silence warnings of transformers that the user cannot act on."""
 
     def changeable(record: logging.LogRecord) -> bool:
         return not UNSAID.search(record.getMessage())
@@ -90,21 +90,21 @@ def quiet() -> Iterator[None]:
 def load_pretrained(auto: Any, path: str | Path, trust_remote_code: bool = False, **options: Any) -> Any:
     """Run ``auto.from_pretrained`` on a folder or hub id; code that comes with it runs only if the user allows it.
 
-    transformers would ask at the terminal, and run it after one key.
+    transformers would ask at the terminal and run it if the user presses one key.
 
     Args:
         auto: an ``Auto`` class of transformers, or another class with ``from_pretrained``.
         path: the folder or hub id.
-        trust_remote_code: what the user has said. Default: ``False``.
+        trust_remote_code: run code that comes with the model. Default: ``False``.
         options: further ones of ``from_pretrained``.
 
     Raises:
-        ModelFolderError: one line, if there is no such folder or model, or if it needs code that is not to run.
+        ModelFolderError: one line, if there is no such folder or model, or if it needs code that is not allowed to run.
     """
-    place = model_place(path, options.get("cache_dir"))
+    found = find_model(path, options.get("cache_dir"))
     try:
         with quiet():
-            return auto.from_pretrained(place, trust_remote_code=bool(trust_remote_code), **options)
+            return auto.from_pretrained(found, trust_remote_code=bool(trust_remote_code), **options)
     except ValueError as error:
         if "custom code" not in str(error):
             raise

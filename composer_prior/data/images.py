@@ -5,8 +5,8 @@ EPS or SVG interpreter is reachable), and an image with more than :data:`MAX_IMA
 than :data:`MAX_ASPECT_RATIO` times the other, is refused from its header. An animated image stands for its first frame,
 and :func:`decode_rgb` turns every kind of pixel into RGB.
 
-A full check and decoding are one function, so they agree on every image. Orientation,
-transparency or other metadata that make no sense are ignored.
+A full check and decoding are one function, so they agree on every image. Invalid
+orientation, transparency and other metadata are ignored.
 """
 
 import base64
@@ -43,7 +43,7 @@ _MAGIC = {
     "BMP": rb"BM.{4}\x00{4}",
     "TIFF": rb"II[*+]\x00|MM\x00[*+]",
 }
-_OTHER_KINDS = (  # what often stands where an image should
+_OTHER_KINDS = (  # files that are often found instead of an image
     ("HTML page", rb"\s*(?><!--.*?-->\s*)*+<(!doctype\s+html|html|head|body|script)\b", "a failed download?"),
     ("SVG image", rb".{,4096}<svg", "SVG is not decoded; render it to PNG first"),
     ("XML document", rb"\s*<\?xml", "a failed download?"),
@@ -73,7 +73,7 @@ class ImageError(ValueError):
 
     Args:
         reason: a short fixed phrase, the same for every image that fails in the same way.
-        detail: what exactly is wrong.
+        detail: the exact problem.
     """
 
     def __init__(self, reason: str, detail: str = ""):
@@ -104,7 +104,7 @@ def read_image_file(path: str | os.PathLike[str], limit: int = MAX_IMAGE_BYTES) 
 
 
 def image_in_text(text: str, is_path: bool = True) -> bytes | None:
-    """Decode an image that a text holds as a data URI or as base64 in any of its forms; return None for a path.
+    """Decode an image that a text holds as a data URI or as any kind of base64; return None for a path.
 
     Args:
         text: the text.
@@ -135,13 +135,12 @@ def _decoded(text: str) -> bytes:
 def check_image(data: bytes, check: str = "structure") -> None:
     """Raise unless ``data`` is an image that Pillow can decode.
 
-    ``check="full"`` does what :func:`decode_rgb` does, and so accepts exactly what that decodes (a JPEG at an eighth of
-    its size, which reads every entropy-coded bit).
-    ``check="structure"`` is many times faster. Pillow must read the header; a JPEG must end with its end marker, a PNG
-    must have the right checksum on every chunk, up to its end chunk, and a WebP must be as long as it says. Whatever
-    is doubtful, and every other format, is decoded. So an image that decodes is never refused, and a cut image is
-    always caught; damage *inside* a complete JPEG or WebP may pass, and the loader has to handle it
-    later.
+    ``check="full"`` decodes the image, and so accepts the same images as :func:`decode_rgb` (a JPEG at an eighth of its
+    size, which reads every entropy-coded bit). ``check="structure"`` is many times faster: Pillow must read the header;
+    a JPEG must end with its end marker, a PNG must have the right checksum on every chunk, up to its end chunk, and a
+    WebP must be as long as its header states. Images that fail these checks, and all other formats, are decoded. So an
+    image that decodes is never refused, and a cut image is always refused; damage *inside* a complete JPEG or WebP may
+    pass, and the loader has to handle it.
 
     Args:
         data: the encoded image.
@@ -200,12 +199,12 @@ def reencode_image(data: bytes, resize: int | None, reencode: str | None) -> byt
         return data
     if too_large and resize is not None:
         image = image.resize(_shrunk(image.size, resize), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    form, _, quality = (reencode or "jpeg:95").partition(":")
+    format, _, quality = (reencode or "jpeg:95").partition(":")
     buffer = io.BytesIO()
     try:
-        image.save(buffer, form.upper(), **({} if form == "png" else {"quality": int(quality or 95)}))
+        image.save(buffer, format.upper(), **({} if format == "png" else {"quality": int(quality or 95)}))
     except (OSError, ValueError) as error:
-        raise ImageError("too long for the new format", f"{image.width} x {image.height}, {form}: {error}") from error
+        raise ImageError("too long for the new format", f"{image.width} x {image.height}, {format}: {error}") from error
     return buffer.getvalue()
 
 
@@ -247,7 +246,7 @@ def _decode_once(data: bytes, shrink: bool) -> Image.Image:
 
 
 def _open(data: bytes) -> Image.Image:
-    """Read the header, and refuses a bomb before any pixel is decoded."""
+    """Read the header, and refuse a bomb before any pixel is decoded."""
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except Exception as error:
@@ -276,7 +275,7 @@ def _eight_bits(image: Image.Image, data: bytes) -> Image.Image:
         values = np.asarray(image)
         tags = getattr(image, "tag_v2", {})
         white = _white(values, tags)
-        if tags.get(_TIFF_PHOTOMETRIC) == 0:  # the other way round, which Pillow minds only up to 8 bits
+        if tags.get(_TIFF_PHOTOMETRIC) == 0:  # inverted, which Pillow handles only up to 8 bits
             values = white - values
         grey = Image.fromarray(np.multiply(values, 255 / white, dtype=np.float32).round().astype(np.uint8))
         if key is None:
@@ -306,7 +305,7 @@ def _white(values: np.ndarray, tags: Any) -> float:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Return the image on white; unchanged where its transparency makes no sense."""
+    """Return the image on white; unchanged if its transparency is invalid."""
     with suppress(Exception):
         if image.has_transparency_data:
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -315,7 +314,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def _without_metadata(data: bytes) -> bytes:
-    """Return a PNG without the chunks that a decoder may ignore, where Pillow fails on damage; else the same bytes.
+    """Return a PNG without its optional chunks, on whose damage Pillow fails; any other image unchanged.
 
     Transparency and orientation stay where their chunks are sound.
     """
@@ -335,37 +334,37 @@ def _without_metadata(data: bytes) -> bytes:
 
 
 def _refuse(data: bytes, error: Exception) -> NoReturn:
-    """Raise an error of Pillow as an ImageError whose text is the same in every run."""
+    """Raise an error of Pillow as an ImageError with reproducible text."""
     if isinstance(error, ImageError):
         raise error
     if not data:
         raise ImageError("empty image") from error
     if isinstance(error, Image.DecompressionBombError):
         raise ImageError("decompression bomb", str(error)) from error
-    form = _format(data)
-    if form is None:
+    format = _format(data)
+    if format is None:
         for kind, pattern, hint in _OTHER_KINDS:
             if re.match(rb"(?:\xef\xbb\xbf)?(?:%s)" % pattern, data[:8192], re.DOTALL | re.IGNORECASE):
                 raise ImageError(kind, hint or f"not one of {', '.join(IMAGE_FORMATS)}") from error
         raise ImageError("undecodable image", f"not one of {', '.join(IMAGE_FORMATS)}") from error
     if isinstance(error, Image.UnidentifiedImageError):
-        error = _why_not_opened(data, form) or error
+        error = _why_not_opened(data, format) or error
     message = re.sub(r" at 0x[0-9a-f]+", "", str(error))[:200] or type(error).__name__
     if "truncated" in message.lower():
-        raise ImageError("truncated image", f"{form}: {message}") from error
+        raise ImageError("truncated image", f"{format}: {message}") from error
     kind = "unsupported" if re.search("unknown|not supported|unsupported", message, re.IGNORECASE) else "damaged"
-    raise ImageError(f"{kind} {form}", message) from error
+    raise ImageError(f"{kind} {format}", message) from error
 
 
 def _format(data: bytes) -> str | None:
     """Return the accepted format that these bytes begin as, or None."""
-    return next((form for form, magic in _MAGIC.items() if re.match(magic, data, re.DOTALL)), None)
+    return next((format for format, magic in _MAGIC.items() if re.match(magic, data, re.DOTALL)), None)
 
 
-def _why_not_opened(data: bytes, form: str) -> Exception | None:
+def _why_not_opened(data: bytes, format: str) -> Exception | None:
     """Return the error that ``Image.open`` dropped when it went on to the next format."""
     try:
-        Image.OPEN[form][0](io.BytesIO(data), "")
+        Image.OPEN[format][0](io.BytesIO(data), "")
     except Exception as error:
         return error
     return None

@@ -1,4 +1,4 @@
-"""Files of JSON: one object, or one per line, written as results come and gone on with when a job is started again."""
+"""JSON files: one object, or one object per line, which a restarted job continues."""
 
 import json
 from collections.abc import Mapping
@@ -25,12 +25,12 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def begin_lines(out: Path, settings: Mapping[str, Any], overwrite: bool = False) -> list[dict[str, Any]]:
-    """Return the lines that are there already, and remove one that was not written to its end.
+    """Return the lines that exist already, and remove an incomplete last line.
 
     Args:
         out: the file; its settings lie beside it in ``{out}.options.json``.
-        settings: what the lines depend on.
-        overwrite: begin anew.
+        settings: all options that the lines depend on.
+        overwrite: delete existing lines.
 
     Raises:
         FileExistsError: if the file was made with other settings, naming those that differ.

@@ -1,4 +1,4 @@
-"""One writer at a time: locks on folders and files, which the system takes back from a process that is killed."""
+"""Locks on folders and files; the system releases those of a killed process."""
 
 import os
 import sys
@@ -10,9 +10,9 @@ from filelock import FileLock, Timeout
 
 from composer_prior.data.storage import StorageError, WriteError, full_disk_told
 
-LOCK = ".lock"  # in a folder that a job writes to, while it does
-_REQUEUED = 180  # seconds that a job which Slurm has put back waits: a network disk frees a failed node's locks late
-# How many processes a launcher started that sets no RANK and WORLD_SIZE: Slurm, Open MPI, MPICH.
+LOCK = ".lock"  # in a folder while a job writes to it
+_REQUEUED = 180  # seconds that a requeued Slurm job waits, as a network disk releases a failed node's locks late
+# Number of processes, of launchers that do not set RANK and WORLD_SIZE: Slurm, Open MPI, MPICH.
 _TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
@@ -22,9 +22,9 @@ class LockedError(StorageError):
 
 @contextmanager
 def locked(file: Path, seconds: float = -1, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold the lock that a file stands for, or raise :class:`LockedError` if another process does for so many seconds.
+    """Hold a lock file, or raise :class:`LockedError` if another process holds it for that many seconds.
 
-    ``-1`` waits as long as it takes; ``waiting`` is called once if another process holds it.
+    ``-1`` waits without limit; ``waiting`` is called once if another process holds the lock.
     """
     lock = FileLock(file)
     patience: float = 0
@@ -32,7 +32,7 @@ def locked(file: Path, seconds: float = -1, waiting: Callable[[], None] = lambda
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=patience)
-        except FileNotFoundError:  # who held it has removed the folder
+        except FileNotFoundError:  # its last holder removed the folder
             continue
         except Timeout as error:
             if patience == seconds:
@@ -46,16 +46,16 @@ def locked(file: Path, seconds: float = -1, waiting: Callable[[], None] = lambda
 
 
 @contextmanager
-def sole_writer(place: str | Path, key: str, inside: bool = False) -> Iterator[None]:
-    """Hold the only right to write to a folder or file, or raise one line at once if another process does or none can.
+def sole_writer(path: str | Path, key: str, inside: bool = False) -> Iterator[None]:
+    """Lock a folder or file for writing, or raise one line at once if it is locked or cannot be written.
 
     Args:
-        place: what a recipe or command names by ``key``.
-        key: for messages.
-        inside: the lock lies in the folder, and not beside it. Default: ``False``.
+        path: the folder or file.
+        key: the key of the recipe or command that names it.
+        inside: put the lock into the folder instead of beside it. Default: ``False``.
     """
-    path = Path(place).expanduser().absolute()
-    file = path / LOCK if inside else path.with_name(f".{path.name}{LOCK}")
+    target = Path(path).expanduser().absolute()
+    file = target / LOCK if inside else target.with_name(f".{target.name}{LOCK}")
     made: list[Path] = []
     with ExitStack() as stack:
         try:
@@ -63,23 +63,23 @@ def sole_writer(place: str | Path, key: str, inside: bool = False) -> Iterator[N
             stack.enter_context(locked(file, seconds=_REQUEUED if "SLURM_RESTART_COUNT" in os.environ else 0))
         except LockedError:
             raise LockedError(
-                f"{key}={place}: another process is writing there; let it end first, or name another place."
+                f"{key}={path}: another process is writing there; let it end first, or name another path."
             ) from None
         except OSError as error:
-            raise WriteError(f"{key}={place} cannot be written to ({error.strerror}).") from error
+            raise WriteError(f"{key}={path} cannot be written to ({error.strerror}).") from error
         try:
-            with full_disk_told(place):
+            with full_disk_told(path):
                 yield
         finally:
             with suppress(OSError):
-                file.unlink()  # who waits for the lock takes a new file
+                file.unlink()  # waiting processes lock a new file
                 for folder in made:
-                    folder.rmdir()  # unless something was written there
+                    folder.rmdir()  # fails unless it is empty
 
 
 def check_ranks() -> None:
-    """End the program with one line if it is one of many of which each would take itself for the only rank."""
-    in_script = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ  # of sbatch, which starts one
+    """End the program with one line if a launcher started several processes without telling them their ranks."""
+    in_script = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ  # sbatch starts one process
     for name in _TASKS if not in_script and not {"RANK", "WORLD_SIZE"} & {*os.environ} else ():
         if os.environ.get(name, "1") not in ("", "0", "1"):
             sys.exit(

@@ -1,12 +1,11 @@
 """The layout of MDS shards: a writer, the header, and a reader of one column.
 
     count (uint32), count + 1 offsets (uint32), the configuration as JSON, then the samples; each begins with the sizes
-    (uint32) of its columns of no fixed size, and all columns follow in the order of their names.
+    (uint32) of its columns of variable size, and all columns follow in the order of their names.
 
-The bytes are those of ``streaming.MDSWriter`` (a test compares them). Two things make a writer of our own worth its
-lines: a sample is copied once, into memory that is warm, where the library joins it three times over into memory that
-the system has to find anew (a conversion with it takes 2.1 times as long, ``python -m benchmarks.libraries``), and a
-conversion process starts in a second, where importing the library takes fifteen.
+The bytes are those of ``streaming.MDSWriter`` (a test compares them). This writer is faster: it copies a sample once,
+into memory that is reused, where the library copies it three times into new memory (a conversion takes 2.1 times as
+long with it, ``python -m benchmarks.libraries``), and a conversion process starts in one second instead of fifteen.
 """
 
 import io
@@ -22,18 +21,18 @@ from typing import Any
 import numpy as np
 import xxhash
 
-_PIECE = 1 << 18  # bytes that the processor's cache still holds when they are written after they were hashed
+_PIECE = 1 << 18  # bytes hashed and written at a time, so that they stay in the processor's cache
 
 
 class ShardWriter:
-    """Cuts samples into MDS shards, each no larger than a limit unless one sample alone is.
+    """Writes samples as MDS shards, each no larger than a limit unless a single sample is.
 
     Args:
-        folder: where the shard files go.
+        folder: of the shard files.
         prefix: the files are named ``{prefix}.000.mds``, ``{prefix}.001.mds`` …
         columns: the encoding of each column: ``"bytes"``, ``"str"`` or ``"json"``.
         size_limit: the largest shard, in bytes.
-        buffer: where the samples of a shard wait; one that another writer has used before is warm. Default: a new one.
+        buffer: memory for the samples of a shard, faster if another writer has used it. Default: a new one.
     """
 
     def __init__(
@@ -123,7 +122,7 @@ def _sync(file: BufferedWriter) -> None:
 
 
 def sample_extent(shard: bytes | mmap.mmap, index: int) -> tuple[int, int]:
-    """Return where a sample of a shard begins and ends."""
+    """Return the first byte of a sample in a shard, and the byte behind its last."""
     begin, end = np.frombuffer(shard, np.uint32, 2, 4 * (1 + index)).tolist()
     return begin, end
 
@@ -179,13 +178,13 @@ def _shard_bytes(data: Any, shard_id: int, retry: int = 7) -> mmap.mmap:
 
 
 def _cell(content: mmap.mmap, shard: Any, column: str, index: int) -> Any:
-    """Return one column of one sample: the sizes of those of no fixed size come first, then all columns in order."""
+    """Return one column of one sample, which begins with the sizes of its columns of variable size."""
     from streaming.base.format.mds.encodings import mds_decode  # here: conversion starts without streaming
 
     begin, _ = sample_extent(content, index)
     variable = sum(not size for size in shard.column_sizes)
     given = iter(np.frombuffer(content[begin : begin + 4 * variable], np.uint32).tolist())
     sizes = [size or next(given) for size in shard.column_sizes]
-    place = shard.column_names.index(column)
-    start = begin + 4 * variable + sum(sizes[:place])
-    return mds_decode(shard.column_encodings[place], content[start : start + sizes[place]])
+    position = shard.column_names.index(column)
+    start = begin + 4 * variable + sum(sizes[:position])
+    return mds_decode(shard.column_encodings[position], content[start : start + sizes[position]])

@@ -14,7 +14,7 @@ NO_INDEX = "{}: no index.json here; name a data set made by composer-prior conve
 
 
 class OneLineError(Exception):
-    """An error whose message is one line, also where DataLoader has put a worker's traceback around it."""
+    """An error whose message is one line, also if DataLoader has put a worker's traceback around it."""
 
     def __init__(self, message: str):
         last = message.rstrip().rpartition("\n")[2]
@@ -25,17 +25,17 @@ class DataError(OneLineError, OSError):
     """An index or a shard that cannot be read; the message names it."""
 
 
-_HIDDEN: dict[str, str] = {}  # value: what is shown in its place
+_HIDDEN: dict[str, str] = {}  # value: the text shown instead
 
 
 def hide(value: str, text: str) -> None:
-    """Let errors show ``text`` in the place of a value; one of less than 4 characters is no secret."""
+    """Show ``text`` instead of a value in errors; values of less than 4 characters are not hidden."""
     if len(value) >= 4:
         _HIDDEN[value] = text
 
 
 def hidden(text: str) -> str:
-    """Return a text without the values of :func:`hide`."""
+    """Replace the values of :func:`hide` in a text."""
     for value in sorted(_HIDDEN, key=len, reverse=True):
         text = text.replace(value, _HIDDEN[value])
     return text
@@ -67,7 +67,7 @@ def one_line_exit(expected: tuple[type[Exception], ...] = (ValueError, OSError, 
     """End the program with one line for an expected error; also a decorator.
 
     Args:
-        expected: types of errors; others pass with their traceback.
+        expected: types of errors; others are raised with their traceback.
     """
     try:
         yield
@@ -81,7 +81,7 @@ def say(message: object) -> None:
     try:
         print(visible(str(message), keep="\n\t").encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except OSError:
-        with suppress(OSError, ValueError):  # what is left in its buffer goes there too
+        with suppress(OSError, ValueError):  # discard the rest of its buffer
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,4 +1,4 @@
-"""Several nodes: the first rank of all decides and writes, and every node has to see what it wrote."""
+"""Several nodes: the first rank decides and writes, and every node must see the files that it wrote."""
 
 import os
 import pickle
@@ -18,9 +18,10 @@ T = TypeVar("T")
 
 
 def on_first_rank(function: Callable[[], T]) -> T:
-    """Return what a function returns, or raises, on the first rank of all; every rank has to call this.
+    """Run a function on the first rank, and return its result or raise its error on every rank.
 
-    It alone looks for files that may not be there: a network disk lets a node that has missed one miss it for a while.
+    Every rank must call this. Only the first one looks for files that may not exist: a node caches for a while that a
+    network disk lacks a file.
     """
     found: list[Any] = [None, None]
     try:
@@ -44,59 +45,59 @@ def _to_send(error: Exception) -> Exception:
 
 
 @contextmanager
-def sole_job(places: Mapping[str, str | Path]) -> Iterator[None]:
-    """Hold the only right to write to folders, by their keys, for all ranks of a job; see :func:`.sole_writer`."""
+def sole_job(paths: Mapping[str, str | Path]) -> Iterator[None]:
+    """Lock folders, by the keys that name them, for all ranks of a job; see :func:`.sole_writer`."""
     with ExitStack() as held:
 
         def hold() -> None:
-            for key, place in places.items():
-                held.enter_context(sole_writer(place, key, inside=True))
+            for key, path in paths.items():
+                held.enter_context(sole_writer(path, key, inside=True))
 
         on_first_rank(hold)
         yield
 
 
-def check_shared(places: Mapping[str, str | Path]) -> None:
-    """Refuse places of the first rank that another node does not see; remotes are seen by all.
+def check_shared(paths: Mapping[str, str | Path]) -> None:
+    """Refuse paths of the first rank that another node does not see; remotes are not checked.
 
-    What the first rank has, the others must have, be it a copy. Where it has nothing yet it will write, and the folder
-    that this goes to must be the same for all.
+    A file that the first rank has must exist on every node, also as a copy. A file that it will write needs a folder
+    that all nodes share.
 
     Args:
-        places: a file or folder by the key of the recipe that names it.
+        paths: a file or folder by the key of the recipe that names it.
 
     Raises:
         ValueError: on every rank, naming the key.
     """
-    local = {key: Path(place).expanduser() for key, place in places.items() if not is_remote(place)}
+    local = {key: Path(path).expanduser() for key, path in paths.items() if not is_remote(path)}
     if not local or dist.get_world_size() == dist.get_local_world_size():
         return
-    signs = on_first_rank(lambda: {key: _sign(place) for key, place in local.items()})
+    signs = on_first_rank(lambda: {key: _sign(path) for key, path in local.items()})
     seen = dist.all_gather_object({key: sign.exists() for key, sign in signs.items()})
     if dist.get_global_rank() == 0:
         for key, sign in signs.items():
             if sign != local[key]:
                 sign.unlink()
-    for key, place in local.items():
+    for key, path in local.items():
         blind = [rank for rank, there in enumerate(seen) if not there[key]]
         if blind:
             raise ValueError(
-                f"{key}: {place} of the first rank is not seen by rank {blind[0]}, which is on another node. Several "
+                f"{key}: {path} of the first rank is not seen by rank {blind[0]}, which is on another node. Several "
                 "nodes need a disk that all of them share; save_folder and scores may also be in a bucket."
             )
 
 
-def _sign(place: Path) -> Path:
-    """Return the path itself, or a file for the others to find in the folder that will hold it."""
-    if place.exists():
-        return place
-    sign = next(folder for folder in place.parents if folder.exists()) / f".seen-by-all-nodes-{uuid.uuid4().hex}"
+def _sign(path: Path) -> Path:
+    """Return the path if it exists, or else a new file in the folder that will hold it."""
+    if path.exists():
+        return path
+    sign = next(folder for folder in path.parents if folder.exists()) / f".seen-by-all-nodes-{uuid.uuid4().hex}"
     os.close(os.open(sign, os.O_CREAT))
     return sign
 
 
 def check_same(facts: Mapping[str, Any]) -> None:
-    """Refuse to train where nodes have found different things in the same place, such as old copies of the data.
+    """Refuse to train if nodes see different contents under one path, such as old copies of the data.
 
     Raises:
         ValueError: on every rank, naming what differs.

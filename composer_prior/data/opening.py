@@ -1,4 +1,4 @@
-"""Open a caption data set, whose index may come from anywhere, to read its samples by number."""
+"""Open a caption data set with an untrusted index, to read its samples by number."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ def open_captions(data: str, cache: str) -> tuple[Any, bytes]:
     data = data if is_remote(data) else str(Path(data).expanduser())
     if not is_remote(data) and not Path(data, "index.json").exists():
         raise FileNotFoundError(NO_INDEX.format(data))
-    from streaming.base.local import LocalDataset  # here: what is missing is said before
+    from streaming.base.local import LocalDataset  # here: a missing index is reported before this slow import
 
     from composer_prior.data.streams import CheckedDataset
 

@@ -1,4 +1,4 @@
-"""Images with a prompt and a completion for transformers' Trainer and TRL, whatever special tokens a tokenizer has."""
+"""Images with a prompt and a completion for transformers' Trainer and TRL, with any tokenizer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,7 +37,7 @@ def prompt_and_completion(processor: Any, caption: str, prompt: str = "") -> dic
 class CompletionCollator:
     """Make a batch of rows with ``image``, ``prompt`` and ``completion``, whose labels are those of the completion.
 
-    Labels are told by position, so a tokenizer may use one token for beginning, end and padding.
+    Labels are found by position, so a tokenizer may use one token for beginning, end and padding.
 
     Args:
         processor: of an image-text-to-text model; one without padding pads with the end of sequence.

@@ -1,9 +1,9 @@
 """Objects of a bucket: list, get, put, size and exists, for everything but the shards that streaming itself reads.
 
 The clients are streaming's, so that credentials, endpoints (``S3_ENDPOINT_URL``) and kinds of store are those of the
-shards. fsspec would be a second set of them: s3fs needs aiobotocore, which wants a botocore older than boto3 here
-(aiobotocore 3.10: below 1.43.118, where 1.44 is installed), its event loop does not survive the forks of a conversion,
-and it knows neither streaming's ``azure-dl``, ``alipan`` nor its environment variables.
+shards. fsspec would add a second set of clients: s3fs needs aiobotocore, which needs an older botocore (aiobotocore
+3.10: below 1.43.118; 1.44 is installed), its event loop does not survive the forks of a conversion, and it supports
+neither streaming's ``azure-dl`` and ``alipan`` nor its environment variables.
 """
 
 import os
@@ -25,7 +25,7 @@ _SECONDS = 60.0  # without an answer
 
 @contextmanager
 def store_errors(url: str, problem: str = ": cannot be written to") -> Iterator[None]:
-    """Raise errors of stores as one line that names the URL; that an object is missing stays a FileNotFoundError."""
+    """Raise errors of stores as one line that names the URL; a missing object stays a FileNotFoundError."""
     try:
         yield
     except Exception as error:  # of the libraries of all stores
@@ -143,7 +143,7 @@ class Remote:
             _new_client(self.url)
 
     def check_writable(self) -> None:
-        """Raise StorageError if nothing can be written here; the object that tries it is removed where permitted."""
+        """Raise StorageError if a test object cannot be written; it is removed where permitted."""
         if self.url.startswith("hf://"):
             return  # each object is a commit there
         with store_errors(self.url), tempfile.TemporaryDirectory() as folder:
@@ -155,7 +155,7 @@ class Remote:
                 client.s3.delete_object(Bucket=bucket, Key=key)
 
     def _client(self, folder: Path | str = "") -> Any:
-        """Return streaming's uploader from a folder, which has asked for the bucket; it also lists."""
+        """Return streaming's uploader from a folder, which has checked the bucket and also lists it."""
         key = (os.getpid(), str(folder))
         if key not in self._clients:
             self._clients[key] = _new_client(self.url)
@@ -196,12 +196,12 @@ def _volume_files(client: Any, folder: str) -> Iterator[str]:
 
 
 class Output:
-    """A folder or remote that files are written to, and a local folder for what is not finished.
+    """A folder or remote to write files to, and a local folder for unfinished files.
 
     Args:
         url: the folder's path, or the remote's URL.
         state: a local folder.
-        attempts: how often an upload is tried. Default: ``1``.
+        attempts: number of attempts of an upload. Default: ``1``.
     """
 
     def __init__(self, url: str | Path, state: Path, attempts: int = 1):
@@ -249,4 +249,4 @@ class Output:
         except DataError as error:
             if names is not None or is_denied(error):
                 raise StorageError(f"{self.label}/{name} cannot be read: {error}.") from error
-            return None  # remotes say in many ways that a file is missing
+            return None  # errors for missing files differ between remotes

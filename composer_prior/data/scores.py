@@ -1,13 +1,13 @@
-"""The reference's log-probabilities of caption tokens, computed once and stored beside the data.
+"""The reference log-probabilities of caption tokens, computed once and stored beside the data.
 
-Scores are an MDS data set of their own, whose sample ``i`` belongs to sample ``i`` of the captions. Its one column,
+Scores are a separate MDS data set, whose sample ``i`` belongs to sample ``i`` of the captions. Its one column,
 ``ref_logprobs`` (bytes), holds the log-probability of each caption token, the end of sequence included, as
 little-endian float16: 2 bytes for each token, and 8 for each sample. The weight ``1 - P`` that results is within
 2^-11 of the exact one, relatively, or within 2^-25 absolutely.
 
-    OUT/scores.json             what the scores belong to
-    OUT/shard.<unit>.000.mds    one file for each unit of work, put in place when it is whole
-    OUT/index.json              written last: without it, the scores are not whole
+    OUT/scores.json             metadata: data, tokenizer and reference
+    OUT/shard.<unit>.000.mds    one file for each unit of work, moved here when it is whole
+    OUT/index.json              written last; without it the scores are incomplete
 """
 
 import hashlib
@@ -39,11 +39,10 @@ from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import tokenizer_fingerprint
 
 COLUMN = "ref_logprobs"
-CARD = "scores.json"
+METADATA = "scores.json"
 INDEX = "index.json"
 VERSION = 1
 _LOWEST = -65504.0  # of float16
-_SHARD_BYTES = (1 << 32) - 1  # offsets are uint32
 
 
 class ScoresError(ValueError):
@@ -63,12 +62,12 @@ class CaptionData(Protocol):
 
 
 def index_fingerprint(indices: Iterable[bytes]) -> str:
-    """Return a digest of the indices of a data set's streams: of the shards' sizes and hashes, in order."""
+    """Return a digest of the indices of a data set's streams, which hold the shards' sizes and hashes."""
     return hashlib.sha256(b"".join(indices)).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
-class ScoresCard:
+class ScoresMetadata:
     """The metadata of scores: the data, tokenizer and reference that they belong to.
 
     Args:
@@ -90,8 +89,8 @@ class ScoresCard:
     version: int = VERSION
 
     @classmethod
-    def of(cls, data: CaptionData, reference: Mapping[str, str]) -> "ScoresCard":
-        """Return the card of the scores that a reference gives a data set."""
+    def of(cls, data: CaptionData, reference: Mapping[str, str]) -> "ScoresMetadata":
+        """Return the metadata of the scores that a reference gives a data set."""
         return cls(
             data.fingerprint,
             data.num_samples,
@@ -102,11 +101,11 @@ class ScoresCard:
         )
 
     @classmethod
-    def from_json(cls, text: bytes, where: str) -> "ScoresCard":
-        """Read a card.
+    def from_json(cls, text: bytes, where: str) -> "ScoresMetadata":
+        """Read the metadata.
 
         Raises:
-            ScoresError: if it is not one, or one of another version.
+            ScoresError: if the text is no such metadata, or of another version.
         """
         try:
             known = parse_json(text)
@@ -116,21 +115,21 @@ class ScoresCard:
         except (ValueError, TypeError, KeyError) as error:
             if isinstance(error, ScoresError):
                 raise
-            raise ScoresError(f"{where}/{CARD} does not describe scores ({error}).") from error
+            raise ScoresError(f"{where}/{METADATA} does not describe scores ({error}).") from error
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=2).encode()
 
-    def check(self, other: "ScoresCard", where: str, reference: bool = True) -> None:
-        """Refuse scores, described by this card, for what another card describes.
+    def check(self, other: "ScoresMetadata", where: str, reference: bool = True) -> None:
+        """Refuse scores with this metadata if a run needs other ones.
 
         Args:
-            other: of what the scores are wanted for.
-            where: they are.
+            other: the metadata that the run needs.
+            where: path or URL of the scores.
             reference: compare the references too.
 
         Raises:
-            ScoresError: naming all that differs.
+            ScoresError: naming all fields that differ.
         """
         ours, theirs = _flat(self, reference), _flat(other, reference)
         differing = [
@@ -139,13 +138,13 @@ class ScoresCard:
         if differing:
             raise ScoresError(
                 f"The scores in {where} do not belong to this run; what differs: {', '.join(differing)}. Delete them "
-                "to score again, or name another place."
+                "to score again, or name another path."
             )
 
 
-def _flat(card: ScoresCard, reference: bool) -> dict[str, Any]:
-    """Return the fields to compare; the path of a reference makes no difference."""
-    fields = {**asdict(card), **{f"the reference's {key}": value for key, value in card.reference.items()}}
+def _flat(metadata: ScoresMetadata, reference: bool) -> dict[str, Any]:
+    """Return the fields to compare, without the path of the reference."""
+    fields = {**asdict(metadata), **{f"the reference's {key}": value for key, value in metadata.reference.items()}}
     ignored = {"reference", "the reference's path"}
     return {
         name: value
@@ -188,7 +187,7 @@ def _check(logprobs: NDArray[np.floating]) -> None:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of scores: how many samples it has, and what it must be."""
+    """One file of scores: its name, number of samples, size and hash."""
 
     name: str
     samples: int
@@ -199,26 +198,26 @@ class Shard:
 class Scores:
     """Scores by random access, from a folder or a remote; shards of a remote are downloaded when they are needed.
 
-    It is no ``StreamingDataset``: it has no shared memory and no epochs, so that any process can open it any number of
-    times. A cached remote is never evicted; it takes a few bytes for each token.
+    It is not a ``StreamingDataset``: it has no shared memory and no epochs, so that any process can open it any number
+    of times. Downloaded shards are never evicted; they take a few bytes for each token.
 
     Args:
         path: folder or remote.
         cache: local folder under which the shards of a remote are kept.
-        attempts, seconds: how often to try a download, and for how long each time; see :func:`.download`.
+        attempts, seconds: number of attempts of a download, and the longest time of each; see :func:`.download`.
 
     Raises:
-        ScoresError: if they are missing, not whole, or of an unknown form.
+        ScoresError: if they are missing, incomplete, or of an unknown format.
     """
 
     def __init__(self, path: str, cache: Path, attempts: int = ATTEMPTS, seconds: float = DEFAULT_TIMEOUT):
         self.path = path = os.path.expanduser(path)
         self.patience = (attempts, seconds)
-        self.card = ScoresCard.from_json(_fetch(path, CARD, *self.patience), path)
+        self.metadata = ScoresMetadata.from_json(_fetch(path, METADATA, *self.patience), path)
         index = _fetch(path, INDEX, *self.patience)
-        self.shards = read_index(index, path, self.card.samples)
+        self.shards = read_index(index, path, self.metadata.samples)
         self.bounds = np.cumsum([0, *(shard.samples for shard in self.shards)])  # [shards + 1]
-        # A remote that has been written anew has another index, and so another cache.
+        # The cache is named by the index, so that rewritten scores are downloaded again.
         digest = hashlib.sha256(index).hexdigest()[:16]
         self.folder = cache / digest if is_remote(path) else Path(path)
 
@@ -229,7 +228,7 @@ class Scores:
         """Return the log-probabilities ``[tokens]`` of the caption tokens of a sample.
 
         Raises:
-            ScoresError: if its shard is missing or damaged, or a value is none.
+            ScoresError: if its shard is missing or damaged, or a value is not a log-probability.
         """
         number = int(np.searchsorted(self.bounds, sample_id, "right")) - 1
         data = self._open(self.shards[number])
@@ -240,10 +239,10 @@ class Scores:
             raise ScoresError(f"{self.path}, scores of sample {sample_id}: {error}") from error
 
     def read(self, sample_id: int, tokens: int) -> NDArray[np.float32]:
-        """Return those of a sample that has so many caption tokens.
+        """Return the log-probabilities of a sample that has ``tokens`` caption tokens.
 
         Raises:
-            ScoresError: as above, or if there are more or fewer.
+            ScoresError: as above, or if their number differs.
         """
         logprobs = self[sample_id]
         if len(logprobs) != tokens:
@@ -267,15 +266,15 @@ def open_scores(path: str, data: CaptionData, cache: Path, **patience: Any) -> S
 
     Args:
         path: folder or remote.
-        data: whose samples they must belong to.
+        data: the data set that they must belong to.
         cache: local folder under which the shards of a remote are kept.
         patience: ``attempts`` and ``seconds`` of :class:`.Scores`.
 
     Raises:
-        ScoresError: if they are missing or not whole, or belong to something else, naming what differs.
+        ScoresError: if they are missing or incomplete, or belong to other data, naming what differs.
     """
     scores = Scores(path, cache, **patience)
-    scores.card.check(ScoresCard.of(data, {}), path, reference=False)
+    scores.metadata.check(ScoresMetadata.of(data, {}), path, reference=False)
     return scores
 
 
@@ -306,7 +305,7 @@ def _parse_entry(entry: Mapping[str, Any]) -> Shard:
 
 @lru_cache(maxsize=64)
 def _open_shard(path: str, size: int, digest: str) -> mmap.mmap:
-    """Map a shard's bytes, checked once. The cache bounds the open files of a process."""
+    """Map a shard's bytes, checked once; the cache bounds the open files of a process."""
     with open(path, "rb") as file:
         found = os.fstat(file.fileno()).st_size
         if found == size:
@@ -334,7 +333,7 @@ def _fetch(path: str, name: str, attempts: int, seconds: float) -> bytes:
 
 
 def _download(url: str, file: Path, check: Callable[[Path], Any], attempts: int, seconds: float) -> None:
-    """Download a file in one piece; of several processes that want it, one does."""
+    """Download a file, in one of the processes that need it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
         if file.exists():

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and one line where that fails."""
+"""Files and folders that are written whole or not at all, and one-line errors if that fails."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ import psutil
 
 from composer_prior.data.messages import OneLineError
 
-MARK = ".composer-prior.json"  # in a folder: the names of what this program wrote there
+MARK = ".composer-prior.json"  # lists the files that this program wrote into the folder
 _FULL = re.compile(
     rf"(?:os error|\[Errno) ({errno.ENOSPC}|{errno.EDQUOT}|{errno.EFBIG})\b"
     r"|No space left on device|unexpected pos \d+|PytorchStreamWriter failed"
@@ -35,11 +35,11 @@ def is_remote(path: str | Path) -> bool:
 
 
 @contextmanager
-def full_disk_told(place: str | Path, size: int | None = None, remedy: str = "") -> Iterator[None]:
-    """Let a full disk be one line that names a place, the bytes to be written there and those that are free."""
+def full_disk_told(path: str | Path, size: int | None = None, remedy: str = "") -> Iterator[None]:
+    """Raise a full disk as one line with the path, the bytes to be written there and the free bytes."""
     try:
         yield
-    except BaseException as error:  # torch's on sharded checkpoints is no Exception
+    except BaseException as error:  # torch's error for sharded checkpoints is not an Exception
         chain = [error]
         while (below := chain[-1].__cause__ or chain[-1].__context__) is not None and below not in chain:
             chain.append(below)
@@ -47,12 +47,12 @@ def full_disk_told(place: str | Path, size: int | None = None, remedy: str = "")
         elsewhere = any("</torch_" in str(one) or "are accepted" in str(one) for one in chain)  # /dev/shm; an input
         if isinstance(error, WriteError) or not told or elsewhere:
             raise
-        place = next((one.filename for one in chain if isinstance(one, OSError) and one.filename), place)
-        there = next(one for one in (Path(place) / "_").absolute().parents if one.exists())
+        path = next((one.filename for one in chain if isinstance(one, OSError) and one.filename), path)
+        there = next(one for one in (Path(path) / "_").absolute().parents if one.exists())
         needed = "" if size is None else f"it takes {size / 1e6:,.1f} MB, and "
         free = f"{shutil.disk_usage(there).free / 1e6:,.1f} MB are free there"
         reason = os.strerror(int(next((match[1] for match in told if match[1]), errno.ENOSPC)))
-        raise WriteError(f"{place} cannot be written ({reason}): {needed}{free}. {remedy}".strip()) from error
+        raise WriteError(f"{path} cannot be written ({reason}): {needed}{free}. {remedy}".strip()) from error
 
 
 def write_whole(file: Path, data: bytes) -> None:
@@ -70,8 +70,8 @@ def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder of this process that takes its final name in one step when its writing has succeeded.
 
     Args:
-        folder: which must not exist, or be empty.
-        replace: it may: what this program wrote there before is removed then, and what it did not write stays.
+        folder: a folder that does not exist or is empty.
+        replace: accept an existing folder; files that this program wrote there are removed, other files stay.
     """
     folder = folder.resolve() if replace else folder  # it may be a link to another disk
     before = folder.with_name(f".{folder.name}.replaced")
@@ -81,7 +81,7 @@ def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
     name = re.compile(rf"\.{re.escape(folder.name)}\.(\d+)@{re.escape(host)}\.partial")
     for left in folder.parent.glob(".*.partial"):
         match = name.fullmatch(left.name)
-        if match and not psutil.pid_exists(int(match[1])):  # it was killed, on this machine
+        if match and not psutil.pid_exists(int(match[1])):  # its process was killed
             shutil.rmtree(left, ignore_errors=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}@{host}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -100,10 +100,10 @@ def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def _take_over(before: Path, folder: Path) -> None:
-    """Move what this program did not write from a folder to the one that has replaced it, and remove the rest."""
-    own = {*written_here(before), *os.listdir(folder)}
+    """Move files that this program did not write from the old folder to the new one, and remove the rest."""
+    obsolete = {*written_here(before), *os.listdir(folder)}
     for entry in before.iterdir():
-        if entry.name not in own:
+        if entry.name not in obsolete:
             os.replace(entry, folder / entry.name)
         elif entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -113,7 +113,7 @@ def _take_over(before: Path, folder: Path) -> None:
 
 
 def written_here(folder: Path) -> list[str]:
-    """Return the names of what this program wrote into a folder that it may replace."""
+    """Return the names of the files that this program wrote into a folder."""
     with suppress(OSError, ValueError):
         return list(json.loads((folder / MARK).read_bytes()))
     return []

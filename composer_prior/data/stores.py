@@ -7,13 +7,13 @@ from urllib.parse import urlsplit
 
 from composer_prior.data.messages import one_line
 
-PROBE = ".composer-prior-can-write"  # a small object that is written to a remote to try it
+PROBE = ".composer-prior-can-write"  # a small object, written to a remote to test access
 _ENDPOINTS = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-_TRANSIENT = ("RequestTimeout", "BadDigest", "IncompleteBody")  # S3 answers 400, and means the way and not the request
+_TRANSIENT = ("RequestTimeout", "BadDigest", "IncompleteBody")  # of S3 with status 400; a retry can help
 
 
 def is_final(error: BaseException | None) -> bool:
-    """Return whether another attempt would change nothing: the object is missing or denied, or the request is wrong."""
+    """Return whether another attempt is useless: the object is missing or denied, or the request is wrong."""
     status, code = _answer(error)
     if status is not None:
         return 400 <= status < 500 and status not in (408, 429) and code not in _TRANSIENT
@@ -21,7 +21,7 @@ def is_final(error: BaseException | None) -> bool:
 
 
 def is_denied(error: BaseException | None) -> bool:
-    """Return whether a store gave no access, or there are no credentials."""
+    """Return whether a store denied access, or there are no credentials."""
     return _answer(error)[0] in (401, 403) or any(type(one).__name__ == "NoCredentialsError" for one in _chain(error))
 
 
@@ -38,7 +38,7 @@ def told(error: BaseException, remote: str, length: int = 500) -> str:
         reason = ", ".join(dict.fromkeys(str(part) for part in (status, code) if part)) or one_line(error)
         return f"access denied to {service(remote)} ({reason}); check the credentials and their permissions"
     text = one_line(error, length)
-    behind = "" if isinstance(error, ValueError | TimeoutError) else service(remote)  # these are checks of our own
+    behind = "" if isinstance(error, ValueError | TimeoutError) else service(remote)  # raised by our checks
     return f"{text} ({behind})" if behind else text
 
 
@@ -48,8 +48,8 @@ def service(remote: str) -> str:
     if not parts.scheme:
         return ""
     given = urlsplit(next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), ""))
-    own = f"{given.scheme}://{given.netloc.rpartition('@')[2]}" if given.netloc else "s3.amazonaws.com"
-    endpoint = {"s3": own, "gs": "storage.googleapis.com"}.get(parts.scheme, parts.scheme)
+    s3 = f"{given.scheme}://{given.netloc.rpartition('@')[2]}" if given.netloc else "s3.amazonaws.com"
+    endpoint = {"s3": s3, "gs": "storage.googleapis.com"}.get(parts.scheme, parts.scheme)
     return f"bucket {parts.netloc or parts.path} at {endpoint}"
 
 

@@ -91,7 +91,7 @@ def _take_number(streams_local: list[str], streams_remote: list[str | None], ret
 
 
 def free_number(caches: Sequence[str], retry: int = 0) -> int:
-    """Return a number of which nothing is left, such as the files of a data set that was killed while it was made.
+    """Return a number that no data set uses, not even one that was killed and left files behind.
 
     Streaming opens the memory of all data sets of the node and never closes it, until the process has no file
     descriptors left (https://github.com/mosaicml/streaming/issues/457), and it stops at memory of another user
@@ -116,7 +116,7 @@ def free_number(caches: Sequence[str], retry: int = 0) -> int:
 
 
 def _locals_of(number: int) -> list[str]:
-    """Return the folders of a data set that has not begun an epoch; none of another user's, or where there is none."""
+    """Return the folders of a data set of this user that has not begun an epoch; none otherwise."""
     if _has_locks(number):
         return []
     try:
@@ -134,7 +134,7 @@ def _has_locks(number: int) -> bool:
 
 
 def _is_taken(number: int) -> bool:
-    """Return whether anything is left of a data set of this number."""
+    """Return whether a data set of this number has left anything."""
     if _has_locks(number):
         return True
     for name in SHM_TO_CLEAN:
@@ -154,7 +154,7 @@ streaming_dataset.get_shm_prefix = claim_number
 
 
 class _S3(S3Downloader):
-    """Streaming's, which answers each status 400 with another request without credentials, without end; here once.
+    """Streaming's downloader, which repeats a request without credentials after each status 400 forever; here once.
 
     No public report.
     """
@@ -179,9 +179,9 @@ class FixedDataset(StreamingDataset):
     _failure: Exception | None = None
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Return the state; an epoch that has begun and has no samples of its own left is over.
+        """Return the state, with the next epoch if the last one is complete.
 
-        Composer counts so at an epoch's end, where streaming would begin the same epoch again: see
+        Composer counts so at an epoch's end, but streaming would begin the same epoch again: see
         https://github.com/mosaicml/streaming/issues/869.
         """
         state = super().state_dict(num_samples, from_beginning)

@@ -1,9 +1,9 @@
-"""Shards from a bucket: they reach the cache whole and checked or not at all, and errors name what cannot be read.
+"""Shards from a bucket: they reach the cache whole and checked or not at all, and errors name the unreadable file.
 
-mosaicml-streaming does the rest. By itself it moves a shard to its final place before it has checked it (no public
-report; see https://github.com/mosaicml/streaming/issues/759), lets every process that needs a shard wait without end
-for one that failed to download it (no public report), and removes shards of a stream without a remote
-(https://github.com/mosaicml/streaming/issues/988): here nothing in such a folder is removed or counts for the cache.
+mosaicml-streaming does the rest. Three of its faults are corrected here. It gives a shard its final name before it has
+checked it (no public report; see https://github.com/mosaicml/streaming/issues/759). Every process that needs a shard
+waits without end for one that failed to download it (no public report). It removes shards of a stream without a remote
+(https://github.com/mosaicml/streaming/issues/988); here such a folder stays as it is and does not count for the cache.
 """
 
 import json
@@ -17,10 +17,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 from streaming import Stream
-from streaming.base.constant import (
-    DEFAULT_TIMEOUT,
-    TICK,
-)
+from streaming.base.constant import DEFAULT_TIMEOUT, TICK
 from streaming.base.dataset import NEVER, _ShardState
 from streaming.base.format import FileInfo, Reader, get_index_basename
 from streaming.base.format.mds import MDSReader
@@ -33,19 +30,19 @@ from composer_prior.data.download import ATTEMPTS, check_file, download, patienc
 from composer_prior.data.messages import DataError, one_line
 from composer_prior.data.streaming_fixes import FixedDataset, downloader_of
 
-FAILED = ".failed"  # a file beside a shard that could not be downloaded, which says why
-_UNREADABLE = 255  # a state of a shard beside streaming's: its download has failed for good, in any process of the node
+FAILED = ".failed"  # suffix of a file beside a shard whose download failed, with the reason
+_UNREADABLE = 255  # a shard state added to streaming's: the download has failed for good, in any process of the node
 
 
 class CheckedStream(Stream):
-    """A stream whose files are downloaded under another name, checked, and then put in place.
+    """A stream whose files are downloaded under a temporary name, checked, and then renamed.
 
     Each is checked by its size and by the strongest hash that the index has for it, or by ``validate_hash``; see
     :func:`.download`.
 
     Args:
         local: a folder, which may begin with ``~``.
-        remote: a bucket or a folder; one that is the local folder, under whatever name, is none.
+        remote: a bucket or a folder; ignored if it is the local folder under another name.
         kwargs: those of :class:`streaming.Stream`.
     """
 
@@ -56,15 +53,15 @@ class CheckedStream(Stream):
 
     def apply_default(self, default: dict[str, Any]) -> None:
         super().apply_default(default)
-        places = [os.path.join(place or "", self.split) for place in (self.remote, self.local)]
-        if self.remote and all(map(os.path.exists, places)) and os.path.samefile(*places):
+        folders = [os.path.join(folder or "", self.split) for folder in (self.remote, self.local)]
+        if self.remote and all(map(os.path.exists, folders)) and os.path.samefile(*folders):
             self.remote = None
         if self.remote is None:
             self.safe_keep_zip = True
 
     @property
-    def place(self) -> str:
-        """Return the remote or folder of the data."""
+    def path(self) -> str:
+        """Return the URL or the folder of the data."""
         return os.path.join(self.remote or self.local, self.split).rstrip("/")
 
     @property
@@ -80,39 +77,39 @@ class CheckedStream(Stream):
                 _wait_for(index, self.patience)
             shards = super().get_shards(world, allow_unsafe_types=True)  # they are checked here
         except Exception as error:
-            raise DataError(f"{self.place}/{index.name} cannot be read: {one_line(error)}") from error
+            raise DataError(f"{self.path}/{index.name} cannot be read: {one_line(error)}") from error
         if not sum(shard.samples for shard in shards):
-            raise DataError(f"{self.place} holds no samples.")
+            raise DataError(f"{self.path} holds no samples.")
         for shard in shards:
             self._check_shard(shard)
             self._expected.update((info.basename, info) for pair in shard.file_pairs for info in pair if info)
         return shards
 
     def _check_shard(self, shard: Reader) -> None:
-        """Refuse what could do harm, and a hash that could not be checked."""
+        """Refuse another format, pickled columns, files outside of the folder, and a hash that the index lacks."""
         if not isinstance(shard, MDSReader):
-            raise DataError(f"{self.place} is not of the format MDS.")
+            raise DataError(f"{self.path} is not of the format MDS.")
         for name, encoding in zip(shard.column_names, shard.column_encodings, strict=True):
             if not is_mds_encoding_safe(encoding):
                 raise DataError(
-                    f"{self.place}: the column {name!r} is pickled, and reading it could run code; convert the data "
+                    f"{self.path}: the column {name!r} is pickled, and reading it could run code; convert the data "
                     "without it."
                 )
         for info in (info for pair in shard.file_pairs for info in pair if info):
             path = Path(info.basename)
             if path.is_absolute() or ".." in path.parts:
-                raise DataError(f"{self.place}: the index names a shard outside of its folder, {info.basename!r}.")
+                raise DataError(f"{self.path}: the index names a shard outside of its folder, {info.basename!r}.")
             if self.validate_hash and self.validate_hash not in info.hashes:
                 known = ", ".join(sorted(info.hashes)) or "none"
                 raise DataError(
-                    f"{self.place}: validate_hash={self.validate_hash} is not among the hashes of {info.basename} "
+                    f"{self.path}: validate_hash={self.validate_hash} is not among the hashes of {info.basename} "
                     f"({known}); leave it out for the strongest."
                 )
 
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
-        """Remove what a run before left in the cache: parts of files, and what it could not download."""
+        """Remove partial files and records of failed downloads that an earlier run left in the cache."""
         folder = Path(self.local, self.split)
-        if self.remote is None:  # nothing is removed; of no size but 0, by which streaming knows what is missing
+        if self.remote is None:  # keep all files; streaming takes a size of 0 as missing
             for number, shard in enumerate(shards):
                 files = (folder / info.basename for pair in shard.file_pairs for info in pair if info)
                 cache_usage_per_shard[number] = any(file.is_file() for file in files)
@@ -138,7 +135,7 @@ class CheckedStream(Stream):
             if expected is not None:
                 check_file(file, expected, self.validate_hash)
             else:
-                json.loads(file.read_bytes())  # an index that arrived in part is none
+                json.loads(file.read_bytes())  # raise for a truncated index
 
         download(
             lambda file: self._downloader.download(remote, str(file), self.download_timeout),
@@ -153,12 +150,12 @@ class CheckedStream(Stream):
 
 
 class CheckedDataset(FixedDataset):
-    """A data set of checked streams, in which a failed download is an error of every loader that needs the shard.
+    """A data set of checked streams; a failed download raises in every loader that needs the shard.
 
     Args:
         streams: several data sets to mix: for each name the arguments of :class:`.CheckedStream`, as ``remote``,
-            ``local``, and one of ``proportion``, ``repeat`` and ``choose``; or None, for the one that the following
-            arguments tell. Default: ``None``.
+            ``local``, and one of ``proportion``, ``repeat`` and ``choose``; or None, for a single one, given by the
+            following arguments. Default: ``None``.
         remote, local, split, keep_zip: see :class:`streaming.StreamingDataset`.
         download_retry: attempts for each file, with 1, 2, 4 … s between them. Default: ``7``, which survives
             a one-minute outage.
@@ -167,7 +164,7 @@ class CheckedDataset(FixedDataset):
         kwargs: the others of :class:`streaming.StreamingDataset`.
 
     Raises:
-        DataError: for what cannot be read, or would run code when it is.
+        DataError: if the data cannot be read, or reading them would run code.
     """
 
     def __init__(
@@ -196,22 +193,23 @@ class CheckedDataset(FixedDataset):
             raise ValueError("A data set needs either local, with or without remote, or streams.")
         given: dict[str, Any] = {"split": split, "download_retry": download_retry, "download_timeout": download_timeout}
         given |= {"validate_hash": validate_hash, "keep_zip": keep_zip, **kwargs}
-        places = (streams or {"": {"remote": remote, "local": local}}).values()
-        super().__init__(streams=[CheckedStream(**place) for place in places], **given)
+        arguments = (streams or {"": {"remote": remote, "local": local}}).values()
+        super().__init__(streams=[CheckedStream(**each) for each in arguments], **given)
 
     def shard_name(self, shard_id: int) -> str:
         """Return the path or URL of a shard."""
         stream = cast(CheckedStream, self.streams[self.stream_per_shard[shard_id]])
-        return f"{stream.place}/{cast(MDSReader, self.shards[shard_id]).raw_data.basename}"
+        return f"{stream.path}/{cast(MDSReader, self.shards[shard_id]).raw_data.basename}"
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Download a shard if it is missing; once that has failed in a process, it fails in all of them.
+        """Download a shard if it is missing; a download that failed in one process fails in all of them.
 
         Raises:
             DataError: naming the shard.
         """
-        # As nearly always; streaming would take a lock for every sample: 1.8 and 1.4 times the time.
-        if not blocking and self._is_there(shard_id):
+        # The usual case. Streaming takes a lock for every sample: 1.8 and 1.4 times the time.
+        is_local = self._shard_states[shard_id] == _ShardState.LOCAL
+        if not blocking and is_local and self.shards[shard_id].compression is None:
             self._shard_access_times[shard_id] = time_ns()
             return
         try:
@@ -220,7 +218,7 @@ class CheckedDataset(FixedDataset):
         except Exception as error:
             if hasattr(self, "_cache_filelock"):
                 self._cache_filelock.release(force=True)
-            if self._is_own[shard_id]:  # other readers find the same, and the user's folder stays as it is
+            if self._without_remote[shard_id]:  # other readers get the same error; the user's folder stays as it is
                 self._shard_states[shard_id] = _ShardState.REMOTE
                 raise DataError(f"{self.shard_name(shard_id)} cannot be read: {one_line(error)}") from error
             self._give_up(shard_id, one_line(error))
@@ -228,21 +226,18 @@ class CheckedDataset(FixedDataset):
             raise DataError(f"{self.shard_name(shard_id)} cannot be read: {self._failed_file(shard_id).read_text()}")
 
     @property
-    def _is_own(self) -> NDArray[np.bool_]:
-        """Return for each shard whether it lies in a folder of the user's and cannot be downloaded again."""
+    def _without_remote(self) -> NDArray[np.bool_]:
+        """Return for each shard whether its stream has no remote, so that it cannot be downloaded again."""
         return np.array([stream.remote is None for stream in self.streams])[self.stream_per_shard]
 
     def _evict_coldest_shard(self) -> None:
-        self._shard_access_times.numpy()[self._is_own] = NEVER
+        self._shard_access_times.numpy()[self._without_remote] = NEVER
         super()._evict_coldest_shard()
 
     def _evict_shard(self, shard_id: int) -> None:
-        if self._is_own[shard_id]:
+        if self._without_remote[shard_id]:
             raise DataError(f"{self.shard_name(shard_id)} has no remote, and is not removed: cache_limit is too low.")
         super()._evict_shard(shard_id)
-
-    def _is_there(self, shard_id: int) -> bool:
-        return self._shard_states[shard_id] == _ShardState.LOCAL and self.shards[shard_id].compression is None
 
     def _give_up(self, shard_id: int, reason: str) -> None:
         """Let all processes of the node know that a shard is unreadable, and why."""

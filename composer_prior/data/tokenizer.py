@@ -21,7 +21,7 @@ VOCAB_SIZES = range(256 + len(SPECIAL_TOKENS), 1_000_001)  # of a tokenizer that
 def build_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """Load the tokenizer ``name`` (a folder or hub id), with ``kwargs`` of ``AutoTokenizer.from_pretrained``.
 
-    It gets the image tokens here, if it has none, so that every run, reference and score of a recipe sees the same one.
+    It adds the image tokens if they are missing, so that run, reference and scores of a recipe use the same tokenizer.
     """
     try:
         tokenizer = load_pretrained(AutoTokenizer, config["name"], **config.get("kwargs", {}))
@@ -43,7 +43,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     """Train a byte-level BPE tokenizer of transformers, with the image tokens in its vocabulary.
 
     Args:
-        captions: what to learn the merges from.
+        captions: the training text.
         vocab_size: number of tokens, special tokens and the 256 bytes included.
     """
     bpe = Tokenizer(models.BPE())
@@ -71,7 +71,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
     backend.pop("padding", None)
     backend.pop("truncation", None)
-    # transformers 5 has the further ones beside the map of those that have a name.
+    # transformers 5 keeps the additional ones apart from the map of named ones.
     further = getattr(tokenizer, "additional_special_tokens", tokenizer.extra_special_tokens)
     special = {**tokenizer.special_tokens_map, **({"additional_special_tokens": further} if further else {})}
     text = json.dumps([backend, special], sort_keys=True, default=str)
@@ -79,9 +79,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Return the ids of the image and row-separator tokens, which the tokenizer gets unless it has them.
+    """Add the image and row-separator tokens to a tokenizer that lacks them, and return their ids.
 
-    They become special tokens, which text can be kept from spelling, where they were ordinary ones.
+    Ordinary tokens of these names become special ones, so that captions are not encoded as them.
     """
     missing = _missing_image_tokens(tokenizer)
     if missing:  # False: beside the special tokens that there are; transformers 4 and 5 name the argument differently
@@ -113,10 +113,10 @@ def _missing_image_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the tokens of the text between image and caption, which may spell special tokens, as a chat template does.
+    """Return the tokens of the text between image and caption, which may contain special tokens as chat templates do.
 
     Raises:
-        ValueError: for a prompt that spells the image, whose place is fixed.
+        ValueError: if the prompt contains an image token.
     """
     ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     read = tokenizer.convert_ids_to_tokens(ids)
@@ -139,8 +139,8 @@ def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def encode_caption(tokenizer: PreTrainedTokenizerBase, caption: str) -> Encoding:
     """Encode a caption as tokens and offsets, without special tokens unless they are words of the vocabulary.
 
-    They are those of ``tokenizer(caption, add_special_tokens=False, split_special_tokens=True)``, in a fifth of the
-    time: that call spends the rest around this one.
+    The result is that of ``tokenizer(caption, add_special_tokens=False, split_special_tokens=True)``, in a fifth of the
+    time.
     """
     backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     backend.encode_special_tokens = True
@@ -151,7 +151,7 @@ def encode_caption(tokenizer: PreTrainedTokenizerBase, caption: str) -> Encoding
 
 @dataclass(frozen=True)
 class CaptionFormat:
-    """How a caption becomes a sequence of tokens: beginning of sequence, prompt, caption, end of sequence.
+    """The format of a caption's tokens: beginning of sequence, prompt, caption, end of sequence.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from open_clip.pretrained import download_pretrained_from_hf, get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.transform import PreprocessCfg
 
-from composer_prior.data.hub import model_place
+from composer_prior.data.hub import find_model
 from composer_prior.data.messages import one_line
 from composer_prior.registry import did_you_mean
 
@@ -81,7 +81,7 @@ def _with_own_weights(architecture: str, pretrained: str | None) -> Source:
     try:
         local = architecture.startswith(LOCAL)
         if not local and not constants.HF_HUB_OFFLINE:
-            model_place(place)  # which says at once that a hub is not there
+            find_model(place)  # which says at once that a hub is not there
         file = Path(place, CONFIG) if local else download_pretrained_from_hf(place, CONFIG)
         told = json.loads(Path(file).read_bytes())
         config, preprocess = told["model_cfg"], told.get("preprocess_cfg")

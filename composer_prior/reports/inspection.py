@@ -199,21 +199,22 @@ def _shades(
     from composer_prior.scoring.align import token_edges
 
     scores = Scores(path, cache)
-    card = scores.card
-    name = card.reference["path"] if tokenizer is None else tokenizer
+    metadata = scores.metadata
+    name = metadata.reference["path"] if tokenizer is None else tokenizer
     loaded = _load_tokenizer(name)
     add_image_tokens(loaded)
     known = tokenizer_fingerprint(loaded)
-    if tokenizer is None and known != card.tokenizer:
+    if tokenizer is None and known != metadata.tokenizer:
         raise ValueError(
             f"{path}: the reference has another tokenizer than the model; name the model's with tokenizer=."
         )
-    card.check(dataclasses.replace(card, data=index_fingerprint([index]), samples=samples, tokenizer=known), path)
+    expected = dataclasses.replace(metadata, data=index_fingerprint([index]), samples=samples, tokenizer=known)
+    metadata.check(expected, path)
 
     def pieces(number: int, sample: Mapping[str, Any]) -> list[list[Shade]] | None:
         caption = sample["caption"]
         encoding = encode_caption(loaded, caption)
-        tokens = min(len(encoding.ids) + 1, card.max_caption_tokens)
+        tokens = min(len(encoding.ids) + 1, metadata.max_caption_tokens)
         if not len(scores[number]):
             return None  # a sample that was skipped
         logprobs = torch.from_numpy(scores.read(number, tokens))[None]

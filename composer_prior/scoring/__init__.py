@@ -1,1 +1,1 @@
-"""The reference's log-probabilities of captions: computed, stored, carried over to other tokens."""
+"""Compute and store reference log-probabilities of captions, also with another tokenizer than the model's."""

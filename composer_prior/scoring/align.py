@@ -1,9 +1,8 @@
 """Carry log-probabilities of one tokenizer's tokens over to those of another, by characters.
 
 Each tokenizer cuts a text of ``n`` characters into consecutive stretches, one for each token. The log-probability of a
-token is spread evenly over its stretch, and that of a token of the other tokenizer is what lies in its own stretch: the
-sum over the tokens that make up its characters, where one that straddles a boundary is shared in proportion to its
-characters. The sum over the text is the same with both.
+token is spread evenly over its stretch. A token of the other tokenizer gets the sum over its own stretch, so that a
+token which straddles a boundary is shared in proportion to its characters. The sum over the text is the same for both.
 
 - White space that a tokenizer leaves out of a token's offsets belongs to the token after it, or, at the end of the
   text, to the last one.
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 
 def token_edges(offsets: Sequence[tuple[int, int]], length: int) -> NDArray[np.float64]:
-    """Return where each token's stretch of the text begins and ends.
+    """Return the edges between the tokens' stretches of the text.
 
     Args:
         offsets: first and last character (exclusive) of each token, as a fast tokenizer gives them.
@@ -41,19 +40,19 @@ def token_edges(offsets: Sequence[tuple[int, int]], length: int) -> NDArray[np.f
     ends = [*(start for start, _ in stretches[1:]), length]
     edges = [0.0]
     for (start, tokens), end in zip(stretches, ends, strict=True):
-        edges += [start + place / tokens * (end - start) for place in range(1, tokens + 1)]
+        edges += [start + number / tokens * (end - start) for number in range(1, tokens + 1)]
     return np.array(edges)
 
 
 def _stretches(offsets: Sequence[tuple[int, int]], length: int) -> list[tuple[int, int]]:
-    """Return where each stretch begins, and how many tokens share it.
+    """Return the start of each stretch, and the number of tokens that share it.
 
-    A token that adds no character shares the stretch of the token before, whose last character it is a byte of, or
-    else, where it waits for characters to come, that of the token after.
+    A token that adds no character shares the stretch of the token before, if it is a byte of that token's last
+    character, or else, if its characters are still to come, that of the token after.
     """
     furthest = max(end for _, end in offsets)
     stretches: list[tuple[int, int]] = []
-    reached, waited = 0, False  # where the tokens before have come, and whether the last of them waits for more
+    reached, waited = 0, False  # end of the tokens before, and whether the last of them waits for characters
     for start, end in offsets:
         now = length if end == furthest else max(end, reached)
         waits = now == reached <= start
@@ -76,13 +75,13 @@ def align_logprobs(
     Args:
         logprobs: ``[m]`` float32, finite, at most 0.
         edges: ``[m + 1]``, of :func:`token_edges`.
-        to_edges: ``[n + 1]``, of the same text; may stop before its end.
+        to_edges: ``[n + 1]``, of the same text; may end before it.
 
     Returns:
         ``[n]`` float32, at most 0; ``logprobs`` themselves, bit for bit, where the edges are the same.
 
     Raises:
-        ValueError: if ``logprobs`` and ``edges`` do not fit each other, or nothing stands for the text.
+        ValueError: if ``logprobs`` and ``edges`` differ in number, or the text has no reference tokens.
     """
     if len(edges) != len(logprobs) + 1:
         raise ValueError(f"{len(logprobs)} log-probabilities do not fit {len(edges)} edges; one more edge is expected.")

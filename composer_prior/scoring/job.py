@@ -13,16 +13,16 @@ class ScoreJob:
     """The arguments of a scoring job.
 
     Args:
-        out: folder, which may begin with ``~``, or remote for the scores.
-        reference: folder or hub id of a causal LM in Hugging Face format.
+        out: folder, which may begin with ``~``, or URL for the scores.
+        reference: folder or hub id of a Hugging Face causal language model.
         tokenizer: of the model to be trained, ``name`` and ``kwargs`` as in a recipe.
         dataset: as in a recipe's ``train_loader.dataset``, such as ``local``, ``remote`` and ``max_caption_tokens``.
-        batch_tokens: tokens of one forward pass, padding included; default: what suits the device.
-        unit_samples: samples that are sorted by length, scored and put in place together.
-        dtype: of the reference's weights and its computing, ``float32``, ``bfloat16`` or ``float16``; default: that of
+        batch_tokens: tokens of one forward pass, padding included; by default, chosen for the device.
+        unit_samples: samples that are sorted by length, scored and written together.
+        dtype: of the reference's weights and computation, ``float32``, ``bfloat16`` or ``float16``; by default that of
             its files, but float32 without a GPU.
         trust_remote_code: run code that comes with the reference.
-        progress_bar: show one, of the first rank.
+        progress_bar: show one on the first rank.
     """
 
     out: str

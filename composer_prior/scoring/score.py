@@ -1,7 +1,7 @@
 """Compute the reference log-probabilities of a data set's captions, once, beside the data.
 
-The data set is cut into units of consecutive samples, and each rank scores a run of them. A unit is put in place when
-it is whole, and the index is written last: a job that was killed goes on where it was, with any number of ranks.
+The data set is cut into units of consecutive samples, and each rank scores a run of them. A unit is written when it is
+complete, and the index is written last. A killed job continues with the missing units, on any number of ranks.
 """
 
 import json
@@ -23,13 +23,13 @@ from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from composer_prior.data.captions import BadSampleError, StreamingCaptionDataset
-from composer_prior.data.hub import load_pretrained, model_place
+from composer_prior.data.hub import find_model, load_pretrained
 from composer_prior.data.locks import locked
 from composer_prior.data.mds import read_column
 from composer_prior.data.messages import announce
 from composer_prior.data.nodes import check_shared, on_first_rank
 from composer_prior.data.remote import Remote
-from composer_prior.data.scores import INDEX, Scores, ScoresCard, ScoresError
+from composer_prior.data.scores import INDEX, Scores, ScoresError, ScoresMetadata
 from composer_prior.data.storage import StorageError, full_disk_told, is_remote
 from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import CaptionFormat, build_tokenizer, tokenizer_fingerprint
@@ -41,7 +41,7 @@ from composer_prior.scoring.writer import ScoresWriter
 
 @dataclass
 class ScoreSummary:
-    """Samples, tokens and samples without scores of this call, over all ranks."""
+    """The numbers of samples, tokens and skipped samples of one call, over all ranks."""
 
     out: str
     samples: int = 0
@@ -57,31 +57,31 @@ class ScoreSummary:
 
 
 def score_captions(job: ScoreJob) -> ScoreSummary:
-    """Run a job to its end, on all ranks together; return at once if its scores are there already.
+    """Run a job on all ranks; return at once if its scores exist already.
 
     Raises:
-        ScoresError: if ``out`` holds something else, or scores of something else, naming what differs.
+        ScoresError: if ``out`` holds other files, or other scores, naming what differs.
         BadSampleError: for a caption that cannot be scored, unless ``dataset.on_bad_sample`` is ``"skip"``.
-        ValueError: if the reference cannot score these captions at all.
+        ValueError: if the reference cannot score these captions.
     """
     try:
         with full_disk_told(job.out):
             return _score_captions(job)
-    except (StorageError, OSError) as error:  # of the place that they go to
+    except (StorageError, OSError) as error:
         raise ScoresError(f"{job.out}: the scores cannot be made: {error}") from error
 
 
 def _score_captions(job: ScoreJob) -> ScoreSummary:
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
-    check_shared(_places(job))
+    check_shared(_shared_paths(job))
     arguments = {key: value for key, value in job.dataset.items() if key != "scores"}
     data = StreamingCaptionDataset(tokenizer=build_tokenizer(job.tokenizer), batch_size=1, **arguments)
-    card, whole = on_first_rank(lambda: _look(job, data))
+    metadata, whole = on_first_rank(lambda: _look(job, data))
     summary = ScoreSummary(job.out, reused=whole)
     if whole:
         return summary
     with _sole_writer(job.out) if rank == 0 else nullcontext():
-        writer = ScoresWriter(job.out, card, job.unit_samples, worker=rank)
+        writer = ScoresWriter(job.out, metadata, job.unit_samples, worker=rank)
         entries = on_first_rank(writer.begin)
         summary.reused = entries is None  # another job has made them meanwhile
         if entries is not None:
@@ -100,33 +100,33 @@ def _score_captions(job: ScoreJob) -> ScoreSummary:
     return summary
 
 
-def _places(job: ScoreJob) -> dict[str, str]:
+def _shared_paths(job: ScoreJob) -> dict[str, str]:
     """Return the paths that all nodes must see; a reference or tokenizer that does not exist is a hub id."""
     named = {"reference": job.reference, "tokenizer.name": job.tokenizer["name"]}
-    there = on_first_rank(lambda: [key for key, place in named.items() if Path(place).expanduser().exists()])
-    places = {"scores": os.path.join(job.out, INDEX), **{key: named[key] for key in there}}
+    there = on_first_rank(lambda: [key for key, path in named.items() if Path(path).expanduser().exists()])
+    paths = {"scores": os.path.join(job.out, INDEX), **{key: named[key] for key in there}}
     if not job.dataset.get("remote") and job.dataset.get("local"):
-        places["dataset.local"] = job.dataset["local"]
-    return places
+        paths["dataset.local"] = job.dataset["local"]
+    return paths
 
 
-def _look(job: ScoreJob, data: StreamingCaptionDataset) -> tuple[ScoresCard, bool]:
-    """Return the card of the scores that a job makes, and whether they exist already."""
-    card = ScoresCard.of(data, reference_identity(job.reference, job.trust_remote_code))
+def _look(job: ScoreJob, data: StreamingCaptionDataset) -> tuple[ScoresMetadata, bool]:
+    """Return the metadata of the scores that a job makes, and whether they exist already."""
+    metadata = ScoresMetadata.of(data, reference_identity(job.reference, job.trust_remote_code))
     try:
-        there = Scores(job.out, Path(job.out)).card
+        found = Scores(job.out, Path(job.out)).metadata
     except ScoresError as error:
         if is_denied(error):
             raise
         if is_remote(job.out):
             Remote(job.out).check_writable()
-        return card, False
-    there.check(card, job.out)
-    return card, True
+        return metadata, False
+    found.check(metadata, job.out)
+    return metadata, True
 
 
 def _sole_writer(out: str) -> AbstractContextManager[None]:
-    """Let one job at a time write to a folder; the others wait, and then find its scores."""
+    """Let one job at a time write to a folder; the others wait, and then reuse its scores."""
     if is_remote(out):
         return nullcontext()
     waiting = f"Scores: waiting for another job that writes to {out}"
@@ -136,7 +136,7 @@ def _sole_writer(out: str) -> AbstractContextManager[None]:
 def _score_units(
     job: ScoreJob, data: StreamingCaptionDataset, writer: ScoresWriter, units: Sequence[int]
 ) -> tuple[dict[int, dict[str, Any]], ScoreSummary]:
-    """Score units and put them in place; their index entries, and what was done."""
+    """Score and write units; return their index entries and a summary."""
     entries: dict[int, dict[str, Any]] = {}
     summary = ScoreSummary(job.out)
     if not units:
@@ -164,34 +164,33 @@ def _score_units(
 def _without_bad(
     scores: list[NDArray[np.float32]], captions: Sequence[str], samples: range, data: StreamingCaptionDataset
 ) -> list[NDArray[np.float32]]:
-    """Empty the scores of samples that cannot be used; the loader knows them by that.
+    """Replace the scores of bad samples by empty ones, by which the loader recognises them.
 
     Raises:
-        BadSampleError: instead of skipping, if the data set says so.
+        BadSampleError: if the data set does not skip bad samples.
     """
-    for place, (values, caption) in enumerate(zip(scores, captions, strict=True)):
+    for index, (values, caption) in enumerate(zip(scores, captions, strict=True)):
         good = caption.strip() and (values <= 0).all()
         if not good:
             problem = "its scores are NaN or positive" if caption.strip() else "the caption is empty"
             if data.on_bad_sample == "raise":
-                raise BadSampleError(
-                    f"{data._place(samples[place])}: {problem} (on_bad_sample=skip goes on without it)"
-                )
-            scores[place] = values[:0]
+                name = data.sample_name(samples[index])
+                raise BadSampleError(f"{name}: {problem} (on_bad_sample=skip goes on without it)")
+            scores[index] = values[:0]
     return scores
 
 
 def score_texts(
-    captions: Sequence[str], form: CaptionFormat, reference: ReferenceLM, batch_tokens: int | None = None
+    captions: Sequence[str], format: CaptionFormat, reference: ReferenceLM, batch_tokens: int | None = None
 ) -> list[NDArray[np.float32]]:
-    """Return log-probabilities of the tokens that a format makes of captions, ``[tokens]`` float32 for each.
+    """Return the log-probabilities of captions' tokens, ``[tokens]`` float32 for each caption.
 
-    A reference with another tokenizer reads the captions in its own tokens, and its scores are carried over by
-    characters (:mod:`composer_prior.scoring.align`); its end-of-sequence token is the model's.
+    A reference with another tokenizer reads the captions as its tokens, and its scores are carried over by characters
+    (:mod:`composer_prior.scoring.align`); its end-of-sequence token stands for the model's.
 
     Args:
-        captions: equal ones are scored once.
-        form: the model's tokenizer, prompt and longest caption.
+        captions: the texts; equal ones are scored once.
+        format: the model's tokenizer, prompt and longest caption.
         reference: the language model.
         batch_tokens: tokens of one forward pass, padding included.
 
@@ -199,68 +198,68 @@ def score_texts(
         ValueError: if the reference has too few positions, no end-of-sequence token, or no fast tokenizer.
     """
     distinct = list(dict.fromkeys(captions))
-    score = _score_tokens if reference.reads(form.tokenizer) else _score_characters
-    scores = dict(zip(distinct, score(distinct, form, reference, batch_tokens), strict=True))
+    score = _score_tokens if reference.reads(format.tokenizer) else _score_characters
+    scores = dict(zip(distinct, score(distinct, format, reference, batch_tokens), strict=True))
     return [scores[caption] for caption in captions]
 
 
 def _score_tokens(
-    captions: list[str], form: CaptionFormat, reference: ReferenceLM, batch_tokens: int | None
+    captions: list[str], format: CaptionFormat, reference: ReferenceLM, batch_tokens: int | None
 ) -> list[NDArray[np.float32]]:
-    """Score with the model's tokens."""
-    prefix, eos = form.prefix_ids(), form.tokenizer.eos_token_id
-    encoded = form.tokenizer(captions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    texts = [[*prefix, *[*ids, eos][: form.max_caption_tokens]] for ids in encoded]
+    """Score captions as the model's tokens."""
+    prefix, eos = format.prefix_ids(), format.tokenizer.eos_token_id
+    encoded = format.tokenizer(captions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    texts = [[*prefix, *[*ids, eos][: format.max_caption_tokens]] for ids in encoded]
     return [values.numpy() for values in reference.score_texts(texts, len(prefix), batch_tokens)]
 
 
 def _score_characters(
-    captions: list[str], form: CaptionFormat, reference: ReferenceLM, batch_tokens: int | None
+    captions: list[str], format: CaptionFormat, reference: ReferenceLM, batch_tokens: int | None
 ) -> list[NDArray[np.float32]]:
-    """Score with the reference's tokens, carried over to the model's."""
+    """Score captions as the reference's tokens, and carry the scores over to the model's."""
     theirs: Any = reference.tokenizer
     if not theirs.is_fast or theirs.eos_token_id is None:
         raise ValueError(
             "The reference has another tokenizer than the model; it must be a fast one with an end-of-sequence token."
         )
     options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
-    prefix, read, encoded = form.prefix_ids(theirs), theirs(captions, **options), form.tokenizer(captions, **options)
+    prefix, read = format.prefix_ids(theirs), theirs(captions, **options)
+    encoded = format.tokenizer(captions, **options)
+    most = format.max_caption_tokens
     readings = [
-        _read(ids, token_edges(offsets, len(caption)), token_edges(to_offsets, len(caption)), form, theirs.eos_token_id)
+        _cut(
+            [*ids, theirs.eos_token_id], token_edges(offsets, len(caption)), token_edges(to_offsets, len(caption)), most
+        )
         for caption, ids, offsets, to_offsets in zip(
             captions, read["input_ids"], read["offset_mapping"], encoded["offset_mapping"], strict=True
         )
     ]
-    scores = reference.score_texts([[*prefix, *reading.ids] for reading in readings], len(prefix), batch_tokens)
-    return [reading.carry_over(values.numpy()) for reading, values in zip(readings, scores, strict=True)]
+    scores = reference.score_texts([[*prefix, *ids] for ids, _, _ in readings], len(prefix), batch_tokens)
+    return [
+        _carry_over(values.numpy(), edges, to_edges)
+        for values, (_, edges, to_edges) in zip(scores, readings, strict=True)
+    ]
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """A caption as the reference reads it: its tokens, and the edges between them and between the model's."""
-
-    ids: list[int]  # with the end of sequence, unless the caption is cut
-    edges: NDArray[np.float64]
-    to_edges: NDArray[np.float64]
-
-    def carry_over(self, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return log-probabilities of the model's tokens, from those of ``ids``."""
-        body, end = np.split(logprobs, [len(self.edges) - 1])
-        edges = self.edges
-        if len(body) == 0 and len(self.to_edges) > 1:  # the reference reads nothing of it
-            body, edges = np.array([np.nan], dtype=np.float32), self.to_edges[[0, -1]]
-        return np.append(align_logprobs(body, edges, self.to_edges), end)
+def _carry_over(
+    logprobs: NDArray[np.float32], edges: NDArray[np.float64], to_edges: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """Return log-probabilities of the model's tokens from the reference's; that of the end of sequence is unchanged."""
+    body, end = np.split(logprobs, [len(edges) - 1])
+    if len(body) == 0 and len(to_edges) > 1:  # the reference has no tokens for the text
+        body, edges = np.array([np.nan], dtype=np.float32), to_edges[[0, -1]]
+    return np.append(align_logprobs(body, edges, to_edges), end)
 
 
-def _read(
-    ids: list[int], edges: NDArray[np.float64], to_edges: NDArray[np.float64], form: CaptionFormat, eos_id: int
-) -> _Reading:
-    """Return what the reference has to read of a caption: all of it, or the part of the model's tokens if it is cut."""
-    if len(to_edges) <= form.max_caption_tokens:  # as many as its tokens with the end of sequence
-        return _Reading([*ids, eos_id], edges, to_edges)
-    to_edges = to_edges[: form.max_caption_tokens + 1]
+def _cut(
+    ids: list[int], edges: NDArray[np.float64], to_edges: NDArray[np.float64], most: int
+) -> tuple[list[int], NDArray[np.float64], NDArray[np.float64]]:
+    """Return the reference's tokens of a caption, cut where ``most`` tokens of the model end, and both edges."""
+    if len(to_edges) <= most:  # as many edges as tokens and end of sequence
+        return ids, edges, to_edges
+    to_edges = to_edges[: most + 1]
     needed = int(np.searchsorted(edges, to_edges[-1]))
-    return _Reading(ids[:needed], edges[: needed + 1], to_edges)
+    return ids[:needed], edges[: needed + 1], to_edges
 
 
 def reference_identity(path: str, trust_remote_code: bool = False) -> dict[str, str]:
@@ -270,8 +269,8 @@ def reference_identity(path: str, trust_remote_code: bool = False) -> dict[str, 
         ScoresError: if there is no such model.
     """
     try:
-        place = model_place(path)
-        folder = place if isinstance(place, Path) else Path(cached_file(place, "config.json") or "").parent
+        found = find_model(path)
+        folder = found if isinstance(found, Path) else Path(cached_file(found, "config.json") or "").parent
         config = json.loads(Path(folder, "config.json").read_text())
     except OSError as error:
         raise ScoresError(f"The reference {path} is neither a folder with a language model nor a hub id.") from error

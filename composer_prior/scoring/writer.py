@@ -1,4 +1,4 @@
-"""Write scores beside the data, by units of consecutive samples."""
+"""Write scores by units of consecutive samples."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from composer_prior.data.download import ATTEMPTS
 from composer_prior.data.mds import ShardWriter, count_samples
 from composer_prior.data.remote import Output
-from composer_prior.data.scores import CARD, COLUMN, INDEX, ScoresCard, ScoresError, encode_logprobs, read_index
+from composer_prior.data.scores import COLUMN, INDEX, METADATA, ScoresError, ScoresMetadata, encode_logprobs, read_index
 from composer_prior.data.storage import is_remote, write_whole
 
 _SHARD_BYTES = (1 << 32) - 1  # offsets are uint32
@@ -27,13 +27,13 @@ class ScoresWriter:
 
     Args:
         out: folder, or remote such as ``s3://bucket/scores``.
-        card: what the scores belong to.
+        metadata: the data, tokenizer and reference of the scores.
         unit_samples: samples of a unit.
-        worker: a number of its own for each process that writes.
+        worker: a different number for each process that writes.
     """
 
-    def __init__(self, out: str, card: ScoresCard, unit_samples: int, worker: int = 0):
-        self.card = card
+    def __init__(self, out: str, metadata: ScoresMetadata, unit_samples: int, worker: int = 0):
+        self.metadata = metadata
         self.unit_samples = unit_samples
         out = os.path.expanduser(out)
         self._temporary = tempfile.TemporaryDirectory() if is_remote(out) else None
@@ -44,36 +44,36 @@ class ScoresWriter:
     @property
     def units(self) -> list[range]:
         """Return the samples of each unit."""
-        starts = range(0, self.card.samples, self.unit_samples)
-        return [range(start, min(start + self.unit_samples, self.card.samples)) for start in starts]
+        starts = range(0, self.metadata.samples, self.unit_samples)
+        return [range(start, min(start + self.unit_samples, self.metadata.samples)) for start in starts]
 
     def begin(self) -> dict[int, dict[str, Any]] | None:
-        """Claim the place; index entries of the units that are there already, or None if all is done.
+        """Claim the output, and return the index entries of existing units, or None if all are complete.
 
         Raises:
-            ScoresError: if scores of something else, or something else altogether, are there.
+            ScoresError: if the output holds other scores or other files.
         """
         names = self.out.names()
-        known = self.out.read(CARD, names)
+        known = self.out.read(METADATA, names)
         if known is not None:
-            ScoresCard.from_json(known, self.out.label).check(self.card, self.out.label)
-            with suppress(ScoresError):  # an index that is damaged or of something else is made anew
-                read_index(self.out.read(INDEX, names) or b"", self.out.label, self.card.samples)
+            ScoresMetadata.from_json(known, self.out.label).check(self.metadata, self.out.label)
+            with suppress(ScoresError):  # a damaged or wrong index is written again
+                read_index(self.out.read(INDEX, names) or b"", self.out.label, self.metadata.samples)
                 return None
         elif set(names or ()) - {".scoring"} or self.out.read(INDEX, names) is not None:
-            raise ScoresError(f"{self.out.label} holds something else than scores; name an empty place.")
+            raise ScoresError(f"{self.out.label} holds something else than scores; name an empty folder.")
         else:
-            self._put(CARD, self.card.to_json())
+            self._put(METADATA, self.metadata.to_json())
         present = {name for name in names or () if re.fullmatch(r"shard\.\d+\.000\.mds", name)}
         wanted = ((unit, self._read_entry(unit, names)) for unit in range(len(self.units)) if _shard(unit) in present)
         return {unit: entry for unit, entry in wanted if entry is not None}
 
     def write(self, unit: int, logprobs: Sequence[NDArray[np.floating]]) -> dict[str, Any]:
-        """Put one unit in place, whole or not at all; its entry of the index.
+        """Write one unit, whole or not at all, and return its index entry.
 
         Args:
             unit: number of the unit.
-            logprobs: of each of its samples, ``[tokens]``; none for a sample that cannot be used.
+            logprobs: ``[tokens]`` for each of its samples; empty for a sample that cannot be used.
         """
         writer = ShardWriter(self.work, f"shard.{unit:05}", {COLUMN: "bytes"}, _SHARD_BYTES)
         for values in logprobs:
@@ -89,7 +89,7 @@ class ScoresWriter:
         self._put(INDEX, json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
 
     def _read_entry(self, unit: int, names: set[str] | None) -> dict[str, Any] | None:
-        """Return the index entry of a shard that exists, or None if it is not whole or of another size."""
+        """Return the index entry of an existing shard, or None if it is incomplete or of another size."""
         data = self.out.read(_shard(unit), names)
         config = ShardWriter(self.work, "", {COLUMN: "bytes"}, _SHARD_BYTES).config
         samples = len(self.units[unit])

@@ -28,7 +28,7 @@ from composer_prior.training.checkpoints.start import check_replaced
 from composer_prior.training.checkpoints.storage import CHECKPOINT_NAME
 from composer_prior.training.config import TrainConfig
 from composer_prior.training.errors import one_line_errors
-from composer_prior.training.reference import REFERENCE_CARD, check_reference, model_folder
+from composer_prior.training.reference import REFERENCE_METADATA, check_reference, model_folder
 from composer_prior.training.trainer import build_trainer, finish
 from composer_prior.training.validate import check_parts, check_whole, trained_recipes
 
@@ -104,7 +104,7 @@ def _places(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> d
     if recipe.tokenizer.get("train") is not None:
         places["tokenizer.name"] = recipe.tokenizer["name"]
     if recipe.reference_recipe is not None:
-        places["reference.run_folder"] = str(model_folder(recipe.reference_recipe) / REFERENCE_CARD)
+        places["reference.run_folder"] = str(model_folder(recipe.reference_recipe) / REFERENCE_METADATA)
     for stage, where in stages:
         if stage.save_folder is not None:
             places[f"{where}save_folder"] = os.path.join(stage.save_folder, CHECKPOINT_NAME)

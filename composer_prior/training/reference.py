@@ -13,7 +13,7 @@ from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.model_folder import save_model_folder
 from composer_prior.training.config import TrainConfig, identified
 
-REFERENCE_CARD = "reference.json"
+REFERENCE_METADATA = "reference.json"
 # What decides which model a recipe makes; a reference made with other values is not the one that a recipe asks for.
 _IDENTITY = (
     "seed",
@@ -41,7 +41,7 @@ def write_reference(
     data: str,
     validation: Mapping[str, float],
 ) -> None:
-    """Write model, tokenizer and a card of what they were made from; the folder exists only when it is whole.
+    """Write model, tokenizer and metadata on their data and recipe; the folder exists only when it is complete.
 
     Args:
         folder: where to.
@@ -51,18 +51,20 @@ def write_reference(
         data: fingerprint of the training data.
         validation: metrics.
     """
-    card = {
+    metadata = {
         "data": data,
         "tokenizer": tokenizer_fingerprint(model.tokenizer),
         "recipe": identified(recipe, _IDENTITY),
         "validation": validation,
     }
-    save_model_folder(model.model, model.tokenizer, folder, weights, {REFERENCE_CARD: json.dumps(card, indent=2)})
+    save_model_folder(
+        model.model, model.tokenizer, folder, weights, {REFERENCE_METADATA: json.dumps(metadata, indent=2)}
+    )
 
 
-def read_card(reference: TrainConfig) -> dict[str, Any] | None:
+def read_reference_metadata(reference: TrainConfig) -> dict[str, Any] | None:
     """Read the metadata of the reference of a recipe, or None if the reference is not finished."""
-    path = model_folder(reference) / REFERENCE_CARD
+    path = model_folder(reference) / REFERENCE_METADATA
     return read_object(path) if path.is_file() else None
 
 
@@ -79,18 +81,18 @@ def check_reference(recipe: TrainConfig, data: str | None = None) -> None:
     reference = recipe.reference_recipe
     assert reference is not None
     told = identified(reference, _IDENTITY)
-    card = read_card(reference)
-    assert card is not None
+    metadata = read_reference_metadata(reference)
+    assert metadata is not None
     folder = model_folder(reference)
     remedy = f"Delete {folder.parent} to train it again, or set reference.run_name."
-    changed = [key for key in told if card["recipe"].get(key) != told[key]]
+    changed = [key for key in told if metadata["recipe"].get(key) != told[key]]
     if changed:
         key = changed[0]
         raise ValueError(
             f"The reference in {folder} was made with other values of {', '.join(changed)} than the recipe's "
-            f"({key}: {card['recipe'].get(key)} there, {told[key]} here). {remedy}"
+            f"({key}: {metadata['recipe'].get(key)} there, {told[key]} here). {remedy}"
         )
-    if card["tokenizer"] != tokenizer_fingerprint(build_tokenizer(recipe.tokenizer)):
+    if metadata["tokenizer"] != tokenizer_fingerprint(build_tokenizer(recipe.tokenizer)):
         raise ValueError(f"The reference in {folder} was made with another tokenizer than the run's. {remedy}")
-    if data is not None and card["data"] != data:
+    if data is not None and metadata["data"] != data:
         raise ValueError(f"The reference in {folder} was made from other data than the run's. {remedy}")

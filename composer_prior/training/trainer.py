@@ -48,7 +48,7 @@ from composer_prior.training.finite import FiniteSteps, SkipEmptySteps, check_we
 from composer_prior.training.loaders import build_loaders
 from composer_prior.training.metrics_file import MetricsFile
 from composer_prior.training.optimizer import build_optimizer
-from composer_prior.training.reference import check_reference, model_folder, read_card
+from composer_prior.training.reference import check_reference, model_folder, read_reference_metadata
 from composer_prior.training.report import report_file, write_report
 from composer_prior.training.saving import save_architecture, save_model
 from composer_prior.training.validate import check_fit
@@ -234,9 +234,9 @@ def _metrics(recipe: TrainConfig, trainer: Trainer) -> dict[str, Any]:
     """Return validation metrics of the run and of its reference."""
     rows = {recipe.run_name: validation_metrics(trainer.state)}  # on every rank: it adds up what the ranks counted
     reference = recipe.reference_recipe
-    card = read_card(reference) if reference is not None else None
-    if reference is not None and card is not None:
-        rows = {f"{reference.run_name} (text only)": card["validation"], **rows}
+    metadata = read_reference_metadata(reference) if reference is not None else None
+    if reference is not None and metadata is not None:
+        rows = {f"{reference.run_name} (text only)": metadata["validation"], **rows}
     return rows
 
 

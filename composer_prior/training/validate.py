@@ -22,7 +22,7 @@ from composer_prior.algorithms.token_weighting.token_weighting import check_algo
 from composer_prior.data.captions import StreamingCaptionDataset, check_scorable
 from composer_prior.data.nodes import on_first_rank
 from composer_prior.data.remote import Remote
-from composer_prior.data.scores import Scores, ScoresCard, ScoresError
+from composer_prior.data.scores import Scores, ScoresError, ScoresMetadata
 from composer_prior.data.storage import is_remote
 from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import build_tokenizer
@@ -43,7 +43,7 @@ from composer_prior.training.errors import StartError, one_line_errors
 from composer_prior.training.keys import check_keys, settings_of
 from composer_prior.training.loaders import build_loaders, per_rank_batch_size
 from composer_prior.training.optimizer import build_optimizer, check_new_weights
-from composer_prior.training.reference import check_reference, model_folder, read_card
+from composer_prior.training.reference import check_reference, model_folder, read_reference_metadata
 
 
 def trained_recipes(recipe: TrainConfig) -> list[tuple[TrainConfig, str]]:
@@ -52,7 +52,7 @@ def trained_recipes(recipe: TrainConfig) -> list[tuple[TrainConfig, str]]:
     Every rank calls it, and the first one looks.
     """
     reference = recipe.reference_recipe
-    if reference is None or not on_first_rank(lambda: read_card(reference) is None):
+    if reference is None or not on_first_rank(lambda: read_reference_metadata(reference) is None):
         return [(recipe, "")]
     return [(reference, "reference."), (recipe, "")]
 
@@ -202,19 +202,19 @@ def _check_samples(where: str, loader: Any) -> None:
 def _check_stored_scores(path: str, data: StreamingCaptionDataset) -> None:
     """Raise if stored scores belong to other data, another tokenizer or other settings."""
     try:
-        card = Scores(path, Path(path)).card
+        metadata = Scores(path, Path(path)).metadata
     except ScoresError as error:
         if is_denied(error):
             raise
         if is_remote(path):
             Remote(path).check_writable()
         return  # none, or not whole: they will be made
-    card.check(ScoresCard.of(data, {}), path, reference=False)
+    metadata.check(ScoresMetadata.of(data, {}), path, reference=False)
 
 
 def _check_same_data(recipe: TrainConfig, reference: TrainConfig, data: StreamingCaptionDataset) -> None:
     """Raise if the reference was or would be trained on other captions than the run."""
-    if read_card(reference) is not None:
+    if read_reference_metadata(reference) is not None:
         check_reference(recipe, data.fingerprint)
         return
     dataset = {**reference.train_loader["dataset"], "scores": None}

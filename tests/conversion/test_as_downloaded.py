@@ -184,12 +184,12 @@ def test_lines_of_json_may_be_named_json(tmp_path):
     entries = [{"image": f"{n}.png", "caption": f"tile {n}"} for n in range(2)]
     for ends in ("\n", "\r\n"):
         source = write(tmp_path / repr(ends), {"captions.json": jsonl(*entries).replace("\n", ends), **IMAGES})
-        assert open_source(source).form == "jsonl"
+        assert open_source(source).format == "jsonl"
         assert captions_of(items(source)) == ["tile 0", "tile 1"]
     coco = {"images": [{"id": 0, "file_name": "0.png"}], "annotations": [{"image_id": 0, "caption": "x"}]}
     for indent in (None, 1):
         source = write(tmp_path / str(indent), {"captions.json": json.dumps(coco, indent=indent) + "\n\n"})
-        assert open_source(source).form == "coco"
+        assert open_source(source).format == "coco"
 
 
 def test_coco_with_ids_of_another_kind_is_one_line(tmp_path):

@@ -230,7 +230,7 @@ def test_a_remote_source_that_cannot_be_read_is_named_in_one_line(bucket, source
     bucket.put_object(Key="both/other.parquet", Body=b"")
     out = str(tmp_path / "out")
     messages = {
-        lists: "no .tar or .parquet found here. Of a remote, these two are read; copy other forms to a disk first.",
+        lists: "no .tar or .parquet found here. Of a remote, these two are read; copy other formats to a disk first.",
         both: "it holds webdataset and parquet, choose with form=.",
         "s3://no-such-bucket/x": "s3://no-such-bucket/x cannot be listed: ",
         "s3://captions/none/0.tar": "cannot be read: Object s3://captions/none/0.tar not found",

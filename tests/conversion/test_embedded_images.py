@@ -61,7 +61,7 @@ def test_base64_in_every_list(form, tmp_path):
     coco = {"images": [{"id": 1, "file_name": uri}], "annotations": [{"image_id": 1, "caption": "a tile"}]}
     if form != "csv":
         (tmp_path / "in" / "captions.json").write_text(json.dumps(entries if form == "json" else coco))
-    assert open_source(tmp_path / "in").form == form
+    assert open_source(tmp_path / "in").format == form
     assert convert_captions(tmp_path / "in", tmp_path / "out", processes=1).samples == 1
 
 

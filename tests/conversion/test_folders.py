@@ -45,7 +45,7 @@ FOLDERS = {
 @pytest.mark.parametrize("processes", [1, 2])
 def test_texts_beside_images_are_their_captions(kind, processes, tmp_path):
     source = write(tmp_path / "in", FOLDERS[kind])
-    assert open_source(source).form == "folder"
+    assert open_source(source).format == "folder"
     summary = convert_captions(source, tmp_path / "out", processes=processes, unit_samples=1)
     assert (summary.samples, summary.rejected) == (2, 0)
     assert sorted(captions(tmp_path / "out")) == ["one", "two"]
@@ -70,7 +70,7 @@ def test_what_is_missing_or_no_file_is_rejected_alone(tmp_path):
 def test_a_list_comes_first_and_form_decides(tmp_path):
     line = json.dumps({"image": "a.png", "caption": "listed"}).encode()
     source = write(tmp_path / "in", {"a.png": IMAGE, "a.txt": b"beside", "metadata.jsonl": line})
-    assert open_source(source).form == "jsonl"
+    assert open_source(source).format == "jsonl"
     convert_captions(source, tmp_path / "out", processes=1, form="folder")
     assert captions(tmp_path / "out") == ["beside"]
     with pytest.raises(SourceError, match="no captions found here"):
@@ -101,4 +101,4 @@ def test_what_stands_beside_images_is_not_taken_for_their_texts(files, form, tmp
     if form == "parquet":
         table = pyarrow.table({"image": ["train/a.png"], "caption": ["a tile"]})
         parquet.write_table(table, source / "train.parquet")
-    assert open_source(source).form == form
+    assert open_source(source).format == form

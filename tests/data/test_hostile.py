@@ -21,7 +21,7 @@ from composer_prior import StreamingCaptionDataset
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.captions import BadSampleError, decode_image
 from composer_prior.data.images import IMAGE_FORMATS
-from composer_prior.data.scores import ScoresCard
+from composer_prior.data.scores import ScoresMetadata
 from composer_prior.scoring.writer import ScoresWriter
 
 pytestmark = pytest.mark.slow
@@ -68,7 +68,7 @@ def score(position: int, index: int) -> float:
 def write_scores(folder: Path, data: StreamingCaptionDataset, captions: list[str]) -> str:
     ids = [data.tokenizer(c, add_special_tokens=False, split_special_tokens=True)["input_ids"] for c in captions]
     lengths = [min(len(i) + 1, LONGEST) if c.strip() else 0 for i, c in zip(ids, captions, strict=True)]
-    writer = ScoresWriter(str(folder), ScoresCard.of(data, {}), unit_samples=100)
+    writer = ScoresWriter(str(folder), ScoresMetadata.of(data, {}), unit_samples=100)
     writer.begin()
     values = [np.array([score(p, i) for p in range(n)], np.float32) for i, n in enumerate(lengths)]
     writer.finish({0: writer.write(0, values)})

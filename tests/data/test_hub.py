@@ -9,7 +9,7 @@ from common.commands import run_job
 
 from composer_prior import load
 from composer_prior.data import hub
-from composer_prior.data.hub import ModelFolderError, model_place
+from composer_prior.data.hub import ModelFolderError, find_model
 from composer_prior.data.tokenizer import build_tokenizer
 from composer_prior.inference.export import export_model
 from composer_prior.models.language import build_language_model, language_skeleton
@@ -48,7 +48,7 @@ def test_a_model_of_a_cache_is_found_beside_a_folder_of_its_organisation(cache, 
         monkeypatch.setattr(hub.constants, cache, str(tmp_path / "cache"))
     else:
         monkeypatch.setenv(cache, str(tmp_path / "cache"))
-    assert model_place("org/name") == "org/name"
+    assert find_model("org/name") == "org/name"
 
 
 @pytest.mark.parametrize("path", ["runs/nosuch", "./x", "../x", "/a/b", "~/nosuch", "a/b/c", "data/x", "s3://bucket/x"])
@@ -78,7 +78,7 @@ def test_a_hub_is_asked_once_and_its_silence_is_one_line(name, monkeypatch):
     assert set(asked) == {name}
     monkeypatch.setattr(hub, "model_info", lambda *_, **__: None)
     hub._ask_hub.cache_clear()
-    assert model_place(name) == name
+    assert find_model(name) == name
 
 
 @pytest.mark.parametrize(

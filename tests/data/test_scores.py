@@ -19,7 +19,14 @@ from torch.utils.data import DataLoader
 from composer_prior import StreamingCaptionDataset
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator
 from composer_prior.data.captions import BadSampleError
-from composer_prior.data.scores import Scores, ScoresCard, ScoresError, decode_logprobs, encode_logprobs, open_scores
+from composer_prior.data.scores import (
+    Scores,
+    ScoresError,
+    ScoresMetadata,
+    decode_logprobs,
+    encode_logprobs,
+    open_scores,
+)
 from composer_prior.data.tokenizer import train_tokenizer
 from composer_prior.scoring.writer import ScoresWriter
 
@@ -63,16 +70,16 @@ def random_scores(data: StreamingCaptionDataset) -> list[np.ndarray]:
 
 def write(
     out: str | Path, data: StreamingCaptionDataset, values: list[np.ndarray], unit_samples: int = 40
-) -> ScoresCard:
-    card = ScoresCard.of(data, REFERENCE)
-    writer = ScoresWriter(str(out), card, unit_samples)
+) -> ScoresMetadata:
+    metadata = ScoresMetadata.of(data, REFERENCE)
+    writer = ScoresWriter(str(out), metadata, unit_samples)
     entries = writer.begin()
     assert entries is not None
     for unit, samples in enumerate(writer.units):
         if unit not in entries:
             entries[unit] = writer.write(unit, [values[i] for i in samples])
     writer.finish(entries)
-    return card
+    return metadata
 
 
 @pytest.fixture
@@ -209,10 +216,10 @@ def test_the_data_set_itself_refuses(stored: Stored, scenes: Path, tokenizer: An
 
 
 def test_where_the_reference_lies_makes_no_difference() -> None:
-    card = ScoresCard("d", 1, "t", "", 64, REFERENCE)
-    card.check(replace(card, reference={**REFERENCE, "path": "elsewhere"}), "here")
+    metadata = ScoresMetadata("d", 1, "t", "", 64, REFERENCE)
+    metadata.check(replace(metadata, reference={**REFERENCE, "path": "elsewhere"}), "here")
     with pytest.raises(ScoresError, match=r"the reference's weights \('w0' there, 'w1' here\)"):
-        card.check(replace(card, reference={**REFERENCE, "weights": "w1"}), "here")
+        metadata.check(replace(metadata, reference={**REFERENCE, "weights": "w1"}), "here")
 
 
 @pytest.mark.parametrize("name", ["index.json", "scores.json"])
@@ -314,27 +321,27 @@ def test_scores_that_do_not_fit_a_caption_are_refused_or_skipped(
 
 
 def test_units_that_are_there_are_kept_and_others_wanted(data: StreamingCaptionDataset, tmp_path: Path) -> None:
-    values, card = random_scores(data), ScoresCard.of(data, REFERENCE)
-    writer = ScoresWriter(str(tmp_path), card, 40)
+    values, metadata = random_scores(data), ScoresMetadata.of(data, REFERENCE)
+    writer = ScoresWriter(str(tmp_path), metadata, 40)
     assert writer.begin() == {}
     entries = {unit: writer.write(unit, [values[i] for i in writer.units[unit]]) for unit in (0, 2)}
-    assert ScoresWriter(str(tmp_path), card, 40).begin() == entries
+    assert ScoresWriter(str(tmp_path), metadata, 40).begin() == entries
     truncate(tmp_path / "shard.00000.000.mds")
-    assert ScoresWriter(str(tmp_path), card, 40).begin() == {2: entries[2]}
-    assert ScoresWriter(str(tmp_path), card, 30).begin() == {}  # cut otherwise: nothing of it fits
+    assert ScoresWriter(str(tmp_path), metadata, 40).begin() == {2: entries[2]}
+    assert ScoresWriter(str(tmp_path), metadata, 30).begin() == {}  # cut otherwise: nothing of it fits
     write(tmp_path, data, values)
-    assert ScoresWriter(str(tmp_path), card, 40).begin() is None
+    assert ScoresWriter(str(tmp_path), metadata, 40).begin() is None
     np.testing.assert_array_equal(Scores(str(tmp_path), tmp_path)[95], values[95].astype(np.float16))
 
 
 def test_a_place_that_holds_something_else_is_refused(data: StreamingCaptionDataset, tmp_path: Path) -> None:
-    card = ScoresCard.of(data, REFERENCE)
+    metadata = ScoresMetadata.of(data, REFERENCE)
     (tmp_path / "thesis.txt").write_text("")
-    with pytest.raises(ScoresError, match="holds something else than scores; name an empty place"):
-        ScoresWriter(str(tmp_path), card, 40).begin()
-    ScoresWriter(str(tmp_path / "scores"), card, 40).begin()
+    with pytest.raises(ScoresError, match="holds something else than scores; name an empty folder"):
+        ScoresWriter(str(tmp_path), metadata, 40).begin()
+    ScoresWriter(str(tmp_path / "scores"), metadata, 40).begin()
     with pytest.raises(ScoresError, match="the reference's weights"):
-        ScoresWriter(str(tmp_path / "scores"), replace(card, reference={**REFERENCE, "weights": "w1"}), 40).begin()
+        ScoresWriter(str(tmp_path / "scores"), replace(metadata, reference={**REFERENCE, "weights": "w1"}), 40).begin()
 
 
 # remotes --------------------------------------------------------------------------------------------------------------
@@ -363,13 +370,13 @@ def test_a_remote_is_written_resumed_and_read_on_demand(
     data: StreamingCaptionDataset, scored: Callable[..., StreamingCaptionDataset], bucket: str, tmp_path: Path
 ) -> None:
     remote = f"{bucket}/scores"
-    values, card = random_scores(data), ScoresCard.of(data, REFERENCE)
-    writer = ScoresWriter(remote, card, 40)
+    values, metadata = random_scores(data), ScoresMetadata.of(data, REFERENCE)
+    writer = ScoresWriter(remote, metadata, 40)
     assert writer.begin() == {}
     entry = writer.write(1, [values[i] for i in writer.units[1]])
     with pytest.raises(ScoresError, match=r"holds no whole scores: index\.json cannot be read"):
         Scores(remote, tmp_path)
-    assert ScoresWriter(remote, card, 40).begin() == {1: entry}
+    assert ScoresWriter(remote, metadata, 40).begin() == {1: entry}
     write(remote, data, values)
 
     scores = Scores(remote, tmp_path)
@@ -395,4 +402,4 @@ def test_an_index_that_is_not_whole_is_made_anew(damage, data, tmp_path):
     (tmp_path / "index.json").write_text(damage)
     write(tmp_path, data, values)
     assert (tmp_path / "index.json").read_bytes() == whole
-    assert ScoresWriter(str(tmp_path), ScoresCard.of(data, REFERENCE), 40).begin() is None
+    assert ScoresWriter(str(tmp_path), ScoresMetadata.of(data, REFERENCE), 40).begin() is None

@@ -23,7 +23,7 @@ from composer_prior import PRIOR, ReferenceLM, StreamingCaptionDataset, importan
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator
 from composer_prior.data.captions import BadSampleError
 from composer_prior.data.mds import read_column
-from composer_prior.data.scores import Scores, ScoresCard, ScoresError
+from composer_prior.data.scores import Scores, ScoresError, ScoresMetadata
 from composer_prior.data.tokenizer import image_token_ids, train_tokenizer
 from composer_prior.models.reference import batches_by_length
 from composer_prior.scoring import score
@@ -339,7 +339,7 @@ def test_a_place_that_cannot_be_written_to_is_an_error_of_one_line(job: Any, tmp
 def test_two_nodes_under_launchers_share_what_is_missing(job: Any, data: StreamingCaptionDataset, folders: Any) -> None:
     alone = score_captions(job("alone"))
     shared = job("shared")
-    writer = ScoresWriter(shared.out, Scores(alone.out, Path(alone.out)).card, 20)
+    writer = ScoresWriter(shared.out, Scores(alone.out, Path(alone.out)).metadata, 20)
     writer.begin()
     values = stored(alone.out)
     writer.write(3, [values[i] for i in writer.units[3]])
@@ -388,7 +388,7 @@ def test_two_nodes_on_one_disk_leave_the_bytes_of_one_process(node: Any) -> None
     for output in (score_on(alone), score_on(disk, disk)):
         assert output.count("tokens of 96 samples in scores") == 1
     files = {path.name: path.read_bytes() for path in (alone / "scores").iterdir()}
-    assert len(files) == 7, "five units, the card and the index"
+    assert len(files) == 7, "five units, the metadata and the index"
     assert {path.name: path.read_bytes() for path in (disk / "scores").iterdir()} == files
 
 
@@ -512,9 +512,9 @@ def test_a_recipe_s_scores_are_made_once(folders: Any, scenes: Path, tmp_path: P
     first, second = capsys.readouterr().out.splitlines()
     assert first.endswith(f"tokens of 96 samples in {tmp_path / 'scores'}")
     assert second == f"Scores: reusing {tmp_path / 'scores'}"
-    card = Scores(str(tmp_path / "scores"), tmp_path).card
-    assert isinstance(card, ScoresCard)
-    assert card.max_caption_tokens == 128
+    metadata = Scores(str(tmp_path / "scores"), tmp_path).metadata
+    assert isinstance(metadata, ScoresMetadata)
+    assert metadata.max_caption_tokens == 128
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Image-caption pairs in the usual formats: one small reader per format, all yielding the same records.
 
 A source is cut into units of work by :meth:`Source.units`, which is cheap, deterministic and runs in one process;
-:meth:`Source.read` turns one unit into records, in any process. Neither ever holds more than one unit (COCO's JSON,
-which has to be joined, is read whole).
+:meth:`Source.read` turns one unit into records, in any process. Neither holds more than one unit in memory (except
+COCO's JSON, which has to be joined).
 
 | format | content |
 | --- | --- |
@@ -14,12 +14,12 @@ which has to be joined, is read whole).
 | ``parquet`` | Parquet files with image bytes or paths |
 | ``hf`` | a Hugging Face dataset saved with ``save_to_disk`` |
 
-A table's delimiter is the one of comma, semicolon, tab and ``|`` by which its first line names the columns.
+A table's delimiter is comma, semicolon, tab or ``|``, whichever splits its first line into known column names.
 
-Readers yield a :class:`Rejected` in place of what they cannot read. A file that cannot be opened as
-what it should be, or ends before its end, is a :class:`BadFile`, which may stand for many captions; a sample that is
-damaged in a file that goes on behind it is rejected by itself. Links in the folder that is named are followed, each
-real folder once; a path that a list names must lead to a file below the source or below ``images=``.
+Readers yield a :class:`Rejected` for each record that they cannot read. A file that is damaged from its beginning, or
+truncated, is a :class:`BadFile`, which may stand for many captions; a damaged sample within a readable file is rejected
+alone. Links in the source's folder are followed, each real folder once; a path in a list must lead to a file below the
+source or below ``images=``.
 """
 
 from dataclasses import replace

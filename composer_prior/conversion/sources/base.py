@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from composer_prior.data.images import MAX_IMAGE_BYTES
 
-FORMS = ("jsonl", "csv", "tsv", "json", "coco", "webdataset", "folder", "parquet", "hf")
+FORMATS = ("jsonl", "csv", "tsv", "json", "coco", "webdataset", "folder", "parquet", "hf")
 SPANS = "image_related_spans"
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "svg", "avif", "jxl", "heic")
@@ -37,13 +37,13 @@ class Record:
     """One image with its captions, not yet checked.
 
     Args:
-        key: what names the record in its source.
+        key: name of the record in its source.
         image: the encoded bytes, or a path relative to the source's folder of images.
-        captions: the captions as found, of whatever type.
-        where: file and place, for messages.
+        captions: the captions as found, of any type.
+        where: file and position, for messages.
         spans: for each caption its ``image_related_spans``, where the source has them.
-        explicit: whether ``key`` is the source's own id, which may not come twice.
-        note: what to say where it has no caption.
+        explicit: whether ``key`` is an id of the source, which must be unique.
+        note: advice for the message if it has no caption.
     """
 
     key: str
@@ -60,11 +60,11 @@ class Rejected:
     """A record, or one caption of it, that is not converted.
 
     Args:
-        key: what names it in its source.
+        key: its name in the source.
         reason: a short fixed phrase, to count by.
-        where: file and place.
-        detail: what exactly is wrong.
-        count: how many captions it stands for; 0 for what is no sample at all, ``None`` where it is unknown.
+        where: file and position.
+        detail: the exact problem.
+        count: number of captions that it stands for; 0 if it is not a sample, ``None`` if unknown.
         estimated: whether ``count`` is an estimate.
     """
 
@@ -78,28 +78,29 @@ class Rejected:
 
 @dataclass(frozen=True)
 class BadFile(Rejected):
-    """A file that cannot be read, or not to its end; ``where`` is its name, ``count`` what it is known to have held."""
+    """A file that cannot be read to its end; ``where`` is its name, ``count`` the number of lost captions if known."""
 
     count: int | None = None
 
     @classmethod
     def of(cls, name: str, detail: str, count: int | None = None) -> "BadFile":
-        """Return one that cannot be read at all."""
+        """Return a file that cannot be read at all."""
         return cls(name, "unreadable file", name, detail, count)
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How to read a source; the defaults suit the usual names.
+    """Options of reading a source; the defaults suit the usual names.
 
     Args:
-        form: jsonl, csv, tsv, json, coco, webdataset, folder, parquet or hf; recognised from the source by default.
+        form: format of the source: jsonl, csv, tsv, json, coco, webdataset, folder, parquet or hf; recognised by
+            default.
         images: the folder that image paths are relative to; found beside the captions by default.
         image_column: column, field or tar suffix that holds the image, as bytes or as a path.
         caption_column: column, field or tar suffix that holds one caption, a list of them, or a conversation.
         key_column: column or field that names a record; ``id`` and ``key`` are recognised.
-        split: which split of a Hugging Face dataset.
-        unit_samples: records in one unit of work, where the format does not dictate it.
+        split: the split to read of a Hugging Face dataset.
+        unit_samples: records in one unit of work, unless the format determines it.
         max_image_bytes: larger images are rejected without being read.
         download_timeout: the longest time in seconds of one attempt to download a file of a remote source.
     """
@@ -117,14 +118,14 @@ class SourceOptions:
     def __post_init__(self) -> None:
         for name in ("form", "images", "image_column", "caption_column", "key_column", "split"):
             self._as_text(name)
-        if self.form is not None and self.form not in FORMS:
-            raise SourceError(f"form={self.form!r} is unknown: use one of {', '.join(FORMS)}.")
+        if self.form is not None and self.form not in FORMATS:
+            raise SourceError(f"form={self.form!r} is unknown: use one of {', '.join(FORMATS)}.")
         for name in ("unit_samples", "max_image_bytes"):
             expect_number(name, getattr(self, name), 1)
         expect_number("download_timeout", self.download_timeout, 1, whole=False)
 
     def _as_text(self, name: str) -> None:
-        """Set an option to text, also where a number or a path was given, as in ``images=2017``."""
+        """Convert an option to text, also if a number or a path was given, as in ``images=2017``."""
         value = getattr(self, name)
         if value is None:
             return
@@ -134,7 +135,7 @@ class SourceOptions:
 
 
 def expect_number(name: str, value: Any, least: float, whole: bool = True) -> None:
-    """Refuse an option that is no number of at least so much."""
+    """Refuse an option that is not a number of at least ``least``."""
     kinds = int if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
         raise SourceError(f"{name}={value!r} is not accepted: expected a {'whole ' * whole}number of at least {least}.")
@@ -144,8 +145,8 @@ class Source(Protocol):
     """A recognised source. It is picklable, so that any process can read any unit."""
 
     @property
-    def form(self) -> str:
-        """Return one of :data:`FORMS`."""
+    def format(self) -> str:
+        """Return one of :data:`FORMATS`."""
 
     @property
     def images(self) -> Path:
@@ -157,7 +158,7 @@ class Source(Protocol):
 
     @property
     def total(self) -> int | None:
-        """Return how many records there are, or None if that is not known beforehand."""
+        """Return the number of records, or None if it is not known in advance."""
 
     @property
     def has_spans(self) -> bool:
@@ -174,7 +175,7 @@ class Source(Protocol):
 
 
 def pick(names: Sequence[str], wanted: str | None, usual: Sequence[str], option: str, where: str) -> str:
-    """Return the column to use: the one asked for, or the first of the usual names that is there."""
+    """Return the wanted column, or else the first of the usual ones that exists."""
     chosen = wanted or next((name for name in usual if name in names), None)
     if chosen is None or chosen not in names:
         listed = " ".join(", ".join(map(str, names)).split())[:300] or "none"
@@ -199,7 +200,7 @@ def pick_columns(names: Sequence[str], options: SourceOptions, where: str, folde
 
 
 def load(module: str) -> Any:
-    """Import an optional package, or raise one line that says how to install it."""
+    """Import an optional package, or raise one line with the command that installs it."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -210,7 +211,7 @@ def load(module: str) -> Any:
 
 
 class Seen:
-    """A set of identities, as eight bytes of hash in a temporary file of sqlite, in bounded memory."""
+    """A set of identities, stored as 8-byte hashes in a temporary sqlite file, in bounded memory."""
 
     def __init__(self) -> None:
         self._digests = sqlite3.connect("", isolation_level=None)
@@ -229,7 +230,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class FileUnit:
-    """A file, or a part of it; a file that has changed is another unit."""
+    """A file, or a range of its row groups; a changed file is another unit."""
 
     name: str
     size: int

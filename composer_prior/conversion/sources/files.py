@@ -37,7 +37,7 @@ _NAMED = 3
 
 
 def kind_of(head: bytes) -> str | None:
-    """Return what a file is by its first bytes, or None for text and unknown formats."""
+    """Return the kind of a file by its first bytes, or None for text and unknown formats."""
     lowered = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     known = (kind for magic, kind in _KINDS if head.startswith(magic) or lowered.startswith(magic))
     return next(known, "a tar archive" if head[257:262] == b"ustar" else None)
@@ -47,14 +47,14 @@ def beginning(path: Path) -> tuple[bytes, int]:
     """Return the first 512 bytes of a file, and its size.
 
     Raises:
-        OSError: also for what is no regular file.
+        OSError: also if it is not a regular file.
     """
     with open_plain(path) as file:
         return file.read(512), os.fstat(file.fileno()).st_size
 
 
 def parquet_problem(path: Path) -> str | None:
-    """Return why a file cannot be Parquet, or None where it may be."""
+    """Return the reason why a file cannot be Parquet, or None if it may be."""
     head, size = beginning(path)
     if head.startswith(b"PAR1"):
         with open(path, "rb") as file:
@@ -66,7 +66,7 @@ def parquet_problem(path: Path) -> str | None:
 
 
 def tar_problem(path: Path) -> str | None:
-    """Return why a file cannot be a tar archive, compressed or not, or None where it may be."""
+    """Return the reason why a file cannot be a tar archive, compressed or not, or None if it may be."""
     head, size = beginning(path)
     if not size:
         return "empty"
@@ -95,13 +95,13 @@ def describe(bad: Sequence[BadFile]) -> str:
 def file_unit(
     root: Path, file: Path, problem_of: Callable[[Path], str | None], reason: str = "unreadable file"
 ) -> FileUnit | BadFile:
-    """Return the unit of a file, or why it is a bad one; links are followed.
+    """Return the unit of a file, or a bad file with the reason; links are followed.
 
     Args:
         root: the source's folder.
         file: the file.
-        problem_of: what is wrong with it, see :func:`tar_problem` and :func:`parquet_problem`.
-        reason: the phrase for a file with a problem of its own.
+        problem_of: returns its problem, see :func:`tar_problem` and :func:`parquet_problem`.
+        reason: the phrase for a file with such a problem.
     """
     name = file.relative_to(root).as_posix()
     try:

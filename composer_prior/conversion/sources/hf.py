@@ -32,7 +32,7 @@ class HFSource:
     images: Path
     total: int | None
     has_spans: bool
-    form: str = field(default="hf", init=False)
+    format: str = field(default="hf", init=False)
 
     @classmethod
     def open(cls, path: Path, options: SourceOptions) -> "HFSource":
@@ -45,7 +45,7 @@ class HFSource:
         return self.path.resolve()
 
     def bad_files(self) -> Iterator[BadFile]:
-        return iter(())  # it is read as one, or not at all
+        return iter(())  # a damaged dataset cannot be opened
 
     def units(self) -> Iterator[tuple[str, int, int, tuple[int, ...]]]:
         data, seen = _load_saved(self.path, self.options.split), Seen()
@@ -73,7 +73,7 @@ class HFSource:
 
 
 def _load_saved(path: Path, split: str | None) -> Any:
-    """Load the chosen split of a saved dataset. Nothing in it is executed."""
+    """Load the chosen split of a saved dataset, without executing code in it."""
     datasets = load("datasets")
     try:
         data = datasets.load_from_disk(str(path))

@@ -1,4 +1,4 @@
-"""Image files, read only within the folders that they may be read from."""
+"""Image files, read only from permitted folders."""
 
 import os
 import re
@@ -37,7 +37,7 @@ def read_image(root: Path, name: str, limit: int, *also: Path) -> bytes:
 
 
 def find_inside(root: Path, name: str, *also: Path) -> str:
-    """Return the real path of an image, see :func:`inside`; its name may have another Unicode form, as macOS writes it.
+    """Return the real path of an image, see :func:`inside`; its Unicode normalisation may differ, as on macOS.
 
     Raises:
         ImageError: as for :func:`inside`, or two files have such names.
@@ -47,7 +47,11 @@ def find_inside(root: Path, name: str, *also: Path) -> str:
         return path
     found = "/"
     for part in Path(os.path.join(root, _plain_path(root, name))).parts[1:]:
-        same = [part] if os.path.lexists(os.path.join(found, part)) else _forms_in(found).get(normal_form(part), [])
+        same = (
+            [part]
+            if os.path.lexists(os.path.join(found, part))
+            else _normalised_names(found).get(normal_form(part), [])
+        )
         if len(same) > 1:
             raise ImageError("ambiguous name", f"{len(same)} files have it in other Unicode forms; keep one of them")
         if not same:
@@ -57,7 +61,7 @@ def find_inside(root: Path, name: str, *also: Path) -> str:
 
 
 @lru_cache(maxsize=64)
-def _forms_in(folder: str) -> dict[str, list[str]]:
+def _normalised_names(folder: str) -> dict[str, list[str]]:
     """Return the names in a folder that are not ASCII, by their normal form."""
     found: dict[str, list[str]] = {}
     with suppress(OSError):
@@ -68,19 +72,19 @@ def _forms_in(folder: str) -> dict[str, list[str]]:
 
 
 def normal_form(name: str) -> str:
-    """Return a name in Unicode's normal form C, in which names are compared."""
+    """Return a name in Unicode's normal form C, to compare it."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def inside(root: Path, name: str, *also: Path) -> str:
     """Return the real path of an image, which must be below ``root`` or one of the other folders.
 
-    ``name`` is relative to ``root``, or absolute (also ``file://``) and then complete;
-    backslashes are taken for slashes where no file has them in its name. A symbolic link must not lead out of the
+    ``name`` is relative to ``root``, or absolute (also ``file://``); backslashes are
+    read as slashes unless a file has them in its name. A symbolic link must not lead out of the
     folders, except into the blobs of the Hugging Face cache's repository that ``root`` is a snapshot of.
 
     Raises:
-        ImageError: saying what to do about it.
+        ImageError: with advice for the user.
     """
     name = _plain_path(root, name)
     folder, base = os.path.split(os.path.join(root, name))
@@ -89,14 +93,14 @@ def inside(root: Path, name: str, *also: Path) -> str:
     blobs = _hub_blobs(str(root)) if real != path else None
     if blobs and real.startswith(blobs) and path.startswith(os.path.join(root, "")):
         return path
-    if any(real.startswith(os.path.join(place, "")) for place in (root, *also)):
+    if any(real.startswith(os.path.join(permitted, "")) for permitted in (root, *also)):
         return path
     how = "it is absolute, and not below the source" if name.startswith("/") else "through a symbolic link"
     raise ImageError("path leaves the source", f"{how}; name the folder that holds the images with images=")
 
 
 def _plain_path(root: Path, name: str) -> str:
-    """Return a path as this system writes it, without ``..``."""
+    """Return a path with this system's separators and without ``..``."""
     if name[:7].lower() == "file://":
         name = "/" + unquote(name[7:].partition("/")[2])
     elif "://" in name:

@@ -1,4 +1,4 @@
-"""Lines and rows of text files with any line ends, marked UTF-16 and quotes that never close."""
+"""Lines and rows of text files, with any line ends, UTF-16 with a byte order mark, and unclosed quotes."""
 
 import codecs
 import csv
@@ -20,7 +20,7 @@ _PLAIN, _NEEDED, _STRAY = "", "needed quotes", "stray quotes"
 _FILE_NAME = re.compile(r".*\.\w{2,5}", re.DOTALL)
 
 Row = tuple[int, list[str] | None, str]
-"""Number of its first line, cells (``None`` for a line too long), and how its quotes were read."""
+"""Number of its first line, cells (``None`` for a line that is too long), and the use of quotes."""
 
 codecs.register_error(_MARK, lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
 
@@ -50,7 +50,9 @@ def lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
             text = io.TextIOWrapper(file, encoding, _MARK, newline="")
             readline = lambda limit: text.readline(limit).encode("utf-8", "surrogatepass")  # noqa: E731
         elif b"\n" not in head and b"\r" in head[:-1]:
-            text = io.TextIOWrapper(file, "latin-1", newline="\r")  # bytes as they are, cut where old Macs end lines
+            text = io.TextIOWrapper(
+                file, "latin-1", newline="\r"
+            )  # unchanged bytes, split at the line ends of old Macs
             readline = lambda limit: _with_newline(text.readline(limit).encode("latin-1"))  # noqa: E731
         else:
             readline = file.readline
@@ -77,15 +79,15 @@ def _limited(readline: Callable[[int], bytes]) -> Iterator[bytes | None]:
 def rows(path: Path, delimiter: str, columns: int, image: int) -> Iterator[Row]:
     """Yield the rows of a table below its header, each with the number of its first line.
 
-    A quote is one only where it is well formed: the closing quote ends its cell, and a row of several lines has as
-    many cells as the header while its lines are no rows in their own right. Every other quote is part of the text. A
-    table with tabs was written without any quoting if its first rows have stray quotes and none that are needed.
+    Only well-formed quotes are interpreted: the closing quote ends its cell, and a row of several lines has
+    as many cells as the header while its single lines are not rows. Other quotes are part of the text. A table with
+    tabs is read without quoting if its first rows have stray quotes and no needed ones.
 
     Args:
         path: the file.
         delimiter: between two cells.
-        columns: how many cells the header has.
-        image: which of them names the image.
+        columns: number of cells of the header.
+        image: index of the image's cell.
     """
     table = _Table(delimiter, columns, image)
     if delimiter == "\t":
@@ -128,7 +130,7 @@ class _Table:
         self.stray = re.compile(f'{other}"{other}')
 
     def rows(self, numbered: Iterator[tuple[int, str | None]]) -> Iterator[Row]:
-        """Yield the rows; no more than one, within a limit, is held in memory."""
+        """Yield the rows, with at most one of bounded size in memory."""
         csv.field_size_limit(max(csv.field_size_limit(), LINE_LIMIT))
         ahead: deque[tuple[int, str | None]] = deque()
         while True:
@@ -149,7 +151,7 @@ class _Table:
                 yield number, *self._several_lines(line, ahead, numbered)
 
     def _kind(self, line: str, cells: list[str]) -> str:
-        """Return how a line of well-formed cells uses its quotes; only a table with tabs has to know."""
+        """Return the use of quotes in a line of well-formed cells; only tables with tabs need it."""
         if self.delimiter != "\t":
             return _PLAIN
         needed = any('"' in cell or self.delimiter in cell for cell in cells)
@@ -158,7 +160,7 @@ class _Table:
     def _several_lines(
         self, line: str, ahead: deque[tuple[int, str | None]], numbered: Iterator[tuple[int, str | None]]
     ) -> tuple[list[str], str]:
-        """Return the cells of a row: several lines if they close its quotes, or else one line with quotes as text."""
+        """Return the cells of a row: several lines if these close its quotes, or else one with quotes as text."""
         taken: list[str] = [line]
 
         def more() -> Iterator[str]:
@@ -168,7 +170,7 @@ class _Table:
                 if len(taken) > len(ahead):
                     ahead.extend(islice(numbered, 1))
                 following = ahead[len(taken) - 1][1] if len(taken) <= len(ahead) else None
-                # A row in the middle of a cell means that the quote before it never closes.
+                # A whole row within a cell means that the quote before it is unclosed.
                 stands_alone = len(taken) > 1 and self._is_row(taken[-1], line)
                 if following is None or stands_alone or size + len(following) > _RECORD_LIMIT:
                     return
@@ -177,8 +179,8 @@ class _Table:
                 yield following
 
         cells = _well_formed(more(), self.delimiter)
-        own = self._is_row(line, line) and self._is_row(taken[-1], line)
-        if cells is None or len(cells) != self.columns or own:
+        separate = self._is_row(line, line) and self._is_row(taken[-1], line)
+        if cells is None or len(cells) != self.columns or separate:
             return line.rstrip("\r\n").split(self.delimiter), _STRAY
         for _ in taken[1:]:
             ahead.popleft()
@@ -187,13 +189,13 @@ class _Table:
     def _is_row(self, line: str, first: str) -> bool:
         """Return whether a line looks like a whole row if its quotes are taken as text."""
         cells = line.rstrip("\r\n").split(self.delimiter)
-        tabs = self.delimiter == "\t"  # text has hardly any
+        tabs = self.delimiter == "\t"  # which are rare in text
         if len(cells) < self.columns or (tabs and len(cells) > self.columns):
             return False
         image, other = self._image_cell(cells), self._image_cell(first.rstrip("\r\n").split(self.delimiter))
         if _FILE_NAME.fullmatch(image):
             return True
-        if re.search(r"\s", image):  # rather text
+        if re.search(r"\s", image):  # probably text
             return False
         numbered = _shape(image) == _shape(other) and re.search(r"\d", image) is not None
         folder = os.path.dirname(image)
@@ -201,8 +203,8 @@ class _Table:
 
     def _image_cell(self, cells: list[str]) -> str:
         """Return the cell of the image, counted from the nearer end: a caption may have delimiters."""
-        place = self.image if 2 * self.image < self.columns else self.image - self.columns
-        return cells[place].strip('"') if -len(cells) <= place < len(cells) else ""
+        index = self.image if 2 * self.image < self.columns else self.image - self.columns
+        return cells[index].strip('"') if -len(cells) <= index < len(cells) else ""
 
 
 def _shape(name: str) -> str:

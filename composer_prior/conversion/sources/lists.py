@@ -31,7 +31,7 @@ from composer_prior.data.files import MAX_JSON_BYTES, bounded, parse_json
 from composer_prior.data.images import ImageError
 
 _MOST_DIGITS = 4000
-_UNIT_BYTES = 64 << 20  # of images that the list holds itself
+_UNIT_BYTES = 64 << 20  # of images within the list
 _PADDING = re.compile(r"[ \t\r\n,]*")
 _BEHIND = re.compile(r"[ \t\r\n,\]]")
 
@@ -40,22 +40,22 @@ _BEHIND = re.compile(r"[ \t\r\n,\]]")
 class ListSource:
     """A file that lists images by path: JSONL, CSV, TSV, a JSON array (LLaVA's too), COCO captions.
 
-    Lines that follow each other and name the same image are the captions of one record.
+    Consecutive lines with the same image are the captions of one record.
     """
 
     file: Path
-    form: str
+    format: str
     images: Path
     options: SourceOptions
     has_spans: bool = False
     total: int | None = None
 
     @classmethod
-    def open(cls, file: Path, form: str, options: SourceOptions) -> "ListSource":
+    def open(cls, file: Path, format: str, options: SourceOptions) -> "ListSource":
         problem = _problem(file)
         if problem:
             raise SourceError(f"{file}: {problem}.")
-        source = cls(file, form, file.parent, options)
+        source = cls(file, format, file.parent, options)
         first = [item for item, _ in zip(source._entries(), range(1000), strict=False)]
         records = [item for item in first if isinstance(item, Record)]
         names = [record.image for record in records[:20] if isinstance(record.image, str)]
@@ -67,7 +67,7 @@ class ListSource:
         return self.file.parent.resolve()
 
     def bad_files(self) -> Iterator[BadFile]:
-        return iter(())  # without its list a source cannot be opened
+        return iter(())  # a source whose list is damaged cannot be opened
 
     def units(self) -> Iterator[tuple[Record | Rejected, ...]]:
         unit, size = list[Record | Rejected](), 0
@@ -91,11 +91,11 @@ class ListSource:
             "json": _read_json_array,
             "coco": _read_coco,
         }
-        return readers[self.form](self.file, self.options)
+        return readers[self.format](self.file, self.options)
 
 
 def _problem(file: Path) -> str | None:
-    """Return what a list is instead of text, or None."""
+    """Return the reason why a list is not text, or None."""
     try:
         head, _ = beginning(file)
     except OSError as error:
@@ -106,7 +106,7 @@ def _problem(file: Path) -> str | None:
 
 
 def _images_folder(file: Path, asked: str | None, names: list[str]) -> Path:
-    """Return the folder of the images: the one asked for, or the first likely one that has an image."""
+    """Return the wanted folder of images, or else the first likely one that has an image."""
     if asked is not None:
         return asked_folder(asked)
     # captions_train2017.json of COCO lies in annotations/, beside train2017/.
@@ -276,11 +276,11 @@ def _read_coco(path: Path, options: SourceOptions) -> Iterator[Record | Rejected
 
 
 def entry_record(entry: Any, key: str, where: str, options: SourceOptions) -> Record | Rejected:
-    """Return the record of one JSON object or row of a table; without an id, its image's path names it."""
+    """Return the record of one JSON object or row of a table; without an id, its key is its image's path."""
     if not isinstance(entry, dict):
         return Rejected(key, "malformed record", where, "not an object")
-    own = value_of(entry, options.key_column, KEY_COLUMNS)
-    name = str(own) if isinstance(own, (str, int)) and str(own) else None
+    given = value_of(entry, options.key_column, KEY_COLUMNS)
+    name = str(given) if isinstance(given, (str, int)) and str(given) else None
     image = value_of(entry, options.image_column, IMAGE_COLUMNS)
     caption = value_of(entry, options.caption_column, CAPTION_COLUMNS)
     key = name or (image if isinstance(image, str) and 0 < len(image) < 256 and image[:5] != "data:" else key)
@@ -316,7 +316,7 @@ def _grouped(entries: Iterable[Record | Rejected]) -> Iterator[Record | Rejected
 
 
 def _unique(items: Iterable[Record | Rejected]) -> Iterator[Record | Rejected]:
-    """Reject repeated ids and, where a source has no ids, repeated pairs of image and caption."""
+    """Reject repeated ids or, in a source without ids, repeated pairs of image and caption."""
     seen = Seen()
     for item in items:
         if isinstance(item, Rejected):

@@ -1,4 +1,4 @@
-"""Parquet files, and what they share with saved Hugging Face datasets: rows of Arrow."""
+"""Parquet files, and Arrow rows, which saved Hugging Face datasets share with them."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from composer_prior.conversion.sources.records import record_of
 from composer_prior.data.messages import one_line
 
 ROWS_AT_ONCE = 32
-_UNPACKED = 64 << 20  # bytes of a row group's columns that need no further look
+_UNPACKED = 64 << 20  # bytes of a row group's columns that are accepted without a check
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ParquetSource:
     images: Path
     has_spans: bool = False
     total: int | None = None
-    form: str = field(default="parquet", init=False)
+    format: str = field(default="parquet", init=False)
 
     @property
     def folder(self) -> Path:
@@ -95,7 +95,7 @@ class ParquetSource:
                 first, row, rows = group + 1, row + rows, 0
 
     def _repeated(self, opened: Any, first: int, last: int, seen: Seen) -> tuple[int, ...]:
-        """Return rows whose key came before; only the column of keys is read."""
+        """Return the rows whose key is repeated, from the column of keys alone."""
         if self.options.key_column is None:
             return ()
         if self.options.key_column not in opened.schema_arrow.names:
@@ -126,10 +126,10 @@ class ParquetSource:
 
 
 def _batches(opened: Any, groups: Iterable[int], columns: list[str]) -> Iterator[Any]:
-    """Yield a few rows of some columns at a time, fewer where rows unpack to much more than is stored.
+    """Yield batches of some columns, with fewer rows if these unpack to much more than is stored.
 
     Raises:
-        OSError: a row group unpacks to far more than images and captions do.
+        OSError: if a row group unpacks to more than 200 times its size.
     """
     for number in groups:
         group = opened.metadata.row_group(number)
@@ -172,8 +172,8 @@ def row_record(
     entry: dict[str, Any], image: str, caption: str, options: SourceOptions, number: str, where: str, repeated: bool
 ) -> Record | Rejected:
     """Return the record of one row of a table that may hold image bytes."""
-    own = entry.get(options.key_column) if options.key_column else None
-    key = number if own is None else str(own)
+    given = entry.get(options.key_column) if options.key_column else None
+    key = number if given is None else str(given)
     record = record_of(entry.get(image), entry.get(caption), entry.get(SPANS), key, where, has_spans=SPANS in entry)
     if repeated and isinstance(record, Record):
         return Rejected(key, "duplicate key", where, count=max(1, len(record.captions)))

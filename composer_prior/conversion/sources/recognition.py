@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from composer_prior.conversion.sources.base import FORMS, IMAGE_SUFFIXES, Source, SourceError, SourceOptions
+from composer_prior.conversion.sources.base import FORMATS, IMAGE_SUFFIXES, Source, SourceError, SourceOptions
 from composer_prior.conversion.sources.hf import HFSource
 from composer_prior.conversion.sources.images import normal_form
 from composer_prior.conversion.sources.lines import open_text
@@ -41,66 +41,68 @@ def open_local(path: Path, options: SourceOptions) -> Source:
     Raises:
         SourceError: see :func:`.open_source`.
     """
-    path = path.expanduser().absolute()  # units may be read by processes that work elsewhere
-    form, files = _recognise(path, options.form)
-    if form in ("webdataset", "parquet"):
+    path = path.expanduser().absolute()  # units may be read by processes with another working folder
+    format, files = _recognise(path, options.form)
+    if format in ("webdataset", "parquet"):
         root = path if path.is_dir() else path.parent
-        if form == "webdataset":
+        if format == "webdataset":
             return TarSource.open(root, files, options)
         return ParquetSource.open(root, files, options)
-    if form == "folder":
+    if format == "folder":
         return FolderSource.open(path, files, options)
-    if form == "hf":
+    if format == "hf":
         return HFSource.open(path, options)
-    return ListSource.open(files[0], form, options)
+    return ListSource.open(files[0], format, options)
 
 
-def _suffix_form(path: Path) -> str | None:
+def _suffix_format(path: Path) -> str | None:
     name = path.name.lower()
-    return next((form for suffix, form in _SUFFIXES.items() if name.endswith(suffix)), None)
+    return next((format for suffix, format in _SUFFIXES.items() if name.endswith(suffix)), None)
 
 
 def _recognise(path: Path, wanted: str | None) -> tuple[str, list[Path]]:
     """Return the format of a source and the files that make it up."""
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder. Accepted: {_ACCEPTED}.")
-    found = _folder_forms(path, wanted) if path.is_dir() else _file_forms(path)
+    found = _folder_formats(path, wanted) if path.is_dir() else _file_formats(path)
     if wanted is not None:
-        # A file of unusual name is taken at its word; in a folder the form picks among what is there.
+        # A file is read in the wanted format, whatever its name; in a folder the format selects files.
         if not path.is_dir():
             return wanted, [path]
-        found = {form: files for form, files in found.items() if form == wanted}
+        found = {format: files for format, files in found.items() if format == wanted}
     if not found:
         hint = _what_to_do(path)
         raise SourceError(f"{path}: no {wanted or 'captions'} found here{hint}. Accepted: {_ACCEPTED}.")
     if len(found) > 1:
         raise SourceError(f"{path}: ambiguous, it holds {', '.join(found)}: choose with form=, or name the file.")
-    form, files = next(iter(found.items()))
-    if form not in ("webdataset", "folder", "parquet", "hf") and len(files) > 1:
+    format, files = next(iter(found.items()))
+    if format not in ("webdataset", "folder", "parquet", "hf") and len(files) > 1:
         names = ", ".join(file.name for file in files[:4])
-        raise SourceError(f"{path}: ambiguous, it holds {len(files)} {form} files ({names}): name the one to convert.")
-    return form, files
+        raise SourceError(
+            f"{path}: ambiguous, it holds {len(files)} {format} files ({names}): name the one to convert."
+        )
+    return format, files
 
 
 def _what_to_do(path: Path) -> str:
-    """Return advice for what is often found in place of a source."""
+    """Return advice for files that are often given instead of a source."""
     if path.suffix.lower() == ".zip":
         return "; unpack it first"
     if not path.is_dir():
-        return f"; if it is of such a form, say so with form= ({', '.join(FORMS)})"
+        return f"; if it has one of these formats, name it with form= ({', '.join(FORMATS)})"
     if any(file.suffix.lower() == ".zip" for file in islice(_files_below(path), _LOOKED_AT)):
         return "; unpack the .zip files first"
     return "; name the file that holds them, with form= where its suffix is unusual"
 
 
-def _file_forms(path: Path) -> dict[str, list[Path]]:
-    form = _suffix_form(path)
-    if form == "json":
-        form = _json_form(path)
-    return {form: [path]} if form else {}
+def _file_formats(path: Path) -> dict[str, list[Path]]:
+    format = _suffix_format(path)
+    if format == "json":
+        format = _json_format(path)
+    return {format: [path]} if format else {}
 
 
-def _folder_forms(path: Path, wanted: str | None) -> dict[str, list[Path]]:
+def _folder_formats(path: Path, wanted: str | None) -> dict[str, list[Path]]:
     names = {file.name for file in path.iterdir()}
     if {"dataset_dict.json"} & names or {"dataset_info.json", "state.json"} <= names:
         return {"hf": [path]}
@@ -108,7 +110,7 @@ def _folder_forms(path: Path, wanted: str | None) -> dict[str, list[Path]]:
         raise SourceError(f"{path}: this is an MDS data set already; train on it as it is. Accepted: {_ACCEPTED}.")
     named = [path / f"captions{suffix}" for suffix in _SUFFIXES if f"captions{suffix}" in names]
     if named:
-        return _merge(_file_forms(file) for file in named)
+        return _merge(_file_formats(file) for file in named)
     files = list(_files_below(path))
     if (archives := archives_of(files)) and wanted != "folder":
         return archives
@@ -118,9 +120,9 @@ def _folder_forms(path: Path, wanted: str | None) -> dict[str, list[Path]]:
     )
     pairs = images & texts
     others = (None, "webdataset", "parquet")
-    top = (file for file in sorted(path.iterdir()) if file.is_file() and _suffix_form(file) not in others)
-    lists = _merge(_file_forms(file) for file in top if normal_form(str(file.with_suffix(""))) not in pairs)
-    # Beside images that mostly have texts, an object of JSON is rather what a program noted about them.
+    top = (file for file in sorted(path.iterdir()) if file.is_file() and _suffix_format(file) not in others)
+    lists = _merge(_file_formats(file) for file in top if normal_form(str(file.with_suffix(""))) not in pairs)
+    # Beside images that mostly have texts, a JSON object is probably metadata that a program wrote about them.
     noted = not lists or (lists.keys() <= {"coco"} and 2 * len(pairs) > len(images))
     found = pairs and (wanted == "folder" or (wanted is None and noted))
     return {"folder": files} if found else lists
@@ -144,29 +146,29 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def archives_of(files: Iterable[Path]) -> dict[str, list[Path]]:
-    """Return the tar shards and Parquet files among some, in order, by format."""
+    """Return the tar shards and Parquet files among some files, in order, by format."""
     found = _merge(
-        {form: [file]} for file in sorted(files) if (form := _suffix_form(file)) in ("webdataset", "parquet")
+        {format: [file]} for file in sorted(files) if (format := _suffix_format(file)) in ("webdataset", "parquet")
     )
-    # img2dataset lays its metadata beside each tar or folder, as 00000.parquet; it is not a second source.
+    # img2dataset writes metadata beside each tar or folder, as 00000.parquet; they are not a second source.
     stems = {file.with_suffix("") for file in found.get("webdataset", [])}
-    own = [
+    tables = [
         file
         for file in found.pop("parquet", [])
         if file.with_suffix("") not in stems and not (file.stem.isdigit() and file.with_suffix("").is_dir())
     ]
-    return {**found, **({"parquet": own} if own else {})}
+    return {**found, **({"parquet": tables} if tables else {})}
 
 
-def _merge(forms: Iterable[dict[str, list[Path]]]) -> dict[str, list[Path]]:
+def _merge(formats: Iterable[dict[str, list[Path]]]) -> dict[str, list[Path]]:
     merged: dict[str, list[Path]] = {}
-    for found in forms:
-        for form, files in found.items():
-            merged.setdefault(form, []).extend(files)
+    for found in formats:
+        for format, files in found.items():
+            merged.setdefault(format, []).extend(files)
     return merged
 
 
-def _json_form(path: Path) -> str | None:
+def _json_format(path: Path) -> str | None:
     with open_text(path) as file:
         head = file.read(_LOOKED_AT).lstrip()
     first, _, more = head.partition("\n")

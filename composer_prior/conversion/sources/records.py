@@ -1,4 +1,4 @@
-"""The image and captions in the fields of an entry, of any format: also of LLaVA's conversations."""
+"""Images and captions from the fields of an entry in any format, also of LLaVA's conversations."""
 
 import codecs
 from collections.abc import Iterator, Sequence
@@ -14,11 +14,11 @@ _PLACEHOLDER = "<image>"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 Turn = tuple[str, str, list[Any]]
-"""Who speaks, the text, and what stands for images in it."""
+"""Role, text and images of a turn."""
 
 
 def value_of(entry: dict[str, Any], wanted: str | None, usual: Sequence[str]) -> Any:
-    """Return the field asked for, or the first of the usual ones that holds anything."""
+    """Return the wanted field, or else the first of the usual ones that is not empty."""
     if wanted:
         return entry.get(wanted)
     for name in usual:
@@ -36,9 +36,9 @@ def record_of(
         image: bytes, a path, a dict of one of them, or a list of one of these.
         caption: a text, a list of texts, or a conversation, of which the answer about the image is the caption.
         spans: the spans of the caption, or of each.
-        key: what names the record; the path of its image if that is empty.
-        where: file and place.
-        explicit: whether ``key`` is the source's own id.
+        key: name of the record.
+        where: file and position.
+        explicit: whether ``key`` is an id of the source.
         has_spans: whether the record has a field of spans.
     """
     turns = _turns(caption)
@@ -62,10 +62,10 @@ def record_of(
 
 
 def image_of(value: Any) -> bytes | str | None:
-    """Return the one image that a field holds, as bytes or as a path; None where there is none.
+    """Return the one image of a field as bytes or as a path, or None without an image.
 
     Raises:
-        ImageError: for several images, or base64 that is none.
+        ImageError: for several images, or invalid base64.
     """
     if isinstance(value, (list, tuple)):
         if len(value) > 1:

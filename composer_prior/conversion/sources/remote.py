@@ -1,4 +1,4 @@
-"""Archives in a bucket as a source: each is a unit of work, on the disk only while a process reads it."""
+"""Archives in a bucket as a source; each is a unit of work, stored on disk only while a process reads it."""
 
 import os
 import tempfile
@@ -17,7 +17,7 @@ from composer_prior.data.stores import is_denied, is_final, told
 
 
 class _NotThereError(Exception):
-    """A file of a remote that no other attempt would get, as it is not there any more."""
+    """A file of a remote that no longer exists or cannot be downloaded for good."""
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,18 @@ class RemoteSource:
     """Tar shards or Parquet files in a bucket, read as :class:`.TarSource` and :class:`.ParquetSource` read them.
 
     Args:
-        remote: the folder's address.
+        remote: the folder's URL.
         files: names below it.
         options: how to read them.
-        form: ``"webdataset"`` or ``"parquet"``.
+        format: ``"webdataset"`` or ``"parquet"``.
         has_spans: whether the first records have ``image_related_spans``.
-        known_bad: files before the first that could be read.
+        known_bad: unreadable files before the first readable one.
     """
 
     remote: str
     files: tuple[str, ...]
     options: SourceOptions
-    form: str
+    format: str
     has_spans: bool = False
     known_bad: tuple[BadFile, ...] = ()
     total: int | None = None
@@ -52,7 +52,7 @@ class RemoteSource:
 
     @classmethod
     def open(cls, remote: str, options: SourceOptions) -> "RemoteSource":
-        """List the archives of a remote, or take the one that it names.
+        """List the archives below a URL, or open the one that it names.
 
         Raises:
             SourceError: if it cannot be listed, or holds none or both kinds.
@@ -70,18 +70,18 @@ class RemoteSource:
                     f"{remote} cannot be listed: {told(error.__cause__ or error, remote, 200)}."
                 ) from error
         if options.form is not None:
-            found = {form: files for form, files in found.items() if form == options.form}
+            found = {format: files for format, files in found.items() if format == options.form}
         if len(found) != 1:
             problem = (
                 f"it holds {' and '.join(found)}, choose with form=" if found else "no .tar or .parquet found here"
             )
             raise SourceError(
-                f"{remote}: {problem}. Of a remote, these two are read; copy other forms to a disk first."
+                f"{remote}: {problem}. Of a remote, these two are read; copy other formats to a disk first."
             )
-        ((form, files),) = found.items()
+        ((format, files),) = found.items()
         if options.images:
             options = replace(options, images=str(asked_folder(options.images)))
-        source = cls(folder, tuple(file.as_posix() for file in files), options, form)
+        source = cls(folder, tuple(file.as_posix() for file in files), options, format)
         bad: list[BadFile] = []
         for name in source.files:
             try:
@@ -95,12 +95,12 @@ class RemoteSource:
         raise SourceError(f"{remote}: none of its {len(files)} files can be read: {describe(bad)}.")
 
     def bad_files(self) -> Iterator[BadFile]:
-        return iter(self.known_bad)  # of the others it shows when they are downloaded
+        return iter(self.known_bad)  # others are found when they are downloaded
 
     def _problem(self, name: str, file: Path) -> "BadFile | None":
-        """Return why a downloaded file cannot be read at all, or None."""
+        """Return a bad file if a downloaded file cannot be read at all, or None."""
         problem_of, reason = (
-            (parquet_problem, "unreadable file") if self.form == "parquet" else (tar_problem, "broken archive")
+            (parquet_problem, "unreadable file") if self.format == "parquet" else (tar_problem, "broken archive")
         )
         unit = file_unit(file.parent, file, problem_of, reason)
         return replace(unit, key=name, where=name) if isinstance(unit, BadFile) else None

@@ -32,9 +32,9 @@ _TEXT_SUFFIXES = ("txt", "caption", "text")
 NEIGHBOURS = (*_TEXT_SUFFIXES, "json")
 """Suffixes of text files beside images."""
 _DOCUMENT = re.compile(r"readme|licen[cs]e|notice|changelog|copying|thumbs|desktop", re.IGNORECASE)
-_MOST_UNPACKED = 200  # times the size of a compressed archive; images and their captions make 2
+_MOST_UNPACKED = 200  # times the size of a compressed archive; images with captions reach 2
 _MOST_NAMING = 1 << 20  # bytes of a header that names the next member
-_ZEROS_BETWEEN = 1 << 20  # bytes of zeros that may lie behind an archive; more are a file that never came
+_ZEROS_BETWEEN = 1 << 20  # bytes of zeros accepted behind an archive; more indicate an incomplete download
 _NO_SAMPLE, _NO_IMAGE, _NEITHER = "not a sample", "missing image", "neither image nor caption"
 _WITHOUT_IMAGE = (_NO_SAMPLE, _NO_IMAGE, _NEITHER)
 _TOGETHER = "the members of a sample must stand together: pack the archive again, with tar --sort=name"
@@ -42,18 +42,17 @@ _TOGETHER = "the members of a sample must stand together: pack the archive again
 
 def _together(key: str) -> str:
     """Return the advice for a sample whose members are not adjacent."""
-    forms = "" if key.isascii() else ", after their names have one Unicode form, as convmv --nfc gives them"
-    return _TOGETHER + forms
+    unicode = "" if key.isascii() else ", after their names have one Unicode form, as convmv --nfc gives them"
+    return _TOGETHER + unicode
 
 
 @dataclass(frozen=True)
 class TarSource:
-    """WebDataset shards: members that follow each other and share a name up to its first dot are one sample.
+    """WebDataset shards: consecutive members that share a name up to its first dot are one sample.
 
-    Where those have no image of their own (``photo.v1.jpg``, ``photo.v1.txt``, ``photo.v2.jpg`` …), and for an image
-    and a caption that are a pair in their own right, the name goes on up to its last dot. Every member is a sample, a
-    part of one, or rejected; what is no sample by its name (hidden, without a suffix, a readme) is listed and does not
-    count.
+    If these have no image (``photo.v1.jpg``, ``photo.v1.txt``, ``photo.v2.jpg`` …), and for a pair of image and
+    caption, the name extends to its last dot. Every member belongs to a sample or is rejected; a member whose name is
+    not that of a sample (hidden, without a suffix, a readme) is listed and does not count.
     """
 
     root: Path
@@ -61,10 +60,10 @@ class TarSource:
     options: SourceOptions
     has_spans: bool = False
     total: int | None = None
-    form: str = field(default="webdataset", init=False)
+    format: str = field(default="webdataset", init=False)
 
     def members(self, unit: Any, wanted: Collection[str | None]) -> Iterator[tuple[str, bytes | Rejected | None]]:
-        """Name and content of each member in order; no content of those that are not wanted."""
+        """Yield name and content of each member in order, without the content of unwanted ones."""
         return _tar_members(self.root / unit.name, unit.name, wanted, self.options.max_image_bytes)
 
     @property
@@ -92,10 +91,10 @@ class TarSource:
                 yield bad
 
     def _cut(self, unit: FileUnit) -> "BadFile | None":
-        """Return what is wrong with an archive that lacks its end; only its headers are read."""
+        """Return a bad file for an archive without its end, from its headers alone."""
         path = self.root / unit.name
         if beginning(path)[0][257:262] != b"ustar":
-            return None  # it is compressed, and has to be read
+            return None  # compressed; it is checked when it is read
         with open(path, "rb") as file:
             file.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
             if not file.read().strip(b"\0"):
@@ -128,7 +127,7 @@ class TarSource:
         yield from group.end()
 
     def record(self, key: str, members: dict[str, bytes | None], where: str) -> Record | Rejected:
-        """Return the sample that the members of a name make, by their suffixes."""
+        """Return the sample of members with one name, by their suffixes."""
         options = self.options
         images = [options.image_column] if options.image_column else [s for s in members if s in IMAGE_SUFFIXES]
         images = [suffix for suffix in images if members.get(suffix) is not None]
@@ -136,7 +135,7 @@ class TarSource:
             listed = f"members: {', '.join(members)}"[:200]
             if images:
                 return Rejected(key, "several images", where, f"{listed}; choose one with image_column=")
-            if _DOCUMENT.fullmatch(key.rpartition("/")[2]) or (self.form == "folder" and list(members) == ["json"]):
+            if _DOCUMENT.fullmatch(key.rpartition("/")[2]) or (self.format == "folder" and list(members) == ["json"]):
                 return Rejected(key, _NO_SAMPLE, where, listed, count=0)
             known = any(data is not None for data in members.values())
             return Rejected(key, _NO_IMAGE if known else _NEITHER, where, listed)
@@ -170,9 +169,9 @@ class TarSource:
 
 
 class _Group:
-    """Members that follow each other and share a name up to its first dot.
+    """Consecutive members that share a name up to its first dot.
 
-    Of those with more dots, only what makes an image with a caption is held as bytes, and only until it is complete.
+    Of names with more dots, only one pair of image and caption is held in memory at a time.
     """
 
     def __init__(self, source: TarSource, file: str, key: str, seen: set[str]):
@@ -184,7 +183,7 @@ class _Group:
         self.has_pairs = False
 
     def add(self, name: str, suffix: str, data: bytes | None, plain: bool) -> Iterator[Record | Rejected]:
-        """Take one member in; a pair of a longer name is complete when the next name begins."""
+        """Add one member; a pair of a longer name is complete when the next name begins."""
         key, _, last = normal_form(name).rpartition(".")
         if plain or "." not in suffix:
             self.twice = self.twice or (name if suffix in self.members else "")
@@ -196,7 +195,7 @@ class _Group:
         yield from self.inner.add(name, last.lower(), data, True)
 
     def end(self) -> Iterator[Record | Rejected]:
-        """Yield what is left when a member of another name follows."""
+        """Yield the remaining records when a member of another name follows."""
         yield from self._end_inner()
         known = any(data is not None for data in self.members.values())
         if self.members and (known or not self.has_pairs):
@@ -232,7 +231,7 @@ class _Group:
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """Return a member's name up to its first dot, and its suffix in small letters; none for what is no sample."""
+    """Return a member's name up to its first dot, and its lower-case suffix, which is empty if it is no sample."""
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     if not stem or "__MACOSX" in folder.split("/"):
@@ -242,16 +241,16 @@ def _split_name(name: str) -> tuple[str, str]:
 
 class _Files(NamedTuple):
     name: str  # of the folder
-    files: tuple[tuple[str, int, int], ...]  # name, size and time of each; one that has changed is another unit
+    files: tuple[tuple[str, int, int], ...]  # name, size and time of each; a changed file makes another unit
 
 
 class FolderSource(TarSource):
-    """A folder of images with a file of text each that has its name, as kohya, SimpleTuner and img2dataset leave it.
+    """A folder of images with text files of the same names, as of kohya, SimpleTuner and img2dataset.
 
-    It is read as an archive of these files.
+    It is read like an archive of these files.
     """
 
-    form = "folder"
+    format = "folder"
 
     def bad_files(self) -> Iterator[BadFile]:
         return iter(())
@@ -284,7 +283,7 @@ class FolderSource(TarSource):
 
 
 class _Header(tarfile.TarInfo):
-    """A header, read only where the size that it claims and that of the archive behind it are within bounds."""
+    """A header, read only if its size and the unpacked size of the archive are within bounds."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
@@ -293,7 +292,7 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"it unpacks to more than {most} bytes, {_MOST_UNPACKED} times its size")
         return super().fromtarfile(archive)  # type: ignore[return-value]
 
-    def _proc_member(self, archive: tarfile.TarFile) -> Any:  # what tarfile means to be overridden
+    def _proc_member(self, archive: tarfile.TarFile) -> Any:  # tarfile's hook for subclasses
         if self.type in (b"L", b"K", b"x", b"g", b"X") and not 0 <= self.size <= _MOST_NAMING:
             raise tarfile.ReadError(f"a header of {self.size} bytes, at most {_MOST_NAMING} are accepted")
         return super()._proc_member(archive)  # type: ignore[misc]
@@ -302,17 +301,17 @@ class _Header(tarfile.TarInfo):
 def _tar_members(
     path: Path, label: str, wanted: Collection[str | None], limit: int
 ) -> Iterator[tuple[str, bytes | Rejected | None]]:
-    """Name and bytes of each regular member, in order, never more than one of them in memory; no bytes of others.
+    """Yield name and bytes of each regular member in order, one in memory at a time, without bytes of unwanted ones.
 
-    ``tarfile`` takes a damaged header within an archive for its end, or, told to ignore it, does not say so. Here what
-    lies between two members is rejected unless it is zeros, as between archives that were joined, and reading goes on.
-    It stands for as many samples as its size says; an archive without a member, or without an end, is a bad file.
+    ``tarfile`` takes a damaged header for the end of the archive, or ignores it silently. Here bytes between two
+    members are rejected, unless they are zeros as between joined archives, and reading continues. They count as the
+    number of samples that would fill them; an archive without a member, or without an end, is a bad file.
     """
     end, stems, last = 0, 0, ""
-    first: tuple[int, str] | None = None  # what stands before the first member
+    first: tuple[int, str] | None = None  # bytes before the first member
 
     def damaged(size: int, problem: str) -> tuple[str, Rejected]:
-        """Return lost bytes as a rejection of as many samples as would fill them."""
+        """Return a rejection of the number of samples that would fill the lost bytes."""
         count = max(1, round(size * stems / max(1, end - (first[0] if first else 0))))
         return "", Rejected(label, "broken archive", label, problem, count, estimated=count > 1)
 
@@ -363,7 +362,7 @@ def _tar_members(
 
 
 def _lost(tar: tarfile.TarFile, begin: int, end: int | None) -> tuple[int, str]:
-    """Return the size of the bytes between two members, or behind the last one, and what is wrong with them."""
+    """Return the size of the bytes between two members, or behind the last one, and their problem."""
     if begin == end:
         return 0, ""
     assert tar.fileobj is not None
