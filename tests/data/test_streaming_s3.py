@@ -318,7 +318,8 @@ def test_streams_are_mixed(tmp_path):
     [
         (
             "streams.web.proporton=2",
-            "train_loader.dataset.streams.web.proporton is not a key of stream. Did you mean 'prop",
+            "train_loader.dataset.streams.web.proporton is not a key of train_loader.dataset.streams.web. "
+            "Did you mean 'prop",
         ),
         ("streams.web.repeat=many", "train_loader.dataset.streams.web.repeat='many': expected"),
         ("streams.web=s3://captions", "train_loader.dataset.streams.web='s3://captions': expected keys such as remote"),

@@ -41,10 +41,11 @@ def test_two_stages(here):
     assert " tokens of 32 samples in s3://bucket/captions/scores" in said
     one, _ = read_weights(find_weights("runs/stage1"))
     lm = AutoModelForCausalLM.from_pretrained("runs/reference_smollm2/model")
-    loaded = {f"model.language.{name}": tensor for name, tensor in lm.state_dict().items()}
+    names = {name: name.replace("model.", "model.language_model.", 1) for name in lm.state_dict()}
+    loaded = {f"model.{names[name]}": tensor for name, tensor in lm.state_dict().items()}
     vision = build_open_clip("prior-vit-tiny", layer=-2, **tower)
-    loaded |= {f"model.vision.{name}": tensor for name, tensor in vision.state_dict().items()}
-    assert {name for name in one if name not in loaded} == {name for name in one if ".projector." in name}
+    loaded |= {f"model.model.vision_tower.{name}": tensor for name, tensor in vision.state_dict().items()}
+    assert {name for name in one if name not in loaded} == {name for name in one if ".multi_modal_projector." in name}
     assert all(torch.equal(one[name], tensor) for name, tensor in loaded.items())
 
     options += ["model.vision.freeze=false", "optimizer.groups.vision.lr=2.0e-6", "scheduler.t_warmup=1ba"]
@@ -57,7 +58,7 @@ def test_two_stages(here):
     ended, _ = read_weights(find_weights("runs/stage2"))
     assert begun.keys() == one.keys()
     assert all(torch.equal(begun[name], tensor) for name, tensor in one.items())  # the rate of the first step is 0
-    for part in ("vision", "projector", "language"):
+    for part in ("vision_tower", "multi_modal_projector", "language_model"):
         assert any(not torch.equal(ended[name], tensor) for name, tensor in one.items() if f".{part}." in name)
     steps = [json.loads(line) for line in Path("runs/stage2/metrics.jsonl").read_text().splitlines()]
     rates = [(step["lr-AdamW/group0"], step["lr-AdamW/vision"]) for step in steps if "lr-AdamW/vision" in step]

@@ -249,7 +249,6 @@ def test_nothing_to_train_is_refused(finished):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "usage: composer-prior train RECIPE.yaml"),
         (["nowhere.yaml"], "error: The recipe nowhere.yaml does not exist."),
         ([str(ROOT / "yamls/prior_vit.yaml"), "algorithms.prior.alfa=2"], "error: algorithms.prior.alfa is not a key"),
         ([str(ROOT / "yamls/ntp_vit.yaml"), "code_paths=[nowhere.py]"], "error: .*nowhere.py"),
@@ -261,6 +260,13 @@ def test_errors_of_the_command_are_one_line(tmp_path, monkeypatch, arguments, me
         main(arguments)
     assert "\n" not in str(caught.value.code)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_command_without_a_recipe_prints_its_usage(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: composer-prior train RECIPE.yaml")
 
 
 def test_the_recipe_at_real_scale_on_a_shrunken_model(finished):
