@@ -1,5 +1,6 @@
 """``composer-prior convert SOURCE OUT [option=value ...]``."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,10 @@ from composer_prior.data.messages import one_line_exit, say
 def run(words: Sequence[str], options: Mapping[str, Any]) -> None:
     """Convert image-caption pairs and print the summary."""
     source, out = words
-    summary = convert_captions(source, out, **options)
+    try:
+        summary = convert_captions(source, out, **options)
+    except KeyboardInterrupt:
+        print("Run the same command again to go on.", file=sys.stderr)
+        raise
     rejected = f"\nThe reasons are in {out}/rejected.jsonl." if summary.rejected or summary.ignored else ""
     say(f"{summary}{rejected}")

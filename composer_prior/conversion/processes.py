@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -47,8 +48,8 @@ def _start_worker(task: Task, stop: Any, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow() -> None:
-        while os.getppid() == parent and not stop.wait(0.1):
-            pass
+        while os.getppid() == parent and not stop.value:
+            time.sleep(0.1)
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
@@ -62,7 +63,7 @@ def _in_parallel(task: Task, units: Units, processes: int) -> Results:
     """Convert units in several processes, at most two units each in memory."""
     # Forked processes start at once, and do not rerun a script that lacks a main guard.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    stop = context.Event()
+    stop = context.RawValue("b", 0)  # without a lock, which a killed process would keep
     with ProcessPoolExecutor(processes, context, _start_worker, (task, stop, os.getpid())) as pool:
         try:
             pending: set[Future[tuple[int, Result]]] = set()
@@ -73,7 +74,7 @@ def _in_parallel(task: Task, units: Units, processes: int) -> Results:
             while pending:
                 yield from _finished(pending)
         except BaseException:
-            stop.set()
+            stop.value = 1
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 

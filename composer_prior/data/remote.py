@@ -49,17 +49,14 @@ class Remote:
     def __reduce__(self) -> Any:
         return Remote, (self.url,)  # clients stay in their process
 
-    def names(self, problem: str = ": cannot be listed") -> list[str]:
+    def names(self) -> list[str]:
         """Return the names of all objects, relative to the URL, in order.
-
-        Args:
-            problem: words for an error, behind the URL.
 
         Raises:
             StorageError: if they cannot be listed.
             NotImplementedError: if no store of this kind can.
         """
-        with store_errors(self.url, problem):
+        with store_errors(self.url, ": cannot be listed"):
             client = self._client()
             path = urlsplit(self.url).path
             names = _volume_files(client, path) if self.url.startswith("dbfs:/Volumes") else client.list_objects()
@@ -139,8 +136,10 @@ class Remote:
 
     def check_readable(self) -> None:
         """Raise StorageError if the bucket gives no access."""
-        with store_errors(self.url, " cannot be read"):
-            _new_client(self.url)
+        from streaming.base.storage.upload import CloudUploader  # here: conversion starts without streaming
+
+        with store_errors(self.url, " cannot be read"), tempfile.TemporaryDirectory() as folder:
+            CloudUploader.get((folder, self.url))  # which asks for the bucket
 
     def check_writable(self) -> None:
         """Raise StorageError if a test object cannot be written; it is removed where permitted."""
@@ -155,7 +154,7 @@ class Remote:
                 client.s3.delete_object(Bucket=bucket, Key=key)
 
     def _client(self, folder: Path | str = "") -> Any:
-        """Return streaming's uploader from a folder, which has checked the bucket and also lists it."""
+        """Return streaming's uploader from a folder, which also lists the bucket."""
         key = (os.getpid(), str(folder))
         if key not in self._clients:
             self._clients[key] = _new_client(self.url)
@@ -164,10 +163,10 @@ class Remote:
 
 
 def _new_client(url: str, empty: str | None = None) -> Any:
-    from streaming.base.storage.upload import CloudUploader  # here: conversion starts without streaming
+    from composer_prior.data.streaming_fixes import uploader_of  # here: conversion starts without streaming
 
     if empty is not None:
-        return CloudUploader.get((empty, url), keep_local=True, retry=1)
+        return uploader_of(empty, url)
     with tempfile.TemporaryDirectory() as folder:
         return _new_client(url, folder)
 
@@ -225,7 +224,7 @@ class Output:
         if self.remote is None:
             return set(os.listdir(self.label))
         try:
-            return {name.rpartition("/")[2] for name in self.remote.names(": cannot be written to")} - {PROBE}
+            return {name.rpartition("/")[2] for name in self.remote.names()} - {PROBE}
         except (NotImplementedError, FileNotFoundError):
             return None
 

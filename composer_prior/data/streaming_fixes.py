@@ -24,6 +24,7 @@ from streaming.base.shared import memory as streaming_memory
 from streaming.base.shared import prefix
 from streaming.base.shared.memory import SharedMemory
 from streaming.base.storage.download import CloudDownloader, S3Downloader
+from streaming.base.storage.upload import CloudUploader, S3Uploader
 from streaming.base.world import World
 
 from composer_prior.data.messages import DataError, one_line
@@ -171,6 +172,23 @@ class _S3(S3Downloader):
 def downloader_of(remote: str | None) -> CloudDownloader:
     """Return streaming's downloader of a remote or a folder."""
     return _S3() if remote is not None and remote.startswith("s3://") else CloudDownloader.get(remote)
+
+
+class _S3Upload(S3Uploader):
+    """Streaming's, which asks for the whole bucket first; credentials for one folder may not.
+
+    No public report.
+    """
+
+    def check_bucket_exists(self, remote: str) -> None:
+        """Do nothing: the first request for an object says so."""
+
+
+def uploader_of(local: str, remote: str) -> CloudUploader:
+    """Return streaming's uploader from an empty folder to a remote; it tries once and keeps the files."""
+    if remote.startswith("s3://"):
+        return _S3Upload((local, remote), keep_local=True, retry=1)
+    return CloudUploader.get((local, remote), keep_local=True, retry=1)
 
 
 class FixedDataset(StreamingDataset):

@@ -329,6 +329,24 @@ def test_the_progress_bar_shows_both_speeds(tmp_path, capsys):
         assert "MB/s" in shown
 
 
+def test_a_process_that_dies_ends_the_conversion_with_one_line(tmp_path, monkeypatch, capsys):
+    killed = "composer_prior.conversion.processes.convert_unit"
+    monkeypatch.setattr(killed, lambda task, number, unit: os.kill(os.getpid(), signal.SIGKILL))
+    assert main([str(simple_source(tmp_path / "in", 8)), str(tmp_path / "out"), "processes=2", "unit_samples=1"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a process died" in line
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(source, out):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("composer_prior.commands.convert.convert_captions", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["source", "out"])
+    assert capsys.readouterr().err == "Run the same command again to go on.\n"
+
+
 def test_processes_end_with_their_parent(tmp_path):
     source = simple_source(tmp_path / "in", 400)
     command = [sys.executable, str(SCRIPT), str(source), str(tmp_path / "out"), "processes=2", "unit_samples=2"]

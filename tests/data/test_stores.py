@@ -78,7 +78,7 @@ def denied(proxy, bucket="private"):
 def test_what_will_not_change_is_not_tried_again(status, refusing, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "FIRST_PAUSE", 1000.0)
     proxy = refusing(everything(status))
-    named = denied(proxy) if status == 403 else rf"400.*\(bucket private at {proxy.address}\)"
+    named = denied(proxy) if status == 403 else rf"(400|ExpiredToken).*\(bucket private at {proxy.address}\)"
     with pytest.raises(DataError, match=named) as caught:
         Remote("s3://private/data").get("index.json", tmp_path / "index.json")
     assert "not found" not in str(caught.value)
@@ -116,14 +116,18 @@ def test_an_endpoint_is_told_without_its_password(monkeypatch):
     assert service("/data") == ""
 
 
-@pytest.mark.parametrize("refuse", [everything(403), everything(400), writing], ids=["nothing", "400", "read only"])
-def test_conversion_says_so_before_it_converts(refuse, refusing, source, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("refuse", "problem"),
+    [(everything(403), "listed"), (everything(400), "listed"), (writing, "written to")],
+    ids=["nothing", "400", "read only"],
+)
+def test_conversion_says_so_before_it_converts(refuse, problem, refusing, source, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("composer_prior.conversion.convert.convert_units", None)
     proxy = refusing(refuse)
     assert convert([source, f"s3://private/{tmp_path.name}", f"work={tmp_path / 'work'}"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith(f"error: s3://private/{tmp_path.name}: cannot be written to (")
+    assert lines[0].startswith(f"error: s3://private/{tmp_path.name}: cannot be {problem} (")
     assert f"bucket private at {proxy.address}" in lines[0]
 
 
@@ -193,6 +197,23 @@ def test_a_run_that_may_not_read_is_not_told_that_nothing_is_there(overrides, re
     assert "not there" not in str(caught.value)
     assert "not found" not in str(caught.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_is_used_with_credentials_for_it_alone(refusing, tmp_path):
+    refusing(lambda method, path: 403 if path in ("/private", "/private/") else None)
+    (tmp_path / "file").write_bytes(b"?")
+    remote = Remote("s3://private/only")
+    remote.check_writable()
+    remote.put(tmp_path, "file")
+    assert remote.size("file") == 1
+    with pytest.raises(StorageError, match=r"^s3://private/only cannot be read"):
+        remote.check_readable()
+
+
+def test_a_listing_that_is_denied_is_called_so(refusing, tmp_path):
+    proxy = refusing(everything(403))
+    with pytest.raises(StorageError, match=rf"^s3://private/out: cannot be listed \({denied(proxy)}"):
+        Output("s3://private/out", tmp_path).names()
 
 
 @pytest.mark.slow
