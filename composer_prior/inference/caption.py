@@ -162,6 +162,7 @@ def caption_images(
     with sole_writer(lines, "out"):
         done = {line["image"] for line in begin_lines(lines, settings, overwrite)}
         captioner = load(model, trust_remote_code)
+        model_inputs(captioner.processor, [Image.new("RGB", (64, 64))], prompt)  # or refuse the prompt now
         captioner.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.manual_seed(seed)
         images = Images(sources, done)
@@ -232,10 +233,9 @@ def _prepare(
     except Exception as error:  # whatever a processor raises
         if len(batch) == 1:
             return [Decoded(batch[0].name, None, one_line(error))], None
-        errors = [_prepare(processor, prompt, [one])[0][0].error for one in batch]
-        return _prepare(
-            processor,
-            prompt,
-            [replace(one, error=e, image=None if e else one.image) for one, e in zip(batch, errors, strict=True)],
-        )
+        alone = [_prepare(processor, prompt, [one])[0][0] for one in batch]
+        if [one.error for one in alone] == [one.error for one in batch]:  # the batch is refused, and none of its images
+            raise
+        pairs = zip(batch, alone, strict=True)
+        return _prepare(processor, prompt, [bad if bad.error else one for one, bad in pairs])
     return [replace(one, image=None) for one in batch], inputs  # the model needs no more of them

@@ -119,6 +119,8 @@ def make_lvlm(
     Raises:
         ValueError: for parts that do not fit, or an LM that cannot generate from embeddings.
     """
+    if hasattr(lm, "get_base_model"):
+        raise ValueError("The LM has adapters of PEFT: make the LVLM without them, then give it to get_peft_model.")
     settings: Any = tower.config
     if projector is None and settings["width"] != hidden_size(lm):
         raise ValueError(

@@ -18,17 +18,20 @@ from composer_prior.models.image_text_model import ImageTextModel
 from composer_prior.models.label_logits import label_logits, on_text_alone
 from composer_prior.models.language import (
     as_forward,
+    block_names,
     causal_lm_of,
     check_adapters,
+    check_decoder,
+    check_head,
     decoder_of,
     head_of,
-    is_transformer_block,
+    is_block,
     last_hidden_states,
     parts_of,
 )
 from composer_prior.models.metrics import TokenMetric, caption_metrics
 from composer_prior.models.packing import enable_packing, packed_hidden_states
-from composer_prior.models.prior_lvlm.modeling_prior_lvlm import PriorLVLMForConditionalGeneration
+from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration, PriorLVLMImageProcessor
 from composer_prior.models.vision import to_image_inputs
 
 
@@ -77,16 +80,19 @@ class ComposerLVLM(ComposerModel):
         self.image_related_metrics = image_related_metrics
         self.label_logits = False  # True: forward returns those too
         base = causal_lm_of(model)
+        check_decoder(base)
         # Ours, and a language model, read sequences that are padded at their end: causal attention needs no mask then.
         self._needs_mask = not (self.reads_text_alone or isinstance(base, PriorLVLMForConditionalGeneration))
+        if self._needs_mask:
+            check_head(model)  # the loss is made of hidden states and head
         if pack:
             if self._needs_mask:
                 raise ValueError(f"pack=True: {type(base).__name__} cannot keep packed sequences apart; leave it out.")
             enable_packing(parts_of(model)["language"])  # type: ignore[arg-type]
+        self._checked = False
         self._inputs = {*inspect.signature(decoder_of(base).forward).parameters}
         # Composer asks these about each module: a unit of FSDP2, and of activation checkpointing, is a block.
-        vars(model)["fsdp_wrap_fn"] = partial(is_transformer_block, model=model)
-        vars(model)["activation_checkpointing_fn"] = partial(is_transformer_block, model=model)
+        vars(model)["fsdp_wrap_fn"] = vars(model)["activation_checkpointing_fn"] = partial(is_block, block_names(model))
 
     @property
     def reads_text_alone(self) -> bool:
@@ -96,7 +102,14 @@ class ComposerLVLM(ComposerModel):
     @property
     def image_processor(self) -> Any:
         """A function from an image to :class:`.ImageInputs`; None for a language model."""
-        return None if self.reads_text_alone else to_image_inputs(self.processor.image_processor)
+        if self.reads_text_alone:
+            return None
+        if not isinstance(self.processor.image_processor, PriorLVLMImageProcessor):
+            raise ValueError(
+                f"StreamingCaptionDataset cannot use a {type(self.processor.image_processor).__name__}: give the model "
+                "a loader whose collator calls its processor."
+            )
+        return to_image_inputs(self.processor.image_processor)
 
     @property
     def image_text_model(self) -> ImageTextModel:
@@ -130,8 +143,9 @@ class ComposerLVLM(ComposerModel):
 
     def _hidden_states(self, batch: Mapping[str, Tensor]) -> Tensor:
         inputs = {key: value for key, value in batch.items() if key in self._inputs}
-        if not self._needs_mask and not torch.compiler.is_compiling():
+        if not self._needs_mask and not self._checked and not torch.compiler.is_compiling():
             check_padding(batch.get("attention_mask"))
+            self._checked = True  # a loader pads all batches at one side
         if self.pack:
             mask, language = batch["attention_mask"], parts_of(self.model)["language"]
             return packed_hidden_states(language, self._embed(inputs), mask)  # type: ignore[arg-type]

@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
 
-from composer_prior.data.hub import ModelFolderError, load_pretrained
-from composer_prior.data.messages import DataError, one_line
+from composer_prior.data.hub import ModelFolderError, find_model, load_pretrained
+from composer_prior.data.messages import one_line
 from composer_prior.data.tokenizer import encode_caption, prompt_ids
 from composer_prior.models.continuation import continuation_logprobs, same
 from composer_prior.models.language import (
     as_forward,
     causal_lm_of,
+    check_decoder,
     decoder_of,
     evaluating,
     generate_greedily,
@@ -25,7 +26,7 @@ from composer_prior.models.language import (
     parts_of,
 )
 from composer_prior.models.model_folder import save_model_folder
-from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration, PriorLVLMProcessor
+from composer_prior.models.prior_lvlm import PriorLVLMConfig, PriorLVLMForConditionalGeneration, PriorLVLMProcessor
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class ImageTextModel:
         processor: of the model. With a chat template, image and prompt are what the user says.
 
     Raises:
-        DataError: for a model without a decoder and a head.
+        ValueError: for a model without a decoder and a head.
     """
 
     def __init__(self, model: Any, processor: Any):
@@ -71,8 +72,7 @@ class ImageTextModel:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         base = causal_lm_of(model)
-        if not hasattr(base, "model") or base.get_output_embeddings() is None:
-            raise DataError(f"{type(base).__name__} has no decoder and head that texts could be scored with.")
+        check_decoder(base)
         generate_greedily(model)
 
     @classmethod
@@ -88,17 +88,20 @@ class ImageTextModel:
         """
         if Path(path).is_dir() and not Path(path, "config.json").is_file():  # transformers would guess by the name
             raise ModelFolderError(f"{path} holds no model: it has no config.json.")
+        kinds: tuple[Any, Any] = (AutoProcessor, AutoModelForImageTextToText)
         try:
-            config = load_pretrained(AutoConfig, path, trust_remote_code)
-            model, found = load_pretrained(
-                AutoModelForImageTextToText, path, trust_remote_code, output_loading_info=True
-            )
-            processor = load_pretrained(AutoProcessor, path, trust_remote_code)
+            settings, _ = PretrainedConfig.get_config_dict(find_model(path))
+            if settings.get("model_type") == PriorLVLMConfig.model_type:  # never the copy of the code in its folder
+                kinds = (PriorLVLMProcessor, PriorLVLMForConditionalGeneration)
+            elif type(load_pretrained(AutoConfig, path, trust_remote_code)) not in kinds[1]._model_mapping and kinds[
+                1
+            ].__name__ not in settings.get("auto_map", {}):
+                raise ModelFolderError(f"{path} holds a {settings.get('model_type')}, which captions no images.")
+            processor = load_pretrained(kinds[0], path, trust_remote_code)
+            model, found = load_pretrained(kinds[1], path, trust_remote_code, output_loading_info=True)
         except ModelFolderError:
             raise
         except Exception as error:  # whatever the code of some model raises
-            if "Unrecognized configuration class" in str(error):
-                raise ModelFolderError(f"{path} holds a {config.model_type}, which captions no images.") from error
             raise ModelFolderError(f"{path} holds no model that can be loaded: {one_line(error)}") from error
         differing = differing_weights(found, unexpected=isinstance(model, PriorLVLMForConditionalGeneration))
         if differing:

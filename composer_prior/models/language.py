@@ -189,7 +189,7 @@ def hidden_size(model: PreTrainedModel) -> int:
 
 
 def last_hidden_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
-    """``[B, T, D]`` hidden states that the head maps to logits.
+    """Return ``[B, T, D]`` hidden states that the head maps to logits.
 
     The model may be one of PEFT around a causal LM, whose decoder holds the adapters. Sequences are padded at their end
     or not at all, so the mask is causal.
@@ -207,6 +207,14 @@ def last_hidden_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
         # Without one, transformers builds a mask [B, 1, T, T], which keeps attention from its causal kernel.
         inputs["attention_mask"] = torch.ones(read.shape[:2], dtype=torch.long, device=read.device)
     return decoder_of(causal_lm_of(model))(**inputs, use_cache=False).last_hidden_state
+
+
+def check_decoder(model: PreTrainedModel) -> None:
+    """Raise a ValueError for a model without a decoder under a head, which the loss and likelihoods are made of."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    parts = [part for part in model.children() if any(module is embeddings for module in part.modules())]
+    if head is None or not parts or parts[0] is embeddings:
+        raise ValueError(f"{type(model).__name__} has no decoder and head that texts could be scored with.")
 
 
 def check_adapters(model: PreTrainedModel) -> None:
@@ -236,7 +244,7 @@ def is_recurrent(model: Any) -> bool:
     Args:
         model: of transformers, or one of PEFT around it; with or without weights.
     """
-    model = causal_lm_of(model)
+    model = parts_of(model)["language"]
     config = model.config.get_text_config(decoder=True)
     kinds = {kind for name in ("layer_types", "layers_block_type") for kind in getattr(config, name, None) or ()}
     layers = getattr(model, "language_model", model).modules()  # beside one there may be a tower
@@ -245,13 +253,19 @@ def is_recurrent(model: Any) -> bool:
 
 def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
     """Return the transformer blocks, in order: the modules that a model's class says are never split among devices."""
-    return [module for module in causal_lm_of(model).modules() if is_transformer_block(module, model)]
+    names = block_names(model)
+    return [module for module in causal_lm_of(model).modules() if is_block(names, module)]
 
 
-def is_transformer_block(module: nn.Module, model: PreTrainedModel) -> bool:
-    """Return True for one of :func:`transformer_blocks`; ask before FSDP2, which gives modules another class."""
+def block_names(model: PreTrainedModel) -> set[str]:
+    """Return the names of the classes of :func:`transformer_blocks`."""
     parts = [part for part in causal_lm_of(model).modules() if isinstance(part, PreTrainedModel)]
-    return any(type(module).__name__ in (part._no_split_modules or ()) for part in parts)
+    return {name for part in parts for name in part._no_split_modules or ()}
+
+
+def is_block(names: set[str], module: nn.Module) -> bool:
+    """Return True for a transformer block; ask before FSDP2, which gives modules another class."""
+    return type(module).__name__ in names
 
 
 def parts_of(model: PreTrainedModel) -> dict[str, nn.Module]:

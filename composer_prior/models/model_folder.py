@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from composer_prior.data.storage import whole_folder
 from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration, PriorLVLMProcessor
@@ -95,7 +95,7 @@ def fitting_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str
 
 def for_generation(processor: Any) -> Any:
     """Return a copy of our processor whose tokenizer pads on the left and names the model's inputs alone."""
-    if isinstance(processor, PreTrainedTokenizerBase) or not isinstance(processor, PriorLVLMProcessor):
+    if not isinstance(processor, PriorLVLMProcessor):
         return processor
     tokenizer = deepcopy(processor.tokenizer)
     tokenizer.padding_side, tokenizer.model_input_names = "left", ["input_ids", "attention_mask"]
@@ -106,4 +106,4 @@ def for_generation(processor: Any) -> Any:
     }
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return PriorLVLMProcessor(processor.image_processor, tokenizer, processor.prompt)
+    return PriorLVLMProcessor(processor.image_processor, tokenizer, processor.prompt, processor.chat_template)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
-from composer_prior.models.language import parts_of
+from composer_prior.models.language import causal_lm_of, parts_of
 
 # Names a Python file that makes FSDP2 average gradients over gloo; FSDP2 is then accepted on CPUs. For tests.
 ON_CPU = "COMPOSER_PRIOR_FSDP2_ON_CPU"
@@ -83,9 +83,10 @@ def prepare_sharded(model: nn.Module) -> None:
     if ON_CPU in os.environ and not torch.cuda.is_available():
         runpy.run_path(os.environ[ON_CPU])
     lvlm: Any = getattr(model, "model", None)
-    if isinstance(lvlm, PreTrainedModel):
-        if isinstance(lvlm, FSDPModule) and dist.get_world_size() > 1:
-            share_tensor_attributes(lvlm, lvlm.device)
+    if lvlm is not None and isinstance(causal_lm_of(lvlm), PreTrainedModel):
+        sharded = isinstance(lvlm, FSDPModule)
+        if sharded and dist.get_world_size() > 1:
+            share_tensor_attributes(lvlm, causal_lm_of(lvlm).device)
         _keep_out_of_backward(parts_of(lvlm).get("vision"))
 
 

@@ -80,11 +80,12 @@ def _weights_in_groups(settings: list[GroupSettings], model: nn.Module, spare: b
 
 def _named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the weights by the names that recipes use, a tied one several times."""
-    if not isinstance(model, ComposerLVLM):
+    parts = parts_of(model.model) if isinstance(model, ComposerLVLM) else {}
+    if not parts or (not model.reads_text_alone and "vision" not in parts):  # another model, or another family
         for name, weight in model.named_parameters(remove_duplicate=False):
             yield name.removeprefix("model."), weight
         return
-    for part, module in parts_of(model.model).items():
+    for part, module in parts.items():
         for name, weight in module.named_parameters(remove_duplicate=False):
             yield f"{part}.{name}", weight
 

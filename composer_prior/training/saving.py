@@ -11,7 +11,6 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from composer_prior.algorithms.token_weighting.token_weighting import unwrapped
 from composer_prior.data.download import ATTEMPTS
@@ -25,6 +24,7 @@ from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.image_text_model import ImageTextModel
 from composer_prior.models.language import generate_greedily
 from composer_prior.models.model_folder import fitting_weights, save_model_folder
+from composer_prior.models.prior_lvlm import PriorLVLMConfig, PriorLVLMForConditionalGeneration, PriorLVLMProcessor
 from composer_prior.reports.closing import validation_metrics
 from composer_prior.training.checkpoints.loading import read_weights
 from composer_prior.training.checkpoints.storage import find_weights
@@ -201,9 +201,9 @@ def _load_checkpoint(source: Path, trust_remote_code: bool) -> ImageTextModel:
         raise ModelFolderError(f"{source} has no {ARCHITECTURE}/ in a folder above it; leave it in its run folder.")
     folder = runs[0] / ARCHITECTURE
     try:
-        processor = load_pretrained(AutoProcessor, folder, trust_remote_code)
-        config = load_pretrained(AutoConfig, folder, trust_remote_code)
-        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+        processor = load_pretrained(PriorLVLMProcessor, folder, trust_remote_code)
+        config = load_pretrained(PriorLVLMConfig, folder, trust_remote_code)
+        model: Any = PriorLVLMForConditionalGeneration(config)
         weights, fingerprint = read_weights(source)
     except ModelFolderError:
         raise

@@ -72,7 +72,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     check_checkpointing(recipe.parallelism_config, model)
     optimizer = build_optimizer(recipe.optimizer, model)
     identity = {
-        **WEIGHT_NAMES,
+        **(WEIGHT_NAMES if isinstance(model, ComposerLVLM) else {}),
         **identified(recipe, ("model", "optimizer")),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": train_data.fingerprint,

@@ -3,17 +3,26 @@
 import pytest
 import torch
 from common.models import FAMILIES, patch_inputs, small_lm, small_lvlm
+from common.vlms import make_processor
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from composer_prior import ComposerLVLM, registry
 from composer_prior.data.batch import IGNORE_INDEX, IMAGE, ROW_SEPARATOR
 from composer_prior.data.captions import decode_image
 from composer_prior.emoji_scenes.scenes import draw_scene, sample_rng, sample_scene
 from composer_prior.emoji_scenes.writing import make_sample
-from composer_prior.models.build import build_lvlm, lvlm_skeleton
+from composer_prior.models.build import build_lvlm, lvlm_skeleton, make_lvlm
 from composer_prior.models.prior_lvlm import PriorLVLMImageProcessor
 from composer_prior.models.prior_lvlm.image_processing_prior_lvlm import patch_grid
 from composer_prior.models.vision import build_open_clip, build_patches, image_inputs, image_processor_of
@@ -339,3 +348,46 @@ def test_a_tower_from_outside_trains_and_captions_and_has_no_folder(tokenizer, m
     assert len(model.image_text_model.generate_captions([Image.new("RGB", (5, 5))] * 2, max_new_tokens=2)) == 2
     with pytest.raises(ValueError, match="with the tower MeanColours cannot be saved in Hugging Face format"):
         model.image_text_model.save_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_image_tokens_without_their_images_are_refused(tokenizer, make_batch, family):
+    model = small_lvlm(family, tokenizer)
+    batch = {key: value for key, value in make_batch(model).items() if not key.startswith(("pixel", "patch"))}
+    with pytest.raises(ValueError, match=r"The images have 0 features and input_ids [0-9]+ image tokens"):
+        model(batch)
+
+
+def test_a_model_whose_logits_are_not_its_heads_is_refused():
+    """Its class leaves the scale out that its language model's configuration names."""
+    text = {
+        "model_type": "granite",
+        "logits_scaling": 3.0,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "vocab_size": 72,
+    }
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    config = LlavaConfig(text_config={**text, **layers}, vision_config=vision, image_token_index=71)
+    with pytest.raises(ValueError, match="LlavaForConditionalGeneration changes its logits after the LM head"):
+        ComposerLVLM(LlavaForConditionalGeneration(config), make_processor("llava"))
+
+
+def test_a_model_without_a_decoder_under_its_head_is_refused(tokenizer):
+    parts = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision, qformer = (
+        {**parts, "image_size": 16, "patch_size": 8},
+        {**parts, "vocab_size": 8, "encoder_hidden_size": 16},
+    )
+    text = {"model_type": "opt", **parts, "ffn_dim": 16, "word_embed_proj_dim": 16, "vocab_size": 64}
+    config = Blip2Config(vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=2)
+    with pytest.raises(ValueError, match="Blip2ForConditionalGeneration cannot be used as a language model"):
+        ComposerLVLM(Blip2ForConditionalGeneration(config), make_processor("llava"))
+
+
+def test_adapters_go_around_the_whole_model(tokenizer):
+    lm = get_peft_model(small_lm(tokenizer), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="make the LVLM without them, then give it to get_peft_model"):
+        make_lvlm(lm, build_patches(32, 16, 48), None, tokenizer)

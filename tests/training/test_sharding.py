@@ -8,7 +8,7 @@ from common.models import small_lm, small_lvlm
 from common.recipes import ROOT, fork_ranks
 from common.tokenizers import plain_tokenizer
 
-from composer_prior import ReferenceLM
+from composer_prior import ComposerLVLM, ReferenceLM
 from composer_prior.models.sharding import check_checkpointing
 
 PROGRAMS = ROOT / "tests/common/programs"
@@ -78,6 +78,7 @@ def test_checkpointing_that_matches_nothing_is_refused(tokenizer, monkeypatch, k
     check_checkpointing({"fsdp2": {key: True}}, model)
     for part in (model.model, model.model.model, model.model.get_decoder()):
         monkeypatch.setattr(part, "_no_split_modules", [])
+    model = ComposerLVLM(model.model, model.processor)
     check_checkpointing({"fsdp2": {key: False}}, model)
     check_checkpointing(None, model)
     with pytest.raises(ValueError, match=f"fsdp2.{key}=true matches no part of ComposerLVLM"):

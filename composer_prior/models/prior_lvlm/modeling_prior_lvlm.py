@@ -190,10 +190,6 @@ class PriorLVLMModel(PriorLVLMPreTrainedModel):
         """Replace the language model's embeddings."""
         self.language_model.set_input_embeddings(value)
 
-    def get_decoder(self) -> nn.Module:
-        """Return the language model's decoder."""
-        return self.language_model
-
     def get_image_features(self, **images: Tensor) -> Tensor:
         """Return ``[n, D]`` projected features of every image token; the arguments are those of the tower."""
         return self.multi_modal_projector(self.vision_tower(**images))
@@ -213,14 +209,14 @@ class PriorLVLMModel(PriorLVLMPreTrainedModel):
         embeddings = self.get_input_embeddings()(input_ids)  # [B, T, D]
         given = {"pixel_values": pixel_values, "pixel_patches": pixel_patches, "patch_mask": patch_mask}
         images = {name: tensor for name, tensor in given.items() if tensor is not None}
-        if not images:
-            return embeddings
-        features = self.get_image_features(**images)
+        features = self.get_image_features(**images) if images else embeddings.new_zeros(0, embeddings.shape[-1])
         places = input_ids == self.config.image_token_id
         if not torch.compiler.is_compiling() and (tokens := int(places.sum())) != len(features):
             raise ValueError(
                 f"The images have {len(features)} features and input_ids {tokens} image tokens: cut captions alone"
             )
+        if not images:
+            return embeddings
         return embeddings.masked_scatter(places[..., None], features.to(embeddings.dtype))
 
     def forward(
@@ -262,11 +258,12 @@ class PriorLVLMForConditionalGeneration(PriorLVLMPreTrainedModel, GenerationMixi
         super().__init__(config)
         if causal_lm is None:
             causal_lm = AutoModelForCausalLM.from_config(config.text_config)
-        else:  # it keeps its weights: post_init would draw new ones
-            for module in causal_lm.modules():
-                module._is_hf_initialized = True
-            for parameter in causal_lm.parameters():
-                parameter._is_hf_initialized = True
+            given = [vision_tower]
+        else:
+            given = [vision_tower, causal_lm]
+        for part in filter(None, given):  # these keep their weights: post_init would draw new ones
+            for one in (*part.modules(), *part.parameters()):
+                one._is_hf_initialized = True
         self.model = PriorLVLMModel(config, decoder_of(causal_lm), vision_tower)
         self.lm_head = causal_lm.get_output_embeddings()
         self.__dict__["_causal_lm"] = causal_lm  # outside of this model's modules, which are its own

@@ -8,6 +8,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from .image_processing_prior_lvlm import flat_images
 
+LARGEST_LENGTH = 10**9  # more is transformers' way to say that there is no limit
 IMAGE_TOKEN = "<image>"
 ROW_TOKEN = "<row>"
 CHAT_TEMPLATE = (
@@ -121,6 +122,8 @@ class PriorLVLMProcessor(ProcessorMixin):
         length = 0
         if padding == "max_length":
             length = max_length or self.tokenizer.model_max_length
+            if length > LARGEST_LENGTH:
+                raise ValueError("padding='max_length' needs max_length, for the tokenizer has none.")
         elif padding not in (False, "do_not_pad"):
             length = max(map(len, ids), default=0)
         length = -(-length // (multiple or 1)) * (multiple or 1)
