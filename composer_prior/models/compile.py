@@ -1,4 +1,4 @@
-"""What ``torch.compile`` needs to take the models, on the CPU too."""
+"""Preparation of the models for ``torch.compile``, also on the CPU."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Where an OpenCLIP encoder comes from, and what its weights were trained with, before it is built."""
+"""Source of an OpenCLIP encoder, and activation and preprocessing of its weights, found before it is built."""
 
 import json
 import zipfile

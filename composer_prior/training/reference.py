@@ -29,7 +29,7 @@ _IDENTITY = (
 
 
 def model_folder(recipe: TrainConfig) -> Path:
-    """Where a run on text alone leaves its language model in Hugging Face format."""
+    """Return the folder of a run's model in Hugging Face format."""
     return Path(recipe.run_folder) / "model"
 
 

@@ -113,7 +113,7 @@ class HuggingFaceCheckpointer(Callback):
 
 
 def has_architecture(recipe: TrainConfig) -> bool:
-    """Whether the run's model has a Hugging Face format; the same answer on every rank."""
+    """Return True, on every rank, if the run's model can be saved in Hugging Face format."""
     found = [Path(recipe.run_folder, ARCHITECTURE, "config.json").is_file()]
     dist.broadcast_object_list(found)
     return found[0]

@@ -1,4 +1,4 @@
-"""Where the image stands in the text of a vision-language model, so that a text-only reference does not see it."""
+"""Positions of the image in the text of a vision-language model, which a text-only reference must not see."""
 
 import re
 from collections.abc import Mapping

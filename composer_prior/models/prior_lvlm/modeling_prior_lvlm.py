@@ -154,7 +154,7 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 
 class PriorLVLMPreTrainedModel(PreTrainedModel):
-    """What transformers has to know of either model."""
+    """Settings of both models for transformers."""
 
     config_class = PriorLVLMConfig
     base_model_prefix = "model"

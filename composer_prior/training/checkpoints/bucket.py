@@ -46,11 +46,11 @@ class Bucket:
             check_checkpoint(local, identity, whole=local.is_file())
 
     def holds(self, name: str) -> bool:
-        """Whether there is a checkpoint of this name."""
+        """Return True if there is a checkpoint of this name."""
         return self.remote.exists(name if is_one_file(name) else f"{name}/{METADATA}")
 
     def _is_whole(self, name: str, local: Path) -> bool:
-        """Whether a sharded checkpoint has all shards, of the lengths that its metadata tell, which are downloaded."""
+        """Download the metadata of a sharded checkpoint, and return True if all its shards have the right length."""
         if not self._download(f"{name}/{METADATA}", local / METADATA):
             return False
         ends: dict[str, int] = {}

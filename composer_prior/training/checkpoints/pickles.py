@@ -48,7 +48,7 @@ def holds_no_code(path: str | Path, parts: Sequence[tuple[int, int]] | None = No
         parts: offset and length of each value that is read from a shard.
 
     Returns:
-        that it is so.
+        True.
 
     Raises:
         ValueError: naming what it holds.

@@ -55,7 +55,7 @@ def check_sums(path: Path, prefix: str = "") -> None:
 
 
 def places_of(metadata: Metadata, prefix: str = "", tensors: bool = True) -> dict[str, list[tuple[int, int]]]:
-    """Where a sharded checkpoint's values are, or those that are no tensors: offset and length of each, by file."""
+    """Return offset and length of each value of a sharded checkpoint, by file; ``tensors=False`` leaves tensors out."""
     places: dict[str, list[tuple[int, int]]] = {}
     for index, info in (metadata.storage_data or {}).items():
         is_tensor = isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata)
@@ -104,7 +104,7 @@ def batch_of(path: Path) -> int | None:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether the writing of a checkpoint came to its end; what has become of it since, :func:`check_sums` tells."""
+    """Return True if a checkpoint was written to its end; :func:`check_sums` finds later damage."""
     return (path / METADATA).is_file() if path.is_dir() else zipfile.is_zipfile(path)
 
 
