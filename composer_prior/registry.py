@@ -18,6 +18,7 @@ from composer_prior import signatures
 
 Count = Annotated[int, "of at least 1"]
 Whole = Annotated[int, "of at least 0"]
+_FORMER = {"prior": "reference"}  # names that keys had before
 _COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {}  # those registered
 _SHIPPED = {  # beside Composer's algorithms, callbacks and loggers, which have their names in snake_case
     "algorithm": {
@@ -220,6 +221,8 @@ def takes(constructor: Any, argument: str) -> bool:
 def did_you_mean(name: str, accepted: Collection[str]) -> str:
     """Return a sentence that names the nearest of the accepted names, and all of them if they are few."""
     nearest = difflib.get_close_matches(name, list(accepted), n=1, cutoff=0.5)
+    if _FORMER.get(name) in accepted:
+        nearest = [_FORMER[name]]
     hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
     if nearest and len(accepted) > 30:
         return hint.strip()

@@ -72,6 +72,8 @@ ANSWERED = {
     ("train", "prior_vit.yaml", "callbacks.lr_monitr={}"): "'lr_monitr' is not a known callback. Did you mean 'lr_m",
     ("train", "prior_vit.yaml", "loggers.wandb.projct=x"): "loggers.wandb.projct is not a key of wandb. Did you mean",
     ("train", "prior_vit.yaml", "benchmarks.captioning.splitt=x"): "captioning.splitt is not a key of captioning.",
+    ("train", "prior_vit.yaml", "benchmarks.scene_foils.prior=x"): "scene_foils. Did you mean 'reference'?",
+    ("evaluate", "model", "benchmark=scene_foils", "prior=x"): "prior is not an option. Did you mean 'reference'?",
     ("launch", "nproc=2", "train", "prior_vit.yaml", "scheduler.t_max=2"): "scheduler.t_max=2: expected a time",
 }
 

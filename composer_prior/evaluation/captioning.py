@@ -20,7 +20,7 @@ from composer_prior.evaluation.caption_metrics import (
 from composer_prior.evaluation.captioned import CaptionedImages
 from composer_prior.evaluation.likelihood import VisionLanguageModel
 from composer_prior.evaluation.samples import digest, per_category, with_category
-from composer_prior.registry import Count
+from composer_prior.registry import Count, check_value
 
 
 class Captioning(Benchmark):
@@ -50,6 +50,7 @@ class Captioning(Benchmark):
         prompt: str | None = None,
         max_new_tokens: Count = 64,
     ):
+        check_value("max_new_tokens", max_new_tokens, Count)
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
         self.images = CaptionedImages(data, images, split)

@@ -15,7 +15,7 @@ from composer_prior.evaluation.benchmark import Benchmark
 from composer_prior.evaluation.captioned import CaptionedImage, CaptionedImages
 from composer_prior.evaluation.likelihood import VisionLanguageModel
 from composer_prior.evaluation.samples import digest, per_category, read_json, with_category
-from composer_prior.registry import Count
+from composer_prior.registry import Count, check_value
 
 _PLURALS = {"child": "children", "foot": "feet", "goose": "geese", "person": "people", "sheep": "sheep"}
 _ENDINGS = (("man", "men"), ("knife", "knives"), ("shelf", "shelves"), ("loaf", "loaves"), ("calf", "calves"))
@@ -119,6 +119,7 @@ class Hallucination(Benchmark):
     ):
         if not references and instances is None:
             raise ValueError("references=false: no other option says which objects are in the images; give instances=.")
+        check_value("max_new_tokens", max_new_tokens, Count)
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
         self.vocabulary = Vocabulary(dict.fromkeys(CLASSES, ())) if objects is None else read_synonyms(objects)

@@ -11,8 +11,9 @@ from composer_prior.emoji_scenes.scenes import CLASSES, draw_scene
 from composer_prior.emoji_scenes.statements import Statements
 from composer_prior.evaluation.choices import Choice, ChoiceBenchmark
 from composer_prior.models.reference import ReferenceLM
-from composer_prior.registry import Count, Whole, did_you_mean
+from composer_prior.registry import Count, Whole, check_value, did_you_mean
 
+Side = Annotated[int, "of at least 32"]
 SCENE = "scene"  # the key of an image's `info` that holds its scene
 
 
@@ -28,7 +29,7 @@ class SceneChoices(ChoiceBenchmark):
 
     Raises:
         ImportError: the packages of the `emoji` extra are missing.
-        ValueError: an unknown category.
+        ValueError: an unknown category, or a number that is too small.
     """
 
     all_categories: ClassVar[tuple[str, ...]]
@@ -36,11 +37,14 @@ class SceneChoices(ChoiceBenchmark):
     def __init__(
         self,
         samples: Count = 1000,
-        canvas: Annotated[int, "of at least 32"] = 96,
+        canvas: Side = 96,
         seed: Whole = 17,
         categories: list[str] | None = None,
         reference: str | ReferenceLM = "blank",
     ):
+        check_value("samples", samples, Count)
+        check_value("canvas", canvas, Side)
+        check_value("seed", seed, Whole)
         for category in categories or ():
             if category not in self.all_categories:
                 raise ValueError(f"{category!r} is not a category. {did_you_mean(category, self.all_categories)}")

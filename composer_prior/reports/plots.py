@@ -208,7 +208,7 @@ def _rounded(path: re.Match[str]) -> str:
 
 def _logarithmic(axis: Any, values: NDArray[np.float64]) -> None:
     """Make an axis logarithmic, with labels that are no TeX as matplotlib's own; linear for values of 0 or less."""
-    if not (values > 0).all():
+    if not values.size or not (values > 0).all():
         return
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if values.max() < 1e4 * values.min() else (1,)))

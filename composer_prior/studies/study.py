@@ -217,8 +217,9 @@ def read_study(file: str | Path, overrides: Mapping[str, Any] | None = None, out
     """
     path = find_study(file)
     study = _read(path)
-    study["overrides"] = _later({}, flatten(study.get("overrides") or {}), flatten(overrides or {}))
     try:
+        _check_mappings(study)
+        study["overrides"] = _later({}, flatten(study.get("overrides") or {}), flatten(overrides or {}))
         header = checked_header(study)
         axes = header["axes"]
         for key in overrides or {}:
@@ -233,6 +234,12 @@ def read_study(file: str | Path, overrides: Mapping[str, Any] | None = None, out
     return Study(json.loads(json.dumps(header)), cells, {cell.name: cell.load() for cell in cells})
 
 
+def _check_mappings(study: Mapping[str, Any]) -> None:
+    for key in ("overrides", "axes", "grids", "figures", "fits"):
+        if not isinstance(study.get(key) or {}, dict):
+            raise ValueError(f"{key} must hold keys and values.")
+
+
 def checked_header(study: Mapping[str, Any]) -> dict[str, Any]:
     """Check the keys of a study and return them as results hold them: values of axes as text, overrides flattened.
 
@@ -243,9 +250,7 @@ def checked_header(study: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: one line naming the key.
         KeyError: if a key is missing.
     """
-    for key in ("overrides", "axes", "grids", "figures", "fits"):
-        if not isinstance(study.get(key) or {}, dict):
-            raise ValueError(f"{key} must hold keys and values.")
+    _check_mappings(study)
     axes = _axes(study["axes"])
     if (baseline := value_text(study["baseline"])) not in axes[METHOD]:
         hint = did_you_mean(baseline, axes[METHOD])

@@ -92,7 +92,9 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     saver = [] if recipe.save_folder is None else [Checkpoints(recipe)]
     os.environ.update(ASKED_BY_COMPOSER)
     # Where samples carry stored scores, no reference is loaded for nothing.
-    algorithms = recipe.algorithms if train_data.scores is None else without_reference(recipe.algorithms)
+    algorithms = recipe.algorithms
+    if train_data.scores is not None:
+        algorithms = without_reference("algorithm", algorithms)
     trackers = build_all("logger", recipe.loggers, recipe=recipe, goes_on=start is not None)
     trainer = Trainer(
         model=model,

@@ -156,7 +156,7 @@ def _check_whole(recipe: TrainConfig, where: str) -> None:
         check_checkpointing(recipe.parallelism_config, model)
         check_algorithms(algorithms, model)
         check_new_weights(algorithms, optimizer, where)
-        build_benchmarks(without_reference(recipe.benchmarks), model, where=where)
+        build_benchmarks(without_reference("benchmark", recipe.benchmarks), model, where=where)
     if recipe.reference_recipe is not None:
         _check_same_data(recipe, recipe.reference_recipe, data)
 
@@ -249,7 +249,7 @@ def check_fit(model: ComposerLVLM, data: StreamingCaptionDataset) -> None:
 def _algorithms(recipe: TrainConfig, where: str) -> list[Any]:
     """Build the algorithms of a recipe, without the reference's weights."""
     built = []
-    for name, arguments in without_reference(recipe.algorithms).items():
+    for name, arguments in without_reference("algorithm", recipe.algorithms).items():
         with one_line_errors(f"{where}algorithms.{name}"):
             built += build_all("algorithm", {name: arguments})
     weighting_of(built)  # raises for two

@@ -163,6 +163,8 @@ def test_a_file_of_another_form_is_refused_in_one_line(tmp_path, written, messag
 def test_options_are_checked_before_anything_is_read(tmp_path):
     with pytest.raises(ValueError, match="max_new_tokens=0: expected int of at least 1"):
         registry.check("benchmark", "captioning", {"data": "x", "max_new_tokens": 0}, "benchmarks.captioning")
+    with pytest.raises(ValueError, match="max_new_tokens=0: expected int of at least 1"):
+        Captioning(data="x", max_new_tokens=0)
     with pytest.raises(ValueError, match=r"benchmarks\.captioning needs data"):
         registry.check("benchmark", "captioning", {}, "benchmarks.captioning")
     with pytest.raises(DataError, match="there is no such file"):

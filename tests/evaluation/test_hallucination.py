@@ -150,6 +150,8 @@ def test_what_says_nothing_about_objects_is_refused(tmp_path, objects):
         Hallucination(data=data, objects=objects)
     with pytest.raises(ValueError, match="give instances="):
         Hallucination(data=data, objects=objects, references=False)
+    with pytest.raises(ValueError, match="max_new_tokens=0: expected int of at least 1"):
+        Hallucination(data=data, objects=objects, max_new_tokens=0)
     (tmp_path / "bad.txt").write_text("dog\n, puppy\n")
     with pytest.raises(DataError, match=r"bad\.txt, line 2"):
         Hallucination(data=data, objects=str(tmp_path / "bad.txt"))

@@ -132,6 +132,9 @@ def test_they_are_registered_and_refuse_impossible_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             build("benchmark", "scene_questions", arguments, "benchmark")
+    for name, value in {"samples": 0, "canvas": 8, "seed": -1}.items():
+        with pytest.raises(ValueError, match=f"{name}={value}: expected int of at least"):
+            SceneFoils(**{name: value})
 
 
 def test_the_end_of_a_text_counts_where_it_is_whole():

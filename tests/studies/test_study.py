@@ -139,6 +139,12 @@ def test_what_cannot_be_is_refused_in_one_line(changes, message):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("overrides", [["seed"], "seed=1"])
+def test_overrides_without_keys_are_refused_in_one_line(overrides):
+    with pytest.raises(ValueError, match=r"^study\.yaml: overrides must hold keys and values\.$"):
+        read_study(write_study("study.yaml", overrides=overrides))
+
+
 def test_files_that_hold_no_study():
     with pytest.raises(FileNotFoundError, match=r"The study nowhere\.yaml does not exist"):
         read_study("nowhere.yaml")

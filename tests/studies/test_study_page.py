@@ -157,6 +157,16 @@ def test_scaling_is_shown_without_and_with_the_reference(page):
     assert "L = a + b C^-c" in html
 
 
+def test_sizes_without_a_common_seed_have_no_fit(tmp_path):
+    def apart(cell, records):
+        return records if (cell["seed"] in "12") == (cell["steps"] == "10") else {"training": records["training"]}
+
+    markdown, _ = report(tmp_path, header(), lines_of(header(), apart))
+    assert [table[2][:3] for table in tables(markdown) if table[0][:3] == ["method", "sizes", "seeds"]] == [
+        ["ntp", "4", "0"]
+    ] * 2
+
+
 def test_sizes_are_numbers_and_what_else_differs_in_flops_is_a_setting(tmp_path):
     axes = {"method": {"ntp": {}, "prior": {}}, "seed": [1, 2, 3], "family": {"vit": {}, "patch": {}}, "steps": STEPS}
     grid = {"method": "all", "seed": "all", "family": "all", "steps": "all", "scaling": "flops"}

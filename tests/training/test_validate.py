@@ -10,8 +10,10 @@ from common.data import write_tiles
 from common.recipes import ROOT, SHRUNKEN, VIT, recipe
 from composer.utils import dist
 
+from composer_prior import registry
 from composer_prior.models.sharding import ON_CPU
 from composer_prior.training import trainer
+from composer_prior.training.builders import without_reference
 from composer_prior.training.validate import check_parts
 
 OTHER_TOWER = ["model.vision.pretrained=null", "model.vision.image_size=null"]
@@ -140,6 +142,18 @@ def test_before_anything_is_made(overrides, expected):
 def test_before_the_reference_is_trained(overrides, expected, made, monkeypatch):
     monkeypatch.chdir(made)
     assert_matches(refused("prior_vit", *overrides), expected)
+
+
+def test_a_reference_that_a_component_needs_is_left_to_it(monkeypatch):
+    class Needs:
+        def __init__(self, reference: str):
+            pass
+
+    monkeypatch.setitem(registry._COMPONENTS, "benchmark", {"needs": Needs})
+    mine = {"benchmark": "needs", "reference": "model", "limit": 2}
+    pope = {"data": "questions.json"}
+    components = {"mine": mine, "pope": {**pope, "reference": "model"}, "foils": None}
+    assert without_reference("benchmark", components) == {"mine": mine, "pope": pope, "foils": None}
 
 
 def test_fsdp2_without_a_gpu(monkeypatch):
