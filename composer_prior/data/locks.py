@@ -83,6 +83,6 @@ def check_ranks() -> None:
     for name in _TASKS if not in_script and not {"RANK", "WORLD_SIZE"} & {*os.environ} else ():
         if os.environ.get(name, "1") not in ("", "0", "1"):
             sys.exit(
-                f"error: {name}={os.environ[name]} processes were started, and none knows its rank (RANK, WORLD_SIZE): "
+                f"error: {name}={os.environ[name]} processes were started without ranks (RANK, WORLD_SIZE): "
                 "start the ranks of each node with composer-prior launch, or one process alone (srun -n 1)."
             )

@@ -38,10 +38,10 @@ class CaptionedImage:
 
     Args:
         name: of the image.
-        references: captions that people wrote.
+        references: captions written by people.
         image: its file, its bytes, or its number in an MDS data set.
-        category: such as NoCaps' domain.
-        coco_id: its number in COCO, where it is one of those.
+        category: such as the domain in NoCaps.
+        coco_id: its number in COCO, if it has one.
     """
 
     name: str

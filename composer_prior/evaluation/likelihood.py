@@ -11,7 +11,7 @@ from composer_prior.models.reference import ReferenceLM
 
 
 class VisionLanguageModel(Protocol):
-    """What a benchmark needs of a model, such as an :class:`.ImageTextModel`."""
+    """The methods that a benchmark needs of a model, such as an :class:`.ImageTextModel`."""
 
     def logprobs(
         self,

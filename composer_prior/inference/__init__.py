@@ -1,1 +1,1 @@
-"""What a trained model is used for outside of its run."""
+"""The use of a trained model outside of its run: captions, benchmarks and export."""

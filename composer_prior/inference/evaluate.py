@@ -77,7 +77,9 @@ def evaluate(
     known = {"model": fingerprint, "benchmark": benchmark, "data": built.fingerprint, **arguments}
     folder = Path(out).expanduser()
     if (folder / "results.json").exists() and not ((folder / "predictions.jsonl").exists() or overwrite):
-        raise FileExistsError(f"{folder}/results.json is of something else; give another out=, or overwrite=true.")
+        raise FileExistsError(
+            f"{folder}/results.json comes from another evaluation or program; give another out=, or overwrite=true."
+        )
     with sole_job({"out": folder}):
         figures, predictions = run_benchmark(
             built,

@@ -61,7 +61,7 @@ class ScoresWriter:
                 read_index(self.out.read(INDEX, names) or b"", self.out.label, self.metadata.samples)
                 return None
         elif set(names or ()) - {".scoring"} or self.out.read(INDEX, names) is not None:
-            raise ScoresError(f"{self.out.label} holds something else than scores; name an empty folder.")
+            raise ScoresError(f"{self.out.label} holds other files than scores; name an empty folder.")
         else:
             self._put(METADATA, self.metadata.to_json())
         present = {name for name in names or () if re.fullmatch(r"shard\.\d+\.000\.mds", name)}

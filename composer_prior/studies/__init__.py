@@ -1,1 +1,1 @@
-"""Studies: many runs of recipes that differ by method, seed and whatever else, and what they say together."""
+"""Studies: runs of recipes that differ by method, seed and other keys, and the comparison of their results."""

@@ -53,7 +53,7 @@ def run_study(
         Stopped: after a signal.
     """
     if report not in (None, "only"):
-        raise ValueError(f"report={report}: expected only, or nothing.")
+        raise ValueError(f"report={report} is not accepted. Accepted: only.")
     if not plan and measured is not None:
         raise ValueError(f"measured={measured} is for plan=true.")
     for name, value in (("processes", processes), ("threads", threads), ("gpus", gpus)):

@@ -105,13 +105,13 @@ def _take(run: Run, record: Mapping[str, Any]) -> None:
 
 def _number(value: Any) -> float | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise ValueError(f"{value!r} stands where a number belongs")
+        raise ValueError(f"{value!r} is not a number")
     return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{str(value)[:80]!r} stands where a mapping belongs")
+        raise ValueError(f"{str(value)[:80]!r} is not a mapping")
     return value
 
 

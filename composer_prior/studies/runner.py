@@ -326,7 +326,7 @@ def last_words(log: Path) -> str:
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     mine = lines[max((i for i, line in enumerate(lines) if line.startswith("$ ")), default=-1) + 1 :]
     errors = [line for line in mine if line.startswith("error: ")]
-    return (errors or mine or ["it said nothing"])[-1]
+    return (errors or mine or ["it printed nothing"])[-1]
 
 
 def _last_batch(file: Path) -> int:

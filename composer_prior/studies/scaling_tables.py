@@ -50,18 +50,18 @@ def scaling_blocks(
     blocks.append(
         Paragraph(
             f"Sizes are the values of {listed(sizes)}; C is the {_SAID[scale]}, the mean over the seeds of a size. "
-            "Two forms are fitted through the runs of all seeds: L = a + b C^-c with a ≥ 0 by least squares of L, and "
+            "Two formulas are fitted to the runs of all seeds: L = a + b C^-c with a ≥ 0 by least squares of L, and "
             "the straight line log L = k0 - k log C by least squares of log L. Intervals are 95 % percentile "
-            "bootstraps over seeds, all sizes of a seed together; they say how far the seeds determine a fit, and not "
-            "whether its form holds, here or beyond these sizes. A larger c or k says that the loss falls faster with "
-            "C, a smaller a that it falls further; none of them alone says whose loss is lower."
+            "bootstraps over seeds, all sizes of a seed together; they show how precisely the seeds determine a fit, "
+            "but not whether the loss follows the formula. With a larger c or k the loss falls faster with C, with a "
+            "smaller a it falls further; neither alone shows which method has the lower loss."
         )
     )
     if with_reference:
         blocks.append(
             Paragraph(
-                "A second table counts the reference and the scoring too. What costs the same at every size makes C "
-                "grow by less from size to size, and thereby c and k larger: that is no better scaling."
+                "A second table counts the reference and the scoring too. A cost that is the same at every size "
+                "makes C grow less from size to size, and so makes c and k larger without better scaling."
             )
         )
     for fixed in combinations({axis: of for axis, of in grid.values.items() if axis not in (*AXES, *sizes)}):
@@ -70,7 +70,7 @@ def scaling_blocks(
             title = f"{figure}, {said}" if said else figure
             blocks.append(Heading(4, title))
             if better == "higher":
-                blocks.append(Paragraph(f"No fit: both forms fall with size, and {figure} is better when higher."))
+                blocks.append(Paragraph(f"No fit: both formulas fall with size, and {figure} is better when higher."))
                 continue
             fits = _fits(study, grid, sizes, fixed, figure, size)
             if not fits:

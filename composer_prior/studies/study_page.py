@@ -110,7 +110,7 @@ class _Page:
         self._say(f"{recipe}Methods are compared with {study.baseline}. {count}")
         if study.defaults:
             default = ", ".join(f"{axis} {value}" for axis, value in study.defaults.items())
-            self._say(f"Where nothing else is said, runs have: {default}.")
+            self._say(f"Unless stated otherwise, runs have: {default}.")
         if missing := [key for key in study.planned if key not in done]:
             names = [self._run(dict(zip(study.axes, key, strict=True))) for key in missing[:_NAMED]]
             more = f"; and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""

@@ -337,7 +337,7 @@ def test_units_that_are_there_are_kept_and_others_wanted(data: StreamingCaptionD
 def test_a_place_that_holds_something_else_is_refused(data: StreamingCaptionDataset, tmp_path: Path) -> None:
     metadata = ScoresMetadata.of(data, REFERENCE)
     (tmp_path / "thesis.txt").write_text("")
-    with pytest.raises(ScoresError, match="holds something else than scores; name an empty folder"):
+    with pytest.raises(ScoresError, match="holds other files than scores; name an empty folder"):
         ScoresWriter(str(tmp_path), metadata, 40).begin()
     ScoresWriter(str(tmp_path / "scores"), metadata, 40).begin()
     with pytest.raises(ScoresError, match="the reference's weights"):

@@ -21,7 +21,7 @@ def test_labels_say_what_differs_and_what_is_no_default(tmp_path):
         study,
         [line for line in lines_of(study) if (line["cell"]["family"], line["cell"]["start"]) != ("patch", "warm")],
     )
-    assert "Where nothing else is said, runs have: steps 40, family vit, start warm." in markdown
+    assert "Unless stated otherwise, runs have: steps 40, family vit, start warm." in markdown
     assert re.findall("^#+ (.*)$", markdown, re.MULTILINE)[1:-2] == [
         "Grid methods", "vit", "Grid start", "vit", "patch", "Grid default",
     ]  # fmt: skip

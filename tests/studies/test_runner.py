@@ -222,7 +222,7 @@ def test_results_may_lie_elsewhere():
     [
         (["procesess=2"], "procesess is neither an option nor a key of a recipe. Did you mean 'processes'?"),
         (["processes=0"], "processes=0: expected at least 1"),
-        (["report=all"], "report=all: expected only"),
+        (["report=all"], "report=all is not accepted. Accepted: only"),
         (["measured=x"], "measured=x is for plan=true"),
         (["max_duration=[1"], "max_duration=[1"),
         (["model.visoin=3", "optimizer=[1"], "optimizer=[1"),
@@ -249,7 +249,7 @@ def test_last_words(tmp_path):
     log.write_text("$ a\nerror: this\nresource_tracker: warning\n")
     assert last_words(log) == "error: this"
     log.write_text("$ a\n")
-    assert last_words(log) == "it said nothing"
+    assert last_words(log) == "it printed nothing"
 
 
 @pytest.mark.slow

@@ -343,8 +343,11 @@ def test_a_line_that_is_there_twice_counts_once_and_the_later_one(tmp_path):
         (lambda lines: [*lines[:3], "{not json", *lines[3:]], "line 4: Expecting property name"),
         (lambda lines: [*lines[:2], '{"benchmark": "x", "figures": {}}'], "line 3: there is no 'cell'"),
         (lambda lines: [lines[0], lines[1].replace('"seed"', '"sead"')], "line 2: the cell has the axes method, sead"),
-        (lambda lines: [lines[0], re.sub(r'"loss": [\d.]+', '"loss": "1.0"', lines[1])], "line 2: '1.0' stands where"),
-        (lambda lines: [lines[0], "[1]"], "line 2: '[1]' stands where a mapping belongs"),
+        (
+            lambda lines: [lines[0], re.sub(r'"loss": [\d.]+', '"loss": "1.0"', lines[1])],
+            "line 2: '1.0' is not a number",
+        ),
+        (lambda lines: [lines[0], "[1]"], "line 2: '[1]' is not a mapping"),
         (lambda lines: [lines[0], lines[1][:-1] + "\udcff"], "line 2: 'utf-8' codec can't decode"),
         (
             lambda lines: [lines[0].replace('"all"', '"some"')],
