@@ -55,14 +55,13 @@ def build_all(kind: str, configs: Mapping[str, Any], **given: Any) -> list[Any]:
 
 def without_reference(kind: str, components: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe's algorithms or benchmarks without a ``reference`` that is optional, so that none is loaded."""
-    found = {}
+    found: dict[str, Any] = {**components}
     for name, given in components.items():
-        found[name] = None if given is None else dict(given)
         if given is not None and "reference" in given:
             constructor = registry.look_up(kind, given.get("benchmark", name), f"{kind}s.{name}")
             parameter = registry.parameters_of(constructor).get("reference")
             if parameter is None or parameter.default is not parameter.empty:
-                del found[name]["reference"]
+                found[name] = {key: value for key, value in given.items() if key != "reference"}
     return found
 
 
