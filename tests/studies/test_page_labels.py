@@ -35,7 +35,7 @@ def test_labels_say_what_differs_and_what_is_no_default(tmp_path):
     assert "![steps 10, patch, cold: validation/loss (lower is better), mean over" in markdown
     names = {path.name for path in (tmp_path / "study_figures").iterdir()}
     assert {"methods_vit_loss.svg", "start_steps_10_patch_cold_improvement.svg", "default_loss_other.svg"} < names
-    assert all(" steps 40" not in line for line in markdown.splitlines() if "Where nothing" not in line)
+    assert all(" steps 40" not in line for line in markdown.splitlines() if "Unless stated" not in line)
 
 
 def test_a_word_that_does_not_say_of_what_it_is_stands_with_its_axis(tmp_path):
