@@ -256,7 +256,7 @@ def test_too_many_rejected_leave_the_list_and_no_index(bucket, source):
 def test_a_bucket_that_fails_is_named_in_one_line(bucket, source, capsys, monkeypatch):
     assert main([str(source), "s3://no-such-bucket/x"]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: s3://no-such-bucket/x: cannot be written to")
+    assert error.startswith("error: s3://no-such-bucket/x: cannot be listed")
     bucket.put_object(Key="foreign/index.json", Body=b"{}")
     assert main([str(source), "s3://captions/foreign"]) == 1
     assert "s3://captions/foreign: holds something else (index.json)" in capsys.readouterr().err
