@@ -263,7 +263,7 @@ def test_a_bucket_that_fails_is_named_in_one_line(bucket, source, capsys, monkey
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     assert main([str(source), "s3://captions/x"]) == 1
-    assert "s3://captions/x: cannot be written to" in capsys.readouterr().err
+    assert "s3://captions/x: cannot be listed" in capsys.readouterr().err
 
 
 def test_the_server_ends_with_its_parent():
