@@ -288,7 +288,7 @@ def test_every_client_begins_with_one_bos(tmp_path, kind):
     model = lvlm(tokenizer, prompt=prompt)
     export_llava(model, tmp_path / "llava")
     _, processor = assert_same(model, tmp_path / "llava")
-    start = [bos_id(tokenizer), *[model.image_token_id] * 9, *prompt_ids(tokenizer, prompt)]
+    start = [bos_id(tokenizer), *[model.processor.image_token_id] * 9, *prompt_ids(tokenizer, prompt)]
     (image,) = pictures([(40, 30)])
     message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}
     whole = processor.apply_chat_template([message], tokenize=True, return_dict=True)
