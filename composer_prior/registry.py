@@ -213,6 +213,11 @@ def build(kind: str, name: str, arguments: Mapping[str, Any], where: str, **give
     return load(kind, name, where)(**given, **arguments)
 
 
+def without_name(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a component given as ``{name: ..., argument: ...}``."""
+    return {key: value for key, value in config.items() if key != "name"}
+
+
 def takes(constructor: Any, argument: str) -> bool:
     """Return True if a constructor has an argument of this name."""
     return argument in parameters_of(constructor)

@@ -48,7 +48,8 @@ def build_lvlm(
         image_related_metrics: see :class:`.ComposerLVLM`.
     """
     lm = build_language_model(tokenizer, **language)
-    return _build(lm, tokenizer, vision, projector, label_smoothing, pack, image_related_metrics)
+    options = {"label_smoothing": label_smoothing, "pack": pack, "image_related_metrics": image_related_metrics}
+    return _build(lm, tokenizer, vision, projector, **options)
 
 
 def lvlm_skeleton(tokenizer: PreTrainedTokenizerBase, language: dict[str, Any], **config: Any) -> ComposerLVLM:
@@ -79,22 +80,19 @@ def _build(
     tokenizer: PreTrainedTokenizerBase,
     vision: Mapping[str, Any] | None = None,
     projector: Mapping[str, Any] | None = None,
-    label_smoothing: float = 0.0,
-    pack: bool = False,
-    image_related_metrics: bool = False,
+    **options: Any,
 ) -> ComposerLVLM:
-    options = {"label_smoothing": label_smoothing, "pack": pack, "image_related_metrics": image_related_metrics}
     if vision is None:
         generate_greedily(lm, tokenizer)
-        return ComposerLVLM(lm, tokenizer, **options)  # type: ignore[arg-type]
+        return ComposerLVLM(lm, tokenizer, **options)
     constructor = registry.load("vision", vision["name"], "model.vision.name")
     given = {"width": hidden_size(lm)} if registry.takes(constructor, "width") else {}
-    tower = constructor(**given, **{key: value for key, value in vision.items() if key != "name"})
+    tower = constructor(**given, **registry.without_name(vision))
     name, freeze = projector_options(**projector) if projector is not None else (None, False)
     model, processor = make_lvlm(lm, tower, name, tokenizer)
     if freeze:
         model.model.multi_modal_projector.requires_grad_(False)
-    return ComposerLVLM(model, processor, **options)  # type: ignore[arg-type]
+    return ComposerLVLM(model, processor, **options)
 
 
 def make_lvlm(

@@ -88,17 +88,18 @@ class ImageTextModel:
         """
         if Path(path).is_dir() and not Path(path, "config.json").is_file():  # transformers would guess by the name
             raise ModelFolderError(f"{path} holds no model: it has no config.json.")
-        kinds: tuple[Any, Any] = (AutoProcessor, AutoModelForImageTextToText)
+        processor_class: Any = AutoProcessor
+        model_class: Any = AutoModelForImageTextToText
         try:
             settings, _ = PretrainedConfig.get_config_dict(find_model(path))
             if settings.get("model_type") == PriorLVLMConfig.model_type:  # never the copy of the code in its folder
-                kinds = (PriorLVLMProcessor, PriorLVLMForConditionalGeneration)
-            elif type(load_pretrained(AutoConfig, path, trust_remote_code)) not in kinds[1]._model_mapping and kinds[
-                1
-            ].__name__ not in settings.get("auto_map", {}):
+                processor_class, model_class = PriorLVLMProcessor, PriorLVLMForConditionalGeneration
+            elif type(
+                load_pretrained(AutoConfig, path, trust_remote_code)
+            ) not in model_class._model_mapping and model_class.__name__ not in settings.get("auto_map", {}):
                 raise ModelFolderError(f"{path} holds a {settings.get('model_type')}, which captions no images.")
-            processor = load_pretrained(kinds[0], path, trust_remote_code)
-            model, found = load_pretrained(kinds[1], path, trust_remote_code, output_loading_info=True)
+            processor = load_pretrained(processor_class, path, trust_remote_code)
+            model, found = load_pretrained(model_class, path, trust_remote_code, output_loading_info=True)
         except ModelFolderError:
             raise
         except Exception as error:  # whatever the code of some model raises

@@ -99,7 +99,7 @@ def for_generation(processor: Any) -> Any:
         return processor
     tokenizer = deepcopy(processor.tokenizer)
     tokenizer.padding_side, tokenizer.model_input_names = "left", ["input_ids", "attention_mask"]
-    # What is saved are the arguments that the tokenizer was made with.
+    # transformers saves the arguments of the constructor.
     tokenizer.init_kwargs |= {
         "padding_side": tokenizer.padding_side,
         "model_input_names": tokenizer.model_input_names,

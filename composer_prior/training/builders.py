@@ -24,7 +24,7 @@ def build_model(
     """
     if "fsdp2" in (parallelism or {}) and dist.get_global_rank() != 0 and config["name"] == "lvlm":
         try:
-            return lvlm_skeleton(tokenizer, **_without_name(config))
+            return lvlm_skeleton(tokenizer, **registry.without_name(config))
         except RuntimeError:
             pass  # a tower from outside that computes while it is built
     return build_named("model", config, tokenizer=tokenizer)
@@ -32,7 +32,7 @@ def build_model(
 
 def build_named(kind: str, config: Mapping[str, Any], **given: Any) -> Any:
     """Build a component given as ``{name: ..., argument: ...}``."""
-    return registry.build(kind, config["name"], _without_name(config), kind, **given)
+    return registry.build(kind, config["name"], registry.without_name(config), kind, **given)
 
 
 def build_all(kind: str, configs: Mapping[str, Any], **given: Any) -> list[Any]:
@@ -70,7 +70,3 @@ def build_precision(name: str) -> Precision:
     if name == "auto":
         return Precision.AMP_BF16 if torch.cuda.is_available() else Precision.FP32
     return Precision(name)
-
-
-def _without_name(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "name"}

@@ -135,7 +135,7 @@ def _make_data(config: Mapping[str, Any] | None) -> None:
         return
     out = Path(config["out"])
     announce(f"Data: reusing {out}" if out.exists() else f"Data: making {config['name']} in {out}")
-    arguments = {key: value for key, value in config.items() if key != "name"}
+    arguments = registry.without_name(config)
     registry.build("data", config["name"], arguments, "data")  # returns at once if they are there already
 
 

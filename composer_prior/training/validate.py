@@ -18,6 +18,7 @@ from composer.utils import get_device
 from torch import nn
 from torch.utils.data import ChainDataset, DataLoader
 
+from composer_prior import registry
 from composer_prior.algorithms.token_weighting.token_weighting import check_algorithms, weighting_of
 from composer_prior.data.captions import StreamingCaptionDataset, check_scorable
 from composer_prior.data.nodes import on_first_rank
@@ -166,7 +167,7 @@ def _skeleton(recipe: TrainConfig, tokenizer: Any, where: str) -> Any:
     stand_in = SimpleNamespace(tokenizer=tokenizer, image_processor=lambda image: image)
     if recipe.model["name"] != "lvlm":
         return stand_in
-    config = {key: value for key, value in recipe.model.items() if key != "name"}
+    config = registry.without_name(recipe.model)
     config["language"] = _language_of(recipe)
     try:
         with one_line_errors(f"{where}model" if where else ""):

@@ -52,7 +52,7 @@ def small_lvlm(
 
 
 def model_inputs(batch: Any) -> dict[str, Tensor]:
-    """What of a batch the model embeds."""
+    """Return the inputs of the model in a batch."""
     return {key: batch[key] for key in INPUTS if key in batch}
 
 

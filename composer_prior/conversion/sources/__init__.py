@@ -1,8 +1,8 @@
 """Image-caption pairs in the usual formats: one small reader per format, all yielding the same records.
 
 A source is cut into units of work by :meth:`Source.units`, which is cheap, deterministic and runs in one process;
-:meth:`Source.read` turns one unit into records, in any process. Neither holds more than one unit in memory (except
-COCO's JSON, which has to be joined).
+:meth:`Source.read` turns one unit into records, in any process. Both keep at most one unit in memory, except for
+COCO's JSON, whose two lists have to be joined.
 
 | format | content |
 | --- | --- |

@@ -19,7 +19,7 @@ _ALLOWED_GLOBALS = re.compile(
     r"datetime\.timedelta|torch\.torch_version\.TorchVersion|numpy\.(dtype|ndarray|dtypes\.\w+DType)"
     r"|numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)"
 )
-# What describes the contents of a sharded checkpoint.
+# Types in the metadata of a sharded checkpoint.
 _ALLOWED_IN_METADATA = re.compile(
     r"pathlib\.\w*Path|torch\.(Size|bool|(bfloat|complex|float|int|uint)\d+\w*|serialization\._get_layout)"
     r"|torch\.distributed\.checkpoint\.metadata\.((Tensor|Bytes|Chunk)Storage)?Metadata"
