@@ -1,5 +1,8 @@
 """Small real parts that the tests share: data on disk, a tokenizer, models of both families."""
 
+from __future__ import annotations
+
+import gc
 import os
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # only tests marked `gpu` need one: see CONTRIBUTING
@@ -10,20 +13,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub; asked wit
 import resource
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from common.models import FAMILIES, small_lm, small_lvlm
 from hypothesis import settings
-from transformers import PreTrainedTokenizerFast
 
-from composer_prior import ComposerLVLM, ReferenceLM, StreamingCaptionDataset
-from composer_prior.data.captions import caption_data_spec
-from composer_prior.data.tokenizer import train_tokenizer
-from composer_prior.emoji_scenes.writing import make_emoji_scenes, make_sample
+# Composer takes many seconds to import. The process of xdist that only hands tests out must not wait for it.
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
 
-torch.set_num_threads(1)  # the models are too small for several cores
+    from composer_prior import ComposerLVLM, ReferenceLM
+
 _files, _most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (max(_files, min(_most_files, 16384)), _most_files))  # many data sets
 
@@ -65,17 +66,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("no GPU: set CUDA_VISIBLE_DEVICES=0 where there is one")
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU: set CUDA_VISIBLE_DEVICES=0 where there is one")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # the models are too small for several cores
+    gc.freeze()  # what has been imported: each run collects garbage, and would look through all of it
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write emoji scenes: 96 training and 24 validation samples."""
+    from composer_prior.emoji_scenes.writing import make_emoji_scenes
+
     out = tmp_path_factory.mktemp("data") / "scenes"
     make_emoji_scenes(out, train_samples=96, validation_samples=24, num_workers=0, progress=False)
     return out
@@ -84,24 +94,35 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Train a byte-level BPE of 600 tokens, with the image tokens."""
+    from composer_prior.data.tokenizer import train_tokenizer
+    from composer_prior.emoji_scenes.writing import make_sample
+
     return train_tokenizer((make_sample("train", i)["caption"] for i in range(200)), 600)
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=("encoder", "patches"))  # `FAMILIES` of common.models
 def lvlm(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> ComposerLVLM:
     """Build a small LVLM of each family."""
+    from common.models import small_lvlm
+
     return small_lvlm(request.param, tokenizer)
 
 
 @pytest.fixture
 def reference(tokenizer: PreTrainedTokenizerFast) -> ReferenceLM:
     """Build a small text-only reference with the models' tokenizer."""
+    from common.models import small_lm
+
+    from composer_prior import ReferenceLM
+
     return ReferenceLM(small_lm(tokenizer, seed=1), tokenizer)
 
 
 @pytest.fixture
 def make_spec(scenes: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
     """Return a function that loads scenes for a model: ``make_spec(model, batch_size=8, split="train", **dataset)``."""
+    from composer_prior import StreamingCaptionDataset
+    from composer_prior.data.captions import caption_data_spec
 
     def make(model: Any, batch_size: int = 8, split: str = "train", **dataset: Any) -> Any:
         arguments = {"local": str(scenes / split), "max_caption_tokens": 64, **dataset}

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from common.commands import convert as main
 from common.fault_proxy import Fault, FaultProxy
-from common.s3_server import s3_server
+from common.s3_server import s3_server, started
 from PIL import Image
 from streaming import StreamingDataset
 
@@ -264,6 +264,13 @@ def test_a_bucket_that_fails_is_named_in_one_line(bucket, source, capsys, monkey
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     assert main([str(source), "s3://captions/x"]) == 1
     assert "s3://captions/x: cannot be listed" in capsys.readouterr().err
+
+
+def test_the_server_ends_when_it_is_told():
+    server, _ = started("bucket=own")
+    server.terminate()
+    server.communicate(timeout=60)
+    assert server.returncode == 0
 
 
 def test_the_server_ends_with_its_parent():
