@@ -10,7 +10,7 @@ from PIL import Image
 from streaming import MDSWriter
 
 from composer_prior.commands.cli import main
-from composer_prior.data.lines import begin_lines
+from composer_prior.data.files import begin_lines
 from composer_prior.data.messages import DataError, announce
 from composer_prior.emoji_scenes.writing import make_sample
 from composer_prior.evaluation.captioned import CaptionSamples

@@ -11,7 +11,6 @@ incomplete.
     OUT/conversion.json                 the options and the summary
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -19,14 +18,15 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from composer_prior.conversion.distribute import convert_units, distributor_of
 from composer_prior.conversion.options import VERSION, ConversionError, ConversionOptions, ConversionSummary
-from composer_prior.conversion.sources import Source, SourceError, SourceOptions, describe, open_source
+from composer_prior.conversion.sources import Source, SourceError, SourceOptions, open_source
+from composer_prior.conversion.sources.files import describe
 from composer_prior.conversion.units import BAD_FILE_HINT, json_line, scratch, unit_file
 from composer_prior.data.files import parse_json
 from composer_prior.data.locks import LockedError, locked
@@ -40,12 +40,12 @@ _LOCK_SECONDS = 3  # the system takes a lock back when the last process of a kil
 def convert_captions(
     source: str | Path, out: str | Path, options: ConversionOptions | None = None, **overrides: Any
 ) -> ConversionSummary:
-    """Convert image-caption pairs into an MDS data set.
+    """Convert image-caption pairs into an MDS data set, and return how many were read, written and rejected.
 
     The columns are ``image`` (bytes), ``caption`` (str) or ``captions`` (json, a list), and, where the source has it,
     ``image_related_spans`` (json: ``[start, end)`` character spans of the caption, or one such list for each caption;
-    ``null`` for a caption without). A call after a killed one continues its work; a call after a complete one
-    only returns the summary.
+    ``null`` for a caption without). A call after a killed one continues its work; after a complete one it only returns
+    the summary.
 
     Args:
         source: a file, folder or URL, see :func:`composer_prior.conversion.sources.open_source`.
@@ -54,9 +54,6 @@ def convert_captions(
         options: how to read and convert.
         overrides: fields of :class:`ConversionOptions`.
 
-    Returns:
-        The numbers of captions read, written and rejected.
-
     Raises:
         SourceError: the source has an unknown or ambiguous format, or cannot be read at all.
         ConversionError: ``out`` holds other files, too many samples were rejected (``rejected.jsonl`` is written, but
@@ -64,7 +61,7 @@ def convert_captions(
     """
     options = replace(options or ConversionOptions(), **overrides)
     distributor = distributor_of(options)
-    opened = open_source(source, **{f.name: getattr(options, f.name) for f in dataclasses.fields(SourceOptions)})
+    opened = open_source(source, **{f.name: getattr(options, f.name) for f in fields(SourceOptions)})
     origin = str(source).rstrip("/") if is_remote(source) else os.path.realpath(Path(source).expanduser())
     identity = hashlib.blake2b(origin.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     settings = {**options.settings, "form": opened.format, "source": identity}
@@ -92,7 +89,6 @@ def _refuse_bad_files(source: str | Path, opened: Source, output: Output) -> Non
 
 
 def _output(out: str, options: ConversionOptions) -> Output:
-    scheme = urlparse(out).scheme
     if not is_remote(out):
         folder = Path(out).expanduser().absolute()
         if folder.exists() and not folder.is_dir():
@@ -100,7 +96,7 @@ def _output(out: str, options: ConversionOptions) -> Output:
         state = folder / ".convert"
         state.mkdir(parents=True, exist_ok=True)
         return Output(folder, state)
-    if scheme not in SCHEMES:
+    if (scheme := urlparse(out).scheme) not in SCHEMES:
         raise ConversionError(f"{out}: {scheme}:// is unknown; name a folder or a remote ({', '.join(SCHEMES)}).")
     remote = out.rstrip("/")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "composer-prior" / "convert"
@@ -202,27 +198,16 @@ def _finish(output: Output, settings: dict[str, Any], units: int, max_rejected: 
                 lines.write(json_line(line))
     ordered = dict(sorted(((k, n) for k, n in reasons.items() if n), key=lambda item: (-item[1], item[0])))
     size = sum(shard["raw_data"]["bytes"] for shard in shards)
-    rejected = counts["rejected"]
-    summary = ConversionSummary(
-        counts["read"],
-        counts["captions"],
-        counts["samples"],
-        rejected,
-        ordered,
-        len(shards),
-        size,
-        counts["estimated"],
-        counts["ignored"],
-    )
+    summary = ConversionSummary(**counts, reasons=ordered, shards=len(shards), bytes=size)
     output.publish(folder, ["rejected.jsonl"])
-    if not summary.samples and not rejected:
+    if not summary.samples and not summary.rejected:
         ignored = summary.ignored
         others = f", but {ignored} members that are no samples; see rejected.jsonl there" if ignored else ""
         raise ConversionError(f"{output.label}: the source holds no captions{others}.")
-    if not summary.samples or rejected > max_rejected * summary.read:
+    if not summary.samples or summary.rejected > max_rejected * summary.read:
         most = ", ".join(f"{count} {reason}" for reason, count in list(ordered.items())[:3])
         raise ConversionError(
-            f"{output.label}: {rejected} of {summary.read} captions were rejected ({most}), more than "
+            f"{output.label}: {summary.rejected} of {summary.read} captions were rejected ({most}), more than "
             f"max_rejected={max_rejected}; see rejected.jsonl there{example}, and mend the source or allow more."
         )
     write_whole(folder / "conversion.json", json_line({"settings": settings, "summary": asdict(summary)}))
@@ -238,10 +223,7 @@ def _finish(output: Output, settings: dict[str, Any], units: int, max_rejected: 
 
 
 def _losses(output: Output, units: int) -> dict[str, int]:
-    """Return the estimated number of lost captions of each damaged file, at least one.
-
-    It is the mean of the intact files minus the captions read from the file.
-    """
+    """Return for each damaged file the mean captions of intact files minus those read from it, but at least one."""
     read: Counter[str] = Counter()
     cut = set[str]()
     for number in range(units):

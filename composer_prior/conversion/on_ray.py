@@ -28,15 +28,8 @@ _END_SECONDS = 60  # for the units that were cancelled
 def convert_on_ray(task: Task, units: Units) -> Results:
     """Convert units and yield their numbers and results as they finish.
 
-    Ray repeats a task whose process or node has died ``RAY_TASK_MAX_RETRIES`` times, by default 3.
-
-    Args:
-        task: source, output and options.
-        units: numbers and units; at most two for each CPU of the cluster, or ``processes=``, are in work at a time.
-
-    Raises:
-        ConversionError: if there is no cluster, one of its nodes does not see the source or the output, or a task's
-            process died too often.
+    Ray repeats a task whose process or node has died ``RAY_TASK_MAX_RETRIES`` times, by default 3. At most two units
+    for each CPU of the cluster, or ``processes=``, are in work at a time.
     """
     mine = not ray.is_initialized()
     if mine:
@@ -75,7 +68,8 @@ def _run(task: Task, units: Units) -> Results:
         try:
             for number, unit in units:
                 pending.append(convert.remote(sent, needed, number, unit))
-                while len(pending) >= (task.options.processes or _room()):
+                room = 2 * max(1, int(ray.cluster_resources().get("CPU", 0)))  # an autoscaling cluster grows
+                while len(pending) >= (task.options.processes or room):
                     yield from _finished(pending)
             while pending:
                 yield from _finished(pending)
@@ -94,11 +88,6 @@ def _finished(pending: list[ray.ObjectRef]) -> Results:
     yield ray.get(done)
 
 
-def _room() -> int:
-    """Return two tasks for each CPU, so that an autoscaling cluster grows."""
-    return 2 * max(1, int(ray.cluster_resources().get("CPU", 0)))
-
-
 @contextmanager
 def _needed(task: Task) -> Iterator[dict[str, Path]]:
     """Yield the files or folders that every node must see, by their names for the user.
@@ -106,7 +95,7 @@ def _needed(task: Task) -> Iterator[dict[str, Path]]:
     For the output it is a new file, because another folder may have the same name. A node may have a copy of the
     source; remotes are not checked.
     """
-    needed = {str(folder): folder for folder in (task.folder, task.source.images)}
+    needed = {str(folder): folder for folder in (task.source.folder, task.source.images)}
     sign = task.output.state / f"seen-by-all-nodes-{uuid4().hex}"
     if task.output.folder is not None:
         sign.touch()

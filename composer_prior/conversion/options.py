@@ -4,7 +4,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from composer_prior.conversion.sources import SourceOptions, expect_number
+from composer_prior.conversion.sources.base import SourceOptions, expect, expect_number
 from composer_prior.data.messages import OneLineError
 
 VERSION = 2  # of the output
@@ -62,20 +62,21 @@ class ConversionOptions(SourceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _expect("captions", self.captions, self.captions in ("all", "sample"), "all or sample")
-        _expect("check", self.check, self.check in ("structure", "full"), "structure or full")
-        _expect("max_rejected", self.max_rejected, _number(self.max_rejected) and 0 <= self.max_rejected <= 1, "0 to 1")
-        _expect("on_bad_file", self.on_bad_file, self.on_bad_file in ("raise", "skip"), "raise or skip")
-        _expect("distributor", self.distributor, self.distributor in ("processes", "ray"), "processes or ray")
-        _expect("progress", self.progress, self.progress in (None, True, False), "true or false")
+        expect("captions", self.captions, self.captions in ("all", "sample"), "all or sample")
+        expect("check", self.check, self.check in ("structure", "full"), "structure or full")
+        is_number = isinstance(self.max_rejected, (int, float)) and not isinstance(self.max_rejected, bool)
+        expect("max_rejected", self.max_rejected, is_number and 0 <= self.max_rejected <= 1, "0 to 1")
+        expect("on_bad_file", self.on_bad_file, self.on_bad_file in ("raise", "skip"), "raise or skip")
+        expect("distributor", self.distributor, self.distributor in ("processes", "ray"), "processes or ray")
+        expect("progress", self.progress, self.progress in (None, True, False), "true or false")
         self._as_text("work")
         for name in ("max_caption_chars", "upload_attempts", "resize", "processes"):
             if getattr(self, name) is not None or name not in ("resize", "processes"):
                 expect_number(name, getattr(self, name), 1)
         known = self.reencode is None or re.fullmatch(r"png|(jpeg|webp)(:([1-9]\d?|100))?", str(self.reencode))
-        _expect("reencode", self.reencode, bool(known), "jpeg, png or webp, with a quality as in jpeg:90")
+        expect("reencode", self.reencode, bool(known), "jpeg, png or webp, with a quality as in jpeg:90")
         size = size_in_bytes(self.size_limit)
-        _expect("size_limit", self.size_limit, size is not None and 0 < size < 1 << 32, "below 4gb, as in 64mb")
+        expect("size_limit", self.size_limit, size is not None and 0 < size < 1 << 32, "below 4gb, as in 64mb")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -86,29 +87,17 @@ class ConversionOptions(SourceOptions):
 
 @dataclass(frozen=True)
 class ConversionSummary:
-    """The summary of a conversion; ``read = captions + rejected``, and an image without captions counts as one.
+    """The summary of a conversion; ``read = captions + rejected``, and an image without captions counts as one."""
 
-    Args:
-        read: captions read.
-        captions: captions written.
-        samples: samples written; as many as captions, unless several captions share a sample.
-        rejected: captions rejected, with a line in ``rejected.jsonl`` for each caption or each lost file.
-        estimated: number of them that is an estimate, because the content of an unreadable file is unknown.
-        ignored: members of archives that are not samples; they have a line, but do not count.
-        reasons: number of rejected captions by reason, the most frequent first.
-        shards: shard files written.
-        bytes: size of the shards.
-    """
-
-    read: int = 0
-    captions: int = 0
-    samples: int = 0
-    rejected: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
+    read: int = 0  # captions
+    captions: int = 0  # written
+    samples: int = 0  # written; as many as captions, unless several captions share a sample
+    rejected: int = 0  # captions, with a line in ``rejected.jsonl`` for each of them or each lost file
+    reasons: dict[str, int] = field(default_factory=dict)  # rejected captions by reason, the most frequent first
     shards: int = 0
-    bytes: int = 0
-    estimated: int = 0
-    ignored: int = 0
+    bytes: int = 0  # of the shards
+    estimated: int = 0  # those of ``rejected`` that are an estimate, as the content of an unreadable file is unknown
+    ignored: int = 0  # members of archives that are not samples; they have a line, but do not count
 
     def __str__(self) -> str:
         reasons = "".join(f"\n  {count:>9,} {reason}" for reason, count in self.reasons.items())
@@ -120,15 +109,6 @@ class ConversionSummary:
             f"{self.read:,} captions read, {self.captions:,} written as {self.samples:,} samples in {self.shards:,} "
             f"shards ({self.bytes / 1e6:,.1f} MB), {self.rejected:,} rejected ({share}){reasons}"
         )
-
-
-def _expect(name: str, value: Any, ok: bool, accepted: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={value!r} is not accepted: expected {accepted}.")
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def size_in_bytes(size: int | str) -> int | None:

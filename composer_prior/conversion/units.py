@@ -5,21 +5,15 @@ import io
 import json
 import os
 import platform
+from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from composer_prior.conversion.options import ConversionError, ConversionOptions, size_in_bytes
-from composer_prior.conversion.sources import (
-    SPANS,
-    BadFile,
-    Record,
-    Rejected,
-    Source,
-    file_of,
-    read_image,
-)
+from composer_prior.conversion.sources import SPANS, BadFile, Record, Rejected, Source, read_image
+from composer_prior.conversion.sources.base import file_of
 from composer_prior.data.images import ImageError, check_image, reencode_image
 from composer_prior.data.mds import ShardWriter
 from composer_prior.data.messages import short
@@ -39,7 +33,6 @@ class Task:
     source: Source
     output: Output
     options: ConversionOptions
-    folder: Path
     buffer: io.BytesIO = field(default_factory=io.BytesIO)
 
     @property
@@ -72,21 +65,12 @@ def scratch(output: Output) -> Path:
 
 
 def convert_unit(task: Task, number: int, unit: Any) -> Result:
-    """Convert one unit of work, and write its shards to the output.
-
-    Args:
-        task: source, output and options.
-        number: the unit's number.
-        unit: the unit.
-
-    Returns:
-        The content of its unit file.
-    """
+    """Convert one unit of work, write its shards to the output, and return the content of its unit file."""
     folder = scratch(task.output)
     size_limit = size_in_bytes(task.options.size_limit) or 0
     writer = ShardWriter(folder, f"shard.{number:06}", task.columns, size_limit, task.buffer)
     rejected: list[Rejected] = []
-    read = captions = samples = 0
+    counts = Counter(read=0, captions=0, samples=0)
     for item in task.source.read(unit):
         if isinstance(item, BadFile) and task.options.on_bad_file == "raise":
             raise ConversionError(f"{item.where} cannot be read, or not to its end: {item.detail}; {BAD_FILE_HINT}.")
@@ -94,13 +78,11 @@ def convert_unit(task: Task, number: int, unit: Any) -> Result:
         for sample in kept:
             writer.write(sample)
         rejected += problems
-        written = sum(len(sample.get("captions", "?")) if "captions" in sample else 1 for sample in kept)
-        samples += len(kept)
-        captions += written
-        read += written + sum(problem.count or 0 for problem in problems)
+        written = sum(len(sample.get("captions", [None])) for sample in kept)
+        read = written + sum(problem.count or 0 for problem in problems)
+        counts.update(read=read, captions=written, samples=len(kept))
     writer.finish()
     task.output.publish(folder, [shard["raw_data"]["basename"] for shard in writer.shards])
-    counts = {"read": read, "captions": captions, "samples": samples}
     return {
         "unit": digest(unit),
         "file": file_of(unit),
@@ -134,7 +116,7 @@ def _convert(item: Record | Rejected, task: Task) -> tuple[list[dict[str, Any]],
     try:
         image = item.image
         if isinstance(image, str):
-            image = read_image(task.source.images, image, options.max_image_bytes, task.folder)
+            image = read_image(task.source.images, image, options.max_image_bytes, task.source.folder)
         elif len(image) > options.max_image_bytes:
             raise ImageError("image too large", f"{len(image)} bytes")
         if options.resize is not None or options.reencode is not None:
@@ -148,10 +130,8 @@ def _convert(item: Record | Rejected, task: Task) -> tuple[list[dict[str, Any]],
     spans = item.spans if item.spans is not None else (None,) * len(item.captions)
     kept, problems = [], []
     for key, caption, span in zip(keys, item.captions, spans, strict=True):
-        problem = _caption_problem(caption, options.max_caption_chars) or _spans_problem(
-            span, caption, task.source.has_spans
-        )
-        if problem:
+        problem = _caption_problem(caption, options.max_caption_chars)
+        if problem := problem or _spans_problem(span, caption, task.source.has_spans):
             problems.append(Rejected(key, problem[0], item.where, problem[1]))
         else:
             kept.append((caption, span))

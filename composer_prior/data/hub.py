@@ -4,7 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -31,10 +31,8 @@ def find_model(path: str | Path, also: str | None = None) -> str | Path:
     """Return the folder that a path names, or else the hub id, for ``from_pretrained``.
 
     The hub is asked once whether it has the model; transformers would ask for many files, five times each. It is not
-    asked for models in one of transformers' caches or in the folder ``also``.
-
-    Raises:
-        ModelFolderError: one line, if there is no such folder, or no such model of a hub that can be reached.
+    asked for models in one of transformers' caches or in the folder ``also``. ModelFolderError is raised if there is no
+    such folder, and no such model of a hub that can be reached.
     """
     folder, name = Path(path).expanduser(), str(path)
     if folder.exists():
@@ -43,19 +41,14 @@ def find_model(path: str | Path, also: str | None = None) -> str | Path:
     missing = ModelFolderError(f"{name!r} does not exist: expected a folder, or a hub id such as organisation/model.")
     if not HUB_ID.fullmatch(name) or first == "runs":
         raise missing
-    if any(Path(cache, f"models--{name.replace('/', '--')}").exists() for cache in filter(None, (*_caches(), also))):
+    caches = (constants.HF_HUB_CACHE, os.getenv("TRANSFORMERS_CACHE"), os.getenv("PYTORCH_TRANSFORMERS_CACHE"), also)
+    if any(Path(cache, f"models--{name.replace('/', '--')}").exists() for cache in caches if cache):
         return name
     try:
         _ask_hub(name)
     except ModelFolderError as error:
         raise (missing if first and Path(first).exists() else error) from error.__cause__
     return name
-
-
-def _caches() -> Iterator[str | None]:
-    """Yield the folders in which transformers keeps downloads."""
-    yield constants.HF_HUB_CACHE
-    yield from map(os.environ.get, ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE"))
 
 
 @cache
@@ -77,44 +70,30 @@ def quiet() -> Iterator[None]:
     def changeable(record: logging.LogRecord) -> bool:
         return not UNSAID.search(record.getMessage())
 
-    loggers = [logging.getLogger(f"transformers.{name}") for name in SAYS]
-    for logger in loggers:
-        logger.addFilter(changeable)
-    try:
+    with ExitStack() as filters:
+        for name in SAYS:
+            logger = logging.getLogger(f"transformers.{name}")
+            logger.addFilter(changeable)
+            filters.callback(logger.removeFilter, changeable)
         yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(changeable)
 
 
 def load_pretrained(auto: Any, path: str | Path, trust_remote_code: bool = False, **options: Any) -> Any:
     """Run ``auto.from_pretrained`` on a folder or hub id; code that comes with it runs only if the user allows it.
 
-    transformers would ask at the terminal and run it if the user presses one key.
-
-    Args:
-        auto: an ``Auto`` class of transformers, or another class with ``from_pretrained``.
-        path: the folder or hub id.
-        trust_remote_code: run code that comes with the model. Default: ``False``.
-        options: further ones of ``from_pretrained``.
-
-    Raises:
-        ModelFolderError: one line, if there is no such folder or model, or if it needs code that is not allowed to run.
+    transformers would ask at the terminal and run it if the user presses one key. ModelFolderError is raised if there
+    is no such folder or model, if it is damaged, or if it needs code that is not allowed to run.
     """
     found = find_model(path, options.get("cache_dir"))
     try:
         with quiet():
             return auto.from_pretrained(found, trust_remote_code=bool(trust_remote_code), **options)
-    except ValueError as error:
-        if "custom code" not in str(error):
-            raise
-        raise ModelFolderError(
-            f"{str(path)!r} comes with Python code of its own, which is not run unless you say trust_remote_code=true."
-        ) from error
     except Exception as error:
         damaged = type(error) is Exception or isinstance(error, SafetensorError | UnpicklingError | EOFError)
-        if not damaged and "PytorchStreamReader" not in str(error):  # tokenizers raises Exception itself
+        if isinstance(error, ValueError) and "custom code" in str(error):
+            why = "comes with Python code of its own, which is not run unless you say trust_remote_code=true"
+        elif damaged or "PytorchStreamReader" in str(error):  # tokenizers raises Exception itself
+            why = f"cannot be read: a file in it is damaged or cut ({one_line(error)})"
+        else:
             raise
-        raise ModelFolderError(
-            f"{str(path)!r} cannot be read: a file in it is damaged or cut ({one_line(error)})."
-        ) from error
+        raise ModelFolderError(f"{str(path)!r} {why}.") from error

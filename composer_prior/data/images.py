@@ -5,8 +5,8 @@ EPS or SVG interpreter is reachable), and an image with more than :data:`MAX_IMA
 than :data:`MAX_ASPECT_RATIO` times the other, is refused from its header. An animated image stands for its first frame,
 and :func:`decode_rgb` turns every kind of pixel into RGB.
 
-A full check and decoding are one function, so they agree on every image. Invalid
-orientation, transparency and other metadata are ignored.
+A full check and decoding are one function, so they agree on every image. Invalid orientation, transparency and other
+metadata are ignored.
 """
 
 import base64
@@ -27,10 +27,8 @@ from PIL import Image, ImageOps
 from composer_prior.data.files import read_plain
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_IMAGE_PIXELS = 89_478_485
-"""Pillow's own limit, at which Pillow only warns; here it is an error."""
-MAX_IMAGE_BYTES = 64 << 20
-"""Of an encoded image; a larger file is not read."""
+MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own limit, at which Pillow only warns; here it is an error
+MAX_IMAGE_BYTES = 64 << 20  # of an encoded image; a larger file is not read
 MAX_ASPECT_RATIO = 50
 """Long side to short side. Panoramas reach 10, receipts 20, screenshots of whole pages 50; a tower that fits the short
 side to its square and then crops makes that many squares: 20 MB and 0.1 s at 336 pixels, 170 MB and 0.6 s at 1,024."""
@@ -63,18 +61,12 @@ _OTHER_KINDS = (  # files that are often found instead of an image
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_KEY_BYTES = {0: range(2, 3), 2: range(6, 7), 3: range(1, 257)}  # length of tRNS, by colour type
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
-_JPEG_END = b"\xff\xd9"
 _BASE64 = re.compile(r"\s*[A-Za-z0-9+/_\-\r\n]{36}")
 _URL_SAFE = str.maketrans("-_", "+/")
 
 
 class ImageError(ValueError):
-    """Bytes that are not an acceptable image.
-
-    Args:
-        reason: a short fixed phrase, the same for every image that fails in the same way.
-        detail: the exact problem.
-    """
+    """Bytes that are no acceptable image: a fixed phrase for all that fail in the same way, and the exact problem."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -83,36 +75,20 @@ class ImageError(ValueError):
 
 
 def read_image_file(path: str | os.PathLike[str], limit: int = MAX_IMAGE_BYTES) -> bytes:
-    """Read a file that may be an image.
-
-    Args:
-        path: the file.
-        limit: the largest file to read, in bytes.
-
-    Raises:
-        ImageError: it is missing, unreadable, no plain file, or too large.
-    """
+    """Read a file, or raise ImageError if it is missing, unreadable, no plain file, or of more than ``limit`` bytes."""
     try:
         return read_plain(path, limit)
     except (FileNotFoundError, NotADirectoryError):
         raise ImageError("missing file") from None
     except OSError as error:
-        kinds: dict[int, tuple[str, ...]] = {errno.EFBIG: ("image too large", error.strerror or "")}
-        kinds |= dict.fromkeys((errno.EINVAL, errno.EISDIR, errno.ENXIO), ("not a regular file",))
-        known = kinds.get(error.errno or 0, ("unreadable file", error.strerror or str(error)))
-        raise ImageError(*known) from None
+        if error.errno in (errno.EINVAL, errno.EISDIR, errno.ENXIO):
+            raise ImageError("not a regular file") from None
+        kind = "image too large" if error.errno == errno.EFBIG else "unreadable file"
+        raise ImageError(kind, error.strerror or str(error)) from None
 
 
 def image_in_text(text: str, is_path: bool = True) -> bytes | None:
-    """Decode an image that a text holds as a data URI or as any kind of base64; return None for a path.
-
-    Args:
-        text: the text.
-        is_path: whether it may be a path.
-
-    Raises:
-        ImageError: naming the first character that does not belong there.
-    """
+    """Decode an image that a text holds as a data URI or as any kind of base64; return None for a path."""
     start, comma, data = text.partition(",") if text[:5].lower() == "data:" else ("base64", "", text)
     if not comma and is_path and not _BASE64.match(text):
         return None
@@ -142,19 +118,13 @@ def check_image(data: bytes, check: str = "structure") -> None:
     image that decodes is never refused, and a cut image is always refused; damage *inside* a complete JPEG or WebP may
     pass, and the loader has to handle it.
 
-    Args:
-        data: the encoded image.
-        check: ``"structure"`` or ``"full"``.
-
     Raises:
         ImageError: the image is empty, truncated, damaged, of another format or none, a decompression bomb, of an
             extreme aspect ratio, or has pixel values of an unknown range.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if check == "structure" and _structure_is_sound(data):
-            return
-        _decode(data, shrink=True)
+    with warnings.catch_warnings(action="ignore"):
+        if check != "structure" or not _structure_is_sound(data):
+            _decode(data, shrink=True)
 
 
 def decode_rgb(data: bytes) -> Image.Image:
@@ -162,33 +132,21 @@ def decode_rgb(data: bytes) -> Image.Image:
 
     Grey of more than 8 bits is scaled, black to white over the range of its file. Up to 16 bits, the bits say it; for
     integers of 32 bits it is the least of 255, 65535 and 2^31 - 1 that holds the largest value, for floats the least of
-    1, 255 and 65535. An image with values outside, such as negative ones, is refused.
-
-    Args:
-        data: the encoded image.
-
-    Returns:
-        A loaded Pillow image of mode ``RGB`` without metadata.
-
-    Raises:
-        ImageError: as for :func:`check_image`.
+    1, 255 and 65535. An image with values outside, such as negative ones, is refused. The result is loaded and has no
+    metadata; for errors see :func:`check_image`.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         return _decode(data)
 
 
 def reencode_image(data: bytes, resize: int | None, reencode: str | None) -> bytes:
-    """Shrink and encode an image anew; return ``data`` itself where nothing has to change.
+    """Shrink and encode an image anew, and return its bytes; return ``data`` itself where nothing has to change.
 
     Args:
         data: the encoded image.
         resize: the longest side allowed, in pixels; the aspect ratio is kept and nothing is enlarged.
         reencode: ``"jpeg"``, ``"png"`` or ``"webp"``, with an optional quality as in ``"jpeg:90"``. Without it, an
             image that has to shrink becomes a JPEG of quality 95, and any other stays as it is.
-
-    Returns:
-        The encoded image.
 
     Raises:
         ImageError: as for :func:`check_image`, or the image is longer than the new format allows.
@@ -198,7 +156,9 @@ def reencode_image(data: bytes, resize: int | None, reencode: str | None) -> byt
     if not too_large and reencode is None:
         return data
     if too_large and resize is not None:
-        image = image.resize(_shrunk(image.size, resize), Image.Resampling.BICUBIC, reducing_gap=2.0)
+        least = math.ceil(resize / MAX_ASPECT_RATIO)  # rounding must not make the aspect ratio extreme
+        width, height = (max(least, round(side * resize / max(image.size))) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
     format, _, quality = (reencode or "jpeg:95").partition(":")
     buffer = io.BytesIO()
     try:
@@ -208,23 +168,15 @@ def reencode_image(data: bytes, resize: int | None, reencode: str | None) -> byt
     return buffer.getvalue()
 
 
-def _shrunk(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    """Return a smaller size of the same aspect ratio, which rounding must not make extreme."""
-    least = math.ceil(longest / MAX_ASPECT_RATIO)
-    width, height = (max(least, round(side * longest / max(size))) for side in size)
-    return width, height
-
-
 def _decode(data: bytes, shrink: bool = False) -> Image.Image:
     """Decode an image, for all checks; ``shrink`` reads all of a JPEG for fewer pixels."""
     try:
         return _decode_once(data, shrink)
     except ImageError:
         plain = _without_metadata(data)
-        if plain == data:
-            raise
-        with suppress(ImageError):
-            return _decode_once(plain, shrink)
+        if plain != data:
+            with suppress(ImageError):
+                return _decode_once(plain, shrink)
         raise
 
 
@@ -251,21 +203,15 @@ def _open(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except Exception as error:
         _refuse(data, error)
-    problem = _size_problem(*image.size)
-    if problem is not None:
-        raise ImageError(*problem)
-    return image
-
-
-def _size_problem(width: int, height: int) -> tuple[str, str] | None:
-    """Return the reason and detail why an image of this size is not accepted, or None."""
+    width, height = image.size
+    size = f"{width} x {height} pixels"
     if min(width, height) < 1:
-        return "empty image", f"{width} x {height} pixels"
+        raise ImageError("empty image", size)
     if width * height > MAX_IMAGE_PIXELS:
-        return "decompression bomb", f"{width} x {height} pixels, at most {MAX_IMAGE_PIXELS} are accepted"
+        raise ImageError("decompression bomb", f"{size}, at most {MAX_IMAGE_PIXELS} are accepted")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        return "extreme aspect ratio", f"{width} x {height} pixels, at most {MAX_ASPECT_RATIO} to 1 is accepted"
-    return None
+        raise ImageError("extreme aspect ratio", f"{size}, at most {MAX_ASPECT_RATIO} to 1 is accepted")
+    return image
 
 
 def _eight_bits(image: Image.Image, data: bytes) -> Image.Image:
@@ -278,9 +224,7 @@ def _eight_bits(image: Image.Image, data: bytes) -> Image.Image:
         if tags.get(_TIFF_PHOTOMETRIC) == 0:  # inverted, which Pillow handles only up to 8 bits
             values = white - values
         grey = Image.fromarray(np.multiply(values, 255 / white, dtype=np.float32).round().astype(np.uint8))
-        if key is None:
-            return grey
-        return Image.merge("LA", (grey, Image.fromarray(np.uint8(255) * (values != key))))
+        return grey if key is None else Image.merge("LA", (grey, Image.fromarray(np.uint8(255) * (values != key))))
     if key is not None and image.format == "PNG" and image.mode in ("1", "L", "RGB"):
         depth = data[24]
         eight = [part >> 8 if depth == 16 else part * 255 // ((1 << depth) - 1) for part in np.atleast_1d(key).tolist()]
@@ -348,7 +292,10 @@ def _refuse(data: bytes, error: Exception) -> NoReturn:
                 raise ImageError(kind, hint or f"not one of {', '.join(IMAGE_FORMATS)}") from error
         raise ImageError("undecodable image", f"not one of {', '.join(IMAGE_FORMATS)}") from error
     if isinstance(error, Image.UnidentifiedImageError):
-        error = _why_not_opened(data, format) or error
+        try:  # for the error that Image.open dropped when it went on to the next format
+            Image.OPEN[format][0](io.BytesIO(data), "")
+        except Exception as dropped:
+            error = dropped
     message = re.sub(r" at 0x[0-9a-f]+", "", str(error))[:200] or type(error).__name__
     if "truncated" in message.lower():
         raise ImageError("truncated image", f"{format}: {message}") from error
@@ -361,27 +308,16 @@ def _format(data: bytes) -> str | None:
     return next((format for format, magic in _MAGIC.items() if re.match(magic, data, re.DOTALL)), None)
 
 
-def _why_not_opened(data: bytes, format: str) -> Exception | None:
-    """Return the error that ``Image.open`` dropped when it went on to the next format."""
-    try:
-        Image.OPEN[format][0](io.BytesIO(data), "")
-    except Exception as error:
-        return error
-    return None
-
-
 def _structure_is_sound(data: bytes) -> bool:
     """Return whether the cheap checks suffice to accept; if not, the image has to be decoded."""
-    try:
+    with suppress(Exception):
         if data.startswith(b"\xff\xd8\xff"):
             _open(data)
-            return data.endswith(_JPEG_END)
+            return data.endswith(b"\xff\xd9")  # the end marker
         if data.startswith(b"\x89PNG"):
             _open(data).verify()
             return True
         if data.startswith(b"RIFF"):
             _open(data)
             return len(data) >= 8 + int.from_bytes(data[4:8], "little")
-    except Exception:
-        return False
     return False

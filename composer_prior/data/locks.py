@@ -49,10 +49,7 @@ def locked(file: Path, seconds: float = -1, waiting: Callable[[], None] = lambda
 def sole_writer(path: str | Path, key: str, inside: bool = False) -> Iterator[None]:
     """Lock a folder or file for writing, or raise one line at once if it is locked or cannot be written.
 
-    Args:
-        path: the folder or file.
-        key: the key of the recipe or command that names it.
-        inside: put the lock into the folder instead of beside it. Default: ``False``.
+    ``key`` is that of the recipe or command which names it; ``inside`` puts the lock into the folder, not beside it.
     """
     target = Path(path).expanduser().absolute()
     file = target / LOCK if inside else target.with_name(f".{target.name}{LOCK}")

@@ -14,6 +14,7 @@ import mmap
 import os
 import struct
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from io import BufferedWriter
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,10 @@ _PIECE = 1 << 18  # bytes hashed and written at a time, so that they stay in the
 
 
 class ShardWriter:
-    """Writes samples as MDS shards, each no larger than a limit unless a single sample is.
+    """Writes samples as MDS shards, each of at most ``size_limit`` bytes unless a single sample is larger.
 
-    Args:
-        folder: of the shard files.
-        prefix: the files are named ``{prefix}.000.mds``, ``{prefix}.001.mds`` …
-        columns: the encoding of each column: ``"bytes"``, ``"str"`` or ``"json"``.
-        size_limit: the largest shard, in bytes.
-        buffer: memory for the samples of a shard, faster if another writer has used it. Default: a new one.
+    The files are named ``{prefix}.000.mds``, ``{prefix}.001.mds`` …, and ``columns`` are ``"bytes"``, ``"str"`` or
+    ``"json"``. ``buffer`` is memory for the samples of a shard, faster if another writer has used it.
     """
 
     def __init__(
@@ -61,11 +58,7 @@ class ShardWriter:
         self._clear()
 
     def write(self, sample: dict[str, Any]) -> None:
-        """Add one sample, and write the shard before it if that is full.
-
-        Args:
-            sample: a value for each column.
-        """
+        """Add one sample, a value for each column, and write the shard before it if that is full."""
         cells = [_encode(encoding, sample[name]) for name, encoding in self.columns.items()]
         size = 4 * len(cells) + sum(map(len, cells))
         if self.sizes and self.bytes + size + 4 > self.size_limit:
@@ -84,23 +77,22 @@ class ShardWriter:
         self._disk.shutdown()
 
     def _flush(self) -> None:
-        count = np.uint32(len(self.sizes)).tobytes()
         start = 4 + 4 * (len(self.sizes) + 1) + len(self.header)
-        offsets = (np.cumsum([0, *self.sizes]) + start).astype(np.uint32).tobytes()
+        offsets = np.cumsum([start, *self.sizes])
+        head = np.concatenate([[len(self.sizes)], offsets]).astype(np.uint32).tobytes() + self.header
         name = f"{self.prefix}.{len(self.shards):03}.mds"
         digest = xxhash.xxh64()
         file = open(self.folder / name, "wb")  # noqa: SIM115 - closed once it is on the disk
         with self._samples.getbuffer() as buffer:
             end = sum(self.sizes)
-            pieces = [buffer[begin : min(begin + _PIECE, end)] for begin in range(0, end, _PIECE)]
-            parts: list[Any] = [count, offsets, self.header, *pieces]
-            for part in parts:
+            parts: list[Any] = [buffer[begin : min(begin + _PIECE, end)] for begin in range(0, end, _PIECE)]
+            for part in (head, *parts):
                 digest.update(part)
                 file.write(part)
         file.flush()
         # The disk works on this shard while the next one is made.
         self._syncing.append(self._disk.submit(_sync, file))
-        raw = {"basename": name, "bytes": start + sum(self.sizes), "hashes": {"xxh64": digest.hexdigest()}}
+        raw = {"basename": name, "bytes": int(offsets[-1]), "hashes": {"xxh64": digest.hexdigest()}}
         self.shards.append({"samples": len(self.sizes), "raw_data": raw, "zip_data": None, **self.config})
         self._clear()
 
@@ -136,16 +128,7 @@ def count_samples(shard: bytes) -> int | None:
 
 
 def read_column(data: Any, column: str, samples: range) -> list[Any]:
-    """Read one column of consecutive samples, without the other columns.
-
-    Args:
-        data: a :class:`.CheckedDataset`.
-        column: its name.
-        samples: consecutive ones.
-
-    Raises:
-        ValueError: if the data set has no such column.
-    """
+    """Read one column of consecutive samples of a :class:`.CheckedDataset`, without the other columns."""
     values: list[Any] = []
     while len(values) < len(samples):
         shard_id, first = data.spanner[samples[len(values)]]
@@ -161,19 +144,16 @@ def read_column(data: Any, column: str, samples: range) -> list[Any]:
     return values
 
 
-def _shard_bytes(data: Any, shard_id: int, retry: int = 7) -> mmap.mmap:
+def _shard_bytes(data: Any, shard_id: int) -> mmap.mmap:
     """Map a shard's file, downloaded if need be; the cache may evict it, but not while it is open."""
     shard = data.shards[shard_id]
     file = Path(shard.dirname, shard.split or "", shard.raw_data.basename)
-    for _ in range(retry):
+    for _ in range(7):
         data.prepare_shard(shard_id)
-        try:
-            with open(file, "rb") as opened:
-                content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        with suppress(FileNotFoundError), open(file, "rb") as opened:
+            content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
             content.madvise(mmap.MADV_RANDOM)
             return content
-        except FileNotFoundError:
-            continue
     raise FileNotFoundError(f"{file} is missing from the data set.")
 
 

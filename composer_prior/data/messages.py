@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # categories of Unicode: controls, formats, surrogates, separators
-
-
 NO_INDEX = "{}: no index.json here; name a data set made by composer-prior convert."
+_HIDDEN: dict[str, str] = {}  # value: the text shown instead
 
 
 class OneLineError(Exception):
@@ -23,9 +22,6 @@ class OneLineError(Exception):
 
 class DataError(OneLineError, OSError):
     """An index or a shard that cannot be read; the message names it."""
-
-
-_HIDDEN: dict[str, str] = {}  # value: the text shown instead
 
 
 def hide(value: str, text: str) -> None:
@@ -64,11 +60,7 @@ def short(text: str, length: int = 200) -> str:
 
 @contextmanager
 def one_line_exit(expected: tuple[type[Exception], ...] = (ValueError, OSError, OneLineError)) -> Iterator[None]:
-    """End the program with one line for an expected error; also a decorator.
-
-    Args:
-        expected: types of errors; others are raised with their traceback.
-    """
+    """End the program with one line for an expected error; others are raised with their traceback. Also a decorator."""
     try:
         yield
     except expected as error:

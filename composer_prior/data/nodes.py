@@ -1,6 +1,5 @@
 """Several nodes: the first rank decides and writes, and every node must see the files that it wrote."""
 
-import os
 import pickle
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -48,26 +47,15 @@ def _to_send(error: Exception) -> Exception:
 def sole_job(paths: Mapping[str, str | Path]) -> Iterator[None]:
     """Lock folders, by the keys that name them, for all ranks of a job; see :func:`.sole_writer`."""
     with ExitStack() as held:
-
-        def hold() -> None:
-            for key, path in paths.items():
-                held.enter_context(sole_writer(path, key, inside=True))
-
-        on_first_rank(hold)
+        on_first_rank(lambda: [held.enter_context(sole_writer(path, key, inside=True)) for key, path in paths.items()])
         yield
 
 
 def check_shared(paths: Mapping[str, str | Path]) -> None:
-    """Refuse paths of the first rank that another node does not see; remotes are not checked.
+    """Raise ValueError on every rank if another node does not see a path of the first rank; remotes are not checked.
 
     A file that the first rank has must exist on every node, also as a copy. A file that it will write needs a folder
-    that all nodes share.
-
-    Args:
-        paths: a file or folder by the key of the recipe that names it.
-
-    Raises:
-        ValueError: on every rank, naming the key.
+    that all nodes share. The key of a path is that of the recipe.
     """
     local = {key: Path(path).expanduser() for key, path in paths.items() if not is_remote(path)}
     if not local or dist.get_world_size() == dist.get_local_world_size():
@@ -92,16 +80,12 @@ def _sign(path: Path) -> Path:
     if path.exists():
         return path
     sign = next(folder for folder in path.parents if folder.exists()) / f".seen-by-all-nodes-{uuid.uuid4().hex}"
-    os.close(os.open(sign, os.O_CREAT))
+    sign.touch()
     return sign
 
 
 def check_same(facts: Mapping[str, Any]) -> None:
-    """Refuse to train if nodes see different contents under one path, such as old copies of the data.
-
-    Raises:
-        ValueError: on every rank, naming what differs.
-    """
+    """Raise ValueError on every rank if nodes see different contents under one path, such as old copies of the data."""
     first, *others = dist.all_gather_object(dict(facts))
     for rank, theirs in enumerate(others, 1):
         differing = [name for name in first if theirs[name] != first[name]]

@@ -20,10 +20,7 @@ def open_captions(data: str, cache: str) -> tuple[Any, bytes]:
     from composer_prior.data.streams import CheckedDataset
 
     remote: Any = CheckedDataset(local=cache, remote=data.rstrip("/"), batch_size=1) if is_remote(data) else None
-    index = Path(data if remote is None else cache) / "index.json"
-    if not index.exists():
-        raise FileNotFoundError(NO_INDEX.format(data))
-    content = read_plain(index, MAX_JSON_BYTES)
+    content = read_plain(Path(data if remote is None else cache, "index.json"), MAX_JSON_BYTES)
     try:
         for shard in json.loads(content)["shards"]:
             _check_columns(data, shard)

@@ -36,11 +36,7 @@ def store_errors(url: str, problem: str = ": cannot be written to") -> Iterator[
 
 
 class Remote:
-    """A folder of a bucket.
-
-    Args:
-        url: such as ``s3://bucket/folder``.
-    """
+    """A folder of a bucket, by a URL such as ``s3://bucket/folder``."""
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
@@ -52,9 +48,7 @@ class Remote:
     def names(self) -> list[str]:
         """Return the names of all objects, relative to the URL, in order.
 
-        Raises:
-            StorageError: if they cannot be listed.
-            NotImplementedError: if no store of this kind can.
+        StorageError is raised if they cannot be listed, and NotImplementedError if no store of this kind can do that.
         """
         with store_errors(self.url, ": cannot be listed"):
             client = self._client()
@@ -71,11 +65,7 @@ class Remote:
         attempts: int | None = None,
         seconds: float = _SECONDS,
     ) -> None:
-        """Download an object; see :func:`.download`.
-
-        Raises:
-            DataError: if it is missing, or cannot be downloaded.
-        """
+        """Download an object; see :func:`.download`, or raise DataError if it is missing, or cannot be downloaded."""
         from composer_prior.data.download import ATTEMPTS, download  # here: streaming takes seconds
         from composer_prior.data.streaming_fixes import downloader_of
 
@@ -96,11 +86,7 @@ class Remote:
             return file.read_bytes()
 
     def put(self, folder: Path, name: str, attempts: int = 1) -> None:
-        """Upload a file of a folder, with 1, 2, 4 … s between attempts.
-
-        Raises:
-            StorageError: if that fails.
-        """
+        """Upload a file of a folder, with 1, 2, 4 … s between attempts, or raise StorageError if that fails."""
         with store_errors(self.url):
             client = self._client(folder)
         for attempt in range(1, attempts + 1):
@@ -116,11 +102,7 @@ class Remote:
             sleep(2.0 ** (attempt - 1))
 
     def size(self, name: str) -> int | None:
-        """Return the bytes of an object, or None if there is none of this name.
-
-        Raises:
-            StorageError: if it cannot be asked for.
-        """
+        """Return the bytes of an object, None if there is none of this name, or raise StorageError."""
         url = urlsplit(f"{self.url}/{name}")
         with store_errors(self.url, " cannot be read"):
             try:
@@ -143,10 +125,12 @@ class Remote:
 
     def check_writable(self) -> None:
         """Raise StorageError if a test object cannot be written; it is removed where permitted."""
+        from composer_prior.data.streaming_fixes import uploader_of  # here: conversion starts without streaming
+
         if self.url.startswith("hf://"):
             return  # each object is a commit there
         with store_errors(self.url), tempfile.TemporaryDirectory() as folder:
-            client = _new_client(self.url, folder)
+            client: Any = uploader_of(folder, self.url)
             Path(folder, PROBE).write_bytes(b"\n")
             client.upload_file(PROBE)
             bucket, key = urlsplit(self.url).netloc, urlsplit(f"{self.url}/{PROBE}").path.lstrip("/")
@@ -155,20 +139,14 @@ class Remote:
 
     def _client(self, folder: Path | str = "") -> Any:
         """Return streaming's uploader from a folder, which also lists the bucket."""
+        from composer_prior.data.streaming_fixes import uploader_of  # here: conversion starts without streaming
+
         key = (os.getpid(), str(folder))
         if key not in self._clients:
-            self._clients[key] = _new_client(self.url)
+            with tempfile.TemporaryDirectory() as empty:
+                self._clients[key] = uploader_of(empty, self.url)
             self._clients[key].local = str(folder)
         return self._clients[key]
-
-
-def _new_client(url: str, empty: str | None = None) -> Any:
-    from composer_prior.data.streaming_fixes import uploader_of  # here: conversion starts without streaming
-
-    if empty is not None:
-        return uploader_of(empty, url)
-    with tempfile.TemporaryDirectory() as folder:
-        return _new_client(url, folder)
 
 
 def _size(client: Any, bucket: str, key: str) -> int | None:
@@ -195,13 +173,7 @@ def _volume_files(client: Any, folder: str) -> Iterator[str]:
 
 
 class Output:
-    """A folder or remote to write files to, and a local folder for unfinished files.
-
-    Args:
-        url: the folder's path, or the remote's URL.
-        state: a local folder.
-        attempts: number of attempts of an upload. Default: ``1``.
-    """
+    """A folder or remote to write files to in so many attempts, and a local folder ``state`` for unfinished files."""
 
     def __init__(self, url: str | Path, state: Path, attempts: int = 1):
         self.label = str(url).rstrip("/")
@@ -229,15 +201,7 @@ class Output:
             return None
 
     def read(self, name: str, names: set[str] | None) -> bytes | None:
-        """Return one small file of the output, or None if it is not there.
-
-        Args:
-            name: of the file.
-            names: of all files, see :meth:`names`.
-
-        Raises:
-            StorageError: if a file among ``names`` cannot be downloaded.
-        """
+        """Return one small file of the output, or None if it is not there; ``names`` are those of :meth:`names`."""
         if names is not None and name not in names:
             return None
         if self.remote is None:

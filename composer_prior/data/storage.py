@@ -69,9 +69,7 @@ def write_whole(file: Path, data: bytes) -> None:
 def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder of this process that takes its final name in one step when its writing has succeeded.
 
-    Args:
-        folder: a folder that does not exist or is empty.
-        replace: accept an existing folder; files that this program wrote there are removed, other files stay.
+    ``replace`` accepts a folder that is not empty; files that this program wrote there are removed, other files stay.
     """
     folder = folder.resolve() if replace else folder  # it may be a link to another disk
     before = folder.with_name(f".{folder.name}.replaced")

@@ -70,9 +70,8 @@ def _answer(error: BaseException | None) -> tuple[int | None, str | None]:
             code = str(response.get("Error", {}).get("Code"))
             if status or code.isdigit():
                 return int(status or code), code
-        for value in (
-            getattr(holder, name, None) for holder in (response, one) for name in ("status_code", "status", "code")
-        ):
+        names = ("status_code", "status", "code")
+        for value in (getattr(holder, name, None) for holder in (response, one) for name in names):
             if isinstance(value, int) and 400 <= value < 600:
                 return int(value), None
     return None, None

@@ -98,12 +98,7 @@ def free_number(caches: Sequence[str], retry: int = 0) -> int:
     descriptors left (https://github.com/mosaicml/streaming/issues/457), and it stops at memory of another user
     (https://github.com/mosaicml/streaming/issues/332).
 
-    Args:
-        caches: folders that another data set must not use.
-        retry: how often to look again where one does, as it may end meanwhile. Default: ``0``.
-
-    Raises:
-        ValueError: if another data set uses one of the folders.
+    If another data set uses one of the folders ``caches``, this looks ``retry`` times more, then raises ValueError.
     """
     number = 0 if caches else bisect_left(range(_NUMBERS), True, key=lambda number: not _is_taken(number))
     while _is_taken(number):
@@ -186,9 +181,8 @@ class _S3Upload(S3Uploader):
 
 def uploader_of(local: str, remote: str) -> CloudUploader:
     """Return streaming's uploader from an empty folder to a remote; it tries once and keeps the files."""
-    if remote.startswith("s3://"):
-        return _S3Upload((local, remote), keep_local=True, retry=1)
-    return CloudUploader.get((local, remote), keep_local=True, retry=1)
+    upload = _S3Upload if remote.startswith("s3://") else CloudUploader.get
+    return upload((local, remote), keep_local=True, retry=1)
 
 
 class FixedDataset(StreamingDataset):

@@ -26,7 +26,7 @@ from streaming.base.hashing import is_hash
 from streaming.base.shuffle import algos as SHUFFLES
 from streaming.base.world import World
 
-from composer_prior.data.download import ATTEMPTS, check_file, download, patience
+from composer_prior.data.download import ATTEMPTS, FIRST_PAUSE, check_file, download
 from composer_prior.data.messages import DataError, one_line
 from composer_prior.data.streaming_fixes import FixedDataset, downloader_of
 
@@ -64,17 +64,12 @@ class CheckedStream(Stream):
         """Return the URL or the folder of the data."""
         return os.path.join(self.remote or self.local, self.split).rstrip("/")
 
-    @property
-    def patience(self) -> float:
-        """Return the longest time in seconds that a download may take, all attempts together."""
-        return patience(self.download_retry, self.download_timeout)
-
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
         self._expected: dict[str, FileInfo] = {}
         index = Path(self.local, self.split, get_index_basename())
         try:
             if self.remote and not world.is_local_leader:
-                _wait_for(index, self.patience)
+                self._wait_for(index)
             shards = super().get_shards(world, allow_unsafe_types=True)  # they are checked here
         except Exception as error:
             raise DataError(f"{self.path}/{index.name} cannot be read: {one_line(error)}") from error
@@ -84,6 +79,14 @@ class CheckedStream(Stream):
             self._check_shard(shard)
             self._expected.update((info.basename, info) for pair in shard.file_pairs for info in pair if info)
         return shards
+
+    def _wait_for(self, file: Path) -> None:
+        """Wait for a file that another process downloads, at most as long as all its attempts may take."""
+        seconds = self.download_retry * (self.download_timeout + 1) + FIRST_PAUSE * 2.0**self.download_retry
+        for _ in range(int(seconds / TICK)):
+            if file.exists():
+                return
+            sleep(TICK)
 
     def _check_shard(self, shard: Reader) -> None:
         """Refuse another format, pickled columns, files outside of the folder, and a hash that the index lacks."""
@@ -132,20 +135,16 @@ class CheckedStream(Stream):
         expected = self._expected.get(from_basename)
 
         def check(file: Path) -> None:
-            if expected is not None:
-                check_file(file, expected, self.validate_hash)
-            else:
+            if expected is None:
                 json.loads(file.read_bytes())  # raise for a truncated index
+            else:
+                check_file(file, expected, self.validate_hash)
 
-        download(
-            lambda file: self._downloader.download(remote, str(file), self.download_timeout),
-            local,
-            check,
-            self.download_retry,
-            self.download_timeout,
-            self._downloader.clean_up,
-            remote,
-        )
+        def fetch(file: Path) -> None:
+            self._downloader.download(remote, str(file), self.download_timeout)
+
+        seconds, clean_up = self.download_timeout, self._downloader.clean_up
+        download(fetch, local, check, self.download_retry, seconds, clean_up, remote)
         return str(local)
 
 
@@ -202,11 +201,7 @@ class CheckedDataset(FixedDataset):
         return f"{stream.path}/{cast(MDSReader, self.shards[shard_id]).raw_data.basename}"
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Download a shard if it is missing; a download that failed in one process fails in all of them.
-
-        Raises:
-            DataError: naming the shard.
-        """
+        """Download a shard if it is missing; a download that failed in one process is a DataError in all of them."""
         # The usual case. Streaming takes a lock for every sample: 1.8 and 1.4 times the time.
         is_local = self._shard_states[shard_id] == _ShardState.LOCAL
         if not blocking and is_local and self.shards[shard_id].compression is None:
@@ -258,11 +253,3 @@ class CheckedDataset(FixedDataset):
         except RuntimeError as error:
             self.raise_failure()
             raise DataError(f"{self.shard_name(self.spanner[sample_id][0])}: {one_line(error)}") from error
-
-
-def _wait_for(file: Path, seconds: float) -> None:
-    """Wait for a file that another process downloads."""
-    for _ in range(int(seconds / TICK)):
-        if file.exists():
-            return
-        sleep(TICK)

@@ -23,29 +23,23 @@ def build_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 
     It adds the image tokens if they are missing, so that run, reference and scores of a recipe use the same tokenizer.
     """
+    name = f"tokenizer.name={config['name']!r}"
     try:
         tokenizer = load_pretrained(AutoTokenizer, config["name"], **config.get("kwargs", {}))
     except ModelFolderError as error:
         raise ModelFolderError(f"tokenizer.name={error}") from error
     except OSError as error:
-        raise OSError(f"tokenizer.name={config['name']!r} is no folder with a tokenizer: {one_line(error)}") from error
+        raise OSError(f"{name} is no folder with a tokenizer: {one_line(error)}") from error
     if not tokenizer.is_fast:
-        raise ValueError(f"tokenizer.name={config['name']!r} has no fast version, which knows a token's characters.")
+        raise ValueError(f"{name} has no fast version, which knows a token's characters.")
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"tokenizer.name={config['name']!r} has no end-of-sequence token: set tokenizer.kwargs.eos_token."
-        )
+        raise ValueError(f"{name} has no end-of-sequence token: set tokenizer.kwargs.eos_token.")
     add_image_tokens(tokenizer)
     return tokenizer
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of transformers, with the image tokens in its vocabulary.
-
-    Args:
-        captions: the training text.
-        vocab_size: number of tokens, special tokens and the 256 bytes included.
-    """
+    """Train a byte-level BPE tokenizer on captions; the vocabulary includes the image tokens and the 256 bytes."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -93,11 +87,7 @@ def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
 
 
 def image_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Return the ids of the image and row-separator tokens.
-
-    Raises:
-        ValueError: if the tokenizer lacks them.
-    """
+    """Return the ids of the image and row-separator tokens, or raise ValueError if the tokenizer lacks them."""
     missing = _missing_image_tokens(tokenizer)
     if missing:
         raise ValueError(
@@ -113,11 +103,7 @@ def _missing_image_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the tokens of the text between image and caption, which may contain special tokens as chat templates do.
-
-    Raises:
-        ValueError: if the prompt contains an image token.
-    """
+    """Return the tokens of the text between image and caption, which may contain special tokens except of images."""
     ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     read = tokenizer.convert_ids_to_tokens(ids)
     for token in (IMAGE_TOKEN, ROW_TOKEN):
@@ -151,17 +137,11 @@ def encode_caption(tokenizer: PreTrainedTokenizerBase, caption: str) -> Encoding
 
 @dataclass(frozen=True)
 class CaptionFormat:
-    """The format of a caption's tokens: beginning of sequence, prompt, caption, end of sequence.
+    """The format of a caption's tokens: beginning of sequence, prompt, caption, end of sequence."""
 
-    Args:
-        tokenizer: a fast Hugging Face tokenizer.
-        prompt: text between image and caption.
-        max_caption_tokens: a longer caption is cut there, and then has no end-of-sequence token.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    prompt: str = ""
-    max_caption_tokens: int = 128
+    tokenizer: PreTrainedTokenizerBase  # a fast one
+    prompt: str = ""  # text between image and caption
+    max_caption_tokens: int = 128  # a longer caption is cut there, and then has no end-of-sequence token
 
     def prefix_ids(self, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
         """Return the ids before the caption without the image, of another tokenizer if one is given."""

@@ -12,7 +12,7 @@ import numpy as np
 from composer.utils import dist
 from tqdm import tqdm
 
-from composer_prior.data.lines import begin_lines
+from composer_prior.data.files import begin_lines
 from composer_prior.data.messages import one_line
 from composer_prior.evaluation.likelihood import VisionLanguageModel
 

@@ -16,8 +16,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
+from composer_prior.data.files import begin_lines
 from composer_prior.data.images import decode_rgb, read_image_file
-from composer_prior.data.lines import begin_lines
 from composer_prior.data.locks import sole_writer
 from composer_prior.data.messages import one_line
 from composer_prior.data.remote import Remote

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from composer_prior.conversion.sources import expect_number
+from composer_prior.conversion.sources.base import expect_number
 from composer_prior.data.images import IMAGE_FORMATS
 from composer_prior.data.messages import one_line, short, visible
 from composer_prior.data.opening import open_captions, sample_captions

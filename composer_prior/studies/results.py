@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from composer_prior import __version__
-from composer_prior.data.lines import read_object
+from composer_prior.data.files import read_object
 from composer_prior.data.messages import one_line
 from composer_prior.data.storage import write_whole
 from composer_prior.studies.study import Run, Study, checked_header, current_name, differences

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from composer_prior.data.lines import read_object
+from composer_prior.data.files import read_object
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.model_folder import save_model_folder

@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from composer_prior.algorithms.token_weighting.token_weighting import unwrapped
 from composer_prior.data.download import ATTEMPTS
+from composer_prior.data.files import read_object
 from composer_prior.data.hub import ModelFolderError, load_pretrained
-from composer_prior.data.lines import read_object
 from composer_prior.data.messages import announce, one_line
 from composer_prior.data.remote import Output
 from composer_prior.data.storage import StorageError, WriteError, full_disk_told, is_remote

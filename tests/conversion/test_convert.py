@@ -330,7 +330,7 @@ def test_the_progress_bar_shows_both_speeds(tmp_path, capsys):
 
 
 def test_a_process_that_dies_ends_the_conversion_with_one_line(tmp_path, monkeypatch, capsys):
-    killed = "composer_prior.conversion.processes.convert_unit"
+    killed = "composer_prior.conversion.distribute.convert_unit"
     monkeypatch.setattr(killed, lambda task, number, unit: os.kill(os.getpid(), signal.SIGKILL))
     assert main([str(simple_source(tmp_path / "in", 8)), str(tmp_path / "out"), "processes=2", "unit_samples=1"]) == 1
     (line,) = capsys.readouterr().err.splitlines()

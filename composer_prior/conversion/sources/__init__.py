@@ -26,37 +26,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from composer_prior.conversion.sources.base import (
-    SPANS,
-    BadFile,
-    Record,
-    Rejected,
-    Source,
-    SourceError,
-    SourceOptions,
-    expect_number,
-    file_of,
-)
-from composer_prior.conversion.sources.files import describe
+from composer_prior.conversion.sources.base import SPANS, BadFile, Record, Rejected, Source, SourceError, SourceOptions
 from composer_prior.conversion.sources.images import read_image
 from composer_prior.conversion.sources.recognition import open_local
 from composer_prior.conversion.sources.remote import RemoteSource
 from composer_prior.data.storage import is_remote
 
-__all__ = [
-    "SPANS",
-    "BadFile",
-    "Record",
-    "Rejected",
-    "Source",
-    "SourceError",
-    "SourceOptions",
-    "describe",
-    "expect_number",
-    "file_of",
-    "open_source",
-    "read_image",
-]
+__all__ = ["SPANS", "BadFile", "Record", "Rejected", "Source", "SourceError", "open_source", "read_image"]
 
 
 def open_source(path: str | Path, options: SourceOptions | None = None, **overrides: Any) -> Source:

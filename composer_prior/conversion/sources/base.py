@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from composer_prior.data.images import MAX_IMAGE_BYTES
 
@@ -16,12 +16,10 @@ SPANS = "image_related_spans"
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "svg", "avif", "jxl", "heic")
 IMAGE_COLUMNS = (
-    *("image", "image_path", "image_file", "file_name", "filename", "filepath", "path", "img", "jpg", "png"),
-    "images",
+    *("image", "image_path", "image_file", "file_name", "filename", "filepath", "path", "img", "jpg", "png", "images"),
 )
 CAPTION_COLUMNS = (
-    *("conversations", "messages"),
-    *("caption", "captions", "text", "txt", "sentence", "sentences", "description"),
+    *("conversations", "messages", "caption", "captions", "text", "txt", "sentence", "sentences", "description"),
 )
 _URL_COLUMNS = ("url", "image_url", "img_url", "urls")
 KEY_COLUMNS = ("id", "key", "__key__")
@@ -34,46 +32,27 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """One image with its captions, not yet checked.
-
-    Args:
-        key: name of the record in its source.
-        image: the encoded bytes, or a path relative to the source's folder of images.
-        captions: the captions as found, of any type.
-        where: file and position, for messages.
-        spans: for each caption its ``image_related_spans``, where the source has them.
-        explicit: whether ``key`` is an id of the source, which must be unique.
-        note: advice for the message if it has no caption.
-    """
+    """One image with its captions, not yet checked."""
 
     key: str
-    image: bytes | str
-    captions: tuple[Any, ...]
-    where: str
-    spans: tuple[Any, ...] | None = None
-    explicit: bool = False
-    note: str = ""
+    image: bytes | str  # encoded, or a path relative to the source's folder of images
+    captions: tuple[Any, ...]  # as found, of any type
+    where: str  # file and position, for messages
+    spans: tuple[Any, ...] | None = None  # for each caption its ``image_related_spans``, where the source has them
+    explicit: bool = False  # whether ``key`` is an id of the source, which must be unique
+    note: str = ""  # advice for the message if it has no caption
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A record, or one caption of it, that is not converted.
-
-    Args:
-        key: its name in the source.
-        reason: a short fixed phrase, to count by.
-        where: file and position.
-        detail: the exact problem.
-        count: number of captions that it stands for; 0 if it is not a sample, ``None`` if unknown.
-        estimated: whether ``count`` is an estimate.
-    """
+    """A record, or one caption of it, that is not converted."""
 
     key: str
-    reason: str
+    reason: str  # a short fixed phrase, to count by
     where: str
-    detail: str = ""
-    count: int | None = 1
-    estimated: bool = False
+    detail: str = ""  # the exact problem
+    count: int | None = 1  # number of captions that it stands for; 0 if it is not a sample, None if unknown
+    estimated: bool = False  # whether ``count`` is an estimate
 
 
 @dataclass(frozen=True)
@@ -124,54 +103,60 @@ class SourceOptions:
             expect_number(name, getattr(self, name), 1)
         expect_number("download_timeout", self.download_timeout, 1, whole=False)
 
+    def images_folder(self) -> Path | None:
+        """Return the folder that ``images=`` names, resolved."""
+        if self.images is None:
+            return None
+        folder = Path(self.images).expanduser()
+        if not folder.is_dir():
+            raise SourceError(f"images={self.images}: no such folder.")
+        return folder.resolve()
+
     def _as_text(self, name: str) -> None:
         """Convert an option to text, also if a number or a path was given, as in ``images=2017``."""
         value = getattr(self, name)
         if value is None:
             return
-        if isinstance(value, bool) or not isinstance(value, (str, int, os.PathLike)) or not str(value):
-            raise SourceError(f"{name}={value!r} is not accepted: expected a name, or leave it out.")
+        is_name = isinstance(value, (str, int, os.PathLike)) and not isinstance(value, bool) and bool(str(value))
+        expect(name, value, is_name, "a name, or leave it out")
         object.__setattr__(self, name, os.fspath(value) if isinstance(value, os.PathLike) else str(value))
+
+
+def expect(name: str, value: Any, ok: bool, accepted: str) -> None:
+    """Raise SourceError for the value of an option that is not accepted."""
+    if not ok:
+        raise SourceError(f"{name}={value!r} is not accepted: expected {accepted}.")
 
 
 def expect_number(name: str, value: Any, least: float, whole: bool = True) -> None:
     """Refuse an option that is not a number of at least ``least``."""
     kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
-        raise SourceError(f"{name}={value!r} is not accepted: expected a {'whole ' * whole}number of at least {least}.")
+    ok = isinstance(value, kinds) and not isinstance(value, bool) and value >= least
+    expect(name, value, ok, f"a {'whole ' * whole}number of at least {least}")
 
 
-class Source(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Source:
     """A recognised source. It is picklable, so that any process can read any unit."""
 
-    @property
-    def format(self) -> str:
-        """Return one of :data:`FORMATS`."""
-
-    @property
-    def images(self) -> Path:
-        """Return the folder that image paths are relative to, resolved."""
-
-    @property
-    def folder(self) -> Path:
-        """Return the folder of the source, resolved; absolute paths of images below it are read, too."""
-
-    @property
-    def total(self) -> int | None:
-        """Return the number of records, or None if it is not known in advance."""
-
-    @property
-    def has_spans(self) -> bool:
-        """Return whether the first records have ``image_related_spans``."""
+    options: SourceOptions
+    folder: Path  # of the source, resolved; absolute paths of images below it are read, too
+    images: Path  # the folder that image paths are relative to, resolved
+    format: str  # one of FORMATS
+    has_spans: bool = False  # whether the first records have ``image_related_spans``
+    total: int | None = None  # number of records, if it is known in advance
 
     def bad_files(self) -> Iterator[BadFile]:
         """Yield files that are known to be unreadable without reading them through."""
+        return iter(())
 
     def units(self) -> Iterator[Any]:
         """Yield units of work in a fixed order; each is small, picklable and identified by its ``repr``."""
+        raise NotImplementedError
 
     def read(self, unit: Any) -> Iterator[Record | Rejected]:
         """Yield the records of one unit, in a fixed order."""
+        raise NotImplementedError
 
 
 def pick(names: Sequence[str], wanted: str | None, usual: Sequence[str], option: str, where: str) -> str:
@@ -186,17 +171,10 @@ def pick(names: Sequence[str], wanted: str | None, usual: Sequence[str], option:
     return chosen
 
 
-def pick_columns(names: Sequence[str], options: SourceOptions, where: str, folder: Path) -> tuple[str, str, Path]:
-    """Return the columns of images and captions, and the folder of images that are paths.
-
-    Raises:
-        SourceError: if a column or the folder is missing.
-    """
+def pick_columns(names: Sequence[str], options: SourceOptions, where: str) -> tuple[str, str]:
+    """Return the columns of images and captions, or raise SourceError if one is missing."""
     image = pick(names, options.image_column, IMAGE_COLUMNS, "image_column", where)
-    caption = pick(names, options.caption_column, CAPTION_COLUMNS, "caption_column", where)
-    if options.key_column:
-        pick(names, options.key_column, (), "key_column", where)
-    return image, caption, asked_folder(options.images) if options.images else folder.resolve()
+    return image, pick(names, options.caption_column, CAPTION_COLUMNS, "caption_column", where)
 
 
 def load(module: str) -> Any:
@@ -204,10 +182,8 @@ def load(module: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        package = module.split(".")[0]
-        raise SourceError(
-            f"Reading this source needs the package {package}: pip install 'composer-prior[convert]'."
-        ) from error
+        needed = f"the package {module.split('.')[0]}: pip install 'composer-prior[convert]'"
+        raise SourceError(f"Reading this source needs {needed}.") from error
 
 
 class Seen:
@@ -215,8 +191,7 @@ class Seen:
 
     def __init__(self) -> None:
         self._digests = sqlite3.connect("", isolation_level=None)
-        settings = ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{_SEEN_CACHE_KIB}")
-        for setting in settings:
+        for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{_SEEN_CACHE_KIB}"):
             self._digests.execute(f"PRAGMA {setting}")
         self._digests.execute("CREATE TABLE seen (digest INTEGER PRIMARY KEY)")
         self._digests.execute("BEGIN")
@@ -246,11 +221,3 @@ def file_of(unit: Any) -> str | None:
     if isinstance(unit, (FileUnit, BadFile)):
         return unit.name if isinstance(unit, FileUnit) else unit.where
     return unit if isinstance(unit, str) else None
-
-
-def asked_folder(images: str) -> Path:
-    """Return the folder that ``images=`` names, resolved."""
-    folder = Path(images).expanduser()
-    if not folder.is_dir():
-        raise SourceError(f"images={images}: no such folder.")
-    return folder.resolve()

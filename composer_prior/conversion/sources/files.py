@@ -44,11 +44,7 @@ def kind_of(head: bytes) -> str | None:
 
 
 def beginning(path: Path) -> tuple[bytes, int]:
-    """Return the first 512 bytes of a file, and its size.
-
-    Raises:
-        OSError: also if it is not a regular file.
-    """
+    """Return the first 512 bytes of a file, and its size; OSError is raised unless it is a regular file."""
     with open_plain(path) as file:
         return file.read(512), os.fstat(file.fileno()).st_size
 
@@ -95,14 +91,7 @@ def describe(bad: Sequence[BadFile]) -> str:
 def file_unit(
     root: Path, file: Path, problem_of: Callable[[Path], str | None], reason: str = "unreadable file"
 ) -> FileUnit | BadFile:
-    """Return the unit of a file, or a bad file with the reason; links are followed.
-
-    Args:
-        root: the source's folder.
-        file: the file.
-        problem_of: returns its problem, see :func:`tar_problem` and :func:`parquet_problem`.
-        reason: the phrase for a file with such a problem.
-    """
+    """Return the unit of a file of a source, or a bad file if ``problem_of`` returns a problem; links are followed."""
     name = file.relative_to(root).as_posix()
     try:
         problem = problem_of(file)

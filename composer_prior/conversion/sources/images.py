@@ -12,23 +12,11 @@ from composer_prior.data.images import ImageError, read_image_file
 
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _HUB_REPOSITORY = re.compile(r"(datasets|models|spaces)--.+")
+_real_folder = lru_cache(maxsize=4096)(os.path.realpath)
 
 
 def read_image(root: Path, name: str, limit: int, *also: Path) -> bytes:
-    """Read an image file that lies within a folder, links resolved.
-
-    Args:
-        root: the folder, resolved.
-        name: the image's path, see :func:`inside`.
-        limit: the largest file to read, in bytes.
-        also: more such folders.
-
-    Returns:
-        The file's bytes.
-
-    Raises:
-        ImageError: the path leads out of the folders; the file is missing, unreadable, not a regular file or too large.
-    """
+    """Read an image file of at most ``limit`` bytes, or raise ImageError; see :func:`find_inside`."""
     try:
         return read_image_file(find_inside(root, name, *also), limit)
     except ImageError as error:
@@ -37,21 +25,15 @@ def read_image(root: Path, name: str, limit: int, *also: Path) -> bytes:
 
 
 def find_inside(root: Path, name: str, *also: Path) -> str:
-    """Return the real path of an image, see :func:`inside`; its Unicode normalisation may differ, as on macOS.
-
-    Raises:
-        ImageError: as for :func:`inside`, or two files have such names.
-    """
+    """Return the real path of an image, see :func:`inside`; its Unicode normalisation may differ, as on macOS."""
     path = inside(root, name, *also)
     if path.isascii() or os.path.exists(path):
         return path
     found = "/"
     for part in Path(os.path.join(root, _plain_path(root, name))).parts[1:]:
-        same = (
-            [part]
-            if os.path.lexists(os.path.join(found, part))
-            else _normalised_names(found).get(normal_form(part), [])
-        )
+        same = [part]
+        if not os.path.lexists(os.path.join(found, part)):
+            same = _normalised_names(found).get(normal_form(part), [])
         if len(same) > 1:
             raise ImageError("ambiguous name", f"{len(same)} files have it in other Unicode forms; keep one of them")
         if not same:
@@ -77,14 +59,11 @@ def normal_form(name: str) -> str:
 
 
 def inside(root: Path, name: str, *also: Path) -> str:
-    """Return the real path of an image, which must be below ``root`` or one of the other folders.
+    """Return the real path of an image, or raise ImageError if it is not below ``root`` or one of the other folders.
 
-    ``name`` is relative to ``root``, or absolute (also ``file://``); backslashes are
-    read as slashes unless a file has them in its name. A symbolic link must not lead out of the
-    folders, except into the blobs of the Hugging Face cache's repository that ``root`` is a snapshot of.
-
-    Raises:
-        ImageError: with advice for the user.
+    ``name`` is relative to ``root``, or absolute (also ``file://``); backslashes are read as slashes unless a file has
+    them in its name. A symbolic link must not lead out of the folders, except into the blobs of the Hugging Face
+    cache's repository that ``root`` is a snapshot of.
     """
     name = _plain_path(root, name)
     folder, base = os.path.split(os.path.join(root, name))
@@ -105,7 +84,11 @@ def _plain_path(root: Path, name: str) -> str:
         name = "/" + unquote(name[7:].partition("/")[2])
     elif "://" in name:
         raise ImageError("image is a URL", "download the images first, with img2dataset for example")
-    if not name or "\0" in name or not _can_be_a_path(name):
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        name = ""
+    if not name or "\0" in name:
         raise ImageError("bad path", "empty, or with characters that no path can have")
     if _DRIVE.match(name):
         raise ImageError("path leaves the source", "a drive of Windows; write paths relative to images=")
@@ -116,18 +99,6 @@ def _plain_path(root: Path, name: str) -> str:
         if name.split("/")[0] == "..":
             raise ImageError("path leaves the source", "by '..'; write paths relative to images=")
     return "/" + name.lstrip("/") if name.startswith("//") else name
-
-
-def _can_be_a_path(name: str) -> bool:
-    try:
-        return bool(os.fsencode(name))
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-
-
-@lru_cache(maxsize=4096)
-def _real_folder(path: str) -> str:
-    return os.path.realpath(path)
 
 
 @lru_cache(maxsize=64)

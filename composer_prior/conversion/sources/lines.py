@@ -6,7 +6,7 @@ import io
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -44,50 +44,30 @@ def lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
     """Yield numbered lines, as UTF-8 where they are text; None stands for one that is too long."""
     with open(path, "rb") as file:
         head = file.read(1 << 16)
-        file.seek(0)
+        file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
         encoding = encoding_of(path)
         if encoding != "utf-8-sig":
             text = io.TextIOWrapper(file, encoding, _MARK, newline="")
             readline = lambda limit: text.readline(limit).encode("utf-8", "surrogatepass")  # noqa: E731
         elif b"\n" not in head and b"\r" in head[:-1]:
-            text = io.TextIOWrapper(
-                file, "latin-1", newline="\r"
-            )  # unchanged bytes, split at the line ends of old Macs
-            readline = lambda limit: _with_newline(text.readline(limit).encode("latin-1"))  # noqa: E731
+            text = io.TextIOWrapper(file, "latin-1")  # unchanged bytes, split at the line ends of old Macs
+            readline = lambda limit: text.readline(limit).encode("latin-1")  # noqa: E731
         else:
             readline = file.readline
-        yield from enumerate(_limited(readline), 1)
-
-
-def _with_newline(line: bytes) -> bytes:
-    return line[:-1] + b"\n" if line.endswith(b"\r") else line
-
-
-def _limited(readline: Callable[[int], bytes]) -> Iterator[bytes | None]:
-    first = True
-    while line := readline(LINE_LIMIT):
-        if first:
-            line, first = line.removeprefix(codecs.BOM_UTF8), False
-        if len(line) >= LINE_LIMIT and not line.endswith(b"\n"):
-            while (rest := readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
+        for number, line in enumerate(iter(lambda: readline(LINE_LIMIT), b""), 1):
+            is_cut = len(line) >= LINE_LIMIT and not line.endswith(b"\n")
+            while is_cut and (rest := readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
                 pass
-            yield None
-        else:
-            yield line
+            yield number, None if is_cut else line
 
 
 def rows(path: Path, delimiter: str, columns: int, image: int) -> Iterator[Row]:
     """Yield the rows of a table below its header, each with the number of its first line.
 
-    Only well-formed quotes are interpreted: the closing quote ends its cell, and a row of several lines has
-    as many cells as the header while its single lines are not rows. Other quotes are part of the text. A table with
-    tabs is read without quoting if its first rows have stray quotes and no needed ones.
-
-    Args:
-        path: the file.
-        delimiter: between two cells.
-        columns: number of cells of the header.
-        image: index of the image's cell.
+    Only well-formed quotes are interpreted: the closing quote ends its cell, and a row of several lines has as many
+    cells as the header while its single lines are not rows. Other quotes are part of the text. A table with tabs
+    is read without quoting if its first rows have stray quotes and no needed ones. ``columns`` is the number of cells
+    of the header, and ``image`` the index of the image's cell.
     """
     table = _Table(delimiter, columns, image)
     if delimiter == "\t":
@@ -133,12 +113,7 @@ class _Table:
         """Yield the rows, with at most one of bounded size in memory."""
         csv.field_size_limit(max(csv.field_size_limit(), LINE_LIMIT))
         ahead: deque[tuple[int, str | None]] = deque()
-        while True:
-            if not ahead:
-                ahead.extend(islice(numbered, 1))
-            if not ahead:
-                return
-            number, line = ahead.popleft()
+        for number, line in iter(lambda: ahead.popleft() if ahead else next(numbered, None), None):
             if line is None:
                 yield number, None, _PLAIN
             elif not line.strip("\r\n"):
@@ -197,7 +172,8 @@ class _Table:
             return True
         if re.search(r"\s", image):  # probably text
             return False
-        numbered = _shape(image) == _shape(other) and re.search(r"\d", image) is not None
+        same_shape = re.sub(r"\d+", "0", image) == re.sub(r"\d+", "0", other)
+        numbered = same_shape and re.search(r"\d", image) is not None
         folder = os.path.dirname(image)
         return tabs or numbered or (folder != "" and folder == os.path.dirname(other))
 
@@ -205,7 +181,3 @@ class _Table:
         """Return the cell of the image, counted from the nearer end: a caption may have delimiters."""
         index = self.image if 2 * self.image < self.columns else self.image - self.columns
         return cells[index].strip('"') if -len(cells) <= index < len(cells) else ""
-
-
-def _shape(name: str) -> str:
-    return re.sub(r"\d+", "0", name)

@@ -3,9 +3,10 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from composer_prior.conversion.sources.base import (
     Record,
     Rejected,
     Seen,
+    Source,
     SourceError,
     SourceOptions,
-    asked_folder,
-    pick,
+    pick_columns,
 )
 from composer_prior.conversion.sources.files import beginning, kind_of
 from composer_prior.conversion.sources.images import find_inside
@@ -36,38 +37,25 @@ _PADDING = re.compile(r"[ \t\r\n,]*")
 _BEHIND = re.compile(r"[ \t\r\n,\]]")
 
 
-@dataclass(frozen=True)
-class ListSource:
+@dataclass(frozen=True, kw_only=True)
+class ListSource(Source):
     """A file that lists images by path: JSONL, CSV, TSV, a JSON array (LLaVA's too), COCO captions.
 
-    Consecutive lines with the same image are the captions of one record.
+    Consecutive lines with the same image are the captions of one record. A damaged list cannot be opened.
     """
 
     file: Path
-    format: str
-    images: Path
-    options: SourceOptions
-    has_spans: bool = False
-    total: int | None = None
 
     @classmethod
     def open(cls, file: Path, format: str, options: SourceOptions) -> "ListSource":
-        problem = _problem(file)
-        if problem:
+        if problem := _problem(file):
             raise SourceError(f"{file}: {problem}.")
-        source = cls(file, format, file.parent, options)
-        first = [item for item, _ in zip(source._entries(), range(1000), strict=False)]
-        records = [item for item in first if isinstance(item, Record)]
+        folder = file.parent.resolve()
+        source = cls(file=file, format=format, options=options, folder=folder, images=folder)
+        records = [item for item in islice(source._entries(), 1000) if isinstance(item, Record)]
         names = [record.image for record in records[:20] if isinstance(record.image, str)]
-        images = _images_folder(file, options.images, names)
+        images = options.images_folder() or _images_folder(file, names)
         return replace(source, images=images, has_spans=any(record.spans is not None for record in records))
-
-    @property
-    def folder(self) -> Path:
-        return self.file.parent.resolve()
-
-    def bad_files(self) -> Iterator[BadFile]:
-        return iter(())  # a source whose list is damaged cannot be opened
 
     def units(self) -> Iterator[tuple[Record | Rejected, ...]]:
         unit, size = list[Record | Rejected](), 0
@@ -84,14 +72,8 @@ class ListSource:
         return iter(unit)
 
     def _entries(self) -> Iterator[Record | Rejected]:
-        readers: dict[str, Callable[[Path, SourceOptions], Iterator[Record | Rejected]]] = {
-            "jsonl": _read_jsonl,
-            "csv": _read_table,
-            "tsv": _read_table,
-            "json": _read_json_array,
-            "coco": _read_coco,
-        }
-        return readers[self.format](self.file, self.options)
+        readers = {"jsonl": _read_jsonl, "json": _read_json_array, "coco": _read_coco}
+        return readers.get(self.format, _read_table)(self.file, self.options)
 
 
 def _problem(file: Path) -> str | None:
@@ -105,25 +87,18 @@ def _problem(file: Path) -> str | None:
     return kind_of(head)
 
 
-def _images_folder(file: Path, asked: str | None, names: list[str]) -> Path:
-    """Return the wanted folder of images, or else the first likely one that has an image."""
-    if asked is not None:
-        return asked_folder(asked)
+def _images_folder(file: Path, names: list[str]) -> Path:
+    """Return the first likely folder that has an image."""
     # captions_train2017.json of COCO lies in annotations/, beside train2017/.
     split = file.stem.removeprefix("captions_")
     for here in dict.fromkeys((file.parent, file.resolve().parent)):
         for folder in (here, here / "images", here / split, here.parent / split, here.parent / "images"):
             root = folder.resolve()
-            if any(_exists(root, name) for name in names):
-                return root
+            for name in names:
+                with suppress(OSError, ValueError):
+                    if os.path.exists(find_inside(root, name)):
+                        return root
     return file.parent.resolve()
-
-
-def _exists(root: Path, name: str) -> bool:
-    try:
-        return os.path.exists(find_inside(root, name))
-    except (OSError, ValueError):
-        return False
 
 
 def _read_jsonl(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:
@@ -174,8 +149,7 @@ def _columns(path: Path, options: SourceOptions) -> tuple[str, list[str], Source
         cells = header_of(path, delimiter)
         header, where = [cell.strip() for cell in cells], f"{path.name}, whose first line has to name the columns"
         try:
-            image = pick(header, options.image_column, IMAGE_COLUMNS, "image_column", where)
-            caption = pick(header, options.caption_column, CAPTION_COLUMNS, "caption_column", where)
+            image, caption = pick_columns(header, options, where)
             return delimiter, cells, replace(options, image_column=image, caption_column=caption)
         except SourceError as error:
             problems.append((len(cells) > 1, error))
@@ -202,7 +176,9 @@ def _json_array(path: Path, chunk: int = 1 << 20) -> Iterator[Any]:
         count = max(1, round((path.stat().st_size - read) * number / max(1, read)))
         return BadFile(path.name, "malformed JSON", path.name, detail, count, estimated=True)
 
-    decoder, number, position = json.JSONDecoder(parse_int=_whole_number), 0, 0
+    # Python refuses to read an integer of more digits.
+    decoder = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < _MOST_DIGITS else None)
+    number = position = 0
     with open_text(path) as file:
         buffer = file.read(chunk).lstrip().removeprefix("[")
         while True:
@@ -230,11 +206,6 @@ def _json_array(path: Path, chunk: int = 1 << 20) -> Iterator[Any]:
             yield item
             position = end
             number += 1
-
-
-def _whole_number(digits: str) -> int | None:
-    """Return an integer of an array, or None if it has more digits than Python reads."""
-    return int(digits) if len(digits) < _MOST_DIGITS else None
 
 
 def _read_coco(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:
@@ -294,46 +265,37 @@ def _grouped(entries: Iterable[Record | Rejected]) -> Iterator[Record | Rejected
         return (item.key, item.image) if isinstance(item, Record) else object()
 
     for _, group in groupby(entries, same):
-        items = list(group)
+        items: list[Any] = list(group)
         first = items[0]
-        if len(items) == 1 or isinstance(first, Rejected):
-            yield from items
+        if len(items) == 1:
+            yield first
             continue
         records: list[Record] = []
         for item in items:
-            if not isinstance(item, Record):
-                continue
             if first.explicit and any(item.captions == record.captions for record in records):
                 same_caption, count = "with the same caption", max(1, len(item.captions))
                 yield Rejected(item.key, "duplicate key", item.where, same_caption, count)
             else:
                 records.append(item)
         captions = tuple(caption for record in records for caption in (record.captions or (None,)))
-        spans = [span for r in records for span in (r.spans or (None,) * max(len(r.captions), 1))]
-        yield replace(
-            first, captions=captions, spans=tuple(spans) if any(r.spans is not None for r in records) else None
-        )
+        spans = tuple(span for r in records for span in (r.spans or (None,) * max(len(r.captions), 1)))
+        yield replace(first, captions=captions, spans=spans if any(r.spans is not None for r in records) else None)
 
 
 def _unique(items: Iterable[Record | Rejected]) -> Iterator[Record | Rejected]:
     """Reject repeated ids or, in a source without ids, repeated pairs of image and caption."""
     seen = Seen()
     for item in items:
-        if isinstance(item, Rejected):
+        if isinstance(item, Rejected) or (item.explicit and seen.add(item.key)):
             yield item
         elif item.explicit:
-            if seen.add(item.key):
-                yield item
-            else:
-                yield Rejected(item.key, "duplicate key", item.where, count=max(1, len(item.captions)))
+            yield Rejected(item.key, "duplicate key", item.where, count=max(1, len(item.captions)))
         else:
-            fresh = [seen.add(item.image, caption) for caption in item.captions]
-            if all(fresh):
-                yield item
-                continue
-            kept = [index for index, new in enumerate(fresh) if new]
-            for _ in range(len(fresh) - len(kept)):
+            kept = [index for index, caption in enumerate(item.captions) if seen.add(item.image, caption)]
+            for _ in range(len(item.captions) - len(kept)):
                 yield Rejected(item.key, "duplicate key", item.where, "this image had this caption before")
-            if kept:
+            if len(kept) == len(item.captions):
+                yield item
+            elif kept:
                 spans = None if item.spans is None else tuple(item.spans[index] for index in kept)
                 yield replace(item, captions=tuple(item.captions[index] for index in kept), spans=spans)

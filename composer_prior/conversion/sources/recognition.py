@@ -3,15 +3,15 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
+from composer_prior.conversion.sources.arrow import HFSource, ParquetSource
 from composer_prior.conversion.sources.base import FORMATS, IMAGE_SUFFIXES, Source, SourceError, SourceOptions
-from composer_prior.conversion.sources.hf import HFSource
 from composer_prior.conversion.sources.images import normal_form
 from composer_prior.conversion.sources.lines import open_text
 from composer_prior.conversion.sources.lists import ListSource
-from composer_prior.conversion.sources.parquet import ParquetSource
 from composer_prior.conversion.sources.tar import NEIGHBOURS, FolderSource, TarSource
 
 _ACCEPTED = (
@@ -26,27 +26,19 @@ _SUFFIXES = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".json": "json",
-    ".tar": "webdataset",
-    ".tgz": "webdataset",
-    ".tbz2": "webdataset",
-    ".txz": "webdataset",
-    **{f".tar.{packed}": "webdataset" for packed in ("gz", "bz2", "xz", "zst")},
+    **dict.fromkeys((".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"), "webdataset"),
     ".parquet": "parquet",
 }
 
 
 def open_local(path: Path, options: SourceOptions) -> Source:
-    """Recognise the format of a file or folder and open it.
-
-    Raises:
-        SourceError: see :func:`.open_source`.
-    """
+    """Recognise the format of a file or folder and open it; for errors see :func:`.open_source`."""
     path = path.expanduser().absolute()  # units may be read by processes with another working folder
     format, files = _recognise(path, options.form)
-    if format in ("webdataset", "parquet"):
-        root = path if path.is_dir() else path.parent
-        if format == "webdataset":
-            return TarSource.open(root, files, options)
+    root = path if path.is_dir() else path.parent
+    if format == "webdataset":
+        return TarSource.open(root, files, options)
+    if format == "parquet":
         return ParquetSource.open(root, files, options)
     if format == "folder":
         return FolderSource.open(path, files, options)
@@ -71,16 +63,14 @@ def _recognise(path: Path, wanted: str | None) -> tuple[str, list[Path]]:
             return wanted, [path]
         found = {format: files for format, files in found.items() if format == wanted}
     if not found:
-        hint = _what_to_do(path)
-        raise SourceError(f"{path}: no {wanted or 'captions'} found here{hint}. Accepted: {_ACCEPTED}.")
+        raise SourceError(f"{path}: no {wanted or 'captions'} found here{_what_to_do(path)}. Accepted: {_ACCEPTED}.")
     if len(found) > 1:
         raise SourceError(f"{path}: ambiguous, it holds {', '.join(found)}: choose with form=, or name the file.")
     format, files = next(iter(found.items()))
     if format not in ("webdataset", "folder", "parquet", "hf") and len(files) > 1:
         names = ", ".join(file.name for file in files[:4])
-        raise SourceError(
-            f"{path}: ambiguous, it holds {len(files)} {format} files ({names}): name the one to convert."
-        )
+        many = f"it holds {len(files)} {format} files ({names})"
+        raise SourceError(f"{path}: ambiguous, {many}: name the one to convert.")
     return format, files
 
 
@@ -97,8 +87,7 @@ def _what_to_do(path: Path) -> str:
 
 def _file_formats(path: Path) -> dict[str, list[Path]]:
     format = _suffix_format(path)
-    if format == "json":
-        format = _json_format(path)
+    format = _json_format(path) if format == "json" else format
     return {format: [path]} if format else {}
 
 
@@ -172,13 +161,8 @@ def _json_format(path: Path) -> str | None:
     with open_text(path) as file:
         head = file.read(_LOOKED_AT).lstrip()
     first, _, more = head.partition("\n")
-    if head.startswith("{") and more.strip() and _is_json(first):
-        return "jsonl"
+    if head.startswith("{") and more.strip():
+        with suppress(ValueError, RecursionError):
+            if json.loads(first):
+                return "jsonl"
     return {"[": "json", "{": "coco"}.get(head[:1])
-
-
-def _is_json(line: str) -> bool:
-    try:
-        return bool(json.loads(line))
-    except (ValueError, RecursionError):
-        return False

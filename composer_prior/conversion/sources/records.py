@@ -1,7 +1,8 @@
 """Images and captions from the fields of an entry in any format, also of LLaVA's conversations."""
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from composer_prior.conversion.sources.base import Record, Rejected
@@ -11,35 +12,27 @@ from composer_prior.data.images import ImageError, image_in_text
 _HUMAN = ("human", "user")
 _MODEL = ("gpt", "assistant", "model", "chatgpt", "bot")
 _PLACEHOLDER = "<image>"
+_PART_IMAGES = ("image", "image_url", "path", "url", "base64", "source", "data")
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
-Turn = tuple[str, str, list[Any]]
-"""Role, text and images of a turn."""
+Turn = tuple[str, str, list[Any]]  # role, text and images
 
 
 def value_of(entry: dict[str, Any], wanted: str | None, usual: Sequence[str]) -> Any:
     """Return the wanted field, or else the first of the usual ones that is not empty."""
     if wanted:
         return entry.get(wanted)
-    for name in usual:
-        if value := entry.get(name):
-            return value
-    return next((entry[name] for name in usual if name in entry), None)
+    present = [entry[name] for name in usual if name in entry]
+    return next(filter(None, present), present[0] if present else None)
 
 
 def record_of(
     image: Any, caption: Any, spans: Any, key: str, where: str, explicit: bool = False, has_spans: bool = False
 ) -> Record | Rejected:
-    """Return a record from the values of its fields.
+    """Return a :class:`Record` from the values of its fields.
 
-    Args:
-        image: bytes, a path, a dict of one of them, or a list of one of these.
-        caption: a text, a list of texts, or a conversation, of which the answer about the image is the caption.
-        spans: the spans of the caption, or of each.
-        key: name of the record.
-        where: file and position.
-        explicit: whether ``key`` is an id of the source.
-        has_spans: whether the record has a field of spans.
+    ``image`` is bytes, a path, a dict of one of them, or a list of one of these; ``caption`` a text, a list of texts,
+    or a conversation, of which the answer about the image is the caption; ``spans`` are of the caption, or of each.
     """
     turns = _turns(caption)
     count = max(1, len(several(caption, spans)[0])) if turns is None else 1
@@ -62,11 +55,7 @@ def record_of(
 
 
 def image_of(value: Any) -> bytes | str | None:
-    """Return the one image of a field as bytes or as a path, or None without an image.
-
-    Raises:
-        ImageError: for several images, or invalid base64.
-    """
+    """Return the one image of a field as bytes or as a path, None without one, or raise ImageError for several."""
     if isinstance(value, (list, tuple)):
         if len(value) > 1:
             raise ImageError("several images", f"{len(value)} of them; a record has one")
@@ -93,22 +82,16 @@ def several(caption: Any, spans: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]
 def decode_text(data: bytes) -> str:
     """Decode the text of a file, without a byte order mark; invalid bytes become surrogates."""
     if data.startswith(_UTF16):
-        try:
+        with suppress(UnicodeDecodeError):
             return data.decode("utf-16")
-        except UnicodeDecodeError:
-            pass
     return data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
 
 
 def _turns(value: Any) -> list[Turn] | None:
     """Return the turns of a conversation; None for anything else."""
-    if isinstance(value, str):
-        if not value.startswith("["):
-            return None
-        try:
-            return _turns(parse_json(value))
-        except ValueError:
-            return None
+    if isinstance(value, str) and value.startswith("["):
+        with suppress(ValueError):
+            value = parse_json(value)
     if not (isinstance(value, (list, tuple)) and value and all(isinstance(turn, dict) for turn in value)):
         return None
     if not any("from" in turn or "role" in turn for turn in value):
@@ -122,18 +105,13 @@ def _turn(turn: dict[str, Any]) -> Turn:
     texts, images = list[str](), list[Any]()
     for part in content if isinstance(content, (list, tuple)) else [content]:
         if isinstance(part, dict):
-            images += _part_images(part)
+            if "image" in str(part.get("type")):
+                images.append(next(filter(None, map(part.get, _PART_IMAGES)), _PLACEHOLDER))
             part = part.get("text")
         if isinstance(part, str):
             texts.append(part)
             images += [_PLACEHOLDER] * (_PLACEHOLDER in part)
     return role.lower() if isinstance(role, str) else "", "\n".join(texts), images
-
-
-def _part_images(part: dict[str, Any]) -> Iterator[Any]:
-    if "image" in str(part.get("type")):
-        named = (part.get(name) for name in ("image", "image_url", "path", "url", "base64", "source", "data"))
-        yield next((image for image in named if image), _PLACEHOLDER)
 
 
 def _answer(turns: Sequence[Turn]) -> str | None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from composer_prior.conversion.sources.base import BadFile, Record, Rejected, SourceError, SourceOptions, asked_folder
+from composer_prior.conversion.sources.base import BadFile, Record, Rejected, Source, SourceError, SourceOptions
 from composer_prior.conversion.sources.files import describe, file_unit, parquet_problem, tar_problem
 from composer_prior.conversion.sources.recognition import archives_of, open_local
 from composer_prior.data.messages import DataError
@@ -20,43 +20,17 @@ class _NotThereError(Exception):
     """A file of a remote that no longer exists or cannot be downloaded for good."""
 
 
-@dataclass(frozen=True)
-class RemoteSource:
-    """Tar shards or Parquet files in a bucket, read as :class:`.TarSource` and :class:`.ParquetSource` read them.
+@dataclass(frozen=True, kw_only=True)
+class RemoteSource(Source):
+    """Tar shards or Parquet files in a bucket, read as :class:`.TarSource` and :class:`.ParquetSource` read them."""
 
-    Args:
-        remote: the folder's URL.
-        files: names below it.
-        options: how to read them.
-        format: ``"webdataset"`` or ``"parquet"``.
-        has_spans: whether the first records have ``image_related_spans``.
-        known_bad: unreadable files before the first readable one.
-    """
-
-    remote: str
+    remote: str  # the folder's URL
     files: tuple[str, ...]
-    options: SourceOptions
-    format: str
-    has_spans: bool = False
-    known_bad: tuple[BadFile, ...] = ()
-    total: int | None = None
-
-    @property
-    def images(self) -> Path:
-        """Return the folder of images for Parquet files without their bytes, if an option names one."""
-        return Path(self.options.images or os.devnull)
-
-    @property
-    def folder(self) -> Path:
-        return Path(os.devnull)
+    known_bad: tuple[BadFile, ...] = ()  # before the first readable file; others are found when they are downloaded
 
     @classmethod
     def open(cls, remote: str, options: SourceOptions) -> "RemoteSource":
-        """List the archives below a URL, or open the one that it names.
-
-        Raises:
-            SourceError: if it cannot be listed, or holds none or both kinds.
-        """
+        """List the archives below a URL, or open the one that it names; it must hold archives of one kind."""
         folder, _, last = remote.rstrip("/").rpartition("/")
         found = archives_of([Path(last)])
         if not found:
@@ -66,24 +40,22 @@ class RemoteSource:
             except NotImplementedError:
                 raise SourceError(f"{remote}: a remote of this kind cannot be listed; name one of its files.") from None
             except (StorageError, FileNotFoundError) as error:
-                raise SourceError(
-                    f"{remote} cannot be listed: {told(error.__cause__ or error, remote, 200)}."
-                ) from error
+                why = told(error.__cause__ or error, remote, 200)
+                raise SourceError(f"{remote} cannot be listed: {why}.") from error
         if options.form is not None:
             found = {format: files for format, files in found.items() if format == options.form}
         if len(found) != 1:
-            problem = (
-                f"it holds {' and '.join(found)}, choose with form=" if found else "no .tar or .parquet found here"
-            )
-            raise SourceError(
-                f"{remote}: {problem}. Of a remote, these two are read; copy other formats to a disk first."
-            )
+            both = f"it holds {' and '.join(found)}, choose with form=" if found else "no .tar or .parquet found here"
+            raise SourceError(f"{remote}: {both}. Of a remote, these two are read; copy other formats to a disk first.")
         ((format, files),) = found.items()
-        if options.images:
-            options = replace(options, images=str(asked_folder(options.images)))
-        source = cls(folder, tuple(file.as_posix() for file in files), options, format)
+        nowhere = Path(os.devnull)
+        if images := options.images_folder():  # of Parquet files without their bytes
+            options = replace(options, images=str(images))
+        names = tuple(file.as_posix() for file in files)
+        images = images or nowhere
+        source = cls(remote=folder, files=names, options=options, format=format, images=images, folder=nowhere)
         bad: list[BadFile] = []
-        for name in source.files:
+        for name in names:
             try:
                 with source._downloaded(name) as file:
                     fault = source._problem(name, file)
@@ -95,13 +67,12 @@ class RemoteSource:
         raise SourceError(f"{remote}: none of its {len(files)} files can be read: {describe(bad)}.")
 
     def bad_files(self) -> Iterator[BadFile]:
-        return iter(self.known_bad)  # others are found when they are downloaded
+        return iter(self.known_bad)
 
-    def _problem(self, name: str, file: Path) -> "BadFile | None":
+    def _problem(self, name: str, file: Path) -> BadFile | None:
         """Return a bad file if a downloaded file cannot be read at all, or None."""
-        problem_of, reason = (
-            (parquet_problem, "unreadable file") if self.format == "parquet" else (tar_problem, "broken archive")
-        )
+        is_table = self.format == "parquet"
+        problem_of, reason = (parquet_problem, "unreadable file") if is_table else (tar_problem, "broken archive")
         unit = file_unit(file.parent, file, problem_of, reason)
         return replace(unit, key=name, where=name) if isinstance(unit, BadFile) else None
 
@@ -112,8 +83,7 @@ class RemoteSource:
         above = unit.removesuffix(PurePosixPath(unit).name)
         try:
             with self._downloaded(unit) as file:
-                problem = self._problem(unit, file)
-                if problem is not None:
+                if problem := self._problem(unit, file):
                     yield problem
                     return
                 try:
@@ -135,9 +105,8 @@ class RemoteSource:
             try:
                 Remote(self.remote).get(name, file, seconds=self.options.download_timeout)
             except DataError as error:
-                if is_denied(error):
-                    raise SourceError(f"{remote} cannot be read: {error}.") from error
-                if is_final(error.__cause__):
+                if is_final(error.__cause__) and not is_denied(error):
                     raise _NotThereError(f"{remote} cannot be read: {error}") from error
-                raise SourceError(f"{remote} cannot be read: {error}; run the same command again to go on.") from error
+                hint = "" if is_denied(error) else "; run the same command again to go on"
+                raise SourceError(f"{remote} cannot be read: {error}{hint}.") from error
             yield file

@@ -7,8 +7,8 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from composer_prior.conversion.sources.base import (
     FileUnit,
     Record,
     Rejected,
+    Source,
     SourceOptions,
 )
 from composer_prior.conversion.sources.files import beginning, file_unit, tar_problem
@@ -29,25 +30,23 @@ from composer_prior.data.files import parse_json
 from composer_prior.data.images import ImageError, read_image_file
 
 _TEXT_SUFFIXES = ("txt", "caption", "text")
-NEIGHBOURS = (*_TEXT_SUFFIXES, "json")
-"""Suffixes of text files beside images."""
+NEIGHBOURS = (*_TEXT_SUFFIXES, "json")  # suffixes of text files beside images
 _DOCUMENT = re.compile(r"readme|licen[cs]e|notice|changelog|copying|thumbs|desktop", re.IGNORECASE)
 _MOST_UNPACKED = 200  # times the size of a compressed archive; images with captions reach 2
 _MOST_NAMING = 1 << 20  # bytes of a header that names the next member
 _ZEROS_BETWEEN = 1 << 20  # bytes of zeros accepted behind an archive; more indicate an incomplete download
 _NO_SAMPLE, _NO_IMAGE, _NEITHER = "not a sample", "missing image", "neither image nor caption"
 _WITHOUT_IMAGE = (_NO_SAMPLE, _NO_IMAGE, _NEITHER)
-_TOGETHER = "the members of a sample must stand together: pack the archive again, with tar --sort=name"
 
 
 def _together(key: str) -> str:
     """Return the advice for a sample whose members are not adjacent."""
     unicode = "" if key.isascii() else ", after their names have one Unicode form, as convmv --nfc gives them"
-    return _TOGETHER + unicode
+    return f"the members of a sample must stand together: pack the archive again, with tar --sort=name{unicode}"
 
 
-@dataclass(frozen=True)
-class TarSource:
+@dataclass(frozen=True, kw_only=True)
+class TarSource(Source):
     """WebDataset shards: consecutive members that share a name up to its first dot are one sample.
 
     If these have no image (``photo.v1.jpg``, ``photo.v1.txt``, ``photo.v2.jpg`` …), and for a pair of image and
@@ -55,32 +54,18 @@ class TarSource:
     not that of a sample (hidden, without a suffix, a readme) is listed and does not count.
     """
 
-    root: Path
     files: tuple[Path, ...]
-    options: SourceOptions
-    has_spans: bool = False
-    total: int | None = None
-    format: str = field(default="webdataset", init=False)
+    format: str = "webdataset"
 
     def members(self, unit: Any, wanted: Collection[str | None]) -> Iterator[tuple[str, bytes | Rejected | None]]:
         """Yield name and content of each member in order, without the content of unwanted ones."""
-        return _tar_members(self.root / unit.name, unit.name, wanted, self.options.max_image_bytes)
-
-    @property
-    def images(self) -> Path:
-        return self.root
-
-    @property
-    def folder(self) -> Path:
-        return self.root
+        return _tar_members(self.folder / unit.name, unit.name, wanted, self.options.max_image_bytes)
 
     @classmethod
     def open(cls, root: Path, files: list[Path], options: SourceOptions) -> "TarSource":
-        source = cls(root, tuple(files), options)
+        source = cls(files=tuple(files), options=options, folder=root, images=root)
         for unit in source.units():
-            first = [item for item, _ in zip(source.read(unit), range(100), strict=False)]
-            records = [item for item in first if isinstance(item, Record)]
-            if records:
+            if records := [item for item in islice(source.read(unit), 100) if isinstance(item, Record)]:
                 return replace(source, has_spans=any(record.spans is not None for record in records))
         return source
 
@@ -90,9 +75,9 @@ class TarSource:
             if bad is not None:
                 yield bad
 
-    def _cut(self, unit: FileUnit) -> "BadFile | None":
+    def _cut(self, unit: FileUnit) -> BadFile | None:
         """Return a bad file for an archive without its end, from its headers alone."""
-        path = self.root / unit.name
+        path = self.folder / unit.name
         if beginning(path)[0][257:262] != b"ustar":
             return None  # compressed; it is checked when it is read
         with open(path, "rb") as file:
@@ -103,16 +88,15 @@ class TarSource:
         return next((item for item in members if isinstance(item, BadFile)), None)
 
     def units(self) -> Iterator[FileUnit | BadFile]:
-        return (file_unit(self.root, file, tar_problem, "broken archive") for file in self.files)
+        return (file_unit(self.folder, file, tar_problem, "broken archive") for file in self.files)
 
     def read(self, unit: FileUnit | BadFile) -> Iterator[Record | Rejected]:
         if isinstance(unit, BadFile):
             yield unit
             return
-        wanted = {*IMAGE_SUFFIXES, "json", *_TEXT_SUFFIXES, self.options.image_column, self.options.caption_column}
-        members = self.members(unit, wanted)
+        wanted = {*IMAGE_SUFFIXES, *NEIGHBOURS, self.options.image_column, self.options.caption_column}
         group, seen = _Group(self, unit.name, "", set()), set[str]()
-        for name, data in members:
+        for name, data in self.members(unit, wanted):
             if isinstance(data, Rejected):
                 yield data
                 continue
@@ -244,37 +228,38 @@ class _Files(NamedTuple):
     files: tuple[tuple[str, int, int], ...]  # name, size and time of each; a changed file makes another unit
 
 
+@dataclass(frozen=True, kw_only=True)
 class FolderSource(TarSource):
     """A folder of images with text files of the same names, as of kohya, SimpleTuner and img2dataset.
 
     It is read like an archive of these files.
     """
 
-    format = "folder"
+    format: str = "folder"
 
     def bad_files(self) -> Iterator[BadFile]:
         return iter(())
 
     def units(self) -> Iterator[_Files]:  # type: ignore[override]
         unit, samples = list[tuple[str, int, int]](), 0
-        named = ((*_split_name(file.relative_to(self.root).as_posix()), file) for file in self.files)
+        named = ((*_split_name(file.relative_to(self.folder).as_posix()), file) for file in self.files)
         wanted = {*IMAGE_SUFFIXES, *NEIGHBOURS, self.options.image_column, self.options.caption_column}
         kept = sorted(entry for entry in named if entry[1].rpartition(".")[2] in wanted)
         for _, group in groupby(kept, lambda entry: entry[0]):
             for _, _, file in group:
                 status = os.stat(file) if file.exists() else os.lstat(file)
-                unit.append((file.relative_to(self.root).as_posix(), status.st_size, status.st_mtime_ns))
+                unit.append((file.relative_to(self.folder).as_posix(), status.st_size, status.st_mtime_ns))
             samples += 1
             if samples == self.options.unit_samples:
-                yield _Files(self.root.name, tuple(unit))
+                yield _Files(self.folder.name, tuple(unit))
                 unit, samples = [], 0
         if unit:
-            yield _Files(self.root.name, tuple(unit))
+            yield _Files(self.folder.name, tuple(unit))
 
     def members(self, unit: _Files, wanted: Collection[str | None]) -> Iterator[tuple[str, bytes | Rejected | None]]:
         for name, _, _ in unit.files:
             try:
-                yield name, read_image_file(self.root / name, self.options.max_image_bytes)
+                yield name, read_image_file(self.folder / name, self.options.max_image_bytes)
             except ImageError as error:
                 yield name, Rejected(name, error.reason, f"{unit.name}:{name}", error.detail)
 
@@ -311,7 +296,6 @@ def _tar_members(
     first: tuple[int, str] | None = None  # bytes before the first member
 
     def damaged(size: int, problem: str) -> tuple[str, Rejected]:
-        """Return a rejection of the number of samples that would fill the lost bytes."""
         count = max(1, round(size * stems / max(1, end - (first[0] if first else 0))))
         return "", Rejected(label, "broken archive", label, problem, count, estimated=count > 1)
 
@@ -345,16 +329,14 @@ def _tar_members(
                     detail = "a link; pack the archive with tar -h --hard-dereference" if member.linkname else ""
                     yield name, Rejected(name, "not a regular file", where, detail)
                 elif name.startswith("/") or ".." in PurePosixPath(name).parts:
-                    detail = "absolute paths and '..' are refused"
-                    yield name, Rejected(name, "path leaves the source", where, detail)
-                elif suffix in wanted or suffix.rpartition(".")[2] in wanted:
-                    if member.size > limit:
-                        yield name, Rejected(name, "image too large", where, f"{member.size} bytes")
-                        continue
+                    yield name, Rejected(name, "path leaves the source", where, "absolute paths and '..' are refused")
+                elif suffix not in wanted and suffix.rpartition(".")[2] not in wanted:
+                    yield name, None
+                elif member.size > limit:
+                    yield name, Rejected(name, "image too large", where, f"{member.size} bytes")
+                else:
                     file = tar.extractfile(member)
                     yield name, (file.read() if file else b"")
-                else:
-                    yield name, None
     except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError) as error:
         if first and stems:
             yield damaged(*first)

@@ -1,0 +1,250 @@
+"""Arrow rows: Parquet files, and Hugging Face datasets saved with ``save_to_disk``."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from composer_prior.conversion.sources.base import (
+    SPANS,
+    BadFile,
+    FileUnit,
+    Record,
+    Rejected,
+    Seen,
+    Source,
+    SourceError,
+    SourceOptions,
+    load,
+    pick,
+    pick_columns,
+)
+from composer_prior.conversion.sources.files import beginning, describe, file_unit, kind_of, parquet_problem
+from composer_prior.conversion.sources.records import record_of
+from composer_prior.data.messages import one_line
+
+_ROWS_AT_ONCE = 32
+_UNPACKED = 64 << 20  # bytes of a row group's columns that are accepted without a check
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ArrowSource(Source):
+    """A table with a column of images, as bytes or paths, and one of captions."""
+
+    image: str
+    caption: str
+
+    @property
+    def columns(self) -> list[str]:
+        names = [self.image, self.caption, *filter(None, [self.options.key_column]), *[SPANS] * self.has_spans]
+        return list(dict.fromkeys(names))
+
+    def record(self, entry: dict[str, Any], number: int, where: str, repeated: bool) -> Record | Rejected:
+        """Return the record of one row."""
+        given = entry.get(self.options.key_column) if self.options.key_column else None
+        key, spans = str(number if given is None else given), entry.get(SPANS)
+        record = record_of(entry.get(self.image), entry.get(self.caption), spans, key, where, has_spans=SPANS in entry)
+        if repeated and isinstance(record, Record):
+            return Rejected(key, "duplicate key", where, count=max(1, len(record.captions)))
+        return record
+
+
+def _columns(names: list[str], options: SourceOptions, where: str, folder: Path) -> dict[str, Any]:
+    """Return the fields of a source that depend on its columns."""
+    image, caption = pick_columns(names, options, where)
+    if options.key_column:
+        pick(names, options.key_column, (), "key_column", where)
+    images = options.images_folder() or folder.resolve()
+    return {"image": image, "caption": caption, "images": images, "has_spans": SPANS in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetSource(_ArrowSource):
+    """Parquet files; a unit is a run of row groups."""
+
+    root: Path
+    files: tuple[Path, ...]
+    format: str = "parquet"
+
+    @classmethod
+    def open(cls, root: Path, files: list[Path], options: SourceOptions) -> "ParquetSource":
+        parquet, arrow = load("pyarrow.parquet"), load("pyarrow")
+        bad: list[BadFile] = []
+        for file in files:
+            unit = file_unit(root, file, parquet_problem)
+            try:
+                if isinstance(unit, BadFile):
+                    bad.append(unit)
+                    continue
+                names = parquet.read_schema(file).names
+            except (arrow.ArrowException, OSError) as error:
+                bad.append(BadFile.of(file.relative_to(root).as_posix(), one_line(error, 200)))
+                continue
+            fields = _columns(names, options, file.name, root)
+            return cls(root=root, files=tuple(files), options=options, folder=root.resolve(), **fields)
+        raise SourceError(f"{root}: none of its {len(files)} Parquet files can be read: {describe(bad)}.")
+
+    def bad_files(self) -> Iterator[BadFile]:
+        units = (file_unit(self.root, file, parquet_problem) for file in self.files)
+        return (unit for unit in units if isinstance(unit, BadFile))
+
+    def units(self) -> Iterator[FileUnit | BadFile]:
+        parquet, arrow = load("pyarrow.parquet"), load("pyarrow")
+        seen = Seen()
+        for file in self.files:
+            whole = file_unit(self.root, file, parquet_problem)
+            if isinstance(whole, BadFile):
+                yield whole
+                continue
+            rows, done = None, 0
+            try:
+                with parquet.ParquetFile(file) as opened:
+                    rows = opened.metadata.num_rows
+                    for unit in self._cut(whole, opened, seen):
+                        yield unit
+                        done = unit.row + _rows(opened, range(unit.first, unit.last))
+            except (arrow.ArrowException, OSError, LookupError) as error:
+                yield BadFile.of(whole.name, one_line(error, 200), None if rows is None else rows - done)
+
+    def _cut(self, whole: FileUnit, opened: Any, seen: Seen) -> Iterator[FileUnit]:
+        first, row, rows = 0, 0, 0
+        for group in range(opened.num_row_groups):
+            rows += _rows(opened, [group])
+            if rows >= self.options.unit_samples or group == opened.num_row_groups - 1:
+                repeated = self._repeated(opened, range(first, group + 1), seen)
+                yield replace(whole, first=first, last=group + 1, row=row, repeated=repeated)
+                first, row, rows = group + 1, row + rows, 0
+
+    def _repeated(self, opened: Any, groups: range, seen: Seen) -> tuple[int, ...]:
+        key = self.options.key_column
+        if key is None:
+            return ()
+        if key not in opened.schema_arrow.names:
+            raise LookupError(f"no column {key!r}")
+        return _repeated(_batches(opened, groups, [key]), seen)
+
+    def read(self, unit: FileUnit | BadFile) -> Iterator[Record | Rejected]:
+        if isinstance(unit, BadFile):
+            yield unit
+            return
+        parquet, arrow = load("pyarrow.parquet"), load("pyarrow")
+        number, rows = unit.row, 0
+        repeated = {unit.row + index for index in unit.repeated}
+        groups = range(unit.first, unit.last)
+        try:
+            with parquet.ParquetFile(self.root / unit.name, buffer_size=1 << 20) as file:
+                rows = _rows(file, groups)
+                for batch in _batches(file, groups, self.columns):
+                    for entry in _entries(batch):
+                        yield self.record(entry, number, f"{unit.name}:{number}", number in repeated)
+                        number += 1
+        except (arrow.ArrowException, OSError) as error:
+            for lost in range(number, max(unit.row + rows, number + 1)):
+                yield Rejected(str(lost), "unreadable row", f"{unit.name}:{lost}", one_line(error, 200))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFSource(_ArrowSource):
+    """A Hugging Face dataset saved with ``save_to_disk``; a unit is a run of rows. A damaged one cannot be opened."""
+
+    path: Path
+    format: str = "hf"
+
+    @classmethod
+    def open(cls, path: Path, options: SourceOptions) -> "HFSource":
+        data = _load_saved(path, options.split)
+        fields = _columns(data.column_names, options, str(path), path)
+        return cls(path=path, options=options, folder=path.resolve(), total=len(data), **fields)
+
+    def units(self) -> Iterator[tuple[str, int, int, tuple[int, ...]]]:
+        data, seen = _load_saved(self.path, self.options.split), Seen()
+        names = [self.options.key_column] if self.options.key_column else []
+        for start in range(0, len(data), self.options.unit_samples):
+            stop = min(start + self.options.unit_samples, len(data))
+            batches = data.with_format("arrow").select_columns(names)[start:stop].to_batches() if names else ()
+            yield data._fingerprint, start, stop, _repeated(batches, seen)
+
+    def read(self, unit: tuple[str, int, int, tuple[int, ...]]) -> Iterator[Record | Rejected]:
+        _, start, stop, again = unit
+        repeated = {start + index for index in again}
+        data = _load_saved(self.path, self.options.split).with_format("arrow").select_columns(self.columns)
+        number = start
+        for begin in range(start, stop, _ROWS_AT_ONCE):
+            for batch in data[begin : min(begin + _ROWS_AT_ONCE, stop)].to_batches():
+                for entry in _entries(batch):
+                    yield self.record(entry, number, f"row {number}", number in repeated)
+                    number += 1
+
+
+def _load_saved(path: Path, split: str | None) -> Any:
+    """Load the chosen split of a saved dataset, without executing code in it."""
+    datasets = load("datasets")
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:
+        units = (file_unit(path, file, _arrow_problem) for file in sorted(path.rglob("*.arrow")))
+        bad = [unit for unit in units if isinstance(unit, BadFile)]
+        reason = describe(bad) if bad else one_line(error, 200)
+        raise SourceError(f"{path}: not a readable Hugging Face dataset ({reason}).") from error
+    if not isinstance(data, datasets.DatasetDict):
+        return data
+    name = split or (next(iter(data)) if len(data) == 1 else None)
+    if name not in data:
+        raise SourceError(f"{path}: choose one of its splits ({', '.join(data)}) with split=.")
+    return data[name]
+
+
+def _arrow_problem(path: Path) -> str | None:
+    head, size = beginning(path)
+    return kind_of(head) if size else "empty"
+
+
+def _rows(opened: Any, groups: Iterable[int]) -> int:
+    return sum(opened.metadata.row_group(group).num_rows for group in groups)
+
+
+def _repeated(batches: Iterable[Any], seen: Seen) -> tuple[int, ...]:
+    """Return the rows whose key is repeated, from batches of the column of keys alone."""
+    keys = (key for batch in batches for row in _entries(batch) for key in row.values())
+    return tuple(number for number, key in enumerate(keys) if not seen.add(key))
+
+
+def _batches(opened: Any, groups: Iterable[int], columns: list[str]) -> Iterator[Any]:
+    """Yield batches of some columns, with fewer rows if these unpack to much more than is stored.
+
+    A row group that unpacks to more than 200 times its size raises OSError.
+    """
+    for number in groups:
+        group = opened.metadata.row_group(number)
+        chunks = [group.column(index) for index in range(group.num_columns)]
+        chunks = [chunk for chunk in chunks if any(f"{chunk.path_in_schema}.".startswith(f"{c}.") for c in columns)]
+        packed = sum(chunk.total_compressed_size for chunk in chunks)
+        unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
+        if unpacked > max(_UNPACKED, 200 * packed):
+            raise OSError(f"row group {number} of {packed} bytes unpacks to {unpacked}, more than 200 times as many")
+        rows = _ROWS_AT_ONCE if unpacked < 4 * packed else max(1, min(_ROWS_AT_ONCE, 4 * _UNPACKED // max(1, unpacked)))
+        yield from opened.iter_batches(rows, row_groups=[number], columns=columns, use_threads=False)
+
+
+def _entries(batch: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of an Arrow batch; invalid UTF-8 becomes surrogates, and a time out of Python's range a number."""
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError):
+        arrow = load("pyarrow")
+        for index in range(batch.num_rows):
+            row = batch.slice(index, 1)
+            yield {name: _scalar(arrow, column[0]) for name, column in zip(row.schema.names, row.columns, strict=True)}
+
+
+def _scalar(arrow: Any, value: Any) -> Any:
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError):
+        if arrow.types.is_struct(value.type):
+            return {name: _scalar(arrow, value[name]) for name in value}
+        if arrow.types.is_list(value.type) or arrow.types.is_large_list(value.type):
+            return [_scalar(arrow, item) for item in value.values]
+        if not hasattr(value, "as_buffer"):
+            return getattr(value, "value", None)
+        return value.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
