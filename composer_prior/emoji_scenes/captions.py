@@ -86,13 +86,10 @@ class Mention:
 
 @dataclass(frozen=True)
 class Description:
-    """The content of a caption.
+    """The content of a caption: objects in order, and the colour of the background.
 
-    Args:
-        mentions: mentions of objects, in order.
-        relations: relations of the first mention to the second and of the third to the fourth, or None; an empty tuple
-            for a plain list of mentions.
-        colour: colour of the background.
+    The relations are those of the first mention to the second and of the third to the fourth, or None; none of them for
+    a plain list of mentions.
     """
 
     mentions: tuple[Mention, ...]
@@ -139,14 +136,13 @@ def describe(scene: Scene, rng: Rng, *, sized: bool | None = None, related: bool
 
 def true_relations(first: Sequence[PlacedObject], second: Sequence[PlacedObject]) -> list[str]:
     """Return the relations that hold between every object of `first` and every object of `second`."""
-    pairs = list(itertools.product(first, second))
-    tests: tuple[Callable[[PlacedObject, PlacedObject], bool], ...] = (
-        lambda a, b: a.right <= b.x,
-        lambda a, b: b.right <= a.x,
-        lambda a, b: a.bottom <= b.y,
-        lambda a, b: b.bottom <= a.y,
+    holds = (
+        max(a.right for a in first) <= min(b.x for b in second),
+        max(b.right for b in second) <= min(a.x for a in first),
+        max(a.bottom for a in first) <= min(b.y for b in second),
+        max(b.bottom for b in second) <= min(a.y for a in first),
     )
-    return [relation for relation, test in zip(RELATIONS, tests, strict=True) if all(test(a, b) for a, b in pairs)]
+    return [relation for relation, true in zip(RELATIONS, holds, strict=True) if true]
 
 
 def plural(name: str) -> str:

@@ -79,7 +79,8 @@ def _size(source: Source, answer: int) -> _Found:
     if group[0].size != sizes[0]:
         return None
     descriptions = [_description(scene, Mention(group[0].name, len(group), size)) for size in sizes]
-    return scene, f"{_be(group).capitalize()} {_the(group)} large or small?", sizes, descriptions
+    verb, noun = _named(group)
+    return scene, f"{verb.capitalize()} {noun} large or small?", sizes, descriptions
 
 
 def _colour(source: Source, answer: int) -> _Found:
@@ -103,7 +104,8 @@ def _position(source: Source, answer: int) -> _Found:
         return None
     mentions = [Mention(group[0].name, len(group)) for group in (first, second)]
     descriptions = [_description(scene, *mentions, relations=(relation,)) for relation in relations]
-    question = f"Where {_be(first)} {_the(first)}, seen from {_the(second)}?"
+    (verb, noun), (_, other) = _named(first), _named(second)
+    question = f"Where {verb} {noun}, seen from {other}?"
     return scene, question, [relation.removesuffix(" of") for relation in relations], descriptions
 
 
@@ -121,12 +123,9 @@ def _first(options: Sequence[Any], answer: int) -> list[Any]:
     return [options[answer], *options[:answer], *options[answer + 1 :]]
 
 
-def _be(group: Sequence[PlacedObject]) -> str:
-    return "is" if len(group) == 1 else "are"
-
-
-def _the(group: Sequence[PlacedObject]) -> str:
-    return f"the {group[0].name if len(group) == 1 else plural(group[0].name)}"
+def _named(group: Sequence[PlacedObject]) -> tuple[str, str]:
+    """Return the verb and the noun of a class, such as "are" and "the snails"."""
+    return ("is", f"the {group[0].name}") if len(group) == 1 else ("are", f"the {plural(group[0].name)}")
 
 
 _CATEGORIES: dict[str, tuple[Callable[[Source, int], _Found], int, str]] = {

@@ -98,7 +98,8 @@ def is_held_out(names: Sequence[str], colour: str, seed: int) -> bool:
     """Return True if a pair of classes or, for a single class, the class on that colour is held out of training."""
     classes = sorted(set(names))
     pairs = itertools.combinations(classes, 2) if len(classes) > 1 else [(classes[0], colour)]
-    return any(_hash(f"{seed}/{first}/{second}") % 100 < HELD_OUT_PERCENT for first, second in pairs)
+    digests = (hashlib.blake2b(f"{seed}/{first}/{second}".encode(), digest_size=8) for first, second in pairs)
+    return any(int.from_bytes(one.digest(), "big") % 100 < HELD_OUT_PERCENT for one in digests)
 
 
 def sample_scene(
@@ -122,10 +123,6 @@ def draw_scene(scene: Scene) -> Image.Image:
         corner = (item.x + (item.side - picture.width) // 2, item.y + (item.side - picture.height) // 2)
         image.paste(picture, corner, picture)
     return image
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def pick(options: Sequence[str], rng: Rng) -> str:

@@ -19,13 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Statements:
-    """Texts about a scene.
-
-    Args:
-        scene: the scene.
-        texts: texts, of which only the first is true.
-        prompt: the question; None for captions and beginnings of captions.
-    """
+    """Texts about a scene, of which only the first is true; and a question, or None for (beginnings of) captions."""
 
     scene: Scene
     texts: tuple[str, ...]
@@ -34,13 +28,7 @@ class Statements:
 
 @dataclass(frozen=True)
 class Source:
-    """Source of the scenes of one item.
-
-    Args:
-        rng: random numbers of the item.
-        canvas: side of the images in pixels.
-        seed: seed of the training data, which determines the held-out combinations.
-    """
+    """Source of the scenes of one item; the seed of the training data determines the held-out combinations."""
 
     rng: Rng
     canvas: int
@@ -55,24 +43,20 @@ class Source:
         return is_held_out(names, colour, self.seed)
 
 
-def item_rng(purpose: str, index: int, seed: int) -> Rng:
-    """Return the random numbers of one item."""
+def _item_rng(purpose: str, index: int, seed: int) -> Rng:
     return Rng(np.random.PCG64([seed, index, int.from_bytes(purpose.encode(), "big")]))
-
-
-def true_answer(purpose: str, index: int, answers: int, seed: int) -> int:
-    """Return the true answer of item `index`: each once in every `answers` items, in random order."""
-    order = item_rng(f"{purpose}/order", index // answers, seed).permutation(answers)
-    return int(order[index % answers])
 
 
 def draw(
     find: Callable[[Source, int], T | None], purpose: str, index: int, answers: int, canvas: int, seed: int
 ) -> tuple[T, Rng]:
-    """Draw scenes until one suits the item's true answer; return it and the item's random numbers."""
-    source = Source(item_rng(purpose, index, seed), canvas, seed)
-    answer = true_answer(purpose, index, answers, seed)
-    while (found := find(source, answer)) is None:
+    """Draw scenes until one suits the item's true answer; return it and the item's random numbers.
+
+    Each answer is true once in every `answers` items, in random order.
+    """
+    source = Source(_item_rng(purpose, index, seed), canvas, seed)
+    order = _item_rng(f"{purpose}/order", index // answers, seed).permutation(answers)
+    while (found := find(source, int(order[index % answers]))) is None:
         pass
     return found, source.rng
 

@@ -4,22 +4,16 @@ Each caption has the spans of characters that the image determines, for separate
 tokens. ``(seed, split, i)`` determine sample ``i`` of a split.
 """
 
-import fcntl
 import io
-import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import sys
-import threading
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from composer_prior.emoji_scenes.captions import write_caption
@@ -40,7 +34,6 @@ Drawings: OpenMoji (openmoji.org), {LICENCE} (https://creativecommons.org/licens
 # Smallest and largest value of each argument.
 _SAMPLES = (1, 10**8)
 _BOUNDS = {"train_samples": _SAMPLES, "validation_samples": _SAMPLES, "canvas": (32, 4096), "seed": (0, sys.maxsize)}
-_CHUNK = 128  # samples a worker makes at a time
 _SMALLEST_JOB = 2000  # samples below which starting workers takes longer than it saves
 
 
@@ -82,21 +75,16 @@ def make_emoji_scenes(
     if _is_made(out, arguments):
         return
     check_drawings(CLASSES)
-
-    partial = out.parent / f".{out.name}.partial"
-    with _exclusive(partial):
-        if _is_made(out, arguments):  # another process finished it while this one waited
-            shutil.rmtree(partial, ignore_errors=True)
-            return
-        for stale in partial.iterdir():
-            if stale.is_dir():
-                shutil.rmtree(stale)
-        _write_splits(partial, counts, canvas, seed, num_workers, progress)
-        recipe = {"arguments": arguments, "packages": versions(), "licence": LICENCE, "attribution": ATTRIBUTION}
-        (partial / "README.md").write_text(README)
-        (partial / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
-        (partial / ".lock").unlink()
-        partial.rename(out)
+    with FileLock(out.with_name(f".{out.name}.making")) as lock:  # waits while another process makes them
+        if not _is_made(out, arguments):
+            unfinished = out.with_name(f".{out.name}.partial")
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process
+            _write_splits(unfinished, counts, canvas, seed, num_workers, progress)
+            recipe = {"arguments": arguments, "packages": versions(), "licence": LICENCE, "attribution": ATTRIBUTION}
+            (unfinished / "README.md").write_text(README)
+            (unfinished / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+            unfinished.rename(out)
+        Path(lock.lock_file).unlink()
 
 
 def make_sample(split: str, index: int, *, canvas: int = 96, seed: int = 17) -> dict[str, Any]:
@@ -123,71 +111,23 @@ def _is_made(out: Path, arguments: dict[str, int]) -> bool:
     return True
 
 
-@contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Create a folder and lock it until the block ends or this process dies; wait while another process locks it.
-
-    The lock is on the folder and not on its path, as the folder is renamed at the end.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _write_splits(
     folder: Path, counts: dict[str, int], canvas: int, seed: int, num_workers: int | None, progress: bool
 ) -> None:
-    from streaming import MDSWriter  # here, not above: it imports torch, which the workers do without
+    import torch  # here, not above: reading captions and scenes does without
+    from streaming import MDSWriter
+    from torch.utils.data import DataLoader
 
     total = sum(counts.values())
     if num_workers is None:
-        num_workers = min(os.cpu_count() or 1, 8) if total >= _SMALLEST_JOB else 0
-    jobs = [
-        (split, range(count)[start : start + _CHUNK], canvas, seed)
-        for split, count in counts.items()
-        for start in range(0, count, _CHUNK)
-    ]
-    bar = tqdm(total=total, desc="emoji scenes", unit=" samples", disable=not progress)
-    with bar, closing(_make_in_order(jobs, num_workers)) as samples:
+        num_workers = min(len(os.sched_getaffinity(0)), 8) if total >= _SMALLEST_JOB else 0
+    with tqdm(total=total, desc="emoji scenes", unit=" samples", disable=not progress) as bar:
         for split, count in counts.items():
+            indices: Any = range(count)
+            make = partial(make_sample, split, canvas=canvas, seed=seed)
+            own = torch.Generator()  # which leaves torch's random numbers as they are
+            samples = DataLoader(indices, batch_size=None, num_workers=num_workers, collate_fn=make, generator=own)
             with MDSWriter(out=str(folder / split), columns=COLUMNS, hashes=["sha1"], size_limit=4 << 20) as writer:
-                for sample in itertools.islice(samples, count):
+                for sample in samples:
                     writer.write(sample)
                     bar.update()
-
-
-_Job = tuple[str, range, int, int]
-
-
-def _make_chunk(job: _Job) -> list[dict[str, Any]]:
-    split, indices, canvas, seed = job
-    return [make_sample(split, index, canvas=canvas, seed=seed) for index in indices]
-
-
-def _make_in_order(jobs: Sequence[_Job], num_workers: int) -> Generator[dict[str, Any], None, None]:
-    """Yield the samples of all jobs in order, at most three jobs per worker ahead of the reader."""
-    if num_workers < 1:
-        for job in jobs:
-            yield from _make_chunk(job)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_die_with_parent) as pool:
-        pending: deque[Future[list[dict[str, Any]]]] = deque()
-        for job in jobs:
-            pending.append(pool.submit(_make_chunk, job))
-            if len(pending) > 3 * num_workers:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-
-
-def _die_with_parent() -> None:
-    """End a worker of a pool when its parent is killed."""
-
-    def watch() -> None:
-        if parent := multiprocessing.parent_process():
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

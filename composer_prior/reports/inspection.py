@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +27,18 @@ from composer_prior.reports.page import Shade, legend, sample_card, samples_page
 
 @dataclass
 class CaptionReport:
-    """Figures of a data set, from :func:`inspect_captions`.
-
-    Args:
-        samples: number of samples in the data set.
-        shards: number of shard files.
-        bytes: size of the shards.
-        read: number of samples that the figures below are of.
-        unit: unit of caption lengths.
-        lengths: length of each caption.
-        sizes: width and height of each image.
-        formats: number of images by format.
-        undecodable: number of images that cannot be decoded.
-        counts: number of times that each caption occurs.
-    """
+    """Figures of a data set, from :func:`inspect_captions`."""
 
     samples: int
     shards: int
-    bytes: int
-    read: int
-    unit: str
-    lengths: list[int] = field(default_factory=list, repr=False)
-    sizes: list[tuple[int, int]] = field(default_factory=list, repr=False)
-    formats: Counter[str] = field(default_factory=Counter)
-    undecodable: int = 0
-    counts: Counter[str] = field(default_factory=Counter, repr=False)
+    bytes: int  # of the shards
+    read: int  # samples that the figures below are of
+    unit: str  # of caption lengths
+    lengths: list[int] = field(default_factory=list, repr=False)  # of each caption
+    sizes: list[tuple[int, int]] = field(default_factory=list, repr=False)  # width and height of each image
+    formats: Counter[str] = field(default_factory=Counter)  # of images
+    undecodable: int = 0  # images
+    counts: Counter[str] = field(default_factory=Counter, repr=False)  # of each caption
 
     @property
     def captions(self) -> int:
@@ -128,7 +116,12 @@ def inspect_captions(
         shades = None
         if scores is not None:
             shades, tokenizer = _shades(scores, tokenizer, index, count, Path(cache, "scores"), alpha, floor)
-        length, unit = _length(tokenizer)
+        if tokenizer is None:
+            from open_clip.tokenizer import SimpleTokenizer
+
+            encode, unit = SimpleTokenizer().encode, "tokens of OpenCLIP's tokenizer"
+        else:
+            encode, unit = partial(_load_tokenizer(tokenizer).encode, add_special_tokens=False), "tokens"
         drawn = random.Random(seed)
         numbers = range(count) if limit is None or limit >= count else sorted(drawn.sample(range(count), limit))
         shown = set(drawn.sample(list(numbers), min(samples, len(numbers))))
@@ -144,7 +137,7 @@ def inspect_captions(
             if not all(isinstance(caption, str) for caption in captions):
                 raise ValueError(f"{data}: the captions of sample {number} are not texts; convert the data again.")
             report.counts.update(captions)
-            report.lengths += map(length, captions)
+            report.lengths += [len(encode(caption)) for caption in captions]
             try:
                 opened = Image.open(io.BytesIO(sample["image"]), formats=IMAGE_FORMATS)  # reads the header alone
                 report.formats[opened.format or "unknown"] += 1
@@ -167,16 +160,6 @@ def _spread(values: Sequence[int]) -> str:
     ordered = sorted(values)
     high = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
     return f"{ordered[0]:,} to {ordered[-1]:,}, median {statistics.median(ordered):,.0f}, 95 % up to {high:,}"
-
-
-def _length(tokenizer: str | None) -> tuple[Callable[[str], int], str]:
-    if tokenizer is None:
-        from open_clip.tokenizer import SimpleTokenizer
-
-        clip = SimpleTokenizer()
-        return lambda caption: len(clip.encode(caption)), "tokens of OpenCLIP's tokenizer"
-    loaded = _load_tokenizer(tokenizer)
-    return lambda caption: len(loaded(caption, add_special_tokens=False)["input_ids"]), "tokens"
 
 
 def _load_tokenizer(name: str) -> Any:

@@ -38,13 +38,7 @@ th:first-child { text-align: left; font-weight: inherit }
 
 
 def document(title: str, body: str, style: str = "") -> str:
-    """Return one self-contained HTML page, which may load nothing and run nothing.
-
-    Args:
-        title: the page's title, as plain text.
-        body: HTML below the title.
-        style: rules of CSS besides those of every page.
-    """
+    """Return one self-contained HTML page, which may load nothing and run nothing, from a title in plain text."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
@@ -56,34 +50,17 @@ def document(title: str, body: str, style: str = "") -> str:
 
 
 def samples_page(cards: Iterable[str], title: str, text: str = "", above: str = "") -> str:
-    """Return a page of samples.
-
-    Args:
-        cards: of :func:`sample_card`, one per sample.
-        title: the page's title, as plain text.
-        text: plain text above the samples.
-        above: HTML above the samples, such as a :func:`legend`.
-    """
-    return document(title, f"{f'<pre>{escape(text)}</pre>' if text else ''}\n{above}{samples_grid(cards)}")
+    """Return a page of the samples of :func:`sample_card`, with plain text and HTML, such as a legend, above them."""
+    return document(title, f"{f'<pre>{escape(text)}</pre>' if text else ''}\n{above}{side_by_side(cards, 'samples')}")
 
 
 def legend(says: str, full: float | None = 1.0) -> str:
-    """Return the legend of :func:`sample_card` as HTML: a sentence and the colour scale.
-
-    Args:
-        says: such as "The stronger the colour of a token, the more probable it was".
-        full: as that of the cards.
-    """
+    """Return the legend of :func:`sample_card` as HTML: a sentence and the colour scale, ``full`` as in the cards."""
     steps = (
         {0: "0", 1: "the largest of the caption"} if full is None else {w: f"{full * w:g}" for w in (0, 0.25, 0.5, 1)}
     )
     marks = " ".join(f'<mark style="--w:{part:.3f}">&nbsp;{escape(said)}&nbsp;</mark>' for part, said in steps.items())
     return f"<p>{escape(says)}; the pointer shows the value. Scale: {marks}</p>\n"
-
-
-def samples_grid(cards: Iterable[str]) -> str:
-    """Return the cards of :func:`sample_card` side by side."""
-    return f'<div class="samples">\n{"".join(cards)}</div>\n'
 
 
 def sample_card(
@@ -94,7 +71,7 @@ def sample_card(
     labels: Sequence[str] = (),
     full: Sequence[float] = (),
 ) -> str:
-    """Return one sample as HTML: a thumbnail and its captions, escaped.
+    """Return one sample as a ``figure`` element: a thumbnail and its captions, escaped.
 
     Args:
         name: the name of the image's file, or the sample's number.
@@ -103,17 +80,13 @@ def sample_card(
         shades: the pieces of each caption, each with a value; a larger value has a stronger colour.
         labels: text above each caption. Default: none.
         full: value of the strongest colour, for each caption. Default: its largest value.
-
-    Returns:
-        A ``figure`` element.
     """
     try:
         picture = image.copy() if isinstance(image, Image.Image) else decode_rgb(image)
         size = f"{picture.width} by {picture.height}"
         picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG" if max(picture.size) <= 64 else "JPEG")
-        kind = "png" if max(picture.size) <= 64 else "jpeg"
+        buffer, kind = io.BytesIO(), "png" if max(picture.size) <= 64 else "jpeg"
+        picture.save(buffer, kind)
         shown = f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}">'
     except ImageError as error:
         shown, size = f"<p><em>{escape(str(error))}</em></p>", "no image"
@@ -129,19 +102,16 @@ def sample_card(
 def picture(svg: str, caption: str, description: str = "") -> str:
     """Return an SVG of :mod:`.plots` as a ``figure`` element.
 
-    Args:
-        svg: text of the file.
-        caption: plain text above it.
-        description: plain text for readers who do not see it. Default: the caption.
+    Above it is the caption, plain text; the description is for readers who do not see it. Default: the caption.
     """
     says = plain(description or caption)
     inner = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{says}" ', 1)
     return f'<figure><figcaption dir="auto">{escape(caption)}</figcaption>\n{inner}</figure>\n'
 
 
-def pictures(figures: Iterable[str]) -> str:
-    """Return figures of :func:`picture` side by side."""
-    return f'<div class="pictures">\n{"".join(figures)}</div>\n'
+def side_by_side(figures: Iterable[str], kind: str = "pictures") -> str:
+    """Return figures of :func:`picture`, or as ``samples`` those of :func:`sample_card`, side by side."""
+    return f'<div class="{kind}">\n{"".join(figures)}</div>\n'
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

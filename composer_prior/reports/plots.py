@@ -8,8 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib import style
@@ -42,65 +41,40 @@ _SETTINGS = {
 }
 
 
-Points = Sequence[tuple[float, float]]
-"""x and y, ordered by x."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A curve of :func:`line_chart`.
-
-    Args:
-        name: its name in the legend.
-        points: at least one.
-        colour: index into :data:`COLOURS`.
-        dash: how the line is broken, such as ``--`` for what others are compared with.
-        dots: mark each point.
-    """
+class Line(NamedTuple):
+    """A curve of :func:`line_chart`."""
 
     name: str
-    points: Points
-    colour: int
+    points: Sequence[tuple[float, float]]  # x and y, ordered by x, at least one
+    colour: int  # index into COLOURS
     dash: Literal["-", "--", ":"] = "-"
-    dots: bool = False
+    dots: bool = False  # mark each point
 
 
-@dataclass(frozen=True)
-class Scatter:
-    """The runs of one method by size, and the curves that were fitted through them.
-
-    Args:
-        x: ``[runs]``, sizes.
-        y: ``[runs]``, values.
-        fits: matplotlib's line style, and the points of a curve.
-    """
+class Scatter(NamedTuple):
+    """Sizes and values of the runs of one method, and the line style and points of curves fitted through them."""
 
     x: NDArray[np.float64]
     y: NDArray[np.float64]
     fits: Sequence[tuple[str, NDArray[np.float64], NDArray[np.float64]]]
 
 
-@dataclass(frozen=True)
-class Looks:
-    """The colour and mark of each method, by its place in the study, the baseline first."""
+Looks = Mapping[str, Mapping[str, Any]]
+"""The colour and mark of each method as arguments of matplotlib."""
 
-    methods: Sequence[str]
 
-    def __call__(self, method: str) -> dict[str, Any]:
-        """Return the colour and the mark of a method as arguments of matplotlib."""
-        number = self.methods.index(method)
-        return {"color": COLOURS[number % len(COLOURS)], "marker": _MARKS[number % len(_MARKS)]}
+def looks_of(methods: Sequence[str]) -> Looks:
+    """Return the looks of a study's methods, the baseline first."""
+    return {
+        method: {"color": COLOURS[number % len(COLOURS)], "marker": _MARKS[number % len(_MARKS)]}
+        for number, method in enumerate(methods)
+    }
 
 
 def line_chart(lines: Sequence[Line], x_label: str, y_label: str, x_end: float = 0.0, may_be_log: bool = False) -> str:
-    """Draw lines over an x axis that begins at 0.
+    """Draw one line or more over an x axis from 0 to ``x_end`` or later.
 
-    Args:
-        lines: at least one.
-        x_label: of the x axis.
-        y_label: of the y axis.
-        x_end: where the x axis ends, or later.
-        may_be_log: take a logarithmic y axis where values are positive and the largest is over ten times the smallest.
+    If it may be, the y axis is logarithmic where values are positive and the largest is over ten times the smallest.
     """
     values = np.array([y for line in lines for _, y in line.points])
     log = bool(may_be_log and values.min() > 0 and 10 < values.max() / values.min() < 1e30)
@@ -113,8 +87,7 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, x_end: float =
         axes.autoscale_view()
         if log:
             _logarithmic(axes.yaxis, values)
-        _labels(axes, x_label, y_label + ", logarithmic" * log)
-        _legend(axes, axes.get_lines(), [line.name for line in lines])
+        _explain(axes, x_label, y_label + ", logarithmic" * log, axes.get_lines(), [line.name for line in lines])
     return svg[0]
 
 
@@ -123,10 +96,7 @@ def learning_curves(
 ) -> str:
     """Draw the mean over the seeds of each method, in a band from their smallest to their largest value.
 
-    Args:
-        curves: by method, the batches and values of each seed.
-        figure: label of the y axis.
-        looks: of the methods.
+    ``curves`` holds by method the batches and values of each seed.
     """
     with _drawn(6, 3.6) as (axes, svg):
         for method, of_seeds in curves.items():
@@ -137,23 +107,16 @@ def learning_curves(
                         at.setdefault(batch, []).append(value)
             x = sorted(at)
             mean, low, high = ([float(of(at[batch])) for batch in x] for of in (np.mean, np.min, np.max))
-            axes.fill_between(x, low, high, color=looks(method)["color"], alpha=0.15, linewidth=0)
-            axes.plot(x, mean, **looks(method), markersize=4, linewidth=1.4)
-        _labels(axes, "batch", figure)
-        _legend(axes, axes.get_lines(), list(curves))
+            axes.fill_between(x, low, high, color=looks[method]["color"], alpha=0.15, linewidth=0)
+            axes.plot(x, mean, **looks[method], markersize=4, linewidth=1.4)
+        _explain(axes, "batch", figure, axes.get_lines(), list(curves))
     return svg[0]
 
 
 def forest(
     rows: Sequence[tuple[str, Mapping[str, tuple[float, tuple[float, float] | None]]]], baseline: str, looks: Looks
 ) -> str:
-    """Draw relative improvements with their intervals: rows of figures, in each the methods.
-
-    Args:
-        rows: names from top to bottom, and by method the improvement and its interval.
-        baseline: what the improvements are over.
-        looks: of the methods.
-    """
+    """Draw relative improvements over a baseline: a row per figure, in it each method with its interval."""
     methods = list(dict.fromkeys(method for _, row in rows for method in row))
     with _drawn(6.5, 1.2 + 0.3 * len(rows) + 0.16 * len(rows) * len(methods)) as (axes, svg):
         axes.axvline(0, color="#555555", linewidth=1)
@@ -161,13 +124,13 @@ def forest(
             for method, (value, interval) in row.items():
                 y = number + 0.7 * ((methods.index(method) + 0.5) / len(methods) - 0.5)
                 ends = interval or (value, value)
-                axes.plot([100 * end for end in ends], [y, y], color=looks(method)["color"], linewidth=1.6)
-                axes.plot([100 * value], [y], **looks(method), markersize=5)
+                axes.plot([100 * end for end in ends], [y, y], color=looks[method]["color"], linewidth=1.6)
+                axes.plot([100 * value], [y], **looks[method], markersize=5)
         axes.set_yticks(range(len(rows)), [_label(name) for name, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
-        _labels(axes, f"relative improvement over {baseline}, % (right is better)", "")
-        _legend(axes, [Line2D([], [], **looks(method), markersize=5) for method in methods], methods)
+        marks = [Line2D([], [], **looks[method], markersize=5) for method in methods]
+        _explain(axes, f"relative improvement over {baseline}, % (right is better)", "", marks, methods)
     return svg[0]
 
 
@@ -175,13 +138,13 @@ def scaling(found: Mapping[str, Scatter], x_label: str, figure: str, looks: Look
     """Draw the runs and fits of each method on logarithmic axes; an axis with a value of 0 or less is linear."""
     with _drawn(6, 3.8) as (axes, svg):
         for method, one in found.items():
-            axes.plot(one.x, one.y, linestyle="none", **looks(method), markersize=4, alpha=0.6)
+            axes.plot(one.x, one.y, linestyle="none", **looks[method], markersize=4, alpha=0.6)
             for dash, x, y in one.fits:
-                axes.plot(x, y, dash, color=looks(method)["color"], linewidth=1.2)
+                axes.plot(x, y, dash, color=looks[method]["color"], linewidth=1.2)
         _logarithmic(axes.xaxis, np.concatenate([one.x for one in found.values()]))
         _logarithmic(axes.yaxis, np.concatenate([one.y for one in found.values()]))
-        _labels(axes, x_label, figure)
-        _legend(axes, [Line2D([], [], **looks(method), markersize=4) for method in found], list(found))
+        marks = [Line2D([], [], **looks[method], markersize=4) for method in found]
+        _explain(axes, x_label, figure, marks, list(found))
     return svg[0]
 
 
@@ -199,11 +162,8 @@ def _drawn(width: float, height: float) -> Iterator[tuple[Axes, list[str]]]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the reader's fonts draw the text
             FigureCanvasSVG(figure).print_svg(written, metadata={"Date": None, "Creator": None})
-        svg.append("\n".join(line.rstrip() for line in _PATH.sub(_rounded, written.getvalue()).splitlines()) + "\n")
-
-
-def _rounded(path: re.Match[str]) -> str:
-    return re.sub(r"(\.\d\d)\d+", r"\1", path[0])
+        rounded = _PATH.sub(lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), written.getvalue())
+        svg.append("\n".join(line.rstrip() for line in rounded.splitlines()) + "\n")
 
 
 def _logarithmic(axis: Any, values: NDArray[np.float64]) -> None:
@@ -216,12 +176,9 @@ def _logarithmic(axis: Any, values: NDArray[np.float64]) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _labels(axes: Axes, x_label: str, y_label: str) -> None:
-    axes.set_xlabel(_label(x_label))
-    axes.set_ylabel(_label(y_label))
-
-
-def _legend(axes: Axes, handles: Sequence[Line2D], names: Sequence[str]) -> None:
+def _explain(axes: Axes, x_label: str, y_label: str, handles: Sequence[Line2D], names: Sequence[str]) -> None:
+    """Label the axes and add a legend."""
+    axes.set(xlabel=_label(x_label), ylabel=_label(y_label))
     labels = [_label(name) for name in names]
     axes.figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, fontsize=8)
 

@@ -4,10 +4,11 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from composer_prior.reports.page import document, escape, legend, picture, pictures, samples_grid, table
+from composer_prior.reports.page import document, escape, legend, picture, side_by_side, table
 from composer_prior.reports.plots import COLOURS, Line, line_chart
 
 T = TypeVar("T")
@@ -19,27 +20,25 @@ TOKENS = {"all": "", "image-related": "_image_related", "other": "_other"}
 Figure = Mapping[str, float | None]
 """``value``, and ``low`` and ``high`` of its interval where there is one."""
 
-# Display name and explanation of each figure; the explanation says where lower is better.
+_NAMES = {"cider_d": "CIDEr-D", "bleu": "BLEU", "rouge_l": "ROUGE-L", "chair_i": "CHAIR-i", "chair_s": "CHAIR-s"}
+# Explanation of each figure, which says where lower is better.
 _WORDS = {
-    "loss": ("", "nats per token, lower is better; image-related tokens are those that the image determines"),
-    "total": ("", "accuracy of choosing the true text by log P(text | image)"),
-    "per_token": ("", "accuracy of choosing it by log P(text | image) per token"),
-    "image_gain": (
-        "",
-        "accuracy of choosing it by log P(text | image) - log P(text), so that likely texts gain nothing",
-    ),
-    "cider_d": ("CIDEr-D", "similarity of rare n-grams with the reference captions, 0 to 10"),
-    "bleu": ("BLEU", "share of a caption's n-grams up to that length that the reference captions have, 0 to 1"),
-    "rouge_l": ("ROUGE-L", "longest common sequence of words with the reference captions, 0 to 1"),
-    "chair_i": ("CHAIR-i", "share of the mentions of objects that are not in the image; lower is better"),
-    "chair_s": ("CHAIR-s", "share of the captions that mention such an object; lower is better"),
-    "recall": ("", "share of the objects in the image that are named"),
-    "precision": ("", "share of the named objects that are in the image"),
-    "all_right": ("", "share of the captions that name every object in the image and no other"),
-    "dependence": ("", "nats per token that the image adds to log P"),
-    "own_minus_another": ("", "nats per token by which the right image is better than another"),
-    "rank_correlation": ("", "of the reference's weights with the dependence, within a caption"),
-    "precision_of_weights": ("", "share of image-related tokens among the heaviest"),
+    "loss": "nats per token, lower is better; image-related tokens are those that the image determines",
+    "total": "accuracy of choosing the true text by log P(text | image)",
+    "per_token": "accuracy of choosing it by log P(text | image) per token",
+    "image_gain": "accuracy of choosing it by log P(text | image) - log P(text), so that likely texts gain nothing",
+    "cider_d": "similarity of rare n-grams with the reference captions, 0 to 10",
+    "bleu": "share of a caption's n-grams up to that length that the reference captions have, 0 to 1",
+    "rouge_l": "longest common sequence of words with the reference captions, 0 to 1",
+    "chair_i": "share of the mentions of objects that are not in the image; lower is better",
+    "chair_s": "share of the captions that mention such an object; lower is better",
+    "recall": "share of the objects in the image that are named",
+    "precision": "share of the named objects that are in the image",
+    "all_right": "share of the captions that name every object in the image and no other",
+    "dependence": "nats per token that the image adds to log P",
+    "own_minus_another": "nats per token by which the right image is better than another",
+    "rank_correlation": "of the reference's weights with the dependence, within a caption",
+    "precision_of_weights": "share of image-related tokens among the heaviest",
 }
 # Figures that others are compared with.
 _SHUFFLED, _TEXT_ONLY, _CHANCE = "_shuffled", "text_only", "chance"
@@ -62,21 +61,15 @@ class Curve:
 
     def add(self, x: float, y: float) -> None:
         """Add a point."""
-        self._put(int(x // self.width), 1, x, y)
+        self._put(int(x // self.width), (1, x, y))
         while len(self.bins) > POINTS:
             self.width *= 2
             narrow, self.bins = self.bins, {}
             for number, sums in narrow.items():
-                self._put(number // 2, *sums)
+                self._put(number // 2, sums)
 
-    def _put(self, number: int, count: float, x: float, y: float) -> None:
-        sums = self.bins.get(number)
-        if sums is None:
-            self.bins[number] = [count, x, y]
-        else:
-            sums[0] += count
-            sums[1] += x
-            sums[2] += y
+    def _put(self, number: int, sums: Sequence[float]) -> None:
+        self.bins[number] = [old + new for old, new in zip(self.bins.get(number, (0, 0, 0)), sums, strict=True)]
 
     @property
     def points(self) -> list[tuple[float, float]]:
@@ -84,31 +77,21 @@ class Curve:
         return [(x / count, y / count) for _, (count, x, y) in sorted(self.bins.items())]
 
 
-@dataclass
 class Logged:
-    """A run's records: a thinned curve of each metric on the page, and the last values; finite numbers only."""
+    """Any number of a run's records: a thinned curve of each metric, and the last values; finite numbers only."""
 
-    curves: defaultdict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))
-    last: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def end(self) -> float:
-        """The last batch."""
-        return self.last.get("batch", 0.0)
-
-    @classmethod
-    def of(cls, records: Iterable[Mapping[str, Any]]) -> "Logged":
-        """Read any number of records, one by one."""
-        logged = cls()
+    def __init__(self, records: Iterable[Mapping[str, Any]]):
+        self.curves: defaultdict[str, Curve] = defaultdict(Curve)
+        self.last: dict[str, float] = {}
         for record in records:
             for name, value in record.items():
                 if type(value) not in (int, float) or not math.isfinite(value):
-                    logged.last.pop(name, None)
+                    self.last.pop(name, None)
                     continue
-                logged.last[name] = value
+                self.last[name] = value
                 if name.startswith(("loss/train/", "metrics/", "prior/", "lr-", "eval/")):
-                    logged.curves[name].add(record["batch"], value)
-        return logged
+                    self.curves[name].add(record["batch"], value)
+        self.end = self.last.get("batch", 0.0)
 
     def line(self, metric: str, name: str, colour: int, **style: Any) -> list[Line]:
         """Return the curve of a metric as a list, empty where it was not logged."""
@@ -128,36 +111,29 @@ def run_report(
 
     Args:
         records: of the run, each with ``batch`` and the metrics logged at it; read once.
-        title: the page's title.
+        title: plain text.
         validation: metrics by the name of their model.
         benchmarks: figures by the name of their benchmark.
         cards: of :func:`.sample_card`, one per sample.
-        recipe: text of the recipe.
+        recipe: plain text.
     """
-    logged = Logged.of(records)
+    logged = Logged(records)
     charts = _training_charts(logged) + _benchmark_charts(logged)
-    cards = list(cards)
-    parts = [f"<p>{escape(_summary(logged))}</p>\n", results(validation, benchmarks)]
+    units = {"batch": "batches", "sample": "samples", "token": "tokens"}
+    counts = [f"{count:,} {said}" for unit, said in units.items() if (count := logged.last.get(f"time/{unit}"))]
+    summary = f"Trained on {', '.join(counts)}." if counts else "How long it was trained was not logged."
+    parts = [f"<p>{escape(summary)}</p>\n", results(validation, benchmarks)]
     if charts:
-        parts.append(f"<h2>Curves</h2>\n<p>{_thinning(logged)}</p>\n{pictures(charts)}")
-    if cards:
+        width = max(curve.width for curve in logged.curves.values())
+        means = f" Each point is the mean over up to {width:,} batches." if width > 1 else ""
+        says = f"Loss and accuracy are unweighted unless a chart says so; those of training are of each batch.{means}"
+        parts.append(f"<h2>Curves</h2>\n<p>{says}</p>\n{side_by_side(charts)}")
+    if cards := list(cards):
         says = legend("The stronger the colour of a generated token, the more probable it was to the model")
-        parts.append(f"<h2>Captions of validation images</h2>\n{says}{samples_grid(cards)}")
+        parts.append(f"<h2>Captions of validation images</h2>\n{says}{side_by_side(cards, 'samples')}")
     if recipe:
         parts.append(f"<details><summary>Recipe</summary><pre>{escape(recipe)}</pre></details>\n")
     return document(title, "".join(parts))
-
-
-def _summary(logged: Logged) -> str:
-    units = {"batch": "batches", "sample": "samples", "token": "tokens"}
-    counts = [f"{count:,} {said}" for unit, said in units.items() if (count := logged.last.get(f"time/{unit}"))]
-    return f"Trained on {', '.join(counts)}." if counts else "How long it was trained was not logged."
-
-
-def _thinning(logged: Logged) -> str:
-    width = max(curve.width for curve in logged.curves.values())
-    means = f" Each point is the mean over up to {width:,} batches." if width > 1 else ""
-    return f"Loss and accuracy are unweighted unless a chart says so; those of training are of each batch.{means}"
 
 
 def _training_charts(logged: Logged) -> list[str]:
@@ -228,13 +204,12 @@ def _groups(values: Sequence[T], size: int) -> list[Sequence[T]]:
 def results(validation: Mapping[str, Mapping[str, float]], benchmarks: Mapping[str, Mapping[str, Figure]]) -> str:
     """Return tables of validation metrics and of benchmarks as HTML, with their explanations."""
     parts = []
-    names = [
-        (f"{value}, {tokens}", f"{value}{end}") for value in ("loss", "accuracy") for tokens, end in TOKENS.items()
-    ]
-    names = [(said, name) for said, name in names if any(_shown(row.get(name)) for row in validation.values())]
+    pairs = product(("loss", "accuracy"), TOKENS.items())
+    names = {f"{value}{end}": f"{value}, {tokens}" for value, (tokens, end) in pairs}
+    names = {name: said for name, said in names.items() if any(_shown(row.get(name)) for row in validation.values())}
     if names:
-        rows = [[model, *(_shown(row.get(name)) or "-" for _, name in names)] for model, row in validation.items()]
-        parts.append(table(["validation", *(said for said, _ in names)], rows))
+        rows = [[model, *(_shown(row.get(name)) or "-" for name in names)] for model, row in validation.items()]
+        parts.append(table(["validation", *names.values()], rows))
     for benchmark, figures in benchmarks.items():
         whole = [name for name in figures if "/" not in name]
         parts.append(_benchmark_table(benchmark, figures, whole))
@@ -249,7 +224,7 @@ def _explained(figures: Sequence[str]) -> str:
     """Return the explanations of the figures and of the columns beside them, as an HTML list."""
     said = defaultdict[str, list[str]](list)
     for figure in dict.fromkeys(figures):
-        if (words := _words(figure)[1]) and not _is_comparison(figure):
+        if (words := _look_up(_WORDS, figure)) and not _is_comparison(figure):
             said[words].append(_said(figure))
     lines = [f"{', '.join(names)}: {words}" for words, names in said.items()]
     lines += [words for end, words in _COMPARED.items() if any(f.endswith(end) for f in figures if _is_comparison(f))]
@@ -267,7 +242,7 @@ def _benchmark_table(benchmark: str, figures: Mapping[str, Figure], names: Seque
         others = [f"{figure}{_SHUFFLED}{end}", f"{_TEXT_ONLY}{end}", f"{_CHANCE}{end}"]
         interval = [_shown(figures[name].get(bound)) for bound in ("low", "high")]
         shown = [_shown(figures[other]["value"]) or "-" if other in figures else "" for other in others]
-        low = "lower is better" if "lower is better" in _words(figure)[1] else ""
+        low = "lower is better" if "lower is better" in _look_up(_WORDS, figure) else ""
         said = " · ".join(filter(None, (benchmark, category, _said(figure), low)))
         rows.append(
             [said, _shown(figures[name].get("value")) or "-", " to ".join(interval) if all(interval) else "", *shown]
@@ -282,13 +257,13 @@ def _is_comparison(figure: str) -> bool:
     return figure in (_TEXT_ONLY, _CHANCE) or figure.endswith(_SHUFFLED)
 
 
-def _words(figure: str) -> tuple[str, str]:
-    """Return display name and explanation of a figure, or of the figure whose name its own begins with."""
-    return _WORDS.get(figure) or _WORDS.get(figure.rpartition("_")[0], ("", ""))
+def _look_up(texts: Mapping[str, str], figure: str) -> str:
+    """Return the text of a figure, or of the figure whose name its own begins with."""
+    return texts.get(figure) or texts.get(figure.rpartition("_")[0], "")
 
 
 def _said(figure: str) -> str:
-    name, number = _words(figure)[0], figure.rpartition("_")[2]
+    name, number = _look_up(_NAMES, figure), figure.rpartition("_")[2]
     return f"{name}-{number}" if name == "BLEU" else name or figure.replace("_", " ")
 
 

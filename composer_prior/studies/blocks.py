@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 from composer_prior.data.messages import visible
-from composer_prior.reports.page import document, escape, picture, pictures, table
+from composer_prior.reports.page import document, escape, picture, side_by_side, table
 
 _STYLE = """
 td { white-space: normal; vertical-align: top } th:first-child { white-space: normal; min-width: 9rem }
@@ -14,38 +14,28 @@ table { font-size: .9em } th, td { padding: .2rem .4rem }
 """
 
 
-@dataclass(frozen=True)
-class Heading:
+class Heading(NamedTuple):
     """A heading of level 2 or more; the title is 1."""
 
     level: int
     text: str
 
 
-@dataclass(frozen=True)
-class Paragraph:
+class Paragraph(NamedTuple):
     """A paragraph of plain text."""
 
     text: str
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table of plain text, the first cell of each row its name."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
 
-@dataclass(frozen=True)
-class Picture:
-    """An SVG of :mod:`composer_prior.reports.plots`.
-
-    Args:
-        file: its path beside the Markdown.
-        svg: the file's text.
-        caption: plain text.
-    """
+class Picture(NamedTuple):
+    """An SVG of :mod:`composer_prior.reports.plots`, its path beside the Markdown, and a caption in plain text."""
 
     file: str
     svg: str
@@ -60,7 +50,7 @@ def html(title: str, blocks: Sequence[Block]) -> str:
     parts = list[str]()
     for are_pictures, group in groupby(blocks, key=lambda block: isinstance(block, Picture)):
         written = map(_html, group)
-        parts.append(pictures(written) if are_pictures else "".join(written))
+        parts.append(side_by_side(written) if are_pictures else "".join(written))
     return document(title, "".join(parts), _STYLE)
 
 
@@ -78,12 +68,7 @@ def _html(block: Block) -> str:
 
 def _kept_together(cell: str) -> str:
     """Let a cell break between a number, its interval and words, but not inside one of them."""
-    return (
-        re.sub(r"(\[[^\[\]]*,) ", "\\1\u00a0", cell)
-        .replace(" %", "\u00a0%")
-        .replace(" ± ", "\u00a0±\u00a0")
-        .replace(" min", "\u00a0min")
-    )
+    return re.sub(r"(?<=,) (?=[^\[\]]*\])| (?=%|±|min)|(?<=±) ", "\u00a0", cell)
 
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:

@@ -1,14 +1,13 @@
 """Methods compared with a baseline, paired by seed; intervals are 95 % percentile bootstraps over the seeds."""
 
 import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import DegenerateDataWarning, bootstrap
 
 from composer_prior.studies.study import Better, Curve, Interval, Values
 
@@ -18,33 +17,22 @@ MIN_SEEDS = 3
 HELD = {3: 76, 4: 81, 5: 84, 6: 86, 8: 88, 10: 91, 20: 92}
 """Of so many seeds, how many per cent of these intervals hold the mean of a normal distribution; simulated."""
 
+RANDOM_SEED = 20250508  # of resamples
 _RESAMPLES = 9999
-_RANDOM_SEED = 20250508
 _Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method's figure beside the baseline's at the same seeds.
+    """A method's figure beside the baseline's at the same seeds; intervals need :data:`MIN_SEEDS` seeds."""
 
-    Args:
-        seeds: number of seeds at which both have a number.
-        left_out: common seeds at which one of them has none.
-        difference: mean of method minus baseline, in the figure's unit; ``None`` without seeds.
-        difference_interval: ``None`` with fewer than :data:`MIN_SEEDS` seeds.
-        improvement: the difference relative to the baseline's mean, positive where the method is better; ``None``
-            where the baseline's mean is 0.
-        improvement_interval: of that.
-        better: which values of the figure are better.
-    """
-
-    seeds: int
-    left_out: tuple[str, ...]
-    difference: float | None
-    difference_interval: Interval | None
-    improvement: float | None
-    improvement_interval: Interval | None
+    seeds: int  # at which both have a number
+    left_out: tuple[str, ...]  # common seeds at which one of them has none
     better: Better
+    difference: float | None = None  # mean of method minus baseline, in the figure's unit
+    difference_interval: Interval | None = None
+    improvement: float | None = None  # relative to the baseline's mean, positive where better; None where that is 0
+    improvement_interval: Interval | None = None
 
     @property
     def word(self) -> str:
@@ -55,36 +43,21 @@ class Comparison:
         return word((low, high) if self.better == "higher" else (-high, -low))
 
 
-@dataclass(frozen=True)
-class Average:
-    """The mean over figures of each figure's relative improvement.
-
-    Args:
-        value: positive where the method is better; ``None`` where no figure has an improvement.
-        interval: all figures at the same resampled seeds; ``None`` if a figure has fewer than :data:`MIN_SEEDS` seeds.
-        seeds: of the figure that has fewest.
-        left_out: figures without an improvement, which are not in the mean.
-    """
+class Average(NamedTuple):
+    """The mean over figures of each figure's relative improvement, positive where the method is better."""
 
     value: float | None
-    interval: Interval | None
-    seeds: int
-    left_out: tuple[str, ...]
+    interval: Interval | None  # of all figures at the same resampled seeds
+    seeds: int  # of the figure that has fewest
+    left_out: tuple[str, ...]  # figures without an improvement
 
 
-@dataclass(frozen=True)
-class Reached:
-    """The steps after which a method is as good as the baseline at its end.
+class Reached(NamedTuple):
+    """The steps after which a method is as good as the baseline at its end, as a share of the baseline's steps."""
 
-    Args:
-        shares: by seed, the batch as a share of the baseline's steps at that seed; ``None`` where it never is.
-        mean: over the seeds at which it is; ``None`` without one.
-        interval: ``None`` with fewer than :data:`MIN_SEEDS` seeds, or where a seed never reaches it.
-    """
-
-    shares: dict[str, float | None]
-    mean: float | None
-    interval: Interval | None
+    shares: dict[str, float | None]  # by seed; None where it never is
+    mean: float | None  # over the seeds at which it is
+    interval: Interval | None  # None also where a seed never reaches it
 
 
 def word(improvement: Interval | None) -> str:
@@ -97,23 +70,23 @@ def word(improvement: Interval | None) -> str:
 
 def compare(baseline: Values, method: Values, better: Better) -> Comparison:
     """Compare at the seeds that both have, in the baseline's order."""
-    of_baseline, of_method, left_out = _paired(baseline, method)
-    seeds = len(of_baseline)
+    common = [seed for seed in baseline if seed in method]
+    of_baseline, of_method = _pairs(baseline, method, common)
+    known = np.isfinite(of_baseline)
+    left_out = tuple(seed for seed, there in zip(common, known, strict=True) if not there)
+    of_baseline, of_method, seeds = of_baseline[known], of_method[known], int(known.sum())
     if not seeds:
-        return Comparison(0, left_out, None, None, None, None, better)
-
-    def improved(base: _Array, other: _Array, axis: int = -1) -> _Array:
-        return _improvement(base, other, better, axis)
-
-    improvement, enough = float(improved(of_baseline, of_method)), seeds >= MIN_SEEDS
+        return Comparison(0, left_out, better)
+    improved = partial(_improvement, better=better)
+    improvement = float(improved(of_baseline, of_method))
     return Comparison(
         seeds,
         left_out,
-        float(_mean(of_method - of_baseline)),
-        _interval(lambda base, other, axis: _mean(other - base, axis), of_baseline, of_method) if enough else None,
-        None if math.isnan(improvement) else improvement,
-        _interval(improved, of_baseline, of_method) if enough and not math.isnan(improvement) else None,
         better,
+        float(_mean(of_method - of_baseline)),
+        _interval(lambda base, other, axis: _mean(other - base, axis), of_baseline, of_method),
+        None if math.isnan(improvement) else improvement,
+        None if math.isnan(improvement) else _interval(improved, of_baseline, of_method),
     )
 
 
@@ -126,13 +99,12 @@ def average_improvement(figures: Mapping[str, tuple[Values, Values, Better]]) ->
     # All figures' seeds: a figure that has no number at one of them is NaN there and skips it.
     seeds = dict.fromkeys(seed for baseline, *_ in figures.values() for seed in baseline)
     for name, (baseline, method, better) in figures.items():
-        both = np.array([(_number(baseline.get(seed)), _number(method.get(seed))) for seed in seeds]).reshape(-1, 2)
-        both[np.isnan(both).any(axis=1)] = np.nan
-        if np.isnan(_improvement(both[:, 0], both[:, 1], better)):
+        pair = _pairs(baseline, method, seeds)
+        if np.isnan(_improvement(*pair, better)):
             left_out.append(name)
         else:
             directions.append(better)
-            samples += list(both.T)
+            samples.extend(pair)
     if not samples:
         return Average(None, None, 0, tuple(left_out))
 
@@ -141,8 +113,7 @@ def average_improvement(figures: Mapping[str, tuple[Values, Values, Better]]) ->
         return np.mean([_improvement(base, other, better, axis) for base, other, better in pairs], axis=0)
 
     fewest = min(int(np.isfinite(sample).sum()) for sample in samples)
-    interval = _interval(mean_improvement, *samples) if fewest >= MIN_SEEDS else None
-    return Average(float(mean_improvement(*samples)), interval, fewest, tuple(left_out))
+    return Average(float(mean_improvement(*samples)), _interval(mean_improvement, *samples), fewest, tuple(left_out))
 
 
 def steps_until(curve: Curve, target: float, better: Better) -> float | None:
@@ -169,8 +140,7 @@ def steps_until_baseline(baseline: Mapping[str, Curve], method: Mapping[str, Cur
             steps = steps_until(method[seed], known[-1][1], better)
             shares[seed] = None if steps is None else steps / known[-1][0]
     reached = [share for share in shares.values() if share is not None]
-    enough = len(reached) == len(shares) and len(reached) >= MIN_SEEDS
-    interval = _interval(_mean, np.asarray(reached, np.float64)) if enough else None
+    interval = _interval(_mean, np.asarray(reached, np.float64)) if len(reached) == len(shares) else None
     return Reached(shares, float(np.mean(reached)) if reached else None, interval)
 
 
@@ -178,17 +148,11 @@ def _finite(curve: Curve) -> list[tuple[float, float]]:
     return [(b, v) for b, v in zip(*curve, strict=True) if v is not None and math.isfinite(v)]
 
 
-def _paired(baseline: Values, method: Values) -> tuple[_Array, _Array, tuple[str, ...]]:
-    """Return the values at the common seeds, ``[seeds]`` each, and the common seeds that lack one."""
-    common = [seed for seed in baseline if seed in method]
-    pairs = np.array([(_number(baseline[seed]), _number(method[seed])) for seed in common]).reshape(-1, 2)
-    known = np.isfinite(pairs).all(axis=1)
-    left_out = tuple(seed for seed, there in zip(common, known, strict=True) if not there)
-    return *pairs[known].T, left_out
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None or not math.isfinite(value) else float(value)
+def _pairs(baseline: Values, method: Values, seeds: Iterable[str]) -> _Array:
+    """Return the values at the seeds, ``[2, seeds]``: both NaN where one of them has no number."""
+    pairs = np.array([(baseline.get(seed), method.get(seed)) for seed in seeds], np.float64).reshape(-1, 2)
+    pairs[~np.isfinite(pairs).all(axis=1)] = np.nan
+    return pairs.T
 
 
 def _mean(values: _Array, axis: int = -1) -> _Array:
@@ -207,19 +171,20 @@ def _improvement(baseline: _Array, method: _Array, better: Better, axis: int = -
 
 
 def _interval(statistic: Callable[..., Any], *samples: _Array) -> Interval | None:
-    """Return the 2.5 and 97.5 % percentiles of a statistic over resampled seeds, without resamples that have none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DegenerateDataWarning)  # of the resamples that have none
-        drawn = bootstrap(
-            samples,
-            statistic,
-            n_resamples=_RESAMPLES,
-            vectorized=True,
-            paired=True,
-            method="percentile",
-            random_state=np.random.default_rng(_RANDOM_SEED),
-        ).bootstrap_distribution
-    drawn = drawn[np.isfinite(drawn)]
+    """Return the 2.5 and 97.5 % percentiles of a statistic over resampled seeds, without resamples that have none.
+
+    ``None`` if a sample has fewer than :data:`MIN_SEEDS` values, or no resample has a number.
+    """
+    if min(np.isfinite(sample).sum() for sample in samples) < MIN_SEEDS:
+        return None
+    seeds = len(samples[0])
+    drawn = np.random.default_rng(RANDOM_SEED).integers(0, seeds, (_RESAMPLES, seeds))
+    values = statistic(*(sample[drawn] for sample in samples), axis=-1)
+    return percentiles(values[np.isfinite(values)])
+
+
+def percentiles(drawn: _Array) -> Interval | None:
+    """Return the 2.5 and 97.5 % percentiles; ``None`` of nothing."""
     if not len(drawn):
         return None
     low, high = np.percentile(drawn, [2.5, 97.5])

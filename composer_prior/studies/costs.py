@@ -11,14 +11,15 @@ from composer_prior.studies.study import METHOD, SEED, Run, Study
 REFERENCE = ("reference_flops", "scoring_flops")
 """The cost of PRIOR's weights, apart from the run."""
 
-_USED = {
+USED = {
     "steps": "steps",
     "samples": "samples",
     "unique_samples": "unique samples",
     "tokens": "tokens",
     "flops": "FLOPs",
 }
-_Figure = Callable[[Run], float | None]
+"""Figures of a run's training, and their words."""
+
 _EQUAL = 0.005  # relative: padding differs a little from seed to seed
 
 
@@ -53,7 +54,7 @@ def what_was_run(study: Study) -> list[Block]:
                 absent += 1
                 continue
             name = " · ".join(filter(None, (study.said(setting), method)))
-            means = [_mean(runs, figure) for figure in (*_USED, *REFERENCE)]
+            means = [_mean(runs, figure) for figure in (*USED, *REFERENCE)]
             time = duration(_mean(runs, "seconds"))
             rows.append([name, f"{len(runs)} of {len(by_method[method])}", *map(amount, means), time])
         if sentence := equality(found, study.baseline):
@@ -76,27 +77,27 @@ def what_was_run(study: Study) -> list[Block]:
 
 
 def equality(found: Mapping[str, Mapping[str, Run]], baseline: str) -> str:
-    """Return a sentence on what the methods used as much of as the baseline at the same seeds, and what not.
-
-    Args:
-        found: runs by method and seed.
-        baseline: a method.
-    """
+    """Return a sentence on what methods, of runs by seed, used as much of as the baseline at the same seeds."""
     others = {method: runs for method, runs in found.items() if method != baseline and runs}
-    figures: dict[str, _Figure] = {said: partial(used, name=name) for name, said in _USED.items()}
+    figures: dict[str, Callable[[Run], float | None]] = {said: partial(used, name=n) for n, said in USED.items()}
     if any(used(run, part) for runs in found.values() for run in runs.values() for part in REFERENCE):
         figures["FLOPs when the reference and the scoring are counted"] = all_flops
     equal, parts = list[str](), list[str]()
     for said, figure in figures.items():
-        ratios = {method: _ratio(found.get(baseline, {}), runs, figure) for method, runs in others.items()}
-        by_ratio = dict[str, list[str]]()
-        for method, ratio in ratios.items():
-            if ratio is not None and abs(ratio - 1) > _EQUAL:
-                by_ratio.setdefault(f"{ratio:.3g}", []).append(method)
+        by_ratio, alike = dict[str, list[str]](), 0
+        for method, runs in others.items():
+            of_both = [(figure(run), figure(runs[s])) for s, run in found.get(baseline, {}).items() if s in runs]
+            known = [(own, other) for own, other in of_both if own is not None and other is not None]
+            if total := sum(own for own, _ in known):
+                ratio = sum(other for _, other in known) / total
+                if abs(ratio - 1) > _EQUAL:
+                    by_ratio.setdefault(f"{ratio:.3g}", []).append(method)
+                else:
+                    alike += 1
         what, when, rest = said.partition(" when")
         for ratio_said, methods in by_ratio.items():
             parts.append(f"{listed(methods)} used {ratio_said} times the {what} of {baseline}{when}{rest}")
-        if ratios and not by_ratio and None not in ratios.values():
+        if others and alike == len(others):
             equal.append(said)
     if equal:
         start = f"{listed(equal)} are equal within {100 * _EQUAL:g} %"
@@ -107,10 +108,3 @@ def equality(found: Mapping[str, Mapping[str, Run]], baseline: str) -> str:
 def _mean(runs: Mapping[str, Run], name: str) -> float | None:
     known = [value for run in runs.values() if (value := used(run, name)) is not None]
     return sum(known) / len(known) if known else None
-
-
-def _ratio(baseline: Mapping[str, Run], method: Mapping[str, Run], figure: _Figure) -> float | None:
-    pairs = [(figure(baseline[seed]), figure(method[seed])) for seed in baseline if seed in method]
-    known = [(own, other) for own, other in pairs if own is not None and other is not None]
-    total = sum(own for own, _ in known)
-    return sum(other for _, other in known) / total if total else None

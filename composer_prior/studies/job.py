@@ -116,11 +116,7 @@ def write_page(results: Path) -> bool:
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Return dotted key: value of words ``key=value``.
-
-    Raises:
-        ValueError: for a value that cannot be read.
-    """
+    """Return dotted key: value of words ``key=value``, or raise a ValueError that names the word."""
     overrides: dict[str, Any] = {}
     for word in words:
         try:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from composer_prior.studies.comparison import Average, Comparison, word
+from composer_prior.studies.comparison import Comparison
 from composer_prior.studies.study import Interval
 
 
@@ -31,22 +31,10 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.3g} min" if seconds < 3600 else f"{seconds / 3600:.3g} h"
 
 
-def relative(comparison: Comparison) -> str:
+def relative(value: float | None, interval: Interval | None, verdict: str) -> str:
     """Format a relative improvement, its interval and its verdict."""
-    if comparison.improvement is None:
-        return f"none {comparison.word}".rstrip()
-    return _improved(comparison.improvement, comparison.improvement_interval, comparison.word)
-
-
-def average(of_figures: Average) -> str:
-    """Format an average of relative improvements."""
-    if of_figures.value is None:
-        return "none"
-    return _improved(of_figures.value, of_figures.interval, word(of_figures.interval))
-
-
-def _improved(value: float, interval: Interval | None, said: str) -> str:
-    return f"{100 * value:+.2f} %{_percents(interval, 2)} {said}".rstrip()
+    shown = "none" if value is None else f"{100 * value:+.2f} %{_percents(interval, 2)}"
+    return f"{shown} {verdict}".rstrip()
 
 
 def share(value: float | None, interval: Interval | None) -> str:

@@ -14,7 +14,7 @@ from composer_prior.data.files import load_yaml
 from composer_prior.data.messages import DataError, one_line
 from composer_prior.data.remote import Remote
 from composer_prior.data.storage import is_remote
-from composer_prior.studies.results import collect, finished, last, planned_steps, read_metrics
+from composer_prior.studies.results import collect, finished, last, planned_steps, read_lines
 from composer_prior.studies.runner import Plan
 from composer_prior.studies.study import Study
 from composer_prior.training.config import TrainConfig, written
@@ -30,7 +30,7 @@ def throughput(run: Path) -> float:
     Raises:
         ValueError: if the run has not logged any.
     """
-    records = read_metrics(run / "metrics.jsonl")
+    records = read_lines(run / "metrics.jsonl")
     for name in ("throughput/device/samples_per_sec", "throughput/samples_per_sec"):
         values = [record[name] for record in records if record.get(name)]
         if values:
@@ -44,24 +44,21 @@ def throughput(run: Path) -> float:
 def show_plan(
     study: Study, plan: Plan, lines: Sequence[Mapping[str, Any]], gpus: int, samples_per_second: float | None
 ) -> str:
-    """Return a table of the cells, and the commands that launch those that are not finished.
+    """Return a table of the cells, and the commands that launch those that are not finished, on so many GPUs each.
 
-    Args:
-        study: of the cells.
-        plan: of :func:`.plan_tasks`.
-        lines: existing results.
-        gpus: of each run.
-        samples_per_second: of one GPU; None: the cost is left out.
+    The cost is reckoned from the samples per second of one GPU, or left out.
     """
     rows = [["cell", "steps", "samples", "GPU hours"]]
     total, speed = 0.0, samples_per_second
     for task in plan.cells:
         recipe = study.recipes[task.name]
-        steps = planned_steps(recipe)
-        samples = None if steps is None else steps * recipe.global_train_batch_size
-        hours = samples / speed / 3600 if samples is not None and speed else None
-        total += hours or 0.0
-        rows.append([task.name, _count(steps), _count(samples), "-" if hours is None else f"{hours:,.2f}"])
+        row = ["-"] * 3
+        if (steps := planned_steps(recipe)) is not None:
+            samples = steps * recipe.global_train_batch_size
+            hours = samples / speed / 3600 if speed else 0.0
+            total += hours
+            row = [f"{steps:,}", f"{samples:,}", f"{hours:,.2f}"]
+        rows.append([task.name, *row])
     if speed is None:
         rows = [row[:3] for row in rows]
         cost = "GPU hours: give measured=RUN_FOLDER, a short run of the recipe on the intended GPUs."
@@ -73,12 +70,12 @@ def show_plan(
         )
     left = [task for task in plan.cells if task.cell and finished(lines, task.cell.values) is None]
     needed = {one.name: one for task in left if (one := plan.preparations.get(task.name)) is not None}
-    commands = [
-        *(("-m", *task.module, *task.words) for task in needed.values()),
-        *(("train.py", *task.words) for task in left),
-    ]
+    commands = [["-m", *task.module, *task.words] for task in needed.values()]
+    commands += [["train.py", *task.words] for task in left]
     launch = [shlex.join(["composer", "-n", str(gpus), *command]) for command in commands]
-    return "\n".join([*_table(rows), "", cost, "", *launch])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    form = "  ".join([f"{{:{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
+    return "\n".join([*(form.format(*row) for row in rows), "", cost, "", *launch])
 
 
 def collect_remote(
@@ -86,17 +83,11 @@ def collect_remote(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Return the finished cells of a remote, ``REMOTE/CELL/metrics.jsonl`` and ``config.yaml``, that results lack.
 
-    Args:
-        study: of the cells.
-        plan: of :func:`.plan_tasks`.
-        lines: existing results.
-        remote: its address, or a folder.
-
     Returns:
         Their lines, and by name the reason why a cell is missing.
 
     Raises:
-        StorageError: if it cannot be listed.
+        StorageError: if the remote, an address or a folder, cannot be listed.
     """
     found: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
@@ -110,7 +101,7 @@ def collect_remote(
                 folder = _fetch(remote, task.name, Path(temporary, task.name), there)
                 recipe = task.cell.load(plan.further[task.name])
                 _check_same(folder / "config.yaml", recipe)
-                records = read_metrics(folder / "metrics.jsonl")
+                records = read_lines(folder / "metrics.jsonl")
                 _check_finished(records, recipe.max_duration)
                 found += collect(task.cell.values, records, recipe)
             except (DataError, ValueError) as error:
@@ -119,7 +110,7 @@ def collect_remote(
 
 
 def _fetch(runs: str, run: str, folder: Path, there: set[str] | None) -> Path:
-    """Return the folder of a run on this machine, with the files of the two that exist."""
+    """Return the folder of a run on this machine, with its files that exist."""
     if there is None:
         return Path(runs, run)
     folder.mkdir()
@@ -141,24 +132,11 @@ def _check_same(file: Path, recipe: TrainConfig) -> None:
 
 
 def _check_finished(records: Sequence[Mapping[str, Any]], max_duration: str) -> None:
-    match = re.fullmatch(r"(\d+)([a-z]+)", max_duration)
-    metric = _DONE.get(match[2]) if match else None
     if not records:
         raise ValueError("it is not there yet")
-    if match is None or metric is None:
+    match = re.fullmatch(rf"(\d+)({'|'.join(_DONE)})", max_duration)
+    if match is None:
         raise ValueError(f"max_duration={max_duration}: expected a number of {', '.join(_DONE)}")
-    done = last(records, metric) or 0
+    done = last(records, _DONE[match[2]]) or 0
     if done < int(match[1]):
         raise ValueError(f"it has done {done} of {max_duration}")
-
-
-def _count(number: int | None) -> str:
-    return "-" if number is None else f"{number:,}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]

@@ -9,7 +9,8 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,6 @@ def read_results(file: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]
     Raises:
         ValueError: if it holds something else.
     """
-    if not file.exists():
-        return None, []
     try:
         lines = read_lines(file)
         return (lines[0]["study"], lines[1:]) if lines else (None, [])
@@ -44,13 +43,13 @@ def read_results(file: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]
 
 
 def read_lines(file: Path) -> list[Any]:
-    """Return the whole lines of a file of JSON; half a line at its end, from a killed writer, is ignored.
+    """Return the whole lines of a file of JSON, none if it does not exist; half a line at its end is ignored.
 
     Raises:
         ValueError: one line that names the file and the line that is no JSON.
     """
     lines = []
-    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1] if file.is_file() else (), start=1):
         try:
             lines.append(json.loads(line))
         except ValueError as error:
@@ -118,10 +117,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 def begin_results(file: Path, header: Mapping[str, Any], place: Path | None = None) -> list[dict[str, Any]]:
     """Write the header of the study, and return the existing lines of finished cells, new axes at their default.
 
-    Args:
-        file: of the results.
-        header: of the study.
-        place: the path to delete for a new start. Default: the file.
+    For a new start, ``place`` is to be deleted, or else the file.
 
     Raises:
         ValueError: if the existing study decides its cells otherwise, naming the keys.
@@ -160,13 +156,9 @@ def finished(lines: Sequence[Mapping[str, Any]], values: Mapping[str, str]) -> d
 def collect(
     values: Mapping[str, str], records: Sequence[Mapping[str, Any]], recipe: TrainConfig, seconds: float | None = None
 ) -> list[dict[str, Any]]:
-    """Return the lines of a finished run.
+    """Return the lines of a finished run of a cell, from the records of its ``metrics.jsonl``.
 
-    Args:
-        values: of the cell.
-        records: of its ``metrics.jsonl``, see :func:`read_metrics`.
-        recipe: with the folders of the cell.
-        seconds: duration of the run. Default: the run's own metric.
+    The duration in seconds is by default that of the run's own metric.
 
     Raises:
         ValueError: if it has no metrics.
@@ -182,15 +174,6 @@ def collect(
     lines = [{"cell": dict(values), "benchmark": name, **_curve(curve)} for name, curve in curves.items()]
     training = {"cell": dict(values), "benchmark": TRAINING, "figures": _training(records, recipe, seconds)}
     return [*lines, {**training, "versions": versions()}]
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of a run's ``metrics.jsonl``; none if it does not exist.
-
-    Raises:
-        ValueError: as :func:`read_lines`.
-    """
-    return read_lines(file) if file.is_file() else []
 
 
 def last(records: Sequence[Mapping[str, Any]], name: str) -> Any:
@@ -214,10 +197,8 @@ def planned_steps(recipe: TrainConfig) -> int | None:
     if match is None:
         return None
     number, batch = int(match[1]), recipe.global_train_batch_size
-    if match[2] == "ba":
-        return number
-    if match[2] == "sp":
-        return math.ceil(number / batch)
+    if match[2] != "ep":
+        return number if match[2] == "ba" else math.ceil(number / batch)
     dataset = recipe.train_loader["dataset"]
     samples = dataset.get("epoch_size") or (recipe.data or {}).get("train_samples") or count_samples(dataset)
     if not isinstance(samples, int):
@@ -228,20 +209,14 @@ def planned_steps(recipe: TrainConfig) -> int | None:
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages, and ``commit`` in a checkout."""
-    found = {"composer_prior": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    if not (Path(__file__).parents[2] / ".git").exists():  # installed, perhaps below some other checkout
-        return found
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except OSError:
-        return found
-    return {**found, "commit": done.stdout.strip()} if done.returncode == 0 and done.stdout.strip() else found
+    found = {"composer_prior": __version__, **{name: version(name) for name in PACKAGES}}
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():  # not installed, perhaps below some other checkout
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        with suppress(OSError):  # there is no git
+            if commit := subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip():
+                found["commit"] = commit
+    return found
 
 
 def _line(content: Mapping[str, Any]) -> str:
@@ -281,17 +256,10 @@ def _training(records: Sequence[Mapping[str, Any]], recipe: TrainConfig, seconds
 
 
 def _flops(recipe: TrainConfig, counted: float | None, samples: int | None, unique: int | None) -> dict[str, Any]:
-    """Return the FLOPs of the run, of its reference's training, and of the reference's passes over the captions.
-
-    Args:
-        recipe: of the run.
-        counted: FLOPs counted in the run.
-        samples: number of samples trained on.
-        unique: number of samples in its data.
-    """
+    """Return the FLOPs of the run, of its reference's training, and of the reference's passes over the captions."""
     if recipe.reference is None:
         return {"flops": counted, "reference_flops": 0, "scoring_flops": 0}
-    theirs = read_metrics(Path(recipe.reference["run_folder"], "metrics.jsonl"))
+    theirs = read_lines(Path(recipe.reference["run_folder"], "metrics.jsonl"))
     flops, trained_on = last(theirs, "compute/flops"), last(theirs, "time/sample")
     stored = bool(recipe.train_loader["dataset"].get("scores"))
     live = any((given or {}).get("reference") is not None for given in recipe.algorithms.values())

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from composer_prior.data.messages import one_line, say, visible
 from composer_prior.data.storage import is_remote
-from composer_prior.studies.results import append_results, collect, finished, planned_steps, read_metrics
+from composer_prior.studies.results import append_results, collect, finished, planned_steps, read_lines
 from composer_prior.studies.shared import digest, preparations, share
 from composer_prior.studies.study import Cell, Study, as_words
 from composer_prior.training.config import TrainConfig
@@ -26,40 +26,20 @@ TRAIN = ("composer_prior", "train")
 PREPARE = ("composer_prior.studies.prepare",)
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _POLL = 0.5  # seconds between two looks at the processes
-_TAIL = 1 << 18  # bytes at the end of a metrics file that hold its last line
 
 
 @dataclass
 class Task:
-    """A process of a study: a cell, or the preparation of some.
-
-    Args:
-        name: shown to the user.
-        module: run by Python.
-        words: its arguments.
-        log: the file that its output goes to.
-        cell: None for a preparation.
-        places: paths that a preparation makes.
-    """
+    """A process of a study: a cell, or the preparation of some."""
 
     name: str
-    module: tuple[str, ...]
-    words: list[str]
-    log: Path
-    cell: Cell | None = None
-    places: frozenset[str] = frozenset()
-    process: "subprocess.Popen[bytes] | None" = None
+    module: tuple[str, ...]  # run by Python
+    words: list[str]  # its arguments
+    log: Path  # of its output; its lock and the seconds of each attempt are beside it
+    cell: Cell | None = None  # None for a preparation
+    places: frozenset[str] = frozenset()  # that a preparation makes
+    process: "subprocess.Popen[bytes]" = field(init=False)
     began: float = 0.0
-
-    @property
-    def lock(self) -> Path:
-        """The lock file of the process."""
-        return self.log.with_suffix(".lock")
-
-    @property
-    def attempts(self) -> Path:
-        """The file with the seconds of each attempt."""
-        return self.log.with_suffix(".seconds")
 
     @property
     def metrics(self) -> Path:
@@ -69,13 +49,7 @@ class Task:
 
 @dataclass
 class Plan:
-    """The tasks of a study.
-
-    Args:
-        cells: a task for each cell, in order.
-        preparations: the task that must be done before each cell, by its name.
-        further: overrides that the runner adds to each cell, by its name.
-    """
+    """The tasks of a study: of each cell, in order; and by its name, what prepares it and overrides that are added."""
 
     cells: list[Task] = field(default_factory=list)
     preparations: dict[str, Task] = field(default_factory=dict)
@@ -94,22 +68,19 @@ def plan_tasks(study: Study, out: Path) -> Plan:
     """Plan the processes of a study: one for each cell, and those that make what cells share."""
     plan = Plan()
     shared = [share(study.recipes[cell.name], cell.overrides, out / "shared") for cell in study.cells]
-    preparers = preparations([one.places for one in shared])
     for cell, one in zip(study.cells, shared, strict=True):
-        plan.further[cell.name] = {**one.overrides, **_own(study.recipes[cell.name], cell, out)}
+        further = plan.further[cell.name] = {**one.overrides, **_own(study.recipes[cell.name], cell, out)}
+        words = [str(cell.recipe), *as_words({**cell.overrides, **further})]
+        plan.cells.append(Task(cell.name, TRAIN, words, out / "cells" / f"{cell.name}.log", cell))
     tasks: dict[int, Task] = {}
-    for cell, preparer in zip(study.cells, preparers, strict=True):
-        words = [str(cell.recipe), *as_words({**cell.overrides, **plan.further[cell.name]})]
-        log = out / "cells" / f"{cell.name}.log"
-        plan.cells.append(Task(cell.name, TRAIN, words, log, cell))
+    for cell, preparer in zip(study.cells, preparations([one.places for one in shared]), strict=True):
         if preparer is None:
             continue
         if preparer not in tasks:
-            first, places = study.cells[preparer], shared[preparer].places
-            words = [str(first.recipe), *as_words({**first.overrides, **plan.further[first.name]})]
+            places = shared[preparer].places
             name = f"prepare-{digest(sorted(places))}"
-            log = out / "shared" / f"{name}.log"
-            tasks[preparer] = Task(name, PREPARE, words, log, places=places)
+            words = plan.cells[preparer].words
+            tasks[preparer] = Task(name, PREPARE, words, out / "shared" / f"{name}.log", places=places)
         plan.preparations[cell.name] = tasks[preparer]
     return plan
 
@@ -127,25 +98,10 @@ def _own(recipe: TrainConfig, cell: Cell, out: Path) -> dict[str, Any]:
 
 
 class Runner:
-    """Runs the cells that are not finished, and appends their results.
-
-    Args:
-        study: of the cells.
-        plan: of :func:`plan_tasks`.
-        results: the file, which has been begun.
-        lines: that it has.
-        processes: at a time.
-        threads: of each.
-    """
+    """Runs the cells that are not finished, so many processes at a time, and appends their results to a begun file."""
 
     def __init__(
-        self,
-        study: Study,
-        plan: Plan,
-        results: Path,
-        lines: Sequence[Mapping[str, Any]],
-        processes: int,
-        threads: int,
+        self, study: Study, plan: Plan, results: Path, lines: Sequence[Mapping[str, Any]], processes: int, threads: int
     ):
         self.study, self.plan, self.results, self.processes = study, plan, results, processes
         self.environment = {**os.environ, **dict.fromkeys(THREADS, str(threads))}
@@ -164,16 +120,9 @@ class Runner:
         Raises:
             Stopped: after SIGINT or SIGTERM, when the cells have saved and ended.
         """
-        with (
-            _caught(self.signals),
-            tqdm(
-                total=sum(self.batches.values()),
-                initial=sum(map(self._done, self.pending)),
-                unit="ba",
-                desc=visible(self.study.name),
-                disable=None,
-            ) as self.bar,
-        ):
+        total, done = sum(self.batches.values()), sum(map(self._done, self.pending))
+        name = visible(self.study.name)
+        with _caught(self.signals), tqdm(total=total, initial=done, unit="ba", desc=name, disable=None) as self.bar:
             try:
                 while (self.pending or self.running) and not self.signals:
                     self._start()
@@ -205,18 +154,16 @@ class Runner:
     def _launch(self, task: Task) -> bool:
         """Start a process, unless one that a killed runner left still works on it."""
         task.log.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(task.lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            if task.name not in self.waited_for:
-                self.waited_for.add(task.name)
-                self._say(f"{task.name}: a process of an earlier start still works on it; waiting for its end")
-            return False
-        self.waited_for.discard(task.name)
         command = [sys.executable, "-m", *task.module, *task.words]
-        with open(task.log, "ab") as log:
+        with open(task.log.with_suffix(".lock"), "a") as lock, open(task.log, "ab") as log:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if task.name not in self.waited_for:
+                    self.waited_for.add(task.name)
+                    self._say(f"{task.name}: a process of an earlier start still works on it; waiting for its end")
+                return False
+            self.waited_for.discard(task.name)
             log.write(f"$ {' '.join(command)}\n".encode())
             log.flush()
             # A session of its own: Ctrl-C is for the runner, which asks its processes to save. The lock goes with it.
@@ -226,10 +173,9 @@ class Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self.environment,
-                pass_fds=(lock,),
+                pass_fds=(lock.fileno(),),
                 start_new_session=True,
             )
-        os.close(lock)
         task.began = time.monotonic()
         self.running.append(task)
         return True
@@ -237,7 +183,6 @@ class Runner:
     def _look(self) -> None:
         """Collect the processes that have ended, and show the progress of the others."""
         for task in [*self.running]:
-            assert task.process is not None
             if (status := task.process.poll()) is None:
                 continue
             self.running.remove(task)
@@ -251,7 +196,7 @@ class Runner:
             elif status:
                 self._fail(task, last_words(task.log) if status > 0 else f"ended by signal {-status}", task.log)
             else:
-                self._collect(task, seconds)
+                self._collect(task, task.cell, seconds)
         left = [*self.pending, *(task for task in self.running if task.cell is not None)]
         self.bar.n = sum(self.batches.values()) - sum(self.batches[task.name] - self._done(task) for task in left)
         self.bar.refresh()
@@ -259,17 +204,15 @@ class Runner:
     def _done(self, task: Task) -> int:
         return min(self.batches[task.name], _last_batch(task.metrics))
 
-    def _collect(self, task: Task, seconds: float) -> None:
-        assert task.cell is not None
+    def _collect(self, task: Task, cell: Cell, seconds: float) -> None:
         try:
-            recipe = task.cell.load(self.plan.further[task.name])
-            lines = collect(task.cell.values, read_metrics(task.metrics), recipe, seconds)
+            lines = collect(cell.values, read_lines(task.metrics), cell.load(self.plan.further[task.name]), seconds)
         except (ValueError, OSError) as error:
             self._fail(task, one_line(error), task.log)
             return
         append_results(self.results, lines)
         benchmark, _, figure = next(iter(self.study.averaged), "").partition("/")
-        value = (finished(lines, task.cell.values) or {}).get(benchmark, {}).get(figure)
+        value = (finished(lines, cell.values) or {}).get(benchmark, {}).get(figure)
         shown = f", {benchmark}/{figure} {value:.4g}" if value is not None else ""
         self._say(f"{task.name}: finished in {seconds / 60:.1f} minutes{shown}")
 
@@ -284,13 +227,11 @@ class Runner:
     def _stop(self) -> None:
         """Ask the processes to save and end, and wait for them; a second signal kills them."""
         for task in self.running:
-            assert task.process is not None
             task.process.send_signal(signal.SIGTERM)
         if self.running:
             self._say(f"Stopping {', '.join(task.name for task in self.running)}, which save first; again kills them.")
         while self.running:
             for task in [*self.running]:
-                assert task.process is not None
                 if len(self.signals) > 1:
                     os.killpg(task.process.pid, signal.SIGKILL)
                 if task.process.poll() is not None:
@@ -302,14 +243,12 @@ class Runner:
 @contextmanager
 def _caught(signals: list[int]) -> Iterator[None]:
     """Note signals instead of ending at once."""
-    before = {
-        number: signal.signal(number, lambda number, _: signals.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: signals.append(number)) for number in numbers]
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 
 
@@ -321,26 +260,28 @@ def _is_prepared(task: Task) -> bool:
 
 def last_words(log: Path) -> str:
     """Return the line of a log that says why the program ended: its last ``error: ...``, or else its last line."""
-    with open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - 20000))
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in _tail(log, 20000).decode(errors="replace").splitlines() if line.strip()]
     mine = lines[max((i for i, line in enumerate(lines) if line.startswith("$ ")), default=-1) + 1 :]
     errors = [line for line in mine if line.startswith("error: ")]
     return (errors or mine or ["it printed nothing"])[-1]
 
 
-def _last_batch(file: Path) -> int:
+def _last_batch(metrics: Path) -> int:
     """Return the batch of the last whole line of a metrics file; 0 without one."""
-    if not file.is_file():
-        return 0
-    with open(file, "rb") as opened:
-        opened.seek(max(0, file.stat().st_size - _TAIL))
-        found = re.findall(rb'^\{"batch": (\d+)', opened.read(), flags=re.M)
+    found = re.findall(rb'^\{"batch": (\d+)', _tail(metrics, 1 << 18), flags=re.M) if metrics.is_file() else []
     return int(found[-1]) if found else 0
+
+
+def _tail(path: Path, size: int) -> bytes:
+    """Return the last bytes of a file."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - size))
+        return file.read()
 
 
 def _add_attempt(task: Task) -> float:
     """Note how long a process took, and return the seconds of all attempts at the task."""
-    with open(task.attempts, "a") as file:
+    attempts = task.log.with_suffix(".seconds")
+    with open(attempts, "a") as file:
         file.write(f"{time.monotonic() - task.began:.3f}\n")
-    return sum(map(float, task.attempts.read_text().split()))
+    return sum(map(float, attempts.read_text().split()))

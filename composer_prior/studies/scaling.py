@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from composer_prior.studies.comparison import MIN_SEEDS
+from composer_prior.studies.comparison import MIN_SEEDS, RANDOM_SEED, percentiles
 from composer_prior.studies.study import Interval
 
 MIN_SIZES = 4
@@ -17,42 +17,29 @@ EXPONENTS = (1e-3, 10.0)
 """Bounds of the search of c."""
 
 _RESAMPLES = 1000
-_RANDOM_SEED = 20250508
 _WIDE = 10.0  # an interval of c over more than this factor says nothing about it
 _Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Points:
-    """Runs of several sizes.
-
-    Args:
-        x: ``[sizes]``, positive and increasing.
-        seeds: the names of the seeds that every size has.
-        y: ``[sizes, seeds]``.
-    """
+class Points(NamedTuple):
+    """Runs of several sizes: ``x`` ``[sizes]``, positive and increasing, seeds that every size has, ``y`` by both."""
 
     x: _Array
     seeds: tuple[str, ...]
     y: _Array
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A coefficient, and its interval where there are :data:`.MIN_SEEDS` seeds and the resamples determine it."""
 
     value: float
     interval: Interval | None
 
 
-@dataclass(frozen=True)
-class Fit:
-    """The coefficients fitted to the points of one method.
+class Fit(NamedTuple):
+    """The coefficients fitted to the points of one method, and reasons to doubt them, as sentences.
 
-    Args:
-        coefficients: by name: ``a``, ``b``, ``c`` with :data:`MIN_SIZES` sizes, ``k0``, ``k`` with two of them. A
-            coefficient that the points do not determine is missing.
-        notes: reasons to doubt them, as sentences.
+    There are ``a``, ``b``, ``c`` with :data:`MIN_SIZES` sizes, and ``k0``, ``k`` with two, where determined.
     """
 
     coefficients: Mapping[str, Estimate]
@@ -60,10 +47,9 @@ class Fit:
 
 
 def points(values: Mapping[str, Mapping[str, tuple[float | None, float | None]]]) -> Points:
-    """Return the points of a method's runs: sizes that have a run, x as mean over seeds, and the seeds of all sizes.
+    """Return the points of a method's runs, of which ``values`` holds x and y by size and seed.
 
-    Args:
-        values: by size and seed, x and y of a run; ``None`` where there is no number.
+    They are of the sizes that have a run, with x as mean over seeds, and of the seeds that all these sizes have.
     """
     runs = []
     for seeds in values.values():
@@ -88,22 +74,20 @@ def fit(found: Points) -> Fit:
         notes.append(f"{len(found.seeds)} seeds at every size, fewer than {MIN_SEEDS}: no intervals")
     if (found.y <= 0).any():
         notes.append("values that are not positive: no straight line in logarithms")
-    coefficients = _estimates(*_fitted(found), len(found.seeds))
+    coefficients = _estimates(_fitted(found), len(found.seeds))
     return Fit(coefficients, tuple(notes + _doubts(sizes, coefficients)))
 
 
 def differences(baseline: Points, method: Points) -> dict[str, Estimate]:
     """Return the coefficients of a method minus those of the baseline, both at the same resampled common seeds."""
-    common = [seed for seed in baseline.seeds if seed in method.seeds]
+    common = tuple(seed for seed in baseline.seeds if seed in method.seeds)
     if not common:
         return {}
-    (base, base_drawn), (other, other_drawn) = (
-        _fitted(Points(one.x, tuple(common), one.y[:, [one.seeds.index(seed) for seed in common]]))
+    base, other = (
+        _fitted(Points(one.x, common, one.y[:, [one.seeds.index(seed) for seed in common]]))
         for one in (baseline, method)
     )
-    names = [name for name in base if name in other]
-    whole = {name: other[name] - base[name] for name in names}
-    return _estimates(whole, {name: other_drawn[name] - base_drawn[name] for name in names}, len(common))
+    return _estimates({name: other[name] - base[name] for name in base if name in other}, len(common))
 
 
 def power_law(x: _Array, y: _Array) -> tuple[_Array, _Array, _Array]:
@@ -152,13 +136,10 @@ def _best_lines(z: _Array, y: _Array) -> tuple[_Array, _Array, _Array]:
     return a, b, ((y - a[..., None] - b[..., None] * z) ** 2).sum(-1)
 
 
-def _fitted(found: Points) -> tuple[dict[str, _Array], dict[str, _Array]]:
-    """Fit coefficients to all seeds, ``[1]``, and to each resample of the seeds, ``[resamples]``.
-
-    The resamples are the same for all methods.
-    """
+def _fitted(found: Points) -> dict[str, _Array]:
+    """Fit coefficients, ``[1 + resamples]`` each: to all seeds, and to resamples that are the same for all methods."""
     seeds = len(found.seeds)
-    drawn = np.random.default_rng(_RANDOM_SEED).integers(0, seeds, (_RESAMPLES, seeds))
+    drawn = np.random.default_rng(RANDOM_SEED).integers(0, seeds, (_RESAMPLES, seeds))
     counts = np.concatenate([np.ones((1, seeds), np.int64), (drawn[:, :, None] == np.arange(seeds)).sum(axis=1)])
     rows, inverse = np.unique(counts, axis=0, return_inverse=True)  # with five seeds there are only 126
     share, sizes = rows / seeds, len(np.unique(found.x))
@@ -167,25 +148,18 @@ def _fitted(found: Points) -> tuple[dict[str, _Array], dict[str, _Array]]:
         result |= zip("abc", power_law(found.x, share @ found.y.T), strict=True)
     if sizes >= 2 and (found.y > 0).all():
         result |= zip(("k0", "k"), line(found.x, share @ np.log(found.y).T), strict=True)
-    every = {name: values[inverse.reshape(-1)] for name, values in result.items()}
-    return {name: values[:1] for name, values in every.items()}, {name: values[1:] for name, values in every.items()}
+    return {name: values[inverse.reshape(-1)] for name, values in result.items()}
 
 
-def _estimates(whole: Mapping[str, _Array], drawn: Mapping[str, _Array], seeds: int) -> dict[str, Estimate]:
-    return {
-        name: Estimate(float(value[0]), _percentiles(drawn[name]) if seeds >= MIN_SEEDS else None)
-        for name, value in whole.items()
-        if math.isfinite(value[0])
-    }
-
-
-def _percentiles(drawn: _Array) -> Interval | None:
-    """Return the 2.5 and 97.5 % percentiles; ``None`` if so many resamples have no value that an end could be one."""
-    known = drawn[np.isfinite(drawn)]
-    if len(known) < 0.975 * len(drawn):
-        return None
-    low, high = np.percentile(known, [2.5, 97.5])
-    return float(low), float(high)
+def _estimates(fitted: Mapping[str, _Array], seeds: int) -> dict[str, Estimate]:
+    estimates = {}
+    for name, (value, *drawn) in fitted.items():
+        if math.isfinite(value):
+            known = np.array([one for one in drawn if math.isfinite(one)])
+            # No interval if so many resamples have no value that an end could be one of them.
+            determined = seeds >= MIN_SEEDS and len(known) >= 0.975 * len(drawn)
+            estimates[name] = Estimate(float(value), percentiles(known) if determined else None)
+    return estimates
 
 
 def _doubts(sizes: int, coefficients: Mapping[str, Estimate]) -> list[str]:

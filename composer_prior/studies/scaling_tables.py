@@ -1,22 +1,21 @@
 """The scaling part of a study's page: points, fits and their differences, of a grid with an axis of sizes."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import product
 
 import numpy as np
 
 from composer_prior.reports import plots
 from composer_prior.studies.blocks import Block, Heading, Paragraph, Picture, Table
-from composer_prior.studies.costs import all_flops, used
+from composer_prior.studies.costs import USED, all_flops, used
 from composer_prior.studies.numbers import coefficient, listed
 from composer_prior.studies.scaling import Estimate, Fit, Points, differences, fit, points
 from composer_prior.studies.study import AXES, SEED, Grid, Run, Setting, Study, combinations
 
-_SAID = {
-    "flops": "FLOPs of the run",
-    "samples": "samples",
-    "unique_samples": "unique samples",
-    "tokens": "tokens",
-}
+_SAID = {**USED, "flops": "FLOPs of the run"}
 _WITH_REFERENCE = "FLOPs with those of the reference and the scoring"
 _ALIKE = 0.01  # relative: an axis along which C differs by less is no axis of sizes
 _Size = Callable[[Run], float | None]
@@ -26,27 +25,18 @@ _Fits = dict[str, tuple[Points, Fit]]
 def scaling_blocks(
     study: Study, grid: Grid, scale: str, looks: plots.Looks, picture: Callable[..., Picture]
 ) -> list[Block]:
-    """Return a plot and tables of each setting and each figure of ``fits``, with C as the run's ``scale``.
+    """Return a plot and tables of each setting and each figure of ``fits``, with C as a figure of the runs' training.
 
-    Args:
-        study: of the runs.
-        grid: of the study.
-        scale: a figure of the training.
-        looks: of the methods.
-        picture: makes a picture from an SVG, its caption and the names of its file.
+    ``picture`` makes a picture from an SVG, its caption and the names of its file.
     """
-
-    def size(cell: Run) -> float | None:
-        return used(cell, scale)
-
+    size = partial(used, name=scale)
     blocks: list[Block] = [Heading(3, f"Scaling of grid {grid.name} with {_SAID[scale]}")]
     sizes = size_axes(study, grid, size)
     if not sizes:
         return [*blocks, Paragraph(f"There is no axis along which finished runs differ in {_SAID[scale]}: no fit.")]
     if not study.fits:
         return [*blocks, Paragraph("The study names no figure to fit.")]
-    cells = [cell for method, setting in _runs(study, grid) for cell in _cells(study, grid, setting, method)]
-    with_reference = scale == "flops" and any(all_flops(cell) != size(cell) for cell in cells)
+    with_reference = scale == "flops" and any(all_flops(run) != size(run) for *_, run in _runs(study, grid))
     blocks.append(
         Paragraph(
             f"Sizes are the values of {listed(sizes)}; C is the {_SAID[scale]}, the mean over the seeds of a size. "
@@ -91,35 +81,26 @@ def scaling_blocks(
 
 def size_axes(study: Study, grid: Grid, size: _Size) -> list[str]:
     """Return the axes along which C differs and all values are numbers; without one, all axes along which C differs."""
-    varying = []
-    for axis in grid.values:
-        if axis in AXES:
-            continue
+    varying, numeric = [], []
+    for axis, values in grid.values.items():
         runs: dict[tuple[str, ...], list[float]] = {}
-        for method, setting in _runs(study, grid):
-            for seed, cell in study.by_seed(setting, method, grid.values[SEED]).items():
-                if (x := size(cell)) is not None:
-                    rest = tuple(value for name, value in setting.items() if name != axis)
-                    runs.setdefault((method, seed, *rest), []).append(x)
+        for method, setting, seed, run in _runs(study, grid) if axis not in AXES else ():
+            if (x := size(run)) is not None:
+                rest = tuple(value for name, value in setting.items() if name != axis)
+                runs.setdefault((method, seed, *rest), []).append(x)
         if any(max(of) - min(of) > _ALIKE * max(of) for of in runs.values()):
             varying.append(axis)
-    return [axis for axis in varying if all(map(_is_number, grid.values[axis]))] or varying
+            with suppress(ValueError):  # a value that is no number
+                if all(math.isfinite(float(value)) for value in values):
+                    numeric.append(axis)
+    return numeric or varying
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _runs(study: Study, grid: Grid) -> list[tuple[str, dict[str, str]]]:
-    return [(method, setting) for setting in grid.settings for method in study.methods(grid)]
-
-
-def _cells(study: Study, grid: Grid, setting: Setting, method: str) -> Sequence[Run]:
-    return list(study.by_seed(setting, method, grid.values[SEED]).values())
+def _runs(study: Study, grid: Grid) -> Iterator[tuple[str, dict[str, str], str, Run]]:
+    """Yield method, setting and seed of the finished runs of a grid, and the runs."""
+    for setting, method in product(grid.settings, study.methods(grid)):
+        for seed, run in study.by_seed(setting, method, grid.values[SEED]).items():
+            yield method, setting, seed, run
 
 
 def _fits(study: Study, grid: Grid, sizes: Sequence[str], fixed: Setting, figure: str, size: _Size) -> _Fits:
@@ -128,10 +109,8 @@ def _fits(study: Study, grid: Grid, sizes: Sequence[str], fixed: Setting, figure
     for method in study.methods(grid):
         runs = {}
         for of_sizes in combinations({axis: grid.values[axis] for axis in sizes}):
-            cells = study.by_seed({**fixed, **of_sizes}, method, grid.values[SEED])
-            runs[" ".join(of_sizes.values())] = {
-                seed: (size(cell), cell.figures.get(figure)) for seed, cell in cells.items()
-            }
+            of_seeds = study.by_seed({**fixed, **of_sizes}, method, grid.values[SEED])
+            runs[" ".join(of_sizes.values())] = {s: (size(run), run.figures.get(figure)) for s, run in of_seeds.items()}
         of_method = points(runs)
         if len(of_method.x):
             found[method] = of_method, fit(of_method)
@@ -157,22 +136,15 @@ def _tables(fits: _Fits, baseline: str, scale: str) -> list[Block]:
         [method, f"{len(found.x)}", f"{len(found.seeds)}", *_row(of_method.coefficients, names)]
         for method, (found, of_method) in fits.items()
     ]
-    blocks: list[Block] = [
-        Paragraph(f"Coefficients, with C as {scale}:"),
-        Table(["method", "sizes", "seeds", *names], rows),
-    ]
+    header = ["method", "sizes", "seeds", *names]
+    blocks: list[Block] = [Paragraph(f"Coefficients, with C as {scale}:"), Table(header, rows)]
     if baseline in fits and len(fits) > 1:
-        apart = [
-            [method, *_row(differences(fits[baseline][0], found), names, "+")]
-            for method, (found, _) in fits.items()
-            if method != baseline
-        ]
+        others = {method: found for method, (found, _) in fits.items() if method != baseline}
+        apart = [[m, *_row(differences(fits[baseline][0], found), names, "+")] for m, found in others.items()]
         blocks += [Paragraph(f"Their difference to {baseline}'s, at the same seeds:"), Table(["method", *names], apart)]
-    notes = dict[str, list[str]]()
-    for method, (_, of_method) in fits.items():
-        for note in of_method.notes:
-            notes.setdefault(note, []).append(method)
-    blocks += (Paragraph(f"{listed(methods)}: {note}.") for note, methods in notes.items())
+    for note in dict.fromkeys(note for _, of_method in fits.values() for note in of_method.notes):
+        methods = [method for method, (_, of_method) in fits.items() if note in of_method.notes]
+        blocks.append(Paragraph(f"{listed(methods)}: {note}."))
     return blocks
 
 

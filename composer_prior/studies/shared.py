@@ -6,9 +6,8 @@ Cells of the same parts get the same folders, which one process makes before any
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from composer_prior.data.storage import is_remote
 from composer_prior.training.config import TrainConfig
@@ -17,14 +16,8 @@ from composer_prior.training.config import TrainConfig
 _NAMES = ("run_name", "run_folder", "save_folder", "progress_bar", "callbacks", "loggers", "autoresume")
 
 
-@dataclass(frozen=True)
-class Shared:
-    """The inputs that a cell shares with others.
-
-    Args:
-        overrides: dotted key: value, which set their paths in its recipe.
-        places: paths that must exist before it starts.
-    """
+class Shared(NamedTuple):
+    """The inputs that a cell shares with others: overrides that set their paths, and paths that it needs to start."""
 
     overrides: dict[str, Any]
     places: frozenset[str]
@@ -84,13 +77,9 @@ def digest(*parts: Any) -> str:
 
 
 def preparations(places: Sequence[frozenset[str]]) -> list[int | None]:
-    """Return for each cell the cell whose preparation makes all its inputs: the first that needs these and most.
+    """Return for each cell, by ``places`` that it needs, the number of the cell whose preparation makes them all.
 
-    Args:
-        places: what each cell needs, in order.
-
-    Returns:
-        Numbers of cells; None for a cell without shared inputs.
+    That is the first that needs these and most; None for a cell without shared inputs.
     """
     largest = [one for one in places if one and not any(one < other for other in places)]
     return [next((places.index(one) for one in largest if need <= one), None) if need else None for need in places]

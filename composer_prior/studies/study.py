@@ -6,7 +6,7 @@ Reading one needs neither Composer nor torch, so that a mistake in it is answere
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property, lru_cache
 from itertools import product
@@ -24,7 +24,6 @@ KEYS = ("name", "recipe", "overrides", "axes", "grids", "baseline", "figures", "
 REQUIRED = ("name", "recipe", "axes", "grids", "baseline", "figures")
 AXES = METHOD, SEED = "method", "seed"  # that every study has
 SCALING = ("flops", "samples", "unique_samples", "tokens")
-BETTER = ("higher", "lower")
 _SILENT = ("true", "false", "null", "none", "yes", "no", "on", "off")  # words that need the name of their axis
 
 Better = Literal["higher", "lower"]
@@ -39,14 +38,7 @@ Setting = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study, as it is planned.
-
-    Args:
-        name: of its folder.
-        values: axis: value, of every axis.
-        recipe: its base.
-        overrides: dotted key: value.
-    """
+    """One run of a study, as it is planned: the name of its folder, its value of every axis, and its recipe."""
 
     name: str
     values: dict[str, str]
@@ -57,13 +49,12 @@ class Cell:
         """Load its recipe, with further overrides.
 
         Raises:
-            ValueError, FileNotFoundError: naming the cell and the key.
+            ValueError: naming the cell and the key.
         """
         try:
             return load_recipe(self.recipe, as_words({**self.overrides, **(further or {})}))
         except (FileNotFoundError, ValueError) as error:
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-            raise kind(f"Cell {self.name}: {one_line(error)}") from error
+            raise ValueError(f"Cell {self.name}: {one_line(error)}") from error
 
 
 @dataclass
@@ -77,13 +68,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells that are shown together.
-
-    Args:
-        name: of the grid.
-        values: of every axis, those that the grid has.
-        scaling: the x axis of a scaling fit, or ``None``.
-    """
+    """Cells that are shown together: the values of every axis, and the x axis of a scaling fit, or ``None``."""
 
     name: str
     values: dict[str, list[str]]
@@ -102,19 +87,12 @@ class Grid:
 
 @dataclass
 class Study:
-    """A study, read and checked.
+    """A study, read and checked."""
 
-    Args:
-        header: what results say about it: the keys of the YAML, values of axes as text, and ``recipes``.
-        cells: the planned runs, in the order of the grids; empty where only results were read.
-        recipes: of each cell, by its name, without what the cells share.
-        runs: results by the values of all axes, in the axes' order.
-    """
-
-    header: dict[str, Any]
-    cells: list[Cell] = field(default_factory=list)
-    recipes: dict[str, TrainConfig] = field(default_factory=dict)
-    runs: dict[tuple[str, ...], Run] = field(default_factory=dict)
+    header: dict[str, Any]  # of results: the keys of the YAML, values of axes as text, and `recipes`
+    cells: list[Cell] = field(default_factory=list)  # in the order of the grids; none where only results were read
+    recipes: dict[str, TrainConfig] = field(default_factory=dict)  # of each cell, without what the cells share
+    runs: dict[tuple[str, ...], Run] = field(default_factory=dict)  # by the values of all axes, in the axes' order
 
     def __post_init__(self) -> None:
         figures = self.header["figures"]
@@ -128,7 +106,8 @@ class Study:
         self.curve: str | None = self.header["curve"]
         self.fits: dict[str, Better] = self.header["fits"]
         self.grids = [
-            Grid(name, grid_values(grid, self.axes), grid.get("scaling")) for name, grid in self.header["grids"].items()
+            Grid(name, {axis: grid.get(axis, of[:1]) for axis, of in self.axes.items()}, grid.get("scaling"))
+            for name, grid in self.header["grids"].items()
         ]
 
     @cached_property
@@ -166,8 +145,7 @@ class Study:
 
     def methods(self, grid: Grid | None = None) -> list[str]:
         """Return the methods of a grid or of the study, the baseline first."""
-        methods = grid.values[METHOD] if grid else self.axes[METHOD]
-        return sorted(methods, key=lambda method: (method != self.baseline, methods.index(method)))
+        return sorted(grid.values[METHOD] if grid else self.axes[METHOD], key=lambda method: method != self.baseline)
 
     def better(self, figure: str) -> Better | None:
         """Return which values of a figure are better, where the study says so."""
@@ -212,45 +190,36 @@ def read_study(file: str | Path, overrides: Mapping[str, Any] | None = None, out
         out: the folder of the study, for ``{out}`` in a value.
 
     Raises:
-        FileNotFoundError: if it, or a recipe, is missing.
+        FileNotFoundError: if it, or its recipe, is missing.
         ValueError: one line saying what is wrong, and where.
     """
     path = find_study(file)
-    study = _read(path)
+    content = _read(path)
     try:
-        _check_mappings(study)
-        study["overrides"] = _later({}, flatten(study.get("overrides") or {}), flatten(overrides or {}))
-        header = checked_header(study)
+        header = checked_header(content, overrides)
         axes = header["axes"]
         for key in overrides or {}:
             setters = [axis for axis, values in axes.items() if all(key in changes for changes in values.values())]
             if setters:
                 raise ValueError(f"{key} is set by every value of the axis {setters[0]}; change them in the study.")
-        cells = _cells(header, path, str(out))
+        cells = _cells(Study(header), path, str(out))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    names = {study["recipe"]: None} | {c["recipe"]: None for v in axes.values() for c in v.values() if "recipe" in c}
-    header["recipes"] = {name: written(load_recipe(_recipe_file(path, name))) for name in names}
+    recipes = [header["recipe"], *(c["recipe"] for v in axes.values() for c in v.values() if "recipe" in c)]
+    header["recipes"] = {name: written(load_recipe(_recipe_file(path, name))) for name in dict.fromkeys(recipes)}
     return Study(json.loads(json.dumps(header)), cells, {cell.name: cell.load() for cell in cells})
 
 
-def _check_mappings(study: Mapping[str, Any]) -> None:
-    for key in ("overrides", "axes", "grids", "figures", "fits"):
-        if not isinstance(study.get(key) or {}, dict):
-            raise ValueError(f"{key} must hold keys and values.")
-
-
-def checked_header(study: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the keys of a study and return them as results hold them: values of axes as text, overrides flattened.
-
-    Args:
-        study: of a YAML file, or of the first line of results.
+def checked_header(study: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Check the keys of a YAML file, or of results, and return them as results hold them: values of axes as text.
 
     Raises:
         ValueError: one line naming the key.
         KeyError: if a key is missing.
     """
-    _check_mappings(study)
+    for key in ("overrides", "axes", "grids", "figures", "fits"):
+        if not isinstance(study.get(key) or {}, dict):
+            raise ValueError(f"{key} must hold keys and values.")
     axes = _axes(study["axes"])
     if (baseline := value_text(study["baseline"])) not in axes[METHOD]:
         hint = did_you_mean(baseline, axes[METHOD])
@@ -263,9 +232,9 @@ def checked_header(study: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": str(study["name"]),
         "recipe": study.get("recipe") or "",
-        "overrides": study.get("overrides") or {},
+        "overrides": _later(flatten(study.get("overrides") or {}), flatten(overrides or {})),
         "axes": axes,
-        "grids": _grids(study["grids"], axes),
+        "grids": {str(grid): _grid(f"grids.{grid}", chosen, axes) for grid, chosen in study["grids"].items()},
         "baseline": baseline,
         "figures": {kind: _directions(of_kind, f"figures.{kind}") for kind, of_kind in figures.items()},
         "curve": curve and _figure(curve, "curve"),
@@ -283,21 +252,17 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
     A new axis whose default sets nothing, a new value and a new grid make no difference.
     """
-    old: dict[str, Any] = {"recipe": there["recipe"], **_flat_all("overrides", there["overrides"])}
-    new: dict[str, Any] = {"recipe": here["recipe"], **_flat_all("overrides", here["overrides"])}
-    for axis, values in there["axes"].items():
-        for value in values:
-            known = here["axes"].get(axis, {})
-            old |= _flat_all(f"axes.{axis}.{value}", values[value]) or {f"axes.{axis}.{value}": {}}
-            if value in known:
-                new |= _flat_all(f"axes.{axis}.{value}", known[value]) or {f"axes.{axis}.{value}": {}}
-    for axis, values in here["axes"].items():
-        default = next(iter(values.values()))
-        if axis not in there["axes"] and default:
-            new |= _flat_all(f"axes.{axis}", values)
-    for name in there["recipes"].keys() & here["recipes"].keys():
-        old |= _flat_all(f"recipes.{name}", there["recipes"][name])
-        new |= _flat_all(f"recipes.{name}", _without_new_keys(here["recipes"][name], there["recipes"][name]))
+    known, recipes = there["axes"], there["recipes"].keys() & here["recipes"].keys()
+    axes = {
+        axis: {value: changes for value, changes in values.items() if value in known.get(axis, values)}
+        for axis, values in here["axes"].items()
+        if axis in known or next(iter(values.values()))
+    }
+    decided = {"recipe": here["recipe"], "overrides": here["overrides"], "axes": axes}
+    new = flatten(
+        {**decided, "recipes": {n: _without_new_keys(here["recipes"][n], there["recipes"][n]) for n in recipes}}
+    )
+    old = flatten({**{key: there[key] for key in decided}, "recipes": {n: there["recipes"][n] for n in recipes}})
     missing = "nothing"
     return [
         f"{key}: {_shown(old.get(key, missing))} there, {_shown(new.get(key, missing))} here"
@@ -313,18 +278,6 @@ def _without_new_keys(recipe: Mapping[str, Any], known: Mapping[str, Any]) -> di
     if recipe.get("reference") and known.get("reference"):
         kept["reference"] = _without_new_keys(recipe["reference"], known["reference"])
     return kept
-
-
-def grid_values(grid: Mapping[str, Any], axes: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
-    """Return the values of every axis that a grid has; of an axis that it does not name the first, the default."""
-    chosen: dict[str, list[str]] = {}
-    for axis, values in axes.items():
-        given = grid.get(axis, next(iter(values)))
-        if given == "all" and "all" not in values:
-            chosen[axis] = [*values]
-        else:
-            chosen[axis] = given if isinstance(given, list) else [given]
-    return chosen
 
 
 def combinations(values: Mapping[str, Sequence[str]]) -> Iterator[dict[str, str]]:
@@ -344,25 +297,14 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 def as_words(overrides: Mapping[str, Any]) -> list[str]:
     """Return overrides as words of a command line, ``key=value``, that are read back as the same values."""
-    return [f"{key}={_text_of(value)}" for key, value in overrides.items()]
-
-
-def value_text(value: Any) -> str:
-    """Return a value of an axis as text, as YAML writes it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
-
-
-def _text_of(value: Any) -> str:
-    return _text(value if isinstance(value, str) else None, json.dumps(value, ensure_ascii=False))
+    return [f"{key}={_word(json.dumps(value, ensure_ascii=False))}" for key, value in overrides.items()]
 
 
 @lru_cache(maxsize=4096)
-def _text(text: str | None, whole: str) -> str:
-    """Return a value as it is, or as JSON, which is YAML too, where YAML would read something else."""
-    plain = whole if text is None else text
+def _word(whole: str) -> str:
+    """Return a value of JSON as it is, or as JSON, which is YAML too, where YAML would read something else."""
     value = json.loads(whole)
+    plain = value if isinstance(value, str) else whole
     try:
         read = cast(Any, OmegaConf.to_container(OmegaConf.from_dotlist([f"x={plain}"])))["x"]
     except Exception:  # whatever YAML or OmegaConf says of it
@@ -370,8 +312,9 @@ def _text(text: str | None, whole: str) -> str:
     return plain if read == value and type(read) is type(value) else whole
 
 
-def _flat_all(key: str, value: Any) -> dict[str, Any]:
-    return flatten({key: value}) if value else {}
+def value_text(value: Any) -> str:
+    """Return a value of an axis as text, as YAML writes it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _shown(value: Any) -> str:
@@ -403,8 +346,7 @@ def _read(path: Path) -> dict[str, Any]:
     for key in map(str, study):
         if key not in KEYS:
             raise ValueError(f"{path}: {key} is not a key of a study. {did_you_mean(key, KEYS)}")
-    missing = [key for key in REQUIRED if not study.get(key)]
-    if missing:
+    if missing := [key for key in REQUIRED if not study.get(key)]:
         raise ValueError(f"{path} lacks {', '.join(missing)}.")
     for key in ("name", "recipe"):
         if not isinstance(study[key], str):
@@ -435,7 +377,7 @@ def _axes(given: Mapping[Any, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 
 def _directions(figures: Mapping[Any, Any] | None, kind: str) -> dict[str, Better]:
     for name, better in (figures or {}).items():
-        if better not in BETTER:
+        if better not in ("higher", "lower"):
             raise ValueError(f"{kind}.{name}={better}: expected higher or lower.")
     return {_figure(name, kind): better for name, better in (figures or {}).items()}
 
@@ -446,49 +388,46 @@ def _figure(name: Any, where: str) -> str:
     return current_name(name)
 
 
-def _grids(given: Mapping[Any, Any], axes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return grid: axis: ``all``, a value or a list of them, as text; and ``scaling``."""
-    grids: dict[str, dict[str, Any]] = {}
-    for grid, chosen in given.items():
-        if not isinstance(chosen, dict) or not chosen:
-            raise ValueError(f"grids.{grid} must hold axes and their values, such as {{method: all}}.")
-        grids[str(grid)] = {}
-        for axis, values in chosen.items():
-            where = f"grids.{grid}.{axis}"
-            if axis == "scaling":
-                if values not in SCALING:
-                    raise ValueError(f"{where}={values}. {did_you_mean(str(values), SCALING)}")
-                grids[str(grid)][axis] = values
-                continue
-            if axis not in axes:
-                raise ValueError(f"{where} is not an axis. {did_you_mean(str(axis), [*axes, 'scaling'])}")
-            several = isinstance(values, list)
-            texts = [value_text(value) for value in values] if several else [value_text(values)]
-            for text in texts:
-                if text not in axes[axis] and (several or text != "all"):
+def _grid(name: str, chosen: Any, axes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return axis: values, as text, of the axes that a grid names; and ``scaling``."""
+    if not isinstance(chosen, dict) or not chosen:
+        raise ValueError(f"{name} must hold axes and their values, such as {{method: all}}.")
+    grid: dict[str, Any] = {}
+    for axis, values in chosen.items():
+        where = f"{name}.{axis}"
+        if axis == "scaling":
+            if values not in SCALING:
+                raise ValueError(f"{where}={values}. {did_you_mean(str(values), SCALING)}")
+            grid[axis] = values
+        elif axis not in axes:
+            raise ValueError(f"{where} is not an axis. {did_you_mean(str(axis), [*axes, 'scaling'])}")
+        elif values == "all" and "all" not in axes[axis]:
+            grid[axis] = [*axes[axis]]
+        else:
+            grid[axis] = [value_text(value) for value in (values if isinstance(values, list) else [values])]
+            for text in grid[axis]:
+                if text not in axes[axis]:
                     raise ValueError(f"{where}={text} is not a value of that axis. {did_you_mean(text, axes[axis])}")
-            if not texts:
+            if not grid[axis]:
                 raise ValueError(f"{where} is an empty list: the grid would have no cells.")
-            grids[str(grid)][axis] = texts if several else texts[0]
-    return grids
+    return grid
 
 
-def _cells(header: Mapping[str, Any], path: Path, out: str) -> list[Cell]:
-    """Return the cells of all grids, each once."""
-    axes = header["axes"]
+def _cells(study: Study, path: Path, out: str) -> list[Cell]:
+    """Return the planned cells."""
     cells: dict[str, Cell] = {}
-    for grid in header["grids"].values():
-        for values in combinations(grid_values(grid, axes)):
-            name = _cell_name(values, axes)
-            if name in cells and cells[name].values != values:
-                raise ValueError(f"{cells[name].values} and {values} are both named {name}; rename a value.")
-            cells.setdefault(name, Cell(name, values, *_recipe_of(name, values, header, path, out)))
+    for key in study.planned:
+        values = dict(zip(study.axes, key, strict=True))
+        name = _cell_name(values, study.axes)
+        if name in cells:
+            raise ValueError(f"{cells[name].values} and {values} are both named {name}; rename a value.")
+        cells[name] = Cell(name, values, *_recipe_of(name, values, study.header, path, out))
     return [*cells.values()]
 
 
-def _cell_name(values: Mapping[str, str], axes: Mapping[str, Mapping[str, Any]]) -> str:
+def _cell_name(values: Mapping[str, str], axes: Mapping[str, Sequence[str]]) -> str:
     """Join the method, values that are not the default, and the seed; numbers with the name of their axis."""
-    between = [axis for axis in axes if axis not in AXES and values[axis] != next(iter(axes[axis]))]
+    between = [axis for axis in axes if axis not in AXES and values[axis] != axes[axis][0]]
     parts = [
         values[axis] if re.match(r"[A-Za-z]", values[axis]) else f"{axis}{values[axis]}"
         for axis in (METHOD, *between, SEED)

@@ -3,29 +3,19 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
 from composer_prior.data.storage import write_whole
 from composer_prior.reports import plots
 from composer_prior.studies.blocks import Block, Heading, Paragraph, Picture, Table, html, markdown
-from composer_prior.studies.comparison import (
-    HELD,
-    MIN_SEEDS,
-    Average,
-    Comparison,
-    Curve,
-    Values,
-    average_improvement,
-    compare,
-    steps_until_baseline,
-)
+from composer_prior.studies.comparison import HELD, MIN_SEEDS, average_improvement, compare, steps_until_baseline, word
 from composer_prior.studies.costs import what_was_run
-from composer_prior.studies.numbers import average, counted, difference, mean_and_sd, relative, share
+from composer_prior.studies.numbers import counted, difference, mean_and_sd, relative, share
 from composer_prior.studies.results import read_study_results
 from composer_prior.studies.scaling_tables import scaling_blocks
-from composer_prior.studies.study import AXES, METHOD, SEED, Grid, Setting, Study
+from composer_prior.studies.study import METHOD, SEED, Curve, Grid, Setting, Study, Values
 
 FIGURES = "study_figures"
 """The folder of the pictures, beside the page."""
@@ -82,7 +72,7 @@ class _Page:
     def __init__(self, study: Study):
         self.study = study
         self.blocks: list[Block] = []
-        self._looks = plots.Looks(study.methods())
+        self._looks = plots.looks_of(study.methods())
         self._files: Counter[str] = Counter()
         self._done = [key for key in study.planned if key in study.runs]
         self._overview()
@@ -112,7 +102,11 @@ class _Page:
             default = ", ".join(f"{axis} {value}" for axis, value in study.defaults.items())
             self._say(f"Unless stated otherwise, runs have: {default}.")
         if missing := [key for key in study.planned if key not in done]:
-            names = [self._run(dict(zip(study.axes, key, strict=True))) for key in missing[:_NAMED]]
+            names = []
+            for key in missing[:_NAMED]:
+                values = dict(zip(study.axes, key, strict=True))
+                method, seed = values.pop(METHOD), values.pop(SEED)
+                names.append(", ".join(filter(None, (study.said(values), method, f"seed {seed}"))))
             more = f"; and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
             self._say(f"Missing: {counted(len(missing), 'run')}: {'; '.join(names)}{more}.")
         if not done:
@@ -130,10 +124,6 @@ class _Page:
         if versions:
             said = (f"{name} {' and '.join(v for _, v in of)}" for name, of in groupby(versions, key=lambda p: p[0]))
             self._say(f"Versions: {', '.join(said)}.")
-
-    def _run(self, values: Mapping[str, str]) -> str:
-        setting = {axis: value for axis, value in values.items() if axis not in AXES}
-        return ", ".join(filter(None, (self.study.said(setting), values[METHOD], f"seed {values[SEED]}")))
 
     def _how(self) -> None:
         seeds = len(self.study.axes[SEED])
@@ -186,24 +176,37 @@ class _Page:
         alone = [name for name in study.figures if name not in figures and any(_known(values[m, name]) for m in others)]
         if alone:
             self._say(f"{base} has no number for {', '.join(alone)}: not compared.")
-        found = {
-            (m, name): compare(values[base, name], values[m, name], study.figures[name])
-            for m in others
-            for name in figures
-        }
+        found = {(m, n): compare(values[base, n], values[m, n], study.figures[n]) for m in others for n in figures}
         averages = {
             m: average_improvement({n: (values[base, n], values[m, n], better) for n, better in study.averaged.items()})
             for m in others
         }
+        improved = {(m, n): (one.improvement, one.improvement_interval) for (m, n), one in found.items()}
         if figures and others:
             self._say(f"Relative improvement over {base}, positive where the method is better:")
             for some in _side_by_side(others):
-                rows = [["average of *", *(average(averages[m]) for m in some)]] if study.averaged else []
-                rows += [[self._figure(name), *(relative(found[m, name]) for m in some)] for name in figures]
+                means = [relative(one.value, one.interval, word(one.interval)) for one in (averages[m] for m in some)]
+                rows = [["average of *", *means]] if study.averaged else []
+                rows += [
+                    [self._figure(n), *(relative(*improved[m, n], found[m, n].word) for m in some)] for n in figures
+                ]
                 self.blocks.append(Table(["figure", *some], rows))
-            of_base = study.by_seed(setting, base, seeds)
-            common = {m: sum(seed in of_base for seed in study.by_seed(setting, m, seeds)) for m in others}
-            self._notes(base, common, found, averages)
+            of_base, common = study.by_seed(setting, base, seeds), dict[int, list[str]]()
+            for m in others:
+                count = sum(seed in of_base for seed in study.by_seed(setting, m, seeds))
+                common.setdefault(count, []).append(m)
+            for count, some in common.items():
+                few = f": fewer than {MIN_SEEDS}, so there is no interval" if count < MIN_SEEDS else ""
+                self._say(f"{', '.join(some)}: {counted(count, 'seed')} in common with {base}{few}.")
+            for (m, name), one in found.items():
+                if one.left_out:
+                    gone = ", ".join(one.left_out)
+                    self._say(f"{m}, {name}: without a number at seed {gone}, which is left out of this figure.")
+                if one.seeds and one.improvement is None:
+                    self._say(f"{m}, {name}: the baseline's mean is 0, so there is no relative improvement.")
+            for m, mean in averages.items():
+                if mean.left_out and mean.value is not None:
+                    self._say(f"{m}: the average is without {', '.join(mean.left_out)}.")
         if figures:
             own = {name: mean_and_sd(_known(values[base, name])) for name in figures}
             self._say(
@@ -215,43 +218,16 @@ class _Page:
             for some in _side_by_side(others):
                 rows = [[self._figure(n), own[n], *(difference(found[m, n]) for m in some)] for n in figures]
                 self.blocks.append(Table(["figure", base, *some], rows))
-        shown = {"average of *": {m: (one.value, one.interval) for m, one in averages.items()}}
         # Other figures, a loss for instance, may change by many times what a benchmark does: they have curves.
-        for name in figures:
-            if name in (study.averaged or study.figures):
-                of_figure = {m: found[m, name] for m in others}
-                shown[self._figure(name)] = {m: (c.improvement, c.improvement_interval) for m, c in of_figure.items()}
-        known = [
-            (name, {m: (value, interval) for m, (value, interval) in row.items() if value is not None})
-            for name, row in shown.items()
-        ]
-        if known := [(name, row) for name, row in known if row]:
+        drawn = {"average of *": {m: (one.value, one.interval) for m, one in averages.items()}}
+        for n in (name for name in figures if name in (study.averaged or study.figures)):
+            drawn[self._figure(n)] = {m: improved[m, n] for m in others}
+        known = {name: {m: pair for m, pair in row.items() if pair[0] is not None} for name, row in drawn.items()}
+        if shown := [(name, row) for name, row in known.items() if row]:
             said = study.said(setting, grid)
             caption = f"{said or grid.name}: relative improvement over {base} with 95 % intervals, right is better"
-            svg = plots.forest(known, base, self._looks)
+            svg = plots.forest(shown, base, self._looks)
             self.blocks.append(self._picture(svg, caption, grid.name, said, "improvement"))
-
-    def _notes(
-        self,
-        base: str,
-        common: Mapping[str, int],
-        found: Mapping[tuple[str, str], Comparison],
-        averages: Mapping[str, Average],
-    ) -> None:
-        """Say which seeds the comparisons are over, and which figures they leave out."""
-        for count in dict.fromkeys(common.values()):
-            methods = ", ".join(method for method, of_method in common.items() if of_method == count)
-            few = f": fewer than {MIN_SEEDS}, so there is no interval" if count < MIN_SEEDS else ""
-            self._say(f"{methods}: {counted(count, 'seed')} in common with {base}{few}.")
-        for (method, name), comparison in found.items():
-            if comparison.left_out:
-                gone = ", ".join(comparison.left_out)
-                self._say(f"{method}, {name}: without a number at seed {gone}, which is left out of this figure.")
-            if comparison.seeds and comparison.improvement is None:
-                self._say(f"{method}, {name}: the baseline's mean is 0, so there is no relative improvement.")
-        for method, of_method in averages.items():
-            if of_method.left_out and of_method.value is not None:
-                self._say(f"{method}: the average is without {', '.join(of_method.left_out)}.")
 
     def _steps_until(self, grid: Grid, setting: Setting, methods: Sequence[str]) -> None:
         study, figure = self.study, self.study.curve
@@ -278,18 +254,12 @@ class _Page:
         self.blocks.append(Table(["method", "share of the steps", "seeds"], rows))
 
     def _curves(self, grid: Grid, setting: Setting, methods: Sequence[str]) -> None:
-        for figure in dict.fromkeys(
-            [
-                *([self.study.curve] if self.study.curve else []),
-                *self.study.beside,
-            ]
-        ):
+        for figure in filter(None, dict.fromkeys([self.study.curve, *self.study.beside])):
             curves = self._of_seeds(grid, setting, methods, figure)
             if any(len(batches) > 1 for of_seeds in curves.values() for batches, _ in of_seeds.values()):
                 said, better = self.study.said(setting, grid), self.study.better(figure)
-                svg = plots.learning_curves(
-                    {method: list(of_seeds.values()) for method, of_seeds in curves.items()}, figure, self._looks
-                )
+                by_method = {method: list(of_seeds.values()) for method, of_seeds in curves.items()}
+                svg = plots.learning_curves(by_method, figure, self._looks)
                 direction = f" ({better} is better)" if better else ""
                 caption = f"{said or grid.name}: {figure}{direction}, mean over seeds, in a band from least to most"
                 self.blocks.append(self._picture(svg, caption, grid.name, said, self.study.short(figure)))

@@ -280,11 +280,11 @@ def test_a_killed_run_leaves_nothing_in_the_way(made: Path, tmp_path: Path):
 
 
 def test_out_appears_only_when_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(job):
+    def fail(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "_make_chunk", fail)
+        patch.setattr(writing, "make_sample", fail)
         with pytest.raises(KeyboardInterrupt):
             make_emoji_scenes(tmp_path / "scenes", **SMALL, num_workers=0)
     assert not (tmp_path / "scenes").exists()

@@ -11,7 +11,7 @@ from common.commands import study as main
 from common.recipes import ROOT, run_program
 from common.studies import study_content, write_study
 
-from composer_prior.studies.results import read_metrics, read_results
+from composer_prior.studies.results import read_lines, read_results
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def test_a_study_is_stopped_and_goes_on(tmp_path, monkeypatch, capsys):
     metrics = Path("study/cells/prior-seed1/metrics.jsonl")
     try:
         end = time.monotonic() + 200
-        while not any(record["batch"] >= 3 for record in read_metrics(metrics)):
+        while not any(record["batch"] >= 3 for record in read_lines(metrics)):
             assert time.monotonic() < end
             assert process.poll() is None, Path("runner.txt").read_text()
             time.sleep(0.1)
@@ -65,7 +65,7 @@ def test_a_study_is_stopped_and_goes_on(tmp_path, monkeypatch, capsys):
         "1 of 2 cells failed; the same command tries them again:\n  broken-seed1: study/cells/broken-seed1.log" in said
     )
     assert metrics.read_text().splitlines()[:3] == before  # with the times of the first start: it was resumed
-    assert [record["batch"] for record in read_metrics(metrics)] == [*range(9)]
+    assert [record["batch"] for record in read_lines(metrics)] == [*range(9)]
     (log,) = Path("study/shared").glob("prepare-*.log")
     assert log.read_text().count("\n$ ") == 0  # not repeated
     results = Path("study/results.jsonl")

@@ -14,7 +14,6 @@ from composer_prior.studies.results import (
     finished,
     planned_steps,
     read_lines,
-    read_metrics,
     read_results,
     versions,
 )
@@ -175,11 +174,11 @@ def test_a_bad_line_is_refused_with_its_number(study):
 
 def test_metrics_files_may_end_in_half_a_line():
     Path("metrics.jsonl").write_text('{"batch": 1}\n{"bat')
-    assert read_metrics(Path("metrics.jsonl")) == [{"batch": 1}]
-    assert read_metrics(Path("nowhere.jsonl")) == []
+    assert read_lines(Path("metrics.jsonl")) == [{"batch": 1}]
+    assert read_lines(Path("nowhere.jsonl")) == []
     Path("bad.jsonl").write_text('{"batch": 1}\n{"batch": 2{"batch": 3}\n')
     with pytest.raises(ValueError, match=r"^bad\.jsonl, line 2: "):
-        read_metrics(Path("bad.jsonl"))
+        read_lines(Path("bad.jsonl"))
 
 
 def test_samples_and_steps_are_counted_where_they_can_be_known(study):

@@ -10,7 +10,7 @@ from composer_prior.algorithms.token_weighting.token_weighting import TokenWeigh
 
 
 class Focal(TokenWeighting):
-    """Weight the loss of each caption token by ``(1 - P)^gamma``, ``P`` the model's own (`arXiv 1708.02002`_).
+    """Weight the loss of each caption token by ``(1 - P)^gamma``, ``P`` the model's own (arXiv 1708.02002).
 
     It needs no reference: it finds what is hard for the model with the image, not what is hard without it.
 
@@ -21,8 +21,6 @@ class Focal(TokenWeighting):
 
     Raises:
         ValueError: as :class:`.TokenWeighting`; also for a negative gamma.
-
-    .. _arXiv 1708.02002: https://arxiv.org/abs/1708.02002
     """
 
     name = "focal"

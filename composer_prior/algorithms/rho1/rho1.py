@@ -12,7 +12,7 @@ from composer_prior.models.reference import Dtype, ReferenceLM
 
 
 class Rho1(ReferenceWeighting):
-    """Train on the tokens of each caption with the highest excess loss over the reference (`arXiv 2404.07965`_).
+    """Train on the tokens of each caption with the highest excess loss over the reference (arXiv 2404.07965).
 
     The paper selects among the tokens of a batch. Here each caption keeps its share, so that the selection does not
     depend on how the batch is cut into microbatches and ranks.
@@ -25,8 +25,6 @@ class Rho1(ReferenceWeighting):
 
     Raises:
         ValueError: as :class:`.ReferenceWeighting`; also for a share outside (0, 1].
-
-    .. _arXiv 2404.07965: https://arxiv.org/abs/2404.07965
     """
 
     name = "rho1"
