@@ -100,7 +100,7 @@ def average_improvement(figures: Mapping[str, tuple[Values, Values, Better]]) ->
     seeds = dict.fromkeys(seed for baseline, *_ in figures.values() for seed in baseline)
     for name, (baseline, method, better) in figures.items():
         pair = _pairs(baseline, method, seeds)
-        if np.isnan(_improvement(*pair, better)):
+        if np.isnan(_improvement(pair[0], pair[1], better)):
             left_out.append(name)
         else:
             directions.append(better)

@@ -222,7 +222,10 @@ class _Page:
         drawn = {"average of *": {m: (one.value, one.interval) for m, one in averages.items()}}
         for n in (name for name in figures if name in (study.averaged or study.figures)):
             drawn[self._figure(n)] = {m: improved[m, n] for m in others}
-        known = {name: {m: pair for m, pair in row.items() if pair[0] is not None} for name, row in drawn.items()}
+        known = {
+            name: {m: (value, interval) for m, (value, interval) in row.items() if value is not None}
+            for name, row in drawn.items()
+        }
         if shown := [(name, row) for name, row in known.items() if row]:
             said = study.said(setting, grid)
             caption = f"{said or grid.name}: relative improvement over {base} with 95 % intervals, right is better"
