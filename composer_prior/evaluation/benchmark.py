@@ -5,8 +5,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from composer.utils import dist
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from composer_prior.data.files import begin_lines
 from composer_prior.data.messages import one_line
-from composer_prior.evaluation.likelihood import VisionLanguageModel
+from composer_prior.models.image_text_model import ImageTextModel
 
 RESAMPLES = 1000
 Figures = dict[str, dict[str, float | None]]
@@ -29,8 +28,8 @@ class Benchmark(ABC):
 
     fingerprint: str  # of what the samples are made from
     batch_size: int = 16  # samples per call of the model
-    headline: Mapping[str, str] = MappingProxyType({})  # figures of the closing line, by their words there
-    undefined: Mapping[str, str] = MappingProxyType({})  # reasons why a figure may have no value, by its name
+    headline: ClassVar[Mapping[str, str]] = {}  # figures of the closing line, by their words there
+    undefined: ClassVar[Mapping[str, str]] = {}  # reasons why a figure may have no value, by its name
 
     @abstractmethod
     def __len__(self) -> int:
@@ -41,7 +40,7 @@ class Benchmark(ABC):
         return (number + max(1, len(self) // 2)) % len(self)
 
     @abstractmethod
-    def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    def predict(self, model: ImageTextModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Return the answers of a model to some samples, as JSON values for :meth:`count`."""
 
     @abstractmethod
@@ -50,11 +49,7 @@ class Benchmark(ABC):
 
     @abstractmethod
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the figures of sums over samples.
-
-        Args:
-            sums: by the names that :meth:`count` gives for any sample, of any shape.
-        """
+        """Return the figures of sums over samples, which have the names of :meth:`count` and any shape."""
 
     def details(self, predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return further results, for JSON."""
@@ -67,7 +62,7 @@ class Benchmark(ABC):
 
 def run_benchmark(
     benchmark: Benchmark,
-    model: VisionLanguageModel,
+    model: ImageTextModel,
     *,
     predictions: Path | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -89,22 +84,19 @@ def run_benchmark(
         overwrite: replace the file of predictions.
         share: ranks share the samples; otherwise each does all, as sharded weights require.
         seed: of the intervals.
-
-    Raises:
-        FileExistsError: if the file was made with other settings.
     """
     count = len(benchmark) if limit is None else min(limit, len(benchmark))
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
-    known: list[dict[str, Any]] = []
+    box: list[list[dict[str, Any]]] = [[]]
     if predictions is not None and rank == 0:
-        known = begin_lines(predictions, settings or {}, overwrite)
-    box = [known]
+        box = [begin_lines(predictions, settings or {}, overwrite)]
     dist.broadcast_object_list(box)
     found = {line["sample"]: line for line in box[0] if line["sample"] < count}
     todo = [number for number in range(count) if number not in found]
     batches = [todo[start : start + benchmark.batch_size] for start in range(0, len(todo), benchmark.batch_size)]
     step = ranks if share else 1
-    with tqdm(total=count, initial=len(found), unit=" samples", disable=_hidden(progress, rank)) as bar:
+    hidden = True if rank else None if progress is None else not progress
+    with tqdm(total=count, initial=len(found), unit=" samples", disable=hidden) as bar:
         for start in range(0, len(batches), step):
             together = batches[start : start + step]
             place = rank if share else 0
@@ -169,7 +161,3 @@ def _interval(value: Any, resampled: np.ndarray) -> dict[str, float | None]:
     defined = resampled[np.isfinite(resampled)]
     low, high = map(float, np.percentile(defined, [2.5, 97.5])) if len(defined) else (None, None)
     return {"value": float(value) if np.isfinite(value) else None, "low": low, "high": high}
-
-
-def _hidden(progress: bool | None, rank: int) -> bool | None:
-    return True if rank else None if progress is None else not progress

@@ -105,11 +105,7 @@ def rouge_l(caption: Sequence[str], references: Sequence[Sequence[str]]) -> floa
 
 
 def document_frequency(references: Iterable[Sequence[Sequence[str]]]) -> Counter[tuple[str, ...]]:
-    """Return for each n-gram the number of images with it in a reference.
-
-    Args:
-        references: tokens of the references of each image.
-    """
+    """Return for each n-gram the number of images with it in one of their references, which are tokens."""
     return Counter(gram for some in references for gram in set().union(*map(ngrams, some)))
 
 
@@ -121,11 +117,7 @@ def cider_d(
 ) -> float:
     """Return CIDEr-D in [0, 10] (Vedantam et al. 2015, equation 4), which many papers give times ten.
 
-    Args:
-        caption: tokens.
-        references: tokens of each.
-        frequency: of :func:`document_frequency` over all images.
-        documents: number of all images.
+    Caption and references are tokens; ``frequency`` is :func:`document_frequency` over all images, the ``documents``.
     """
     own = _tf_idf(caption, frequency, documents)
     total = 0.0
@@ -135,7 +127,7 @@ def cider_d(
         apart = max(0, len(caption) - 1) - max(0, len(reference) - 1)
         penalty = math.exp(-(apart**2) / (2 * SIGMA**2))
         for mine, theirs in zip(own, other, strict=True):
-            norm = _norm(mine) * _norm(theirs)
+            norm = math.hypot(*mine.values()) * math.hypot(*theirs.values())
             if norm:
                 overlap = sum(min(mine[gram], theirs[gram]) * theirs[gram] for gram in mine.keys() & theirs.keys())
                 total += penalty * overlap / norm
@@ -150,10 +142,6 @@ def _tf_idf(
     for gram, count in ngrams(tokens).items():
         weights[len(gram) - 1][gram] = count * (math.log(documents) - math.log(max(1, frequency.get(gram, 0))))
     return weights
-
-
-def _norm(weights: Mapping[Any, float]) -> float:
-    return math.sqrt(sum(weight**2 for weight in weights.values()))
 
 
 def _longest_common(first: Sequence[str], second: Sequence[str]) -> int:

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from composer_prior.data.captions import SPANS_COLUMN, BadSampleError, decode_image
-from composer_prior.data.mds import read_column
 from composer_prior.data.messages import DataError, one_line
 from composer_prior.data.opening import open_captions, sample_captions
 from composer_prior.data.scores import index_fingerprint
-from composer_prior.data.streams import CheckedDataset
+from composer_prior.evaluation.benchmark import Benchmark
 from composer_prior.evaluation.samples import (
     ImageFolder,
     Unusable,
@@ -28,99 +27,115 @@ from composer_prior.evaluation.samples import (
     text,
     usable,
 )
+from composer_prior.models.image_text_model import ImageTextModel
+from composer_prior.registry import Count, check_value
 
 Entries = Iterator[tuple[str, Any]]
 
 
-@dataclass(frozen=True)
-class CaptionedImage:
-    """One image.
+class CaptionBenchmark(Benchmark):
+    """The base of benchmarks that judge generated captions.
 
     Args:
-        name: of the image.
-        references: captions written by people.
-        image: its file, its bytes, or its number in an MDS data set.
-        category: such as the domain in NoCaps.
-        coco_id: its number in COCO, if it has one.
+        data: an MDS folder, or the annotations of COCO, of Karpathy's splits or of NoCaps.
+        images: folder of the images. Default: that of the annotations.
+        split: of Karpathy's (default: test), or a folder in the MDS folder.
+        prompt: text between image and caption. Default: that of training.
+        max_new_tokens: longest caption in tokens.
     """
 
+    def __init__(
+        self,
+        *,
+        data: str,
+        images: str | None = None,
+        split: str | None = None,
+        prompt: str | None = None,
+        max_new_tokens: Count = 64,
+    ):
+        check_value("max_new_tokens", max_new_tokens, Count)
+        self.prompt = prompt
+        self.max_new_tokens = max_new_tokens
+        self.images = CaptionedImages(data, images, split)
+        self.fingerprint = digest(self.images.fingerprint, prompt, max_new_tokens)
+
+    def __len__(self) -> int:
+        return len(self.images.samples)
+
+    def predict(self, model: ImageTextModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        pictures = [self.images.image(number) for number in numbers]
+        captions = model.generate_captions(pictures, self.prompt, self.max_new_tokens)
+        predictions = []
+        for number, caption in zip(numbers, captions, strict=True):
+            sample = self.images.samples[number]
+            known = {"image": sample.name, "category": sample.category, "caption": caption}
+            predictions.append({**known, **self.truth(number, caption)})
+        return predictions
+
+    def truth(self, number: int, caption: str) -> dict[str, Any]:
+        """Return what a caption of a sample is judged by, as JSON values."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """One image."""
+
     name: str
-    references: tuple[str, ...]
-    image: Path | bytes | int
-    category: str = ""
-    coco_id: int | None = None
+    references: tuple[str, ...]  # captions written by people
+    image: Path | bytes | int  # its file, its bytes, or its number in an MDS data set
+    category: str = ""  # such as the domain in NoCaps
+    coco_id: int | None = None  # its number in COCO, if it has one
 
 
 class CaptionedImages:
-    """Images with reference captions.
+    """Images with reference captions, from the arguments of :class:`CaptionBenchmark`.
 
-    Args:
-        data: an MDS folder with the columns ``image`` and ``caption`` or ``captions``, or the annotations of COCO
-            (``captions_val2014.json``), of Karpathy's splits (``dataset_coco.json``, ``dataset_flickr30k.json``) or of
-            NoCaps (its domains are categories), recognized from their keys.
-        images: folder of the images. Default: that of the annotations.
-        split: of Karpathy's (default: ``test``), or a folder in the MDS folder.
-
-    Raises:
-        DataError: if none can be used, in one line.
+    An MDS folder has the columns ``image`` and ``caption`` or ``captions``. Annotations of COCO
+    (``captions_val2014.json``), of Karpathy's splits (``dataset_coco.json``, ``dataset_flickr30k.json``) and of NoCaps
+    (its domains are categories) are recognized from their keys. A DataError says in one line why none can be used.
     """
 
     def __init__(self, data: str, images: str | None = None, split: str | None = None):
         path = Path(data).expanduser()
-        self._mds: CheckedDataset | None = None
+        self._mds: CaptionSamples | None = None
         if path.is_dir():
-            self._mds = _open_mds(path, split)
-            entries: Entries = _of_mds(self._mds)
-            make: Callable[[Any], CaptionedImage] = _caption_of_mds
-            sizes: Any = Path(self._mds.streams[0].local, "index.json").read_bytes()
+            self._mds = CaptionSamples(_mds_folder(path, split))
+            entries: Entries = ((f"sample {number}", number) for number in range(len(self._mds)))
+            make: Callable[[Any], CaptionedImage] = self._of_mds
         else:
             (file,) = data_files(data)
             entries, make = _of_annotations(file, read_json(file), ImageFolder(images or file.parent), split)
         self.samples = usable(data, entries, make)
-        if self._mds is None:
-            sizes = [file_size(one.image) for one in self.samples if not isinstance(one.image, int)]
+        sizes: Any = [file_size(one.image) for one in self.samples if not isinstance(one.image, int)]
+        if self._mds is not None:
+            sizes = self._mds.index
         self.fingerprint = digest([(s.name, s.references, s.category) for s in self.samples], sizes)
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     def image(self, number: int) -> Image.Image:
-        """Return an image as RGB.
-
-        Raises:
-            DataError: naming it.
-        """
+        """Return an image as RGB; a DataError names it."""
         place = self.samples[number].image
         if not isinstance(place, int):
             return load_image(place)
         assert self._mds is not None
-        try:
-            return decode_image(self._mds[place]["image"])
-        except BadSampleError as error:
-            raise DataError(f"sample {place} of {self._mds.streams[0].local}: {error}") from error
+        return self._mds[place].image
+
+    def _of_mds(self, number: int) -> CaptionedImage:
+        assert self._mds is not None
+        return CaptionedImage(str(number), _written(self._mds.captions(number)), number)
 
 
 class CaptionSample(NamedTuple):
-    """One image.
+    """One image."""
 
-    Args:
-        image: RGB.
-        encoded: its bytes, as they are stored.
-        captions: at least one.
-        spans: ``[start, end)`` characters of the caption that the image determines; None if unknown.
-    """
-
-    image: Image.Image
-    encoded: bytes
-    captions: list[str]
-    spans: list[tuple[int, int]] | None
+    image: Image.Image  # RGB
+    encoded: bytes  # its bytes, as they are stored
+    captions: list[str]  # at least one
+    spans: list[tuple[int, int]] | None  # ``[start, end)`` characters that the image determines
 
 
 class CaptionSamples:
-    """An MDS data set of image-caption pairs by number.
-
-    Args:
-        data: a folder, or a remote such as ``s3://bucket/captions``.
+    """An MDS data set of image-caption pairs by number, in a folder or a remote such as ``s3://bucket/captions``.
 
     Raises:
         FileNotFoundError: there is no ``index.json``.
@@ -130,8 +145,8 @@ class CaptionSamples:
     def __init__(self, data: str):
         self.data = data
         self._cache = tempfile.TemporaryDirectory()
-        self._dataset, index = open_captions(data, self._cache.name)
-        self.fingerprint = index_fingerprint([index])
+        self._dataset, self.index = open_captions(data, self._cache.name)
+        self.fingerprint = index_fingerprint([self.index])
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -144,29 +159,18 @@ class CaptionSamples:
             raise DataError(f"{self.data}: sample {number} cannot be read ({one_line(error)}).") from error
         return CaptionSample(image, sample["image"], sample_captions(sample), sample.get(SPANS_COLUMN))
 
+    def captions(self, number: int) -> list[str]:
+        """Return the captions of a sample, whose image is not decoded."""
+        return sample_captions(self._dataset[number])
 
-def _open_mds(folder: Path, split: str | None) -> CheckedDataset:
+
+def _mds_folder(folder: Path, split: str | None) -> str:
     place = folder / (split or "")
     if not (place / "index.json").exists():
         splits = sorted(index.parent.name for index in folder.glob("*/index.json"))
         remedy = f"give split= {' or '.join(splits)}" if splits else "give an MDS folder or a file of annotations"
         raise DataError(f"{place} has no index.json; {remedy}.")
-    data = CheckedDataset(local=str(place), batch_size=1)
-    for shard in data.shards:
-        names = shard.column_names  # type: ignore[attr-defined]
-        if "image" not in names or not {"caption", "captions"} & set(names):
-            raise DataError(f"{place} has the columns {', '.join(names)}; expected image and caption or captions.")
-    return data
-
-
-def _of_mds(data: CheckedDataset) -> Entries:
-    several = "captions" in data.shards[0].column_names  # type: ignore[attr-defined]
-    for number, found in enumerate(read_column(data, "captions" if several else "caption", range(data.num_samples))):
-        yield f"sample {number}", (number, found if isinstance(found, list) else [found])
-
-
-def _caption_of_mds(entry: tuple[int, list[str]]) -> CaptionedImage:
-    return CaptionedImage(str(entry[0]), _written(entry[1]), entry[0])
+    return str(place)
 
 
 def _of_annotations(

@@ -2,76 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from composer_prior.evaluation.benchmark import Benchmark
-from composer_prior.evaluation.caption_metrics import (
-    ORDERS,
-    bleu,
-    bleu_counts,
-    cider_d,
-    document_frequency,
-    rouge_l,
-    tokenize,
-)
-from composer_prior.evaluation.captioned import CaptionedImages
-from composer_prior.evaluation.likelihood import VisionLanguageModel
-from composer_prior.evaluation.samples import digest, per_category, with_category
-from composer_prior.registry import Count, check_value
+from composer_prior.evaluation.caption_metrics import bleu, bleu_counts, cider_d, document_frequency, rouge_l, tokenize
+from composer_prior.evaluation.captioned import CaptionBenchmark
+from composer_prior.evaluation.samples import per_category, with_category
 
 
-class Captioning(Benchmark):
+class Captioning(CaptionBenchmark):
     """``cider_d`` in [0, 10], ``bleu_1`` to ``bleu_4`` and ``rouge_l`` in [0, 1].
 
     The figures are pycocoevalcap's (papers often give them times 100, of which CIDEr-D's maximum is 1000). CIDEr-D's
     document frequencies come from the references of all images, also where only the first are captioned; in a
     category they are the category's own. Where these are the same for all images, as of one image, it is undefined.
-
-    Args:
-        data: an MDS folder, or the annotations of COCO, of Karpathy's splits or of NoCaps.
-        images: folder of the images. Default: that of the annotations.
-        split: of Karpathy's (default: test), or a folder in the MDS folder.
-        prompt: text between image and caption. Default: that of training.
-        max_new_tokens: longest caption in tokens.
     """
 
-    headline = MappingProxyType({"CIDEr-D": "cider_d", "BLEU-4": "bleu_4", "ROUGE-L": "rouge_l"})
-    undefined = MappingProxyType({"cider_d": "no n-gram of the references tells one image from another"})
+    headline: ClassVar[Mapping[str, str]] = {"CIDEr-D": "cider_d", "BLEU-4": "bleu_4", "ROUGE-L": "rouge_l"}
+    undefined: ClassVar[Mapping[str, str]] = {"cider_d": "no n-gram of the references tells one image from another"}
 
-    def __init__(
-        self,
-        *,
-        data: str,
-        images: str | None = None,
-        split: str | None = None,
-        prompt: str | None = None,
-        max_new_tokens: Count = 64,
-    ):
-        check_value("max_new_tokens", max_new_tokens, Count)
-        self.prompt = prompt
-        self.max_new_tokens = max_new_tokens
-        self.images = CaptionedImages(data, images, split)
-        self.fingerprint = digest(self.images.fingerprint, prompt, max_new_tokens)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        pictures = [self.images.image(number) for number in numbers]
-        samples = [self.images.samples[number] for number in numbers]
-        captions = model.generate_captions(pictures, self.prompt, self.max_new_tokens)
-        return [
-            {
-                "image": sample.name,
-                "category": sample.category,
-                "caption": caption,
-                "references": list(sample.references),
-            }
-            for sample, caption in zip(samples, captions, strict=True)
-        ]
+    def truth(self, number: int, caption: str) -> dict[str, Any]:
+        return {"references": list(self.images.samples[number].references)}
 
     def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
         caption = tokenize(prediction["caption"])
@@ -79,7 +31,7 @@ class Captioning(Benchmark):
         counts = {"captions": 1.0, "rouge_l": rouge_l(caption, references), **bleu_counts(caption, references)}
         category = prediction["category"]
         found = with_category(counts, category)
-        for name in dict.fromkeys(("", category)):
+        for name in {"", category}:
             key = f"cider_d/{name}" if name else "cider_d"
             frequency, documents = self._documents[name]
             told = any(count < documents for count in frequency.values())  # else all weights are 0
@@ -108,5 +60,4 @@ class Captioning(Benchmark):
 def _figures(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     count = sums["captions"]
     means = {name: sums[name] / count for name in ("cider_d", "rouge_l")}
-    of_orders = zip(ORDERS, bleu(sums), strict=True)
-    return {**means, **{f"bleu_{n}": np.where(count > 0, value, np.nan) for n, value in of_orders}}
+    return means | {f"bleu_{n}": np.where(count > 0, value, np.nan) for n, value in enumerate(bleu(sums), 1)}

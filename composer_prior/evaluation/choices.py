@@ -3,15 +3,15 @@
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
+from composer_prior.data.tokenizer import CaptionFormat
 from composer_prior.evaluation.benchmark import Benchmark
-from composer_prior.evaluation.likelihood import TextOnly, TokenLogprobs, VisionLanguageModel, blanks
 from composer_prior.evaluation.samples import other_images, per_category, with_category
+from composer_prior.models.image_text_model import ImageTextModel, TokenLogprobs, encode_text, with_offsets
 from composer_prior.models.reference import ReferenceLM
 
 TIE = 1e-3  # nats: below that, a model prefers neither
@@ -24,21 +24,36 @@ SCORES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = 
 
 @dataclass(frozen=True)
 class Choice:
-    """One sample.
+    """One sample."""
 
-    Args:
-        image: RGB.
-        texts: the first one is true, the others are not.
-        category: of the sample; each has its accuracy.
-        prompt: text between image and text; None: that of training.
-        details: further keys of the prediction.
-    """
+    image: Image.Image  # RGB
+    texts: tuple[str, ...]  # the first one is true, the others are not
+    category: str = ""  # of the sample; each has its accuracy
+    prompt: str | None = None  # text between image and text; None: that of training
+    details: Mapping[str, Any] | None = None  # further keys of the prediction
 
-    image: Image.Image
-    texts: tuple[str, ...]
-    category: str = ""
-    prompt: str | None = None
-    details: Mapping[str, Any] | None = None
+
+class TextOnly:
+    """A causal LM that scores the texts without any image, such as PRIOR's reference, which has its tokenizer."""
+
+    def __init__(self, model: ReferenceLM | str):
+        self.model = ReferenceLM.of(model)
+
+    def logprobs(
+        self, images: Sequence[Any], texts: Sequence[Sequence[str]], prompt: str | None = None, end: bool = True
+    ) -> list[list[TokenLogprobs]]:
+        """Return what :meth:`.ImageTextModel.logprobs` returns; the images count only by their number."""
+        tokenizer: Any = self.model.tokenizer
+        prefix = CaptionFormat(tokenizer, prompt or "").prefix_ids()
+        encoded = [[encode_text(tokenizer, text, end) for text in some] for some in texts]
+        rows = [[*prefix, *ids] for some in encoded for ids, _ in some]
+        found = iter(self.model.score_texts(rows, len(prefix)))
+        return with_offsets([[next(found).tolist() for _ in some] for some in encoded], encoded)
+
+
+def blanks(images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Return grey images of the same sizes, which stand for no image."""
+    return [Image.new("RGB", image.size, (127, 127, 127)) for image in images]
 
 
 class ChoiceBenchmark(Benchmark):
@@ -55,28 +70,22 @@ class ChoiceBenchmark(Benchmark):
         end: score the end of the text too.
     """
 
-    headline = MappingProxyType(
-        {
-            "right": "image_gain",
-            "with another image": "image_gain_shuffled",
-            "text only": "text_only",
-            "chance": "chance",
-        }
-    )
+    headline: ClassVar[Mapping[str, str]] = {
+        "right": "image_gain",
+        "with another image": "image_gain_shuffled",
+        "text only": "text_only",
+        "chance": "chance",
+    }
 
     def __init__(self, reference: str | ReferenceLM = "blank", end: bool = True):
         self.end = end
-        self.text_only: TextOnly | None = None
-        if reference != "blank":
-            self.text_only = TextOnly(
-                ReferenceLM.from_pretrained(reference) if isinstance(reference, str) else reference
-            )
+        self.text_only = None if reference == "blank" else TextOnly(reference)
 
     @abstractmethod
     def choice(self, number: int) -> Choice:
         """Return a sample."""
 
-    def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    def predict(self, model: ImageTextModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Return log-probabilities of all texts: with the image, with another sample's, and without one."""
         samples = [self.choice(number) for number in numbers]
         images = [sample.image for sample in samples]
@@ -131,13 +140,7 @@ class ChoiceBenchmark(Benchmark):
 
 
 class FileChoices(ChoiceBenchmark):
-    """Choices about images in files.
-
-    Args:
-        samples: with an ``image`` each, its file or its bytes.
-        reference: of :class:`ChoiceBenchmark`.
-        end: of :class:`ChoiceBenchmark`.
-    """
+    """Choices about images in files; each sample has an ``image``, its file or its bytes."""
 
     def __init__(self, samples: Sequence[Any], reference: str, end: bool):
         self.samples = samples

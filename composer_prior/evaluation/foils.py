@@ -32,25 +32,15 @@ _MACRO = "\t"  # between the parts of a sum's name that is of one group
 
 @dataclass(frozen=True)
 class Foil:
-    """One sample.
+    """One sample."""
 
-    Args:
-        image: its file, or its bytes.
-        caption: true of it.
-        foils: not true of it.
-        category: which figures it belongs to.
-        box: the visible part of the image: left, top, right and bottom in pixels; None: all.
-        group: whose accuracies the ``_macro`` figures average, such as ARO's relation.
-        least: number of samples from which on a group counts there.
-    """
-
-    image: Path | bytes
-    caption: str
-    foils: tuple[str, ...]
-    category: str = ""
-    box: tuple[int, int, int, int] | None = None
-    group: str = ""
-    least: int = 1
+    image: Path | bytes  # its file, or its bytes
+    caption: str  # true of it
+    foils: tuple[str, ...]  # not true of it
+    category: str = ""  # which figures it belongs to
+    box: tuple[int, int, int, int] | None = None  # left, top, right, bottom in pixels; None: the whole image
+    group: str = ""  # whose accuracies the ``_macro`` figures average, such as ARO's relation
+    least: int = 1  # number of samples from which on a group counts there
 
 
 class Foils(FileChoices):
@@ -125,11 +115,7 @@ def _mean(values: list[np.ndarray]) -> np.ndarray:
 
 
 def read_foils(data: str, images: str | None = None) -> list[Foil]:
-    """Read the samples of a file or of a folder of files.
-
-    Raises:
-        DataError: in one line, for a file of no known format, or if no sample can be used.
-    """
+    """Read the samples of a file or of a folder of files; a DataError says why none can be used."""
     files = data_files(data)
     folder = ImageFolder(images or files[0].parent)
     entries: list[tuple[str, Any]] = []

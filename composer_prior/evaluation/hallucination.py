@@ -3,19 +3,15 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from composer_prior.data.messages import DataError, announce, one_line
 from composer_prior.emoji_scenes.captions import plural
 from composer_prior.emoji_scenes.scenes import CLASSES
-from composer_prior.evaluation.benchmark import Benchmark
-from composer_prior.evaluation.captioned import CaptionedImage, CaptionedImages
-from composer_prior.evaluation.likelihood import VisionLanguageModel
+from composer_prior.evaluation.captioned import CaptionBenchmark, CaptionedImage
 from composer_prior.evaluation.samples import digest, per_category, read_json, with_category
-from composer_prior.registry import Count, check_value
 
 _PLURALS = {"child": "children", "foot": "feet", "goose": "geese", "person": "people", "sheep": "sheep"}
 _ENDINGS = (("man", "men"), ("knife", "knives"), ("shelf", "shelves"), ("loaf", "loaves"), ("calf", "calves"))
@@ -27,11 +23,7 @@ _PAIRS |= {"home plate": "", "train track": ""}
 
 
 class Vocabulary:
-    """Objects and the words that name them.
-
-    Args:
-        synonyms: words of each object, of one or several parts; plurals are added.
-    """
+    """Objects and the words of one or several parts that name them; plurals are added."""
 
     def __init__(self, synonyms: Mapping[str, Iterable[str]]):
         self.objects = {word.lower(): name for name, words in synonyms.items() for word in (name, *words)}
@@ -54,11 +46,7 @@ class Vocabulary:
 
 
 def read_synonyms(file: str | Path) -> Vocabulary:
-    """Read objects of a file like CHAIR's ``synonyms.txt``: a line each, the object and then its synonyms.
-
-    Raises:
-        DataError: naming the file and the line.
-    """
+    """Read objects of a file like CHAIR's ``synonyms.txt``: a line each, the object and then its synonyms."""
     try:
         lines = Path(file).expanduser().read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -75,7 +63,7 @@ def read_synonyms(file: str | Path) -> Vocabulary:
     return Vocabulary(synonyms)
 
 
-class Hallucination(Benchmark):
+class Hallucination(CaptionBenchmark):
     """Objects of generated captions beside those of the images (CHAIR, Rohrbach et al. 2018, section 2).
 
     ``chair_i``: of all mentions of objects the share of objects that are not there; ``chair_s``: the share of captions
@@ -85,45 +73,32 @@ class Hallucination(Benchmark):
     beside the objects of another image, the level of captions that are written without looking.
 
     Args:
-        data: an MDS folder, or the annotations of COCO, of Karpathy's splits or of NoCaps.
-        images: folder of the images. Default: that of the annotations.
-        split: of Karpathy's (default: test), or a folder in the MDS folder.
         objects: a file with a line per object, its synonyms after commas, as CHAIR's synonyms.txt. Default: the classes
             of the emoji scenes.
         instances: annotations of COCO's instances, whose categories are there too.
         references: objects that the reference captions name are there.
-        prompt: text between image and caption. Default: that of training.
-        max_new_tokens: longest caption in tokens.
+        others: those of :class:`.CaptionBenchmark`.
     """
 
-    headline = MappingProxyType(
-        {
-            "objects named right": "precision",
-            "by chance": "precision_shuffled",
-            "objects found": "recall",
-            "captions all right": "all_right",
-        }
-    )
+    headline: ClassVar[Mapping[str, str]] = {
+        "objects named right": "precision",
+        "by chance": "precision_shuffled",
+        "objects found": "recall",
+        "captions all right": "all_right",
+    }
 
     def __init__(
         self,
         *,
-        data: str,
-        images: str | None = None,
-        split: str | None = None,
         objects: str | None = None,
         instances: str | None = None,
         references: bool = True,
-        prompt: str | None = None,
-        max_new_tokens: Count = 64,
+        **others: Any,
     ):
         if not references and instances is None:
             raise ValueError("references=false: no other option says which objects are in the images; give instances=.")
-        check_value("max_new_tokens", max_new_tokens, Count)
-        self.prompt = prompt
-        self.max_new_tokens = max_new_tokens
+        super().__init__(**others)
         self.vocabulary = Vocabulary(dict.fromkeys(CLASSES, ())) if objects is None else read_synonyms(objects)
-        self.images = CaptionedImages(data, images, split)
         samples = self.images.samples
         there = [
             {name for text in (sample.references if references else ()) for name in self.vocabulary.find(text)}
@@ -136,31 +111,16 @@ class Hallucination(Benchmark):
         if len(nothing) == len(there) or (objects is None and nothing):
             which = "a class of the emoji scenes" if objects is None else "an object of the list"
             raise DataError(
-                f"{data}: the captions of {nothing[0]} do not name {which}; give a fitting list as objects=."
+                f"{others['data']}: the captions of {nothing[0]} do not name {which}; give a fitting list as objects=."
             )
         self.there = [sorted(some) for some in there]
-        self.fingerprint = digest(
-            self.images.fingerprint, self.there, sorted(self.vocabulary.objects.items()), prompt, max_new_tokens
-        )
+        known = sorted(self.vocabulary.objects.items())
+        self.fingerprint = digest(self.images.fingerprint, self.there, known, self.prompt, self.max_new_tokens)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """Return captions with the objects that they name and the objects in the image and in another."""
-        pictures = [self.images.image(number) for number in numbers]
-        captions = model.generate_captions(pictures, self.prompt, self.max_new_tokens)
-        return [
-            {
-                "image": self.images.samples[number].name,
-                "category": self.images.samples[number].category,
-                "caption": caption,
-                "named": self.vocabulary.find(caption),
-                "there": self.there[number],
-                "there_in_another": None if (other := self.other(number)) == number else self.there[other],
-            }
-            for number, caption in zip(numbers, captions, strict=True)
-        ]
+    def truth(self, number: int, caption: str) -> dict[str, Any]:
+        other = self.other(number)
+        another = None if other == number else self.there[other]
+        return {"named": self.vocabulary.find(caption), "there": self.there[number], "there_in_another": another}
 
     def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
         counts = chair_counts(prediction["named"], prediction["there"])
@@ -174,12 +134,7 @@ class Hallucination(Benchmark):
 
 
 def chair_counts(named: Sequence[str], there: Iterable[str]) -> dict[str, float]:
-    """Return the terms that a caption adds to the sums of :func:`chair`.
-
-    Args:
-        named: the objects that it names, as often as it does.
-        there: the objects that the image shows.
-    """
+    """Return the terms that a caption, which names objects as often as ``named``, adds to the sums of :func:`chair`."""
     different, true = set(named), set(there)
     wrong = [name for name in named if name not in true]
     return {

@@ -1,9 +1,9 @@
 """Dependence of each token on the image, and its agreement with PRIOR's weights."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -11,8 +11,8 @@ from scipy.stats import spearmanr
 from composer_prior.data.captions import overlaps
 from composer_prior.evaluation.benchmark import Benchmark, figures_of
 from composer_prior.evaluation.captioned import CaptionSamples
-from composer_prior.evaluation.likelihood import TextOnly, TokenLogprobs, VisionLanguageModel, blanks
-from composer_prior.models.reference import ReferenceLM
+from composer_prior.evaluation.choices import TextOnly, blanks
+from composer_prior.models.image_text_model import ImageTextModel, TokenLogprobs
 from composer_prior.reports.page import legend, sample_card, samples_page
 from composer_prior.reports.run_report import results
 from composer_prior.scoring.align import align_logprobs, token_edges
@@ -38,23 +38,21 @@ class ImageDependence(Benchmark):
         reference: PRIOR's reference, whose weights are judged. Default: none.
     """
 
-    headline = MappingProxyType(
-        {
-            "nats from the image": "dependence",
-            "on image-related tokens": "dependence_related",
-            "on others": "dependence_other",
-        }
-    )
+    headline: ClassVar[Mapping[str, str]] = {
+        "nats from the image": "dependence",
+        "on image-related tokens": "dependence_related",
+        "on others": "dependence_other",
+    }
 
     def __init__(self, data: str, reference: str | None = None):
         self.samples = CaptionSamples(data)
-        self.reference = None if reference is None else TextOnly(ReferenceLM.from_pretrained(reference))
+        self.reference = None if reference is None else TextOnly(reference)
         self.fingerprint = self.samples.fingerprint
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def predict(self, model: VisionLanguageModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    def predict(self, model: ImageTextModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Return log-probabilities per token with the image, with another and without one, and the weights."""
         samples = [self.samples[number] for number in numbers]
         others = [self.samples[self.other(number)].image for number in numbers]
@@ -164,19 +162,12 @@ def _hits(values: np.ndarray, related: np.ndarray) -> float:
 
 
 def _words(prediction: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
-    """Return words in lower case, each with the sum over its tokens."""
-    caption, start = prediction["caption"], 0
-    letters = "".join(letter.lower() if letter.isalnum() else " " for letter in caption)
-    values: dict[int, float] = defaultdict(float)
-    places = []  # for each character the word that it belongs to, by where that starts
-    for place, letter in enumerate(letters):
-        if letter != " " and (place == 0 or letters[place - 1] == " "):
-            start = place
-        places.append(start if letter != " " else None)
-    for end, value in zip(prediction["ends"], _dependence(prediction), strict=True):
-        if end and places[end - 1] is not None and end <= len(caption):
-            values[places[end - 1]] += float(value)
-    return [(letters[start:].split(" ", 1)[0], value) for start, value in values.items()]
+    """Yield words in lower case, each with the sum over the tokens that end in it."""
+    ends, values = np.array(prediction["ends"]), _dependence(prediction)
+    for word in re.finditer(r"[^\W_]+", prediction["caption"]):
+        inside = (ends > word.start()) & (ends <= word.end())
+        if inside.any():
+            yield word[0].lower(), float(values[inside].sum())
 
 
 def _shades(prediction: Mapping[str, Any], values: Sequence[float]) -> list[tuple[str, float | None]]:

@@ -23,21 +23,13 @@ from composer_prior.evaluation.samples import (
 
 
 class Question(NamedTuple):
-    """One line of a file.
+    """One line of a file."""
 
-    Args:
-        image: its file, or its bytes.
-        question: such as "Is there a snowboard in the image?".
-        yes: True if that is the answer.
-        category: the name of the file, where there are several.
-        identity: ``question_id``.
-    """
-
-    image: Path | bytes
-    question: str
-    yes: bool
-    category: str
-    identity: Any
+    image: Path | bytes  # its file, or its bytes
+    question: str  # such as "Is there a snowboard in the image?"
+    yes: bool  # True if that is the answer
+    category: str  # the name of the file, where there are several
+    identity: Any  # ``question_id``
 
 
 class Pope(FileChoices):

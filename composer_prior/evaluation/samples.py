@@ -23,9 +23,8 @@ T = TypeVar("T")
 class Unusable(ValueError):
     """Raised for an entry that no sample can be made of.
 
-    Args:
-        reason: a short fixed phrase that follows a number of entries, such as ``without a caption``.
-        detail: what exactly is wrong with this one.
+    The reason is a short fixed phrase that follows a number of entries, such as ``without a caption``; the detail says
+    what exactly is wrong with this one.
     """
 
     def __init__(self, reason: str, detail: str = ""):
@@ -36,10 +35,7 @@ class Unusable(ValueError):
 def usable(data: str, entries: Iterable[tuple[str, Any]], make: Callable[[Any], T]) -> list[T]:
     """Make samples of entries; a line says how many are left out, why, and names the first.
 
-    Args:
-        data: source of the entries, for the message.
-        entries: the place of each, such as ``file.json, line 3``, and the entry.
-        make: makes a sample of an entry.
+    The entries of ``data`` come with their places, such as ``file.json, line 3``.
 
     Raises:
         DataError: if no entry is usable.
@@ -68,11 +64,7 @@ def usable(data: str, entries: Iterable[tuple[str, Any]], make: Callable[[Any], 
 
 
 def value(entry: Any, *names: str) -> Any:
-    """Return the value of the first of these keys that an entry has.
-
-    Raises:
-        Unusable: if it has none, or it is empty.
-    """
+    """Return the value of the first of these keys that an entry has; raise :class:`Unusable` without one."""
     for name in names:
         found = entry.get(name) if isinstance(entry, Mapping) else None
         if found is not None and found != "" and found != []:
@@ -81,11 +73,7 @@ def value(entry: Any, *names: str) -> Any:
 
 
 def text(entry: Any, *names: str) -> str:
-    """Return the text of the first of these keys that an entry has.
-
-    Raises:
-        Unusable: if it has none.
-    """
+    """Return the text of the first of these keys that an entry has; raise :class:`Unusable` without one."""
     found = value(entry, *names)
     if not isinstance(found, str) or not found.strip():
         raise Unusable(f"without {names[0]}", f"its {names[0]} is {short(repr(found))}, not a text")
@@ -93,11 +81,7 @@ def text(entry: Any, *names: str) -> str:
 
 
 def data_files(data: str) -> list[Path]:
-    """Return the JSON files of ``data=``: one, or those of a folder.
-
-    Raises:
-        DataError: if there is none.
-    """
+    """Return the JSON files of ``data=``: one, or those of a folder; raise a DataError if there is none."""
     path = Path(data).expanduser()
     files = sorted([*path.glob("*.json"), *path.glob("*.jsonl")]) if path.is_dir() else [path]
     if not files or not files[0].exists():
@@ -106,11 +90,7 @@ def data_files(data: str) -> list[Path]:
 
 
 def read_json(file: Path) -> Any:
-    """Read a file of JSON; of JSON Lines, whatever its name, return the list of its lines.
-
-    Raises:
-        DataError: naming the file and the line.
-    """
+    """Read JSON, or JSON Lines as a list, whatever the name of the file; a DataError names file and line."""
     try:
         written = read_plain(file, MAX_JSON_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -144,9 +124,6 @@ class ImageFolder:
     """Images by name, in a folder or in one of the folders below it.
 
     No name leads out of the folder, except through a link inside it.
-
-    Raises:
-        DataError: if there is no such folder.
     """
 
     def __init__(self, folder: str | Path):
@@ -158,8 +135,7 @@ class ImageFolder:
     def find(self, *names: str) -> Path | bytes:
         """Return the file of an image with one of these names, or the image itself if the name is its base64.
 
-        Raises:
-            Unusable: if it has none, or one that stands for several files.
+        Raise :class:`Unusable` if there is none, or a name stands for several files.
         """
         try:
             if (embedded := image_in_text(names[0])) is not None:
@@ -202,11 +178,7 @@ class ImageFolder:
 
 
 def load_image(image: Path | bytes) -> Image.Image:
-    """Load an image as RGB, from its file or its bytes.
-
-    Raises:
-        DataError: naming the file.
-    """
+    """Load an image as RGB, from its file or its bytes; a DataError names it."""
     try:
         return decode_rgb(image if isinstance(image, bytes) else read_image_file(image))
     except ImageError as error:

@@ -26,10 +26,6 @@ class SceneChoices(ChoiceBenchmark):
         seed: of the training data, which decides what is held out.
         categories: some of those that its figures name. Default: all.
         reference: blank, for the model itself with a grey image, or a causal LM on text, such as PRIOR's reference.
-
-    Raises:
-        ImportError: the packages of the `emoji` extra are missing.
-        ValueError: an unknown category, or a number that is too small.
     """
 
     all_categories: ClassVar[tuple[str, ...]]

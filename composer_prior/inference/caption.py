@@ -5,11 +5,10 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -22,7 +21,7 @@ from composer_prior.data.locks import sole_writer
 from composer_prior.data.messages import one_line
 from composer_prior.data.remote import Remote
 from composer_prior.data.storage import is_remote
-from composer_prior.inference.device import check_device
+from composer_prior.inference.evaluate import check_device
 from composer_prior.models.image_text_model import Caption, ImageTextModel, model_inputs
 from composer_prior.reports.page import legend, sample_card, samples_page
 from composer_prior.training.saving import load
@@ -31,28 +30,16 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 PAGE_IMAGES = 200
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """An image as a worker hands it over.
-
-    Args:
-        name: as it was found.
-        image: RGB; None if it cannot be used, or is prepared.
-        error: why it cannot be used.
-    """
+class Decoded(NamedTuple):
+    """An image as a worker hands it over."""
 
     name: str
-    image: Image.Image | None
-    error: str = ""
+    image: Image.Image | None  # RGB; None if it cannot be used, or is prepared
+    error: str = ""  # why it cannot be used
 
 
 class Images(IterableDataset[Decoded]):
-    """The images of files, folders and remotes, read and decoded in the order in which they are found.
-
-    Args:
-        sources: paths of images and of folders, whose subfolders are read too, and addresses of remotes.
-        done: names that are left out.
-    """
+    """The images of :func:`find_images` that are not done, read and decoded in the order in which they are found."""
 
     def __init__(self, sources: Sequence[str], done: set[str]):
         self.sources = sources
@@ -72,7 +59,7 @@ class Images(IterableDataset[Decoded]):
 
 
 def find_images(sources: Sequence[str]) -> Iterator[str]:
-    """Yield the names of images; in folders and remotes those with the suffix of an image."""
+    """Yield the names of images; in remotes, folders and their subfolders those with the suffix of an image."""
     for source in sources:
         if is_remote(source) and not source.lower().endswith(SUFFIXES):
             remote = Remote(source)
@@ -206,13 +193,8 @@ def caption_loaded(
 ) -> Iterator[list[tuple[Decoded, Caption | None]]]:
     """Yield batches of images, each with its caption, or None if it cannot be used.
 
-    Args:
-        model: in evaluation mode.
-        images: to caption.
-        batch_size: images that are captioned at once.
-        num_workers: processes that read and prepare images. None: the cores that the model leaves free, at most 8.
-        prompt: text between image and caption. None: that of training.
-        options: of :meth:`.ImageTextModel.generate`.
+    ``num_workers`` and ``prompt`` are those of :func:`caption_images`, and ``options`` those of
+    :meth:`.ImageTextModel.generate`. The model is in evaluation mode.
     """
     if num_workers is None:  # a model on the CPU has all cores, and workers would take them from it
         on_cpu = model.model.device.type == "cpu"
@@ -238,4 +220,4 @@ def _prepare(
             raise
         pairs = zip(batch, alone, strict=True)
         return _prepare(processor, prompt, [bad if bad.error else one for one, bad in pairs])
-    return [replace(one, image=None) for one in batch], inputs  # the model needs no more of them
+    return [one._replace(image=None) for one in batch], inputs  # the model needs no more of them

@@ -15,7 +15,6 @@ from composer.utils import dist, get_device
 from composer_prior import registry
 from composer_prior.data.nodes import sole_job
 from composer_prior.evaluation.benchmark import Benchmark, Figures, reasons, run_benchmark
-from composer_prior.inference.device import check_device
 from composer_prior.training.saving import load
 
 PACKAGES = ("composer-prior", "torch", "transformers", "open-clip-torch")
@@ -71,9 +70,8 @@ def evaluate(
     if page is not None and type(built).page is Benchmark.page:
         built.page([], "")  # which says so, before anything is answered
     judged = load(model, trust_remote_code)
-    network = judged.model
-    network.to(device or get_device(None)._device)
-    fingerprint = model_fingerprint(network)
+    judged.model.to(device or get_device(None)._device)
+    fingerprint = model_fingerprint(judged.model)
     known = {"model": fingerprint, "benchmark": benchmark, "data": built.fingerprint, **arguments}
     folder = Path(out).expanduser()
     if (folder / "results.json").exists() and not ((folder / "predictions.jsonl").exists() or overwrite):
@@ -108,6 +106,15 @@ def evaluate(
                 Path(page).expanduser().parent.mkdir(parents=True, exist_ok=True)
                 Path(page).expanduser().write_text(built.page(predictions, title), encoding="utf-8")
     return results
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device that this machine does not have, before a model is loaded."""
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # "meta" holds no values
+        why = str(error).partition("\n")[0].partition(". Please")[0][:200]
+        raise ValueError(f"device={device} cannot be used here: {why}; leave it out for what there is.") from error
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:

@@ -74,11 +74,7 @@ class ComposerPrior(lmms):
         self.model.to(self.device)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Caption the requests, in their order.
-
-        Raises:
-            ValueError: for a document that has not exactly one image.
-        """
+        """Caption the requests, in their order."""
         groups: dict[tuple[str, str | None], list[int]] = {}  # what is decoded alike
         for position, request in enumerate(requests):
             context, options, *_ = request.args
@@ -102,9 +98,6 @@ class ComposerPrior(lmms):
 
         The loss is the negative log-likelihood of the whole text: lmms-eval takes the choice with the smallest value.
         The texts of a document share one pass over its image.
-
-        Raises:
-            ValueError: for a document that has not exactly one image, or a text without tokens.
         """
         groups: dict[tuple[Any, ...], list[int]] = {}  # what has one beginning
         for position, request in enumerate(requests):
@@ -175,11 +168,7 @@ def doc_to_visual(doc: Mapping[str, Any]) -> list[Image.Image]:
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """For a task of image-caption pairs: ``exact_match`` and ``word_f1``, against the nearest of a document's captions.
-
-    ``word_f1`` is the harmonic mean of precision and recall of the caption's words, each counted as often as it is
-    there, lower case and without punctuation.
-    """
+    """For a task of image-caption pairs: ``exact_match`` and ``word_f1`` against the nearest of the captions."""
     captions = [doc["caption"]] if isinstance(doc["caption"], str) else doc["caption"]
     return {
         "exact_match": max(float(results[0].strip() == caption.strip()) for caption in captions),
@@ -188,7 +177,7 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
 
 
 def word_f1(text: str, expected: str) -> float:
-    """See :func:`process_results`."""
+    """Return the harmonic mean of precision and recall of words, lower case and each as often as it is there."""
     found, wanted = (Counter(re.findall(r"\w+", one.lower())) for one in (text, expected))
     both = found.total() + wanted.total()
     return 2 * (found & wanted).total() / both if both else 1.0

@@ -1,7 +1,5 @@
 """Build an LVLM from a recipe's ``model``, or from its parts."""
 
-import logging
-from collections.abc import Mapping
 from inspect import signature
 from typing import Any, Literal
 
@@ -19,7 +17,6 @@ from composer_prior.models.language import (
     generate_greedily,
     hidden_size,
     is_recurrent,
-    language_skeleton,
     vocabulary_size,
 )
 from composer_prior.models.prior_lvlm import PriorLVLMConfig, PriorLVLMProcessor
@@ -48,40 +45,8 @@ def build_lvlm(
         image_related_metrics: see :class:`.ComposerLVLM`.
     """
     lm = build_language_model(tokenizer, **language)
-    options = {"label_smoothing": label_smoothing, "pack": pack, "image_related_metrics": image_related_metrics}
-    return _build(lm, tokenizer, vision, projector, **options)
-
-
-def lvlm_skeleton(tokenizer: PreTrainedTokenizerBase, language: dict[str, Any], **config: Any) -> ComposerLVLM:
-    """Build what :func:`build_lvlm` builds on the meta device: every shape and no weight, in seconds for any size.
-
-    Raises:
-        ValueError: as :func:`build_lvlm`, but for what only weights can show.
-    """
-    vision = config.pop("vision", None)
-    tower: Any = None if vision is None else registry.load("vision", vision["name"], "model.vision")
-    if vision is not None and tower is not build_open_clip and registry.takes(tower, "pretrained"):
-        vision = {**vision, "pretrained": None}  # OpenCLIP's says by it what becomes of pictures, and loads nothing
-    logging.disable(logging.WARNING)  # OpenCLIP says that there are no weights, and not that none are wanted
-    try:
-        with torch.device("meta"):
-            return _build(language_skeleton(tokenizer, **language), tokenizer, vision, **config)
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def projector_options(name: Literal["linear", "mlp"], freeze: bool = False) -> tuple[str, bool]:
-    """Return the projector's ``name``, ``linear`` or ``mlp``, two layers with a GELU, and if it is kept as it is."""
-    return name, freeze
-
-
-def _build(
-    lm: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    vision: Mapping[str, Any] | None = None,
-    projector: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> ComposerLVLM:
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "pack": pack}
+    options["image_related_metrics"] = image_related_metrics
     if vision is None:
         generate_greedily(lm, tokenizer)
         return ComposerLVLM(lm, tokenizer, **options)
@@ -95,6 +60,21 @@ def _build(
     return ComposerLVLM(model, processor, **options)
 
 
+def lvlm_skeleton(tokenizer: PreTrainedTokenizerBase, language: dict[str, Any], **config: Any) -> ComposerLVLM:
+    """Build what :func:`build_lvlm` builds on the meta device: every shape and no weight, in seconds for any size."""
+    vision = config.pop("vision", None)
+    tower: Any = None if vision is None else registry.load("vision", vision["name"], "model.vision")
+    if vision is not None and tower is not build_open_clip and registry.takes(tower, "pretrained"):
+        vision = {**vision, "pretrained": None}  # OpenCLIP's says by it what becomes of pictures, and loads nothing
+    with torch.device("meta"):
+        return build_lvlm(tokenizer, language, vision, **config)
+
+
+def projector_options(name: Literal["linear", "mlp"], freeze: bool = False) -> tuple[str, bool]:
+    """Return the projector's ``name``, ``linear`` or ``mlp``, two layers with a GELU, and if it is kept as it is."""
+    return name, freeze
+
+
 def make_lvlm(
     lm: PreTrainedModel,
     tower: nn.Module,
@@ -102,7 +82,7 @@ def make_lvlm(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str = "",
 ) -> tuple[PriorLVLMForConditionalGeneration, PriorLVLMProcessor]:
-    """Make an LVLM of its parts, whose modules it takes.
+    """Make an LVLM of its parts, whose modules it takes, and its processor.
 
     Args:
         lm: a causal LM whose embeddings hold the image tokens.
@@ -110,9 +90,6 @@ def make_lvlm(
         projector: ``linear``, ``mlp``, or None where the tower's features have the LM's width.
         tokenizer: with the image tokens.
         prompt: text between image and caption. Default: none.
-
-    Returns:
-        the model and its processor.
 
     Raises:
         ValueError: for parts that do not fit, or an LM that cannot generate from embeddings.

@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from composer.models import ComposerModel
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from composer_prior.data.batch import IGNORE_INDEX
-from composer_prior.models.head import Head, TransformedHead, label_mask, labelled_nll, weighted_mean
+from composer_prior.models.head import Head, TransformedHead, label_logits, label_mask, labelled_nll, weighted_mean
 from composer_prior.models.image_text_model import ImageTextModel
-from composer_prior.models.label_logits import label_logits, on_text_alone
 from composer_prior.models.language import (
     as_forward,
     block_names,
@@ -29,10 +28,10 @@ from composer_prior.models.language import (
     last_hidden_states,
     parts_of,
 )
-from composer_prior.models.metrics import TokenMetric, caption_metrics
 from composer_prior.models.packing import enable_packing, packed_hidden_states
 from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration, PriorLVLMImageProcessor
-from composer_prior.models.vision import to_image_inputs
+from composer_prior.models.reference import left_pack
+from composer_prior.models.vision import image_inputs
 
 
 class ComposerLVLM(ComposerModel):
@@ -109,15 +108,11 @@ class ComposerLVLM(ComposerModel):
                 f"StreamingCaptionDataset cannot use a {type(self.processor.image_processor).__name__}: give the model "
                 "a loader whose collator calls its processor."
             )
-        return to_image_inputs(self.processor.image_processor)
+        return partial(image_inputs, self.processor.image_processor)
 
     @property
     def image_text_model(self) -> ImageTextModel:
-        """The same model as it captions images and scores texts.
-
-        Raises:
-            ValueError: for a language model.
-        """
+        """The same model as it captions images and scores texts."""
         if self.reads_text_alone:
             raise ValueError(f"{type(self.model).__name__} reads text alone: it cannot caption images.")
         return ImageTextModel(self.model, self.processor)
@@ -161,12 +156,19 @@ class ComposerLVLM(ComposerModel):
 
     @torch.no_grad()
     def text_label_logits(self, input_ids: Tensor, is_text: Tensor, labels: Tensor) -> Tensor:
-        """Return the logit of each label when the model reads the text alone, see :func:`.on_text_alone`."""
+        """Return the logit of each label when the model reads only the text of a batch, without gaps.
 
-        def read(ids: Tensor, targets: Tensor) -> Tensor:
+        Ids and labels are ``[B, T]`` int64, ``is_text`` is ``[B, T]`` bool. The result is ``[B, T]`` float32, 0 without
+        a label, and NaN for a label with no text before it.
+        """
+        ids, targets, positions, _ = left_pack(input_ids, is_text, labels)
+
+        def read() -> Tensor:
             return label_logits(last_hidden_states(self.model, input_ids=ids), head_of(self.model), targets)
 
-        return as_forward(self.model, on_text_alone, read, input_ids, is_text, labels)
+        found = as_forward(self.model, read)
+        found[:, 0].masked_fill_(targets[:, 0] != IGNORE_INDEX, torch.nan)
+        return torch.zeros(labels.shape, device=labels.device).scatter(1, positions, found)
 
     def loss(
         self,
@@ -194,17 +196,53 @@ class ComposerLVLM(ComposerModel):
         return weighted_mean(nll, weights, labels)
 
     def eval_forward(self, batch: Mapping[str, Tensor], outputs: Any = None) -> dict[str, Tensor]:
-        """Return the outputs of ``forward``."""
         return self.forward(batch) if outputs is None else outputs
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
-        """Return the metrics of captions by name."""
         return dict(caption_metrics(self.image_related_metrics))
 
     def update_metric(self, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor], metric: Metric) -> None:
-        """Add a batch to a metric."""
         assert isinstance(metric, TokenMetric)
         metric.update(batch, outputs)
+
+
+class TokenMetric(MeanMetric):
+    """Mean over tokens of the negative log-likelihood (``loss``), its exponential (``perplexity``), or ``accuracy``.
+
+    Args:
+        value: what is averaged.
+        tokens: over ``all`` loss-generating tokens, the ``image_related`` or the ``other`` ones of them.
+    """
+
+    def __init__(
+        self,
+        value: Literal["loss", "perplexity", "accuracy"],
+        tokens: Literal["all", "image_related", "other"] = "all",
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.value_name = value
+        self.tokens = tokens
+
+    def update(self, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:  # type: ignore[override]
+        values = outputs["correct" if self.value_name == "accuracy" else "nll"]
+        mask = batch["labels"] != IGNORE_INDEX
+        if self.tokens != "all":
+            mask = mask & (batch["image_related"] == (self.tokens == "image_related"))
+        super().update(values.float(), mask.float())
+
+    def compute(self) -> Tensor:
+        mean = super().compute()
+        return mean.exp() if self.value_name == "perplexity" else mean
+
+
+def caption_metrics(image_related: bool) -> dict[str, TokenMetric]:
+    """Loss, perplexity and accuracy, and loss and accuracy of image-related and other tokens where they are known."""
+    metrics = {name: TokenMetric(name) for name in ("loss", "perplexity", "accuracy")}  # type: ignore[arg-type]
+    for tokens in ("image_related", "other") if image_related else ():
+        for value in ("loss", "accuracy"):
+            metrics[f"{value}_{tokens}"] = TokenMetric(value, tokens)  # type: ignore[arg-type]
+    return metrics
 
 
 def check_padding(attention_mask: Tensor | None) -> None:
@@ -226,9 +264,6 @@ def label_margin(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
         hidden: ``[B, T, D]`` last hidden states.
         head: a linear layer, whose logits may be scaled.
         labels: ``[B, T]`` int64, not shifted.
-
-    Raises:
-        ValueError: for a head of which that does not hold.
     """
     linear, scale = _linear_part(head)
     mask = label_mask(labels)

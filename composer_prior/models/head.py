@@ -35,17 +35,11 @@ CHUNK_TOKENS = 256
 
 @dataclass  # frozen, torch.compile could not make one
 class TransformedHead:
-    """A head whose logits the language model changes, as Cohere, Granite and Gemma 2 do.
+    """A head whose logits the language model changes, as Cohere, Granite and Gemma 2 do."""
 
-    Args:
-        module: maps ``[n, D]`` hidden states to ``[n, V]`` logits.
-        scale: factor of the logits.
-        softcap: the scaled logits ``x`` become ``softcap * tanh(x / softcap)``; None leaves them.
-    """
-
-    module: Any
-    scale: float = 1.0
-    softcap: float | None = None
+    module: Any  # maps ``[n, D]`` hidden states to ``[n, V]`` logits
+    scale: float = 1.0  # factor of the logits
+    softcap: float | None = None  # the scaled logits ``x`` become ``softcap * tanh(x / softcap)``
 
     @classmethod
     def of(cls, head: "Head") -> "TransformedHead":
@@ -101,14 +95,26 @@ def linear_nll(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def target_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    """Log-probability of each target, ``[n]`` float32, without ever holding the logits of all.
-
-    Args:
-        hidden: ``[n, D]`` hidden states.
-        head: maps ``[n, D]`` hidden states to ``[n, V]`` logits.
-        targets: ``[n]`` int64.
-    """
+    """Return the log-probability of each target, ``[n]`` float32, with the arguments of :func:`linear_nll`."""
     return -linear_nll(hidden, head, targets)[0]
+
+
+@torch.no_grad()
+def label_logits(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
+    """Return the logit of each label, ``[B, T]`` float32, 0 without a label: one vector product each.
+
+    The arguments are those of :func:`labelled_nll`.
+    """
+    mask = label_mask(labels)
+    rows, targets = hidden[:, :-1][mask[:, 1:]], labels[mask]
+    given = TransformedHead.of(head)
+    if is_plain_linear(given.module):
+        logits = (rows.float() * F.embedding(targets, given.module.weight).float()).sum(-1)
+        logits = given.transform(logits if given.module.bias is None else logits + given.module.bias[targets])
+    else:
+        parts = zip(rows.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
+        logits = torch.cat([given(part).float().gather(1, ids[:, None])[:, 0] for part, ids in parts])
+    return torch.zeros(labels.shape, device=labels.device).masked_scatter(mask, logits.float())
 
 
 def logits_nll(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """An image-text-to-text model of transformers at work: captions of images, and likelihoods of texts."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache, PretrainedConfig
 
 from composer_prior.data.hub import ModelFolderError, find_model, load_pretrained
 from composer_prior.data.messages import one_line
 from composer_prior.data.tokenizer import encode_caption, prompt_ids
-from composer_prior.models.continuation import continuation_logprobs, same
+from composer_prior.models.head import Head, target_logprobs
 from composer_prior.models.language import (
     as_forward,
     causal_lm_of,
@@ -27,31 +29,24 @@ from composer_prior.models.language import (
 )
 from composer_prior.models.model_folder import save_model_folder
 from composer_prior.models.prior_lvlm import PriorLVLMConfig, PriorLVLMForConditionalGeneration, PriorLVLMProcessor
+from composer_prior.models.reference import batches_by_length
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}  # of one pass of likelihoods, its beginning included
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A generated caption.
-
-    Args:
-        text: the caption.
-        pieces: what each token adds to it, with its probability, where that was asked for.
-    """
+    """A generated caption."""
 
     text: str
-    pieces: tuple[tuple[str, float | None], ...] = ()
+    pieces: tuple[tuple[str, float | None], ...] = ()  # what each token adds, with its probability, where asked for
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probability of each token of a text, and which characters of the text it is.
+    """Log-probability of each token of a text, and which characters of the text it is."""
 
-    Args:
-        values: in nats; the last is that of the end of the sequence, where that was asked for.
-        offsets: ``[start, end)`` of each token in the text; ``(n, n)`` for the end of the sequence.
-    """
-
-    values: list[float]
-    offsets: list[tuple[int, int]]
+    values: list[float]  # in nats; the last is that of the end of the sequence, where that was asked for
+    offsets: list[tuple[int, int]]  # ``[start, end)`` of each token in the text; ``(n, n)`` for the end of the sequence
 
 
 class ImageTextModel:
@@ -71,8 +66,7 @@ class ImageTextModel:
         self.model = model
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        base = causal_lm_of(model)
-        check_decoder(base)
+        check_decoder(causal_lm_of(model))
         generate_greedily(model)
 
     @classmethod
@@ -115,14 +109,9 @@ class ImageTextModel:
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model and processor with the code that reads them.
+        """Write model and processor with the code that reads them, see :func:`.save_model_folder`.
 
-        Args:
-            folder: must not exist; it appears only when it is whole.
-
-        Raises:
-            ValueError: as :func:`.save_model_folder`.
-            FileExistsError: if the folder exists.
+        The folder must not exist; it appears only when it is whole.
         """
         if Path(folder).exists():
             raise FileExistsError(f"{folder} exists; choose another folder, or remove it first.")
@@ -160,10 +149,7 @@ class ImageTextModel:
             inputs: padded on the left.
             max_new_tokens: longest caption in tokens. Default: ``64``.
             probabilities: give captions in pieces, each with the probability that the model gave it.
-            **kwargs: of Hugging Face's ``generate``.
-
-        Raises:
-            ValueError: for beams of a recurrent language model.
+            **kwargs: of Hugging Face's ``generate``; a recurrent language model takes no beams.
         """
         recurrent = is_recurrent(self.model)
         if recurrent and kwargs.get("num_beams", 1) > 1:
@@ -275,16 +261,89 @@ class ImageTextModel:
         return continuation_logprobs(decoder, head_of(self.model), prefix, texts)
 
 
-def model_inputs(processor: Any, images: Sequence[Image.Image], prompt: str | None = None) -> dict[str, Tensor]:
-    """Return what stands before a caption, as a processor writes it: the image and the prompt, padded on the left.
+@torch.no_grad()
+def continuation_logprobs(
+    decoder: Any,
+    head: Head,
+    prefix: Mapping[str, Tensor],
+    texts: Sequence[Sequence[Sequence[int]]],
+    batch_tokens: int | None = None,
+) -> list[list[list[float]]]:
+    """``log P(text[t] | beginning, text[:t])`` of every token of the texts that go on from each of ``P`` beginnings.
+
+    The head is applied on what predicts a token and nowhere else.
 
     Args:
-        processor: of the model.
-        images: Pillow's, one for each caption.
-        prompt: text between image and caption. Default: that of training, where it is known, or none.
+        decoder: maps tensors to hidden states with a cache of keys and values: the part of a causal LM, or of an
+            image-text-to-text model of transformers, that stands under its head. In evaluation mode.
+        head: maps ``[n, D]`` hidden states to ``[n, V]`` logits.
+        prefix: the decoder's input for the beginnings, of one length ``T``, without padding: ``inputs_embeds``
+            ``[P, T, D]``, or ``input_ids`` ``[P, T]`` with the tensors of images; and ``attention_mask`` ``[P, T]``.
+        texts: for each beginning the ids of its texts, each at least one token long.
+        batch_tokens: positions of one pass, beginnings and padding included. Default: 4,096 on a CPU, else 65,536.
 
-    Raises:
-        ValueError: for a prompt of ours that spells the image.
+    Returns:
+        for each beginning and each of its texts a float per token, in nats.
+    """
+    counts = [len(some) for some in texts]
+    ids = [text for some in texts for text in some]
+    mask = prefix["attention_mask"]
+    device = mask.device
+    if not ids:
+        return [[] for _ in texts]
+    owners = torch.repeat_interleave(torch.tensor(counts))  # [N], the beginning of each text
+    lengths = torch.tensor([len(text) for text in ids])
+    again = is_recurrent(decoder)
+    if again and "inputs_embeds" not in prefix:
+        raise ValueError(
+            f"{type(decoder).__name__} is recurrent: it keeps nothing that several texts could go on from."
+        )
+    start = decoder(**prefix, use_cache=not again)
+    last = start.last_hidden_state[:, -1]  # [P, D], predicts the first token
+    values: list[list[float]] = [[] for _ in ids]
+    budget = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
+    for rows in batches_by_length(lengths + mask.shape[1], budget):
+        padded = pad_sequence([torch.tensor(ids[row]) for row in rows.tolist()], batch_first=True).to(device)  # [b, s]
+        owner = owners[rows].to(device)
+        hidden = torch.cat([last[owner, None], _go_on(decoder, prefix, start, owner, padded[:, :-1])], 1)  # [b, s, D]
+        real = (torch.arange(padded.shape[1]) < lengths[rows, None]).to(device)
+        found = target_logprobs(hidden[real], head, padded[real]).cpu().split(lengths[rows].tolist())
+        for row, scores in zip(rows.tolist(), found, strict=True):
+            values[row] = scores.tolist()
+    rest = iter(values)
+    return [[next(rest) for _ in range(count)] for count in counts]
+
+
+def _go_on(decoder: Any, prefix: Mapping[str, Tensor], start: Any, owner: Tensor, ids: Tensor) -> Tensor:
+    """Hidden states ``[b, s, D]`` of texts, each behind one of the beginnings."""
+    if not ids.shape[1]:
+        return start.last_hidden_state[owner, :0]
+    if not isinstance(start.get("past_key_values"), DynamicCache):  # as of recurrent models: read the beginning again
+        if "inputs_embeds" not in prefix:
+            raise ValueError(f"{type(decoder).__name__} keeps no keys and values that texts could go on from.")
+        embedded = decoder.get_input_embeddings()(ids)
+        whole = torch.cat([prefix["inputs_embeds"][owner].to(embedded.dtype), embedded], 1)
+        return decoder(inputs_embeds=whole, use_cache=False).last_hidden_state[:, -ids.shape[1] :]
+    mask = prefix["attention_mask"]
+    cache = copy.copy(start.past_key_values)
+    cache.layers = [copy.copy(layer) for layer in cache.layers]  # what is appended is appended to copies
+    cache.batch_select_indices(owner)
+    inputs: dict[str, Any] = {"attention_mask": mask.new_ones(len(ids), mask.shape[1] + ids.shape[1])}
+    if getattr(decoder, "rope_deltas", None) is not None:  # Qwen-VL: an image takes fewer positions than tokens
+        places = torch.arange(mask.shape[1], mask.shape[1] + ids.shape[1], device=ids.device)
+        inputs["position_ids"] = (places + decoder.rope_deltas.reshape(-1, 1)[owner]).expand(3, -1, -1)
+    return decoder(input_ids=ids, past_key_values=cache, use_cache=True, **inputs).last_hidden_state
+
+
+def same(values: Sequence[Any]) -> list[list[int]]:
+    """Group the indices of equal values."""
+    return [[i for i, other in enumerate(values) if other == value] for value in dict.fromkeys(values)]
+
+
+def model_inputs(processor: Any, images: Sequence[Image.Image], prompt: str | None = None) -> dict[str, Tensor]:
+    """Return what stands before captions, as a model's processor writes it: image and prompt, padded on the left.
+
+    The default of the prompt is that of training, where it is known, or none; it must not spell the image.
     """
     text = getattr(processor, "prompt", "") if prompt is None else prompt
     if isinstance(processor, PriorLVLMProcessor):
@@ -300,11 +359,7 @@ def model_inputs(processor: Any, images: Sequence[Image.Image], prompt: str | No
 
 
 def encode_text(tokenizer: Any, text: str, end: bool) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return the ids of a text, and the characters of it that each is.
-
-    Raises:
-        ValueError: for a text without tokens.
-    """
+    """Return the ids of a text, and the characters of it that each is; refuse a text without tokens."""
     encoding = encode_caption(tokenizer, text)
     ids, offsets = [*encoding.ids], [*encoding.offsets]
     if end:

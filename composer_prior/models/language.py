@@ -16,6 +16,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    masking_utils,
 )
 
 from composer_prior.data.hub import ModelFolderError, load_pretrained
@@ -27,7 +28,7 @@ from composer_prior.models.prior_lvlm.modeling_prior_lvlm import (
     logit_transform,
 )
 
-VOCABULARY_MULTIPLE = 64
+VOCABULARY_MULTIPLE = 64  # of embeddings that grow, which suits products and shards
 # Kinds of layers in which tokens see each other by attention alone; the last three tell their MLPs.
 _ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention", "dense", "sparse", "moe"}
 # Of what transformers' GenerationConfig holds, that which changes no text.
@@ -47,6 +48,8 @@ def build_language_model(
 ) -> PreTrainedModel:
     """Build a causal LM, pretrained or new, with embeddings for every token of the tokenizer.
 
+    On the meta device it has its shapes and types and no weights, and errors that only weights show do not appear.
+
     Args:
         tokenizer: its length is the vocabulary of a new model.
         pretrained: hub id or folder of a Hugging Face causal LM.
@@ -59,67 +62,30 @@ def build_language_model(
     Raises:
         ValueError: unless exactly one of ``pretrained`` and ``config`` is given, or for an LM that :func:`check_head`
             refuses.
+        OSError: for a folder or hub id without a model.
     """
-    if pretrained is not None and config is None:
-        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "attn_implementation": attn_implementation}
-        model = load_pretrained(AutoModelForCausalLM, pretrained, dtype=torch.float32, **options)
-    else:
-        settings = _configuration(tokenizer, pretrained, config, trust_remote_code)
-        model = AutoModelForCausalLM.from_config(settings, attn_implementation=attn_implementation)
-    _add_tokens(model, tokenizer, pretrained, trust_remote_code)
-    check_head(model, reads_embeddings=True)
-    return model.requires_grad_(not freeze)
-
-
-def language_skeleton(
-    tokenizer: PreTrainedTokenizerBase,
-    pretrained: str | None = None,
-    config: dict[str, Any] | None = None,
-    freeze: bool = False,
-    trust_remote_code: bool = False,
-    attn_implementation: str | None = None,
-) -> PreTrainedModel:
-    """Build the model of :func:`build_language_model` without its weights: call it on the meta device.
-
-    Raises:
-        ValueError: as there, except for errors that only weights show.
-        OSError: as there.
-    """
-    settings = _configuration(tokenizer, pretrained, config, trust_remote_code)
-    text = settings.get_text_config(decoder=True)
-    if len(tokenizer) > text.vocab_size:
-        text.vocab_size = grown_vocabulary(len(tokenizer))
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "attn_implementation": attn_implementation}
-    model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **options)
-    check_head(model, reads_embeddings=True)
-    return model.requires_grad_(not freeze)
-
-
-def _configuration(
-    tokenizer: PreTrainedTokenizerBase,
-    pretrained: str | None,
-    config: dict[str, Any] | None,
-    trust_remote_code: bool,
-) -> PretrainedConfig:
-    """Return the Hugging Face configuration of a pretrained model or of a new one."""
     if (pretrained is None) == (config is None):
         raise ValueError("model.language needs either `pretrained` (a hub id or folder) or `config` (a new model).")
-    if pretrained is not None:
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "attn_implementation": attn_implementation}
+    if pretrained is None:
+        arguments = {"vocab_size": len(tokenizer), **dict(config or {})}
+        settings = AutoConfig.for_model(arguments.pop("model_type", None), **arguments)
+        model = AutoModelForCausalLM.from_config(settings, **options)
+    elif torch.empty(0).device.type != "meta":
+        model = load_pretrained(AutoModelForCausalLM, pretrained, dtype=torch.float32, **options)
+    else:
         try:
-            return load_pretrained(AutoConfig, pretrained, trust_remote_code)
+            settings = load_pretrained(AutoConfig, pretrained, trust_remote_code)
         except ModelFolderError as error:
             raise ModelFolderError(f"model.language.pretrained={error}") from error
         except (OSError, ValueError) as error:
             raise OSError(
                 f"model.language.pretrained={pretrained!r} is no folder with a model: {one_line(error)}"
             ) from error
-    settings = {"vocab_size": len(tokenizer), **dict(config or {})}
-    return AutoConfig.for_model(settings.pop("model_type", None), **settings)
-
-
-def grown_vocabulary(tokens: int) -> int:
-    """Rows of embeddings that grow to hold so many tokens: a multiple of 64, which suits products and shards."""
-    return -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **options)
+    _add_tokens(model, tokenizer, pretrained, trust_remote_code)
+    check_head(model, reads_embeddings=True)
+    return model.requires_grad_(not freeze)
 
 
 @torch.no_grad()
@@ -133,6 +99,10 @@ def _add_tokens(
     embeddings' width.
     """
     known, own = vocabulary_size(model), None
+    if len(tokenizer) > known:
+        model.resize_token_embeddings(len(tokenizer), VOCABULARY_MULTIPLE, mean_resizing=False)
+    if model.device.type == "meta":
+        return
     added: list[int] = []
     if pretrained is not None:
         added = getattr(tokenizer, "added_image_token_ids", [])  # of a folder of weights alone, all that is known
@@ -143,8 +113,6 @@ def _add_tokens(
             own = load_pretrained(AutoTokenizer, pretrained, trust).get_vocab() if has_one else None
     if own is not None:
         added = [id for id, token in tokenizer.added_tokens_decoder.items() if own.get(str(token)) != id]
-    if len(tokenizer) > known:
-        model.resize_token_embeddings(grown_vocabulary(len(tokenizer)), mean_resizing=False)
     rows = torch.arange(vocabulary_size(model))
     new = (rows >= known) | torch.isin(rows, torch.tensor(added, dtype=torch.long))
     learned = ~new if own is None else ~new & torch.isin(rows, torch.tensor([*own.values()]))
@@ -192,14 +160,8 @@ def last_hidden_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
     """Return ``[B, T, D]`` hidden states that the head maps to logits.
 
     The model may be one of PEFT around a causal LM, whose decoder holds the adapters. Sequences are padded at their end
-    or not at all, so the mask is causal.
-
-    Args:
-        model: the causal LM.
-        inputs: ``input_ids`` or ``inputs_embeds``, and what else its decoder takes.
-
-    Raises:
-        ValueError: for a method of PEFT that adds virtual tokens to the input.
+    or not at all, so the mask is causal. The inputs are ``input_ids`` or ``inputs_embeds``, and what else the decoder
+    takes.
     """
     check_adapters(model)
     read: Tensor = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
@@ -219,19 +181,15 @@ def check_decoder(model: PreTrainedModel) -> None:
 
 def check_adapters(model: PreTrainedModel) -> None:
     """Raise if a method of PEFT adds virtual tokens to the input."""
-    if hasattr(model, "get_base_model"):
-        config = cast(Any, model).active_peft_config
-        if config.is_prompt_learning:
-            raise ValueError(
-                f"{config.peft_type.value} adds virtual tokens to the text, which have no place; use LoRA."
-            )
+    config = cast(Any, model).active_peft_config if hasattr(model, "get_base_model") else None
+    if config is not None and config.is_prompt_learning:
+        raise ValueError(f"{config.peft_type.value} adds virtual tokens to the text, which have no place; use LoRA.")
 
 
 def head_of(model: PreTrainedModel) -> Head:
     """Return the map of hidden states to logits: the module, with the scale and cap of the model's configuration."""
     module = model.get_output_embeddings()
-    config = causal_lm_of(model).config.get_text_config()
-    scale, softcap = logit_transform(config)
+    scale, softcap = logit_transform(causal_lm_of(model).config.get_text_config())
     return module if (scale, softcap) == (1, None) else TransformedHead(module, scale, softcap)
 
 
@@ -239,10 +197,7 @@ def is_recurrent(model: Any) -> bool:
     """Return True if a layer carries more from token to token than attention's keys and values, as in Mamba or LFM2.
 
     Padding before a text, several texts in one row and a cropped cache change the results of such a layer. The kinds of
-    layers decide; an unknown kind counts as recurrent.
-
-    Args:
-        model: of transformers, or one of PEFT around it; with or without weights.
+    layers decide; an unknown kind counts as recurrent. The model may be one of PEFT, and needs no weights.
     """
     model = parts_of(model)["language"]
     config = model.config.get_text_config(decoder=True)
@@ -320,21 +275,19 @@ def check_head(model: PreTrainedModel, reads_embeddings: bool = False) -> None:
     Raises:
         ValueError: one line, naming the model's class and what is not supported.
     """
-    name, was_training = type(causal_lm_of(model)).__name__, model.training
+    name = type(causal_lm_of(model)).__name__
     if reads_embeddings and model.config.get_text_config() is not model.config:
         raise ValueError(f"{name} has a vision or audio tower of its own; give its text model, saved alone.")
     if any("recurrent_states" in vars(module) for module in model.modules()):  # RecurrentGemma
         raise ValueError(f"{name} keeps the states of one batch for the next, which is not supported.")
     if model.device.type == "meta":
         return
-    model.eval()
     try:
-        complaint = _complaint(model, reads_embeddings)
+        with evaluating(model):
+            complaint = _complaint(model, reads_embeddings)
     except Exception as error:  # whatever the code of some model raises
         line = (str(error).splitlines() or [""])[0]
         raise ValueError(f"{name} cannot be used as a language model: {type(error).__name__}: {line}") from error
-    finally:
-        model.train(was_training)
     if complaint:
         raise ValueError(f"{name} {complaint}, which is not supported.")
 
@@ -380,3 +333,15 @@ def _same(a: Tensor, b: Tensor) -> bool:
     """Return True if two tensors differ by rounding alone."""
     tolerance = 1e-3 if a.dtype == torch.float32 else 2e-2
     return a.shape == b.shape and bool((a.float() - b.float()).norm() <= tolerance * b.float().norm())
+
+
+def prepare_compile() -> None:
+    """Keep transformers' search for packed sequences out of compiled graphs.
+
+    Traced, it makes every attention mask a full one, in code that the C++ compiler refuses (torch 2.7).
+    """
+    module: Any = masking_utils
+    search = module.find_packed_sequence_indices
+    if not getattr(search, "kept_out", False):
+        module.find_packed_sequence_indices = torch.compiler.disable(search)
+        module.find_packed_sequence_indices.kept_out = True

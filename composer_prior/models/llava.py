@@ -34,7 +34,7 @@ from composer_prior.data.storage import whole_folder, written_here
 from composer_prior.data.tokenizer import bos_id
 from composer_prior.models.image_text_model import ImageTextModel, differing_weights
 from composer_prior.models.language import generate_greedily, parts_of, vocabulary_size
-from composer_prior.models.llava_check import PICTURES, Comparison, LlavaError, compare, failure, refusal
+from composer_prior.models.llava_check import PICTURES, LlavaError, compare, failure, refusal
 from composer_prior.models.model_folder import SHARD_SIZE, for_generation
 from composer_prior.models.prior_lvlm.modeling_prior_lvlm import OpenCLIPTower, decoder_of, logit_transform
 from composer_prior.models.prior_lvlm.processing_prior_lvlm import CHAT_TEMPLATE, IMAGE_TOKEN
@@ -45,24 +45,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class LlavaReport:
-    """Result of :func:`export_llava`.
-
-    Args:
-        folder: where it is.
-        dtype: of the weights there.
-        found: how it compares with the model.
-    """
+    """Result of :func:`export_llava`."""
 
     folder: Path
-    dtype: str
-    found: Comparison
+    dtype: str  # of the weights there
+    logits: float  # the largest difference of a logit from the model in float32
+    pixels: float  # the largest difference of a normalized pixel
+    warnings: list[str]  # of which pictures pixels differ all the same
 
     def __str__(self) -> str:
         line = (
             f"{self.folder}: LLaVA in {self.dtype}; on {PICTURES} pictures the captions are the same, logits differ by "
-            f"at most {self.found.logits:.1e} and pixels by {self.found.pixels:.1e} in float32."
+            f"at most {self.logits:.1e} and pixels by {self.pixels:.1e} in float32."
         )
-        return "\nwarning: ".join([line, *self.found.warnings])
+        return "\nwarning: ".join([line, *self.warnings])
 
 
 def export_llava(
@@ -93,20 +89,16 @@ def export_llava(
         del llava
         with quiet():
             stock, *stock_processors = _load(temporary)
-            found = compare(model, stock, *stock_processors)
+            differences = compare(model, stock, *stock_processors)
         if kept != own:
             for config in (stock.config, stock.config.text_config, stock.config.vision_config):
                 config.dtype = kept  # each part is loaded in its own
             stock.to(dtype=kept).save_pretrained(temporary, max_shard_size=SHARD_SIZE)
-    return LlavaReport(folder, str(kept).removeprefix("torch."), found)
+    return LlavaReport(folder, str(kept).removeprefix("torch."), *differences)
 
 
 def check_output(folder: Path, dtype: str | None, overwrite: bool) -> None:
-    """Refuse what :func:`export_llava` cannot write, before anything is loaded.
-
-    Raises:
-        LlavaError, FileExistsError: as there.
-    """
+    """Refuse what :func:`export_llava` cannot write, before anything is loaded."""
     if dtype is not None and dtype not in DTYPES:
         raise LlavaError(f"dtype={dtype}: expected {', '.join(DTYPES)}.")
     if not folder.exists():
@@ -119,18 +111,17 @@ def check_output(folder: Path, dtype: str | None, overwrite: bool) -> None:
 
 
 def llava_of(model: ImageTextModel) -> tuple[Any, Any]:
-    """Build a ``LlavaForConditionalGeneration`` that shares weights with the model, and its ``LlavaProcessor``.
-
-    Raises:
-        LlavaError: if LLaVA does not support the model.
-    """
+    """Build a ``LlavaForConditionalGeneration`` that shares weights with the model, and its ``LlavaProcessor``."""
     if hasattr(model.model, "get_base_model"):
         raise refusal("the model", "it has adapters of PEFT; merge them first, merge_and_unload()")
     parts = parts_of(model.model)
     tower, lm = parts.get("vision"), cast(PreTrainedModel, parts["language"])
     if not isinstance(tower, OpenCLIPTower):
         raise refusal(f"the vision tower {type(tower).__name__}", "it is no encoder of OpenCLIP")
-    vision = _vision(tower)
+    try:
+        vision = stock_vision(tower.encoder, tower.image_size)
+    except NoStockModelError as error:
+        raise refusal(f"the vision tower {architecture_name(tower.config)}", one_line(error)) from error
     text, language = _language(lm)
     projector_act, projector = _projector(parts["projector"], vision.config.hidden_size, text.hidden_size)
     processor = _processor(model.processor, tower, vision)
@@ -174,14 +165,6 @@ def llava_of(model: ImageTextModel) -> tuple[Any, Any]:
     llava.tie_weights()
     generate_greedily(llava, model.tokenizer)
     return llava, processor
-
-
-def _vision(tower: OpenCLIPTower) -> StockVision:
-    """Convert the tower to a vision model of transformers."""
-    try:
-        return stock_vision(tower.encoder, tower.image_size)
-    except NoStockModelError as error:
-        raise refusal(f"the vision tower {architecture_name(tower.config)}", one_line(error)) from error
 
 
 def architecture_name(vision: Any) -> str:
@@ -289,7 +272,10 @@ def _with_bos(tokenizer: Any) -> PreTrainedTokenizerFast:
     Classes such as GPT-NeoX's override this setting of the file when they load it; the plain class keeps it.
     """
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
-    settings |= {"padding": None, "truncation": None, "pre_tokenizer": _alike_everywhere(settings["pre_tokenizer"])}
+    # Read text after an image as text at the beginning: some tokenizers put a space before that alone.
+    pre_tokenizer = json.dumps(settings["pre_tokenizer"])
+    pre_tokenizer = pre_tokenizer.replace('"prepend_scheme": "first"', '"prepend_scheme": "always"')
+    settings |= {"padding": None, "truncation": None, "pre_tokenizer": json.loads(pre_tokenizer)}
     backend = type(tokenizer.backend_tokenizer).from_str(json.dumps(settings))
     bos = bos_id(tokenizer)
     with_special, plain = (backend.encode("a", add_special_tokens=special).ids for special in (True, False))
@@ -308,18 +294,6 @@ def _with_bos(tokenizer: Any) -> PreTrainedTokenizerFast:
         padding_side=tokenizer.padding_side,
         model_input_names=tokenizer.model_input_names,
     )
-
-
-def _alike_everywhere(settings: Any) -> Any:
-    """Read text after an image as text at the beginning: some tokenizers put a space before that alone."""
-    if isinstance(settings, list):
-        return [_alike_everywhere(one) for one in settings]
-    if not isinstance(settings, dict):
-        return settings
-    changed = {key: _alike_everywhere(value) for key, value in settings.items()}
-    if changed.get("prepend_scheme") == "first":
-        changed["prepend_scheme"] = "always"
-    return changed
 
 
 def _load(folder: Path) -> tuple[Any, Any, Any]:

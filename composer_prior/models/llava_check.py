@@ -1,7 +1,7 @@
 """Holds a model in LLaVA format against the model itself: pixels, ids, logits and captions of a few pictures."""
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,24 +18,26 @@ from composer_prior.models.prior_lvlm.processing_prior_lvlm import IMAGE_TOKEN
 TOLERANCE = 1e-4  # of logits up to 10; larger ones have fewer decimals in float32
 PIXEL_TOLERANCE = 1e-5  # a level of 255 is a thousand times that: below are roundings of float32
 PICTURES, CAPTION_TOKENS = 3, 16
+# What the report warns of.
+BY_DEFAULT = (
+    "AutoProcessor.from_pretrained(folder) of transformers 5 fits pictures with torchvision, not with Pillow: pixels "
+    'differ by up to {:.1e}; from_pretrained(folder, backend="pil") has no such difference.'
+)
+FLAT = (
+    "pictures that are {} pixels high: transformers takes their rows for channels, and fails or makes other pixels; "
+    'the processor reads them right with input_data_format="channels_last". The model folder of the run has no such '
+    "difference."
+)
+SHIFTED = (
+    "resize_mode=shortest: of a picture whose longer side, once the shorter has {} pixels, is longer by 3, 7, 11 and "
+    "so on, one size in four, transformers cuts out what lies one pixel further to the left or top; on {} such "
+    "pictures {} captions are the same and logits differ by up to {:.1e}. The model folder of the run has no such "
+    "difference."
+)
 
 
 class LlavaError(OneLineError, ValueError):
     """A model that has no LLaVA equivalent, or whose LLaVA format is not the same model."""
-
-
-class Comparison(NamedTuple):
-    """Differences in float32 on pictures of odd sizes.
-
-    Args:
-        logits: the largest difference of a logit.
-        pixels: the largest difference of a normalized pixel.
-        warnings: of which pictures pixels differ all the same.
-    """
-
-    logits: float
-    pixels: float
-    warnings: tuple[str, ...]
 
 
 def refusal(what: str, why: str) -> LlavaError:
@@ -55,14 +57,15 @@ def failure(language: Any, error: Exception) -> LlavaError:
 
 
 @torch.no_grad()
-def compare(model: ImageTextModel, llava: Any, processor: LlavaProcessor, default: LlavaProcessor) -> Comparison:
-    """Compare an exported LLaVA with the model.
+def compare(
+    model: ImageTextModel, llava: Any, processor: LlavaProcessor, default: LlavaProcessor
+) -> tuple[float, float, list[str]]:
+    """Compare a LLaVA in float32, as transformers loads it, with the model on pictures of odd sizes.
 
-    Args:
-        model: in any precision; float32 is compared.
-        llava: ``LlavaForConditionalGeneration`` in float32, as transformers loads it.
-        processor: its processor on Pillow.
-        default: the processor that transformers loads when it is not asked for one on Pillow.
+    ``processor`` is that on Pillow, and ``default`` the one that transformers loads when it is not asked for Pillow.
+
+    Returns:
+        the largest differences of a logit and of a normalized pixel, and of which pictures pixels differ all the same.
 
     Raises:
         LlavaError: one line, naming what differs.
@@ -88,35 +91,36 @@ def _in_float32(model: ImageTextModel) -> ImageTextModel:
     return ImageTextModel(copied.to(model.model.device), model.processor)
 
 
-def _compare(model: ImageTextModel, llava: Any, processor: LlavaProcessor, default: LlavaProcessor) -> Comparison:
+def _compare(
+    model: ImageTextModel, llava: Any, processor: LlavaProcessor, default: LlavaProcessor
+) -> tuple[float, float, list[str]]:
     tower: Any = model.model.model.vision_tower
-    shortest = tower.config["preprocess"]["resize_mode"] == "shortest"
-    pictures, shifted = _pictures(tower.image_size, shortest)
+    pictures, shifted = _pictures(tower.image_size, tower.config["preprocess"]["resize_mode"] == "shortest")
     inputs, ours = _inputs(model, processor, pictures)
     if sorted(inputs) != ["attention_mask", "input_ids", "pixel_values"]:
         raise LlavaError(f"The processor makes {', '.join(inputs)}, which is not what LLaVA reads; nothing is written.")
     pixels = _difference(inputs["pixel_values"], ours["pixel_values"])
     if not pixels <= PIXEL_TOLERANCE:
         raise LlavaError(f"The image processor's pixels differ by up to {pixels:.1e}; nothing is written.")
-    expected, theirs = _captions(model, pictures), _stock_captions(llava, processor, inputs)
+    expected, theirs = _captions(model, llava, processor, pictures, inputs)
     logits, bound = _logit_difference(model, llava, inputs, ours)
     if not logits <= bound:  # nor if they are not numbers
         raise LlavaError(f"Logits differ by up to {logits:.1e}, more than {bound:.1e}; nothing is written.")
     if expected != theirs:
         raise LlavaError(f"LLaVA captions {theirs}, and the model {expected}; nothing is written.")
+    warnings = []
     by_default = _difference(_inputs(model, default, pictures)[0]["pixel_values"], ours["pixel_values"])
-    warnings: tuple[str, ...] = () if by_default <= PIXEL_TOLERANCE else (_backend_warning(by_default),)
+    if not by_default <= PIXEL_TOLERANCE:
+        warnings.append(BY_DEFAULT.format(by_default))
     flat = [height for height in (1, 2, 3) if _reads_otherwise(model, processor, pictures[0].resize((32, height)))]
     if flat:
-        warnings += (_flat_warning(flat),)
-    if not shifted:
-        return Comparison(logits, pixels, warnings)
-    inputs, ours = _inputs(model, processor, shifted)
-    same = sum(
-        a == b for a, b in zip(_captions(model, shifted), _stock_captions(llava, processor, inputs), strict=True)
-    )
-    differing = _logit_difference(model, llava, inputs, ours)[0]
-    return Comparison(logits, pixels, (*warnings, _shift_warning(tower.image_size, differing, same, len(shifted))))
+        warnings.append(FLAT.format(" or ".join(map(str, flat))))
+    if shifted:
+        inputs, ours = _inputs(model, processor, shifted)
+        pairs = zip(*_captions(model, llava, processor, shifted, inputs), strict=True)
+        same, differing = sum(a == b for a, b in pairs), _logit_difference(model, llava, inputs, ours)[0]
+        warnings.append(SHIFTED.format(tower.image_size, len(shifted), same, differing))
+    return logits, pixels, warnings
 
 
 def _reads_otherwise(model: ImageTextModel, processor: LlavaProcessor, picture: Image.Image) -> bool:
@@ -128,30 +132,6 @@ def _reads_otherwise(model: ImageTextModel, processor: LlavaProcessor, picture: 
     return not _difference(inputs["pixel_values"], ours["pixel_values"]) <= PIXEL_TOLERANCE
 
 
-def _flat_warning(heights: list[int]) -> str:
-    return (
-        f"pictures that are {' or '.join(map(str, heights))} pixels high: transformers takes their rows for channels, "
-        'and fails or makes other pixels; the processor reads them right with input_data_format="channels_last". The '
-        "model folder of the run has no such difference."
-    )
-
-
-def _backend_warning(pixels: float) -> str:
-    return (
-        "AutoProcessor.from_pretrained(folder) of transformers 5 fits pictures with torchvision, not with Pillow: "
-        f'pixels differ by up to {pixels:.1e}; from_pretrained(folder, backend="pil") has no such difference.'
-    )
-
-
-def _shift_warning(image_size: int, logits: float, same: int, of: int) -> str:
-    return (
-        f"resize_mode=shortest: of a picture whose longer side, once the shorter has {image_size} pixels, is longer by "
-        "3, 7, 11 and so on, one size in four, transformers cuts out what lies one pixel further to the left or top; "
-        f"on {of} such pictures {same} captions are the same and logits differ by up to {logits:.1e}. The model folder "
-        "of the run has no such difference."
-    )
-
-
 def _inputs(model: ImageTextModel, processor: LlavaProcessor, pictures: list[Image.Image]) -> tuple[Any, Any]:
     """Return the outputs of the stock processor and of ours for images with the prompt of training; ids are equal."""
     text = [IMAGE_TOKEN + model.prompt] * len(pictures)
@@ -159,22 +139,21 @@ def _inputs(model: ImageTextModel, processor: LlavaProcessor, pictures: list[Ima
     inputs = processor(images=pictures, text=text, return_tensors="pt").to(device)
     ours = model.processor(images=pictures, return_tensors="pt").to(device)
     if not torch.equal(inputs["input_ids"], ours["input_ids"]):
-        theirs, expected = (_cut(ids["input_ids"][0].tolist()) for ids in (inputs, ours))
-        raise LlavaError(f"The tokenizer reads the prompt as {theirs}, not as {expected}; nothing is written.")
+        theirs, expected = (ids["input_ids"][0].tolist() for ids in (inputs, ours))
+        raise LlavaError(
+            f"The tokenizer reads the prompt as {theirs[:2]} ... {theirs[-6:]} ({len(theirs)} tokens), not as "
+            f"{expected[:2]} ... {expected[-6:]} ({len(expected)} tokens); nothing is written."
+        )
     return inputs, ours
 
 
-def _cut(ids: list[int]) -> str:
-    return f"{ids[:2]} ... {ids[-6:]} ({len(ids)} tokens)"
-
-
-def _captions(model: ImageTextModel, pictures: list[Image.Image]) -> list[str]:
-    return model.generate_captions(pictures, max_new_tokens=CAPTION_TOKENS)
-
-
-def _stock_captions(llava: Any, processor: LlavaProcessor, inputs: Any) -> list[str]:
+def _captions(
+    model: ImageTextModel, llava: Any, processor: LlavaProcessor, pictures: list[Image.Image], inputs: Any
+) -> tuple[list[str], list[str]]:
+    """Return the captions of the model and of LLaVA."""
     ids = llava.generate(**inputs, max_new_tokens=CAPTION_TOKENS, do_sample=False)
-    return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    theirs = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return model.generate_captions(pictures, max_new_tokens=CAPTION_TOKENS), theirs
 
 
 def _logit_difference(model: ImageTextModel, llava: Any, inputs: Any, ours: Any) -> tuple[float, float]:

@@ -51,11 +51,7 @@ def save_model_folder(
 
 
 def empty_copy(model: PreTrainedModel) -> Any:
-    """Return a model of the same configuration on the meta device.
-
-    Raises:
-        ValueError: for a model that its configuration does not describe.
-    """
+    """Return a model of the same configuration on the meta device; refuse one that this does not describe."""
     if hasattr(model, "get_base_model"):
         raise ValueError("adapters of PEFT are no part of a model folder; merge them first, merge_and_unload()")
     if isinstance(model, PriorLVLMForConditionalGeneration):
@@ -74,11 +70,7 @@ def empty_copy(model: PreTrainedModel) -> Any:
 
 
 def fitting_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return weights that fit a model by name and shape, tied ones once.
-
-    Raises:
-        ValueError: if there are others, too few, or of other shapes than in the model.
-    """
+    """Return weights that fit a model by name and shape, tied ones once; refuse others, too few, or other shapes."""
     expected: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
     further, lacking = sorted(weights.keys() - expected.keys()), sorted(expected.keys() - weights.keys())
     if further or lacking:
@@ -100,10 +92,7 @@ def for_generation(processor: Any) -> Any:
     tokenizer = deepcopy(processor.tokenizer)
     tokenizer.padding_side, tokenizer.model_input_names = "left", ["input_ids", "attention_mask"]
     # transformers saves the arguments of the constructor.
-    tokenizer.init_kwargs |= {
-        "padding_side": tokenizer.padding_side,
-        "model_input_names": tokenizer.model_input_names,
-    }
+    tokenizer.init_kwargs |= {"padding_side": "left", "model_input_names": tokenizer.model_input_names}
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return PriorLVLMProcessor(processor.image_processor, tokenizer, processor.prompt, processor.chat_template)

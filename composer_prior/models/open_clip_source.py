@@ -25,34 +25,20 @@ LOCAL, HUB, QUICK = "local-dir:", "hf-hub:", "-quickgelu"
 
 
 class Source(NamedTuple):
-    """An encoder that OpenCLIP can build.
+    """An encoder that OpenCLIP can build."""
 
-    Args:
-        config: of its architecture.
-        weights: a tag or a file; None for random weights and for those that come with the architecture.
-        preprocess: what becomes of pictures, by OpenCLIP's names.
-        assumption: a line about what the weights do not say and is taken for granted; empty where there is nothing.
-    """
-
-    config: dict[str, Any]
-    weights: str | None
-    preprocess: dict[str, Any]
-    assumption: str = ""
+    config: dict[str, Any]  # of its architecture
+    weights: str | None  # a tag or a file; None for random weights and for those that come with the architecture
+    preprocess: dict[str, Any]  # what becomes of pictures, by OpenCLIP's names
+    assumption: str = ""  # a line about what the weights do not say and is taken for granted
 
 
 def find_source(architecture: str, pretrained: str | None, given: Mapping[str, Any]) -> Source:
-    """Find an encoder and the preprocessing of its weights, without reading weights.
+    """Find an encoder of :func:`.build_open_clip` and the preprocessing of its weights, without reading weights.
 
-    Args:
-        architecture: see :class:`.OpenCLIPTower`.
-        pretrained: see :class:`.OpenCLIPTower`.
-        given: :data:`PREPROCESSING`; None where the weights' own is wanted.
-
-    Raises:
-        ValueError: one line, naming the key.
+    What of :data:`PREPROCESSING` is not given, or None, is the weights' own. An error names the key.
     """
-    find = _with_own_weights if brings_weights(architecture) else _of_table
-    found = find(architecture, pretrained)
+    found = (_with_own_weights if brings_weights(architecture) else _of_table)(architecture, pretrained)
     preprocess = {**found.preprocess, **{key: value for key, value in given.items() if value is not None}}
     lacking = [key for key in PREPROCESSING if preprocess.get(key) is None]
     if lacking:
@@ -78,8 +64,8 @@ def _with_own_weights(architecture: str, pretrained: str | None) -> Source:
     what, place = f"model.vision.architecture={architecture}", architecture.partition(":")[2]
     if pretrained:
         raise ValueError(f"{what} brings its weights; leave model.vision.pretrained out.")
+    local = architecture.startswith(LOCAL)
     try:
-        local = architecture.startswith(LOCAL)
         if not local and not constants.HF_HUB_OFFLINE:
             find_model(place)  # which says at once that a hub is not there
         file = Path(place, CONFIG) if local else download_pretrained_from_hf(place, CONFIG)

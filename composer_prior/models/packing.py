@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from composer_prior.models.language import hidden_size, is_recurrent, last_hidden_states
+from composer_prior.models.language import evaluating, hidden_size, is_recurrent, last_hidden_states
 
 ATTENTION = "packed_sdpa"
 
@@ -43,12 +43,9 @@ def enable_packing(model: PreTrainedModel) -> None:
 
 
 def packed_hidden_states(model: PreTrainedModel, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
-    """``[B, T, D]`` last hidden states, 0 on padding.
+    """Return ``[B, T, D]`` last hidden states, 0 on padding, of ``[B, T, D]`` embeddings after :func:`enable_packing`.
 
-    Args:
-        model: after :func:`enable_packing`.
-        embeddings: ``[B, T, D]``.
-        attention_mask: ``[B, T]``, 1 on real positions, which come first in each sequence.
+    ``attention_mask [B, T]`` is 1 on real positions, which come first in each sequence.
     """
     real = attention_mask.bool()
     window = getattr(model.config, "sliding_window", None)
@@ -93,12 +90,10 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
 
 @torch.no_grad()
 def _is_exact(model: PreTrainedModel) -> bool:
-    was_training = model.training
-    model.eval()
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]], device=model.device)
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(2, 4, hidden_size(model), generator=generator).to(model.device, model.dtype)
-    expected = last_hidden_states(model, inputs_embeds=embeddings) * mask[..., None]
-    packed = packed_hidden_states(model, embeddings, mask)
-    model.train(was_training)
+    with evaluating(model):
+        expected = last_hidden_states(model, inputs_embeds=embeddings) * mask[..., None]
+        packed = packed_hidden_states(model, embeddings, mask)
     return torch.allclose(packed.float(), expected.float(), atol=1e-3, rtol=1e-2)

@@ -4,27 +4,15 @@ from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.hub import load_pretrained
 from composer_prior.models.head import target_logprobs
-from composer_prior.models.language import (
-    check_head,
-    head_of,
-    last_hidden_states,
-    transformer_blocks,
-    vocabulary_size,
-)
+from composer_prior.models.language import check_head, head_of, last_hidden_states, transformer_blocks, vocabulary_size
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -69,7 +57,9 @@ class ReferenceLM:
             weights: leave them out, on the meta device, for :meth:`shard` to bring them from the first rank.
         """
         config = load_pretrained(AutoConfig, path, trust_remote_code)
-        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": dtype or _default_dtype(config)}
+        if dtype is None and not torch.cuda.is_available():
+            dtype = "float32"  # bf16 products can be 100 times slower there
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": dtype or config.dtype or "float32"}
         if weights:
             model = load_pretrained(AutoModelForCausalLM, path, **options)
         else:
@@ -86,10 +76,7 @@ class ReferenceLM:
     def shard(self, device: torch.device | str) -> "ReferenceLM":
         """Keep one part of the weights of the first rank on each (FSDP2); a pass gathers them block by block.
 
-        All ranks must then score as many captions as each other, and do so together.
-
-        Args:
-            device: where to compute.
+        All ranks must then score as many captions as each other, and do so together. They compute on the device.
         """
         from composer_prior.models.sharding import shard_from_first_rank  # here: models work without Composer
 
@@ -125,10 +112,8 @@ class ReferenceLM:
         """Log-probabilities ``[b, s]`` of the targets in right-padded text; padding needs no mask, being after it."""
         has_target = targets != IGNORE_INDEX
         if has_target[:, 0].any():  # nothing stands before the first token: let the sequence start with bos
-            start = torch.full_like(ids[:, :1], self._bos_id())
-            return self._score(
-                torch.cat([start, ids], 1), torch.cat([torch.full_like(start, IGNORE_INDEX), targets], 1)
-            )[:, 1:]
+            ids, targets = F.pad(ids, (1, 0), value=self._bos_id()), F.pad(targets, (1, 0), value=IGNORE_INDEX)
+            return self._score(ids, targets)[:, 1:]
         logprobs = self._scorer(ids, has_target.flatten().nonzero()[:, 0] - 1, targets[has_target])
         return torch.zeros(ids.shape, dtype=torch.float32, device=ids.device).masked_scatter(has_target, logprobs)
 
@@ -149,7 +134,12 @@ class ReferenceLM:
         """
         batch_tokens = batch_tokens or (2048 if self.model.device.type == "cpu" else 32768)
         lengths = torch.tensor([len(text) for text in texts], dtype=torch.long)
-        self._check_length(max(map(len, texts), default=0))
+        longest = max(map(len, texts), default=0)
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        if positions is not None and longest > positions:
+            raise ValueError(
+                f"The reference has {positions} positions and a text takes {longest}; lower max_caption_tokens."
+            )
         batches = batches_by_length(lengths, batch_tokens)
         scores = [self._score_rows([texts[i] for i in rows.tolist()], lengths[rows], start) for rows in batches]
         if not scores:
@@ -166,13 +156,6 @@ class ReferenceLM:
         device = self.model.device
         return self._scorer(ids.to(device), (scored - 1).to(device), ids.flatten()[scored].to(device))
 
-    def _check_length(self, longest: int) -> None:
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        if positions is not None and longest > positions:
-            raise ValueError(
-                f"The reference has {positions} positions and a text takes {longest}; lower max_caption_tokens."
-            )
-
     def reads(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Return True if the ids of a tokenizer's text mean the same to the reference.
 
@@ -185,8 +168,7 @@ class ReferenceLM:
         return all(theirs.get(token) == i for token, i in ours.items()) and theirs.keys() - ours.keys() <= further
 
     def _bos_id(self) -> int:
-        config = self.model.config
-        for token_id in (config.bos_token_id, config.eos_token_id):
+        for token_id in (self.model.config.bos_token_id, self.model.config.eos_token_id):
             if isinstance(token_id, int):
                 return token_id
         raise ValueError("A caption starts without a token before it, and the reference has no bos or eos token.")
@@ -226,30 +208,16 @@ class _Scorer(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor, places: Tensor, targets: Tensor) -> Tensor:
-        """Log-probability ``[n]`` float32 of each target behind the token at its place.
+        """Return log-probabilities ``[n]`` float32 of targets ``[n]`` behind the tokens at ``places [n]`` of flat ids.
 
-        Args:
-            ids: ``[b, s]`` int64, padded at the end, which needs no mask.
-            places: ``[n]`` int64 in the flat ids.
-            targets: ``[n]`` int64.
+        The ids ``[b, s]`` are padded at the end, which needs no mask.
         """
         hidden = last_hidden_states(self.model, input_ids=ids).flatten(0, 1)  # [b * s, D]
         return target_logprobs(hidden[places], head_of(self.model), targets)
 
 
-def _default_dtype(config: PretrainedConfig) -> torch.dtype:
-    """Return the type of the files, or float32 without a GPU, where bf16 products can be 100 times slower."""
-    dtype: Any = config.dtype
-    return dtype if dtype is not None and torch.cuda.is_available() else torch.float32
-
-
 def left_pack(input_ids: Tensor, keep: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Move the kept tokens of each row to its start, in order.
-
-    Args:
-        input_ids: ``[B, T]`` int64.
-        keep: ``[B, T]`` bool.
-        labels: ``[B, T]`` int64.
+    """Move the kept tokens of each row to its start, in order; all arguments are ``[B, T]``.
 
     Returns:
         the tokens and their labels ``[B, S]`` (``S``: the most kept in one row), the positions they come from
@@ -264,14 +232,9 @@ def left_pack(input_ids: Tensor, keep: Tensor, labels: Tensor) -> tuple[Tensor, 
 
 
 def batches_by_length(lengths: Tensor, batch_tokens: int) -> list[Tensor]:
-    """Rows of like length together, the longest first, in batches of at most ``batch_tokens``, padding included.
+    """Return rows of like length together, the longest first, in batches of at most ``batch_tokens`` with padding.
 
-    Args:
-        lengths: ``[n]`` int64.
-        batch_tokens: a row that has more stands alone.
-
-    Returns:
-        the rows of each batch, ``[b]`` int64; every row is in one batch.
+    The lengths are ``[n]`` int64. Each row is in one batch, ``[b]`` int64; one that has more tokens stands alone.
     """
     order = lengths.argsort(descending=True, stable=True)
     batches = []

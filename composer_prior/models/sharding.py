@@ -60,14 +60,9 @@ def build_parallelism(config: Mapping[str, Any] | None) -> ParallelismConfig | N
 
 
 def check_checkpointing(parallelism: Mapping[str, Any] | None, model: ComposerModel) -> None:
-    """Raise for activation checkpointing or offloading that matches no part of a model; Composer ignores it.
+    """Raise a ValueError for activation checkpointing or offloading that matches no part of a model.
 
-    Args:
-        parallelism: the recipe's ``parallelism_config``.
-        model: with or without weights.
-
-    Raises:
-        ValueError: naming the key.
+    Composer ignores it. ``parallelism`` is the recipe's ``parallelism_config``; the model needs no weights.
     """
     fsdp2 = (parallelism or {}).get("fsdp2") or {}
     asked = [key for key in ("activation_checkpointing", "activation_cpu_offload") if fsdp2.get(key)]
@@ -87,24 +82,17 @@ def prepare_sharded(model: nn.Module) -> None:
         sharded = isinstance(lvlm, FSDPModule)
         if sharded and dist.get_world_size() > 1:
             share_tensor_attributes(lvlm, causal_lm_of(lvlm).device)
-        _keep_out_of_backward(parts_of(lvlm).get("vision"))
-
-
-def _keep_out_of_backward(tower: nn.Module | None) -> None:
-    """Let FSDP2 not gather a frozen tower again for a backward pass, which does not reach it."""
-    if tower is not None and not any(parameter.requires_grad for parameter in tower.parameters()):
-        for module in tower.modules():
-            if isinstance(module, FSDPModule):
-                module.set_unshard_in_backward(False)
+        tower = parts_of(lvlm).get("vision")
+        if tower is not None and not any(parameter.requires_grad for parameter in tower.parameters()):
+            for module in tower.modules():
+                if isinstance(module, FSDPModule):  # a backward pass does not reach it: do not gather it again
+                    module.set_unshard_in_backward(False)
 
 
 def shard_from_first_rank(root: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
     """Shard a model block by block, each when it has the first rank's weights; then no other block is whole.
 
-    Args:
-        root: the model, on the meta device but for the first rank.
-        blocks: units of their own, none within another.
-        device: where the model computes.
+    The model, ``root``, is on the meta device but for the first rank. No block is within another.
     """
     within = {module for block in blocks for module in block.modules()}
     for unit in (*blocks, root):

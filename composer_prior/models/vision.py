@@ -10,8 +10,9 @@ A tower is a module with
   ``process`` and ``max_image_tokens``.
 """
 
+import logging
 import pickle
-from functools import partial
+from functools import wraps
 from typing import Any, Literal
 
 import open_clip
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from composer_prior import registry
 from composer_prior.data.batch import ImageInputs
 from composer_prior.data.messages import announce, one_line
 from composer_prior.models.open_clip_source import brings_weights, find_source
@@ -32,6 +34,19 @@ from composer_prior.models.prior_lvlm.modeling_prior_lvlm import (
 )
 
 
+def check_without_weights(constructor: Any) -> Any:
+    """Let the check of a recipe build a tower on the meta device, before there are data and a language model."""
+
+    @wraps(constructor)
+    def check(**arguments: Any) -> None:
+        with torch.device("meta"):
+            constructor(**({"width": 1} if registry.takes(constructor, "width") else {}), **arguments)
+
+    constructor.check = check
+    return constructor
+
+
+@check_without_weights
 def build_open_clip(
     architecture: str,
     pretrained: str | None = None,
@@ -69,13 +84,17 @@ def build_open_clip(
             encoder does not have.
     """
     given: dict[str, Any] = {"mean": mean, "std": std, "interpolation": interpolation, "resize_mode": resize_mode}
-    _check_open_clip(architecture, pretrained, image_size, layer, **given)
     source = find_source(architecture, pretrained, given)
+    description = source.config
+    size, patch = image_size or description["vision_cfg"].get("image_size"), description["vision_cfg"].get("patch_size")
+    if isinstance(size, int) and isinstance(patch, int) and size % patch:
+        raise ValueError(f"model.vision.image_size={size} is not a multiple of {architecture}'s patch size {patch}.")
     device = torch.empty(0).device
     loads = device.type != "meta"  # where only shapes are wanted
     if loads and source.assumption:
         announce(source.assumption)
     # The encoder's own preprocessing at evaluation: an LVLM learns captions of whole images, without augmentation.
+    logging.disable(logging.NOTSET if loads else logging.WARNING)  # there are no weights, which OpenCLIP warns about
     try:
         clip = open_clip.create_model(
             architecture,
@@ -90,17 +109,21 @@ def build_open_clip(
     except (RuntimeError, OSError, AssertionError, LookupError, pickle.UnpicklingError) as error:
         what = f"architecture={architecture}" if pretrained is None else f"pretrained={pretrained}"
         raise ValueError(f"model.vision.{what} cannot be loaded: {one_line(error)}") from error
+    finally:
+        logging.disable(logging.NOTSET)
     encoder = clip.visual
     depth = len(encoder_blocks(encoder))
-    _check_layer(architecture, layer, depth)
+    if not -depth <= layer < depth:
+        raise ValueError(f"model.vision.layer={layer}: {architecture} has {depth} layers.")
     prune_encoder(encoder, layer % depth)
-    description = source.config
     if image_size is not None:
         description["vision_cfg"]["image_size"] = image_size
-    size = _square(encoder.image_size)
+    height, width = (encoder.image_size,) * 2 if isinstance(encoder.image_size, int) else encoder.image_size
+    if height != width:
+        raise ValueError(f"OpenCLIP image size {height} x {width}: only square inputs are supported.")
     with torch.no_grad():
-        blank = next(encoder.parameters()).new_zeros(1, 3, size, size)
-        _, image_tokens, width = encoder_features(encoder, blank).shape
+        blank = next(encoder.parameters()).new_zeros(1, 3, height, width)
+        _, image_tokens, features = encoder_features(encoder, blank).shape
     config = {
         "type": "open_clip",
         "embed_dim": description["embed_dim"],
@@ -108,34 +131,13 @@ def build_open_clip(
         "quick_gelu": description.get("quick_gelu", False),
         "layer": layer % depth,
         "preprocess": dict(encoder.preprocess_cfg),
-        "width": width,
+        "width": features,
         "image_tokens": image_tokens,
     }
-    tower = OpenCLIPTower(config, encoder)
-    return tower.requires_grad_(not freeze).train()
+    return OpenCLIPTower(config, encoder).requires_grad_(not freeze).train()
 
 
-def _check_open_clip(
-    architecture: str,
-    pretrained: str | None = None,
-    image_size: int | None = None,
-    layer: int = -2,
-    mean: Any = None,
-    std: Any = None,
-    interpolation: str | None = None,
-    resize_mode: str | None = None,
-) -> None:
-    """Refuse impossible arguments before weights are loaded."""
-    given = {"mean": mean, "std": std, "interpolation": interpolation, "resize_mode": resize_mode}
-    vision = find_source(architecture, pretrained, given).config["vision_cfg"]
-    size, patch = image_size or vision.get("image_size"), vision.get("patch_size")
-    if isinstance(size, int) and isinstance(patch, int) and size % patch:
-        raise ValueError(f"model.vision.image_size={size} is not a multiple of {architecture}'s patch size {patch}.")
-    depth = vision.get("layers")
-    if isinstance(depth, int):
-        _check_layer(architecture, layer, depth)
-
-
+@check_without_weights
 def build_patches(width: int, patch_size: int = 16, max_side: int = 512, freeze: bool = False) -> PatchEmbedding:
     """Build a patch embedding, without an encoder.
 
@@ -150,19 +152,10 @@ def build_patches(width: int, patch_size: int = 16, max_side: int = 512, freeze:
     Raises:
         ValueError: if ``patch_size`` does not divide ``max_side``.
     """
-    _check_patches(patch_size, max_side)
-    tower = PatchEmbedding({"type": "patches", "width": width, "patch_size": patch_size, "max_side": max_side})
-    return tower.requires_grad_(not freeze)
-
-
-def _check_patches(patch_size: int = 16, max_side: int = 512) -> None:
-    """Refuse impossible arguments before the model is built."""
     if patch_size < 1 or max_side % patch_size:
         raise ValueError(f"model.vision.max_side={max_side} is not a multiple of patch_size={patch_size}.")
-
-
-build_open_clip.check = _check_open_clip  # type: ignore[attr-defined]
-build_patches.check = _check_patches  # type: ignore[attr-defined]
+    tower = PatchEmbedding({"type": "patches", "width": width, "patch_size": patch_size, "max_side": max_side})
+    return tower.requires_grad_(not freeze)
 
 
 def image_processor_of(tower: nn.Module) -> PriorLVLMImageProcessor:
@@ -171,23 +164,6 @@ def image_processor_of(tower: nn.Module) -> PriorLVLMImageProcessor:
 
 
 def image_inputs(image_processor: PriorLVLMImageProcessor, image: Image.Image) -> ImageInputs:
-    """Return one image as a data set's samples hold it."""
+    """Return one image as a data set's samples hold it; :class:`.StreamingCaptionDataset` takes a partial of this."""
     tensors, row_ends = image_processor.process(image)
     return ImageInputs(tensors, [int(ends) for ends in row_ends])
-
-
-def to_image_inputs(image_processor: PriorLVLMImageProcessor) -> "partial[ImageInputs]":
-    """Return what a :class:`.StreamingCaptionDataset` takes as its image processor."""
-    return partial(image_inputs, image_processor)
-
-
-def _check_layer(architecture: str, layer: int, depth: int) -> None:
-    if not -depth <= layer < depth:
-        raise ValueError(f"model.vision.layer={layer}: {architecture} has {depth} layers.")
-
-
-def _square(size: int | tuple[int, int]) -> int:
-    height, width = (size, size) if isinstance(size, int) else size
-    if height != width:
-        raise ValueError(f"OpenCLIP image size {height} x {width}: only square inputs are supported.")
-    return height

@@ -17,8 +17,8 @@ from composer_prior.data.messages import announce
 from composer_prior.data.nodes import check_same
 from composer_prior.data.storage import write_whole
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
-from composer_prior.models.compile import prepare_compile
 from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.models.language import prepare_compile
 from composer_prior.models.sharding import build_parallelism, check_checkpointing, prepare_sharded
 from composer_prior.reports.closing import (
     Samples,

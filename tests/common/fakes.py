@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from composer_prior.evaluation.likelihood import TokenLogprobs
+from composer_prior.models.image_text_model import TokenLogprobs
 
 
 class FakeModel:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from composer_prior.evaluation.likelihood import TokenLogprobs
+from composer_prior.models.image_text_model import TokenLogprobs
 
 
 class Blind:

@@ -11,8 +11,8 @@ from PIL import Image
 
 from composer_prior.emoji_scenes.captions import COUNT_WORDS, RELATIONS, plural, with_article
 from composer_prior.emoji_scenes.scenes import BACKGROUNDS, CLASSES, SIZES, PlacedObject, Scene
-from composer_prior.evaluation.likelihood import TokenLogprobs
 from composer_prior.evaluation.scene_choices import SCENE
+from composer_prior.models.image_text_model import TokenLogprobs
 
 CERTAINTY = 1000.0  # nats: more than any text is less likely than another before the image is seen
 

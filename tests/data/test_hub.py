@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from common.commands import run_job
 
 from composer_prior import load
@@ -12,7 +13,7 @@ from composer_prior.data import hub
 from composer_prior.data.hub import ModelFolderError, find_model
 from composer_prior.data.tokenizer import build_tokenizer
 from composer_prior.inference.export import export_model
-from composer_prior.models.language import build_language_model, language_skeleton
+from composer_prior.models.language import build_language_model
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.scoring.score import reference_identity
 from composer_prior.training.checkpoints.loading import read_weights
@@ -25,6 +26,11 @@ Path({!r}).touch()
 class Tokenizer(PreTrainedTokenizerFast):
     pass
 """
+
+
+def shapes(tokenizer, pretrained):
+    with torch.device("meta"):
+        return build_language_model(tokenizer, pretrained=pretrained)
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +80,7 @@ def test_a_hub_is_asked_once_and_its_silence_is_one_line(name, monkeypatch):
     with pytest.raises(OSError, match=rf"tokenizer\.name='{name}' is neither a folder"):
         build_tokenizer({"name": name})
     with pytest.raises(OSError, match=rf"model\.language\.pretrained='{name}' is neither a folder"):
-        language_skeleton(None, pretrained=name)
+        shapes(None, name)
     assert set(asked) == {name}
     monkeypatch.setattr(hub, "model_info", lambda *_, **__: None)
     hub._ask_hub.cache_clear()
@@ -142,7 +148,7 @@ def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(trap, token
         "reference": lambda: ReferenceLM.from_pretrained(lm),
         "score": lambda: reference_identity(lm),
         "pretrained": lambda: build_language_model(tokenizer, pretrained=lm_model),
-        "its shapes": lambda: language_skeleton(tokenizer, pretrained=lm_model),
+        "its shapes": lambda: shapes(tokenizer, lm_model),
     }
     for name, call in calls.items():
         with pytest.raises(ModelFolderError, match=r"comes with Python code of its own, which is not run unless") as e:

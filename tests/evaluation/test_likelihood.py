@@ -10,9 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from composer_prior.data.captions import CaptionFormat
 from composer_prior.data.messages import DataError
-from composer_prior.evaluation.likelihood import TextOnly
-from composer_prior.models.continuation import continuation_logprobs
-from composer_prior.models.image_text_model import ImageTextModel
+from composer_prior.evaluation.choices import TextOnly
+from composer_prior.models.image_text_model import ImageTextModel, continuation_logprobs
 from composer_prior.models.language import head_of
 from composer_prior.models.prior_lvlm.modeling_prior_lvlm import decoder_of
 from composer_prior.models.reference import ReferenceLM

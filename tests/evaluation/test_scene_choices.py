@@ -14,8 +14,8 @@ from PIL import Image
 from composer_prior.emoji_scenes import drawings
 from composer_prior.emoji_scenes.scenes import draw_scene, is_held_out
 from composer_prior.evaluation.benchmark import run_benchmark
-from composer_prior.evaluation.likelihood import TokenLogprobs
 from composer_prior.evaluation.scene_choices import SCENE, SceneChoices, SceneFoils, SceneQuestions
+from composer_prior.models.image_text_model import TokenLogprobs
 from composer_prior.registry import build
 from tests.common.scene_oracle import SceneOracle
 

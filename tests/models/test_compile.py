@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from composer_prior import ComposerLVLM
 from composer_prior.data.tokenizer import add_image_tokens
-from composer_prior.models.compile import prepare_compile
+from composer_prior.models.language import prepare_compile
 
 pytestmark = pytest.mark.slow
 

@@ -19,14 +19,13 @@ from composer_prior import ComposerLVLM, ReferenceLM
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.tokenizer import build_tokenizer, image_token_ids
 from composer_prior.models.build import make_lvlm
-from composer_prior.models.compile import prepare_compile
 from composer_prior.models.head import TransformedHead, labelled_nll
 from composer_prior.models.language import (
     build_language_model,
     check_head,
     head_of,
-    language_skeleton,
     last_hidden_states,
+    prepare_compile,
 )
 from composer_prior.models.prior_lvlm import modeling_prior_lvlm
 from composer_prior.models.vision import build_patches
@@ -271,7 +270,7 @@ def test_embeddings_grow_by_the_mean_to_a_multiple_of_64(family, changes, tokeni
             torch.testing.assert_close(new[rows:], old.mean(0).expand_as(new[rows:]))
     assert (grown.lm_head.weight is grown.get_input_embeddings().weight) == before.config.tie_word_embeddings
     with torch.device("meta"):
-        skeleton = language_skeleton(tokenizer, pretrained=str(tmp_path))
+        skeleton = build_language_model(tokenizer, pretrained=str(tmp_path))
     assert {name: (value.shape, value.dtype) for name, value in skeleton.state_dict().items()} == {
         name: (value.shape, value.dtype) for name, value in grown.state_dict().items()
     }
@@ -288,7 +287,7 @@ def test_attention_is_computed_as_asked(attention, tokenizer, tmp_path):
     build("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     source = {"pretrained": str(tmp_path), "attn_implementation": attention}
     with torch.device("meta"):
-        skeleton = language_skeleton(tokenizer, **source)
+        skeleton = build_language_model(tokenizer, **source)
     config = {"config": {"model_type": "llama", **SIZES}, "attn_implementation": attention}
     for model in (build_language_model(tokenizer, **source), build_language_model(tokenizer, **config), skeleton):
         assert model.config._attn_implementation == attention

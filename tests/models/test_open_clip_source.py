@@ -10,6 +10,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from composer_prior.models.build import lvlm_skeleton
+from composer_prior.models.open_clip_source import find_source
 from composer_prior.models.vision import build_open_clip, image_processor_of
 
 PAIRS = [(name, tag) for name in open_clip.list_models() for tag in list_pretrained_tags_by_model(name)]
@@ -46,11 +47,11 @@ def test_every_pair_of_the_table_has_the_activation_that_it_was_trained_with():
     for name, tag in PAIRS:
         trained = get_pretrained_cfg(name, tag)
         if is_quick(name) == is_quick(name, trained):
-            build_open_clip.check(name, tag)
+            find_source(name, tag, {})
             continue
         refused += 1
         with pytest.raises(ValueError, match="QuickGELU") as error:
-            build_open_clip.check(name, tag)
+            find_source(name, tag, {})
         remedy = str(error.value).partition("set model.vision.architecture=")[2]
         if remedy.startswith("hf-hub:"):  # no architecture of the table is as the weights
             assert trained["hf_hub"].rstrip("/") in remedy
@@ -70,12 +71,12 @@ def test_weights_by_path_have_the_preprocessing_that_all_weights_of_their_archit
         shared = [key for key in KEYS if len({str(one[key]) for one in given}) == 1]
         if len(shared) == 4 or name == "prior-vit-tiny":
             known += 1
-            build_open_clip.check(name, str(file))
+            find_source(name, str(file), {})
             continue
         with pytest.raises(ValueError, match="the keys mean, std, interpolation and resize_mode of") as e:
-            build_open_clip.check(name, str(file))
+            find_source(name, str(file), {})
         assert f"({', '.join(key for key in KEYS if key not in shared)})" in str(e.value)
-        build_open_clip.check(name, str(file), **{key: OTHER[key] for key in KEYS if key not in shared})
+        find_source(name, str(file), {key: OTHER[key] for key in KEYS if key not in shared})
     assert known > 100
 
 
@@ -101,12 +102,12 @@ def test_a_configuration_beside_a_file_tells_its_activation(tmp_path, capsys):
     file.touch()
     config = {"model_cfg": open_clip.get_model_config("ViT-B-32-quickgelu")}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    build_open_clip.check("ViT-B-32-quickgelu", str(file))
+    find_source("ViT-B-32-quickgelu", str(file), {})
     with pytest.raises(ValueError, match=r"set model\.vision\.architecture=ViT-B-32-quickgelu"):
-        build_open_clip.check("ViT-B-32", str(file))
+        find_source("ViT-B-32", str(file), {})
     (tmp_path / "open_clip_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"open_clip_config\.json cannot be read"):
-        build_open_clip.check("ViT-B-32", str(file))
+        find_source("ViT-B-32", str(file), {})
 
 
 def test_an_activation_that_nothing_tells_is_said_once(folder, capsys, monkeypatch):
@@ -137,33 +138,33 @@ def test_a_folder_or_a_hub_model_of_openclip_is_an_architecture_with_its_weights
 
 def test_what_a_folder_of_openclip_lacks_is_said(folder, tmp_path):
     with pytest.raises(ValueError, match=r"brings its weights; leave model\.vision\.pretrained out"):
-        build_open_clip.check(f"local-dir:{folder}", "openai")
+        find_source(f"local-dir:{folder}", "openai", {})
     config = json.loads((folder / "open_clip_config.json").read_text())
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config["model_cfg"]}))
     with pytest.raises(ValueError, match=r"the keys mean, std, interpolation and resize_mode of model\.vision"):
-        build_open_clip.check(f"local-dir:{folder}")
-    build_open_clip.check(f"local-dir:{folder}", **OTHER)
+        find_source(f"local-dir:{folder}", None, {})
+    find_source(f"local-dir:{folder}", None, OTHER)
     with open(folder / "open_clip_pytorch_model.bin", "r+b") as file:
         file.truncate(1000)
     with pytest.raises(ValueError, match=r"model\.vision\.architecture=local-dir:.* cannot be loaded"):
         build_open_clip(f"local-dir:{folder}", **OTHER)
     (folder / "open_clip_pytorch_model.bin").unlink()
     with pytest.raises(ValueError, match="there are no weights"):
-        build_open_clip.check(f"local-dir:{folder}", **OTHER)
+        find_source(f"local-dir:{folder}", None, OTHER)
     with pytest.raises(ValueError, match=r"local-dir:/nosuch: open_clip_config\.json cannot be read"):
-        build_open_clip.check("local-dir:/nosuch")
+        find_source("local-dir:/nosuch", None, {})
 
 
 def test_a_torchscript_archive_is_refused_with_what_to_take_instead(tmp_path):
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "ViT-B-32.pt")
     with pytest.raises(ValueError, match=r"architecture=ViT-B-32-quickgelu and model\.vision\.pretrained=openai"):
-        build_open_clip.check("ViT-B-32", str(tmp_path / "ViT-B-32.pt"))
+        find_source("ViT-B-32", str(tmp_path / "ViT-B-32.pt"), {})
 
 
 @pytest.mark.parametrize("given", [{"mean": [0.5, 0.5, 127]}, {"std": [0.5, 0, 0.5]}])
 def test_impossible_means_and_deviations_are_refused(given):
     with pytest.raises(ValueError, match="expected three values of the range from 0 to 1"):
-        build_open_clip.check("prior-vit-tiny", **given)
+        find_source("prior-vit-tiny", None, given)
 
 
 def test_ranks_without_weights_prepare_pictures_as_the_first_one_does(folder, tokenizer):

@@ -6,7 +6,7 @@ import pytest
 from common.recipes import ROOT
 
 from composer_prior import registry
-from composer_prior.models.metrics import caption_metrics
+from composer_prior.models.composer_lvlm import caption_metrics
 from composer_prior.studies.runner import Plan, plan_tasks
 from composer_prior.studies.shared import share
 from composer_prior.studies.study import METHOD, SEED, Study, read_study

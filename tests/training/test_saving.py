@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from composer_prior.data.hub import ModelFolderError
 from composer_prior.data.remote import Remote
 from composer_prior.inference.caption import caption_images
 from composer_prior.models.llava import export_llava
-from composer_prior.models.vision import to_image_inputs
+from composer_prior.models.vision import image_inputs
 from composer_prior.training.run import train
 
 RUNS = {"prior_vit": [], "prior_patch": []}
@@ -50,7 +51,7 @@ def validation_data(model):
     return StreamingCaptionDataset(
         local="validation",
         tokenizer=model.tokenizer,
-        image_processor=to_image_inputs(model.processor.image_processor),
+        image_processor=partial(image_inputs, model.processor.image_processor),
         batch_size=8,
         max_caption_tokens=128,
     )

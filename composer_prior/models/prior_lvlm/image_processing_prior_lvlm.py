@@ -1,6 +1,8 @@
 """Image processor of the LVLM: OpenCLIP's preprocessing, or pixel patches in the image's own aspect ratio."""
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -40,20 +42,8 @@ class PriorLVLMImageProcessor(BaseImageProcessor):
         if self.vision["type"] == "patches":
             patches, rows, columns = cut_patches(image, self.vision["patch_size"], self.vision["max_side"])
             return {"pixel_patches": patches}, ([False] * columns + [True]) * rows
-        return {"pixel_values": self._transform(image)}, [False] * self.vision["image_tokens"]
-
-    @property
-    def _transform(self) -> Any:
-        """OpenCLIP's preprocessing, made once."""
-        if "made_transform" not in vars(self):
-            from open_clip.transform import PreprocessCfg, image_transform_v2
-
-            self.made_transform = image_transform_v2(PreprocessCfg(**self.vision["preprocess"]), is_train=False)
-        return self.made_transform
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what is saved."""
-        return {key: value for key, value in super().to_dict().items() if key != "made_transform"}
+        pixels = open_clip_transform(json.dumps(self.vision["preprocess"]))(image)
+        return {"pixel_values": pixels}, [False] * self.vision["image_tokens"]
 
     def batch(self, images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Stack the tensors of images; patches are padded at their end."""
@@ -69,6 +59,14 @@ class PriorLVLMImageProcessor(BaseImageProcessor):
     def preprocess(self, images: Any, return_tensors: Any = "pt", **kwargs: Any) -> BatchFeature:
         """Return the tensors of one image or of several: Pillow's, arrays, paths or addresses."""
         return BatchFeature(self.batch([self.process(image)[0] for image in flat_images(images)]), return_tensors)
+
+
+@cache
+def open_clip_transform(preprocess: str) -> Any:
+    """Make OpenCLIP's preprocessing from its settings, which are JSON."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    return image_transform_v2(PreprocessCfg(**json.loads(preprocess)), is_train=False)
 
 
 def cut_patches(image: Image.Image, patch_size: int, max_side: int) -> tuple[Tensor, int, int]:

@@ -68,11 +68,7 @@ class OpenCLIPTower(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Pixel patches through one linear layer, ``pixel_patches [B, N, 3 P P] -> [n, width]`` of the real patches.
-
-    Args:
-        vision: as in :class:`PriorLVLMConfig`.
-    """
+    """Pixel patches through one linear layer, ``pixel_patches [B, N, 3 P P] -> [n, width]`` of the real patches."""
 
     def __init__(self, vision: Mapping[str, Any]):
         super().__init__()
@@ -113,11 +109,7 @@ def encoder_features(encoder: Any, pixel_values: Tensor) -> Tensor:
 
 
 def encoder_blocks(encoder: Any) -> Any:
-    """Return the list of transformer blocks of an OpenCLIP encoder.
-
-    Raises:
-        ValueError: if it has none.
-    """
+    """Return the list of transformer blocks of an OpenCLIP encoder."""
     if hasattr(encoder, "transformer"):
         return encoder.transformer.resblocks
     if hasattr(getattr(encoder, "trunk", None), "blocks"):
@@ -126,11 +118,7 @@ def encoder_blocks(encoder: Any) -> Any:
 
 
 def build_projector(name: str | None, width_in: int, width_out: int) -> nn.Module:
-    """Build what maps the tower's width to the LM's: ``linear``, or ``mlp``, two layers with a GELU (LLaVA-1.5).
-
-    Raises:
-        ValueError: for another name.
-    """
+    """Build what maps the tower's width to the LM's: ``linear``, or ``mlp``, two layers with a GELU (LLaVA-1.5)."""
     if name is None:
         return nn.Identity()
     if name == "linear":
@@ -201,11 +189,7 @@ class PriorLVLMModel(PriorLVLMPreTrainedModel):
         pixel_patches: Tensor | None = None,
         patch_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return input embeddings ``[B, T, D]``, image features in the places of the image tokens.
-
-        Raises:
-            ValueError: if there are more or fewer features than image tokens.
-        """
+        """Return input embeddings ``[B, T, D]``, image features in the places of the image tokens."""
         embeddings = self.get_input_embeddings()(input_ids)  # [B, T, D]
         given = {"pixel_values": pixel_values, "pixel_patches": pixel_patches, "patch_mask": patch_mask}
         images = {name: tensor for name, tensor in given.items() if tensor is not None}
@@ -284,22 +268,6 @@ class PriorLVLMForConditionalGeneration(PriorLVLMPreTrainedModel, GenerationMixi
         causal_lm.generation_config = self.generation_config
         return causal_lm
 
-    def get_input_embeddings(self) -> Any:
-        """Return the language model's embeddings."""
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the language model's embeddings."""
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the head."""
-        self.lm_head = new_embeddings
-
     def get_decoder(self) -> nn.Module:
         """Return the language model's decoder."""
         return self.model.language_model
@@ -308,52 +276,29 @@ class PriorLVLMForConditionalGeneration(PriorLVLMPreTrainedModel, GenerationMixi
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         pixel_patches: Tensor | None = None,
         patch_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits ``[B, T, V]``, and with labels ``[B, T]`` (-100: none) the mean loss of the next token.
 
-        Args:
-            input_ids: ``[B, T]`` int64 with image tokens.
-            attention_mask: ``[B, T]``, 1 on real positions.
-            position_ids: as of the language model.
-            past_key_values: as of the language model.
-            inputs_embeds: ``[B, T, D]`` in place of ``input_ids``.
-            pixel_values: ``[B, 3, H, W]``, or
-            pixel_patches: ``[B, N, 3 P P]`` with
-            patch_mask: ``[B, N]`` bool, True on real patches.
-            labels: ``[B, T]`` int64, not shifted.
-            use_cache: as of the language model.
-            cache_position: as of the language model.
-            logits_to_keep: the last so many positions, or the positions, that get logits; 0 means all.
-            output_hidden_states: as of the language model.
-            output_attentions: as of the language model.
-            **kwargs: of the loss.
+        Text is ``input_ids [B, T]`` int64 with image tokens or ``inputs_embeds [B, T, D]``; images are ``pixel_values
+        [B, 3, H, W]`` or ``pixel_patches [B, N, 3 P P]`` with ``patch_mask [B, N]``, True on real patches.
+        ``logits_to_keep`` is how many of the last positions get logits, 0 for all, or which ones. Further arguments,
+        such as ``past_key_values`` and ``use_cache``, are those of the language model and of the loss.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             pixel_patches=pixel_patches,
             patch_mask=patch_mask,
-            use_cache=use_cache,
-            cache_position=cache_position,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept]) * self.logit_scale
@@ -382,13 +327,8 @@ class PriorLVLMForConditionalGeneration(PriorLVLMPreTrainedModel, GenerationMixi
     ) -> Any:
         """Continue text with the language model's own ``generate``, which knows the cache of its family.
 
-        Args:
-            input_ids: ``[B, T]`` int64 with image tokens, padded on the left.
-            attention_mask: ``[B, T]``, 1 on real positions.
-            pixel_values: as in :meth:`forward`.
-            pixel_patches: as in :meth:`forward`.
-            patch_mask: as in :meth:`forward`.
-            **kwargs: of ``generate``.
+        The ids ``[B, T]`` hold image tokens and are padded on the left, images are as in :meth:`forward`, and
+        ``kwargs`` are those of ``generate``.
 
         Returns:
             ids ``[B, T + S]`` int64, or with ``return_dict_in_generate`` an output that has them.

@@ -70,18 +70,10 @@ class PriorLVLMProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Return ``input_ids`` and ``attention_mask`` ``[B, T]``, and the tensors of the images.
 
-        Args:
-            images: one image or several, in the order in which the texts name them.
-            text: one text or several, each with ``<image>`` once for each of its images. Default: that and the prompt
-                of training, for each image.
-            padding: as a tokenizer's.
-            padding_side: as a tokenizer's. Default: the tokenizer's own.
-            add_special_tokens: begin text without an image, too, with the beginning-of-sequence token.
-            truncation: cut sequences after ``max_length`` tokens.
-            max_length: as a tokenizer's.
-            pad_to_multiple_of: as a tokenizer's.
-            return_tensors: as a tokenizer's.
-            **kwargs: ignored.
+        There are one image or several, in the order in which the texts name them, and one text or several, each with
+        ``<image>`` once for each of its images; by default that and the prompt of training, for each image. With
+        ``add_special_tokens`` text without an image, too, begins with the beginning-of-sequence token, and
+        ``truncation`` cuts sequences after ``max_length`` tokens. The other arguments are a tokenizer's.
 
         Raises:
             ValueError: if texts and images differ in number, or an image would be cut.
