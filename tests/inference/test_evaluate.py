@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from common.commands import evaluate as main
 from common.models import small_lm, small_lvlm
-from common.recipes import launch
+from common.recipes import ROOT, fork_ranks
 from streaming import MDSWriter
 
 from composer_prior import load
@@ -127,7 +127,7 @@ def test_without_a_benchmark_their_names_are_listed(capsys):
 def test_ranks_share_the_samples_and_give_the_same_figures(here):
     words = ["model", "benchmark=image_dependence", "data=data/validation", "reference=reference", "limit=20"]
     assert main([*words, "out=one"]) == 0
-    launch(here, "-m", "composer_prior", "evaluate", *words, "out=two")
+    fork_ranks(here, ROOT / "scripts/evaluate.py", *words, "out=two")
     one, two = (json.loads(Path(out, "results.json").read_text()) for out in ("one", "two"))
     assert two["samples"] == 20
     for name, figure in one["figures"].items():

@@ -152,13 +152,18 @@ OPTIMIZER = [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run in groups on one rank, and on two that share each weight, whose checkpoints are of one file."""
+    """The folder of a run in groups on one rank."""
     folder = tmp_path_factory.mktemp("groups")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train(recipe("ntp_vit", *TRAINED, *OPTIMIZER, "run_name=one"))
-    two_ranks("run_name=two", folder=folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def two(runs):
+    """The same run on two ranks that share each weight, whose checkpoints are of one file."""
+    two_ranks("run_name=two", folder=runs)
 
 
 def two_ranks(*overrides, folder=None):
@@ -177,9 +182,9 @@ def groups_in(run):
 
 
 @pytest.mark.slow
-def test_two_ranks_keep_the_groups_and_reach_the_losses_of_one(there):
-    one, two = groups_in("one"), groups_in("two")
-    assert two == one
+def test_two_ranks_keep_the_groups_and_reach_the_losses_of_one(there, two):
+    one = groups_in("one")
+    assert groups_in("two") == one
     assert [(group["name"], group["initial_lr"], group["weight_decay"]) for group in one] == [
         ("vision", 0.001, 0.0),
         ("group0", 0.01, 0.1),
@@ -207,7 +212,7 @@ def test_each_rate_is_scheduled_and_logged_by_the_name_of_its_group(there):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_its_own_groups_alone(there):
+def test_a_run_goes_on_with_its_own_groups_alone(there, two):
     two_ranks("run_name=again", "load_path=runs/two/checkpoints/ep0-ba2-rank0.pt")
     assert losses("runs/again") == losses("runs/two")[2:]
     assert groups_in("again") == groups_in("two")

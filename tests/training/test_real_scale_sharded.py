@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from common.real_scale import RECIPE, captions_of, check, pretrained, smaller
-from common.recipes import ROOT, fork_ranks, launch, losses
+from common.recipes import ROOT, fork_ranks, losses
 from transformers import AutoModelForCausalLM
 
 from composer_prior.models.vision import build_open_clip
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 def test_on_two_ranks_sharded(here):
     pretrained("smollm2", captions_of(here))
-    check(launch(here, str(ROOT / "train.py"), str(RECIPE), *smaller("precision=fp32")))
+    check(fork_ranks(here, str(ROOT / "train.py"), str(RECIPE), *smaller("precision=fp32")))
     checkpoint = Path("runs/prior_vit_l_14_336/checkpoints/ep1-ba2")
     assert {path.name for path in checkpoint.iterdir()} == {".metadata", "__0_0.distcp", "__1_0.distcp"}
 
