@@ -5,7 +5,6 @@ import io
 import json
 import os
 import platform
-from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +69,7 @@ def convert_unit(task: Task, number: int, unit: Any) -> Result:
     size_limit = size_in_bytes(task.options.size_limit) or 0
     writer = ShardWriter(folder, f"shard.{number:06}", task.columns, size_limit, task.buffer)
     rejected: list[Rejected] = []
-    counts = Counter(read=0, captions=0, samples=0)
+    read = captions = samples = 0
     for item in task.source.read(unit):
         if isinstance(item, BadFile) and task.options.on_bad_file == "raise":
             raise ConversionError(f"{item.where} cannot be read, or not to its end: {item.detail}; {BAD_FILE_HINT}.")
@@ -79,14 +78,17 @@ def convert_unit(task: Task, number: int, unit: Any) -> Result:
             writer.write(sample)
         rejected += problems
         written = sum(len(sample.get("captions", [None])) for sample in kept)
-        read = written + sum(problem.count or 0 for problem in problems)
-        counts.update(read=read, captions=written, samples=len(kept))
+        read += written + sum(problem.count or 0 for problem in problems)
+        captions += written
+        samples += len(kept)
     writer.finish()
     task.output.publish(folder, [shard["raw_data"]["basename"] for shard in writer.shards])
     return {
         "unit": digest(unit),
         "file": file_of(unit),
-        **counts,
+        "read": read,
+        "captions": captions,
+        "samples": samples,
         "shards": writer.shards,
         "rejected": [_line(problem) for problem in rejected],
         "cut": any(isinstance(problem, BadFile) for problem in rejected),

@@ -100,6 +100,8 @@ class ParquetSource(_ArrowSource):
             try:
                 with parquet.ParquetFile(file) as opened:
                     rows = opened.metadata.num_rows
+                    if self.options.key_column not in (None, *opened.schema_arrow.names):
+                        raise LookupError(f"no column {self.options.key_column!r}")
                     for unit in self._cut(whole, opened, seen):
                         yield unit
                         done = unit.row + _rows(opened, range(unit.first, unit.last))
@@ -111,17 +113,10 @@ class ParquetSource(_ArrowSource):
         for group in range(opened.num_row_groups):
             rows += _rows(opened, [group])
             if rows >= self.options.unit_samples or group == opened.num_row_groups - 1:
-                repeated = self._repeated(opened, range(first, group + 1), seen)
-                yield replace(whole, first=first, last=group + 1, row=row, repeated=repeated)
+                key = self.options.key_column
+                batches = _batches(opened, range(first, group + 1), [key]) if key else ()
+                yield replace(whole, first=first, last=group + 1, row=row, repeated=_repeated(batches, seen))
                 first, row, rows = group + 1, row + rows, 0
-
-    def _repeated(self, opened: Any, groups: range, seen: Seen) -> tuple[int, ...]:
-        key = self.options.key_column
-        if key is None:
-            return ()
-        if key not in opened.schema_arrow.names:
-            raise LookupError(f"no column {key!r}")
-        return _repeated(_batches(opened, groups, [key]), seen)
 
     def read(self, unit: FileUnit | BadFile) -> Iterator[Record | Rejected]:
         if isinstance(unit, BadFile):

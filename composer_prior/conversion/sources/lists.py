@@ -48,7 +48,14 @@ class ListSource(Source):
 
     @classmethod
     def open(cls, file: Path, format: str, options: SourceOptions) -> "ListSource":
-        if problem := _problem(file):
+        try:
+            head, _ = beginning(file)
+        except OSError as error:
+            raise SourceError(f"{file}: it cannot be read ({error.strerror or error}).") from error
+        problem = kind_of(head)
+        if encoding_of(file) == "utf-8-sig" and b"\0" in head[:4]:
+            problem = "UTF-16 without a byte order mark, or no text at all; save it as UTF-8"
+        if problem:
             raise SourceError(f"{file}: {problem}.")
         folder = file.parent.resolve()
         source = cls(file=file, format=format, options=options, folder=folder, images=folder)
@@ -74,17 +81,6 @@ class ListSource(Source):
     def _entries(self) -> Iterator[Record | Rejected]:
         readers = {"jsonl": _read_jsonl, "json": _read_json_array, "coco": _read_coco}
         return readers.get(self.format, _read_table)(self.file, self.options)
-
-
-def _problem(file: Path) -> str | None:
-    """Return the reason why a list is not text, or None."""
-    try:
-        head, _ = beginning(file)
-    except OSError as error:
-        return f"it cannot be read ({error.strerror or error})"
-    if encoding_of(file) == "utf-8-sig" and b"\0" in head[:4]:
-        return "UTF-16 without a byte order mark, or no text at all; save it as UTF-8"
-    return kind_of(head)
 
 
 def _images_folder(file: Path, names: list[str]) -> Path:

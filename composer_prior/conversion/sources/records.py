@@ -22,8 +22,10 @@ def value_of(entry: dict[str, Any], wanted: str | None, usual: Sequence[str]) ->
     """Return the wanted field, or else the first of the usual ones that is not empty."""
     if wanted:
         return entry.get(wanted)
-    present = [entry[name] for name in usual if name in entry]
-    return next(filter(None, present), present[0] if present else None)
+    for name in usual:
+        if value := entry.get(name):
+            return value
+    return next((entry[name] for name in usual if name in entry), None)
 
 
 def record_of(
