@@ -31,19 +31,15 @@ def options_of(target: Any) -> dict[str, Option]:
     """
     if isinstance(target, str):
         target = signatures.stub(target)
-    hints, sentences = typing.get_type_hints(target, include_extras=True), _sentences(target)
-    if isinstance(target, type) and not is_dataclass(target):
-        arguments = parameters_of(target)
-        hints = {name: argument.annotation for name, argument in arguments.items()}
-        defaults = {name: argument.default for name, argument in arguments.items()}
+    arguments, made = parameters_of(target), dict[str, Any]()
+    if not isinstance(target, type):
+        arguments = {name: one for name, one in arguments.items() if one.kind is one.KEYWORD_ONLY}
     elif is_dataclass(target):
-        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(target)}
-    else:
-        parameters = inspect.signature(target).parameters.values()
-        defaults = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        made = {f.name: f.default_factory() for f in fields(target) if f.default_factory is not MISSING}
+    sentences = _sentences(target)
     return {
-        name: Option(name, hints.get(name, Any), _typed_form(default), sentences.get(name, ""))
-        for name, default in defaults.items()
+        name: Option(name, one.annotation, _typed_form(made.get(name, one.default)), sentences.get(name, ""))
+        for name, one in arguments.items()
     }
 
 
@@ -91,7 +87,7 @@ def _value(word: str, text: str, annotation: Any) -> Any:
 
 def _typed_form(default: Any) -> str:
     """Return a default as a user would type it."""
-    if default is MISSING or default is inspect.Parameter.empty or default == "???":
+    if default is inspect.Parameter.empty or default == "???":
         return ""
     if default is None or isinstance(default, bool):
         return {None: "null", True: "true", False: "false"}[default]

@@ -9,7 +9,7 @@ from composer_prior.data.messages import announce, one_line_exit
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import score_captions
 from composer_prior.training.config import TrainConfig
-from composer_prior.training.prepare import job_of, prepare
+from composer_prior.training.run import job_of, prepare
 
 
 @one_line_exit()

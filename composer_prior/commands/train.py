@@ -6,8 +6,7 @@ from contextlib import ExitStack
 
 from composer_prior.data.messages import OneLineError, one_line_exit
 from composer_prior.training.config import TrainConfig
-from composer_prior.training.prepare import sole_run
-from composer_prior.training.run import start
+from composer_prior.training.run import sole_run, start
 from composer_prior.training.trainer import finish
 
 

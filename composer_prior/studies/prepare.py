@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from composer_prior.data.messages import one_line_exit
 from composer_prior.training.config import load_recipe
 from composer_prior.training.keys import check_keys
-from composer_prior.training.prepare import ensure_scores, prepare
+from composer_prior.training.run import ensure_scores, prepare
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from composer_prior.algorithms.token_weighting.token_weighting import unwrapped
 from composer_prior.data.messages import announce, failure
 from composer_prior.evaluation.benchmark import Benchmark, Figures, run_benchmark
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.training.errors import one_line_errors
+from composer_prior.training.builders import one_line_errors
 from composer_prior.training.keys import benchmark_arguments
 
 log = logging.getLogger(__name__)
@@ -70,16 +70,13 @@ class RunBenchmark(Callback):
 def build_benchmarks(
     benchmarks: Mapping[str, Any], model: Any, reference: str | None = None, where: str = ""
 ) -> list[RunBenchmark]:
-    """Build the callbacks of a recipe's benchmarks.
+    """Build the callbacks of a recipe's benchmarks, which need a model with a vision tower.
 
     Args:
         benchmarks: of the recipe.
         model: of the run.
         reference: folder of the text-only reference's model, passed to benchmarks whose ``reference`` is not given.
         where: prefix of the recipe's keys, for messages.
-
-    Raises:
-        ValueError: naming what cannot be; also for a model without a vision tower.
     """
     chosen = {name: arguments for name, arguments in benchmarks.items() if arguments is not None}
     if chosen and not (isinstance(model, ComposerLVLM) and not model.reads_text_alone):

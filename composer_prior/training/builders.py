@@ -1,6 +1,8 @@
-"""From the parts of a recipe to the objects of a run."""
+"""From the parts of a recipe to the objects of a run, and the errors of their libraries as one line."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import metadata
 from typing import Any
 
 import torch
@@ -9,7 +11,37 @@ from composer.utils import dist
 from transformers import PreTrainedTokenizerBase
 
 from composer_prior import registry
+from composer_prior.data.captions import StreamingCaptionDataset, caption_data_spec
+from composer_prior.data.messages import OneLineError, one_line
+from composer_prior.data.storage import StorageError
 from composer_prior.models.build import lvlm_skeleton
+from composer_prior.training.config import TrainConfig
+
+
+class StartError(ValueError):
+    """A library's error at the start of a run, as one line."""
+
+
+@contextmanager
+def one_line_errors(where: str = "") -> Iterator[None]:
+    """Let what the libraries below raise at a run's start be one line that says where it comes from."""
+    try:
+        yield
+    except StorageError as error:
+        raise StartError(f"{where}: {error}".removeprefix(": ")) from error
+    except OneLineError:
+        raise
+    except (ValueError, OSError, RuntimeError, ImportError, TypeError, LookupError, ArithmeticError) as error:
+        if not where and isinstance(error, ValueError | TypeError | LookupError):
+            raise  # a line of ours, or a fault of ours, which needs its traceback
+        kind = f"{type(error).__name__}: " if isinstance(error, RuntimeError | LookupError) else ""
+        said = kind + one_line(error)
+        missing = error.__cause__ or error
+        if isinstance(missing, ModuleNotFoundError) and missing.name:  # Composer's advice is its own extras
+            package, extras = missing.name.partition(".")[0], metadata("composer-prior").get_all("Provides-Extra") or ()
+            how = f"-e '.[{package}]'" if package in extras else package
+            said = f"the package {package} is missing: pip install -c constraints.txt {how}"
+        raise StartError(f"{where}: {said}".removeprefix(": ")) from error
 
 
 def build_model(
@@ -70,3 +102,43 @@ def build_precision(name: str) -> Precision:
     if name == "auto":
         return Precision.AMP_BF16 if torch.cuda.is_available() else Precision.FP32
     return Precision(name)
+
+
+def build_loaders(recipe: TrainConfig, model: Any, scores: bool = True, where: str = "") -> dict[str, Any]:
+    """Build the loaders of a recipe, ``train`` and, where it has one, ``eval``.
+
+    Args:
+        recipe: of the run.
+        model: whose tokenizer and image processor they use.
+        scores: let samples carry the stored scores that the recipe names.
+        where: prefix of the recipe's keys, for messages.
+    """
+    sizes = {"train": per_rank_batch_size(recipe.global_train_batch_size), "eval": recipe.device_eval_batch_size}
+    loaders = {}
+    for name, batch_size in sizes.items():
+        config = getattr(recipe, f"{name}_loader")
+        if config is None:
+            continue
+        loader = {"drop_last": name == "train", **config}
+        dataset = {"shuffle_seed": recipe.seed, **loader.pop("dataset")}
+        if not scores:
+            dataset["scores"] = None
+        with one_line_errors(f"{where}{name}_loader"):
+            data = StreamingCaptionDataset(
+                tokenizer=model.tokenizer,
+                image_processor=getattr(model, "image_processor", None),
+                batch_size=batch_size,
+                **dataset,
+            )
+            loaders[name] = caption_data_spec(data, batch_size, **loader)
+    return loaders
+
+
+def per_rank_batch_size(global_batch_size: int, where: str = "") -> int:
+    """Return the samples per rank of a step; raise if the ranks cannot share them evenly."""
+    ranks = dist.get_world_size()
+    if global_batch_size % ranks:
+        raise ValueError(
+            f"{where}global_train_batch_size={global_batch_size} cannot be shared evenly by {ranks} ranks."
+        )
+    return global_batch_size // ranks

@@ -25,7 +25,7 @@ from composer_prior.data.storage import is_remote
 from composer_prior.registry import did_you_mean
 
 SHIPPED = Path(__file__).parents[1] / "yamls"  # found by name where the working folder has no file of that name
-OWN_DATA = ("train", "validation")
+_OWN_DATA = ("train", "validation")
 _NAMED = ("algorithms", "callbacks", "loggers", "benchmarks")  # keys that hold any number of components by name
 
 
@@ -204,13 +204,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         if part is not None and key.removeprefix("reference.") in _NAMED and text.strip() == "{}":
             part.pop(key.removeprefix("reference."), None)
     data = own_data
-    own = {key: changes.pop(key, None) or recipe.get(key) for key in OWN_DATA}
-    for key in OWN_DATA:
+    train, validation = (changes.pop(key, None) or recipe.get(key) for key in _OWN_DATA)
+    for key in _OWN_DATA:
         recipe.pop(key, None)
-    if own["train"]:
+    if train:
         data = None
-        _read_own_data(recipe, reference, own["train"], own["validation"])
-    elif own["validation"]:
+        _read_own_data(recipe, reference, train, validation)
+    elif validation:
         raise ValueError("validation= is given without train=: give both, or change eval_loader.dataset alone.")
     data, reference = _changed(data, data_changes, path), _changed(reference, reference_changes, path)
     if own_data is not None and data is None:
@@ -220,10 +220,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         nested = OmegaConf.unsafe_merge(reference, {"data": data, "tokenizer": recipe.get("tokenizer")})
         theirs = _typed_reference(cast(DictConfig, nested), path, reference_changes)
         recipe["reference"] = asdict(theirs)
-        typed = _typed(recipe, path, changes)
+    typed = _typed(recipe, path, changes)
+    if reference is not None:
         vars(typed)["texts"] |= {"reference": vars(theirs)["texts"]}
-        return typed
-    return _typed(recipe, path, changes)
+    return typed
 
 
 def _find(path: Path, beside: Path | None = None) -> Path:
@@ -351,26 +351,24 @@ def _typed(recipe: DictConfig, path: Path, changes: Any, prefix: str = "") -> Tr
     for key in _NAMED:
         if key in recipe and recipe[key] is None:
             recipe[key] = {}  # null is none of them
+    typed: Any = None
     try:
         typed = OmegaConf.unsafe_merge(deepcopy(_SCHEMA), recipe)
-        try:
-            made = cast(TrainConfig, OmegaConf.to_object(typed))
-            raw = cast(dict[str, Any], OmegaConf.to_container(typed, resolve=False))
-            vars(made)["texts"] = {}
-            if "oc.env" in repr(raw):
-                token = _KEPT.set(True)
-                try:
-                    vars(made)["texts"] = _texts(OmegaConf.create(raw), raw)
-                finally:
-                    _KEPT.reset(token)
-            return made
-        except OmegaConfBaseException as error:
-            missing = sorted(OmegaConf.missing_keys(typed))  # slow, and so after the error alone
-            if missing:
-                raise ValueError(f"{path} lacks {', '.join(missing)}.") from error
-            raise
+        made = cast(TrainConfig, OmegaConf.to_object(typed))
     except OmegaConfBaseException as error:
+        missing = [] if typed is None else sorted(OmegaConf.missing_keys(typed))  # slow, and so after an error alone
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}.") from error
         raise ValueError(f"{place(str(error.full_key or ''))}: {_one_line(error)}") from error
+    raw = cast(dict[str, Any], OmegaConf.to_container(typed, resolve=False))
+    vars(made)["texts"] = {}
+    if "oc.env" in repr(raw):
+        token = _KEPT.set(True)
+        try:
+            vars(made)["texts"] = _texts(OmegaConf.create(raw), raw)
+        finally:
+            _KEPT.reset(token)
+    return made
 
 
 def _one_line(error: Exception) -> str:

@@ -106,15 +106,7 @@ def change_nothing(model: nn.Module) -> None:
 
 
 def check_weights(model: nn.Module, what: str) -> None:
-    """Refuse weights that are not finite; every rank calls it.
-
-    Args:
-        model: whose weights may be sharded among the ranks.
-        what: the begin of the message, such as what is not written.
-
-    Raises:
-        NotFiniteError: on every rank, naming a weight.
-    """
+    """Raise NotFiniteError on every rank for a weight that is not finite, ``what`` first; every rank calls it."""
     weight = not_finite_weight(model)
     if weight is not None:
         raise NotFiniteError(f"{what}: the weight {weight} is not finite.")

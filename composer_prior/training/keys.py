@@ -37,14 +37,11 @@ _PRECISIONS = ("auto", "fp32", "amp_fp16", "amp_bf16", "amp_fp8")
 
 
 def check_keys(recipe: TrainConfig, where: str = "") -> None:
-    """Raise for components that do not exist, arguments that they do not have, and impossible values.
+    """Raise for components that do not exist, arguments that they do not have, and impossible values, naming the key.
 
     Args:
         recipe: a loaded recipe.
         where: prefix of its keys, for the recipe of a reference.
-
-    Raises:
-        ValueError: naming the key.
     """
     for key in ("max_duration", "eval_interval", "save_interval"):
         if not is_time(getattr(recipe, key), positive=True):
@@ -129,7 +126,7 @@ def check_named(kind: str, config: Mapping[str, Any], where: str, given: Sequenc
     """Check a component given as ``{name: ..., argument: ...}``."""
     if "name" not in config:
         raise ValueError(f"{where} needs a name.")
-    registry.check(kind, config["name"], {k: v for k, v in config.items() if k != "name"}, where, given)
+    registry.check(kind, config["name"], registry.without_name(config), where, given)
 
 
 def check_loader(config: Mapping[str, Any], where: str) -> None:
@@ -145,24 +142,18 @@ def check_loader(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_benchmarks(benchmarks: Mapping[str, Any], where: str = "") -> None:
-    """Raise for benchmarks that do not exist, and for arguments that they do not take.
-
-    Args:
-        benchmarks: of a recipe.
-        where: prefix of its keys.
-    """
+    """Raise for benchmarks that do not exist, and for arguments that they do not take."""
     for name, arguments in benchmarks.items():
         if arguments is None:
             continue
         key = f"{where}benchmarks.{name}"
         if not isinstance(arguments, Mapping):
             raise ValueError(f"{key}={arguments!r}: expected arguments of the benchmark, or null.")
-        own = {"interval": "1dur", "limit": None, **{key: arguments[key] for key in _RUNS if key in arguments}}
-        limit = own["limit"]
+        limit, interval = arguments.get("limit"), arguments.get("interval", "1dur")
         if limit is not None and not (isinstance(limit, int) and limit > 0):
             raise ValueError(f"{key}.limit={limit!r}: expected a number of samples.")
-        if not is_time(own["interval"], positive=True):
-            raise ValueError(f"{key}.interval={own['interval']!r}: expected a time such as 500ba or 1dur.")
+        if not is_time(interval, positive=True):
+            raise ValueError(f"{key}.interval={interval!r}: expected a time such as 500ba or 1dur.")
         registry.check("benchmark", arguments.get("benchmark", name), benchmark_arguments(arguments), key)
 
 
@@ -172,12 +163,9 @@ def benchmark_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class GroupSettings(NamedTuple):
-    """The optimizer's arguments for some weights.
+    """The optimizer's arguments for the weights whose names begin with ``prefix``, empty for those of no group.
 
-    Args:
-        prefix: of the weights' names; empty for those of no group.
-        where: their place in the recipe.
-        arguments: what a group does not say is that of the group with a shorter prefix, or the optimizer's.
+    What a group does not say is that of the group with a shorter prefix, or the optimizer's.
     """
 
     prefix: str
@@ -186,15 +174,7 @@ class GroupSettings(NamedTuple):
 
 
 def settings_of(config: Mapping[str, Any], where: str) -> list[GroupSettings]:
-    """Return the settings of each group of weights, those of no group first, then the shorter prefixes.
-
-    Args:
-        config: see :func:`build_optimizer`.
-        where: its place in the recipe.
-
-    Raises:
-        ValueError: for groups that are no mappings.
-    """
+    """Return the settings of each group of weights, those of no group first, then the shorter prefixes."""
     settings = [GroupSettings("", where, {key: config[key] for key in config if key not in ("name", *_OURS)})]
     groups = config.get("groups") or {}
     if not isinstance(groups, Mapping):
@@ -222,15 +202,7 @@ def _flat(groups: Mapping[str, Any], where: str, parent: str = "") -> Iterator[t
 
 
 def check_optimizer(config: Mapping[str, Any], where: str) -> None:
-    """Raise for keys that the optimizer of a recipe does not take, for all weights or for a group, and wrong types.
-
-    Args:
-        config: see :func:`build_optimizer`.
-        where: its place in the recipe.
-
-    Raises:
-        ValueError: naming the key.
-    """
+    """Raise for keys that the optimizer of a recipe does not take, for all weights or for a group, and wrong types."""
     if "name" not in config:
         raise ValueError(f"{where} needs a name.")
     if not isinstance(config.get("decay_all", False), bool):

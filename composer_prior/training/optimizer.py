@@ -6,9 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from composer.algorithms import Factorize, SqueezeExcite
-from composer.callbacks import LRMonitor
-from composer.core import Algorithm, State
-from composer.loggers import Logger
+from composer.core import Algorithm
 from torch import nn
 from torch.optim import Optimizer
 
@@ -49,10 +47,7 @@ def build_optimizer(config: Mapping[str, Any], model: nn.Module, where: str = "o
 def _weights_in_groups(settings: list[GroupSettings], model: nn.Module, spare: bool) -> list[dict[str, Any]]:
     """Put each trained weight in one group, of the longest prefix of its names; a tied weight has several names.
 
-    Args:
-        settings: of :func:`settings_of`.
-        model: a :class:`.ComposerLVLM`, or another model, whose ``model.`` before each name is left out.
-        spare: norms, biases and embeddings have no weight decay.
+    With ``spare`` norms, biases and embeddings have no weight decay.
     """
     names: dict[nn.Parameter, list[str]] = {}
     for name, weight in _named_weights(model):
@@ -117,28 +112,10 @@ def _undecayed(model: nn.Module) -> set[nn.Parameter]:
 
 
 def check_new_weights(algorithms: Sequence[Algorithm], optimizer: Optimizer, where: str = "") -> None:
-    """Raise if an algorithm makes new weights in a model whose weights are in several groups.
-
-    Args:
-        algorithms: of the run.
-        optimizer: of :func:`build_optimizer`.
-        where: prefix of the recipe's keys. Default: none.
-
-    Raises:
-        ValueError: Composer adds new weights to the group of those that they replace, and does not find one here.
-    """
+    """Raise if an algorithm makes new weights beside several groups: Composer would find no group for them."""
     for algorithm in algorithms:
         if isinstance(algorithm, Factorize | SqueezeExcite) and len(optimizer.param_groups) > 1:
             raise ValueError(
                 f"{where}algorithms: {type(algorithm).__name__} makes new weights, which are in no group of "
                 f"{where}optimizer; set its decay_all=true and leave its groups out."
             )
-
-
-class GroupLRMonitor(LRMonitor):
-    """Composer's LRMonitor, which logs groups by name: ``lr-AdamW/vision``, and ``group0`` for weights of no group."""
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        for optimizer in state.optimizers:
-            name = type(optimizer).__name__
-            logger.log_metrics({f"lr-{name}/{group['name']}": group["lr"] for group in optimizer.param_groups})

@@ -5,12 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from composer_prior.data.files import read_object
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.models.model_folder import save_model_folder
 from composer_prior.training.config import TrainConfig, identified
 
 REFERENCE_METADATA = "reference.json"
@@ -33,33 +30,15 @@ def model_folder(recipe: TrainConfig) -> Path:
     return Path(recipe.run_folder) / "model"
 
 
-def write_reference(
-    folder: Path,
-    recipe: TrainConfig,
-    model: ComposerLVLM,
-    weights: Mapping[str, Tensor],
-    data: str,
-    validation: Mapping[str, float],
-) -> None:
-    """Write model, tokenizer and metadata on their data and recipe; the folder exists only when it is complete.
-
-    Args:
-        folder: where to.
-        recipe: of the run.
-        model: of text alone.
-        weights: of the model, whole and on the CPU.
-        data: fingerprint of the training data.
-        validation: metrics.
-    """
+def reference_metadata(recipe: TrainConfig, model: ComposerLVLM, data: str, validation: Mapping[str, float]) -> str:
+    """Return the metadata file of a reference: fingerprints of ``data`` and tokenizer, recipe and metrics."""
     metadata = {
         "data": data,
         "tokenizer": tokenizer_fingerprint(model.tokenizer),
         "recipe": identified(recipe, _IDENTITY),
         "validation": validation,
     }
-    save_model_folder(
-        model.model, model.tokenizer, folder, weights, {REFERENCE_METADATA: json.dumps(metadata, indent=2)}
-    )
+    return json.dumps(metadata, indent=2)
 
 
 def read_reference_metadata(reference: TrainConfig) -> dict[str, Any] | None:
@@ -69,19 +48,13 @@ def read_reference_metadata(reference: TrainConfig) -> dict[str, Any] | None:
 
 
 def check_reference(recipe: TrainConfig, data: str | None = None) -> None:
-    """Refuse a reference that was made from other data, another tokenizer or another recipe than the run's.
+    """Refuse a reference made from other data, another tokenizer or another recipe than the run's, naming what differs.
 
-    Args:
-        recipe: of the run.
-        data: fingerprint of the run's training data, once it is known.
-
-    Raises:
-        ValueError: naming what differs.
+    The fingerprint of the run's training ``data`` is given once it is known.
     """
     reference = recipe.reference_recipe
     assert reference is not None
-    told = identified(reference, _IDENTITY)
-    metadata = read_reference_metadata(reference)
+    told, metadata = identified(reference, _IDENTITY), read_reference_metadata(reference)
     assert metadata is not None
     folder = model_folder(reference)
     remedy = f"Delete {folder.parent} to train it again, or set reference.run_name."

@@ -1,13 +1,37 @@
-"""Train the model of a recipe."""
+"""Train the model of a recipe; its missing inputs are created first: data, tokenizer, reference, scores.
 
+Existing inputs are reused, or rejected if they do not match.
+"""
+
+import gc
 import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from composer import Trainer
+from composer.utils import dist, get_device
 
+from composer_prior import registry
+from composer_prior.data.captions import read_captions
+from composer_prior.data.messages import NO_INDEX, announce
+from composer_prior.data.nodes import check_shared, on_first_rank, sole_job
+from composer_prior.data.remote import Remote
+from composer_prior.data.scores import INDEX
+from composer_prior.data.storage import is_remote, whole_folder
+from composer_prior.data.tokenizer import train_tokenizer
+from composer_prior.scoring.job import ScoreJob
+from composer_prior.scoring.score import score_captions
+from composer_prior.training.builders import one_line_errors
+from composer_prior.training.checkpoints.start import check_bucket, check_replaced
+from composer_prior.training.checkpoints.storage import CHECKPOINT_NAME
 from composer_prior.training.config import TrainConfig
 from composer_prior.training.keys import check_keys
-from composer_prior.training.prepare import ensure_scores, prepare, sole_run
+from composer_prior.training.reference import REFERENCE_METADATA, check_reference, model_folder
 from composer_prior.training.trainer import build_trainer, finish
+from composer_prior.training.validate import check_parts, check_whole, trained_recipes
 
 
 def train(recipe: TrainConfig) -> Trainer:
@@ -30,3 +54,151 @@ def start(recipe: TrainConfig) -> Trainer:
     prepare(recipe)
     ensure_scores(recipe)
     return build_trainer(recipe)
+
+
+@contextmanager
+def sole_run(recipe: TrainConfig, where: str = "") -> Iterator[None]:
+    """Lock the folders that a run writes to, see :func:`.sole_job`; ``where`` is the prefix of its keys."""
+    dist.initialize_dist(get_device(None), timeout=recipe.dist_timeout)
+    places, saved = {"run_folder": recipe.run_folder}, recipe.save_folder or ""
+    # Compared as words: looked up here, a folder would not be seen later by a node of a network disk.
+    run, save = (Path(os.path.abspath(os.path.expanduser(place))) for place in (recipe.run_folder, saved))
+    if saved and not is_remote(saved) and run not in (save, *save.parents):
+        places["save_folder"] = saved
+    with sole_job({f"{where}{key}": place for key, place in places.items()}):
+        yield
+
+
+def prepare(recipe: TrainConfig, itself: bool = True) -> None:
+    """Create the data, tokenizer and reference of a recipe that are missing, on the first rank of all.
+
+    The recipes that will be trained, a missing reference and with ``itself`` the run, are checked before anything is
+    made.
+
+    Raises:
+        ValueError, OSError: naming what cannot work.
+    """
+    dist.initialize_dist(get_device(None), timeout=recipe.dist_timeout)
+    stages = [stage for stage in trained_recipes(recipe) if itself or stage[0] is not recipe]
+    check_shared(_places(recipe, stages))
+    with ExitStack() as held:
+        if recipe.reference is not None and len(stages) > itself:
+            held.enter_context(sole_run(*stages[0]))
+        for stage, where in stages:
+            check_parts(stage, where)
+            with one_line_errors(f"{where}save_folder"):
+                on_first_rank(partial(check_bucket, stage))
+            on_first_rank(partial(check_replaced, stage, where))
+            for name, arguments in stage.callbacks.items():
+                if is_remote((arguments or {}).get("save_folder") or ""):  # of hf_checkpointer
+                    with one_line_errors(f"{where}callbacks.{name}"):
+                        on_first_rank(Remote(arguments["save_folder"]).check_writable)
+            if recipe.data is None:
+                _check_data(stage)
+        on_first_rank(lambda: _make_data(recipe.data))
+        _make_tokenizer(recipe.tokenizer, recipe.train_loader["dataset"])
+        for stage, where in stages:
+            check_whole(stage, where)
+            gc.collect()  # streaming refuses to open a remote data set again while it is open
+        if recipe.reference_recipe is not None:
+            _prepare_reference(recipe, recipe.reference_recipe, missing=any(stage is not recipe for stage, _ in stages))
+
+
+def _check_data(recipe: TrainConfig) -> None:
+    """Raise for a folder without a data set, when the recipe does not make one."""
+    for loader in (recipe.train_loader, recipe.eval_loader):
+        dataset = (loader or {}).get("dataset") or {}
+        for place in (dataset.get("streams") or {"": dataset}).values():
+            folder = Path(place.get("local") or "", place.get("split") or dataset.get("split") or "").expanduser()
+            if place.get("local") and not place.get("remote") and not (folder / "index.json").exists():
+                raise FileNotFoundError(NO_INDEX.format(folder))
+
+
+def _places(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> dict[str, str]:
+    """Return the paths that all nodes share: of what the first rank makes, of checkpoints, and those of the recipe."""
+    places: dict[str, Any] = {}
+    if recipe.data is not None:
+        places["data.out"] = recipe.data["out"]
+    if recipe.tokenizer.get("train") is not None:
+        places["tokenizer.name"] = recipe.tokenizer["name"]
+    if recipe.reference_recipe is not None:
+        places["reference.run_folder"] = str(model_folder(recipe.reference_recipe) / REFERENCE_METADATA)
+    for stage, where in stages:
+        if stage.save_folder is not None:
+            places[f"{where}save_folder"] = os.path.join(stage.save_folder, CHECKPOINT_NAME)
+        places |= {f"{where}{key}": getattr(stage, key) for key in ("load_path", "init_from")}
+        for name in ("train_loader", "eval_loader"):
+            dataset = (getattr(stage, name) or {}).get("dataset") or {}
+            if dataset.get("scores"):
+                places[f"{where}{name}.dataset.scores"] = os.path.join(dataset["scores"], INDEX)
+            if not dataset.get("remote"):
+                places[f"{where}{name}.dataset.local"] = dataset.get("local")
+    return {key: place for key, place in places.items() if place is not None}
+
+
+def _prepare_reference(recipe: TrainConfig, reference: TrainConfig, missing: bool) -> None:
+    folder = model_folder(reference)
+    if missing:
+        resuming = Path(reference.run_folder, "checkpoints").exists()
+        announce(f"Reference: {'resuming' if resuming else 'training'} {reference.run_name}, into {folder}")
+        finish(reference, build_trainer(reference))
+        gc.collect()  # streaming refuses to open a remote data set again while it is open
+    else:
+        announce(f"Reference: reusing {folder}")
+    check_reference(recipe)
+
+
+def _make_data(config: Mapping[str, Any] | None) -> None:
+    if config is None:
+        return
+    out = Path(config["out"])
+    announce(f"Data: reusing {out}" if out.exists() else f"Data: making {config['name']} in {out}")
+    arguments = registry.without_name(config)
+    registry.build("data", config["name"], arguments, "data")  # returns at once if they are there already
+
+
+def _make_tokenizer(config: Mapping[str, Any], dataset: Mapping[str, Any]) -> None:
+    if config.get("train") is None:
+        return
+    folder = Path(config["name"])
+    if on_first_rank(folder.exists):
+        announce(f"Tokenizer: reusing {folder}")
+        return
+    vocab_size = config["train"]["vocab_size"]
+    announce(f"Tokenizer: training {vocab_size} tokens on the training captions, into {folder}")
+    captions = read_captions(dataset)
+
+    def make() -> None:
+        with whole_folder(folder) as temporary:
+            train_tokenizer(captions, vocab_size).save_pretrained(temporary)
+
+    on_first_rank(make)
+
+
+def ensure_scores(recipe: TrainConfig) -> None:
+    """Make the scores that a recipe's loaders name (``dataset.scores``), unless they are there; its reference must be.
+
+    Existing scores are checked against the recipe's reference; without one, only the loader checks them.
+
+    Raises:
+        ScoresError: if they belong to something else, naming what differs.
+    """
+    for loader in (recipe.train_loader, recipe.eval_loader):
+        if recipe.reference is not None and loader is not None and loader["dataset"].get("scores"):
+            announce(str(score_captions(job_of(recipe, loader["dataset"]))))
+
+
+def job_of(recipe: TrainConfig, dataset: Mapping[str, Any], **changes: Any) -> ScoreJob:
+    """Return the job that makes the scores of a recipe's data set, with ``changes`` to the fields of :class:`ScoreJob`.
+
+    Raises:
+        ValueError: if the recipe has no reference, or nothing says where the scores go.
+    """
+    if recipe.reference_recipe is None:
+        raise ValueError("The recipe has no reference. Score without a recipe: dataset.local=... reference=... out=...")
+    out = changes.pop("out", None) or dataset.get("scores")
+    if not out:
+        raise ValueError("Where do the scores go? Give out=..., or dataset.scores in the recipe.")
+    folder = model_folder(recipe.reference_recipe)
+    given = {"tokenizer": recipe.tokenizer, "dataset": dict(dataset), "progress_bar": recipe.progress_bar}
+    return ScoreJob(out=str(out), reference=str(folder), **{**given, **recipe.scoring, **changes})

@@ -17,6 +17,7 @@ from composer_prior.data.download import ATTEMPTS
 from composer_prior.data.files import read_object
 from composer_prior.data.hub import ModelFolderError, load_pretrained
 from composer_prior.data.messages import announce, one_line
+from composer_prior.data.nodes import on_first_rank
 from composer_prior.data.remote import Output
 from composer_prior.data.storage import StorageError, WriteError, full_disk_told, is_remote
 from composer_prior.data.tokenizer import tokenizer_fingerprint
@@ -30,7 +31,7 @@ from composer_prior.training.checkpoints.loading import read_weights
 from composer_prior.training.checkpoints.storage import find_weights
 from composer_prior.training.config import TrainConfig, written
 from composer_prior.training.finite import check_weights
-from composer_prior.training.reference import model_folder, write_reference
+from composer_prior.training.reference import REFERENCE_METADATA, model_folder, reference_metadata
 
 ARCHITECTURE = "architecture"  # a folder of the run: the model in Hugging Face format without weights, for checkpoints
 
@@ -62,7 +63,8 @@ def save_model(
     """
     out = out or str(model_folder(recipe))
     check_weights(model, f"{out} is not written")
-    if not model.reads_text_alone and not has_architecture(recipe):
+    architecture = Path(recipe.run_folder, ARCHITECTURE, "config.json")
+    if not model.reads_text_alone and not on_first_rank(architecture.is_file):
         return  # the run has said why
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: Any = get_model_state_dict(model.model, options=options)
@@ -72,11 +74,12 @@ def save_model(
         size = sum(tensor.nbytes for tensor in weights.values())
         with full_disk_told(out, size), tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "model") if is_remote(out) else Path(out)
+            about = (recipe, model, data.fingerprint, validation)
             if model.reads_text_alone:
-                write_reference(folder, recipe, model, weights, data.fingerprint, validation)
+                processor, files = model.tokenizer, {REFERENCE_METADATA: reference_metadata(*about)}
             else:
-                card = model_card(recipe, model, data.fingerprint, validation)
-                save_model_folder(model.model, model.processor, folder, weights, {"README.md": card})
+                processor, files = model.processor, {"README.md": model_card(*about)}
+            save_model_folder(model.model, processor, folder, weights, files)
             if is_remote(out):
                 Output(out, Path(temporary), ATTEMPTS).publish(folder, sorted(os.listdir(folder)))
     except (ValueError, OSError, StorageError) as error:
@@ -112,17 +115,13 @@ class HuggingFaceCheckpointer(Callback):
         save_model(self.recipe, model, data, validation_metrics(state), out)
 
 
-def has_architecture(recipe: TrainConfig) -> bool:
-    """Return True, on every rank, if the run's model can be saved in Hugging Face format."""
-    found = [Path(recipe.run_folder, ARCHITECTURE, "config.json").is_file()]
-    dist.broadcast_object_list(found)
-    return found[0]
-
-
 def model_card(recipe: TrainConfig, model: ComposerLVLM, data: str, validation: Mapping[str, float]) -> str:
     """Return the text of the folder's ``README.md``."""
     metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in validation.items())
     used = {key: value for key, value in written(recipe).items() if value not in (None, {}, [])}
+    file = Path((recipe.data or {}).get("out", "."), "recipe.json")
+    known: Any = read_object(file) if recipe.data and file.is_file() else {}
+    licence = known.get("licence", "not stated; it is that of the images and captions")
     return f"""---
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -153,7 +152,7 @@ print(captioner(images="photo.jpg", text="<image>{recipe.train_loader["dataset"]
 | --- | --- |
 {metrics or "| none | |"}
 
-- Training data: fingerprint `{data}`; licence: {_licence(recipe)}.
+- Training data: fingerprint `{data}`; licence: {licence}.
 - Tokenizer: fingerprint `{tokenizer_fingerprint(model.tokenizer)}`.
 
 ## Recipe
@@ -162,13 +161,6 @@ print(captioner(images="photo.jpg", text="<image>{recipe.train_loader["dataset"]
 {OmegaConf.to_yaml(OmegaConf.create(used)).strip()}
 ```
 """
-
-
-def _licence(recipe: TrainConfig) -> str:
-    """Return the licence of the data."""
-    file = Path((recipe.data or {}).get("out", "."), "recipe.json")
-    known: Any = read_object(file) if recipe.data and file.is_file() else {}
-    return known.get("licence", "not stated; it is that of the images and captions")
 
 
 def load(path: str | Path, trust_remote_code: bool = False) -> ImageTextModel:

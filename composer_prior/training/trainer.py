@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +16,7 @@ from omegaconf import OmegaConf
 from composer_prior.algorithms.token_weighting.token_weighting import unwrapped
 from composer_prior.data.captions import StreamingCaptionDataset
 from composer_prior.data.messages import announce
-from composer_prior.data.nodes import check_same
+from composer_prior.data.nodes import check_same, on_first_rank
 from composer_prior.data.storage import write_whole
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
@@ -28,12 +30,16 @@ from composer_prior.reports.closing import (
     metrics_table,
     validation_metrics,
 )
+from composer_prior.reports.page import sample_card
+from composer_prior.reports.run_report import run_report
 from composer_prior.training.benchmarks import RunBenchmark, build_benchmarks
 from composer_prior.training.builders import (
     build_all,
+    build_loaders,
     build_model,
     build_named,
     build_precision,
+    one_line_errors,
     without_reference,
 )
 from composer_prior.training.checkpoints.identity import WEIGHT_NAMES, RunIdentity
@@ -43,13 +49,10 @@ from composer_prior.training.checkpoints.saver import Checkpoints
 from composer_prior.training.checkpoints.sigterm import Preempted, StopOnSigterm
 from composer_prior.training.checkpoints.start import find_start
 from composer_prior.training.config import TrainConfig, identified, written
-from composer_prior.training.errors import one_line_errors
 from composer_prior.training.finite import FiniteSteps, SkipEmptySteps, check_weights
-from composer_prior.training.loaders import build_loaders
-from composer_prior.training.metrics_file import MetricsFile
+from composer_prior.training.loggers import MetricsFile
 from composer_prior.training.optimizer import build_optimizer
 from composer_prior.training.reference import check_reference, model_folder, read_reference_metadata
-from composer_prior.training.report import report_file, write_report
 from composer_prior.training.saving import save_architecture, save_model
 from composer_prior.training.validate import check_fit
 
@@ -79,7 +82,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         "seed": recipe.seed,
     }
     check_same(identity)
-    start = find_start(recipe, identity)
+    start = on_first_rank(partial(find_start, recipe, identity))
     has_weights = not any(parameter.is_meta for parameter in model.parameters())
     if recipe.init_from is not None and start is None and has_weights:
         announce(load_weights(recipe.init_from, model))
@@ -180,22 +183,25 @@ def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
     model = unwrapped(trainer.state.model)
     if isinstance(model, ComposerLVLM) and not model.reads_text_alone:
         save_architecture(recipe, model)
+    benchmarks = [callback for callback in trainer.state.callbacks if isinstance(callback, RunBenchmark)]
     try:
-        if trainer.state.timestamp.get(trainer.state.max_duration.unit) < trainer.state.max_duration:
+        now = trainer.state.timestamp
+        if now.get(trainer.state.max_duration.unit) < trainer.state.max_duration:
             _fit(recipe, trainer)
         else:
             announce(f"{recipe.run_name} has finished already; set another max_duration or run_name to train on.")
-            trainer.logger.log_metrics(_times(trainer))  # it may have been stopped before it had logged them
+            times = {f"time/{unit}": getattr(now, unit).value for unit in ("batch", "sample", "epoch", "token")}
+            trainer.logger.log_metrics(times)  # it may have been stopped before it had logged them
             if trainer.state.evaluators:
                 trainer.eval()
             else:
                 trainer.engine.run_event(Event.EVAL_STANDALONE_START)  # the metrics' file is to be gone on with
-        for benchmark in _benchmarks(trainer):
+        for benchmark in benchmarks:
             benchmark.run(trainer.state, trainer.logger)
         if isinstance(model, ComposerLVLM):
             save_model(recipe, model, data, validation_metrics(trainer.state))
         dist.barrier()
-        _report(recipe, trainer)
+        _report(recipe, trainer, benchmarks)
     except BaseException:
         trainer.engine.close()  # trainer.close() would wait for the other ranks, and they for this one
         raise
@@ -203,19 +209,16 @@ def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
     return trainer
 
 
-def _times(trainer: Trainer) -> dict[str, float]:
-    """Return the times that Composer logs at the end of training."""
-    now = trainer.state.timestamp
-    times = {"batch": now.batch, "sample": now.sample, "epoch": now.epoch, "token": now.token}
-    return {f"time/{unit}": time.value for unit, time in times.items()}
-
-
-def _report(recipe: TrainConfig, trainer: Trainer) -> None:
+def _report(recipe: TrainConfig, trainer: Trainer, benchmarks: Sequence[RunBenchmark]) -> None:
     """Print the results of a run and write its page; a part that fails is left out."""
     rows: dict[str, Any] = {}
-    samples, benchmarks = Samples(), _benchmarks(trainer)
+    samples, page = Samples(), Path(recipe.run_folder, "report.html")
     with closing_part():
-        rows = _metrics(recipe, trainer)
+        rows = {recipe.run_name: validation_metrics(trainer.state)}  # on every rank: it adds up what the ranks counted
+        reference = recipe.reference_recipe
+        metadata = None if reference is None else read_reference_metadata(reference)
+        if reference is not None and metadata is not None:
+            rows = {f"{reference.run_name} (text only)": metadata["validation"], **rows}
         announce(metrics_table(rows))
     with closing_part():
         announce(benchmarks_table({one.name: one.headline() for one in benchmarks}))
@@ -223,31 +226,24 @@ def _report(recipe: TrainConfig, trainer: Trainer) -> None:
         samples = caption_samples(trainer, recipe.sample_captions)
         announce(samples)
     with closing_part():
-        write_report(recipe, trainer, rows, {one.name: one.figures for one in benchmarks}, samples)
+        if dist.get_global_rank() == 0:
+            page.unlink(missing_ok=True)  # of an earlier run of that name
+            shown = zip(samples.numbers, samples.images, samples.captions, samples.generated, strict=True)
+            cards = [
+                sample_card(
+                    number, image, [true, own.text], [[(true, None)], own.pieces], ["true", "generated"], (1, 1)
+                )
+                for number, image, true, own in shown
+            ]
+            records, figures = MetricsFile.of(trainer.logger).records(), {one.name: one.figures for one in benchmarks}
+            text = Path(recipe.run_folder, "config.yaml").read_text()
+            html = run_report(records, recipe.run_name, validation=rows, benchmarks=figures, cards=cards, recipe=text)
+            write_whole(page, html.encode())
     with closing_part():
-        announce(_places(recipe, trainer))
-
-
-def _benchmarks(trainer: Trainer) -> list[RunBenchmark]:
-    return [callback for callback in trainer.state.callbacks if isinstance(callback, RunBenchmark)]
-
-
-def _metrics(recipe: TrainConfig, trainer: Trainer) -> dict[str, Any]:
-    """Return validation metrics of the run and of its reference."""
-    rows = {recipe.run_name: validation_metrics(trainer.state)}  # on every rank: it adds up what the ranks counted
-    reference = recipe.reference_recipe
-    metadata = read_reference_metadata(reference) if reference is not None else None
-    if reference is not None and metadata is not None:
-        rows = {f"{reference.run_name} (text only)": metadata["validation"], **rows}
-    return rows
-
-
-def _places(recipe: TrainConfig, trainer: Trainer) -> str:
-    """Summarise output paths."""
-    page = f"a page for your browser is {report_file(recipe)}; " if report_file(recipe).exists() else ""
-    parts = [f"{page}config.yaml and metrics.jsonl are in {Path(recipe.run_folder)}"]
-    if recipe.save_folder:
-        parts.append(f"checkpoints in {recipe.save_folder}")
-    if model_folder(recipe).exists():
-        parts.append(f"the model in Hugging Face format in {model_folder(recipe)}")
-    return f"\n{recipe.run_name}, {trainer.state.timestamp.batch.value} batches: {', '.join(parts)}."
+        where = f"a page for your browser is {page}; " if page.exists() else ""
+        parts = [f"{where}config.yaml and metrics.jsonl are in {Path(recipe.run_folder)}"]
+        if recipe.save_folder:
+            parts.append(f"checkpoints in {recipe.save_folder}")
+        if model_folder(recipe).exists():
+            parts.append(f"the model in Hugging Face format in {model_folder(recipe)}")
+        announce(f"\n{recipe.run_name}, {trainer.state.timestamp.batch.value} batches: {', '.join(parts)}.")

@@ -4,7 +4,6 @@ In this order: :func:`.check_keys` reads the recipe alone; :func:`check_parts` b
 data are made; :func:`check_whole` builds the model on the meta device and opens the data.
 """
 
-import gc
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -33,25 +32,24 @@ from composer_prior.models.sharding import build_parallelism, check_checkpointin
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.training.benchmarks import build_benchmarks
 from composer_prior.training.builders import (
+    StartError,
     build_all,
+    build_loaders,
     build_named,
     build_precision,
+    one_line_errors,
+    per_rank_batch_size,
     without_reference,
 )
 from composer_prior.training.checkpoints.storage import find_checkpoint, find_weights
 from composer_prior.training.config import TrainConfig
-from composer_prior.training.errors import StartError, one_line_errors
 from composer_prior.training.keys import check_keys, settings_of
-from composer_prior.training.loaders import build_loaders, per_rank_batch_size
 from composer_prior.training.optimizer import build_optimizer, check_new_weights
 from composer_prior.training.reference import check_reference, model_folder, read_reference_metadata
 
 
 def trained_recipes(recipe: TrainConfig) -> list[tuple[TrainConfig, str]]:
-    """Return the recipes that will be trained, each with the prefix of its keys: a reference first that is missing.
-
-    Every rank calls it, and the first one looks.
-    """
+    """Return on every rank the recipes to be trained, with the prefix of their keys: a missing reference first."""
     reference = recipe.reference_recipe
     if reference is None or not on_first_rank(lambda: read_reference_metadata(reference) is None):
         return [(recipe, "")]
@@ -59,15 +57,7 @@ def trained_recipes(recipe: TrainConfig) -> list[tuple[TrainConfig, str]]:
 
 
 def check_parts(recipe: TrainConfig, where: str = "") -> None:
-    """Check the machine, the ranks, and every part but the model by building it; data and models may be missing.
-
-    Args:
-        recipe: of one run.
-        where: prefix of its keys.
-
-    Raises:
-        ValueError: naming the key.
-    """
+    """Check the machine, the ranks, and every part but the model by building it; data and models may be missing."""
     check_keys(recipe, where)  # again: towers check values too once they are imported
     device = get_device(None)
     try:
@@ -105,13 +95,7 @@ def check_parts(recipe: TrainConfig, where: str = "") -> None:
 
 
 def check_schedule(recipe: TrainConfig, batches: int, where: str = "") -> None:
-    """Raise for a schedule without a rate at the first or the last step, which Composer finds in training only.
-
-    Args:
-        recipe: of one run.
-        batches: of an epoch.
-        where: prefix of its keys.
-    """
+    """Raise for a schedule without a rate at the first or the last step, which Composer finds in training only."""
     total = Time.from_timestring(recipe.max_duration)
     steps = {TimeUnit.BATCH: total.value, TimeUnit.EPOCH: total.value * batches}.get(total.unit, 0)
     end = Timestamp(batch=int(steps), epoch=int(steps) // batches)
@@ -122,22 +106,7 @@ def check_schedule(recipe: TrainConfig, batches: int, where: str = "") -> None:
 
 
 def check_whole(recipe: TrainConfig, where: str = "") -> None:
-    """Check data, tokenizer and the shapes of the model; no weight is made or loaded, and no shard read.
-
-    Args:
-        recipe: of one run, whose data and tokenizer are there.
-        where: prefix of its keys.
-
-    Raises:
-        ValueError, OSError: naming the key.
-    """
-    try:
-        _check_whole(recipe, where)
-    finally:
-        gc.collect()  # streaming refuses to open a remote data set again while it is open
-
-
-def _check_whole(recipe: TrainConfig, where: str) -> None:
+    """Check data, tokenizer and the shapes of the model; no weight is made or loaded, and no shard read."""
     with one_line_errors(f"{where}tokenizer" if where else ""):
         tokenizer = build_tokenizer(recipe.tokenizer)
     model = _skeleton(recipe, tokenizer, where)
@@ -167,8 +136,13 @@ def _skeleton(recipe: TrainConfig, tokenizer: Any, where: str) -> Any:
     stand_in = SimpleNamespace(tokenizer=tokenizer, image_processor=lambda image: image)
     if recipe.model["name"] != "lvlm":
         return stand_in
-    config = registry.without_name(recipe.model)
-    config["language"] = _language_of(recipe)
+    config, reference = registry.without_name(recipe.model), recipe.reference_recipe
+    language = config["language"]
+    pretrained = language.get("pretrained")
+    if reference is not None and pretrained is not None:
+        folder = model_folder(reference)
+        if Path(pretrained) == folder and not folder.exists():  # it starts from a reference that is yet to be trained
+            config["language"] = {**language, "pretrained": None, "config": None, **reference.model["language"]}
     try:
         with one_line_errors(f"{where}model" if where else ""):
             return lvlm_skeleton(tokenizer, **config)
@@ -176,17 +150,6 @@ def _skeleton(recipe: TrainConfig, tokenizer: Any, where: str) -> Any:
         if isinstance(error.__cause__, RuntimeError):  # a tower from outside that computes while it is built
             return stand_in
         raise
-
-
-def _language_of(recipe: TrainConfig) -> dict[str, Any]:
-    """Return the language model's recipe; that of the reference, where the model starts from a missing one."""
-    language, reference = recipe.model["language"], recipe.reference_recipe
-    if reference is not None:
-        folder = model_folder(reference)
-        pretrained = language.get("pretrained")
-        if pretrained is not None and Path(pretrained) == folder and not folder.exists():
-            return {**language, "pretrained": None, "config": None, **reference.model["language"]}
-    return language
 
 
 def _check_samples(where: str, loader: Any) -> None:
@@ -231,11 +194,7 @@ def _check_same_data(recipe: TrainConfig, reference: TrainConfig, data: Streamin
 
 
 def check_fit(model: ComposerLVLM, data: StreamingCaptionDataset) -> None:
-    """Raise if the language model lacks positions for the longest sequence of the data.
-
-    Raises:
-        ValueError: naming the lengths.
-    """
+    """Raise if the language model lacks positions for the longest sequence of the data, naming the lengths."""
     image_tokens = 0 if model.reads_text_alone else model.processor.image_processor.max_image_tokens
     longest = 1 + image_tokens + len(data.prompt_ids) + data.max_caption_tokens
     positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)

@@ -31,7 +31,7 @@ from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import score_captions, score_texts
 from composer_prior.scoring.writer import ScoresWriter
 from composer_prior.training.config import load_recipe
-from composer_prior.training.prepare import ensure_scores, job_of
+from composer_prior.training.run import ensure_scores, job_of
 
 CAPTIONS = [
     "a snail",

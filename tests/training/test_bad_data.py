@@ -159,7 +159,7 @@ def test_a_validation_set_of_bad_samples_alone_is_no_end(capsys):
 
 @pytest.mark.parametrize(
     "part",
-    ["composer_prior.models.image_text_model.ImageTextModel.generate", "composer_prior.training.report.run_report"],
+    ["composer_prior.models.image_text_model.ImageTextModel.generate", "composer_prior.training.trainer.run_report"],
 )
 def test_what_goes_wrong_in_the_report_is_said_and_ends_no_run(part, capsys, monkeypatch, caplog):
     def fail(*_, **__):

@@ -7,7 +7,7 @@ from common.training import fit
 
 from composer_prior import PRIOR
 from composer_prior.data.batch import IGNORE_INDEX
-from composer_prior.training.compute import ComputeMonitor
+from composer_prior.training.monitors import ComputeMonitor
 
 
 def count(model, spec, monitor, duration="1ba", algorithms=(), **changes):

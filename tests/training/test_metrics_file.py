@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from composer_prior.training.metrics_file import MetricsFile
+from composer_prior.training.loggers import MetricsFile
 
 
 def at(batch):

@@ -15,14 +15,14 @@ from composer_prior.training.checkpoints.pickles import holds_no_code, read_meta
 from composer_prior.training.checkpoints.storage import check_sums, places_of
 
 WEIGHT_NAMES = {"weight_names": "transformers"}  # in the identity of a run: how its checkpoints name weights
+OLD_NAMES = (
+    "{} was written by composer-prior 0.1, whose weights have other names: go on with that version, or start another "
+    "run from the model/ folder of its run (init_from, run_name)."
+)
 
 
 class RunIdentity(Callback):
-    """Carries in each checkpoint what the run is made of.
-
-    Args:
-        identity: names and values, such as the model's recipe and the fingerprints of tokenizer and data.
-    """
+    """Carries in each checkpoint what the run is made of, such as the model's recipe and the data's fingerprint."""
 
     def __init__(self, identity: Mapping[str, Any]):
         self.identity = dict(identity)
@@ -41,8 +41,7 @@ def check_checkpoint(path: str | Path, identity: Mapping[str, Any], whole: bool 
 
     Raises:
         DamagedError: if it is not whole.
-        ValueError: if it would run code when loaded, or belongs to a run of another identity; one line that names the
-            keys.
+        ValueError: if it would run code when loaded, or belongs to a run of another identity, naming the keys.
     """
     path = Path(path)
     if whole:
@@ -55,7 +54,7 @@ def check_checkpoint(path: str | Path, identity: Mapping[str, Any], whole: bool 
         raise ValueError(f"{path} was not written by a run of this program: it does not say what it was made from.")
     there, here = flat(theirs), flat(identity)
     if WEIGHT_NAMES.keys() <= here.keys() - there.keys():
-        raise ValueError(old_names(path))
+        raise ValueError(OLD_NAMES.format(path))
     differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     if differing:
         key = differing[0]
@@ -111,11 +110,3 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         joined |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return joined
-
-
-def old_names(path: Path) -> str:
-    """Return the refusal of a checkpoint whose weights have the names of version 0.1."""
-    return (
-        f"{path} was written by composer-prior 0.1, whose weights have other names: go on with that version, or start "
-        "another run from the model/ folder of its run (init_from, run_name)."
-    )

@@ -15,27 +15,21 @@ from composer_prior.models.image_text_model import ImageTextModel
 from composer_prior.models.language import parts_of
 from composer_prior.models.model_folder import fitting_weights
 from composer_prior.models.prior_lvlm import PriorLVLMConfig
-from composer_prior.training.checkpoints.identity import RunIdentity, old_names, read_identity, read_sharded, read_state
+from composer_prior.training.checkpoints.identity import OLD_NAMES, RunIdentity, read_identity, read_sharded, read_state
 from composer_prior.training.checkpoints.pickles import METADATA
 from composer_prior.training.checkpoints.storage import check_sums, find_weights
 
 
 def load_weights(path: str, model: ComposerLVLM) -> str:
-    """Give a model the weights of another run, and nothing else of it; what the run was made from may differ.
+    """Give a model the weights of another run, and nothing else of it; return a line on what was loaded from where.
 
     The weights fit if names and shapes of all of a part's weights (vision, projector, language) are the same, and the
     tokenizer, which says what each row of the embeddings stands for. A part that is not there at all, as in a language
-    model on text, stays as it is.
+    model on text, stays as it is. What the run was made from may differ.
 
     Args:
         path: see :func:`find_weights`.
         model: with whole weights, on the CPU.
-
-    Returns:
-        a line on what was loaded from where.
-
-    Raises:
-        ValueError: naming what does not fit.
     """
     source = find_weights(path)
     weights, fingerprint = read_weights(source)
@@ -58,11 +52,7 @@ def load_weights(path: str, model: ComposerLVLM) -> str:
 
 
 def read_weights(source: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Return weights by their names in a :class:`.ComposerLVLM`, and the fingerprint of their tokenizer if known.
-
-    Raises:
-        ValueError: also for a checkpoint of composer-prior 0.1, whose names are others.
-    """
+    """Return weights by their names in a :class:`.ComposerLVLM`, and the fingerprint of their tokenizer if known."""
     if source.is_file():
         check_sums(source)
         state = read_state(source)
@@ -80,9 +70,8 @@ def read_weights(source: Path) -> tuple[dict[str, Tensor], str | None]:
             model = load_pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
             tokenizer = load_pretrained(AutoTokenizer, source)
             add_image_tokens(tokenizer)
-        return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, tokenizer_fingerprint(
-            tokenizer
-        )
+        weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        fingerprint = tokenizer_fingerprint(tokenizer)
     if any(name.startswith("model.language.") for name in weights):
-        raise ValueError(old_names(source))
+        raise ValueError(OLD_NAMES.format(source))
     return weights, fingerprint

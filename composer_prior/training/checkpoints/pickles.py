@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-# Set by a run: CHECKPOINT_VALIDATION_FUNCTION is the variable by which Composer knows what to call.
+# Set by a run: the variable by which Composer, which unpickles whatever it finds, knows what to call before.
 ASKED_BY_COMPOSER = {"CHECKPOINT_VALIDATION_FUNCTION": f"{__name__}.holds_no_code"}
 METADATA = ".metadata"  # of a sharded checkpoint, which is a folder
 # What Composer puts into a checkpoint beside tensors and plain containers: times, and numpy's random state.
@@ -38,20 +38,11 @@ class ForeignError(ValueError):
 
 
 def holds_no_code(path: str | Path, parts: Sequence[tuple[int, int]] | None = None) -> bool:
-    """Refuse a file that would run code when it is unpickled.
-
-    Composer, which unpickles whatever it finds, calls this for each file of a checkpoint before it reads it; see
-    :data:`ASKED_BY_COMPOSER`.
+    """Refuse a file that would run code when it is unpickled, or else return True; see :data:`ASKED_BY_COMPOSER`.
 
     Args:
         path: a checkpoint of one file; ``.metadata`` or a shard of a sharded one.
         parts: offset and length of each value that is read from a shard.
-
-    Returns:
-        True.
-
-    Raises:
-        ValueError: naming what it holds.
     """
     path = Path(path)
     if path.name == METADATA:
@@ -68,11 +59,7 @@ def holds_no_code(path: str | Path, parts: Sequence[tuple[int, int]] | None = No
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Read the metadata of a sharded checkpoint.
-
-    Raises:
-        ValueError: if it would run code when it is unpickled, is none, or names files elsewhere.
-    """
+    """Read the metadata of a sharded checkpoint, unless it would run code, is none, or names files elsewhere."""
     path = folder / METADATA
 
     class Restricted(pickle.Unpickler):

@@ -26,11 +26,7 @@ from composer_prior.training.finite import check_weights
 
 
 class Checkpoints(CheckpointSaver):
-    """Composer's saver, which counts those of the run's earlier starts too, and leaves no copies of remote ones.
-
-    Args:
-        recipe: of the run, with a ``save_folder``.
-    """
+    """Composer's saver, which counts those of the run's earlier starts too, and leaves no copies of remote ones."""
 
     def __init__(self, recipe: TrainConfig):
         assert recipe.save_folder is not None
@@ -63,9 +59,8 @@ class Checkpoints(CheckpointSaver):
         return f"{self.save_folder}/{saved.parent.name if state.fsdp_sharded_state_dict_enabled else saved.name}"
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
-        check_weights(
-            state.model, f"{state.run_name}: no checkpoint is saved after batch {state.timestamp.batch.value}"
-        )
+        what = f"{state.run_name}: no checkpoint is saved after batch {state.timestamp.batch.value}"
+        check_weights(state.model, what)
         earlier = newest_checkpoint(Path(self.folder))
         files = () if earlier is None else earlier.rglob("*") if earlier.is_dir() else (earlier,)
         remedy = "The checkpoints before stay; make room, and the same command with autoresume=true goes on from there."

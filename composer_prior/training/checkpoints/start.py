@@ -1,45 +1,36 @@
-"""The checkpoint from which a run resumes, and the files that a new run replaces."""
+"""The checkpoint from which a run resumes, on a disk or in a bucket, and the files that a new run replaces."""
 
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from composer_prior.data.messages import announce
-from composer_prior.data.nodes import on_first_rank
+from composer_prior.data.remote import Remote, store_errors
 from composer_prior.data.storage import is_remote, written_here
 from composer_prior.models.prior_lvlm import PriorLVLMConfig
-from composer_prior.training.checkpoints.bucket import Bucket
 from composer_prior.training.checkpoints.identity import check_checkpoint, read_identity
-from composer_prior.training.checkpoints.pickles import DamagedError
+from composer_prior.training.checkpoints.pickles import METADATA, DamagedError, read_metadata
 from composer_prior.training.checkpoints.storage import (
     LATEST_NAME,
     batch_of,
     checkpoints_in,
     is_one_file,
     mend_checkpoints,
+    places_of,
     remove_checkpoint,
 )
 from composer_prior.training.config import TrainConfig
 from composer_prior.training.reference import REFERENCE_METADATA, model_folder
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "report.html")  # that a run writes into its folder
+_DOWNLOAD_SECONDS = 3600.0  # of a whole checkpoint
 
 
 def find_start(recipe: TrainConfig, identity: Mapping[str, Any]) -> str | None:
-    """Find the checkpoint to resume from, a path or url, or None; the files that a new run replaces are removed.
-
-    The first rank finds, checks and removes for all ranks.
-
-    Raises:
-        ValueError: for a checkpoint that is not whole, would run code or belongs to another run.
-        StorageError: for a bucket that cannot be read.
-    """
-    return on_first_rank(lambda: _find_start(recipe, identity))
-
-
-def _find_start(recipe: TrainConfig, identity: Mapping[str, Any]) -> str | None:
+    """Find the checkpoint to resume from, a path or url, or None; the files that a new run replaces are removed."""
     folder, start = recipe.save_folder, recipe.load_path
     saved = _newest_whole(folder, identity) if folder is not None and recipe.autoresume else None
     if saved is None and start is not None:
@@ -127,3 +118,76 @@ def check_replaced(recipe: TrainConfig, where: str = "") -> None:
 
 def _text(file: Path) -> str:
     return file.read_text(errors="replace") if file.is_file() else ""
+
+
+class Bucket:
+    """The folder of a bucket that checkpoints are saved to."""
+
+    def __init__(self, folder: str):
+        self.remote = Remote(folder)
+        self.folder = self.remote.url
+
+    def whole(self) -> Iterator[str]:
+        """Yield the urls of complete checkpoints, newest first; shards may be missing after an interruption."""
+        below = {name.partition("/")[0] for name in self.remote.names()}
+        batches = {name: batch for name in below if (batch := batch_of(Path(name))) is not None}
+        for name in sorted(batches, key=lambda name: batches[name], reverse=True):
+            with self._local(name) as local:
+                if is_one_file(name) or self._is_whole(name, local):  # an object is there when all of it is
+                    yield f"{self.folder}/{name}"
+
+    def check(self, name: str, identity: Mapping[str, Any]) -> None:
+        """:func:`check_checkpoint`, for which those shards are downloaded that hold more than tensors, or the file."""
+        with self._local(name) as local:
+            if not (self._download(name, local) if is_one_file(name) else self._is_whole(name, local)):
+                raise DamagedError(f"{local} is not there, or not all of it.")
+            for shard in places_of(read_metadata(local), tensors=False) if local.is_dir() else ():
+                self._download(f"{name}/{shard}", local / shard)
+            check_checkpoint(local, identity, whole=local.is_file())
+
+    def _is_whole(self, name: str, local: Path) -> bool:
+        """Download the metadata of a sharded checkpoint, and return True if all its shards have the right length."""
+        if not self._download(f"{name}/{METADATA}", local / METADATA):
+            return False
+        try:
+            places = places_of(read_metadata(local))
+        except DamagedError:
+            return False
+        return all(self.remote.size(f"{name}/{shard}") == max(map(sum, parts)) for shard, parts in places.items())
+
+    @contextmanager
+    def _local(self, name: str) -> Iterator[Path]:
+        """Yield a path for a copy; errors name the original."""
+        with tempfile.TemporaryDirectory() as temporary:
+            local = Path(temporary, name)
+            try:
+                yield local
+            except ValueError as error:
+                raise type(error)(str(error).replace(str(local), f"{self.folder}/{name}")) from error
+
+    def _download(self, name: str, file: Path) -> bool:
+        """Download an object, and return whether there is one."""
+        if not self.remote.exists(name):
+            return False
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with store_errors(self.folder, " cannot be read"):
+            self.remote.get(name, file, seconds=_DOWNLOAD_SECONDS)
+        return True
+
+
+def check_bucket(recipe: TrainConfig) -> None:
+    """Refuse to save into a bucket that cannot be read or written to, or that holds checkpoints of another run."""
+    folder, start = recipe.save_folder, recipe.load_path
+    if start is not None and is_remote(start):
+        place, _, name = start.rstrip("/").rpartition("/")
+        if not Remote(place).exists(name if is_one_file(name) else f"{name}/{METADATA}"):
+            raise ValueError(f"{start} is not there, or not all of it.")
+    if folder is None or not is_remote(folder):
+        return
+    newest = next(Bucket(folder).whole(), None)
+    if newest is not None and not recipe.autoresume:
+        raise ValueError(
+            f"{newest} is of an earlier run, and nothing in a bucket is removed: go on with it (autoresume=true), name "
+            "another run_name or save_folder, or empty it."
+        )
+    Remote(folder).check_writable()

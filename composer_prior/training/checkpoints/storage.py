@@ -26,9 +26,6 @@ def check_sums(path: Path, prefix: str = "") -> None:
     Args:
         path: a file or the folder of a sharded one.
         prefix: of a sharded one, the names of the values to read. Default: all.
-
-    Raises:
-        DamagedError: naming what is damaged.
     """
     whole: dict[str, Any] = {"": [None]}
     parts = places_of(read_metadata(path), prefix) if path.is_dir() else whole
@@ -65,13 +62,10 @@ def places_of(metadata: Metadata, prefix: str = "", tensors: bool = True) -> dic
 
 
 def mend_checkpoints(folder: Path) -> Path | None:
-    """Make the newest whole checkpoint the latest, after a run that was killed at any moment.
+    """Make the newest whole checkpoint the latest after a run that was killed at any moment, and return it.
 
     A checkpoint that was being written is removed, and the link to the latest one, which is replaced in two steps, is
     set again.
-
-    Returns:
-        the newest whole checkpoint, a file or the folder of a sharded one, or None.
     """
     for path in checkpoints_in(folder):
         if not is_complete(path):
