@@ -28,7 +28,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXP
 _POLL = 0.5  # seconds between two looks at the processes
 
 
-@dataclass
+@dataclass(eq=False)  # a task is equal to itself alone
 class Task:
     """A process of a study: a cell, or the preparation of some."""
 
@@ -38,7 +38,7 @@ class Task:
     log: Path  # of its output; its lock and the seconds of each attempt are beside it
     cell: Cell | None = None  # None for a preparation
     places: frozenset[str] = frozenset()  # that a preparation makes
-    process: "subprocess.Popen[bytes]" = field(init=False)
+    process: "subprocess.Popen[bytes]" = field(init=False, repr=False)  # once it is started
     began: float = 0.0
 
     @property
