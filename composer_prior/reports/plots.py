@@ -74,7 +74,7 @@ def looks_of(methods: Sequence[str]) -> Looks:
 def line_chart(lines: Sequence[Line], x_label: str, y_label: str, x_end: float = 0.0, may_be_log: bool = False) -> str:
     """Draw one line or more over an x axis from 0 to ``x_end`` or later.
 
-    If it may be, the y axis is logarithmic where values are positive and the largest is over ten times the smallest.
+    With ``may_be_log`` the y axis is logarithmic if all values are positive and differ by more than a factor of ten.
     """
     values = np.array([y for line in lines for _, y in line.points])
     log = bool(may_be_log and values.min() > 0 and 10 < values.max() / values.min() < 1e30)

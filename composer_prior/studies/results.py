@@ -10,7 +10,7 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def read_lines(file: Path) -> list[Any]:
         ValueError: one line that names the file and the line that is no JSON.
     """
     lines = []
-    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1] if file.is_file() else (), start=1):
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1] if file.exists() else (), start=1):
         try:
             lines.append(json.loads(line))
         except ValueError as error:
@@ -117,10 +117,9 @@ def _mapping(value: Any) -> dict[str, Any]:
 def begin_results(file: Path, header: Mapping[str, Any], place: Path | None = None) -> list[dict[str, Any]]:
     """Write the header of the study, and return the existing lines of finished cells, new axes at their default.
 
-    For a new start, ``place`` is to be deleted, or else the file.
-
     Raises:
-        ValueError: if the existing study decides its cells otherwise, naming the keys.
+        ValueError: if the existing study decides its cells otherwise; it names the keys and what to delete for a new
+            start: ``place``, by default the file.
     """
     there, lines = read_results(file)
     if there is not None:
@@ -209,7 +208,10 @@ def planned_steps(recipe: TrainConfig) -> int | None:
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages, and ``commit`` in a checkout."""
-    found = {"composer_prior": __version__, **{name: version(name) for name in PACKAGES}}
+    found = {"composer_prior": __version__}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):  # it was put there without its metadata
+            found[name] = version(name)
     root = Path(__file__).parents[2]
     if (root / ".git").exists():  # not installed, perhaps below some other checkout
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

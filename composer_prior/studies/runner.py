@@ -49,11 +49,11 @@ class Task:
 
 @dataclass
 class Plan:
-    """The tasks of a study: of each cell, in order; and by its name, what prepares it and overrides that are added."""
+    """The tasks of a study."""
 
-    cells: list[Task] = field(default_factory=list)
-    preparations: dict[str, Task] = field(default_factory=dict)
-    further: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cells: list[Task] = field(default_factory=list)  # in order
+    preparations: dict[str, Task] = field(default_factory=dict)  # that must end before a cell begins, by its name
+    further: dict[str, dict[str, Any]] = field(default_factory=dict)  # overrides that the runner adds, by cell
 
 
 class Stopped(Exception):

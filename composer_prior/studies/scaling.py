@@ -39,7 +39,7 @@ class Estimate(NamedTuple):
 class Fit(NamedTuple):
     """The coefficients fitted to the points of one method, and reasons to doubt them, as sentences.
 
-    There are ``a``, ``b``, ``c`` with :data:`MIN_SIZES` sizes, and ``k0``, ``k`` with two, where determined.
+    ``a``, ``b`` and ``c`` need :data:`MIN_SIZES` sizes, ``k0`` and ``k`` two. What is not determined is left out.
     """
 
     coefficients: Mapping[str, Estimate]
@@ -153,9 +153,10 @@ def _fitted(found: Points) -> dict[str, _Array]:
 
 def _estimates(fitted: Mapping[str, _Array], seeds: int) -> dict[str, Estimate]:
     estimates = {}
-    for name, (value, *drawn) in fitted.items():
-        if math.isfinite(value):
-            known = np.array([one for one in drawn if math.isfinite(one)])
+    for name, values in fitted.items():
+        value, drawn = values[0], values[1:]
+        if np.isfinite(value):
+            known = drawn[np.isfinite(drawn)]
             # No interval if so many resamples have no value that an end could be one of them.
             determined = seeds >= MIN_SEEDS and len(known) >= 0.975 * len(drawn)
             estimates[name] = Estimate(float(value), percentiles(known) if determined else None)

@@ -83,8 +83,10 @@ def size_axes(study: Study, grid: Grid, size: _Size) -> list[str]:
     """Return the axes along which C differs and all values are numbers; without one, all axes along which C differs."""
     varying, numeric = [], []
     for axis, values in grid.values.items():
+        if axis in AXES:
+            continue
         runs: dict[tuple[str, ...], list[float]] = {}
-        for method, setting, seed, run in _runs(study, grid) if axis not in AXES else ():
+        for method, setting, seed, run in _runs(study, grid):
             if (x := size(run)) is not None:
                 rest = tuple(value for name, value in setting.items() if name != axis)
                 runs.setdefault((method, seed, *rest), []).append(x)

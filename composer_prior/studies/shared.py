@@ -77,9 +77,9 @@ def digest(*parts: Any) -> str:
 
 
 def preparations(places: Sequence[frozenset[str]]) -> list[int | None]:
-    """Return for each cell, by ``places`` that it needs, the number of the cell whose preparation makes them all.
+    """Return for each cell the number of the cell whose preparation makes all places that it needs, or None.
 
-    That is the first that needs these and most; None for a cell without shared inputs.
+    ``places`` holds what each cell needs. The chosen cell is the first of those whose needs no other cell exceeds.
     """
     largest = [one for one in places if one and not any(one < other for other in places)]
     return [next((places.index(one) for one in largest if need <= one), None) if need else None for need in places]

@@ -49,12 +49,13 @@ class Cell:
         """Load its recipe, with further overrides.
 
         Raises:
-            ValueError: naming the cell and the key.
+            ValueError, FileNotFoundError: naming the cell and the key.
         """
         try:
             return load_recipe(self.recipe, as_words({**self.overrides, **(further or {})}))
         except (FileNotFoundError, ValueError) as error:
-            raise ValueError(f"Cell {self.name}: {one_line(error)}") from error
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"Cell {self.name}: {one_line(error)}") from error
 
 
 @dataclass
@@ -106,7 +107,9 @@ class Study:
         self.curve: str | None = self.header["curve"]
         self.fits: dict[str, Better] = self.header["fits"]
         self.grids = [
-            Grid(name, {axis: grid.get(axis, of[:1]) for axis, of in self.axes.items()}, grid.get("scaling"))
+            Grid(
+                name, {axis: _chosen(grid.get(axis, of[0]), of) for axis, of in self.axes.items()}, grid.get("scaling")
+            )
             for name, grid in self.header["grids"].items()
         ]
 
@@ -252,23 +255,28 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
     A new axis whose default sets nothing, a new value and a new grid make no difference.
     """
-    known, recipes = there["axes"], there["recipes"].keys() & here["recipes"].keys()
     axes = {
-        axis: {value: changes for value, changes in values.items() if value in known.get(axis, values)}
+        axis: {value: changes for value, changes in values.items() if value in there["axes"].get(axis, values)}
         for axis, values in here["axes"].items()
-        if axis in known or next(iter(values.values()))
+        if axis in there["axes"] or next(iter(values.values()))
     }
-    decided = {"recipe": here["recipe"], "overrides": here["overrides"], "axes": axes}
-    new = flatten(
-        {**decided, "recipes": {n: _without_new_keys(here["recipes"][n], there["recipes"][n]) for n in recipes}}
-    )
-    old = flatten({**{key: there[key] for key in decided}, "recipes": {n: there["recipes"][n] for n in recipes}})
+    recipes = there["recipes"].keys() & here["recipes"].keys()
+    known = {name: _without_new_keys(here["recipes"][name], there["recipes"][name]) for name in recipes}
+    old = _deciding({**there, "recipes": {name: there["recipes"][name] for name in recipes}})
+    new = _deciding({**here, "axes": axes, "recipes": known})
     missing = "nothing"
     return [
         f"{key}: {_shown(old.get(key, missing))} there, {_shown(new.get(key, missing))} here"
         for key in {**old, **new}
         if old.get(key, missing) != new.get(key, missing)
     ]
+
+
+def _deciding(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides cells, by dotted key; no overrides, and an axis without values, have none."""
+    axes = {axis: values for axis, values in header["axes"].items() if values}
+    overrides = {"overrides": header["overrides"]} if header["overrides"] else {}
+    return flatten({"recipe": header["recipe"], **overrides, "axes": axes, "recipes": header["recipes"]})
 
 
 def _without_new_keys(recipe: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -389,7 +397,7 @@ def _figure(name: Any, where: str) -> str:
 
 
 def _grid(name: str, chosen: Any, axes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return axis: values, as text, of the axes that a grid names; and ``scaling``."""
+    """Return axis: ``all``, a value or a list of them, as text, of the axes that a grid names; and ``scaling``."""
     if not isinstance(chosen, dict) or not chosen:
         raise ValueError(f"{name} must hold axes and their values, such as {{method: all}}.")
     grid: dict[str, Any] = {}
@@ -401,16 +409,22 @@ def _grid(name: str, chosen: Any, axes: Mapping[str, Mapping[str, Any]]) -> dict
             grid[axis] = values
         elif axis not in axes:
             raise ValueError(f"{where} is not an axis. {did_you_mean(str(axis), [*axes, 'scaling'])}")
-        elif values == "all" and "all" not in axes[axis]:
-            grid[axis] = [*axes[axis]]
         else:
-            grid[axis] = [value_text(value) for value in (values if isinstance(values, list) else [values])]
-            for text in grid[axis]:
-                if text not in axes[axis]:
+            texts = [value_text(value) for value in (values if isinstance(values, list) else [values])]
+            for text in texts:
+                if text not in axes[axis] and values != "all":
                     raise ValueError(f"{where}={text} is not a value of that axis. {did_you_mean(text, axes[axis])}")
-            if not grid[axis]:
+            if not texts:
                 raise ValueError(f"{where} is an empty list: the grid would have no cells.")
+            grid[axis] = texts if isinstance(values, list) else texts[0]
     return grid
+
+
+def _chosen(given: str | list[str], values: list[str]) -> list[str]:
+    """Return the values of an axis that a grid gives as ``all``, as one or as a list."""
+    if given == "all" and "all" not in values:
+        return values
+    return given if isinstance(given, list) else [given]
 
 
 def _cells(study: Study, path: Path, out: str) -> list[Cell]:

@@ -3,14 +3,23 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from composer_prior.data.storage import write_whole
 from composer_prior.reports import plots
 from composer_prior.studies.blocks import Block, Heading, Paragraph, Picture, Table, html, markdown
-from composer_prior.studies.comparison import HELD, MIN_SEEDS, average_improvement, compare, steps_until_baseline, word
+from composer_prior.studies.comparison import (
+    HELD,
+    MIN_SEEDS,
+    Average,
+    Comparison,
+    average_improvement,
+    compare,
+    steps_until_baseline,
+    word,
+)
 from composer_prior.studies.costs import what_was_run
 from composer_prior.studies.numbers import counted, difference, mean_and_sd, relative, share
 from composer_prior.studies.results import read_study_results
@@ -191,22 +200,9 @@ class _Page:
                     [self._figure(n), *(relative(*improved[m, n], found[m, n].word) for m in some)] for n in figures
                 ]
                 self.blocks.append(Table(["figure", *some], rows))
-            of_base, common = study.by_seed(setting, base, seeds), dict[int, list[str]]()
-            for m in others:
-                count = sum(seed in of_base for seed in study.by_seed(setting, m, seeds))
-                common.setdefault(count, []).append(m)
-            for count, some in common.items():
-                few = f": fewer than {MIN_SEEDS}, so there is no interval" if count < MIN_SEEDS else ""
-                self._say(f"{', '.join(some)}: {counted(count, 'seed')} in common with {base}{few}.")
-            for (m, name), one in found.items():
-                if one.left_out:
-                    gone = ", ".join(one.left_out)
-                    self._say(f"{m}, {name}: without a number at seed {gone}, which is left out of this figure.")
-                if one.seeds and one.improvement is None:
-                    self._say(f"{m}, {name}: the baseline's mean is 0, so there is no relative improvement.")
-            for m, mean in averages.items():
-                if mean.left_out and mean.value is not None:
-                    self._say(f"{m}: the average is without {', '.join(mean.left_out)}.")
+            of_base = study.by_seed(setting, base, seeds)
+            common = {m: sum(seed in of_base for seed in study.by_seed(setting, m, seeds)) for m in others}
+            self._notes(common, found, averages)
         if figures:
             own = {name: mean_and_sd(_known(values[base, name])) for name in figures}
             self._say(
@@ -220,8 +216,9 @@ class _Page:
                 self.blocks.append(Table(["figure", base, *some], rows))
         # Other figures, a loss for instance, may change by many times what a benchmark does: they have curves.
         drawn = {"average of *": {m: (one.value, one.interval) for m, one in averages.items()}}
-        for n in (name for name in figures if name in (study.averaged or study.figures)):
-            drawn[self._figure(n)] = {m: improved[m, n] for m in others}
+        for name in figures:
+            if name in (study.averaged or study.figures):
+                drawn[self._figure(name)] = {m: improved[m, name] for m in others}
         known = {
             name: {m: (value, interval) for m, (value, interval) in row.items() if value is not None}
             for name, row in drawn.items()
@@ -231,6 +228,27 @@ class _Page:
             caption = f"{said or grid.name}: relative improvement over {base} with 95 % intervals, right is better"
             svg = plots.forest(shown, base, self._looks)
             self.blocks.append(self._picture(svg, caption, grid.name, said, "improvement"))
+
+    def _notes(
+        self,
+        common: Mapping[str, int],
+        found: Mapping[tuple[str, str], Comparison],
+        averages: Mapping[str, Average],
+    ) -> None:
+        """Say how many seeds the methods have in common with the baseline, and which figures are without some."""
+        for count in dict.fromkeys(common.values()):
+            methods = ", ".join(method for method, of_method in common.items() if of_method == count)
+            few = f": fewer than {MIN_SEEDS}, so there is no interval" if count < MIN_SEEDS else ""
+            self._say(f"{methods}: {counted(count, 'seed')} in common with {self.study.baseline}{few}.")
+        for (method, name), comparison in found.items():
+            if comparison.left_out:
+                gone = ", ".join(comparison.left_out)
+                self._say(f"{method}, {name}: without a number at seed {gone}, which is left out of this figure.")
+            if comparison.seeds and comparison.improvement is None:
+                self._say(f"{method}, {name}: the baseline's mean is 0, so there is no relative improvement.")
+        for method, average in averages.items():
+            if average.left_out and average.value is not None:
+                self._say(f"{method}: the average is without {', '.join(average.left_out)}.")
 
     def _steps_until(self, grid: Grid, setting: Setting, methods: Sequence[str]) -> None:
         study, figure = self.study, self.study.curve

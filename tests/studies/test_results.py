@@ -1,11 +1,13 @@
 """``results.jsonl``: what is collected from a run, what is kept, what is refused."""
 
 import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 from common.studies import study_content, write_study
 
+from composer_prior.studies import results
 from composer_prior.studies.results import (
     append_results,
     begin_results,
@@ -162,6 +164,11 @@ def test_a_file_of_something_else_is_refused(content):
         read_results(Path("results.jsonl"))
 
 
+def test_a_folder_is_not_taken_for_missing_results():
+    with pytest.raises(IsADirectoryError):
+        read_results(Path())
+
+
 def test_a_bad_line_is_refused_with_its_number(study):
     file = Path("results.jsonl")
     begin_results(file, study.header)
@@ -198,7 +205,17 @@ def test_samples_and_steps_are_counted_where_they_can_be_known(study):
     assert steps(max_duration="1000tok") is None
 
 
-def test_versions_name_the_commit():
+def test_versions_name_the_commit_and_leave_out_packages_without_metadata(monkeypatch):
     found = versions()
     assert found["torch"].startswith("2.")
     assert all(isinstance(value, str) for value in found.values())
+
+    def version(name):
+        if name == "torch":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(results, "version", version)
+    assert versions() == {
+        name: "1" if name in results.PACKAGES else of for name, of in found.items() if name != "torch"
+    }

@@ -1,11 +1,13 @@
 """Cells as processes: order, resumption, failures, signals. Programs that train nothing stand for the runs."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ from common.studies import FAKE, write_study
 
 from composer_prior.studies import runner
 from composer_prior.studies.results import read_results
-from composer_prior.studies.runner import last_words
+from composer_prior.studies.runner import Runner, last_words, plan_tasks
+from composer_prior.studies.study import read_study
 
 METHODS = {"methods": {"method": "all", "seed": 1}}
 PROGRAM = """
@@ -101,6 +104,37 @@ def test_a_preparation_whose_work_is_there_is_not_repeated():
     write_study("study.yaml", grids={"methods": {"method": "prior", "seed": [1, 2]}})
     assert main(["study.yaml"]) == 0
     assert calls()[8:] == ["begin prior-seed2", "end prior-seed2"]
+
+
+def test_a_cell_starts_before_one_that_waits_for_its_preparation():
+    slow = 'while "end prior-seed1" not in here.read_text(): time.sleep(0.02)'
+    Path("fake_prepare.py").write_text(FAKE.replace('\nsay("end")', f'\n{slow}\nsay("end")'))
+    study = read_study("study.yaml")
+    plan = plan_tasks(study, Path("out"))
+    del plan.preparations["prior-seed1"]
+    assert Runner(study, plan, Path("results.jsonl"), [], processes=2, threads=1).run() == {}
+    assert calls().index("end prior-seed1") < calls().index("end prepare") < calls().index("begin ntp-seed1")
+    assert "end ntp-seed1" in calls()
+
+
+def test_a_cell_starts_before_one_that_another_process_works_on():
+    lock = Path("studies/tiny/cells/ntp-seed1.lock")
+    lock.parent.mkdir(parents=True)
+    held = lock.open("a")
+    fcntl.flock(held, fcntl.LOCK_EX)
+
+    def release():
+        try:
+            wait_for("end prior-seed1")
+        finally:
+            held.close()
+
+    with ThreadPoolExecutor() as pool:
+        released = pool.submit(release)
+        assert main(["study.yaml", "processes=2"]) == 0
+        released.result()
+    assert calls()[2:4] == ["begin prior-seed1", "end prior-seed1"]
+    assert sorted(finished()) == ["floor-4-1", "ntp-4-1", "prior-4-1"]
 
 
 def test_a_cell_that_fails_is_said_and_the_others_go_on(capsys):

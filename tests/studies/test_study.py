@@ -1,6 +1,7 @@
 """A study's YAML: its cells, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,16 @@ def test_cells_stand_in_the_order_of_the_grids_and_once():
     assert recipes["floor-seed1"].algorithms["prior"]["floor"] == 0.1
     assert recipes["prior-steps2-seed1"].max_duration == "2ba"
     assert list(study.averaged) == ["validation/loss"]
+    assert study.header["grids"] == {  # as the YAML has them, with text for values
+        "methods": {"method": "all", "seed": "all"},
+        "compute": {"method": ["ntp", "prior"], "steps": "all", "seed": "1", "scaling": "samples"},
+    }
+
+
+def test_a_missing_recipe_of_a_cell_is_a_missing_file():
+    cell = replace(read().cells[0], recipe=Path("nowhere.yaml"))
+    with pytest.raises(FileNotFoundError, match=r"^Cell ntp-seed1: The recipe nowhere\.yaml does not exist"):
+        cell.load()
 
 
 def test_an_axis_may_name_another_recipe():
@@ -177,6 +188,14 @@ def test_what_decides_the_cells_may_not_change_and_the_rest_may():
     del older["recipes"][there["recipe"]]["compile_config"]
     del older["recipes"][there["recipe"]]["reference"]["compile_config"]
     assert differences(older, there) == []
+    bare = {**there, "overrides": {}}
+    found = differences(bare, {**bare, "overrides": {"max_duration": "9ba"}})
+    assert found == ["overrides.max_duration: nothing there, 9ba here"]
+    found = differences(there, read(axes=axes(steps={8: {}}), grids={"a": {"method": "all"}}).header)
+    assert found == [
+        "axes.steps.4: {} there, nothing here",
+        "axes.steps.2.max_duration: 2ba there, nothing here",
+    ]
     default = axes(lr={"high": {"optimizer.lr": 0.1}})
     assert differences(there, read(axes=default).header) == ["axes.lr.high.optimizer.lr: nothing there, 0.1 here"]
 
