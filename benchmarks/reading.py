@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +29,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.conversion import make_source
 from composer_prior.conversion.convert import convert_captions
-from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, ImageInputs
+from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator
 from composer_prior.data.captions import StreamingCaptionDataset, caption_data_spec
 from composer_prior.data.tokenizer import train_tokenizer
-from composer_prior.models.vision import patch_inputs
+from composer_prior.models.prior_lvlm import PriorLVLMImageProcessor
+from composer_prior.models.vision import image_inputs
 
 DEFAULTS = {"images": 2048, "rounds": 15, "workers": 2, "batch": 64, "side": 224, "folder": None, "out": None}
-
-
-class Prepare:
-    """Turn a decoded image into the patches of a model."""
-
-    def __init__(self, side: int):
-        self.side = side
-
-    def __call__(self, image: Image.Image) -> ImageInputs:
-        """Return the patches of an image."""
-        return patch_inputs(image, 16, self.side)
 
 
 class PlainDataset(Dataset[Mapping[str, Any]]):
@@ -96,10 +87,11 @@ def measure(given: Any, folder: Path) -> dict[str, Any]:
     size = make_source(source, given.images)
     convert_captions(source, folder / "data", progress=False)
     tokenizer = train_tokenizer((f"photograph number {index}" for index in range(given.images)), 400)
+    patches = {"type": "patches", "patch_size": 16, "max_side": given.side}
     data = StreamingCaptionDataset(
         local=str(folder / "data"),
         tokenizer=tokenizer,
-        image_processor=Prepare(given.side),
+        image_processor=partial(image_inputs, PriorLVLMImageProcessor(patches)),
         batch_size=given.batch,
         shuffle=True,
     )

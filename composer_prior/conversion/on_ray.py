@@ -68,8 +68,9 @@ def _run(task: Task, units: Units) -> Results:
         try:
             for number, unit in units:
                 pending.append(convert.remote(sent, needed, number, unit))
-                room = 2 * max(1, int(ray.cluster_resources().get("CPU", 0)))  # an autoscaling cluster grows
-                while len(pending) >= (task.options.processes or room):
+                # The number of processors is asked again for each unit: an autoscaling cluster grows.
+                limit = task.options.processes or 2 * max(1, int(ray.cluster_resources().get("CPU", 0)))
+                while len(pending) >= limit:
                     yield from _finished(pending)
             while pending:
                 yield from _finished(pending)

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from composer_prior.data.messages import DataError
+
 _PIECE = 1 << 18  # bytes hashed and written at a time, so that they stay in the processor's cache
 
 
@@ -151,6 +153,9 @@ def _shard_bytes(data: Any, shard_id: int) -> mmap.mmap:
     for _ in range(7):
         data.prepare_shard(shard_id)
         with suppress(FileNotFoundError), open(file, "rb") as opened:
+            size, expected = os.fstat(opened.fileno()).st_size, shard.raw_data.bytes
+            if size != expected:
+                raise DataError(f"{file} has {size:,} bytes instead of {expected:,}: it is damaged or incomplete.")
             content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
             content.madvise(mmap.MADV_RANDOM)
             return content

@@ -6,9 +6,12 @@ tokens. ``(seed, split, i)`` determine sample ``i`` of a split.
 
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ Drawings: OpenMoji (openmoji.org), {LICENCE} (https://creativecommons.org/licens
 # Smallest and largest value of each argument.
 _SAMPLES = (1, 10**8)
 _BOUNDS = {"train_samples": _SAMPLES, "validation_samples": _SAMPLES, "canvas": (32, 4096), "seed": (0, sys.maxsize)}
+_CHUNK = 128  # samples a worker makes at a time
 _SMALLEST_JOB = 2000  # samples below which starting workers takes longer than it saves
 
 
@@ -76,7 +80,9 @@ def make_emoji_scenes(
         return
     check_drawings(CLASSES)
     with FileLock(out.with_name(f".{out.name}.making")) as lock:  # waits while another process makes them
-        if not _is_made(out, arguments):
+        try:
+            if _is_made(out, arguments):
+                return
             unfinished = out.with_name(f".{out.name}.partial")
             shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process
             _write_splits(unfinished, counts, canvas, seed, num_workers, progress)
@@ -84,7 +90,8 @@ def make_emoji_scenes(
             (unfinished / "README.md").write_text(README)
             (unfinished / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
             unfinished.rename(out)
-        Path(lock.lock_file).unlink()
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def make_sample(split: str, index: int, *, canvas: int = 96, seed: int = 17) -> dict[str, Any]:
@@ -114,20 +121,32 @@ def _is_made(out: Path, arguments: dict[str, int]) -> bool:
 def _write_splits(
     folder: Path, counts: dict[str, int], canvas: int, seed: int, num_workers: int | None, progress: bool
 ) -> None:
-    import torch  # here, not above: reading captions and scenes does without
-    from streaming import MDSWriter
-    from torch.utils.data import DataLoader
+    from streaming import MDSWriter  # here, not above: it imports torch, which the workers do without
 
     total = sum(counts.values())
     if num_workers is None:
         num_workers = min(len(os.sched_getaffinity(0)), 8) if total >= _SMALLEST_JOB else 0
-    with tqdm(total=total, desc="emoji scenes", unit=" samples", disable=not progress) as bar:
-        for split, count in counts.items():
-            indices: Any = range(count)
-            make = partial(make_sample, split, canvas=canvas, seed=seed)
-            own = torch.Generator()  # which leaves torch's random numbers as they are
-            samples = DataLoader(indices, batch_size=None, num_workers=num_workers, collate_fn=make, generator=own)
-            with MDSWriter(out=str(folder / split), columns=COLUMNS, hashes=["sha1"], size_limit=4 << 20) as writer:
-                for sample in samples:
-                    writer.write(sample)
-                    bar.update()
+    # Workers are spawned: a fork would copy the locks of running threads. None is started before it has work.
+    pool = ProcessPoolExecutor(max(1, num_workers), multiprocessing.get_context("spawn"), _end_with_parent)
+    try:
+        with tqdm(total=total, desc="emoji scenes", unit=" samples", disable=not progress) as bar:
+            for split, count in counts.items():
+                make = partial(make_sample, split, canvas=canvas, seed=seed)
+                samples = pool.map(make, range(count), chunksize=_CHUNK) if num_workers else map(make, range(count))
+                with MDSWriter(out=str(folder / split), columns=COLUMNS, hashes=["sha1"], size_limit=4 << 20) as writer:
+                    for sample in samples:
+                        writer.write(sample)
+                        bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """End a worker of a pool when its parent is killed."""
+
+    def watch() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -95,7 +95,9 @@ def run_benchmark(
     todo = [number for number in range(count) if number not in found]
     batches = [todo[start : start + benchmark.batch_size] for start in range(0, len(todo), benchmark.batch_size)]
     step = ranks if share else 1
-    hidden = True if rank else None if progress is None else not progress
+    hidden = None if progress is None else not progress  # None: unless there is a terminal
+    if rank != 0:
+        hidden = True
     with tqdm(total=count, initial=len(found), unit=" samples", disable=hidden) as bar:
         for start in range(0, len(batches), step):
             together = batches[start : start + step]

@@ -127,7 +127,7 @@ def cider_d(
         apart = max(0, len(caption) - 1) - max(0, len(reference) - 1)
         penalty = math.exp(-(apart**2) / (2 * SIGMA**2))
         for mine, theirs in zip(own, other, strict=True):
-            norm = math.hypot(*mine.values()) * math.hypot(*theirs.values())
+            norm = _norm(mine) * _norm(theirs)
             if norm:
                 overlap = sum(min(mine[gram], theirs[gram]) * theirs[gram] for gram in mine.keys() & theirs.keys())
                 total += penalty * overlap / norm
@@ -142,6 +142,10 @@ def _tf_idf(
     for gram, count in ngrams(tokens).items():
         weights[len(gram) - 1][gram] = count * (math.log(documents) - math.log(max(1, frequency.get(gram, 0))))
     return weights
+
+
+def _norm(weights: Mapping[Any, float]) -> float:
+    return math.sqrt(sum(weight**2 for weight in weights.values()))
 
 
 def _longest_common(first: Sequence[str], second: Sequence[str]) -> int:

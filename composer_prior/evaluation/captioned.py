@@ -1,8 +1,10 @@
 """Images with captions: reference captions in their published file formats, and the samples of an MDS data set."""
 
 import tempfile
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +12,11 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from composer_prior.data.captions import SPANS_COLUMN, BadSampleError, decode_image
+from composer_prior.data.mds import read_column
 from composer_prior.data.messages import DataError, one_line
 from composer_prior.data.opening import open_captions, sample_captions
 from composer_prior.data.scores import index_fingerprint
+from composer_prior.data.streams import CheckedDataset
 from composer_prior.evaluation.benchmark import Benchmark
 from composer_prior.evaluation.samples import (
     ImageFolder,
@@ -72,9 +76,9 @@ class CaptionBenchmark(Benchmark):
             predictions.append({**known, **self.truth(number, caption)})
         return predictions
 
+    @abstractmethod
     def truth(self, number: int, caption: str) -> dict[str, Any]:
         """Return what a caption of a sample is judged by, as JSON values."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -98,18 +102,18 @@ class CaptionedImages:
 
     def __init__(self, data: str, images: str | None = None, split: str | None = None):
         path = Path(data).expanduser()
-        self._mds: CaptionSamples | None = None
+        self._mds: CheckedDataset | None = None
         if path.is_dir():
-            self._mds = CaptionSamples(_mds_folder(path, split))
-            entries: Entries = ((f"sample {number}", number) for number in range(len(self._mds)))
-            make: Callable[[Any], CaptionedImage] = self._of_mds
+            self._mds = _open_mds(path, split)
+            entries: Entries = _entries_of_mds(self._mds)
+            make: Callable[[Any], CaptionedImage] = _of_mds
         else:
             (file,) = data_files(data)
             entries, make = _of_annotations(file, read_json(file), ImageFolder(images or file.parent), split)
         self.samples = usable(data, entries, make)
         sizes: Any = [file_size(one.image) for one in self.samples if not isinstance(one.image, int)]
         if self._mds is not None:
-            sizes = self._mds.index
+            sizes = Path(self._mds.streams[0].local, "index.json").read_bytes()
         self.fingerprint = digest([(s.name, s.references, s.category) for s in self.samples], sizes)
 
     def image(self, number: int) -> Image.Image:
@@ -118,11 +122,8 @@ class CaptionedImages:
         if not isinstance(place, int):
             return load_image(place)
         assert self._mds is not None
-        return self._mds[place].image
-
-    def _of_mds(self, number: int) -> CaptionedImage:
-        assert self._mds is not None
-        return CaptionedImage(str(number), _written(self._mds.captions(number)), number)
+        with _readable(self._mds.streams[0].local, place):
+            return decode_image(self._mds[place]["image"])
 
 
 class CaptionSample(NamedTuple):
@@ -145,32 +146,52 @@ class CaptionSamples:
     def __init__(self, data: str):
         self.data = data
         self._cache = tempfile.TemporaryDirectory()
-        self._dataset, self.index = open_captions(data, self._cache.name)
-        self.fingerprint = index_fingerprint([self.index])
+        self._dataset, index = open_captions(data, self._cache.name)
+        self.fingerprint = index_fingerprint([index])
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, number: int) -> CaptionSample:
-        try:
+        with _readable(self.data, number):
             sample: Mapping[str, Any] = self._dataset[number]
             image = decode_image(sample["image"])
-        except (LookupError, ValueError, RuntimeError, BadSampleError) as error:
-            raise DataError(f"{self.data}: sample {number} cannot be read ({one_line(error)}).") from error
         return CaptionSample(image, sample["image"], sample_captions(sample), sample.get(SPANS_COLUMN))
 
-    def captions(self, number: int) -> list[str]:
-        """Return the captions of a sample, whose image is not decoded."""
-        return sample_captions(self._dataset[number])
+
+@contextmanager
+def _readable(data: str, number: int) -> Iterator[None]:
+    """Raise a DataError that names a sample if reading it fails."""
+    try:
+        yield
+    except (LookupError, ValueError, RuntimeError, BadSampleError) as error:
+        raise DataError(f"{data}: sample {number} cannot be read ({one_line(error)}).") from error
 
 
-def _mds_folder(folder: Path, split: str | None) -> str:
+def _open_mds(folder: Path, split: str | None) -> CheckedDataset:
     place = folder / (split or "")
     if not (place / "index.json").exists():
         splits = sorted(index.parent.name for index in folder.glob("*/index.json"))
         remedy = f"give split= {' or '.join(splits)}" if splits else "give an MDS folder or a file of annotations"
         raise DataError(f"{place} has no index.json; {remedy}.")
-    return str(place)
+    data = CheckedDataset(local=str(place), batch_size=1)
+    for shard in data.shards:
+        names = shard.column_names  # type: ignore[attr-defined]
+        if "image" not in names or not {"caption", "captions"} & set(names):
+            raise DataError(f"{place} has the columns {', '.join(names)}; expected image and caption or captions.")
+    return data
+
+
+def _entries_of_mds(data: CheckedDataset) -> Entries:
+    """Read the captions, and nothing else, of all samples."""
+    several = "captions" in data.shards[0].column_names  # type: ignore[attr-defined]
+    for number, found in enumerate(read_column(data, "captions" if several else "caption", range(data.num_samples))):
+        yield f"sample {number}", (number, found if isinstance(found, list) else [found])
+
+
+def _of_mds(entry: tuple[int, list[Any]]) -> CaptionedImage:
+    number, captions = entry
+    return CaptionedImage(str(number), _written(captions), number)
 
 
 def _of_annotations(

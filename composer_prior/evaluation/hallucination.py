@@ -77,7 +77,7 @@ class Hallucination(CaptionBenchmark):
             of the emoji scenes.
         instances: annotations of COCO's instances, whose categories are there too.
         references: objects that the reference captions name are there.
-        others: those of :class:`.CaptionBenchmark`.
+        data, others: those of :class:`.CaptionBenchmark`.
     """
 
     headline: ClassVar[Mapping[str, str]] = {
@@ -90,6 +90,7 @@ class Hallucination(CaptionBenchmark):
     def __init__(
         self,
         *,
+        data: str,
         objects: str | None = None,
         instances: str | None = None,
         references: bool = True,
@@ -97,8 +98,9 @@ class Hallucination(CaptionBenchmark):
     ):
         if not references and instances is None:
             raise ValueError("references=false: no other option says which objects are in the images; give instances=.")
-        super().__init__(**others)
+        # Before the data are read, which may take long.
         self.vocabulary = Vocabulary(dict.fromkeys(CLASSES, ())) if objects is None else read_synonyms(objects)
+        super().__init__(data=data, **others)
         samples = self.images.samples
         there = [
             {name for text in (sample.references if references else ()) for name in self.vocabulary.find(text)}
@@ -111,7 +113,7 @@ class Hallucination(CaptionBenchmark):
         if len(nothing) == len(there) or (objects is None and nothing):
             which = "a class of the emoji scenes" if objects is None else "an object of the list"
             raise DataError(
-                f"{others['data']}: the captions of {nothing[0]} do not name {which}; give a fitting list as objects=."
+                f"{data}: the captions of {nothing[0]} do not name {which}; give a fitting list as objects=."
             )
         self.there = [sorted(some) for some in there]
         known = sorted(self.vocabulary.objects.items())
@@ -134,7 +136,7 @@ class Hallucination(CaptionBenchmark):
 
 
 def chair_counts(named: Sequence[str], there: Iterable[str]) -> dict[str, float]:
-    """Return the terms that a caption, which names objects as often as ``named``, adds to the sums of :func:`chair`."""
+    """Return what a caption adds to the sums of :func:`chair`; ``named`` has an object as often as the caption."""
     different, true = set(named), set(there)
     wrong = [name for name in named if name not in true]
     return {

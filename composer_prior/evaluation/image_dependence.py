@@ -167,7 +167,7 @@ def _words(prediction: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
     for word in re.finditer(r"[^\W_]+", prediction["caption"]):
         inside = (ends > word.start()) & (ends <= word.end())
         if inside.any():
-            yield word[0].lower(), float(values[inside].sum())
+            yield word[0].lower(), sum(values[inside].tolist())
 
 
 def _shades(prediction: Mapping[str, Any], values: Sequence[float]) -> list[tuple[str, float | None]]:

@@ -1,5 +1,6 @@
 """Build an LVLM from a recipe's ``model``, or from its parts."""
 
+import logging
 from inspect import signature
 from typing import Any, Literal
 
@@ -66,8 +67,13 @@ def lvlm_skeleton(tokenizer: PreTrainedTokenizerBase, language: dict[str, Any], 
     tower: Any = None if vision is None else registry.load("vision", vision["name"], "model.vision")
     if vision is not None and tower is not build_open_clip and registry.takes(tower, "pretrained"):
         vision = {**vision, "pretrained": None}  # OpenCLIP's says by it what becomes of pictures, and loads nothing
-    with torch.device("meta"):
-        return build_lvlm(tokenizer, language, vision, **config)
+    level = logging.root.manager.disable
+    logging.disable(max(level, logging.WARNING))  # OpenCLIP and transformers say that there are no weights
+    try:
+        with torch.device("meta"):
+            return build_lvlm(tokenizer, language, vision, **config)
+    finally:
+        logging.disable(level)
 
 
 def projector_options(name: Literal["linear", "mlp"], freeze: bool = False) -> tuple[str, bool]:

@@ -10,9 +10,7 @@ A tower is a module with
   ``process`` and ``max_image_tokens``.
 """
 
-import logging
 import pickle
-from functools import wraps
 from typing import Any, Literal
 
 import open_clip
@@ -20,10 +18,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from composer_prior import registry
 from composer_prior.data.batch import ImageInputs
 from composer_prior.data.messages import announce, one_line
-from composer_prior.models.open_clip_source import brings_weights, find_source
+from composer_prior.models.open_clip_source import Source, brings_weights, find_source
 from composer_prior.models.prior_lvlm import PriorLVLMImageProcessor
 from composer_prior.models.prior_lvlm.modeling_prior_lvlm import (
     OpenCLIPTower,
@@ -34,19 +31,6 @@ from composer_prior.models.prior_lvlm.modeling_prior_lvlm import (
 )
 
 
-def check_without_weights(constructor: Any) -> Any:
-    """Let the check of a recipe build a tower on the meta device, before there are data and a language model."""
-
-    @wraps(constructor)
-    def check(**arguments: Any) -> None:
-        with torch.device("meta"):
-            constructor(**({"width": 1} if registry.takes(constructor, "width") else {}), **arguments)
-
-    constructor.check = check
-    return constructor
-
-
-@check_without_weights
 def build_open_clip(
     architecture: str,
     pretrained: str | None = None,
@@ -83,18 +67,13 @@ def build_open_clip(
             activation or an unknown preprocessing, a patch size that does not divide the image size, or a layer the
             encoder does not have.
     """
-    given: dict[str, Any] = {"mean": mean, "std": std, "interpolation": interpolation, "resize_mode": resize_mode}
-    source = find_source(architecture, pretrained, given)
+    source = _find_encoder(architecture, pretrained, image_size, layer, mean, std, interpolation, resize_mode)
     description = source.config
-    size, patch = image_size or description["vision_cfg"].get("image_size"), description["vision_cfg"].get("patch_size")
-    if isinstance(size, int) and isinstance(patch, int) and size % patch:
-        raise ValueError(f"model.vision.image_size={size} is not a multiple of {architecture}'s patch size {patch}.")
     device = torch.empty(0).device
     loads = device.type != "meta"  # where only shapes are wanted
     if loads and source.assumption:
         announce(source.assumption)
     # The encoder's own preprocessing at evaluation: an LVLM learns captions of whole images, without augmentation.
-    logging.disable(logging.NOTSET if loads else logging.WARNING)  # there are no weights, which OpenCLIP warns about
     try:
         clip = open_clip.create_model(
             architecture,
@@ -109,16 +88,14 @@ def build_open_clip(
     except (RuntimeError, OSError, AssertionError, LookupError, pickle.UnpicklingError) as error:
         what = f"architecture={architecture}" if pretrained is None else f"pretrained={pretrained}"
         raise ValueError(f"model.vision.{what} cannot be loaded: {one_line(error)}") from error
-    finally:
-        logging.disable(logging.NOTSET)
     encoder = clip.visual
     depth = len(encoder_blocks(encoder))
-    if not -depth <= layer < depth:
-        raise ValueError(f"model.vision.layer={layer}: {architecture} has {depth} layers.")
+    _check_layer(architecture, layer, depth)
     prune_encoder(encoder, layer % depth)
     if image_size is not None:
         description["vision_cfg"]["image_size"] = image_size
-    height, width = (encoder.image_size,) * 2 if isinstance(encoder.image_size, int) else encoder.image_size
+    side = encoder.image_size
+    height, width = (side, side) if isinstance(side, int) else side
     if height != width:
         raise ValueError(f"OpenCLIP image size {height} x {width}: only square inputs are supported.")
     with torch.no_grad():
@@ -137,7 +114,33 @@ def build_open_clip(
     return OpenCLIPTower(config, encoder).requires_grad_(not freeze).train()
 
 
-@check_without_weights
+def _find_encoder(
+    architecture: str,
+    pretrained: str | None = None,
+    image_size: int | None = None,
+    layer: int = -2,
+    mean: Any = None,
+    std: Any = None,
+    interpolation: str | None = None,
+    resize_mode: str | None = None,
+) -> Source:
+    """Find the source of an encoder; refuse impossible arguments before weights are loaded."""
+    given = {"mean": mean, "std": std, "interpolation": interpolation, "resize_mode": resize_mode}
+    source = find_source(architecture, pretrained, given)
+    vision = source.config["vision_cfg"]
+    size, patch = image_size or vision.get("image_size"), vision.get("patch_size")
+    if isinstance(size, int) and isinstance(patch, int) and size % patch:
+        raise ValueError(f"model.vision.image_size={size} is not a multiple of {architecture}'s patch size {patch}.")
+    if isinstance(vision.get("layers"), int):  # only the encoder itself knows the depth of timm's models
+        _check_layer(architecture, layer, vision["layers"])
+    return source
+
+
+def _check_layer(architecture: str, layer: int, depth: int) -> None:
+    if not -depth <= layer < depth:
+        raise ValueError(f"model.vision.layer={layer}: {architecture} has {depth} layers.")
+
+
 def build_patches(width: int, patch_size: int = 16, max_side: int = 512, freeze: bool = False) -> PatchEmbedding:
     """Build a patch embedding, without an encoder.
 
@@ -152,10 +155,19 @@ def build_patches(width: int, patch_size: int = 16, max_side: int = 512, freeze:
     Raises:
         ValueError: if ``patch_size`` does not divide ``max_side``.
     """
-    if patch_size < 1 or max_side % patch_size:
-        raise ValueError(f"model.vision.max_side={max_side} is not a multiple of patch_size={patch_size}.")
+    _check_patches(patch_size, max_side)
     tower = PatchEmbedding({"type": "patches", "width": width, "patch_size": patch_size, "max_side": max_side})
     return tower.requires_grad_(not freeze)
+
+
+def _check_patches(patch_size: int = 16, max_side: int = 512) -> None:
+    if patch_size < 1 or max_side % patch_size:
+        raise ValueError(f"model.vision.max_side={max_side} is not a multiple of patch_size={patch_size}.")
+
+
+# The check of a recipe calls these, before there are data and a language model.
+build_open_clip.check = _find_encoder  # type: ignore[attr-defined]
+build_patches.check = _check_patches  # type: ignore[attr-defined]
 
 
 def image_processor_of(tower: nn.Module) -> PriorLVLMImageProcessor:

@@ -287,7 +287,13 @@ def test_out_appears_only_when_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
         patch.setattr(writing, "make_sample", fail)
         with pytest.raises(KeyboardInterrupt):
             make_emoji_scenes(tmp_path / "scenes", **SMALL, num_workers=0)
-    assert not (tmp_path / "scenes").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [".scenes.partial"], "and no lock"
+
+
+def test_an_error_of_a_worker_is_that_of_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(writing, "make_sample", sample_rng)  # which has no argument `canvas`
+    with pytest.raises(TypeError, match=r"^[^\n]*unexpected keyword argument 'canvas'$"):
+        make_emoji_scenes(tmp_path / "scenes", **SMALL, num_workers=1)
 
 
 def test_a_second_call_returns_at_once(made: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
-from common.data import write_tiles
+from common.data import tile, write_tiles
 from common.fakes import FakeModel, shade, write_image, write_json
+from streaming import MDSWriter
 
 from composer_prior import registry
 from composer_prior.data.messages import DataError
+from composer_prior.data.streams import CheckedDataset
 from composer_prior.evaluation.benchmark import reasons, run_benchmark
 from composer_prior.evaluation.captioning import Captioning
 
@@ -94,6 +97,43 @@ def test_an_mds_folder(tmp_path, several):
     assert (found["bleu_4"], found["rouge_l"]) == pytest.approx((1, 1))
     with pytest.raises(DataError, match=r"has no index.json; give split= validation"):
         Captioning(data=str(tmp_path))
+
+
+def write_mds(folder, **options):
+    """Three images with further columns; ``captions`` says more than ``caption``."""
+    columns = {"image": "bytes", "caption": "str", "captions": "json", "score": "float32"}
+    with MDSWriter(out=str(folder), columns=columns, **options) as writer:
+        for number, text in enumerate(TEXTS):
+            captions = [text, f"{text} again"]
+            writer.write({"image": tile(number), "caption": text, "captions": captions, "score": np.float32(number)})
+    return str(folder)
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "zstd:3"}], ids=["plain", "compressed"])
+def test_an_mds_folder_with_further_columns_and_both_kinds_of_captions(tmp_path, options):
+    benchmark = Captioning(data=write_mds(tmp_path, **options))
+    assert [sample.references for sample in benchmark.images.samples] == [(text, f"{text} again") for text in TEXTS]
+    assert benchmark.images.image(2).getpixel((0, 0)) == (40, 2, 60)
+
+
+def test_of_an_mds_folder_the_captions_alone_are_read(tmp_path, monkeypatch):
+    data = write_mds(tmp_path)
+    monkeypatch.setattr(CheckedDataset, "get_item", lambda *_: pytest.fail("a whole sample is read"))
+    assert len(Captioning(data=data)) == 3
+
+
+def test_a_truncated_shard_is_an_error_and_no_sample_is_left_out(tmp_path):
+    data = write_mds(tmp_path)
+    (shard,) = tmp_path.glob("*.mds")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-40])
+    with pytest.raises(DataError, match=rf"{shard} has {len(whole) - 40} bytes instead of {len(whole)}"):
+        Captioning(data=data)
+    shard.write_bytes(whole)
+    benchmark = Captioning(data=data)
+    shard.write_bytes(whole[:-40])
+    with pytest.raises(DataError, match=rf"{tmp_path}: sample 2 cannot be read"):
+        benchmark.images.image(2)
 
 
 def test_document_frequencies_are_those_of_all_images_where_only_the_first_are_captioned(tmp_path):

@@ -155,5 +155,5 @@ def test_what_says_nothing_about_objects_is_refused(tmp_path, objects):
     (tmp_path / "bad.txt").write_text("dog\n, puppy\n")
     with pytest.raises(DataError, match=r"bad\.txt, line 2"):
         Hallucination(data=data, objects=str(tmp_path / "bad.txt"))
-    with pytest.raises(DataError, match=r"objects=.*none\.txt cannot be read"):
-        Hallucination(data=data, objects=str(tmp_path / "none.txt"))
+    with pytest.raises(DataError, match=r"objects=.*none\.txt cannot be read"):  # before any data
+        Hallucination(data=str(tmp_path / "no.json"), objects=str(tmp_path / "none.txt"))

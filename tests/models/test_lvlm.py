@@ -1,5 +1,8 @@
 """The models against transformers' own forward on the same weights, and what they must be able to do."""
 
+import logging
+
+import open_clip
 import pytest
 import torch
 from common.models import FAMILIES, patch_inputs, small_lm, small_lvlm
@@ -22,6 +25,7 @@ from composer_prior.data.batch import IGNORE_INDEX, IMAGE, ROW_SEPARATOR
 from composer_prior.data.captions import decode_image
 from composer_prior.emoji_scenes.scenes import draw_scene, sample_rng, sample_scene
 from composer_prior.emoji_scenes.writing import make_sample
+from composer_prior.models import build
 from composer_prior.models.build import build_lvlm, lvlm_skeleton, make_lvlm
 from composer_prior.models.prior_lvlm import PriorLVLMImageProcessor
 from composer_prior.models.prior_lvlm.image_processing_prior_lvlm import patch_grid
@@ -197,11 +201,28 @@ def test_the_shipped_tower_tells_the_drawings_apart():
         ({"architecture": "prior-vit-tiny", "pretrained": "emoji"}, r"a tag of prior-vit-tiny \(emoji_scenes\)"),
         ({"architecture": "prior-vit-tiny", "image_size": 100}, "not a multiple of prior-vit-tiny's patch size 12"),
         ({"architecture": "prior-vit-tiny", "layer": 4}, "has 4 layers"),
+        ({"architecture": "prior-vit-tiny", "layer": -5, "pretrained": "emoji_scenes"}, "has 4 layers"),
     ],
 )
-def test_an_impossible_tower_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        build_open_clip(**arguments)
+def test_an_impossible_tower_is_refused_before_any_is_built(arguments, message, monkeypatch):
+    monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: pytest.fail("it is built"))
+    for refuse in (build_open_clip, build_open_clip.check):
+        with pytest.raises(ValueError, match=message):
+            refuse(**arguments)
+
+
+def test_a_skeleton_is_silent_and_the_level_of_the_host_stays(tokenizer, monkeypatch):
+    levels = []
+
+    def build_language_model(*_, **__):
+        levels.append(logging.root.manager.disable)
+        return small_lm(tokenizer)
+
+    monkeypatch.setattr(build, "build_language_model", build_language_model)
+    monkeypatch.setattr(logging.root.manager, "disable", logging.INFO)
+    lvlm_skeleton(tokenizer, {})
+    build_open_clip("prior-vit-tiny")
+    assert (levels, logging.root.manager.disable) == ([logging.WARNING], logging.INFO)
 
 
 def test_a_cap_that_the_patch_size_does_not_divide_is_refused():

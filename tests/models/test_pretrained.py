@@ -1,5 +1,6 @@
 """The Hugging Face format against the LVLM: logits, captions, pixels and ids, through every way of loading it."""
 
+import inspect
 import json
 import shutil
 import sys
@@ -234,6 +235,22 @@ def test_the_loss_is_that_of_the_next_token(lvlm, make_batch):
         nll = lvlm(batch)["nll"]
     mean = nll.sum() / (batch["labels"] != -100).sum()
     assert float(outputs.loss) == pytest.approx(float(mean), abs=1e-5)
+
+
+def test_forward_names_its_arguments_as_a_language_model_does(lvlm):
+    """transformers' Trainer keeps the columns of these names, and callers pass the first ones by position."""
+    forward = lvlm.eval().model.forward
+    names = [*inspect.signature(forward).parameters]
+    assert names[:5] == ["input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"]
+    assert {"use_cache", "cache_position", "output_hidden_states", "output_attentions"} <= {*names}
+    positions = torch.arange(8)[None]
+    ids = positions + 100
+    with torch.no_grad():
+        plain = forward(ids)
+        same = forward(ids, None, positions)
+        other = forward(ids, None, 0 * positions)
+    assert torch.equal(same.logits, plain.logits)
+    assert not torch.allclose(other.logits, plain.logits)
 
 
 def test_what_is_no_model_is_named(tokenizer, tmp_path):

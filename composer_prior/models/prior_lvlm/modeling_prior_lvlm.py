@@ -276,29 +276,40 @@ class PriorLVLMForConditionalGeneration(PriorLVLMPreTrainedModel, GenerationMixi
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         pixel_patches: Tensor | None = None,
         patch_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits ``[B, T, V]``, and with labels ``[B, T]`` (-100: none) the mean loss of the next token.
 
         Text is ``input_ids [B, T]`` int64 with image tokens or ``inputs_embeds [B, T, D]``; images are ``pixel_values
         [B, 3, H, W]`` or ``pixel_patches [B, N, 3 P P]`` with ``patch_mask [B, N]``, True on real patches.
-        ``logits_to_keep`` is how many of the last positions get logits, 0 for all, or which ones. Further arguments,
-        such as ``past_key_values`` and ``use_cache``, are those of the language model and of the loss.
+        ``logits_to_keep`` is how many of the last positions get logits, 0 for all, or which ones. The other arguments
+        are those of the language model, and ``kwargs`` those of the loss.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             pixel_patches=pixel_patches,
             patch_mask=patch_mask,
-            **kwargs,
+            use_cache=use_cache,
+            cache_position=cache_position,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept]) * self.logit_scale
