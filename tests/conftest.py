@@ -44,7 +44,7 @@ LONG = [
     "test_going_on",
     "test_real_scale_sharded",
     "test_bucket",
-    "test_compile",
+    "test_language_compile",
     "test_end_to_end",
     "test_exactness",
     "test_recovery",
@@ -104,11 +104,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer((make_sample("train", i)["caption"] for i in range(200)), 600)
 
 
-@pytest.fixture(params=("encoder", "patches"))  # `FAMILIES` of common.models
+_FAMILIES = ("encoder", "patches")  # common.models, which imports torch, has them for the tests
+
+
+@pytest.fixture(params=_FAMILIES)
 def lvlm(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> ComposerLVLM:
     """Build a small LVLM of each family."""
-    from common.models import small_lvlm
+    from common.models import FAMILIES, small_lvlm
 
+    assert FAMILIES == _FAMILIES
     return small_lvlm(request.param, tokenizer)
 
 

@@ -133,7 +133,9 @@ def _convert(item: Record | Rejected, task: Task) -> tuple[list[dict[str, Any]],
     kept, problems = [], []
     for key, caption, span in zip(keys, item.captions, spans, strict=True):
         problem = _caption_problem(caption, options.max_caption_chars)
-        if problem := problem or _spans_problem(span, caption, task.source.has_spans):
+        if problem is None:
+            problem = _spans_problem(span, caption, task.source.has_spans)
+        if problem is not None:
             problems.append(Rejected(key, problem[0], item.where, problem[1]))
         else:
             kept.append((caption, span))

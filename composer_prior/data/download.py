@@ -76,7 +76,7 @@ def _attempt(
 
 
 def check_file(file: Path, expected: FileInfo, algorithm: str | None = None) -> None:
-    """Raise ValueError if a file has not the expected size or hash, by default the strongest hash of the index."""
+    """Raise ValueError if a file has another size or hash than expected; ``algorithm`` is the strongest by default."""
     size = file.stat().st_size
     if size != expected.bytes:
         raise ValueError(f"{size} bytes arrived, {expected.bytes} were expected")

@@ -47,7 +47,12 @@ def _to_send(error: Exception) -> Exception:
 def sole_job(paths: Mapping[str, str | Path]) -> Iterator[None]:
     """Lock folders, by the keys that name them, for all ranks of a job; see :func:`.sole_writer`."""
     with ExitStack() as held:
-        on_first_rank(lambda: [held.enter_context(sole_writer(path, key, inside=True)) for key, path in paths.items()])
+
+        def lock() -> None:
+            for key, path in paths.items():
+                held.enter_context(sole_writer(path, key, inside=True))
+
+        on_first_rank(lock)
         yield
 
 

@@ -173,7 +173,7 @@ def _volume_files(client: Any, folder: str) -> Iterator[str]:
 
 
 class Output:
-    """A folder or remote to write files to in so many attempts, and a local folder ``state`` for unfinished files."""
+    """A folder or remote that files are written to in ``attempts``; the folder ``state`` holds unfinished ones."""
 
     def __init__(self, url: str | Path, state: Path, attempts: int = 1):
         self.label = str(url).rstrip("/")

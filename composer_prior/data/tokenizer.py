@@ -103,7 +103,7 @@ def _missing_image_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the tokens of the text between image and caption, which may contain special tokens except of images."""
+    """Return the tokens of the text between image and caption; it may spell any special token but those of images."""
     ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     read = tokenizer.convert_ids_to_tokens(ids)
     for token in (IMAGE_TOKEN, ROW_TOKEN):

@@ -88,8 +88,8 @@ class Mention:
 class Description:
     """The content of a caption: objects in order, and the colour of the background.
 
-    The relations are those of the first mention to the second and of the third to the fourth, or None; none of them for
-    a plain list of mentions.
+    A relation joins the first mention to the second, or the third to the fourth; None leaves them unrelated. A plain
+    list of mentions has no relations.
     """
 
     mentions: tuple[Mention, ...]

@@ -19,7 +19,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Statements:
-    """Texts about a scene, of which only the first is true; and a question, or None for (beginnings of) captions."""
+    """Texts about a scene, of which only the first is true.
+
+    They answer the question ``prompt``; without one they are captions or the beginnings of captions.
+    """
 
     scene: Scene
     texts: tuple[str, ...]

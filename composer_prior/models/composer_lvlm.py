@@ -227,8 +227,10 @@ class TokenMetric(MeanMetric):
     def update(self, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:  # type: ignore[override]
         values = outputs["correct" if self.value_name == "accuracy" else "nll"]
         mask = batch["labels"] != IGNORE_INDEX
-        if self.tokens != "all":
-            mask = mask & (batch["image_related"] == (self.tokens == "image_related"))
+        if self.tokens == "image_related":
+            mask = mask & batch["image_related"]
+        elif self.tokens == "other":
+            mask = mask & ~batch["image_related"]
         super().update(values.float(), mask.float())
 
     def compute(self) -> Tensor:

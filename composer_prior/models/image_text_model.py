@@ -315,7 +315,7 @@ def continuation_logprobs(
 
 
 def _go_on(decoder: Any, prefix: Mapping[str, Tensor], start: Any, owner: Tensor, ids: Tensor) -> Tensor:
-    """Hidden states ``[b, s, D]`` of texts, each behind one of the beginnings."""
+    """Return the hidden states ``[b, s, D]`` of texts, each after its beginning."""
     if not ids.shape[1]:
         return start.last_hidden_state[owner, :0]
     if not isinstance(start.get("past_key_values"), DynamicCache):  # as of recurrent models: read the beginning again

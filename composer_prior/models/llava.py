@@ -272,10 +272,8 @@ def _with_bos(tokenizer: Any) -> PreTrainedTokenizerFast:
     Classes such as GPT-NeoX's override this setting of the file when they load it; the plain class keeps it.
     """
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Read text after an image as text at the beginning: some tokenizers put a space before that alone.
-    pre_tokenizer = json.dumps(settings["pre_tokenizer"])
-    pre_tokenizer = pre_tokenizer.replace('"prepend_scheme": "first"', '"prepend_scheme": "always"')
-    settings |= {"padding": None, "truncation": None, "pre_tokenizer": json.loads(pre_tokenizer)}
+    pre_tokenizer = json.loads(json.dumps(settings["pre_tokenizer"]), object_hook=_alike_everywhere)
+    settings |= {"padding": None, "truncation": None, "pre_tokenizer": pre_tokenizer}
     backend = type(tokenizer.backend_tokenizer).from_str(json.dumps(settings))
     bos = bos_id(tokenizer)
     with_special, plain = (backend.encode("a", add_special_tokens=special).ids for special in (True, False))
@@ -294,6 +292,11 @@ def _with_bos(tokenizer: Any) -> PreTrainedTokenizerFast:
         padding_side=tokenizer.padding_side,
         model_input_names=tokenizer.model_input_names,
     )
+
+
+def _alike_everywhere(settings: dict[str, Any]) -> dict[str, Any]:
+    """Read text after an image as text at the beginning: some tokenizers put a space before that alone."""
+    return {**settings, "prepend_scheme": "always"} if settings.get("prepend_scheme") == "first" else settings
 
 
 def _load(folder: Path) -> tuple[Any, Any, Any]:

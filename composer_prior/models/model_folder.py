@@ -51,7 +51,7 @@ def save_model_folder(
 
 
 def empty_copy(model: PreTrainedModel) -> Any:
-    """Return a model of the same configuration on the meta device; refuse one that this does not describe."""
+    """Build a model of the same configuration on the meta device; raise if that does not describe the model."""
     if hasattr(model, "get_base_model"):
         raise ValueError("adapters of PEFT are no part of a model folder; merge them first, merge_and_unload()")
     if isinstance(model, PriorLVLMForConditionalGeneration):
@@ -70,7 +70,7 @@ def empty_copy(model: PreTrainedModel) -> Any:
 
 
 def fitting_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return weights that fit a model by name and shape, tied ones once; refuse others, too few, or other shapes."""
+    """Return the weights of a model, tied ones once; raise if their names or shapes are not the model's."""
     expected: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
     further, lacking = sorted(weights.keys() - expected.keys()), sorted(expected.keys() - weights.keys())
     if further or lacking:

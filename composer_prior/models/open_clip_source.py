@@ -38,7 +38,8 @@ def find_source(architecture: str, pretrained: str | None, given: Mapping[str, A
 
     What of :data:`PREPROCESSING` is not given, or None, is the weights' own. An error names the key.
     """
-    found = (_with_own_weights if brings_weights(architecture) else _of_table)(architecture, pretrained)
+    find = _with_own_weights if brings_weights(architecture) else _of_table
+    found = find(architecture, pretrained)
     preprocess = {**found.preprocess, **{key: value for key, value in given.items() if value is not None}}
     lacking = [key for key in PREPROCESSING if preprocess.get(key) is None]
     if lacking:

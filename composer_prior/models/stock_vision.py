@@ -55,41 +55,58 @@ class StockVision(NamedTuple):
 
 def stock_vision(encoder: nn.Module, image_size: int) -> StockVision:
     """Build the vision model of transformers that equals an encoder of OpenCLIP up to its last block."""
-    trunk: Any = getattr(encoder, "trunk", encoder)
-    is_clip = type(encoder) is VisionTransformer
-    if not is_clip and not (type(encoder) is TimmModel and type(trunk) is TimmVisionTransformer):
-        raise NoStockModelError(f"its {type(trunk).__name__} is no plain ViT of CLIP or SigLIP")
-    blocks: Any = trunk.transformer.resblocks if is_clip else trunk.blocks
-    kind = ResidualAttentionBlock if is_clip else Block
+    trunk = getattr(encoder, "trunk", encoder)
+    if type(encoder) is VisionTransformer:
+        return _clip(encoder, image_size)
+    if type(encoder) is TimmModel and type(trunk) is TimmVisionTransformer:
+        return _siglip(encoder, image_size)
+    raise NoStockModelError(f"its {type(trunk).__name__} is no plain ViT of CLIP or SigLIP")
+
+
+def _clip(encoder: VisionTransformer, image_size: int) -> StockVision:
+    blocks: Any = encoder.transformer.resblocks
+    _expect(blocks, ResidualAttentionBlock)
+    names = _all_names(CLIP_NAMES, "transformer.resblocks", CLIP_BLOCK, "attn.in_proj_", len(blocks))
+    weights = _renamed(encoder.state_dict(), names)
+    config = CLIPVisionConfig(
+        hidden_size=encoder.conv1.out_channels,
+        intermediate_size=blocks[0].mlp.c_fc.out_features,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=blocks[0].attn.num_heads,
+        image_size=image_size,
+        patch_size=encoder.patch_size[0],
+        hidden_act=_activation(block.mlp.gelu for block in blocks),
+        layer_norm_eps=_epsilon([encoder.ln_pre, *blocks.modules()]),
+    )
+    return StockVision(config, weights, class_tokens=1)
+
+
+def _siglip(encoder: TimmModel, image_size: int) -> StockVision:
+    trunk: Any = encoder.trunk
+    blocks = trunk.blocks
+    _expect(blocks, Block)
+    names = _all_names(SIGLIP_NAMES, "trunk.blocks", SIGLIP_BLOCK, "attn.qkv.", len(blocks))
+    weights = _renamed(encoder.state_dict(), names)
+    position = "embeddings.position_embedding.weight"
+    weights[position] = weights[position][0]
+    config = SiglipVisionConfig(
+        hidden_size=trunk.embed_dim,
+        intermediate_size=blocks[0].mlp.fc1.out_features,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=blocks[0].attn.num_heads,
+        image_size=image_size,
+        patch_size=trunk.patch_embed.patch_size[0],
+        hidden_act=_activation(block.mlp.act for block in blocks),
+        layer_norm_eps=_epsilon(blocks.modules()),
+        vision_use_head=False,  # the pooling that comes after the features
+    )
+    return StockVision(config, weights, class_tokens=0)
+
+
+def _expect(blocks: Iterable[nn.Module], kind: type[nn.Module]) -> None:
     other = {type(block).__name__ for block in blocks if type(block) is not kind}
     if other:
         raise NoStockModelError(f"its blocks are {', '.join(sorted(other))}")
-    if is_clip:
-        names = _all_names(CLIP_NAMES, "transformer.resblocks", CLIP_BLOCK, "attn.in_proj_", len(blocks))
-        weights = _renamed(encoder.state_dict(), names)
-        width, patch_size, norms = trunk.conv1.out_channels, trunk.patch_size, [trunk.ln_pre, *blocks.modules()]
-        hidden, activations = blocks[0].mlp.c_fc, [block.mlp.gelu for block in blocks]
-    else:
-        names = _all_names(SIGLIP_NAMES, "trunk.blocks", SIGLIP_BLOCK, "attn.qkv.", len(blocks))
-        weights = _renamed(encoder.state_dict(), names)
-        width, patch_size, norms = trunk.embed_dim, trunk.patch_embed.patch_size, [*blocks.modules()]
-        hidden, activations = blocks[0].mlp.fc1, [block.mlp.act for block in blocks]
-    settings: dict[str, Any] = {
-        "hidden_size": width,
-        "intermediate_size": hidden.out_features,
-        "num_hidden_layers": len(blocks),
-        "num_attention_heads": blocks[0].attn.num_heads,
-        "image_size": image_size,
-        "patch_size": patch_size[0],
-        "hidden_act": _activation(activations),
-        "layer_norm_eps": _epsilon(norms),
-    }
-    if is_clip:
-        return StockVision(CLIPVisionConfig(**settings), weights, class_tokens=1)
-    position = "embeddings.position_embedding.weight"
-    weights[position] = weights[position][0]
-    # Without the pooling that comes after the features.
-    return StockVision(SiglipVisionConfig(**settings, vision_use_head=False), weights, class_tokens=0)
 
 
 def _all_names(

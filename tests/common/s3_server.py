@@ -18,12 +18,16 @@ def started(*words: str) -> tuple["subprocess.Popen[str]", dict[str, str]]:
     running = subprocess.Popen(
         [sys.executable, str(SCRIPT), *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    assert running.stdout is not None
     environment = {}
-    while (line := running.stdout.readline()).startswith("export "):
-        name, value = line.removeprefix("export ").strip().split("=", 1)
-        environment[name] = value
-    assert line.startswith("# s3://"), line
+    try:
+        assert running.stdout is not None
+        while (line := running.stdout.readline()).startswith("export "):
+            name, value = line.removeprefix("export ").strip().split("=", 1)
+            environment[name] = value
+        assert line.startswith("# s3://"), line
+    except BaseException:
+        running.kill()
+        raise
     return running, environment
 
 

@@ -268,8 +268,11 @@ def test_a_bucket_that_fails_is_named_in_one_line(bucket, source, capsys, monkey
 
 def test_the_server_ends_when_it_is_told():
     server, _ = started("bucket=own")
-    server.terminate()
-    server.communicate(timeout=60)
+    try:
+        server.terminate()
+        server.communicate(timeout=60)
+    finally:
+        server.kill()
     assert server.returncode == 0
 
 

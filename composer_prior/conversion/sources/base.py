@@ -16,11 +16,11 @@ SPANS = "image_related_spans"
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "svg", "avif", "jxl", "heic")
 IMAGE_COLUMNS = (
-    *("image", "image_path", "image_file", "file_name", "filename", "filepath", "path", "img", "jpg", "png", "images"),
-)
+    "image", "image_path", "image_file", "file_name", "filename", "filepath", "path", "img", "jpg", "png", "images"
+)  # fmt: skip
 CAPTION_COLUMNS = (
-    *("conversations", "messages", "caption", "captions", "text", "txt", "sentence", "sentences", "description"),
-)
+    "conversations", "messages", "caption", "captions", "text", "txt", "sentence", "sentences", "description"
+)  # fmt: skip
 _URL_COLUMNS = ("url", "image_url", "img_url", "urls")
 KEY_COLUMNS = ("id", "key", "__key__")
 _SEEN_CACHE_KIB = 64 << 10

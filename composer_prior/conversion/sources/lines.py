@@ -50,11 +50,13 @@ def lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
             text = io.TextIOWrapper(file, encoding, _MARK, newline="")
             readline = lambda limit: text.readline(limit).encode("utf-8", "surrogatepass")  # noqa: E731
         elif b"\n" not in head and b"\r" in head[:-1]:
-            text = io.TextIOWrapper(file, "latin-1")  # unchanged bytes, split at the line ends of old Macs
+            text = io.TextIOWrapper(file, "latin-1")  # which keeps all bytes but line ends: each becomes \n
             readline = lambda limit: text.readline(limit).encode("latin-1")  # noqa: E731
         else:
             readline = file.readline
-        for number, line in enumerate(iter(lambda: readline(LINE_LIMIT), b""), 1):
+        number = 0
+        while line := readline(LINE_LIMIT):
+            number += 1
             is_cut = len(line) >= LINE_LIMIT and not line.endswith(b"\n")
             while is_cut and (rest := readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
                 pass
@@ -113,7 +115,8 @@ class _Table:
         """Yield the rows, with at most one of bounded size in memory."""
         csv.field_size_limit(max(csv.field_size_limit(), LINE_LIMIT))
         ahead: deque[tuple[int, str | None]] = deque()
-        for number, line in iter(lambda: ahead.popleft() if ahead else next(numbered, None), None):
+        while following := ahead.popleft() if ahead else next(numbered, None):
+            number, line = following
             if line is None:
                 yield number, None, _PLAIN
             elif not line.strip("\r\n"):

@@ -49,10 +49,11 @@ class RemoteSource(Source):
             raise SourceError(f"{remote}: {both}. Of a remote, these two are read; copy other formats to a disk first.")
         ((format, files),) = found.items()
         nowhere = Path(os.devnull)
-        if images := options.images_folder():  # of Parquet files without their bytes
-            options = replace(options, images=str(images))
+        images = nowhere
+        asked = options.images_folder()  # of Parquet files without their bytes
+        if asked is not None:
+            images, options = asked, replace(options, images=str(asked))
         names = tuple(file.as_posix() for file in files)
-        images = images or nowhere
         source = cls(remote=folder, files=names, options=options, format=format, images=images, folder=nowhere)
         bad: list[BadFile] = []
         for name in names:

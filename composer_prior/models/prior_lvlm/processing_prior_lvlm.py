@@ -70,10 +70,10 @@ class PriorLVLMProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Return ``input_ids`` and ``attention_mask`` ``[B, T]``, and the tensors of the images.
 
-        There are one image or several, in the order in which the texts name them, and one text or several, each with
-        ``<image>`` once for each of its images; by default that and the prompt of training, for each image. With
-        ``add_special_tokens`` text without an image, too, begins with the beginning-of-sequence token, and
-        ``truncation`` cuts sequences after ``max_length`` tokens. The other arguments are a tokenizer's.
+        ``images`` is one image or several, in the order in which the texts name them. ``text`` is one text or several,
+        each with ``<image>`` once for each of its images; the default is ``<image>`` and the prompt of training, for
+        each image. ``add_special_tokens`` puts the beginning-of-sequence token before text without an image, too.
+        ``truncation`` cuts sequences after ``max_length`` tokens. The other arguments are those of a tokenizer.
 
         Raises:
             ValueError: if texts and images differ in number, or an image would be cut.
