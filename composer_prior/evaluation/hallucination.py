@@ -73,11 +73,12 @@ class Hallucination(CaptionBenchmark):
     beside the objects of another image, the level of captions that are written without looking.
 
     Args:
+        data: an MDS folder, or the annotations of COCO, of Karpathy's splits or of NoCaps.
         objects: a file with a line per object, its synonyms after commas, as CHAIR's synonyms.txt. Default: the classes
             of the emoji scenes.
         instances: annotations of COCO's instances, whose categories are there too.
         references: objects that the reference captions name are there.
-        data, others: those of :class:`.CaptionBenchmark`.
+        others: those of :class:`.CaptionBenchmark`.
     """
 
     headline: ClassVar[Mapping[str, str]] = {
