@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.installed
 NEXT := $(VENV)-next/.installed
 
-.PHONY: train baseline test test-fast test-next lint clean
+.PHONY: train baseline test test-fast test-next lint style types clean
 
 # Many containers set this; every process of the suite would compile thousands of modules again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -25,11 +25,15 @@ test-fast: $(ENVIRONMENT)
 test-next: $(NEXT)
 	$(<D)/bin/python -m pytest -n 2 --dist loadfile
 
-lint: $(ENVIRONMENT)
+lint: style types
+
+style: $(ENVIRONMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+types: $(ENVIRONMENT)
+	$(BIN)/mypy
 
 # constraints.txt holds tested versions; constraints-next.txt holds newer ones, which Composer and streaming do not ask for.
 $(ENVIRONMENT): VERSIONS := --constraint constraints.txt

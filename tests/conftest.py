@@ -1,7 +1,5 @@
 """Small real parts that the tests share: data on disk, a tokenizer, models of both families."""
 
-from __future__ import annotations
-
 import gc
 import os
 
@@ -96,7 +94,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE of 600 tokens, with the image tokens."""
     from composer_prior.data.tokenizer import train_tokenizer
     from composer_prior.emoji_scenes.writing import make_sample
@@ -108,7 +106,7 @@ _FAMILIES = ("encoder", "patches")  # common.models, which imports torch, has th
 
 
 @pytest.fixture(params=_FAMILIES)
-def lvlm(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> ComposerLVLM:
+def lvlm(request: pytest.FixtureRequest, tokenizer: "PreTrainedTokenizerFast") -> "ComposerLVLM":
     """Build a small LVLM of each family."""
     from common.models import FAMILIES, small_lvlm
 
@@ -117,7 +115,7 @@ def lvlm(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> 
 
 
 @pytest.fixture
-def reference(tokenizer: PreTrainedTokenizerFast) -> ReferenceLM:
+def reference(tokenizer: "PreTrainedTokenizerFast") -> "ReferenceLM":
     """Build a small text-only reference with the models' tokenizer."""
     from common.models import small_lm
 
@@ -127,7 +125,7 @@ def reference(tokenizer: PreTrainedTokenizerFast) -> ReferenceLM:
 
 
 @pytest.fixture
-def make_spec(scenes: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
+def make_spec(scenes: Path, tokenizer: "PreTrainedTokenizerFast") -> Callable[..., Any]:
     """Return a function that loads scenes for a model: ``make_spec(model, batch_size=8, split="train", **dataset)``."""
     from composer_prior import StreamingCaptionDataset
     from composer_prior.data.captions import caption_data_spec
@@ -144,10 +142,10 @@ def make_spec(scenes: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...,
 
 
 @pytest.fixture
-def make_batch(make_spec: Callable[..., Any]) -> Callable[..., dict[str, torch.Tensor]]:
+def make_batch(make_spec: Callable[..., Any]) -> Callable[..., "dict[str, torch.Tensor]"]:
     """Return a function that makes the first batch of :func:`make_spec`."""
 
-    def make(model: Any, batch_size: int = 8, **dataset: Any) -> dict[str, torch.Tensor]:
+    def make(model: Any, batch_size: int = 8, **dataset: Any) -> "dict[str, torch.Tensor]":
         return next(iter(make_spec(model, batch_size, **dataset).dataloader))
 
     return make

@@ -95,7 +95,7 @@ class MetricsFile(LoggerDestination):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         self._write()  # before the checkpoint, so that what it has behind it is on disk
 
-    epoch_checkpoint = fit_end = batch_checkpoint
+    epoch_checkpoint = fit_end = batch_checkpoint  # the same before the checkpoint of an epoch, and at the end
 
     def close(self, state: State, logger: Logger) -> None:
         self._write()  # the last evaluation may come after the end of training
@@ -161,10 +161,8 @@ class WholeSteps(LoggerDestination):
         self._record: dict[str, Any] = {}  # of the current step
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self._record = {
-            **MetricsFile.of(logger).current,
-            **self._record,
-        }  # what was before the start
+        # A run that goes on has metrics of the current step from before its start.
+        self._record = {**MetricsFile.of(logger).current, **self._record}
 
     def eval_standalone_start(self, state: State, logger: Logger) -> None:
         self.fit_start(state, logger)

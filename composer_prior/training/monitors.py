@@ -14,12 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from composer_prior.registry import Count
 
 _FLASH = "_scaled_dot_product_flash_attention"
-_ON_CPU: dict[Any, Any] = {  # PyTorch's list of operations lacks those of the CPU; it holds wrapped functions
-    getattr(torch.ops.aten, f"{_FLASH}_for_cpu{end}"): flop_registry[
-        getattr(torch.ops.aten, f"{_FLASH}{end}")
-    ].__wrapped__
-    for end in ("", "_backward")
-}
+
+
+def _on_cpu() -> dict[Any, Any]:
+    """Return how attention on the CPU is counted, which PyTorch's list of operations lacks: as on a GPU."""
+    return {
+        getattr(torch.ops.aten, f"{_FLASH}_for_cpu{end}"): flop_registry[
+            getattr(torch.ops.aten, f"{_FLASH}{end}")
+        ].__wrapped__  # FlopCounterMode wraps functions itself
+        for end in ("", "_backward")
+    }
 
 
 class ComputeMonitor(Callback):
@@ -42,7 +46,7 @@ class ComputeMonitor(Callback):
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         if int(state.timestamp.batch) % self.interval == 0 or not self._flops_per_token:
-            self._counter = FlopCounterMode(display=False, custom_mapping=_ON_CPU)
+            self._counter = FlopCounterMode(display=False, custom_mapping=_on_cpu())
             self._counter.__enter__()
 
     def batch_end(self, state: State, logger: Logger) -> None:

@@ -228,17 +228,7 @@ def _report(recipe: TrainConfig, trainer: Trainer, benchmarks: Sequence[RunBench
     with closing_part():
         if dist.get_global_rank() == 0:
             page.unlink(missing_ok=True)  # of an earlier run of that name
-            shown = zip(samples.numbers, samples.images, samples.captions, samples.generated, strict=True)
-            cards = [
-                sample_card(
-                    number, image, [true, own.text], [[(true, None)], own.pieces], ["true", "generated"], (1, 1)
-                )
-                for number, image, true, own in shown
-            ]
-            records, figures = MetricsFile.of(trainer.logger).records(), {one.name: one.figures for one in benchmarks}
-            text = Path(recipe.run_folder, "config.yaml").read_text()
-            html = run_report(records, recipe.run_name, validation=rows, benchmarks=figures, cards=cards, recipe=text)
-            write_whole(page, html.encode())
+            write_whole(page, _page(recipe, trainer, rows, benchmarks, samples).encode())
     with closing_part():
         where = f"a page for your browser is {page}; " if page.exists() else ""
         parts = [f"{where}config.yaml and metrics.jsonl are in {Path(recipe.run_folder)}"]
@@ -247,3 +237,18 @@ def _report(recipe: TrainConfig, trainer: Trainer, benchmarks: Sequence[RunBench
         if model_folder(recipe).exists():
             parts.append(f"the model in Hugging Face format in {model_folder(recipe)}")
         announce(f"\n{recipe.run_name}, {trainer.state.timestamp.batch.value} batches: {', '.join(parts)}.")
+
+
+def _page(
+    recipe: TrainConfig, trainer: Trainer, rows: dict[str, Any], benchmarks: Sequence[RunBenchmark], samples: Samples
+) -> str:
+    """Return the page of a run, with its validation metrics as rows."""
+    shown = zip(samples.numbers, samples.images, samples.captions, samples.generated, strict=True)
+    cards = [
+        sample_card(number, image, [true, own.text], [[(true, None)], own.pieces], ["true", "generated"], (1, 1))
+        for number, image, true, own in shown
+    ]
+    records = MetricsFile.of(trainer.logger).records()
+    figures = {one.name: one.figures for one in benchmarks}
+    text = Path(recipe.run_folder, "config.yaml").read_text()
+    return run_report(records, recipe.run_name, validation=rows, benchmarks=figures, cards=cards, recipe=text)

@@ -121,11 +121,12 @@ def forks():
     return process
 
 
-def fork_ranks(folder, program, *arguments, ranks=2, timeout=400, expect=0, nodes=None):
+def fork_ranks(folder, program, *arguments, ranks=2, timeout=400, expect=0, nodes=None, patience=60):
     """Run the ranks of :func:`launch` without its three imports of Composer, and return their output.
 
     Environment variables replace the launcher; each rank is a separate process. With ``nodes``, each of these folders
-    is a node with its share of the ranks. If the ranks shall fail (``expect``), each must end by itself.
+    is a node with its share of the ranks. If the ranks shall fail (``expect``), each must end by itself, and at most
+    ``patience`` seconds after the first.
     """
     nodes = nodes or [folder or Path.cwd()]
     local = ranks // len(nodes)
@@ -143,7 +144,7 @@ def fork_ranks(folder, program, *arguments, ranks=2, timeout=400, expect=0, node
             ],
             "printed": [str(path) for path in printed],
             "timeout": timeout,
-            "patience": 60 if expect else 0,
+            "patience": patience if expect else 0,
         }
         forks().stdin.write(json.dumps(request) + "\n")
         forks().stdin.flush()

@@ -4,11 +4,12 @@ import atexit
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 import boto3
+from botocore.exceptions import BotoCoreError, ClientError
 
 SCRIPT = Path(__file__).parents[2] / "scripts/local_s3.py"
 
@@ -41,7 +42,7 @@ def _shared() -> dict[str, str]:
 
 @contextmanager
 def s3_server(bucket: str) -> Iterator[dict[str, str]]:
-    """Make an empty bucket, and remove what is in it at the end; the environment that leads to it."""
+    """Make an empty bucket, and remove it at the end; the environment that leads to it."""
     environment = _shared()
     store = boto3.resource(
         "s3",
@@ -50,8 +51,11 @@ def s3_server(bucket: str) -> Iterator[dict[str, str]]:
         aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
         aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
     )
-    store.create_bucket(Bucket=bucket)
+    made = store.create_bucket(Bucket=bucket)
+    assert not [*made.objects.all()], f"{bucket} is in use, or an earlier test could not remove it"
     try:
         yield dict(environment)
     finally:
-        store.Bucket(bucket).objects.delete()
+        with suppress(BotoCoreError, ClientError):  # the error of a test would be hidden
+            made.objects.delete()
+            made.delete()

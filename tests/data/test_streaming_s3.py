@@ -390,7 +390,7 @@ def stopped(bucket: Path, server: str) -> Path:
     )
     with FaultProxy(server, only(name, Fault(corrupt=True))) as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("S3_ENDPOINT_URL", proxy.address)
-        output = fork_ranks(bucket, ROOT / "train.py", recipe, timeout=500, expect=1)
+        output = fork_ranks(bucket, ROOT / "train.py", recipe, timeout=500, expect=1, patience=300)
         assert_no_secrets(bucket, "stopped", output, proxy.address)
     assert "Traceback" not in output, output[-3000:]
     errors = {line for line in output.splitlines() if line.startswith("error: ")}
@@ -404,7 +404,7 @@ def stopped(bucket: Path, server: str) -> Path:
 def runs(bucket: Path, server: str, stopped: Path) -> Path:
     """Folder of three runs: from a folder, from a bucket that fails, and gone on from where the stopped one was."""
     faults = [Fault(delay=0.5), Fault(status=500), Fault(cut=True), Fault(status=503), Fault(corrupt=True)]
-    faults.append(Fault(delay=3))  # longer than the timeout
+    faults.append(Fault(delay=5))  # longer than the timeout
     shards, gone = of_shards(*faults, None, first=2), shard_names(bucket)[-1]
 
     def plan(path: str, n: int) -> Fault | None:
@@ -416,7 +416,7 @@ def runs(bucket: Path, server: str, stopped: Path) -> Path:
             ]
         return shards(path, n)
 
-    remote = {"remote": REMOTE, "local": str(bucket / "cache"), "cache_limit": CACHE_LIMIT, "download_timeout": 2}
+    remote = {"remote": REMOTE, "local": str(bucket / "cache"), "cache_limit": CACHE_LIMIT, "download_timeout": 3}
     recipes = recipe_file(bucket, "local", local=str(bucket / "data")), recipe_file(bucket, "faults", **remote), stopped
     with FaultProxy(server, plan) as proxy:
         steps = [f"{recipe}={at}" for recipe, at in zip(recipes, (server, proxy.address, server), strict=True)]

@@ -62,6 +62,12 @@ def test_every_pair_of_the_table_has_the_activation_that_it_was_trained_with():
     assert refused == 28
 
 
+def test_the_check_of_a_recipe_knows_the_activation():
+    build_open_clip.check(architecture="ViT-B-32-quickgelu", pretrained="openai")
+    with pytest.raises(ValueError, match=r"QuickGELU.*set model\.vision\.architecture=ViT-B-32-quickgelu"):
+        build_open_clip.check(architecture="ViT-B-32", pretrained="openai")
+
+
 def test_weights_by_path_have_the_preprocessing_that_all_weights_of_their_architecture_share(tmp_path):
     file = tmp_path / "weights.bin"
     file.touch()

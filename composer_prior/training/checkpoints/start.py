@@ -137,7 +137,7 @@ class Bucket:
                     yield f"{self.folder}/{name}"
 
     def check(self, name: str, identity: Mapping[str, Any]) -> None:
-        """:func:`check_checkpoint`, for which those shards are downloaded that hold more than tensors, or the file."""
+        """Check a checkpoint as :func:`check_checkpoint`; of a sharded one, download shards with more than tensors."""
         with self._local(name) as local:
             if not (self._download(name, local) if is_one_file(name) else self._is_whole(name, local)):
                 raise DamagedError(f"{local} is not there, or not all of it.")
@@ -153,7 +153,8 @@ class Bucket:
             places = places_of(read_metadata(local))
         except DamagedError:
             return False
-        return all(self.remote.size(f"{name}/{shard}") == max(map(sum, parts)) for shard, parts in places.items())
+        lengths = {shard: max(offset + length for offset, length in parts) for shard, parts in places.items()}
+        return all(self.remote.size(f"{name}/{shard}") == length for shard, length in lengths.items())
 
     @contextmanager
     def _local(self, name: str) -> Iterator[Path]:
