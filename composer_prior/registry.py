@@ -29,6 +29,7 @@ _SHIPPED = {  # beside Composer's algorithms, callbacks and loggers, which have 
         "rho1": "composer_prior.algorithms.rho1.rho1:Rho1",
         "cal": "composer_prior.algorithms.cal.cal:CAL",
         "focal": "composer_prior.algorithms.focal.focal:Focal",
+        "image_gain": "composer_prior.algorithms.image_gain.image_gain:ImageGain",
     },
     "benchmark": {
         "captioning": "composer_prior.evaluation.captioning:Captioning",

@@ -137,7 +137,8 @@ def _job_without_recipe(words: Sequence[str], options: Options) -> dict[str, Any
         if key not in options:
             raise ValueError(f"{key} is not a key. {did_you_mean(key, options)}")
     job = OmegaConf.merge(OmegaConf.structured(ScoreJob), given)
-    if OmegaConf.missing_keys(job) or "name" not in job.tokenizer:
+    scorer = job.reference or job.viewer
+    if OmegaConf.missing_keys(job) or scorer is None or not job.dataset or "name" not in job.tokenizer:
         raise ValueError("Without a recipe, give out=..., reference=..., tokenizer.name=... and dataset.local=...")
     return cast(dict[str, Any], OmegaConf.to_container(job))
 
@@ -226,7 +227,7 @@ JOBS = {
         _parse_launch,
     ),
     "score": Job(
-        "store the reference's log-probabilities beside the captions",
+        "store a reference's or a viewer's log-probabilities beside the captions",
         "RECIPE.yaml [loader=train|eval] [option=value ...] [key=value of the recipe ...]",
         "composer_prior.scoring.job:ScoreJob",
         _parse_score,

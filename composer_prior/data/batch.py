@@ -14,6 +14,7 @@ from torch.utils.data import default_collate
 
 IGNORE_INDEX = -100
 IMAGE, ROW_SEPARATOR = 0, 1
+LOGPROBS = ("ref_logprobs", "viewer_logprobs")  # stored log-probabilities of tokens: of the reference, of the viewer
 _GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
 
 
@@ -52,7 +53,8 @@ class CaptionCollator:
     pad_token_id: int
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        fills = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "image_related": 0, "ref_logprobs": 0}
+        fills = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "image_related": 0}
+        fills |= dict.fromkeys(LOGPROBS, 0)
         lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
         batch = {
             key: pad_sequence([s[key] for s in samples], batch_first=True, padding_value=fill)
@@ -68,10 +70,10 @@ class CaptionCollator:
 
 @dataclass(frozen=True)
 class ScoresCollator:
-    """A collator for samples that may have ``ref_logprobs``, one log-probability for each of their labels in order.
+    """A collator for samples that may have ``ref_logprobs`` or ``viewer_logprobs``, a number for each label in order.
 
     Args:
-        collator: makes a batch of the rest, with ``labels`` ``[B, T]``. The batch gets ``ref_logprobs`` ``[B, T]``
+        collator: makes a batch of the rest, with ``labels`` ``[B, T]``. The batch gets each of them as ``[B, T]``
             float32, 0 where there is no label.
 
     Raises:
@@ -81,19 +83,20 @@ class ScoresCollator:
     collator: Callable[[list[Any]], Any]
 
     def __call__(self, samples: Sequence[Any]) -> Any:
-        if not isinstance(samples[0], Mapping) or "ref_logprobs" not in samples[0]:
+        stored = [key for key in LOGPROBS if isinstance(samples[0], Mapping) and key in samples[0]]
+        if not stored:
             return self.collator(list(samples))
-        rest = [{key: value for key, value in sample.items() if key != "ref_logprobs"} for sample in samples]
-        batch = self.collator(rest)
+        batch = self.collator([{k: value for k, value in sample.items() if k not in stored} for sample in samples])
         mask = batch["labels"] != IGNORE_INDEX
-        scores = [torch.as_tensor(sample["ref_logprobs"], dtype=torch.float32) for sample in samples]
-        for row, (values, count) in enumerate(zip(scores, mask.sum(1).tolist(), strict=True)):
-            if len(values) != count:
-                raise ValueError(
-                    f"Row {row} of a batch has {len(values)} stored reference log-probabilities for {count} labels: "
-                    "score the data with the tokenizer, prompt and lengths that they are trained with."
-                )
-        batch["ref_logprobs"] = torch.zeros(mask.shape).masked_scatter(mask, torch.cat(scores))
+        for key in stored:
+            scores = [torch.as_tensor(sample[key], dtype=torch.float32) for sample in samples]
+            for row, (values, count) in enumerate(zip(scores, mask.sum(1).tolist(), strict=True)):
+                if len(values) != count:
+                    raise ValueError(
+                        f"Row {row} of a batch has {len(values)} stored {key} for {count} labels: "
+                        "score the data with the tokenizer, prompt and lengths that they are trained with."
+                    )
+            batch[key] = torch.zeros(mask.shape).masked_scatter(mask, torch.cat(scores))
         return batch
 
 

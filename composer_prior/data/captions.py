@@ -21,7 +21,7 @@ from composer_prior.data.download import ATTEMPTS
 from composer_prior.data.images import ImageError, decode_rgb
 from composer_prior.data.messages import OneLineError, one_line, visible
 from composer_prior.data.opening import sample_captions
-from composer_prior.data.scores import ScoresError, index_fingerprint, open_scores
+from composer_prior.data.scores import KEYS, Scores, ScoresError, index_fingerprint, open_scores
 from composer_prior.data.streams import CheckedDataset
 from composer_prior.data.tokenizer import CaptionFormat, bos_id, encode_caption, image_token_ids, prompt_ids
 from composer_prior.registry import Count
@@ -57,6 +57,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             effect, and a warning names it. Default: ``"raise"``.
         scores: folder or URL of the stored reference log-probabilities; samples then have ``ref_logprobs``
             (``[T]`` float32, aligned with ``labels``, 0 where there is none).
+        viewer_scores: likewise those of a viewer, a model that sees the images; samples then have ``viewer_logprobs``.
         kwargs: those of :class:`.CheckedDataset`, which are those of :class:`streaming.StreamingDataset`.
 
     Raises:
@@ -75,6 +76,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         max_caption_tokens: Count = 128,
         on_bad_sample: Literal["raise", "skip"] = "raise",
         scores: str | None = None,
+        viewer_scores: str | None = None,
         **kwargs: Any,
     ):
         if on_bad_sample not in ("raise", "skip"):
@@ -87,8 +89,9 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
                 listed = ", ".join(sorted(names))
                 raise ValueError(f"{self.shard_name(shard_id)} has the columns {listed}; expected image and caption.")
         self.has_several_captions = any("captions" in names for names in columns)
-        if scores:
-            check_scorable(self, scores)
+        stored = {key: path for key, path in (("scores", scores), ("viewer_scores", viewer_scores)) if path}
+        for key, path in stored.items():
+            check_scorable(self, path, key)
         self.has_spans = all(SPANS_COLUMN in names for names in columns)
         self.epoch = 0
         self.tokenizer = tokenizer
@@ -101,10 +104,9 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         self.bos_id = bos_id(tokenizer)
         # A caption must not contain them, as it can where they are words of the vocabulary.
         self.reserved_ids = {*self.placeholder_ids, self.bos_id, tokenizer.eos_token_id} - {tokenizer.unk_token_id}
-        self.scores = None
-        if scores:
-            patience = {"attempts": self.streams[0].download_retry, "seconds": self.streams[0].download_timeout}
-            self.scores = open_scores(scores, self, Path(self.streams[0].local, ".scores"), **patience)
+        patience = {"attempts": self.streams[0].download_retry, "seconds": self.streams[0].download_timeout}
+        cache = Path(self.streams[0].local, ".scores")
+        self.scores = {KEYS[key]: open_scores(path, self, cache, KEYS[key], **patience) for key, path in stored.items()}
 
     @property
     def format(self) -> CaptionFormat:
@@ -203,16 +205,15 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             **image.tensors,
             "sample_id": sample_id,
         }
-        if self.scores is not None:
-            item["ref_logprobs"] = torch.zeros(len(prefix) + len(caption_ids))
+        for column, scores in self.scores.items():
+            item[column] = torch.zeros(len(prefix) + len(caption_ids))
             if caption_ids:
-                item["ref_logprobs"][len(prefix) :] = self._ref_logprobs(sample_id, len(caption_ids))
+                item[column][len(prefix) :] = self._logprobs(scores, sample_id, len(caption_ids))
         return item
 
-    def _ref_logprobs(self, sample_id: int, tokens: int) -> Tensor:
-        assert self.scores is not None
+    def _logprobs(self, scores: Scores, sample_id: int, tokens: int) -> Tensor:
         try:
-            return torch.from_numpy(self.scores.read(sample_id, tokens))
+            return torch.from_numpy(scores.read(sample_id, tokens))
         except ScoresError as error:
             raise BadSampleError(str(error)) from error
 
@@ -232,7 +233,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         return f"sample {sample_id} (number {index} of {shard.split or '.'}/{shard.raw_data.basename})"
 
 
-def check_scorable(data: StreamingCaptionDataset, scores: str) -> None:
+def check_scorable(data: StreamingCaptionDataset, scores: str, key: str = "scores") -> None:
     """Refuse to store scores of samples that draw one of several captions.
 
     Raises:
@@ -240,7 +241,7 @@ def check_scorable(data: StreamingCaptionDataset, scores: str) -> None:
     """
     if data.has_several_captions:
         raise ValueError(
-            f"dataset.scores={scores!r}: there are no stored scores of samples with several captions each. Convert "
+            f"dataset.{key}={scores!r}: there are no stored scores of samples with several captions each. Convert "
             "them with captions=all, or give the algorithm a live reference."
         )
 

@@ -1,11 +1,11 @@
-"""The reference log-probabilities of caption tokens, computed once and stored beside the data.
+"""The log-probabilities of caption tokens under a reference or a viewer, computed once and stored beside the data.
 
 Scores are a separate MDS data set, whose sample ``i`` belongs to sample ``i`` of the captions. Its one column,
-``ref_logprobs`` (bytes), holds the log-probability of each caption token, the end of sequence included, as
-little-endian float16: 2 bytes for each token, and 8 for each sample. The weight ``1 - P`` that results is within
-2^-11 of the exact one, relatively, or within 2^-25 absolutely.
+``ref_logprobs`` or ``viewer_logprobs`` (bytes), holds the log-probability of each caption token, the end of sequence
+included, as little-endian float16: 2 bytes for each token, and 8 for each sample. The weight ``1 - P`` that results is
+within 2^-11 of the exact one, relatively, or within 2^-25 absolutely.
 
-    OUT/scores.json             metadata: data, tokenizer and reference
+    OUT/scores.json             metadata: data, tokenizer and the model that scored
     OUT/shard.<unit>.000.mds    one file for each unit of work, moved here when it is whole
     OUT/index.json              written last; without it the scores are incomplete
 """
@@ -29,6 +29,7 @@ from streaming.base.constant import DEFAULT_TIMEOUT
 from streaming.base.format import FileInfo
 from transformers import PreTrainedTokenizerBase
 
+from composer_prior.data.batch import LOGPROBS
 from composer_prior.data.download import ATTEMPTS, check_file
 from composer_prior.data.files import parse_json
 from composer_prior.data.mds import sample_extent
@@ -38,7 +39,8 @@ from composer_prior.data.storage import is_remote
 from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import tokenizer_fingerprint
 
-COLUMN = "ref_logprobs"
+COLUMN, VIEWER_COLUMN = LOGPROBS
+KEYS = {"scores": COLUMN, "viewer_scores": VIEWER_COLUMN}  # of a data set in a recipe
 METADATA = "scores.json"
 INDEX = "index.json"
 VERSION = 1
@@ -76,8 +78,9 @@ class ScoresMetadata:
         tokenizer: fingerprint of the model's tokenizer, whose tokens the scores are of.
         prompt: text before the caption.
         max_caption_tokens: where captions are cut.
-        reference: ``path``, and fingerprints ``config``, ``weights`` and ``tokenizer`` of the language model.
+        reference: ``path``, and fingerprints ``config``, ``weights`` and ``tokenizer`` of the model that scored.
         version: of the format.
+        column: ``ref_logprobs`` of a text-only reference, or ``viewer_logprobs`` of a model that sees the images.
     """
 
     data: str
@@ -87,10 +90,11 @@ class ScoresMetadata:
     max_caption_tokens: int
     reference: dict[str, str]
     version: int = VERSION
+    column: str = COLUMN
 
     @classmethod
-    def of(cls, data: CaptionData, reference: Mapping[str, str]) -> "ScoresMetadata":
-        """Return the metadata of the scores that a reference gives a data set."""
+    def of(cls, data: CaptionData, reference: Mapping[str, str], column: str = COLUMN) -> "ScoresMetadata":
+        """Return the metadata of the scores that a reference, or a viewer, gives a data set."""
         return cls(
             data.fingerprint,
             data.num_samples,
@@ -98,6 +102,7 @@ class ScoresMetadata:
             data.prompt,
             data.max_caption_tokens,
             dict(reference),
+            column=column,
         )
 
     @classmethod
@@ -144,13 +149,10 @@ class ScoresMetadata:
 
 def _flat(metadata: ScoresMetadata, reference: bool) -> dict[str, Any]:
     """Return the fields to compare, without the path of the reference."""
-    fields = {**asdict(metadata), **{f"the reference's {key}": value for key, value in metadata.reference.items()}}
-    ignored = {"reference", "the reference's path"}
-    return {
-        name: value
-        for name, value in fields.items()
-        if name not in ignored and (reference or not name.startswith("the reference"))
-    }
+    scorer = "reference" if metadata.column == COLUMN else "viewer"
+    fields = {key: value for key, value in asdict(metadata).items() if key != "reference"}
+    theirs = {f"the {scorer}'s {key}": value for key, value in metadata.reference.items() if key != "path"}
+    return {**fields, **(theirs if reference else {})}
 
 
 def encode_logprobs(logprobs: NDArray[np.floating]) -> bytes:
@@ -180,7 +182,7 @@ def _check(logprobs: NDArray[np.floating]) -> None:
     bad = ~(logprobs <= 0)  # not (x <= 0) is true of NaN too
     if bad.any():
         raise ScoresError(
-            f"{int(bad.sum())} of {len(logprobs)} reference log-probabilities are NaN or positive, the first "
+            f"{int(bad.sum())} of {len(logprobs)} log-probabilities are NaN or positive, the first "
             f"{float(logprobs[bad][0])}"
         )
 
@@ -215,7 +217,7 @@ class Scores:
         self.patience = (attempts, seconds)
         self.metadata = ScoresMetadata.from_json(_fetch(path, METADATA, *self.patience), path)
         index = _fetch(path, INDEX, *self.patience)
-        self.shards = read_index(index, path, self.metadata.samples)
+        self.shards = read_index(index, path, self.metadata.samples, self.metadata.column)
         self.bounds = np.cumsum([0, *(shard.samples for shard in self.shards)])  # [shards + 1]
         # The cache is named by the index, so that rewritten scores are downloaded again.
         digest = hashlib.sha256(index).hexdigest()[:16]
@@ -261,31 +263,32 @@ class Scores:
         return _open_shard(str(file), shard.size, shard.digest)
 
 
-def open_scores(path: str, data: CaptionData, cache: Path, **patience: Any) -> Scores:
+def open_scores(path: str, data: CaptionData, cache: Path, column: str = COLUMN, **patience: Any) -> Scores:
     """Open the scores of a data set.
 
     Args:
         path: folder or remote.
         data: the data set that they must belong to.
         cache: local folder under which the shards of a remote are kept.
+        column: that they must have.
         patience: ``attempts`` and ``seconds`` of :class:`.Scores`.
 
     Raises:
         ScoresError: if they are missing or incomplete, or belong to other data, naming what differs.
     """
     scores = Scores(path, cache, **patience)
-    scores.metadata.check(ScoresMetadata.of(data, {}), path, reference=False)
+    scores.metadata.check(ScoresMetadata.of(data, {}, column), path, reference=False)
     return scores
 
 
-def read_index(data: bytes, path: str, samples: int) -> list[Shard]:
+def read_index(data: bytes, path: str, samples: int, column: str = COLUMN) -> list[Shard]:
     """Return the shards of scores, from the bytes of their index.
 
     Raises:
         ScoresError: if it is not an index of scores, or has another number of samples.
     """
     try:
-        shards = [_parse_entry(entry) for entry in parse_json(data)["shards"]]
+        shards = [_parse_entry(entry, column) for entry in parse_json(data)["shards"]]
     except (ValueError, TypeError, KeyError) as error:
         raise ScoresError(f"{path}/{INDEX} is not an index of scores ({error}).") from error
     found = sum(shard.samples for shard in shards)
@@ -294,10 +297,10 @@ def read_index(data: bytes, path: str, samples: int) -> list[Shard]:
     return shards
 
 
-def _parse_entry(entry: Mapping[str, Any]) -> Shard:
+def _parse_entry(entry: Mapping[str, Any], column: str) -> Shard:
     raw = entry["raw_data"]
-    if entry["format"] != "mds" or entry["compression"] or entry["column_names"] != [COLUMN]:
-        raise ValueError(f"expected uncompressed MDS with the column {COLUMN}")
+    if entry["format"] != "mds" or entry["compression"] or entry["column_names"] != [column]:
+        raise ValueError(f"expected uncompressed MDS with the column {column}")
     if Path(raw["basename"]).name != raw["basename"]:
         raise ValueError(f"a shard outside of its folder: {raw['basename']}")
     return Shard(raw["basename"], int(entry["samples"]), int(raw["bytes"]), raw["hashes"]["xxh64"])

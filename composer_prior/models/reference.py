@@ -161,11 +161,7 @@ class ReferenceLM:
 
         The tokenizer may have further special tokens, such as those of images, which no caption contains.
         """
-        if self.tokenizer is None:
-            return True
-        ours, theirs = self.tokenizer.get_vocab(), tokenizer.get_vocab()
-        further = {*tokenizer.all_special_tokens} - {tokenizer.bos_token, tokenizer.eos_token}
-        return all(theirs.get(token) == i for token, i in ours.items()) and theirs.keys() - ours.keys() <= further
+        return self.tokenizer is None or same_ids(self.tokenizer, tokenizer)
 
     def _bos_id(self) -> int:
         for token_id in (self.model.config.bos_token_id, self.model.config.eos_token_id):
@@ -198,6 +194,13 @@ class ReferenceLM:
                 f"The reference has another vocabulary than the model: {ours} and {theirs} tokens. Give both a "
                 "tokenizer if one only has extra image tokens."
             )
+
+
+def same_ids(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> bool:
+    """Return True if the ids of a text mean the same to both tokenizers; the second may have further special tokens."""
+    known, vocabulary = ours.get_vocab(), theirs.get_vocab()
+    further = {*theirs.all_special_tokens} - {theirs.bos_token, theirs.eos_token}
+    return all(vocabulary.get(token) == i for token, i in known.items()) and vocabulary.keys() - known.keys() <= further
 
 
 class _Scorer(nn.Module):

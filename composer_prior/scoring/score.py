@@ -1,4 +1,4 @@
-"""Compute the reference log-probabilities of a data set's captions, once, beside the data.
+"""Compute the log-probabilities of a data set's captions under a reference or a viewer, once, beside the data.
 
 The data set is cut into units of consecutive samples, and each rank scores a run of them. A unit is written when it is
 complete, and the index is written last. A killed job continues with the missing units, on any number of ranks.
@@ -7,7 +7,7 @@ complete, and the index is written last. A killed job continues with the missing
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,25 +18,30 @@ import torch
 import xxhash
 from composer.utils import dist, get_device
 from numpy.typing import NDArray
+from PIL import Image
 from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
-from composer_prior.data.captions import BadSampleError, StreamingCaptionDataset
+from composer_prior.data.captions import BadSampleError, StreamingCaptionDataset, decode_image
 from composer_prior.data.hub import find_model, load_pretrained
 from composer_prior.data.locks import locked
 from composer_prior.data.mds import read_column
 from composer_prior.data.messages import announce
 from composer_prior.data.nodes import check_shared, on_first_rank
 from composer_prior.data.remote import Remote
-from composer_prior.data.scores import INDEX, Scores, ScoresError, ScoresMetadata
+from composer_prior.data.scores import COLUMN, INDEX, KEYS, VIEWER_COLUMN, Scores, ScoresError, ScoresMetadata
 from composer_prior.data.storage import StorageError, full_disk_told, is_remote
 from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import CaptionFormat, build_tokenizer, tokenizer_fingerprint
-from composer_prior.models.reference import ReferenceLM
+from composer_prior.models.image_text_model import ImageTextModel
+from composer_prior.models.reference import ReferenceLM, same_ids
 from composer_prior.scoring.align import align_logprobs, token_edges
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.writer import ScoresWriter
+
+_IMAGES = 64  # that a viewer holds at once
+_Score = Callable[[list[list[int]]], list[NDArray[np.float32]]]  # ids of texts -> log-probabilities of their tokens
 
 
 @dataclass
@@ -62,7 +67,7 @@ def score_captions(job: ScoreJob) -> ScoreSummary:
     Raises:
         ScoresError: if ``out`` holds other files, or other scores, naming what differs.
         BadSampleError: for a caption that cannot be scored, unless ``dataset.on_bad_sample`` is ``"skip"``.
-        ValueError: if the reference cannot score these captions.
+        ValueError: if the model cannot score these captions.
     """
     try:
         with full_disk_told(job.out):
@@ -74,7 +79,7 @@ def score_captions(job: ScoreJob) -> ScoreSummary:
 def _score_captions(job: ScoreJob) -> ScoreSummary:
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
     check_shared(_shared_paths(job))
-    arguments = {key: value for key, value in job.dataset.items() if key != "scores"}
+    arguments = {key: value for key, value in job.dataset.items() if key not in KEYS}
     data = StreamingCaptionDataset(tokenizer=build_tokenizer(job.tokenizer), batch_size=1, **arguments)
     metadata, whole = on_first_rank(lambda: _look(job, data))
     summary = ScoreSummary(job.out, reused=whole)
@@ -101,8 +106,8 @@ def _score_captions(job: ScoreJob) -> ScoreSummary:
 
 
 def _shared_paths(job: ScoreJob) -> dict[str, str]:
-    """Return the paths that all nodes must see; a reference or tokenizer that does not exist is a hub id."""
-    named = {"reference": job.reference, "tokenizer.name": job.tokenizer["name"]}
+    """Return the paths that all nodes must see; a model or tokenizer that does not exist is a hub id."""
+    named = {"viewer" if job.viewer else "reference": job.model, "tokenizer.name": job.tokenizer["name"]}
     there = on_first_rank(lambda: [key for key, path in named.items() if Path(path).expanduser().exists()])
     paths = {"scores": os.path.join(job.out, INDEX), **{key: named[key] for key in there}}
     if not job.dataset.get("remote") and job.dataset.get("local"):
@@ -112,7 +117,8 @@ def _shared_paths(job: ScoreJob) -> dict[str, str]:
 
 def _look(job: ScoreJob, data: StreamingCaptionDataset) -> tuple[ScoresMetadata, bool]:
     """Return the metadata of the scores that a job makes, and whether they exist already."""
-    metadata = ScoresMetadata.of(data, reference_identity(job.reference, job.trust_remote_code))
+    column = COLUMN if job.viewer is None else VIEWER_COLUMN
+    metadata = ScoresMetadata.of(data, model_identity(job.model, job.trust_remote_code), column)
     try:
         found = Scores(job.out, Path(job.out)).metadata
     except ScoresError as error:
@@ -141,17 +147,13 @@ def _score_units(
     summary = ScoreSummary(job.out)
     if not units:
         return entries, summary
-    reference = ReferenceLM.from_pretrained(job.reference, job.trust_remote_code, cast(Any, job.dtype))
-    reference.to(cast(torch.device, get_device(None)._device))
+    score = _scorer(job, data)
     total = sum(len(writer.units[unit]) for unit in units)
     disable = not job.progress_bar or dist.get_global_rank() != 0
     with tqdm(total=total, unit=" samples", desc="Scoring", disable=disable, dynamic_ncols=True) as bar:
         for unit in units:
             samples = writer.units[unit]
-            captions = read_column(data, "caption", samples)
-            scores = _without_bad(
-                score_texts(captions, data.format, reference, job.batch_tokens), captions, samples, data
-            )
+            scores = score(samples)
             entries[unit] = writer.write(unit, scores)
             summary.samples += len(samples)
             summary.tokens += sum(map(len, scores))
@@ -161,8 +163,52 @@ def _score_units(
     return entries, summary
 
 
+def _scorer(job: ScoreJob, data: StreamingCaptionDataset) -> Callable[[range], list[NDArray[np.float32]]]:
+    """Load the model of a job, and return a function from samples to their log-probabilities."""
+    device = cast(torch.device, get_device(None)._device)
+    if job.viewer is None:
+        reference = ReferenceLM.from_pretrained(job.model, job.trust_remote_code, cast(Any, job.dtype)).to(device)
+
+        def score(samples: range) -> list[NDArray[np.float32]]:
+            captions = read_column(data, "caption", samples)
+            scores = score_texts(captions, data.format, reference, job.batch_tokens)
+            return _without_bad(scores, captions, {}, samples, data)
+
+        return score
+    viewer = ImageTextModel.from_pretrained(job.viewer, job.trust_remote_code).to(device)
+    dtype = getattr(torch, job.dtype or "float32")
+
+    def score_parts(samples: range) -> list[NDArray[np.float32]]:
+        scores: list[NDArray[np.float32]] = []
+        for start in range(0, len(samples), _IMAGES):
+            part = samples[start : start + _IMAGES]
+            captions, (images, problems) = read_column(data, "caption", part), _read_images(data, part)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                found = score_beside_images(images, captions, data.format, viewer)
+            scores += _without_bad(found, captions, problems, part, data)
+        return scores
+
+    return score_parts
+
+
+def _read_images(data: StreamingCaptionDataset, samples: range) -> tuple[list[Image.Image], dict[int, str]]:
+    """Return the images of samples, a blank one in the place of one that cannot be decoded, and why it cannot."""
+    images, problems = list[Image.Image](), dict[int, str]()
+    for index, encoded in enumerate(read_column(data, "image", samples)):
+        try:
+            images.append(decode_image(encoded))
+        except BadSampleError as error:
+            problems[index] = str(error)
+            images.append(Image.new("RGB", (64, 64)))
+    return images, problems
+
+
 def _without_bad(
-    scores: list[NDArray[np.float32]], captions: Sequence[str], samples: range, data: StreamingCaptionDataset
+    scores: list[NDArray[np.float32]],
+    captions: Sequence[str],
+    problems: Mapping[int, str],
+    samples: range,
+    data: StreamingCaptionDataset,
 ) -> list[NDArray[np.float32]]:
     """Replace the scores of bad samples by empty ones, by which the loader recognises them.
 
@@ -170,9 +216,10 @@ def _without_bad(
         BadSampleError: if the data set does not skip bad samples.
     """
     for index, (values, caption) in enumerate(zip(scores, captions, strict=True)):
-        good = caption.strip() and (values <= 0).all()
-        if not good:
-            problem = "its scores are NaN or positive" if caption.strip() else "the caption is empty"
+        problem = problems.get(index) or ("" if caption.strip() else "the caption is empty")
+        if not problem and not (values <= 0).all():
+            problem = "its scores are NaN or positive"
+        if problem:
             if data.on_bad_sample == "raise":
                 name = data.sample_name(samples[index])
                 raise BadSampleError(f"{name}: {problem} (on_bad_sample=skip goes on without it)")
@@ -197,33 +244,58 @@ def score_texts(
     Raises:
         ValueError: if the reference has too few positions, no end-of-sequence token, or no fast tokenizer.
     """
+    theirs = None if reference.reads(format.tokenizer) else reference.tokenizer
+    prefix = format.prefix_ids(theirs)
+
+    def score(texts: list[list[int]]) -> list[NDArray[np.float32]]:
+        found = reference.score_texts([[*prefix, *ids] for ids in texts], len(prefix), batch_tokens)
+        return [values.numpy() for values in found]
+
     distinct = list(dict.fromkeys(captions))
-    score = _score_tokens if reference.reads(format.tokenizer) else _score_characters
-    scores = dict(zip(distinct, score(distinct, format, reference, batch_tokens), strict=True))
+    scores = dict(zip(distinct, _score_captions_as(theirs, distinct, format, score), strict=True))
     return [scores[caption] for caption in captions]
 
 
-def _score_tokens(
-    captions: list[str], format: CaptionFormat, reference: ReferenceLM, batch_tokens: int | None
+def score_beside_images(
+    images: Sequence[Image.Image], captions: Sequence[str], format: CaptionFormat, viewer: ImageTextModel
 ) -> list[NDArray[np.float32]]:
-    """Score captions as the model's tokens."""
-    prefix, eos = format.prefix_ids(), format.tokenizer.eos_token_id
-    encoded = format.tokenizer(captions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    texts = [[*prefix, *[*ids, eos][: format.max_caption_tokens]] for ids in encoded]
-    return [values.numpy() for values in reference.score_texts(texts, len(prefix), batch_tokens)]
+    """Return the log-probabilities of captions' tokens beside their images, ``[tokens]`` float32 for each caption.
+
+    The viewer's prompt is that of its own training where it is known, or else that of the captions. One with another
+    tokenizer reads the captions as :func:`score_texts` says.
+
+    Args:
+        images: one for each caption.
+        captions: the texts.
+        format: the trained model's tokenizer, prompt and longest caption.
+        viewer: the model that sees the images.
+
+    Raises:
+        ValueError: if the viewer has no end-of-sequence token, or no fast tokenizer.
+    """
+    theirs = None if same_ids(viewer.tokenizer, format.tokenizer) else viewer.tokenizer
+    prompt = getattr(viewer.processor, "prompt", format.prompt)
+
+    def score(texts: list[list[int]]) -> list[NDArray[np.float32]]:
+        found = viewer.text_logprobs(images, [[ids] for ids in texts], prompt)
+        return [np.array(values, np.float32) for (values,) in found]
+
+    return _score_captions_as(theirs, list(captions), format, score)
 
 
-def _score_characters(
-    captions: list[str], format: CaptionFormat, reference: ReferenceLM, batch_tokens: int | None
+def _score_captions_as(
+    theirs: Any, captions: list[str], format: CaptionFormat, score: _Score
 ) -> list[NDArray[np.float32]]:
-    """Score captions as the reference's tokens, and carry the scores over to the model's."""
-    theirs: Any = reference.tokenizer
+    """Score captions as tokens of another tokenizer and carry the scores over to the model's, or as the model's."""
+    if theirs is None:
+        encoded = format.tokenizer(captions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return score([[*ids, format.tokenizer.eos_token_id][: format.max_caption_tokens] for ids in encoded])
     if not theirs.is_fast or theirs.eos_token_id is None:
         raise ValueError(
             "The reference has another tokenizer than the model; it must be a fast one with an end-of-sequence token."
         )
     options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
-    prefix, read = format.prefix_ids(theirs), theirs(captions, **options)
+    read = theirs(captions, **options)
     encoded = format.tokenizer(captions, **options)
     most = format.max_caption_tokens
     readings = [
@@ -234,11 +306,8 @@ def _score_characters(
             captions, read["input_ids"], read["offset_mapping"], encoded["offset_mapping"], strict=True
         )
     ]
-    scores = reference.score_texts([[*prefix, *ids] for ids, _, _ in readings], len(prefix), batch_tokens)
-    return [
-        _carry_over(values.numpy(), edges, to_edges)
-        for values, (_, edges, to_edges) in zip(scores, readings, strict=True)
-    ]
+    scores = score([ids for ids, _, _ in readings])
+    return [_carry_over(values, edges, to_edges) for values, (_, edges, to_edges) in zip(scores, readings, strict=True)]
 
 
 def _carry_over(
@@ -262,8 +331,8 @@ def _cut(
     return ids[:needed], edges[: needed + 1], to_edges
 
 
-def reference_identity(path: str, trust_remote_code: bool = False) -> dict[str, str]:
-    """Return the path of a language model, and fingerprints of its configuration, weights and tokenizer.
+def model_identity(path: str, trust_remote_code: bool = False) -> dict[str, str]:
+    """Return the path of a model that scores, and fingerprints of its configuration, weights and tokenizer.
 
     Raises:
         ScoresError: if there is no such model.
@@ -273,11 +342,11 @@ def reference_identity(path: str, trust_remote_code: bool = False) -> dict[str, 
         folder = found if isinstance(found, Path) else Path(cached_file(found, "config.json") or "").parent
         config = json.loads(Path(folder, "config.json").read_text())
     except OSError as error:
-        raise ScoresError(f"The reference {path} is neither a folder with a language model nor a hub id.") from error
+        raise ScoresError(f"The model {path} is neither a folder with a model nor a hub id.") from error
     digest = xxhash.xxh3_128()
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
-        raise ScoresError(f"The reference {path} has no weights (*.safetensors or *.bin) in {folder}.")
+        raise ScoresError(f"The model {path} has no weights (*.safetensors or *.bin) in {folder}.")
     for file in files:
         with open(file, "rb") as opened:
             while block := opened.read(1 << 24):

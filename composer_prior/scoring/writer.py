@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from composer_prior.data.download import ATTEMPTS
 from composer_prior.data.mds import ShardWriter, count_samples
 from composer_prior.data.remote import Output
-from composer_prior.data.scores import COLUMN, INDEX, METADATA, ScoresError, ScoresMetadata, encode_logprobs, read_index
+from composer_prior.data.scores import INDEX, METADATA, ScoresError, ScoresMetadata, encode_logprobs, read_index
 from composer_prior.data.storage import is_remote, write_whole
 
 _SHARD_BYTES = (1 << 32) - 1  # offsets are uint32
@@ -35,6 +35,7 @@ class ScoresWriter:
     def __init__(self, out: str, metadata: ScoresMetadata, unit_samples: int, worker: int = 0):
         self.metadata = metadata
         self.unit_samples = unit_samples
+        self.columns = {metadata.column: "bytes"}
         out = os.path.expanduser(out)
         self._temporary = tempfile.TemporaryDirectory() if is_remote(out) else None
         self.work = Path(self._temporary.name) if self._temporary else Path(out, ".scoring", str(worker))
@@ -58,7 +59,8 @@ class ScoresWriter:
         if known is not None:
             ScoresMetadata.from_json(known, self.out.label).check(self.metadata, self.out.label)
             with suppress(ScoresError):  # a damaged or wrong index is written again
-                read_index(self.out.read(INDEX, names) or b"", self.out.label, self.metadata.samples)
+                index = self.out.read(INDEX, names) or b""
+                read_index(index, self.out.label, self.metadata.samples, self.metadata.column)
                 return None
         elif set(names or ()) - {".scoring"} or self.out.read(INDEX, names) is not None:
             raise ScoresError(f"{self.out.label} holds other files than scores; name an empty folder.")
@@ -75,9 +77,9 @@ class ScoresWriter:
             unit: number of the unit.
             logprobs: ``[tokens]`` for each of its samples; empty for a sample that cannot be used.
         """
-        writer = ShardWriter(self.work, f"shard.{unit:05}", {COLUMN: "bytes"}, _SHARD_BYTES)
+        writer = ShardWriter(self.work, f"shard.{unit:05}", self.columns, _SHARD_BYTES)
         for values in logprobs:
-            writer.write({COLUMN: encode_logprobs(values)})
+            writer.write({self.metadata.column: encode_logprobs(values)})
         writer.finish()
         (entry,) = writer.shards
         self.out.publish(self.work, [_shard(unit)])
@@ -91,7 +93,7 @@ class ScoresWriter:
     def _read_entry(self, unit: int, names: set[str] | None) -> dict[str, Any] | None:
         """Return the index entry of an existing shard, or None if it is incomplete or of another size."""
         data = self.out.read(_shard(unit), names)
-        config = ShardWriter(self.work, "", {COLUMN: "bytes"}, _SHARD_BYTES).config
+        config = ShardWriter(self.work, "", self.columns, _SHARD_BYTES).config
         samples = len(self.units[unit])
         if data is None or count_samples(data) != samples:
             return None

@@ -1,6 +1,6 @@
 """From the parts of a recipe to the objects of a run, and the errors of their libraries as one line."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import metadata
 from typing import Any
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from composer_prior import registry
 from composer_prior.data.captions import StreamingCaptionDataset, caption_data_spec
 from composer_prior.data.messages import OneLineError, one_line
+from composer_prior.data.scores import KEYS
 from composer_prior.data.storage import StorageError
 from composer_prior.models.build import lvlm_skeleton
 from composer_prior.training.config import TrainConfig
@@ -85,15 +86,23 @@ def build_all(kind: str, configs: Mapping[str, Any], **given: Any) -> list[Any]:
     return built
 
 
-def without_reference(kind: str, components: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's algorithms or benchmarks without a ``reference`` that is optional, so that none is loaded."""
+def without_models(
+    kind: str, components: Mapping[str, Any], models: Collection[str] = ("reference", "viewer")
+) -> dict[str, Any]:
+    """Return a recipe's algorithms or benchmarks without optional models, so that none is loaded.
+
+    Args:
+        kind: of the components.
+        components: their arguments by name.
+        models: names of the arguments to leave out.
+    """
     found: dict[str, Any] = {**components}
     for name, given in components.items():
-        if given is not None and "reference" in given:
+        for model in set(models) & {*(given or {})}:
             constructor = registry.look_up(kind, given.get("benchmark", name), f"{kind}s.{name}")
-            parameter = registry.parameters_of(constructor).get("reference")
+            parameter = registry.parameters_of(constructor).get(model)
             if parameter is None or parameter.default is not parameter.empty:
-                found[name] = {key: value for key, value in given.items() if key != "reference"}
+                found[name] = {key: value for key, value in found[name].items() if key != model}
     return found
 
 
@@ -122,7 +131,7 @@ def build_loaders(recipe: TrainConfig, model: Any, scores: bool = True, where: s
         loader = {"drop_last": name == "train", **config}
         dataset = {"shuffle_seed": recipe.seed, **loader.pop("dataset")}
         if not scores:
-            dataset["scores"] = None
+            dataset |= dict.fromkeys(KEYS)
         with one_line_errors(f"{where}{name}_loader"):
             data = StreamingCaptionDataset(
                 tokenizer=model.tokenizer,

@@ -192,13 +192,17 @@ def job_of(recipe: TrainConfig, dataset: Mapping[str, Any], **changes: Any) -> S
     """Return the job that makes the scores of a recipe's data set, with ``changes`` to the fields of :class:`ScoreJob`.
 
     Raises:
-        ValueError: if the recipe has no reference, or nothing says where the scores go.
+        ValueError: if there is neither a reference nor a viewer, or nothing says where the scores go.
     """
-    if recipe.reference_recipe is None:
-        raise ValueError("The recipe has no reference. Score without a recipe: dataset.local=... reference=... out=...")
-    out = changes.pop("out", None) or dataset.get("scores")
-    if not out:
-        raise ValueError("Where do the scores go? Give out=..., or dataset.scores in the recipe.")
-    folder = model_folder(recipe.reference_recipe)
+    key = "viewer_scores" if changes.get("viewer") else "scores"
     given = {"tokenizer": recipe.tokenizer, "dataset": dict(dataset), "progress_bar": recipe.progress_bar}
-    return ScoreJob(out=str(out), reference=str(folder), **{**given, **recipe.scoring, **changes})
+    if key == "scores":
+        if recipe.reference_recipe is None:
+            raise ValueError(
+                "The recipe has no reference. Score without a recipe: dataset.local=... reference=... out=..."
+            )
+        given["reference"] = str(model_folder(recipe.reference_recipe))
+    out = changes.pop("out", None) or dataset.get(key)
+    if not out:
+        raise ValueError(f"Where do the scores go? Give out=..., or dataset.{key} in the recipe.")
+    return ScoreJob(out=str(out), **{**given, **recipe.scoring, **changes})

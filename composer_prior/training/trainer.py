@@ -17,6 +17,7 @@ from composer_prior.algorithms.token_weighting.token_weighting import unwrapped
 from composer_prior.data.captions import StreamingCaptionDataset
 from composer_prior.data.messages import announce
 from composer_prior.data.nodes import check_same, on_first_rank
+from composer_prior.data.scores import COLUMN, VIEWER_COLUMN
 from composer_prior.data.storage import write_whole
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
@@ -40,7 +41,7 @@ from composer_prior.training.builders import (
     build_named,
     build_precision,
     one_line_errors,
-    without_reference,
+    without_models,
 )
 from composer_prior.training.checkpoints.identity import WEIGHT_NAMES, RunIdentity
 from composer_prior.training.checkpoints.loading import load_weights
@@ -94,10 +95,10 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     callbacks += build_benchmarks(recipe.benchmarks, model, reference)
     saver = [] if recipe.save_folder is None else [Checkpoints(recipe)]
     os.environ.update(ASKED_BY_COMPOSER)
-    # Where samples carry stored scores, no reference is loaded for nothing.
-    algorithms = recipe.algorithms
-    if train_data.scores is not None:
-        algorithms = without_reference("algorithm", algorithms)
+    # Where samples carry stored scores, no model is loaded for nothing.
+    scorers = {"reference": COLUMN, "viewer": VIEWER_COLUMN}
+    stored = [model for model, column in scorers.items() if column in train_data.scores]
+    algorithms = without_models("algorithm", recipe.algorithms, stored)
     trackers = build_all("logger", recipe.loggers, recipe=recipe, goes_on=start is not None)
     trainer = Trainer(
         model=model,

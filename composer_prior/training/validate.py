@@ -22,7 +22,7 @@ from composer_prior.algorithms.token_weighting.token_weighting import check_algo
 from composer_prior.data.captions import StreamingCaptionDataset, check_scorable
 from composer_prior.data.nodes import on_first_rank
 from composer_prior.data.remote import Remote
-from composer_prior.data.scores import Scores, ScoresError, ScoresMetadata
+from composer_prior.data.scores import KEYS, Scores, ScoresError, ScoresMetadata
 from composer_prior.data.storage import is_remote
 from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import build_tokenizer
@@ -39,7 +39,7 @@ from composer_prior.training.builders import (
     build_precision,
     one_line_errors,
     per_rank_batch_size,
-    without_reference,
+    without_models,
 )
 from composer_prior.training.checkpoints.storage import find_checkpoint, find_weights
 from composer_prior.training.config import TrainConfig
@@ -113,10 +113,11 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
     loaders = build_loaders(recipe, model, scores=False, where=where)
     for name, spec in loaders.items():
         _check_samples(f"{where}{name}_loader", spec.dataloader)
-        scores = getattr(recipe, f"{name}_loader")["dataset"].get("scores")
-        if scores:
-            check_scorable(spec.dataloader.dataset, scores)
-            on_first_rank(partial(_check_stored_scores, scores, spec.dataloader.dataset))
+        dataset = getattr(recipe, f"{name}_loader")["dataset"]
+        for key, column in KEYS.items():
+            if dataset.get(key):
+                check_scorable(spec.dataloader.dataset, dataset[key], key)
+                on_first_rank(partial(_check_stored_scores, dataset[key], spec.dataloader.dataset, column))
     data = loaders["train"].dataloader.dataset
     check_schedule(recipe, len(cast(Any, loaders["train"].dataloader)), where)
     if isinstance(model, ComposerLVLM):
@@ -126,7 +127,7 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
         check_checkpointing(recipe.parallelism_config, model)
         check_algorithms(algorithms, model)
         check_new_weights(algorithms, optimizer, where)
-        build_benchmarks(without_reference("benchmark", recipe.benchmarks), model, where=where)
+        build_benchmarks(without_models("benchmark", recipe.benchmarks), model, where=where)
     if recipe.reference_recipe is not None:
         _check_same_data(recipe, recipe.reference_recipe, data)
 
@@ -163,7 +164,7 @@ def _check_samples(where: str, loader: Any) -> None:
         )
 
 
-def _check_stored_scores(path: str, data: StreamingCaptionDataset) -> None:
+def _check_stored_scores(path: str, data: StreamingCaptionDataset, column: str) -> None:
     """Raise if stored scores belong to other data, another tokenizer or other settings."""
     try:
         metadata = Scores(path, Path(path)).metadata
@@ -173,7 +174,7 @@ def _check_stored_scores(path: str, data: StreamingCaptionDataset) -> None:
         if is_remote(path):
             Remote(path).check_writable()
         return  # none, or not whole: they will be made
-    metadata.check(ScoresMetadata.of(data, {}), path, reference=False)
+    metadata.check(ScoresMetadata.of(data, {}, column), path, reference=False)
 
 
 def _check_same_data(recipe: TrainConfig, reference: TrainConfig, data: StreamingCaptionDataset) -> None:
@@ -181,7 +182,7 @@ def _check_same_data(recipe: TrainConfig, reference: TrainConfig, data: Streamin
     if read_reference_metadata(reference) is not None:
         check_reference(recipe, data.fingerprint)
         return
-    dataset = {**reference.train_loader["dataset"], "scores": None}
+    dataset = {**reference.train_loader["dataset"], **dict.fromkeys(KEYS)}
     ours = recipe.train_loader["dataset"]
     if all(dataset.get(key) == ours.get(key) for key in ("remote", "local", "split", "streams")):
         return
@@ -209,7 +210,7 @@ def check_fit(model: ComposerLVLM, data: StreamingCaptionDataset) -> None:
 def _algorithms(recipe: TrainConfig, where: str) -> list[Any]:
     """Build the algorithms of a recipe, without the reference's weights."""
     built = []
-    for name, arguments in without_reference("algorithm", recipe.algorithms).items():
+    for name, arguments in without_models("algorithm", recipe.algorithms).items():
         with one_line_errors(f"{where}algorithms.{name}"):
             built += build_all("algorithm", {name: arguments})
     weighting_of(built)  # raises for two

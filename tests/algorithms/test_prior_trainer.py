@@ -247,7 +247,7 @@ def test_mixed_in_the_wrong_way_round():
 
 def test_scores_of_other_captions_are_refused():
     rows = [{**row, "ref_logprobs": [-1.0] * 22} for row in make_data()]
-    with pytest.raises(ValueError, match="Row 1 of a batch has 22 stored reference log-probabilities for 3 labels"):
+    with pytest.raises(ValueError, match="Row 1 of a batch has 22 stored ref_logprobs for 3 labels"):
         ScoresCollator(make_collator())(rows)
 
 

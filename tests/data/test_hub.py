@@ -15,7 +15,7 @@ from composer_prior.data.tokenizer import build_tokenizer
 from composer_prior.inference.export import export_model
 from composer_prior.models.language import build_language_model
 from composer_prior.models.reference import ReferenceLM
-from composer_prior.scoring.score import reference_identity
+from composer_prior.scoring.score import model_identity
 from composer_prior.training.checkpoints.loading import read_weights
 from tests.common.models import small_lm, small_lvlm
 
@@ -146,7 +146,7 @@ def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(trap, token
         "init_from another": lambda: read_weights(tmp_path / "lm-model"),
         "tokenizer.name": lambda: build_tokenizer({"name": lm}),
         "reference": lambda: ReferenceLM.from_pretrained(lm),
-        "score": lambda: reference_identity(lm),
+        "score": lambda: model_identity(lm),
         "pretrained": lambda: build_language_model(tokenizer, pretrained=lm_model),
         "its shapes": lambda: shapes(tokenizer, lm_model),
     }

@@ -469,7 +469,7 @@ def test_scores_of_another_reference_are_refused(job: Any, tokenizer: Any, tmp_p
 
 def test_what_is_no_reference_is_refused(job: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ScoresError, match="is neither a folder with a language model nor a hub id"):
+    with pytest.raises(ScoresError, match="is neither a folder with a model nor a hub id"):
         score_captions(job(reference=str(tmp_path / "empty")))
 
 

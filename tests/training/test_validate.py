@@ -13,7 +13,7 @@ from composer.utils import dist
 from composer_prior import registry
 from composer_prior.models.sharding import ON_CPU
 from composer_prior.training import trainer
-from composer_prior.training.builders import without_reference
+from composer_prior.training.builders import without_models
 from composer_prior.training.validate import check_parts
 
 OTHER_TOWER = ["model.vision.pretrained=null", "model.vision.image_size=null"]
@@ -153,7 +153,7 @@ def test_a_reference_that_a_component_needs_is_left_to_it(monkeypatch):
     mine = {"benchmark": "needs", "reference": "model", "limit": 2}
     pope = {"data": "questions.json"}
     components = {"mine": mine, "pope": {**pope, "reference": "model"}, "foils": None}
-    assert without_reference("benchmark", components) == {"mine": mine, "pope": pope, "foils": None}
+    assert without_models("benchmark", components) == {"mine": mine, "pope": pope, "foils": None}
 
 
 def test_fsdp2_without_a_gpu(monkeypatch):

@@ -70,17 +70,18 @@ def check_floor(floor: float) -> None:
         raise ValueError(f"floor={floor}: the share of next-token prediction must be in [0, 1).")
 
 
-def check_logprobs(ref_logprobs: Tensor, mask: Tensor) -> None:
+def check_logprobs(logprobs: Tensor, mask: Tensor, name: str = "ref_logprobs") -> None:
     """Raise a ValueError unless every masked value can be a log-probability (synchronizes an accelerator)."""
-    if ref_logprobs.shape != mask.shape:
+    if logprobs.shape != mask.shape:
         raise ValueError(
-            f"ref_logprobs {tuple(ref_logprobs.shape)} and the mask of loss-generating tokens {tuple(mask.shape)} "
+            f"{name} {tuple(logprobs.shape)} and the mask of loss-generating tokens {tuple(mask.shape)} "
             "differ in shape; both must be aligned with labels, [B, T]."
         )
-    bad = mask & ~(ref_logprobs <= 0)  # not (x <= 0) is true of NaN too
+    bad = mask & ~(logprobs <= 0)  # not (x <= 0) is true of NaN too
     if bad.any():
         row, position = (int(i) for i in bad.nonzero()[0])
+        whose = "reference" if name == "ref_logprobs" else name.partition("_")[0]
         raise ValueError(
-            f"{int(bad.sum())} reference log-probabilities are NaN or positive, the first at row {row}, position "
-            f"{position} ({float(ref_logprobs[row, position])}): check the reference model or its stored scores."
+            f"{int(bad.sum())} {whose} log-probabilities are NaN or positive, the first at row {row}, position "
+            f"{position} ({float(logprobs[row, position])}): check the {whose} model or its stored scores."
         )

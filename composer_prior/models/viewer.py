@@ -1,0 +1,71 @@
+"""The viewer: a frozen model that sees the image, whose probabilities say what the image explains."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from composer_prior.data.batch import split_packed_images
+from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.models.image_text_model import ImageTextModel
+
+
+class Viewer:
+    """A frozen image-text-to-text model that scores the captions of a batch beside their images.
+
+    It reads the batch as it was made for the trained model, so both need one tokenizer and one image processor.
+
+    Args:
+        model: with its processor; put in eval mode, its gradients switched off.
+        batch_size: samples per forward pass. Default: ``64``.
+    """
+
+    def __init__(self, model: ImageTextModel, batch_size: int = 64):
+        self.model = ComposerLVLM(model.model.eval().requires_grad_(False), model.processor).eval()
+        self.batch_size = batch_size
+
+    @classmethod
+    def of(cls, model: "Viewer | ImageTextModel | str") -> "Viewer":
+        """Return a viewer as it is, one around a model, or one of a model's folder or hub id."""
+        if isinstance(model, str):
+            model = ImageTextModel.from_pretrained(model)
+        return model if isinstance(model, cls) else cls(cast(ImageTextModel, model))
+
+    def to(self, device: torch.device) -> "Viewer":
+        """Move the model's weights."""
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def logprobs(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return ``log P_v(labels[t] | image, text before t)``, ``[B, T]`` float32, 0 where there is no label.
+
+        Args:
+            batch: of the trained model, with ``labels`` ``[B, T]``.
+        """
+        parts = split_packed_images(batch, self.batch_size)
+        return torch.cat([-self.model(part)["nll"].float() for part in parts])
+
+    def check_inputs(self, model: Any) -> None:
+        """Refuse a trained model that reads images or text otherwise than the viewer.
+
+        Args:
+            model: a :class:`.ComposerLVLM`.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        for name in ("tokenizer", "image_processor"):
+            if _settings(self.model.processor, name) != _settings(getattr(model, "processor", None), name):
+                raise ValueError(
+                    f"The viewer has another {name} than the model: it cannot read the model's batches. Store its "
+                    "log-probabilities first: composer-prior score ... viewer=MODEL."
+                )
+
+
+def _settings(processor: Any, name: str) -> Any:
+    part = getattr(processor, name, None)
+    if name == "tokenizer" or part is None:
+        return part and part.get_vocab()
+    return part.to_dict()
