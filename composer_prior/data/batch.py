@@ -135,14 +135,15 @@ def count_tokens(batch: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def split_packed_images(batch: Mapping[str, Any], microbatch_size: int | float) -> list[dict[str, Any]]:
-    """Split a batch of Qwen2-VL, whose ``pixel_values`` are the patches of all images one after the other.
+    """Split a batch; also one of Qwen2-VL, whose ``pixel_values`` are the patches of all images one after the other.
 
     Give it to Composer as ``DataSpec(..., split_batch=split_packed_images)``; its default would cut the patches of
     images anywhere.
 
     Args:
-        batch: with ``image_grid_thw`` ``[B, 3]`` int64, the patches of each image along time, height and width, and
-            ``pixel_values`` ``[n, D]``, ``n`` the sum of their products; likewise videos. One image for each sample.
+        batch: where images are packed, with ``image_grid_thw`` ``[B, 3]`` int64, the patches of each image along time,
+            height and width, and ``pixel_values`` ``[n, D]``, ``n`` the sum of their products; likewise videos. One
+            image for each sample.
         microbatch_size: samples in a microbatch.
 
     Raises:
@@ -151,14 +152,15 @@ def split_packed_images(batch: Mapping[str, Any], microbatch_size: int | float) 
     from composer.core.data_spec import default_split_batch  # here: models work without Composer
 
     samples = len(batch["input_ids"])
-    rest = {key: value for key, value in batch.items() if key not in _GRIDS}
-    for name in _GRIDS.values():
-        if name in batch and len(batch[name]) != samples:
+    packed = {name: grid_name for name, grid_name in _GRIDS.items() if grid_name in batch}
+    rest = {key: value for key, value in batch.items() if key not in packed}
+    for name in packed.values():
+        if len(batch[name]) != samples:
             raise ValueError(
                 f"{name} has {len(batch[name])} rows for {samples} samples: split_packed_images needs one for each."
             )
     microbatches = [dict(part) for part in default_split_batch(rest, microbatch_size)]
-    for name, grid_name in _GRIDS.items():
+    for name, grid_name in packed.items():
         if name in batch:
             counts = [int(part[grid_name].prod(1).sum()) for part in microbatches]
             for part, patches in zip(microbatches, _split(batch[name], counts, grid_name), strict=True):

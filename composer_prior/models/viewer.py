@@ -10,6 +10,8 @@ from composer_prior.data.batch import split_packed_images
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.image_text_model import ImageTextModel
 
+_OF_FILES = ("auto_map", "processor_class", "image_processor_type")  # of a saved processor alone
+
 
 class Viewer:
     """A frozen image-text-to-text model that scores the captions of a batch beside their images.
@@ -44,7 +46,8 @@ class Viewer:
         Args:
             batch: of the trained model, with ``labels`` ``[B, T]``.
         """
-        parts = split_packed_images(batch, self.batch_size)
+        whole = len(batch["labels"]) <= self.batch_size
+        parts = [batch] if whole else split_packed_images(batch, self.batch_size)
         return torch.cat([-self.model(part)["nll"].float() for part in parts])
 
     def check_inputs(self, model: Any) -> None:
@@ -68,4 +71,4 @@ def _settings(processor: Any, name: str) -> Any:
     part = getattr(processor, name, None)
     if name == "tokenizer" or part is None:
         return part and part.get_vocab()
-    return part.to_dict()
+    return {key: value for key, value in part.to_dict().items() if key.strip("_") not in _OF_FILES}

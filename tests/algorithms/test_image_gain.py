@@ -20,7 +20,7 @@ from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.captions import BadSampleError, StreamingCaptionDataset
 from composer_prior.data.mds import read_column
 from composer_prior.data.scores import Scores, ScoresError
-from composer_prior.data.tokenizer import train_tokenizer
+from composer_prior.data.tokenizer import image_token_ids, train_tokenizer
 from composer_prior.models.image_text_model import ImageTextModel
 from composer_prior.models.viewer import Viewer
 from composer_prior.scoring.job import ScoreJob
@@ -109,7 +109,8 @@ def test_a_live_viewer(family, microbatch, tokenizer, make_spec, make_batch, ref
     batch = make_batch(model)
     mask = batch["labels"] != IGNORE_INDEX
     theirs = Viewer(viewer, batch_size=3).logprobs(batch)
-    text = reference.logprobs(batch["input_ids"], mask | (batch["attention_mask"] > 0), batch["labels"], (600, 601))
+    image_ids = image_token_ids(tokenizer)
+    text = reference.logprobs(batch["input_ids"], batch["attention_mask"], batch["labels"], image_ids)
     weights = gain_weights(theirs, text, mask, alpha=2.0, floor=0.2)
     expected = expected_loss(model, batch, weights)
     algorithm = ImageGain(viewer, reference, alpha=2.0, floor=0.2)
@@ -139,7 +140,7 @@ def test_the_viewer_is_not_trained_or_saved(tokenizer, make_spec, reference):
     fit(model, make_spec(model), [algorithm], duration="2ba")
     assert all(torch.equal(value, before[key]) for key, value in viewer.model.state_dict().items())
     assert not algorithm.viewer.model.training
-    assert not algorithm.state_dict()
+    assert "viewer" not in algorithm.state_dict()
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_stored_scores_are_those_of_a_live_viewer(saved, tokenizer, scenes, tmp_
         spec = make_spec(model, max_caption_tokens=20, shuffle=True, viewer_scores=scores)
         _, logged = fit(model, spec, [ImageGain(viewer, reference)], duration="4ba")
         losses.append([float(value) for _, value in logged["loss/train/total"]])
-    np.testing.assert_allclose(losses[0], losses[1], atol=1e-4)
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-3)  # stored as float16
     assert score_captions(job_of(saved, scenes / "train", tmp_path / "scores")).reused
 
 

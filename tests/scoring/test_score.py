@@ -224,13 +224,18 @@ def test_a_caption_that_is_cut_has_the_scores_of_its_beginning(
 def test_the_same_tokenizer_read_by_characters_gives_the_plain_scores(
     data: StreamingCaptionDataset, reference: ReferenceLM
 ) -> None:
+    class Stranger(ReferenceLM):
+        def reads(self, tokenizer: Any) -> bool:
+            return False
+
+    stranger = Stranger(reference.model, reference.tokenizer)
     captions = [*CAPTIONS, *read_column(data, "caption", range(96))]
-    plain = score._score_tokens(captions, data.format, reference, 300)
-    aligned = score._score_characters(captions, data.format, reference, 300)
+    plain = score_texts(captions, data.format, reference, 300)
+    aligned = score_texts(captions, data.format, stranger, 300)
     assert_all_close(aligned, plain, atol=1e-5)  # texts that are cut end elsewhere, and so share other batches
     whole = [i for i, values in enumerate(plain) if len(values) < data.max_caption_tokens]
-    same = [score._score_tokens([captions[i]], data.format, reference, 300)[0] for i in whole]
-    by_characters = [score._score_characters([captions[i]], data.format, reference, 300)[0] for i in whole]
+    same = [score_texts([captions[i]], data.format, reference, 300)[0] for i in whole]
+    by_characters = [score_texts([captions[i]], data.format, stranger, 300)[0] for i in whole]
     assert all(np.array_equal(a, b) for a, b in zip(same, by_characters, strict=True))
 
 
