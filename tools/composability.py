@@ -38,6 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from composer_prior import PRIOR, ComposerLVLM, ReferenceLM, StreamingCaptionDataset, selective_backprop_keys
 from composer_prior.algorithms.cal.cal import CAL
 from composer_prior.algorithms.focal.focal import Focal
+from composer_prior.algorithms.image_gain.image_gain import ImageGain
 from composer_prior.algorithms.oracle.oracle import Oracle
 from composer_prior.algorithms.permuted_prior.permuted_prior import PermutedPRIOR
 from composer_prior.algorithms.random_prior.random_prior import RandomPRIOR
@@ -47,6 +48,7 @@ from composer_prior.data.captions import caption_data_spec
 from composer_prior.data.tokenizer import image_token_ids, train_tokenizer
 from composer_prior.emoji_scenes.writing import make_emoji_scenes, make_sample
 from composer_prior.models.build import make_lvlm
+from composer_prior.models.image_text_model import ImageTextModel
 from composer_prior.models.vision import build_open_clip, build_patches
 
 CARD = Path(__file__).parents[1] / "composer_prior/algorithms/prior/README.md"
@@ -140,6 +142,7 @@ class Caption:
     logp: Tensor  # [k] of its tokens under the model
     logits: Tensor  # [k] of its tokens under the model
     ref_logp: Tensor  # [k] under the reference
+    viewer_logp: Tensor  # [k] under the viewer
     text_logits: Tensor  # [k] under the model's language model, the image taken out
     image_related: Tensor  # [k] bool
     pool: list[float]  # PRIOR's weights of the whole batch
@@ -157,7 +160,7 @@ class Caption:
 class Method:
     """A method as a user would write it, and a plain formula of its weights before normalization."""
 
-    build: Callable[[ReferenceLM], Algorithm]
+    build: Callable[[ReferenceLM, ImageTextModel], Algorithm]
     weights: Callable[[Caption], Any]
     normalized: bool = True
 
@@ -165,6 +168,12 @@ class Method:
 def prior_by_hand(ref_logp: Tensor) -> Tensor:
     """Compute PRIOR's weights."""
     return FLOOR + (1 - FLOOR) * (1 - ref_logp.exp()) ** ALPHA
+
+
+def gain_by_hand(caption: Caption) -> Tensor:
+    """Compute ImageGain's weights."""
+    seen, alone = caption.viewer_logp.exp(), caption.ref_logp.exp()
+    return FLOOR + (1 - FLOOR) * (1 - alone / torch.maximum(alone, seen)) ** ALPHA
 
 
 def permuted_by_hand(caption: Caption) -> list[float]:
@@ -195,22 +204,24 @@ def contrast_by_hand(caption: Caption) -> list[float]:
 
 
 METHODS = {
-    "prior": Method(lambda r: PRIOR(r, alpha=ALPHA, floor=FLOOR), lambda c: prior_by_hand(c.ref_logp)),
-    "permuted_prior": Method(lambda r: PermutedPRIOR(r, alpha=ALPHA, floor=FLOOR, seed=SEED), permuted_by_hand),
-    "random_prior": Method(lambda r: RandomPRIOR(r, alpha=ALPHA, floor=FLOOR, seed=SEED), drawn_by_hand),
-    "oracle": Method(lambda r: Oracle(FLOOR), lambda c: torch.where(c.image_related, 1.0, FLOOR)),
-    "rho1": Method(lambda r: Rho1(r, share=SHARE), selected_by_hand),
-    "cal": Method(lambda r: CAL(), contrast_by_hand),
-    "focal": Method(lambda r: Focal(GAMMA), lambda c: (1 - c.logp.exp()) ** GAMMA, normalized=False),
+    "prior": Method(lambda r, v: PRIOR(r, alpha=ALPHA, floor=FLOOR), lambda c: prior_by_hand(c.ref_logp)),
+    "permuted_prior": Method(lambda r, v: PermutedPRIOR(r, alpha=ALPHA, floor=FLOOR, seed=SEED), permuted_by_hand),
+    "random_prior": Method(lambda r, v: RandomPRIOR(r, alpha=ALPHA, floor=FLOOR, seed=SEED), drawn_by_hand),
+    "oracle": Method(lambda r, v: Oracle(FLOOR), lambda c: torch.where(c.image_related, 1.0, FLOOR)),
+    "rho1": Method(lambda r, v: Rho1(r, share=SHARE), selected_by_hand),
+    "cal": Method(lambda r, v: CAL(), contrast_by_hand),
+    "focal": Method(lambda r, v: Focal(GAMMA), lambda c: (1 - c.logp.exp()) ** GAMMA, normalized=False),
+    "image_gain": Method(lambda r, v: ImageGain(v, r, alpha=ALPHA, floor=FLOOR), gain_by_hand),
 }
 
 
 class Check(Callback):
     """Compute the expected loss of every microbatch."""
 
-    def __init__(self, method: Method, reference: ReferenceLM):
+    def __init__(self, method: Method, reference: ReferenceLM, viewer: ComposerLVLM):
         self.method = method
         self.reference = reference
+        self.viewer = viewer
         self.forwards = 0
         self.losses: list[tuple[float, float]] = []  # (Composer's, by hand)
 
@@ -229,20 +240,31 @@ class Check(Callback):
         with torch.no_grad(), get_precision_context(state.precision, state.precision_config):
             texts = [text_logits(self.reference.model, state.model, self.whole, row) for row in rows(self.whole)]
             pool = [weight for logits, tokens in texts for weight in prior_by_hand(chosen(logits, tokens)).tolist()]
-            expected = loss_by_hand(self.method, state.model, self.reference, self.batch, pool, step)
+            expected = loss_by_hand(self.method, state.model, self.reference, self.viewer, self.batch, pool, step)
         self.losses.append((float(cast(Tensor, state.loss)), expected))
 
 
-def loss_by_hand(
-    method: Method, model: Any, reference: ReferenceLM, batch: Mapping[str, Tensor], pool: list[float], step: int
-) -> float:
-    """Compute the loss of a method from all logits, row by row."""
+def image_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Compute all logits of a model beside the images, ``[B, T, V]`` float64."""
     lvlm = model.model
     embeddings = lvlm.causal_lm.get_input_embeddings()(batch["input_ids"])
     images = {key: batch[key] for key in IMAGE_INPUTS if key in batch}
     features = lvlm.model.multi_modal_projector(lvlm.model.vision_tower(**images))
     embeddings[batch["input_ids"] == lvlm.config.image_token_id] = features.to(embeddings.dtype)
-    all_logits = lvlm.causal_lm(inputs_embeds=embeddings).logits.double()
+    return lvlm.causal_lm(inputs_embeds=embeddings).logits.double()
+
+
+def loss_by_hand(
+    method: Method,
+    model: Any,
+    reference: ReferenceLM,
+    viewer: Any,
+    batch: Mapping[str, Tensor],
+    pool: list[float],
+    step: int,
+) -> float:
+    """Compute the loss of a method from all logits, row by row."""
+    all_logits, seen_logits = image_logits(model, batch), image_logits(viewer, batch)
     smoothing = model.label_smoothing
     total, count = 0.0, 0
     for row in rows(batch):
@@ -251,11 +273,12 @@ def loss_by_hand(
         logits = all_logits[row, places - 1]
         logp = chosen(logits, tokens)
         before = logits.log_softmax(-1)
-        text, _ = text_logits(lvlm.causal_lm, model, batch, row)
+        text, _ = text_logits(model.model.causal_lm, model, batch, row)
         caption = Caption(
             logp,
             logits.gather(1, tokens[:, None])[:, 0],
             chosen(*text_logits(reference.model, model, batch, row)),
+            chosen(seen_logits[row, places - 1], tokens),
             text.gather(1, tokens[:, None])[:, 0],
             batch["image_related"][row][places],
             pool,
@@ -326,10 +349,10 @@ def reference_lm() -> LlamaForCausalLM:
     return lm
 
 
-def small_model(family: str, **settings: Any) -> ComposerLVLM:
+def small_model(family: str, seed: int = 0, **settings: Any) -> ComposerLVLM:
     """Build a small LVLM of a family."""
     tokenizer, _ = prepared()
-    lm = small_lm(seed=0)
+    lm = small_lm(seed)
     if family == "encoder":
         tower: nn.Module = build_open_clip("prior-vit-tiny", image_size=24)
     else:
@@ -347,11 +370,12 @@ def run(name: str, case: Case, family: str, order: str) -> str:
     method, model = METHODS[name], small_model(family, **(case.model or {}))
     reference = ReferenceLM(reference_lm(), tokenizer)
     dataset.image_processor, dataset.transform = model.image_processor, None
-    check = Check(method, reference)
+    viewer = small_model(family, seed=2)
+    check = Check(method, reference, viewer.eval())
     before = structure(model)
     what = f"{case.name} on {family}, {order} {name}"
     try:
-        ours = [method.build(reference)]
+        ours = [method.build(reference, viewer.image_text_model)]
         other = case.build(model)
         trainer = Trainer(
             model=model,

@@ -6,12 +6,13 @@ from itertools import combinations, product
 import pytest
 import torch
 from common.models import FAMILIES, small_lvlm
-from common.programs.one_step import METHODS, SEED, make_reference, make_samples, step_gradients
+from common.programs.one_step import METHODS, SEED, make_reference, make_samples, make_viewer, step_gradients
 from common.recipes import ROOT, fork_ranks
 
 from composer_prior import importance_weights
 from composer_prior.algorithms.cal.weights import contrast_weights
 from composer_prior.algorithms.focal.weights import focal_weights
+from composer_prior.algorithms.image_gain.weights import gain_weights
 from composer_prior.algorithms.oracle.weights import oracle_weights
 from composer_prior.algorithms.permuted_prior.weights import permuted
 from composer_prior.algorithms.random_prior.weights import drawn
@@ -20,6 +21,7 @@ from composer_prior.algorithms.token_weighting.noise import token_noise
 from composer_prior.algorithms.token_weighting.normalize import normalize
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator
 from composer_prior.data.tokenizer import image_token_ids
+from composer_prior.models.viewer import Viewer
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +64,10 @@ def formula_gradients(family, tokenizer, method):
             is_text &= batch["input_ids"] != token_id
         alone = model.text_label_logits(batch["input_ids"], is_text, batch["labels"])
         weights = contrast_weights(outputs["label_logits"] - alone, mask, 0.1, 0.5)
+    elif name.startswith("image_gain"):
+        seen = Viewer(make_viewer(family, tokenizer)).logprobs(batch)
+        alone = -outputs["nll"].detach() if "model" in name else scores
+        weights = gain_weights(seen, alone, mask, normalization=normalization, floor=0.1)
     else:
         weights = focal_weights(outputs["nll"], mask, 1.5)
     ((outputs["nll"] * weights).sum() / mask.sum()).backward()

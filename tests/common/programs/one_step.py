@@ -15,6 +15,7 @@ from common.models import FAMILIES, small_lm, small_lvlm
 from composer_prior import PRIOR, ReferenceLM
 from composer_prior.algorithms.cal.cal import CAL
 from composer_prior.algorithms.focal.focal import Focal
+from composer_prior.algorithms.image_gain.image_gain import ImageGain
 from composer_prior.algorithms.oracle.oracle import Oracle
 from composer_prior.algorithms.permuted_prior.permuted_prior import PermutedPRIOR
 from composer_prior.algorithms.random_prior.random_prior import RandomPRIOR
@@ -27,19 +28,24 @@ from composer_prior.models.sharding import build_parallelism, prepare_sharded
 
 SEED = 5
 METHODS = {
-    "prior": lambda reference, shard: PRIOR(reference, 1.5, "sequence", 0.1, shard_reference=shard),
-    "prior, batch": lambda reference, shard: PRIOR(reference, 1.5, "batch", 0.1, shard_reference=shard),
-    "prior, none": lambda reference, shard: PRIOR(reference, 1.5, "none", 0.1, shard_reference=shard),
-    "permuted_prior, batch": lambda reference, shard: PermutedPRIOR(
+    "prior": lambda reference, shard, viewer: PRIOR(reference, 1.5, "sequence", 0.1, shard_reference=shard),
+    "prior, batch": lambda reference, shard, viewer: PRIOR(reference, 1.5, "batch", 0.1, shard_reference=shard),
+    "prior, none": lambda reference, shard, viewer: PRIOR(reference, 1.5, "none", 0.1, shard_reference=shard),
+    "permuted_prior, batch": lambda reference, shard, viewer: PermutedPRIOR(
         reference, 1.5, "batch", 0.1, shard_reference=shard, seed=SEED
     ),
-    "random_prior": lambda reference, shard: RandomPRIOR(
+    "random_prior": lambda reference, shard, viewer: RandomPRIOR(
         reference, 1.5, "sequence", 0.1, shard_reference=shard, seed=SEED
     ),
-    "oracle, batch": lambda reference, shard: Oracle(0.1, "batch"),
-    "rho1": lambda reference, shard: Rho1(reference, 0.6, shard_reference=shard),
-    "cal": lambda reference, shard: CAL(low=0.1, high=0.5),
-    "focal": lambda reference, shard: Focal(1.5),
+    "oracle, batch": lambda reference, shard, viewer: Oracle(0.1, "batch"),
+    "rho1": lambda reference, shard, viewer: Rho1(reference, 0.6, shard_reference=shard),
+    "cal": lambda reference, shard, viewer: CAL(low=0.1, high=0.5),
+    "focal": lambda reference, shard, viewer: Focal(1.5),
+    "image_gain": lambda reference, shard, viewer: ImageGain(viewer, reference, floor=0.1, shard_reference=shard),
+    "image_gain, batch": lambda reference, shard, viewer: ImageGain(
+        viewer, reference, normalization="batch", shard_reference=shard
+    ),
+    "image_gain over the model": lambda reference, shard, viewer: ImageGain(viewer, over="model"),
 }
 STRATEGIES = {"ddp": None, "fsdp2": {"fsdp2": {}}, "hsdp": {"fsdp2": {"data_parallel_replicate_degree": 2}}}
 BATCH = 12
@@ -74,6 +80,14 @@ def make_reference(tokenizer):
     return reference
 
 
+def make_viewer(family, tokenizer):
+    """Build a viewer of sharp predictions, so that it often knows more than the reference and often less."""
+    viewer = small_lvlm(family, tokenizer, seed=2).image_text_model
+    with torch.no_grad():
+        viewer.model.get_output_embeddings().weight.mul_(5)
+    return viewer
+
+
 class Gradients(Callback):
     """Keep the gradients that the optimizer is about to use."""
 
@@ -104,7 +118,7 @@ def step_gradients(family, tokenizer, method, microbatch=None, strategy="ddp", s
         ),
         max_duration="1ba",
         optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
-        algorithms=[METHODS[method](reference, shard_reference)],
+        algorithms=[METHODS[method](reference, shard_reference, make_viewer(family, tokenizer))],
         callbacks=[gradients],
         device_train_microbatch_size=microbatch,
         accumulate_train_batch_on_tokens=True,
