@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from string import Formatter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from composer_prior.emoji_scenes.scenes import PlacedObject, Rng, Scene, pick
 
@@ -38,6 +38,23 @@ TEMPLATES = (
     "Photo by {person}: {total} on {a_colour} page, {scene}",
     "{total} with {scene}, {tail}, by {person}, reference number {number}",
 )
+# The same without names, dates and numbers, which nothing foretells.
+PLAIN_TEMPLATES = (
+    "{lead}: {scene} on {a_colour} background",
+    "{lead}: {scene}, {tail}",
+    "{lead}: {total}, {scene}, on plain {colour} paper, {tail}",
+    "{scene} isolated on plain {colour} background, {tail}",
+    "{scene} on {a_colour} background | {tail}",
+    "{scene}, {colour} background, vector clip art, {tail}",
+    "Image of {scene} against {a_colour} backdrop",
+    "Via web gallery: {scene}, {colour} backdrop",
+    "{tail}: poster with {scene} on {colour} canvas",
+    "{colour} wallpaper with {scene}, {tail}",
+    "Photo: {total} on {a_colour} page, {scene}",
+    "{total} with {scene}, {tail}",
+)
+Clutter = Literal["none", "some", "full"]
+_BY_CLUTTER = {"none": PLAIN_TEMPLATES, "some": TEMPLATES + PLAIN_TEMPLATES, "full": TEMPLATES}
 LEADS = (
     *("Stock photo", "Free download", "High resolution image", "Click to enlarge", "Royalty free picture"),
     *("Premium illustration", "Best clip art online", "Buy this print today", "Image may contain", "View full gallery"),
@@ -103,9 +120,20 @@ class Description:
         return replace(self, mentions=tuple(mentions))
 
 
-def write_caption(scene: Scene, rng: Rng) -> tuple[str, Spans]:
+def templates_of(clutter: Clutter) -> tuple[str, ...]:
+    """Return the templates of captions, of which ``none``, half (``some``) or ``full`` all have what nothing foretells.
+
+    Raises:
+        ValueError: for another value.
+    """
+    if clutter not in _BY_CLUTTER:
+        raise ValueError(f"clutter={clutter!r}: expected none, some or full.")
+    return _BY_CLUTTER[clutter]
+
+
+def write_caption(scene: Scene, rng: Rng, clutter: Clutter = "full") -> tuple[str, Spans]:
     """Write a true caption that names all objects; return it with the [start, end) spans that the image determines."""
-    return _fill(pick(TEMPLATES, rng), cache(lambda: describe(scene, rng)), rng)
+    return _fill(pick(templates_of(clutter), rng), cache(lambda: describe(scene, rng)), rng)
 
 
 def write_description(description: Description, template: str, rng: Rng) -> tuple[str, Spans]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from composer_prior.emoji_scenes.captions import RELATIONS, TEMPLATES, Description, describe
+from composer_prior.emoji_scenes.captions import RELATIONS, Clutter, Description, describe, templates_of
 from composer_prior.emoji_scenes.scenes import BACKGROUNDS, CLASSES, SIZES, Scene
 from composer_prior.emoji_scenes.statements import Source, Statements, draw, keep_first, write_all
 
@@ -13,7 +13,7 @@ COUNT_PAIRS = ((1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, 4))
 _Found = tuple[Scene, Sequence[Description]] | None  # the true description first; None: the scene does not suit
 
 
-def make_foils(category: str, index: int, *, canvas: int = 96, seed: int = 17) -> Statements:
+def make_foils(category: str, index: int, *, canvas: int = 96, seed: int = 17, clutter: Clutter = "full") -> Statements:
     """Make a true caption of a scene and its foils, which differ from it in one fact.
 
     - ``class``: an object has the name of another class, which is not in the scene. Three foils.
@@ -28,9 +28,11 @@ def make_foils(category: str, index: int, *, canvas: int = 96, seed: int = 17) -
         index: number of the item; ``(seed, category, index)`` determine it.
         canvas: side of the image in pixels, at least 32.
         seed: seed of the training data, which determines the held-out combinations.
+        clutter: of the training data, see :func:`.make_emoji_scenes`.
     """
-    find, answers, templates = _CATEGORIES[category]
+    find, answers, word = _CATEGORIES[category]
     (scene, descriptions), rng = draw(find, f"foils/{category}", index, answers, canvas, seed)
+    templates = [template for template in templates_of(clutter) if word in template]
     return Statements(scene, write_all(descriptions, templates, rng))
 
 
@@ -102,12 +104,12 @@ def _absence(source: Source, answer: int) -> _Found:
     return keep_first(scene, description.mentions[place].name, 0), pair[::-1]
 
 
-_CATEGORIES: dict[str, tuple[Callable[[Source, int], _Found], int, Sequence[str]]] = {
-    "class": (_class, 1, TEMPLATES),
-    "count": (_count, 2, TEMPLATES),
-    "size": (_size, len(SIZES), TEMPLATES),
-    "colour": (_colour, len(BACKGROUNDS), [template for template in TEMPLATES if "colour}" in template]),
-    "relation": (_relation, len(RELATIONS), TEMPLATES),
-    "absence": (_absence, 2, [template for template in TEMPLATES if "{total}" in template]),
+_CATEGORIES: dict[str, tuple[Callable[[Source, int], _Found], int, str]] = {  # the text is in a caption's template
+    "class": (_class, 1, ""),
+    "count": (_count, 2, ""),
+    "size": (_size, len(SIZES), ""),
+    "colour": (_colour, len(BACKGROUNDS), "colour}"),
+    "relation": (_relation, len(RELATIONS), ""),
+    "absence": (_absence, 2, "{total}"),
 }
 CATEGORIES = tuple(_CATEGORIES)

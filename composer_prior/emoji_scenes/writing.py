@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 from filelock import FileLock
 from tqdm import tqdm
 
-from composer_prior.emoji_scenes.captions import write_caption
+from composer_prior.emoji_scenes.captions import Clutter, templates_of, write_caption
 from composer_prior.emoji_scenes.drawings import check_drawings, versions
 from composer_prior.emoji_scenes.scenes import CLASSES, SPLITS, draw_scene, sample_rng, sample_scene
 
@@ -48,6 +49,7 @@ def make_emoji_scenes(
     validation_samples: int = 1000,
     canvas: int = 96,
     seed: int = 17,
+    clutter: Clutter = "full",
     num_workers: int | None = None,
     progress: bool = True,
 ) -> None:
@@ -61,6 +63,8 @@ def make_emoji_scenes(
         validation_samples: scenes in `out/validation`.
         canvas: side of the square images in pixels, at least 32.
         seed: together with a split and an index it determines a sample.
+        clutter: captions with names, dates and numbers, which neither image nor text foretells: ``"none"``, half of
+            them (``"some"``), or ``"full"``, all.
         num_workers: worker processes (0: this process); default one per core, up to 8. The data do not depend on it.
         progress: show a progress bar.
 
@@ -70,12 +74,14 @@ def make_emoji_scenes(
     """
     out = Path(out).absolute()
     counts = dict(zip(SPLITS, (train_samples, validation_samples), strict=True))
-    arguments = {f"{split}_samples": count for split, count in counts.items()} | {"canvas": canvas, "seed": seed}
-    for key, value in arguments.items():
+    numbers = {f"{split}_samples": count for split, count in counts.items()} | {"canvas": canvas, "seed": seed}
+    for key, value in numbers.items():
         least, most = _BOUNDS[key]
         if not least <= value <= most:
             bound = f"at least {least}" if value < least else f"at most {most}"
             raise ValueError(f"{key} must be {bound}, got {value}")
+    templates_of(clutter)  # or refuse it
+    arguments = {**numbers, **({} if clutter == "full" else {"clutter": clutter})}
     if _is_made(out, arguments):
         return
     check_drawings(CLASSES)
@@ -85,7 +91,8 @@ def make_emoji_scenes(
                 return
             unfinished = out.with_name(f".{out.name}.partial")
             shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process
-            _write_splits(unfinished, counts, canvas, seed, num_workers, progress)
+            make = partial(make_sample, canvas=canvas, seed=seed, clutter=clutter)
+            _write_splits(unfinished, counts, make, num_workers, progress)
             recipe = {"arguments": arguments, "packages": versions(), "licence": LICENCE, "attribution": ATTRIBUTION}
             (unfinished / "README.md").write_text(README)
             (unfinished / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
@@ -94,17 +101,19 @@ def make_emoji_scenes(
             Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def make_sample(split: str, index: int, *, canvas: int = 96, seed: int = 17) -> dict[str, Any]:
+def make_sample(
+    split: str, index: int, *, canvas: int = 96, seed: int = 17, clutter: Clutter = "full"
+) -> dict[str, Any]:
     """Make sample `index` of `split`, as it is written."""
     rng = sample_rng(split, index, seed)
     scene = sample_scene(split, rng, canvas=canvas, seed=seed)
-    caption, spans = write_caption(scene, rng)
+    caption, spans = write_caption(scene, rng, clutter)
     buffer = io.BytesIO()
     draw_scene(scene).save(buffer, "PNG", compress_level=1)
     return {"image": buffer.getvalue(), "caption": caption, "image_related_spans": spans}
 
 
-def _is_made(out: Path, arguments: dict[str, int]) -> bool:
+def _is_made(out: Path, arguments: Mapping[str, Any]) -> bool:
     """Return True if `out` has the requested data; raise ValueError if it has other content."""
     if not out.exists():
         return False
@@ -112,14 +121,15 @@ def _is_made(out: Path, arguments: dict[str, int]) -> bool:
     if not (out / "recipe.json").is_file():
         raise ValueError(f"{out} exists but holds no emoji scenes (no recipe.json): {remedy}")
     found = json.loads((out / "recipe.json").read_text()).get("arguments", {})
-    differing = [f"{k}: {found.get(k)} there, {v} asked for" for k, v in arguments.items() if found.get(k) != v]
+    found, asked = ({"clutter": "full", **values} for values in (found, arguments))
+    differing = [f"{k}: {found.get(k)} there, {v} asked for" for k, v in asked.items() if found.get(k) != v]
     if differing:
         raise ValueError(f"{out} was made with other arguments ({'; '.join(differing)}): {remedy}, or ask for the same")
     return True
 
 
 def _write_splits(
-    folder: Path, counts: dict[str, int], canvas: int, seed: int, num_workers: int | None, progress: bool
+    folder: Path, counts: dict[str, int], make: Callable[..., Any], num_workers: int | None, progress: bool
 ) -> None:
     from streaming import MDSWriter  # here, not above: it imports torch, which the workers do without
 
@@ -131,8 +141,8 @@ def _write_splits(
     try:
         with tqdm(total=total, desc="emoji scenes", unit=" samples", disable=not progress) as bar:
             for split, count in counts.items():
-                make = partial(make_sample, split, canvas=canvas, seed=seed)
-                samples = pool.map(make, range(count), chunksize=_CHUNK) if num_workers else map(make, range(count))
+                one = partial(make, split)
+                samples = pool.map(one, range(count), chunksize=_CHUNK) if num_workers else map(one, range(count))
                 with MDSWriter(out=str(folder / split), columns=COLUMNS, hashes=["sha1"], size_limit=4 << 20) as writer:
                     for sample in samples:
                         writer.write(sample)

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Annotated, Any, ClassVar
 
 from composer_prior.emoji_scenes import foils, questions
+from composer_prior.emoji_scenes.captions import Clutter, templates_of
 from composer_prior.emoji_scenes.drawings import check_drawings, versions
 from composer_prior.emoji_scenes.scenes import CLASSES, draw_scene
 from composer_prior.emoji_scenes.statements import Statements
@@ -72,12 +73,23 @@ class SceneChoices(ChoiceBenchmark):
 
 
 class SceneFoils(SceneChoices):
-    """Choices between a true caption and captions with one wrong fact, see :func:`.make_foils`."""
+    """Choices between a true caption and captions with one wrong fact, see :func:`.make_foils`.
+
+    Args:
+        clutter: of the training data, see :func:`.make_emoji_scenes`. Default: ``"full"``.
+        others: those of :class:`.SceneChoices`.
+    """
 
     all_categories = foils.CATEGORIES
 
+    def __init__(self, clutter: Clutter = "full", **others: Any):
+        super().__init__(**others)
+        templates_of(clutter)  # or refuse it
+        self.clutter: Clutter = clutter
+        self.fingerprint += "" if clutter == "full" else f" {clutter}"
+
     def statements(self, category: str, index: int) -> Statements:
-        return foils.make_foils(category, index, canvas=self.canvas, seed=self.seed)
+        return foils.make_foils(category, index, canvas=self.canvas, seed=self.seed, clutter=self.clutter)
 
 
 class SceneQuestions(SceneChoices):

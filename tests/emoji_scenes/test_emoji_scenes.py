@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from streaming import StreamingDataset
 
 from composer_prior.emoji_scenes import drawings, writing
-from composer_prior.emoji_scenes.captions import COUNT_WORDS, plural, true_relations, write_caption
+from composer_prior.emoji_scenes.captions import COUNT_WORDS, LAST_NAMES, plural, true_relations, write_caption
 from composer_prior.emoji_scenes.scenes import (
     BACKGROUNDS,
     CLASSES,
@@ -326,3 +327,23 @@ def test_recipe_and_readme_name_the_licence(made: Path):
     readme = (made / "README.md").read_text()
     assert "CC BY-SA 4.0" in readme
     assert len(readme.splitlines()) == 5
+
+
+def test_clutter_is_names_dates_and_numbers(tmp_path: Path):
+    plain, some, full = (
+        [make_sample("train", i, clutter=clutter)["caption"] for i in range(400)]
+        for clutter in ("none", "some", "full")
+    )
+    unforeseen = re.compile(rf"\d|\b({'|'.join(LAST_NAMES)})\b")
+    shares = [sum(bool(unforeseen.search(caption)) for caption in captions) / 400 for captions in (plain, some, full)]
+    assert shares[0] == 0
+    assert 0.3 < shares[1] < 0.55 < 0.8 < shares[2]
+    assert full == [make_sample("train", i)["caption"] for i in range(400)]
+    make = partial(make_emoji_scenes, train_samples=4, validation_samples=2, num_workers=0, progress=False)
+    make(tmp_path / "plain", clutter="none")
+    make(tmp_path / "plain", clutter="none")
+    with pytest.raises(ValueError, match="clutter: none there, full asked for"):
+        make(tmp_path / "plain")
+    with pytest.raises(ValueError, match="clutter='much': expected none, some or full"):
+        make(tmp_path / "other", clutter="much")
+    assert not (tmp_path / "other").exists()
