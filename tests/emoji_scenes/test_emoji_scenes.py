@@ -335,7 +335,7 @@ def test_clutter_is_names_dates_and_numbers(tmp_path: Path):
         for clutter in ("none", "some", "full")
     )
     unforeseen = re.compile(rf"\d|\b({'|'.join(LAST_NAMES)})\b")
-    shares = [sum(bool(unforeseen.search(caption)) for caption in captions) / 400 for captions in (plain, some, full)]
+    shares = [sum(bool(unforeseen.search(one)) for one in some_of) / 400 for some_of in (plain, some, full)]
     assert shares[0] == 0
     assert 0.3 < shares[1] < 0.55 < 0.8 < shares[2]
     assert full == [make_sample("train", i)["caption"] for i in range(400)]
