@@ -8,8 +8,13 @@ from composer_prior.studies.numbers import amount, counted, duration, listed
 from composer_prior.studies.results import TRAINING
 from composer_prior.studies.study import METHOD, SEED, Run, Study
 
-REFERENCE = ("reference_flops", "scoring_flops")
-"""The cost of PRIOR's weights, apart from the run."""
+HELPERS = {
+    "reference_flops": "FLOPs of the reference",
+    "scoring_flops": "FLOPs of the scoring",
+    "viewer_flops": "FLOPs of the viewer",
+    "viewer_scoring_flops": "FLOPs of the viewer's scoring",
+}
+"""The cost of the weights, apart from the run."""
 
 USED = {
     "steps": "steps",
@@ -29,9 +34,9 @@ def used(run: Run, name: str) -> float | None:
 
 
 def all_flops(run: Run) -> float | None:
-    """Return the FLOPs of the run with those of the reference and the scoring."""
+    """Return the FLOPs of the run with those of its reference, viewer and scoring."""
     own = used(run, "flops")
-    return None if own is None else own + sum(used(run, part) or 0.0 for part in REFERENCE)
+    return None if own is None else own + sum(used(run, part) or 0.0 for part in HELPERS)
 
 
 def what_was_run(study: Study) -> list[Block]:
@@ -41,6 +46,8 @@ def what_was_run(study: Study) -> list[Block]:
         values = dict(zip(study.axes, key, strict=True))
         seed, method = values.pop(SEED), values.pop(METHOD)
         planned.setdefault(tuple(values.values()), {}).setdefault(method, []).append(seed)
+    seen = any(used(run, "viewer_flops") for run in study.runs.values())
+    helpers = {name: said for name, said in HELPERS.items() if seen or not name.startswith("viewer")}
     rows, sentences = list[list[str]](), dict[str, list[str]]()
     missing, absent, settings = 0, 0, 0
     for key, by_method in planned.items():
@@ -54,7 +61,7 @@ def what_was_run(study: Study) -> list[Block]:
                 absent += 1
                 continue
             name = " · ".join(filter(None, (study.said(setting), method)))
-            means = [_mean(runs, figure) for figure in (*USED, *REFERENCE)]
+            means = [_mean(runs, figure) for figure in (*USED, *helpers)]
             time = duration(_mean(runs, "seconds"))
             rows.append([name, f"{len(runs)} of {len(by_method[method])}", *map(amount, means), time])
         if sentence := equality(found, study.baseline):
@@ -62,10 +69,10 @@ def what_was_run(study: Study) -> list[Block]:
     header = ["run", "seeds", "steps", "samples", "unique samples", "tokens", "FLOPs of the run"]
     blocks: list[Block] = [
         Heading(2, "What was run"),
-        Table([*header, "FLOPs of the reference", "FLOPs of the scoring", "time per run"], rows),
+        Table([*header, *helpers.values(), "time per run"], rows),
         Paragraph(
-            "Figures are means over the finished seeds. The FLOPs of the run are without those of the reference's "
-            "training and of the scoring. An empty field was not counted."
+            "Figures are means over the finished seeds. The FLOPs of the run are without those of the training of its "
+            "reference or viewer, and of the scoring. An empty field was not counted."
         ),
     ]
     if missing:
@@ -80,8 +87,8 @@ def equality(found: Mapping[str, Mapping[str, Run]], baseline: str) -> str:
     """Return a sentence on what methods, of runs by seed, used as much of as the baseline at the same seeds."""
     others = {method: runs for method, runs in found.items() if method != baseline and runs}
     figures: dict[str, Callable[[Run], float | None]] = {said: partial(used, name=n) for n, said in USED.items()}
-    if any(used(run, part) for runs in found.values() for run in runs.values() for part in REFERENCE):
-        figures["FLOPs when the reference and the scoring are counted"] = all_flops
+    if any(used(run, part) for runs in found.values() for run in runs.values() for part in HELPERS):
+        figures["FLOPs when the reference, the viewer and the scoring are counted"] = all_flops
     equal, parts = list[str](), list[str]()
     for said, figure in figures.items():
         by_ratio, alike = dict[str, list[str]](), 0

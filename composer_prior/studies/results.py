@@ -258,18 +258,20 @@ def _training(records: Sequence[Mapping[str, Any]], recipe: TrainConfig, seconds
 
 
 def _flops(recipe: TrainConfig, counted: float | None, samples: int | None, unique: int | None) -> dict[str, Any]:
-    """Return the FLOPs of the run, of its reference's training, and of the reference's passes over the captions."""
-    if recipe.reference is None:
-        return {"flops": counted, "reference_flops": 0, "scoring_flops": 0}
-    theirs = read_lines(Path(recipe.reference["run_folder"], "metrics.jsonl"))
-    flops, trained_on = last(theirs, "compute/flops"), last(theirs, "time/sample")
-    stored = bool(recipe.train_loader["dataset"].get("scores"))
-    live = any((given or {}).get("reference") is not None for given in recipe.algorithms.values())
-    if not (stored or live):
-        return {"flops": counted, "reference_flops": flops, "scoring_flops": 0}
-    scored = unique if stored else samples
-    known = flops is not None and trained_on and scored is not None
-    scoring = flops / trained_on * scored / 3 if known else None  # a forward pass is a third of a training step
-    if not stored and counted is not None:  # the passes of a live reference are counted in the run
-        counted = None if scoring is None else counted - scoring
-    return {"flops": counted, "reference_flops": flops, "scoring_flops": scoring}
+    """Return the FLOPs of the run, of training its reference and its viewer, and of their passes over the captions."""
+    found: dict[str, Any] = {"reference_flops": 0, "scoring_flops": 0}
+    for model, key, prefix in (("reference", "scores", ""), ("viewer", "viewer_scores", "viewer_")):
+        config = getattr(recipe, model)
+        if config is None:
+            continue
+        theirs = read_lines(Path(config["run_folder"], "metrics.jsonl"))
+        flops, trained_on = last(theirs, "compute/flops"), last(theirs, "time/sample")
+        stored = bool(recipe.train_loader["dataset"].get(key))
+        live = any((given or {}).get(model) is not None for given in recipe.algorithms.values())
+        scored = unique if stored else samples
+        known = flops is not None and trained_on and scored is not None
+        scoring = (flops / trained_on * scored / 3 if known else None) if stored or live else 0
+        if live and not stored and counted is not None:  # the passes of a live model are counted in the run
+            counted = None if scoring is None else counted - scoring
+        found |= {f"{model}_flops": flops, f"{prefix}scoring_flops": scoring}
+    return {"flops": counted, **found}

@@ -50,22 +50,26 @@ def share(recipe: TrainConfig, given: Collection[str], folder: Path) -> Shared:
     if recipe.tokenizer.get("train"):
         tokenizer = place("tokenizer.name", tokenizer, "tokenizer", data, recipe.tokenizer["train"], captions)
         places.append(tokenizer)
-    if recipe.reference is not None:
-        theirs = {key: value for key, value in recipe.reference.items() if key not in _NAMES}
-        theirs |= {"data": data, "tokenizer": {**recipe.tokenizer, "name": tokenizer}}
-        was = recipe.reference["run_folder"]
-        named = "reference.run_name" in given
-        reference = was if named else place("reference.run_folder", was, "reference", theirs)
-        places.append(reference)
+    made: dict[str, Any] = {"data": data, "tokenizer": {**recipe.tokenizer, "name": tokenizer}}
+    for model, scored in (("reference", "scores"), ("viewer", "viewer_scores")):
+        config = getattr(recipe, model)
+        if config is None:
+            continue
+        theirs = {key: value for key, value in config.items() if key not in _NAMES} | made
+        was = config["run_folder"]
+        named = f"{model}.run_name" in given
+        folder_of = was if named else place(f"{model}.run_folder", was, model, theirs)
+        places.append(folder_of)
+        made["reference"] = folder_of  # which the viewer may start from
         for name in ("train_loader", "eval_loader"):
             dataset = (getattr(recipe, name) or {}).get("dataset") or {}
-            scores = dataset.get("scores")
+            scores = dataset.get(scored)
             if not scores:
                 continue
-            key = f"{name}.dataset.scores"
+            key = f"{name}.dataset.{scored}"
             if not is_remote(scores) and Path(was) in Path(scores).parents and key not in given:
                 read = {one: dataset.get(one) for one in ("max_caption_tokens", "prompt", "on_bad_sample")}
-                scores = overrides[key] = f"{reference}/scores-{digest(_captions(dataset), read)}"
+                scores = overrides[key] = f"{folder_of}/scores-{digest(_captions(dataset), read)}"
             places.append(scores)
     return Shared(overrides, frozenset(places))
 
