@@ -20,9 +20,9 @@ def main(arguments: Sequence[str]) -> None:
         for path in recipe.code_paths:
             runpy.run_path(path)
         # No more than what is made: what else may be wrong with a cell is that cell's, others share this.
-        if recipe.reference_recipe is not None:
-            check_keys(recipe.reference_recipe, "reference.")
-        else:
+        for key, helper in recipe.helpers.items():
+            check_keys(helper, f"{key}.")
+        if not recipe.helpers:
             check_keys(recipe)
         prepare(recipe, itself=False)
         ensure_scores(recipe)

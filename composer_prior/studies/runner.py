@@ -91,9 +91,9 @@ def _own(recipe: TrainConfig, cell: Cell, out: Path) -> dict[str, Any]:
     if recipe.save_folder is not None:
         own["autoresume"] = True
     counted: dict[str, Any] = {"callbacks.compute_monitor": {}}
-    if recipe.reference is not None:
-        own["reference.progress_bar"] = False
-        counted["reference.callbacks.compute_monitor"] = {}
+    for key in recipe.helpers:
+        own[f"{key}.progress_bar"] = False
+        counted[f"{key}.callbacks.compute_monitor"] = {}
     return own | {key: value for key, value in counted.items() if key not in cell.overrides}
 
 

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
@@ -26,6 +27,7 @@ from composer_prior.registry import did_you_mean
 
 SHIPPED = Path(__file__).parents[1] / "yamls"  # found by name where the working folder has no file of that name
 _OWN_DATA = ("train", "validation")
+HELPERS = ("reference", "viewer")
 _NAMED = ("algorithms", "callbacks", "loggers", "benchmarks")  # keys that hold any number of components by name
 
 
@@ -49,6 +51,7 @@ class TrainConfig:
         data: what makes the data if they are missing: a ``name`` and its arguments, or a file with them.
         tokenizer: ``name``, a hub id or folder; ``kwargs``; ``train: {vocab_size}`` makes it if it is missing.
         reference: the recipe of the text-only reference, which is trained first if it is missing.
+        viewer: the recipe of the viewer, an LVLM whose scores the algorithm ``image_gain`` needs; likewise.
         scoring: how stored scores are made: ``batch_tokens``, ``unit_samples``, ``dtype``, as options of the job score.
         model: a ``name`` and its arguments.
         train_loader: ``dataset`` and the arguments of torch's DataLoader.
@@ -90,6 +93,7 @@ class TrainConfig:
     data: dict[str, Any] | None = None
     tokenizer: dict[str, Any] = MISSING
     reference: dict[str, Any] | None = None
+    viewer: dict[str, Any] | None = None
     scoring: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = MISSING
     train_loader: dict[str, Any] = MISSING
@@ -115,17 +119,23 @@ class TrainConfig:
     dist_timeout: float = 3600.0
 
     @cached_property
+    def helpers(self) -> "dict[str, TrainConfig]":
+        """Return the recipes of the models that are trained first, by their key: ``reference``, then ``viewer``."""
+        found = {}
+        for key in HELPERS:
+            if getattr(self, key) is not None:
+                found[key] = TrainConfig(**getattr(self, key))
+                vars(found[key])["texts"] = vars(self).get("texts", {}).get(key, {})
+        return found
+
+    @property
     def reference_recipe(self) -> "TrainConfig | None":
         """Return the recipe of the reference."""
-        if self.reference is None:
-            return None
-        reference = TrainConfig(**self.reference)
-        vars(reference)["texts"] = vars(self).get("texts", {}).get("reference", {})
-        return reference
+        return self.helpers.get("reference")
 
 
 _SCHEMA = OmegaConf.structured(TrainConfig)
-_REFERENCES: dict[tuple[str, Path], TrainConfig] = {}
+_TYPED: dict[tuple[str, Path, str], TrainConfig] = {}
 _KEPT = ContextVar("kept", default=False)
 
 
@@ -180,10 +190,10 @@ def _texts(node: Any, raw: Any) -> dict[Any, Any]:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a recipe, put in the recipes it names (``data``, ``reference``) and the overrides, and check its schema.
+    """Read a recipe, put in those it names (``data``, ``reference``, ``viewer``) and the overrides, check its schema.
 
-    The reference's ``data`` and ``tokenizer`` are those of the run. Paths of recipes are relative to the file that
-    names them; ``reference.key=value`` overrides the reference's recipe.
+    ``data`` and ``tokenizer`` of reference and viewer are those of the run, and so is the viewer's reference. Paths of
+    recipes are relative to the file that names them; ``reference.key=value`` overrides the reference's recipe.
 
     Args:
         path: of the recipe, or the name of one that is shipped.
@@ -196,33 +206,44 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     path = _find(Path(path))
     recipe = _read(path)
     changes = _parse_overrides(overrides)
-    data_changes, reference_changes = changes.pop("data", {}), changes.pop("reference", {})
-    own_data, reference = (_part(recipe.pop(key, None), path) for key in ("data", "reference"))
+    own_data, data_changes = _part(recipe.pop("data", None), path), changes.pop("data", {})
+    helpers: dict[str, Any] = {key: _part(recipe.pop(key, None), path) for key in HELPERS}
+    helper_changes = {key: changes.pop(key, {}) for key in HELPERS}
     for word in overrides:  # an empty mapping alone would change nothing
         key, _, text = word.partition("=")
-        part = reference if key.startswith("reference.") else recipe
-        if part is not None and key.removeprefix("reference.") in _NAMED and text.strip() == "{}":
-            part.pop(key.removeprefix("reference."), None)
+        head, _, rest = key.partition(".")
+        part, name = (helpers[head], rest) if head in HELPERS else (recipe, key)
+        if part is not None and name in _NAMED and text.strip() == "{}":
+            part.pop(name, None)
     data = own_data
     train, validation = (changes.pop(key, None) or recipe.get(key) for key in _OWN_DATA)
     for key in _OWN_DATA:
         recipe.pop(key, None)
     if train:
         data = None
-        _read_own_data(recipe, reference, train, validation)
+        _read_own_data(recipe, helpers, train, validation)
     elif validation:
         raise ValueError("validation= is given without train=: give both, or change eval_loader.dataset alone.")
-    data, reference = _changed(data, data_changes, path), _changed(reference, reference_changes, path)
+    data = _changed(data, data_changes, path)
     if own_data is not None and data is None:
-        recipe.pop("benchmarks", None)  # those of the recipe are about its own data
+        for part in filter(None, (recipe, *helpers.values())):
+            part.pop("benchmarks", None)  # those of the recipe are about its own data
     recipe = cast(DictConfig, OmegaConf.unsafe_merge(recipe, changes, {"data": data}))
-    if reference is not None:
-        nested = OmegaConf.unsafe_merge(reference, {"data": data, "tokenizer": recipe.get("tokenizer")})
-        theirs = _typed_reference(cast(DictConfig, nested), path, reference_changes)
-        recipe["reference"] = asdict(theirs)
+    texts: dict[str, Any] = {}
+    for key in HELPERS:
+        helper = _changed(helpers[key], helper_changes[key], path)
+        if helper is None:
+            continue
+        shared = {"data": data, "tokenizer": recipe.get("tokenizer")}
+        if key == "viewer":
+            helper.pop("reference", None)
+            shared["reference"] = recipe.get("reference")
+        nested = cast(DictConfig, OmegaConf.unsafe_merge(helper, shared))
+        theirs = _typed_helper(nested, path, helper_changes[key], f"{key}.")
+        recipe[key] = asdict(theirs)
+        texts[key] = {**texts, **vars(theirs)["texts"]}
     typed = _typed(recipe, path, changes)
-    if reference is not None:
-        vars(typed)["texts"] |= {"reference": vars(theirs)["texts"]}
+    vars(typed)["texts"] |= texts
     return typed
 
 
@@ -244,34 +265,37 @@ def _changed(part: DictConfig | None, changes: Any, path: Path) -> Any:
     return None if part is None or changes is None else OmegaConf.merge(part, changes)
 
 
-def _read_own_data(recipe: DictConfig, reference: DictConfig | None, train: str, validation: str | None) -> None:
-    """Let run and reference read data of the user's, and name what is made from them after them."""
-    folder = "${run_folder}"
-    vision = recipe.model.get("vision") or {}
-    if vision.get("pretrained") == "emoji_scenes":  # this tower knows the drawings of the embedded data and no more
-        vision.update({"pretrained": None, "freeze": False})
-    if reference is not None:
-        reference.run_name = f"reference-{_name_of(train)}"
-        folder = f"runs/{reference.run_name}"
-    for part in (recipe, reference):
+def _read_own_data(recipe: DictConfig, helpers: Mapping[str, Any], train: str, validation: str | None) -> None:
+    """Let run, reference and viewer read data of the user's, and name what is made from them after them."""
+    folders = dict.fromkeys(HELPERS, "${run_folder}")
+    for key, helper in helpers.items():
+        if helper is not None:
+            helper.run_name = f"{key}-{_name_of(train)}"
+            folders[key] = f"runs/{helper.run_name}"
+    for part in (recipe, *helpers.values()):
         if part is None:
             continue
+        vision = part.model.get("vision") or {}
+        if vision.get("pretrained") == "emoji_scenes":  # this tower knows the drawings of the embedded data and no more
+            vision.update({"pretrained": None, "freeze": False})
         if "train" in (part.get("tokenizer") or {}):
-            part.tokenizer.name = f"{folder}/tokenizer"
+            part.tokenizer.name = f"{folders['reference']}/tokenizer"
         if validation is None:
             part.eval_loader = None
         for key, place in (("train_loader", train), ("eval_loader", validation)):
             if place is not None:
                 loader = part.setdefault(key, OmegaConf.create({})) if key == "eval_loader" else part[key]
                 dataset = OmegaConf.to_container(loader.get("dataset") or OmegaConf.create({}))
-                loader.dataset = _dataset_in(place, cast(dict[str, Any], dataset), folder)
+                loader.dataset = _dataset_in(place, cast(dict[str, Any], dataset), folders)
 
 
-def _dataset_in(place: str, dataset: dict[str, Any], folder: str) -> dict[str, Any]:
+def _dataset_in(place: str, dataset: dict[str, Any], folders: Mapping[str, str]) -> dict[str, Any]:
     """Return the arguments of a data set at another path or url."""
     rest = {key: value for key, value in dataset.items() if key not in ("local", "remote", "split", "streams")}
-    if rest.get("scores"):
-        rest["scores"] = f"{place.rstrip('/')}-scores" if is_remote(place) else f"{folder}/scores"
+    for key, helper in (("scores", "reference"), ("viewer_scores", "viewer")):
+        if rest.get(key):
+            end = key.replace("_", "-")
+            rest[key] = f"{place.rstrip('/')}-{end}" if is_remote(place) else f"{folders[helper]}/scores"
     if not is_remote(place):
         return {**rest, "local": place}
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "composer-prior/captions"
@@ -327,14 +351,14 @@ def _value(text: str) -> Any:
     return cast(Any, OmegaConf.to_container(OmegaConf.from_dotlist([f"x={text}"]), resolve=False))["x"]
 
 
-def _typed_reference(recipe: DictConfig, path: Path, changes: Any) -> TrainConfig:
-    """Resolve the recipe of a reference once for all cells of a study that share it."""
+def _typed_helper(recipe: DictConfig, path: Path, changes: Any, prefix: str) -> TrainConfig:
+    """Resolve the recipe of a reference or a viewer once for all cells of a study that share it."""
     text = repr(OmegaConf.to_container(recipe, resolve=False))
     if re.search(r"\$\{[^}]*:", text):  # a resolver may answer something else the next time
-        return _typed(recipe, path, changes, "reference.")
-    if (text, path) not in _REFERENCES:
-        _REFERENCES[text, path] = _typed(recipe, path, changes, "reference.")
-    return _REFERENCES[text, path]
+        return _typed(recipe, path, changes, prefix)
+    if (text, path, prefix) not in _TYPED:
+        _TYPED[text, path, prefix] = _typed(recipe, path, changes, prefix)
+    return _TYPED[text, path, prefix]
 
 
 def _typed(recipe: DictConfig, path: Path, changes: Any, prefix: str = "") -> TrainConfig:
@@ -356,7 +380,9 @@ def _typed(recipe: DictConfig, path: Path, changes: Any, prefix: str = "") -> Tr
         typed = OmegaConf.unsafe_merge(deepcopy(_SCHEMA), recipe)
         made = cast(TrainConfig, OmegaConf.to_object(typed))
     except OmegaConfBaseException as error:
-        missing = [] if typed is None else sorted(OmegaConf.missing_keys(typed))  # slow, and so after an error alone
+        missing = list[str]()
+        with suppress(OmegaConfBaseException):  # of an interpolation, which is the error itself
+            missing = [] if typed is None else sorted(OmegaConf.missing_keys(typed))  # slow, and so after an error
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}.") from error
         raise ValueError(f"{place(str(error.full_key or ''))}: {_one_line(error)}") from error

@@ -107,8 +107,8 @@ def check_keys(recipe: TrainConfig, where: str = "") -> None:
         if name != "fsdp2":
             raise ValueError(f"{where}parallelism_config.{name} is not a key. {did_you_mean(name, ['fsdp2'])}")
         registry.check_arguments(_SHARDING, arguments, f"{where}parallelism_config.fsdp2")
-    if recipe.reference_recipe is not None:
-        check_keys(recipe.reference_recipe, "reference.")
+    for key, helper in recipe.helpers.items():
+        check_keys(helper, f"{where}{key}.")
 
 
 def _check_lvlm(model: Mapping[str, Any], where: str) -> None:

@@ -1,4 +1,4 @@
-"""The text-only reference that a recipe names: where it lies, what it was made from, what is refused."""
+"""The reference and the viewer that a recipe names: where they are, what they were made from, what is refused."""
 
 import json
 from collections.abc import Mapping
@@ -10,8 +10,7 @@ from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.training.config import TrainConfig, identified
 
-REFERENCE_METADATA = "reference.json"
-# What decides which model a recipe makes; a reference made with other values is not the one that a recipe asks for.
+# What decides which model a recipe makes; one made with other values is not the one that a recipe asks for.
 _IDENTITY = (
     "seed",
     "max_duration",
@@ -22,6 +21,7 @@ _IDENTITY = (
     "optimizer",
     "scheduler",
     "init_from",
+    "algorithms",
 )
 
 
@@ -30,8 +30,13 @@ def model_folder(recipe: TrainConfig) -> Path:
     return Path(recipe.run_folder) / "model"
 
 
-def reference_metadata(recipe: TrainConfig, model: ComposerLVLM, data: str, validation: Mapping[str, float]) -> str:
-    """Return the metadata file of a reference: fingerprints of ``data`` and tokenizer, recipe and metrics."""
+def metadata_file(recipe: TrainConfig) -> Path:
+    """Return the path of the metadata of a run's model, which is written with it."""
+    return model_folder(recipe) / ("training.json" if recipe.model.get("vision") else "reference.json")
+
+
+def model_metadata(recipe: TrainConfig, model: ComposerLVLM, data: str, validation: Mapping[str, float]) -> str:
+    """Return the metadata of a model: fingerprints of ``data`` and tokenizer, recipe and metrics."""
     metadata = {
         "data": data,
         "tokenizer": tokenizer_fingerprint(model.tokenizer),
@@ -41,31 +46,34 @@ def reference_metadata(recipe: TrainConfig, model: ComposerLVLM, data: str, vali
     return json.dumps(metadata, indent=2)
 
 
-def read_reference_metadata(reference: TrainConfig) -> dict[str, Any] | None:
-    """Read the metadata of the reference of a recipe, or None if the reference is not finished."""
-    path = model_folder(reference) / REFERENCE_METADATA
+def read_metadata(recipe: TrainConfig) -> dict[str, Any] | None:
+    """Read the metadata of a run's model, or None if the run is not finished."""
+    path = metadata_file(recipe)
     return read_object(path) if path.is_file() else None
 
 
-def check_reference(recipe: TrainConfig, data: str | None = None) -> None:
-    """Refuse a reference made from other data, another tokenizer or another recipe than the run's, naming what differs.
+def check_helper(recipe: TrainConfig, key: str, data: str | None = None) -> None:
+    """Refuse a reference or viewer made from other data, another tokenizer or another recipe than the run's.
 
     The fingerprint of the run's training ``data`` is given once it is known.
+
+    Raises:
+        ValueError: naming what differs.
     """
-    reference = recipe.reference_recipe
-    assert reference is not None
-    told, metadata = identified(reference, _IDENTITY), read_reference_metadata(reference)
+    helper = recipe.helpers[key]
+    told, metadata = identified(helper, _IDENTITY), read_metadata(helper)
     assert metadata is not None
-    folder = model_folder(reference)
-    remedy = f"Delete {folder.parent} to train it again, or set reference.run_name."
-    changed = [key for key in told if metadata["recipe"].get(key) != told[key]]
+    known = {"algorithms": told["algorithms"], **metadata["recipe"]}  # of a version that did not write them
+    folder = model_folder(helper)
+    remedy = f"Delete {folder.parent} to train it again, or set {key}.run_name."
+    changed = [name for name in told if known.get(name) != told[name]]
     if changed:
-        key = changed[0]
+        name = changed[0]
         raise ValueError(
-            f"The reference in {folder} was made with other values of {', '.join(changed)} than the recipe's "
-            f"({key}: {metadata['recipe'].get(key)} there, {told[key]} here). {remedy}"
+            f"The {key} in {folder} was made with other values of {', '.join(changed)} than the recipe's "
+            f"({name}: {known.get(name)} there, {told[name]} here). {remedy}"
         )
     if metadata["tokenizer"] != tokenizer_fingerprint(build_tokenizer(recipe.tokenizer)):
-        raise ValueError(f"The reference in {folder} was made with another tokenizer than the run's. {remedy}")
+        raise ValueError(f"The {key} in {folder} was made with another tokenizer than the run's. {remedy}")
     if data is not None and metadata["data"] != data:
-        raise ValueError(f"The reference in {folder} was made from other data than the run's. {remedy}")
+        raise ValueError(f"The {key} in {folder} was made from other data than the run's. {remedy}")

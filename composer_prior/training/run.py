@@ -1,4 +1,4 @@
-"""Train the model of a recipe; its missing inputs are created first: data, tokenizer, reference, scores.
+"""Train the model of a recipe; missing inputs are created first: data, tokenizer, reference, viewer, scores.
 
 Existing inputs are reused, or rejected if they do not match.
 """
@@ -19,7 +19,7 @@ from composer_prior.data.captions import read_captions
 from composer_prior.data.messages import NO_INDEX, announce
 from composer_prior.data.nodes import check_shared, on_first_rank, sole_job
 from composer_prior.data.remote import Remote
-from composer_prior.data.scores import INDEX
+from composer_prior.data.scores import INDEX, KEYS
 from composer_prior.data.storage import is_remote, whole_folder
 from composer_prior.data.tokenizer import train_tokenizer
 from composer_prior.scoring.job import ScoreJob
@@ -29,7 +29,7 @@ from composer_prior.training.checkpoints.start import check_bucket, check_replac
 from composer_prior.training.checkpoints.storage import CHECKPOINT_NAME
 from composer_prior.training.config import TrainConfig
 from composer_prior.training.keys import check_keys
-from composer_prior.training.reference import REFERENCE_METADATA, check_reference, model_folder
+from composer_prior.training.reference import check_helper, metadata_file, model_folder
 from composer_prior.training.trainer import build_trainer, finish
 from composer_prior.training.validate import check_parts, check_whole, trained_recipes
 
@@ -70,10 +70,9 @@ def sole_run(recipe: TrainConfig, where: str = "") -> Iterator[None]:
 
 
 def prepare(recipe: TrainConfig, itself: bool = True) -> None:
-    """Create the data, tokenizer and reference of a recipe that are missing, on the first rank of all.
+    """Create the data, tokenizer, reference and viewer of a recipe that are missing, on the first rank of all.
 
-    The recipes that will be trained, a missing reference and with ``itself`` the run, are checked before anything is
-    made.
+    The recipes that will be trained, missing helpers and with ``itself`` the run, are checked before anything is made.
 
     Raises:
         ValueError, OSError: naming what cannot work.
@@ -82,8 +81,9 @@ def prepare(recipe: TrainConfig, itself: bool = True) -> None:
     stages = [stage for stage in trained_recipes(recipe) if itself or stage[0] is not recipe]
     check_shared(_places(recipe, stages))
     with ExitStack() as held:
-        if recipe.reference is not None and len(stages) > itself:
-            held.enter_context(sole_run(*stages[0]))
+        for stage, where in stages:
+            if stage is not recipe:
+                held.enter_context(sole_run(stage, where))
         for stage, where in stages:
             check_parts(stage, where)
             with one_line_errors(f"{where}save_folder"):
@@ -100,8 +100,8 @@ def prepare(recipe: TrainConfig, itself: bool = True) -> None:
         for stage, where in stages:
             check_whole(stage, where)
             gc.collect()  # streaming refuses to open a remote data set again while it is open
-        if recipe.reference_recipe is not None:
-            _prepare_reference(recipe, recipe.reference_recipe, missing=any(stage is not recipe for stage, _ in stages))
+        for key, helper in recipe.helpers.items():
+            _prepare_helper(recipe, key, missing=any(stage is helper for stage, _ in stages))
 
 
 def _check_data(recipe: TrainConfig) -> None:
@@ -121,31 +121,34 @@ def _places(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> d
         places["data.out"] = recipe.data["out"]
     if recipe.tokenizer.get("train") is not None:
         places["tokenizer.name"] = recipe.tokenizer["name"]
-    if recipe.reference_recipe is not None:
-        places["reference.run_folder"] = str(model_folder(recipe.reference_recipe) / REFERENCE_METADATA)
+    for key, helper in recipe.helpers.items():
+        places[f"{key}.run_folder"] = str(metadata_file(helper))
     for stage, where in stages:
         if stage.save_folder is not None:
             places[f"{where}save_folder"] = os.path.join(stage.save_folder, CHECKPOINT_NAME)
         places |= {f"{where}{key}": getattr(stage, key) for key in ("load_path", "init_from")}
         for name in ("train_loader", "eval_loader"):
             dataset = (getattr(stage, name) or {}).get("dataset") or {}
-            if dataset.get("scores"):
-                places[f"{where}{name}.dataset.scores"] = os.path.join(dataset["scores"], INDEX)
+            for key in KEYS:
+                if dataset.get(key):
+                    places[f"{where}{name}.dataset.{key}"] = os.path.join(dataset[key], INDEX)
             if not dataset.get("remote"):
                 places[f"{where}{name}.dataset.local"] = dataset.get("local")
     return {key: place for key, place in places.items() if place is not None}
 
 
-def _prepare_reference(recipe: TrainConfig, reference: TrainConfig, missing: bool) -> None:
-    folder = model_folder(reference)
+def _prepare_helper(recipe: TrainConfig, key: str, missing: bool) -> None:
+    helper = recipe.helpers[key]
+    folder = model_folder(helper)
     if missing:
-        resuming = Path(reference.run_folder, "checkpoints").exists()
-        announce(f"Reference: {'resuming' if resuming else 'training'} {reference.run_name}, into {folder}")
-        finish(reference, build_trainer(reference))
+        resuming = Path(helper.run_folder, "checkpoints").exists()
+        announce(f"{key.capitalize()}: {'resuming' if resuming else 'training'} {helper.run_name}, into {folder}")
+        ensure_scores(helper)
+        finish(helper, build_trainer(helper))
         gc.collect()  # streaming refuses to open a remote data set again while it is open
     else:
-        announce(f"Reference: reusing {folder}")
-    check_reference(recipe)
+        announce(f"{key.capitalize()}: reusing {folder}")
+    check_helper(recipe, key)
 
 
 def _make_data(config: Mapping[str, Any] | None) -> None:
@@ -176,16 +179,21 @@ def _make_tokenizer(config: Mapping[str, Any], dataset: Mapping[str, Any]) -> No
 
 
 def ensure_scores(recipe: TrainConfig) -> None:
-    """Make the scores that a recipe's loaders name (``dataset.scores``), unless they are there; its reference must be.
+    """Make the scores that a recipe's loaders name, unless they are there; its reference and viewer must be.
 
-    Existing scores are checked against the recipe's reference; without one, only the loader checks them.
+    Existing scores are checked against the model that the recipe names; without one, only the loader checks them.
 
     Raises:
         ScoresError: if they belong to something else, naming what differs.
     """
+    viewers = [given["viewer"] for given in recipe.algorithms.values() if (given or {}).get("viewer")]
+    viewers += [str(model_folder(recipe.helpers["viewer"]))] if recipe.viewer is not None else []
     for loader in (recipe.train_loader, recipe.eval_loader):
-        if recipe.reference is not None and loader is not None and loader["dataset"].get("scores"):
-            announce(str(score_captions(job_of(recipe, loader["dataset"]))))
+        dataset = (loader or {}).get("dataset") or {}
+        if recipe.reference is not None and dataset.get("scores"):
+            announce(str(score_captions(job_of(recipe, dataset))))
+        if viewers and dataset.get("viewer_scores"):
+            announce(str(score_captions(job_of(recipe, dataset, viewer=viewers[0]))))
 
 
 def job_of(recipe: TrainConfig, dataset: Mapping[str, Any], **changes: Any) -> ScoreJob:

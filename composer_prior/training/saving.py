@@ -31,7 +31,7 @@ from composer_prior.training.checkpoints.loading import read_weights
 from composer_prior.training.checkpoints.storage import find_weights
 from composer_prior.training.config import TrainConfig, written
 from composer_prior.training.finite import check_weights
-from composer_prior.training.reference import REFERENCE_METADATA, model_folder, reference_metadata
+from composer_prior.training.reference import metadata_file, model_folder, model_metadata
 
 ARCHITECTURE = "architecture"  # a folder of the run: the model in Hugging Face format without weights, for checkpoints
 
@@ -75,11 +75,10 @@ def save_model(
         with full_disk_told(out, size), tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "model") if is_remote(out) else Path(out)
             about = (recipe, model, data.fingerprint, validation)
-            if model.reads_text_alone:
-                processor, files = model.tokenizer, {REFERENCE_METADATA: reference_metadata(*about)}
-            else:
-                processor, files = model.processor, {"README.md": model_card(*about)}
-            save_model_folder(model.model, processor, folder, weights, files)
+            files = {metadata_file(recipe).name: model_metadata(*about)}
+            if not model.reads_text_alone:
+                files["README.md"] = model_card(*about)
+            save_model_folder(model.model, model.processor, folder, weights, files)
             if is_remote(out):
                 Output(out, Path(temporary), ATTEMPTS).publish(folder, sorted(os.listdir(folder)))
     except (ValueError, OSError, StorageError) as error:

@@ -53,7 +53,7 @@ from composer_prior.training.config import TrainConfig, identified, written
 from composer_prior.training.finite import FiniteSteps, SkipEmptySteps, check_weights
 from composer_prior.training.loggers import MetricsFile
 from composer_prior.training.optimizer import build_optimizer
-from composer_prior.training.reference import check_reference, model_folder, read_reference_metadata
+from composer_prior.training.reference import check_helper, model_folder, read_metadata
 from composer_prior.training.saving import save_architecture, save_model
 from composer_prior.training.validate import check_fit
 
@@ -71,8 +71,8 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
             model.processor.prompt = train_data.prompt
         model.image_related_metrics = all(spec.dataloader.dataset.has_spans for spec in loaders.values())
         check_fit(model, train_data)
-    if recipe.reference is not None:
-        check_reference(recipe, train_data.fingerprint)
+    for key in recipe.helpers:
+        check_helper(recipe, key, train_data.fingerprint)
     check_checkpointing(recipe.parallelism_config, model)
     optimizer = build_optimizer(recipe.optimizer, model)
     identity = {
@@ -215,11 +215,11 @@ def _report(recipe: TrainConfig, trainer: Trainer, benchmarks: Sequence[RunBench
     rows: dict[str, Any] = {}
     samples, page = Samples(), Path(recipe.run_folder, "report.html")
     with closing_part():
-        rows = {recipe.run_name: validation_metrics(trainer.state)}  # on every rank: it adds up what the ranks counted
-        reference = recipe.reference_recipe
-        metadata = None if reference is None else read_reference_metadata(reference)
-        if reference is not None and metadata is not None:
-            rows = {f"{reference.run_name} (text only)": metadata["validation"], **rows}
+        ours = validation_metrics(trainer.state)  # on every rank: it adds up what the ranks counted
+        for key, helper in recipe.helpers.items():
+            if (metadata := read_metadata(helper)) is not None:
+                rows[f"{helper.run_name} ({'text only' if key == 'reference' else key})"] = metadata["validation"]
+        rows[recipe.run_name] = ours
         announce(metrics_table(rows))
     with closing_part():
         announce(benchmarks_table({one.name: one.headline() for one in benchmarks}))

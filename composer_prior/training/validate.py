@@ -45,15 +45,13 @@ from composer_prior.training.checkpoints.storage import find_checkpoint, find_we
 from composer_prior.training.config import TrainConfig
 from composer_prior.training.keys import check_keys, settings_of
 from composer_prior.training.optimizer import build_optimizer, check_new_weights
-from composer_prior.training.reference import check_reference, model_folder, read_reference_metadata
+from composer_prior.training.reference import check_helper, model_folder, read_metadata
 
 
 def trained_recipes(recipe: TrainConfig) -> list[tuple[TrainConfig, str]]:
-    """Return on every rank the recipes to be trained, with the prefix of their keys: a missing reference first."""
-    reference = recipe.reference_recipe
-    if reference is None or not on_first_rank(lambda: read_reference_metadata(reference) is None):
-        return [(recipe, "")]
-    return [(reference, "reference."), (recipe, "")]
+    """Return on every rank the recipes to be trained, with the prefix of their keys: missing helpers first."""
+    missing = on_first_rank(lambda: [key for key, helper in recipe.helpers.items() if read_metadata(helper) is None])
+    return [*((recipe.helpers[key], f"{key}.") for key in missing), (recipe, "")]
 
 
 def check_parts(recipe: TrainConfig, where: str = "") -> None:
@@ -128,8 +126,8 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
         check_algorithms(algorithms, model)
         check_new_weights(algorithms, optimizer, where)
         build_benchmarks(without_models("benchmark", recipe.benchmarks), model, where=where)
-    if recipe.reference_recipe is not None:
-        _check_same_data(recipe, recipe.reference_recipe, data)
+    for key, helper in recipe.helpers.items():
+        _check_same_data(recipe, key, helper, data)
 
 
 def _skeleton(recipe: TrainConfig, tokenizer: Any, where: str) -> Any:
@@ -177,19 +175,19 @@ def _check_stored_scores(path: str, data: StreamingCaptionDataset, column: str) 
     metadata.check(ScoresMetadata.of(data, {}, column), path, reference=False)
 
 
-def _check_same_data(recipe: TrainConfig, reference: TrainConfig, data: StreamingCaptionDataset) -> None:
-    """Raise if the reference was or would be trained on other captions than the run."""
-    if read_reference_metadata(reference) is not None:
-        check_reference(recipe, data.fingerprint)
+def _check_same_data(recipe: TrainConfig, key: str, helper: TrainConfig, data: StreamingCaptionDataset) -> None:
+    """Raise if the reference or viewer was or would be trained on other captions than the run."""
+    if read_metadata(helper) is not None:
+        check_helper(recipe, key, data.fingerprint)
         return
-    dataset = {**reference.train_loader["dataset"], **dict.fromkeys(KEYS)}
+    dataset = {**helper.train_loader["dataset"], **dict.fromkeys(KEYS)}
     ours = recipe.train_loader["dataset"]
     if all(dataset.get(key) == ours.get(key) for key in ("remote", "local", "split", "streams")):
         return
     theirs = StreamingCaptionDataset(tokenizer=data.tokenizer, batch_size=1, **dataset)
     if theirs.fingerprint != data.fingerprint:
         raise ValueError(
-            "reference.train_loader.dataset holds other data than train_loader.dataset: the reference has to learn the "
+            f"{key}.train_loader.dataset holds other data than train_loader.dataset: the {key} has to learn the "
             "captions of the run. Name the same data in both."
         )
 

@@ -318,3 +318,56 @@ def test_none_of_the_named_components_is_meant_by_null_and_by_an_empty_mapping()
     recipe = load("prior_vit", "benchmarks={}", "benchmarks.captioning.data=x", "callbacks.speed_monitor={}")
     assert recipe.benchmarks == {"captioning": {"data": "x"}}
     assert recipe.callbacks["speed_monitor"] == {"window_size": 20}
+
+
+def test_an_interpolation_of_nothing_is_one_line():
+    with pytest.raises(
+        ValueError, match=r"benchmarks\.scene_foils\.canvas: Interpolation key 'data\.nothing'"
+    ) as error:
+        load("prior_vit", "benchmarks.scene_foils.canvas=${data.nothing}")
+    assert "\n" not in str(error.value)
+
+
+def test_the_viewer_has_the_data_tokenizer_and_reference_of_the_run():
+    recipe = load("gain_vit", "data.seed=3", "reference.run_folder=there", "viewer.max_duration=7ba")
+    assert list(recipe.helpers) == ["reference", "viewer"]
+    viewer = recipe.helpers["viewer"]
+    assert (viewer.data, viewer.tokenizer, viewer.reference) == (recipe.data, recipe.tokenizer, recipe.reference)
+    assert viewer.model["language"]["pretrained"] == "there/model"
+    assert (viewer.max_duration, recipe.max_duration) == ("7ba", "600ba")
+    assert recipe.train_loader["dataset"]["viewer_scores"] == "runs/viewer/scores"
+    assert load("gain_vit", "viewer=null", "train_loader.dataset.viewer_scores=x", VIEWER).viewer is None
+
+
+VIEWER = "algorithms.image_gain.viewer=runs/ntp_vit/model"
+
+
+def test_the_viewer_is_next_token_prediction_for_longer():
+    viewer, ntp = asdict(load("viewer")), asdict(load("ntp_vit"))
+    differing = {key for key in ntp if viewer[key] != ntp[key]}
+    assert differing == {"run_name", "run_folder", "save_folder", "seed", "max_duration", "benchmarks", "autoresume"}
+    gain, prior = asdict(load("gain_vit")), asdict(load("prior_vit"))
+    assert {key for key in prior if gain[key] != prior[key]} == {
+        *("run_name", "run_folder", "save_folder", "viewer", "algorithms", "train_loader")
+    }
+
+
+def test_own_data_are_the_viewers_too():
+    recipe = load("gain_vit", "train=there/captions")
+    viewer = recipe.helpers["viewer"]
+    assert viewer.run_name.startswith("viewer-there-captions-")
+    assert viewer.train_loader["dataset"]["local"] == "there/captions"
+    assert viewer.benchmarks == {}
+    assert viewer.model["vision"]["pretrained"] is None
+    assert recipe.train_loader["dataset"]["viewer_scores"] == f"{viewer.run_folder}/scores"
+    assert recipe.algorithms["image_gain"]["viewer"] == f"{viewer.run_folder}/model"
+    remote = load("gain_vit", "train=s3://there/captions")
+    assert remote.train_loader["dataset"]["viewer_scores"] == "s3://there/captions-viewer-scores"
+
+
+def test_an_unknown_key_of_the_viewer_is_named():
+    with pytest.raises(ValueError, match=r"viewer\.max_durations is not a key of a recipe"):
+        load("gain_vit", "viewer.max_durations=1ba")
+    recipe = load("gain_vit", "viewer.optimizer.beta=1")
+    with pytest.raises(ValueError, match=r"^viewer\.optimizer\.beta is not a key"):
+        check_keys(recipe)

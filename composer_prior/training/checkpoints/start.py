@@ -23,7 +23,7 @@ from composer_prior.training.checkpoints.storage import (
     remove_checkpoint,
 )
 from composer_prior.training.config import TrainConfig
-from composer_prior.training.reference import REFERENCE_METADATA, model_folder
+from composer_prior.training.reference import metadata_file, model_folder
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "report.html")  # that a run writes into its folder
 _DOWNLOAD_SECONDS = 3600.0  # of a whole checkpoint
@@ -109,7 +109,7 @@ def check_replaced(recipe: TrainConfig, where: str = "") -> None:
                 foreign += [] if read_identity(path) else [("save_folder", path)]
     if "run_name:" not in _text(run / "config.yaml"):
         foreign += [("run_folder", run / name) for name in RUN_FILES if (run / name).exists()]
-    if not ({*written_here(model)} or (model / REFERENCE_METADATA).exists()):
+    if not ({*written_here(model)} or metadata_file(recipe).exists()):
         text = _text(model / "config.json")
         foreign += [("run_folder", model)] if text and PriorLVLMConfig.model_type not in text else []
     for key, path in foreign[:1]:
