@@ -1,0 +1,92 @@
+"""Recipes with a viewer: it is trained first, scores the captions, and is reused or refused."""
+
+import json
+
+import pytest
+from common.recipes import SHRUNKEN, losses, recipe
+
+from composer_prior.data.scores import Scores
+from composer_prior.training.run import train
+
+pytestmark = pytest.mark.slow
+
+_OF_REFERENCE = (word for word in SHRUNKEN if word.startswith("reference.") and "model" not in word)
+VIEWER = [
+    *(word.replace("reference.", "viewer.") for word in _OF_REFERENCE),
+    "viewer.benchmarks.scene_foils.samples=12",
+    "viewer.model.vision.image_size=24",
+]
+
+
+def gain(name="gain_vit", *overrides):
+    return recipe(name, *VIEWER, *overrides)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """The folder of a run of gain_vit.yaml from nothing, and its captured output."""
+    folder = tmp_path_factory.mktemp("gain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(gain())
+    return folder
+
+
+def test_everything_is_made(first):
+    card = json.loads((first / "runs/viewer/model/training.json").read_text())
+    assert card["recipe"]["max_duration"] == "4ba"
+    for name, column in (("reference", "ref_logprobs"), ("viewer", "viewer_logprobs")):
+        scores = Scores(str(first / f"runs/{name}/scores"), first)
+        assert scores.metadata.column == column
+        assert scores.metadata.reference["path"] == f"runs/{name}/model"
+        assert len(scores) == 64
+    lines = (first / "runs/gain_vit/metrics.jsonl").read_text()
+    assert "image_gain/viewer_nll" in lines
+    page = (first / "runs/gain_vit/report.html").read_text()
+    assert "viewer (viewer)" in page
+    assert "reference (text only)" in page
+
+
+def test_what_is_there_is_reused_and_another_family_is_served_too(first, monkeypatch, capfd):
+    monkeypatch.chdir(first)
+    train(gain("gain_patch"))
+    output = capfd.readouterr().out
+    for what in ("Reference: reusing runs/reference/model", "Viewer: reusing runs/viewer/model"):
+        assert what in output
+    assert output.count("Scores: reusing") == 2
+
+
+def test_a_live_viewer_gives_the_losses_of_its_stored_scores(first, monkeypatch):
+    monkeypatch.chdir(first)
+    train(gain("gain_vit", "run_name=live", "train_loader.dataset.viewer_scores=null", "benchmarks={}"))
+    for (_, live), (_, stored) in zip(losses("runs/live"), losses("runs/gain_vit"), strict=True):
+        assert live == pytest.approx(stored, abs=1e-3)
+
+
+def test_a_model_that_exists_is_a_viewer(first, monkeypatch):
+    monkeypatch.chdir(first)
+    words = ["run_name=other", "viewer=null", "train_loader.dataset.viewer_scores=runs/other_scores", "benchmarks={}"]
+    train(recipe("gain_vit", *words, "algorithms.image_gain.viewer=runs/gain_vit/model"))
+    metadata = Scores(str(first / "runs/other_scores"), first).metadata
+    assert metadata.reference["path"] == "runs/gain_vit/model"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("viewer.max_duration=5ba", "The viewer in runs/viewer/model was made with other values of max_duration"),
+        ("viewer.algorithms.focal={}", "The viewer in runs/viewer/model was made with other values of algorithms"),
+    ],
+)
+def test_another_viewer_is_refused(first, monkeypatch, override, message):
+    monkeypatch.chdir(first)
+    with pytest.raises(ValueError, match=message) as error:
+        train(gain("gain_vit", "run_name=refused", override))
+    assert "\n" not in str(error.value)
+
+
+def test_scores_of_another_viewer_are_refused(first, monkeypatch):
+    monkeypatch.chdir(first)
+    words = ["run_name=mixed", "viewer=null", "benchmarks={}", "train_loader.dataset.viewer_scores=runs/viewer/scores"]
+    with pytest.raises(ValueError, match="what differs: the viewer's"):
+        train(recipe("gain_vit", *words, "algorithms.image_gain.viewer=runs/gain_vit/model"))
