@@ -251,6 +251,12 @@ JOBS = {
         "composer_prior.reports.inspection:inspect_captions",
         _words_and_options(1, 1),
     ),
+    "advise": Job(
+        "measure what the image explains of the captions, and which weights find it",
+        "DATA [option=value ...]",
+        "composer_prior.inference.advise:advise",
+        _words_and_options(1, 1),
+    ),
     "evaluate": Job(
         "run a benchmark of a model",
         "MODEL benchmark=NAME [option=value ...]",

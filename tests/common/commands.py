@@ -26,7 +26,7 @@ def run_to_end(name, words):
             raise
 
 
-caption, convert, evaluate, inspect, study = (
-    partial(run_job, name) for name in ("caption", "convert", "evaluate", "inspect", "study")
+advise, caption, convert, evaluate, inspect, study = (
+    partial(run_job, name) for name in ("advise", "caption", "convert", "evaluate", "inspect", "study")
 )
 train, score = partial(run_to_end, "train"), partial(run_to_end, "score")
