@@ -1,5 +1,6 @@
 """The viewer: a frozen model that sees the image, whose probabilities say what the image explains."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -71,4 +72,5 @@ def _settings(processor: Any, name: str) -> Any:
     part = getattr(processor, name, None)
     if name == "tokenizer" or part is None:
         return part and part.get_vocab()
-    return {key: value for key, value in part.to_dict().items() if key.strip("_") not in _OF_FILES}
+    found = {key: value for key, value in part.to_dict().items() if key.strip("_") not in _OF_FILES}
+    return json.dumps(found, sort_keys=True, default=str)  # a file has lists where a new processor has tuples

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from common.recipes import SHRUNKEN, losses, recipe
+from common.recipes import NO_REPORT, SHRUNKEN, losses, recipe
 
 from composer_prior.data.scores import Scores
 from composer_prior.training.run import train
@@ -58,14 +58,14 @@ def test_what_is_there_is_reused_and_another_family_is_served_too(first, monkeyp
 
 def test_a_live_viewer_gives_the_losses_of_its_stored_scores(first, monkeypatch):
     monkeypatch.chdir(first)
-    train(gain("gain_vit", "run_name=live", "train_loader.dataset.viewer_scores=null", "benchmarks={}"))
+    train(gain("gain_vit", "run_name=live", "train_loader.dataset.viewer_scores=null", *NO_REPORT))
     for (_, live), (_, stored) in zip(losses("runs/live"), losses("runs/gain_vit"), strict=True):
         assert live == pytest.approx(stored, abs=1e-3)
 
 
 def test_a_model_that_exists_is_a_viewer(first, monkeypatch):
     monkeypatch.chdir(first)
-    words = ["run_name=other", "viewer=null", "train_loader.dataset.viewer_scores=runs/other_scores", "benchmarks={}"]
+    words = ["run_name=other", "viewer=null", "train_loader.dataset.viewer_scores=runs/other_scores", *NO_REPORT]
     train(recipe("gain_vit", *words, "algorithms.image_gain.viewer=runs/gain_vit/model"))
     metadata = Scores(str(first / "runs/other_scores"), first).metadata
     assert metadata.reference["path"] == "runs/gain_vit/model"
@@ -87,6 +87,6 @@ def test_another_viewer_is_refused(first, monkeypatch, override, message):
 
 def test_scores_of_another_viewer_are_refused(first, monkeypatch):
     monkeypatch.chdir(first)
-    words = ["run_name=mixed", "viewer=null", "benchmarks={}", "train_loader.dataset.viewer_scores=runs/viewer/scores"]
+    words = ["run_name=mixed", "viewer=null", *NO_REPORT, "train_loader.dataset.viewer_scores=runs/viewer/scores"]
     with pytest.raises(ValueError, match="what differs: the viewer's"):
         train(recipe("gain_vit", *words, "algorithms.image_gain.viewer=runs/gain_vit/model"))
