@@ -28,6 +28,7 @@ _SHIPPED = {  # beside Composer's algorithms, callbacks and loggers, which have 
         "oracle": "composer_prior.algorithms.oracle.oracle:Oracle",
         "rho1": "composer_prior.algorithms.rho1.rho1:Rho1",
         "cal": "composer_prior.algorithms.cal.cal:CAL",
+        "dpa": "composer_prior.algorithms.dpa.dpa:DPA",
         "focal": "composer_prior.algorithms.focal.focal:Focal",
         "image_gain": "composer_prior.algorithms.image_gain.image_gain:ImageGain",
     },

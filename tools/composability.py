@@ -37,6 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from composer_prior import PRIOR, ComposerLVLM, ReferenceLM, StreamingCaptionDataset, selective_backprop_keys
 from composer_prior.algorithms.cal.cal import CAL
+from composer_prior.algorithms.dpa.dpa import DPA
 from composer_prior.algorithms.focal.focal import Focal
 from composer_prior.algorithms.image_gain.image_gain import ImageGain
 from composer_prior.algorithms.oracle.oracle import Oracle
@@ -144,6 +145,7 @@ class Caption:
     ref_logp: Tensor  # [k] under the reference
     viewer_logp: Tensor  # [k] under the viewer
     text_logits: Tensor  # [k] under the model's language model, the image taken out
+    text_logp: Tensor  # [k] as log-probabilities
     image_related: Tensor  # [k] bool
     pool: list[float]  # PRIOR's weights of the whole batch
     sample: int
@@ -203,6 +205,13 @@ def contrast_by_hand(caption: Caption) -> list[float]:
     return [sum(part) / len(part) for part in parts]
 
 
+def added_by_hand(caption: Caption) -> list[float]:
+    """Compute DPA's smoothed probability that the image adds."""
+    added = [min(max(x, 0.0), 1.0) for x in (caption.logp.exp() - caption.text_logp.exp()).tolist()]
+    parts = [added[max(0, i - 1) : i + 2] for i in range(len(added))]
+    return [sum(part) / len(part) for part in parts]
+
+
 METHODS = {
     "prior": Method(lambda r, v: PRIOR(r, alpha=ALPHA, floor=FLOOR), lambda c: prior_by_hand(c.ref_logp)),
     "permuted_prior": Method(lambda r, v: PermutedPRIOR(r, alpha=ALPHA, floor=FLOOR, seed=SEED), permuted_by_hand),
@@ -210,6 +219,7 @@ METHODS = {
     "oracle": Method(lambda r, v: Oracle(FLOOR), lambda c: torch.where(c.image_related, 1.0, FLOOR)),
     "rho1": Method(lambda r, v: Rho1(r, share=SHARE), selected_by_hand),
     "cal": Method(lambda r, v: CAL(), contrast_by_hand),
+    "dpa": Method(lambda r, v: DPA(), added_by_hand),
     "focal": Method(lambda r, v: Focal(GAMMA), lambda c: (1 - c.logp.exp()) ** GAMMA, normalized=False),
     "image_gain": Method(lambda r, v: ImageGain(v, r, alpha=ALPHA, floor=FLOOR), gain_by_hand),
 }
@@ -280,6 +290,7 @@ def loss_by_hand(
             chosen(*text_logits(reference.model, model, batch, row)),
             chosen(seen_logits[row, places - 1], tokens),
             text.gather(1, tokens[:, None])[:, 0],
+            chosen(text, tokens),
             batch["image_related"][row][places],
             pool,
             int(batch["sample_id"][row]),
@@ -287,7 +298,7 @@ def loss_by_hand(
         )
         weights = torch.as_tensor(method.weights(caption), dtype=torch.float64)
         if method.normalized:
-            weights = weights * len(places) / weights.sum()
+            weights = weights * len(places) / weights.sum() if weights.sum() > 0 else torch.ones_like(weights)
         nll = -(1 - smoothing) * logp - smoothing * before.mean(-1)
         total, count = total + float((weights * nll).sum()), count + len(places)
     return total / count

@@ -155,16 +155,17 @@ class ComposerLVLM(ComposerModel):
         return base.model.embed(**{key: value for key, value in inputs.items() if key != "attention_mask"})
 
     @torch.no_grad()
-    def text_label_logits(self, input_ids: Tensor, is_text: Tensor, labels: Tensor) -> Tensor:
-        """Return the logit of each label when the model reads only the text of a batch, without gaps.
+    def text_label_logits(self, input_ids: Tensor, is_text: Tensor, labels: Tensor, normalized: bool = False) -> Tensor:
+        """Return the logit of each label, or with ``normalized`` its log-probability, when the model reads only text.
 
-        Ids and labels are ``[B, T]`` int64, ``is_text`` is ``[B, T]`` bool. The result is ``[B, T]`` float32, 0 without
-        a label, and NaN for a label with no text before it.
+        The text moves together without gaps. Ids and labels are ``[B, T]`` int64, ``is_text`` is ``[B, T]`` bool. The
+        result is ``[B, T]`` float32, 0 without a label, and NaN for a label with no text before it.
         """
         ids, targets, positions, _ = left_pack(input_ids, is_text, labels)
 
         def read() -> Tensor:
-            return label_logits(last_hidden_states(self.model, input_ids=ids), head_of(self.model), targets)
+            hidden, head = last_hidden_states(self.model, input_ids=ids), head_of(self.model)
+            return -labelled_nll(hidden, head, targets)[0] if normalized else label_logits(hidden, head, targets)
 
         found = as_forward(self.model, read)
         found[:, 0].masked_fill_(targets[:, 0] != IGNORE_INDEX, torch.nan)

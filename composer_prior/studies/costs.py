@@ -88,7 +88,9 @@ def equality(found: Mapping[str, Mapping[str, Run]], baseline: str) -> str:
     others = {method: runs for method, runs in found.items() if method != baseline and runs}
     figures: dict[str, Callable[[Run], float | None]] = {said: partial(used, name=n) for n, said in USED.items()}
     if any(used(run, part) for runs in found.values() for run in runs.values() for part in HELPERS):
-        figures["FLOPs when the reference, the viewer and the scoring are counted"] = all_flops
+        seen = any(used(run, "viewer_flops") for runs in found.values() for run in runs.values())
+        counted_too = "the reference, the viewer and the scoring" if seen else "the reference and the scoring"
+        figures[f"FLOPs when {counted_too} are counted"] = all_flops
     equal, parts = list[str](), list[str]()
     for said, figure in figures.items():
         by_ratio, alike = dict[str, list[str]](), 0

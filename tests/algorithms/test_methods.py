@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from composer_prior import PRIOR, ComposerLVLM
 from composer_prior.algorithms.cal.cal import CAL
 from composer_prior.algorithms.cal.weights import contrast_weights
+from composer_prior.algorithms.dpa.dpa import DPA
+from composer_prior.algorithms.dpa.weights import added_probability_weights
 from composer_prior.algorithms.focal.focal import Focal
 from composer_prior.algorithms.focal.weights import focal_weights
 from composer_prior.algorithms.oracle.oracle import Oracle
@@ -28,7 +30,7 @@ from composer_prior.algorithms.token_weighting.normalize import normalize
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.tokenizer import image_token_ids
 
-WEIGHTINGS = (PRIOR, PermutedPRIOR, RandomPRIOR, Oracle, Rho1, CAL, Focal)
+WEIGHTINGS = (PRIOR, PermutedPRIOR, RandomPRIOR, Oracle, Rho1, CAL, DPA, Focal)
 
 
 def captions(*values):
@@ -104,6 +106,19 @@ def test_cal(rows, window, normalization):
             row.append(sum(clamped[j] for j in near) / len(near) if m else 0.0)
         raw.append(row)
     weights = contrast_weights(difference, mask, window=window, normalization=normalization)
+    assert_equal(weights, raw, mask, normalization)
+
+
+@settings(max_examples=100, deadline=None)
+@given(captions(st.floats(-1, 1, width=32)), st.sampled_from([1, 3, 5]), NORMALIZATIONS)
+def test_dpa(rows, window, normalization):
+    mask, difference = rows
+    raw = []
+    for keep, values in zip(mask.tolist(), difference.tolist(), strict=True):
+        kept = [min(max(x, 0.0), 1.0) for x in values]
+        near = [[j for j in range(len(keep)) if abs(j - i) <= window // 2 and keep[j]] for i in range(len(keep))]
+        raw.append([sum(kept[j] for j in js) / len(js) if m else 0.0 for m, js in zip(keep, near, strict=True)])
+    weights = added_probability_weights(difference, mask, window, normalization)
     assert_equal(weights, raw, mask, normalization)
 
 
@@ -233,7 +248,7 @@ def test_what_is_logged(tokenizer, make_spec, reference, method):
     _, logged = fit(model, make_spec(model), [method(reference) if takes_reference else method()])
     names = {name for name in logged if name.startswith(f"{method.name}/")}
     expected = {"effective_sample_size", "top_decile_share", "loss_weighted", "loss_unweighted"}
-    expected |= {"reference_nll"} if takes_reference else {"difference"} if method is CAL else set()
+    expected |= {"reference_nll"} if takes_reference else {"difference"} if method in (CAL, DPA) else set()
     assert names == {f"{method.name}/{name}" for name in expected}
     assert float(logged["loss/train/total"][0][1]) == pytest.approx(
         logged[f"{method.name}/loss_weighted"][0][1], rel=1e-5
@@ -242,7 +257,7 @@ def test_what_is_logged(tokenizer, make_spec, reference, method):
     assert logged[f"{method.name}/loss_unweighted"][0][1] == pytest.approx(plain, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", [Rho1, CAL, Focal])
+@pytest.mark.parametrize("method", [Rho1, CAL, DPA, Focal])
 def test_a_language_model_on_text_alone(tokenizer, make_spec, make_batch, reference, method):
     model = ComposerLVLM(small_lm(tokenizer), tokenizer)
     batch = make_batch(None)
@@ -256,6 +271,7 @@ def test_a_language_model_on_text_alone(tokenizer, make_spec, make_batch, refere
     weights = {
         Rho1: lambda: normalize(selection_weights(nll, scores, mask), mask),
         CAL: lambda: mask.float(),  # there is no image, so every difference is 0
+        DPA: lambda: mask.float(),
         Focal: lambda: focal_weights(nll, mask),
     }[method]()
     _, logged = fit(model, make_spec(None), [method(reference) if method is Rho1 else method()])

@@ -11,6 +11,7 @@ from common.recipes import ROOT, fork_ranks
 
 from composer_prior import importance_weights
 from composer_prior.algorithms.cal.weights import contrast_weights
+from composer_prior.algorithms.dpa.weights import added_probability_weights
 from composer_prior.algorithms.focal.weights import focal_weights
 from composer_prior.algorithms.image_gain.weights import gain_weights
 from composer_prior.algorithms.oracle.weights import oracle_weights
@@ -58,12 +59,15 @@ def formula_gradients(family, tokenizer, method):
         weights = normalize(oracle_weights(batch["image_related"], mask, 0.1), mask, normalization)
     elif name == "rho1":
         weights = normalize(selection_weights(outputs["nll"], scores, mask, 0.6), mask)
-    elif name == "cal":
+    elif name in ("cal", "dpa"):
         is_text = batch["attention_mask"].bool()
         for token_id in image_token_ids(tokenizer):
             is_text &= batch["input_ids"] != token_id
-        alone = model.text_label_logits(batch["input_ids"], is_text, batch["labels"])
-        weights = contrast_weights(outputs["label_logits"] - alone, mask, 0.1, 0.5)
+        alone = model.text_label_logits(batch["input_ids"], is_text, batch["labels"], name == "dpa")
+        if name == "cal":
+            weights = contrast_weights(outputs["label_logits"] - alone, mask, 0.1, 0.5)
+        else:
+            weights = added_probability_weights((-outputs["nll"].detach()).exp() - alone.exp(), mask)
     elif name.startswith("image_gain"):
         seen = Viewer(make_viewer(family, tokenizer)).logprobs(batch)
         alone = -outputs["nll"].detach() if "model" in name else scores

@@ -34,6 +34,7 @@ class CAL(TokenWeighting):
     """
 
     name = "cal"
+    normalized = False  # True: without the image, log-probabilities are compared, not logits
     _without: Tensor
     _difference: Tensor
 
@@ -68,7 +69,7 @@ class CAL(TokenWeighting):
                 "transformers in ComposerLVLM(model, processor)."
             )
         image_token_ids(model)
-        model.label_logits = True
+        model.label_logits = not self.normalized
 
     @torch.no_grad()
     def before_forward(self, state: State) -> None:
@@ -76,14 +77,24 @@ class CAL(TokenWeighting):
         model: Any = unwrapped(state.model)
         batch = state.batch
         with get_precision_context(state.precision or Precision.FP32, state.precision_config):
-            self._without = model.text_label_logits(batch["input_ids"], text_positions(batch, model), batch["labels"])
+            text = text_positions(batch, model)
+            self._without = model.text_label_logits(batch["input_ids"], text, batch["labels"], self.normalized)
 
     def raw_weights(self, state: State, mask: Tensor) -> Tensor:
-        """Return CAL's weights, ``[B, T]`` float32."""
+        """Return the weights, ``[B, T]`` float32."""
         outputs: Any = state.outputs
-        difference = outputs["label_logits"] - self._without
+        difference = self.contrast(outputs, self._without).detach()
         self._difference = torch.where(mask & self._without.isfinite(), difference, 0.0)
         return raw_weights(self._difference, mask, self.low, self.high, self.window)
+
+    def contrast(self, outputs: Any, without: Tensor) -> Tensor:
+        """Return what the image adds to the score of each label, ``[B, T]``.
+
+        Args:
+            outputs: of the model beside the image.
+            without: ``[B, T]`` what it gives each label without the image, see ``normalized``.
+        """
+        return outputs["label_logits"] - without
 
     def sums(self, state: State, mask: Tensor) -> dict[str, Tensor]:
         """Return the sum of the differences."""

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from common.models import FAMILIES, small_lm, small_lvlm
 from composer_prior import PRIOR, ReferenceLM
 from composer_prior.algorithms.cal.cal import CAL
+from composer_prior.algorithms.dpa.dpa import DPA
 from composer_prior.algorithms.focal.focal import Focal
 from composer_prior.algorithms.image_gain.image_gain import ImageGain
 from composer_prior.algorithms.oracle.oracle import Oracle
@@ -40,6 +41,7 @@ METHODS = {
     "oracle, batch": lambda reference, shard, viewer: Oracle(0.1, "batch"),
     "rho1": lambda reference, shard, viewer: Rho1(reference, 0.6, shard_reference=shard),
     "cal": lambda reference, shard, viewer: CAL(low=0.1, high=0.5),
+    "dpa": lambda reference, shard, viewer: DPA(),
     "focal": lambda reference, shard, viewer: Focal(1.5),
     "image_gain": lambda reference, shard, viewer: ImageGain(viewer, reference, floor=0.1, shard_reference=shard),
     "image_gain, batch": lambda reference, shard, viewer: ImageGain(
