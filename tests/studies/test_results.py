@@ -117,6 +117,26 @@ def test_what_the_reference_cost_is_said_apart(study):
     assert training["seconds"] == 1800  # what the run says: half an hour
 
 
+def test_what_the_viewer_cost_is_said_apart(study):
+    run_folder("viewer", {"batch": 4, "time/sample": 100, "compute/flops": 9000})
+    recipe = study.cells[0].load()
+    recipe.viewer = {"run_folder": "viewer"}
+    records = [*RECORDS, {"batch": 4, "compute/flops": 2000}]
+    costs = ("flops", "viewer_flops", "viewer_scoring_flops")
+
+    def figures(**dataset):
+        recipe.train_loader["dataset"] |= dataset
+        training = collect(study.cells[0].values, records, recipe)[-1]["figures"]
+        return tuple(training[one] for one in costs)
+
+    assert figures(viewer_scores=None) == (2000, 9000, 0)
+    recipe.algorithms["image_gain"] = {"viewer": "viewer/model"}
+    passes = 9000 / 100 * 32 / 3
+    assert figures(viewer_scores=None) == (pytest.approx(2000 - passes), 9000, pytest.approx(passes))
+    recipe.viewer = None
+    assert "viewer_flops" not in collect(study.cells[0].values, records, recipe)[-1]["figures"]
+
+
 def test_results_are_read_back(study):
     file = Path("out/results.jsonl")
     assert read_results(file) == (None, [])

@@ -1,5 +1,6 @@
 """The study that comes with the package, as it ships."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,26 @@ def test_cells_that_differ_in_seed_share_all_that_is_made_before_them(study, pla
             assert len({str(shared[name].overrides.get(key)) for name in names}) == 1
     # Data, tokenizer, reference and scores.
     assert len(shared[next(cell.name for cell in study.cells if cell.values[METHOD] == "prior")].places) == 4
+
+
+def test_the_study_of_image_gain(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = read_study(ROOT / "yamls/studies/image_gain.yaml", out="out")
+    plan = plan_tasks(study, Path("out"))
+    folders = {}
+    for cell in study.cells:
+        if cell.values[SEED] == "1":
+            recipe = cell.load(plan.further[cell.name])
+            if recipe.code_paths:
+                runpy.run_path(recipe.code_paths[0])
+            check_keys(recipe)
+            if recipe.viewer is not None:
+                folders[cell.name] = recipe.viewer["run_folder"]
+                assert recipe.viewer["reference"] == recipe.reference
+                stored = recipe.train_loader["dataset"]["viewer_scores"]
+                assert stored is None or stored.startswith(f"{recipe.viewer['run_folder']}/scores-")
+    assert folders["gain-seed1"] == folders["gain_over_model-seed1"] == folders["distillation-seed1"]
+    assert len({folders[f"gain_viewer_{steps}-seed1"] for steps in (75, 150, 300, 1200)} | {folders["gain-seed1"]}) == 5
+    assert folders["gain-patches-seed1"] == folders["gain-seed1"]
+    assert folders["gain-none-seed1"] != folders["gain-seed1"]
+    assert "ntp-seed1" not in folders
