@@ -20,7 +20,7 @@ class ScoreJob:
         batch_tokens: tokens of one forward pass, padding included; by default, chosen for the device.
         unit_samples: samples that are sorted by length, scored and written together.
         dtype: of the reference's weights and computation, ``float32``, ``bfloat16`` or ``float16``; by default that of
-            its files, but float32 without a GPU.
+            its files, but float32 without a GPU. Of a viewer: of the computation alone, by default float32.
         trust_remote_code: run code that comes with the reference.
         progress_bar: show one on the first rank.
         viewer: folder or hub id of an image-text-to-text model, which scores captions beside their images in the place

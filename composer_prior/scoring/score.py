@@ -352,6 +352,9 @@ def model_identity(path: str, trust_remote_code: bool = False) -> dict[str, str]
             while block := opened.read(1 << 24):
                 digest.update(block)
     config = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
+    preprocessing = folder / "preprocessor_config.json"  # of a viewer
+    if preprocessing.is_file():
+        config["preprocessing"] = json.loads(preprocessing.read_text())
     return {
         "path": path,
         "config": xxhash.xxh3_128(json.dumps(config, sort_keys=True)).hexdigest()[:16],

@@ -1,6 +1,8 @@
 """ImageGain: its weights against float64, a live viewer against a stored one, and what it refuses."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +202,17 @@ def test_stored_scores_are_those_of_a_live_viewer(saved, tokenizer, scenes, tmp_
         losses.append([float(value) for _, value in logged["loss/train/total"]])
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-3)  # stored as float16
     assert score_captions(job_of(saved, scenes / "train", tmp_path / "scores")).reused
+
+
+def test_another_image_processing_is_another_viewer(saved, scenes, tmp_path):
+    copy = tmp_path / "viewer"
+    shutil.copytree(saved, copy)
+    score_captions(job_of(copy, scenes / "validation", tmp_path / "scores"))
+    file = copy / "model/preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "vision": {**settings["vision"], "max_side": 64}}))
+    with pytest.raises(ScoresError, match="what differs: the viewer's config"):
+        score_captions(job_of(copy, scenes / "validation", tmp_path / "scores"))
 
 
 def test_scores_of_a_viewer_are_not_a_references(saved, scenes, tmp_path, tokenizer):
