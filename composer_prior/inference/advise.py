@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -118,7 +118,7 @@ def advise(
     if reference is None or viewer is None:
         reference, viewer = _train(data, steps, folder)
     dist.initialize_dist(get_device(None))
-    model = ImageTextModel.from_pretrained(viewer).to(get_device(None)._device)
+    model = ImageTextModel.from_pretrained(viewer).to(cast(torch.device, get_device(None)._device))
     benchmark = ImageDependence(data, reference)
     settings = {"data": benchmark.fingerprint, "reference": reference, "viewer": viewer}
     file = folder / "predictions.jsonl"

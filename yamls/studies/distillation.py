@@ -1,5 +1,7 @@
 """Distillation from a viewer, a control of studies: a recipe loads it with ``code_paths``."""
 
+from typing import cast
+
 import torch
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
@@ -21,6 +23,9 @@ class Distillation(Algorithm):
         share: weight of the divergence from the viewer; the loss of the captions has the rest. Default: ``0.5``.
         top: number of the viewer's most likely tokens; all others count as one. Default: ``32``.
     """
+
+    ours: Tensor  # the last hidden states of a forward pass
+    theirs: Tensor
 
     def __init__(self, viewer: str, share: float = 0.5, top: int = 32):
         self.viewer, self.share, self.top = Viewer.of(viewer), share, top
@@ -49,7 +54,7 @@ class Distillation(Algorithm):
                 )
             )
             divergence = kl_of_top(ours, theirs.detach(), self.top).mean()
-            state.loss = (1 - self.share) * state.loss + self.share * divergence
+            state.loss = (1 - self.share) * cast(Tensor, state.loss) + self.share * divergence
 
 
 def kl_of_top(ours: Tensor, theirs: Tensor, top: int) -> Tensor:
