@@ -139,7 +139,9 @@ def _job_without_recipe(words: Sequence[str], options: Options) -> dict[str, Any
     job = OmegaConf.merge(OmegaConf.structured(ScoreJob), given)
     scorer = job.reference or job.viewer
     if OmegaConf.missing_keys(job) or scorer is None or not job.dataset or "name" not in job.tokenizer:
-        raise ValueError("Without a recipe, give out=..., reference=..., tokenizer.name=... and dataset.local=...")
+        raise ValueError(
+            "Without a recipe, give out=..., reference=... or viewer=..., tokenizer.name=... and dataset.local=..."
+        )
     return cast(dict[str, Any], OmegaConf.to_container(job))
 
 

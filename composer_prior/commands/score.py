@@ -4,7 +4,9 @@ import os
 from typing import Any
 
 from composer.utils import dist, get_device
+from transformers import AutoConfig
 
+from composer_prior.data.hub import load_pretrained
 from composer_prior.data.messages import announce, one_line_exit
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import score_captions
@@ -30,5 +32,7 @@ def run(recipe: TrainConfig | None, options: dict[str, Any]) -> None:
         if config is None:
             raise ValueError(f"The recipe has no {loader}_loader.")
         job = job_of(recipe, config["dataset"], **options)
-        prepare(recipe, itself=False)
+        if job.viewer is not None:  # before anything is made
+            load_pretrained(AutoConfig, job.viewer, job.trust_remote_code)
+        prepare(recipe, itself=False, helpers=("reference",) if job.viewer is None else ())
     announce(str(score_captions(job)))

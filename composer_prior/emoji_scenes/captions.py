@@ -121,7 +121,7 @@ class Description:
 
 
 def templates_of(clutter: Clutter) -> tuple[str, ...]:
-    """Return the templates of captions, of which ``none``, half (``some``) or ``full`` all have what nothing foretells.
+    """Return the templates of captions: all without names, dates and numbers, about half, or one of twelve.
 
     Raises:
         ValueError: for another value.

@@ -17,11 +17,11 @@ from composer_prior.algorithms.prior.weights import raw_weights as prior_weights
 from composer_prior.evaluation.benchmark import run_benchmark
 from composer_prior.evaluation.image_dependence import ImageDependence
 from composer_prior.models.image_text_model import ImageTextModel
-from composer_prior.training.config import load_recipe
+from composer_prior.training.config import HELPERS, SHIPPED, load_recipe
 from composer_prior.training.reference import model_folder
 from composer_prior.training.run import prepare
 
-NEEDS_IMAGE = 0.5  # nats by which the image raises a token's log-probability
+NEEDS_IMAGE = 0.5  # nats by which the log-probability of a token falls when it sees another image
 FEW = 0.02  # share of tokens that need the image
 WORDS, FEWEST = 8, 5  # words that are named, and occurrences of each
 FLOOR = 0.1
@@ -38,10 +38,10 @@ class Advice:
         reference_nll: nats per token under the text-only reference.
         viewer_nll: nats per token under the viewer.
         share: of the tokens, those that need the image: the viewer's log-probability falls by more than 0.5 nats when
-            it sees a grey image.
+            it sees another sample's image. Tokens for which it rises by as much are subtracted, as chance.
         methods: by method ``on_needed``, the share of the weight on tokens that need the image; ``precision``, how many
             of a caption's heaviest tokens need it, taking as many as do; and ``effective_sample_size``.
-        favoured: words that do not need the image, with the largest mean weights under PRIOR.
+        favoured: words of which less than a tenth need the image, with the largest mean weights under PRIOR.
     """
 
     captions: int
@@ -56,7 +56,7 @@ class Advice:
     def recommendation(self) -> str:
         """A sentence that names a method and the reason."""
         prior, gain = (self.methods[name]["precision"] for name in METHODS[2:])
-        if self.share < FEW:
+        if self.share < FEW or self.viewer_nll >= self.reference_nll:
             return (
                 "Next-token prediction is enough: the image explains next to nothing here, or the viewer does not see "
                 "it. Try a viewer that is trained longer, or one that exists."
@@ -95,8 +95,10 @@ def advise(
 ) -> Advice:
     """Measure how much of the captions the image explains, and which weights find it.
 
-    Without models, a small reference and a small viewer are trained on the data first, into ``out``. A page shows
-    captions, shaded by their dependence on the image and by PRIOR's weights.
+    Without models, a small reference and a small viewer are trained on the data first, into ``out``. The viewer's tower
+    then starts from random weights, and photographs need a viewer that exists. All captions are those that the models
+    have learned. ImageGain's weights and the need of the image come from one viewer, which favours ImageGain.
+    A page shows captions, shaded by their dependence on the image and by PRIOR's weights.
 
     Args:
         data: folder or remote of an MDS data set, as ``composer-prior convert`` makes it.
@@ -133,10 +135,11 @@ def advise(
 def _train(data: str, steps: int, folder: Path) -> tuple[str, str]:
     """Train a small reference and viewer, unless they exist, and return their folders."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
-    words = [f"train={data}", f"tokenizer.name={folder}/tokenizer"]
-    for name in ("reference", "viewer"):
-        words += [f"{name}.max_duration={steps}ba", f"{name}.run_folder={folder}/{name}", f"{name}.sample_captions=0"]
-    recipe = load_recipe("gain_vit.yaml", words)
+    words = [f"train={data}", f"tokenizer.name={folder}/${{reference.run_name}}-tokenizer"]
+    for name in HELPERS:
+        words += [f"{name}.max_duration={steps}ba", f"{name}.run_folder={folder}/${{run_name}}-{steps}"]
+        words += [f"{name}.sample_captions=0"]
+    recipe = load_recipe(SHIPPED / "gain_vit.yaml", words)
     prepare(recipe, itself=False)
     return str(model_folder(recipe.helpers["reference"])), str(model_folder(recipe.helpers["viewer"]))
 
@@ -146,11 +149,13 @@ def advice_of(predictions: Sequence[Mapping[str, Any]]) -> Advice:
     found: dict[str, list[np.ndarray]] = defaultdict(list)
     weights: dict[str, list[np.ndarray]] = {name: [] for name in METHODS}
     for prediction in predictions:
-        seen, blank = np.array(prediction["with_image"]), np.array(prediction["without"])
+        another = prediction["with_another"] or prediction["without"]  # one sample alone has no other
+        seen, blind = np.array(prediction["with_image"]), np.array(another)
         alone = np.log1p(-np.minimum(np.array(prediction["weights"]), 1 - 1e-7))
         found["seen"].append(seen)
         found["alone"].append(alone)
-        found["needs"].append(seen - blank > NEEDS_IMAGE)
+        found["needs"].append(seen - blind > NEEDS_IMAGE)
+        found["chance"].append(blind - seen > NEEDS_IMAGE)
         texts, sees = torch.tensor(alone)[None], torch.tensor(seen)[None]
         mask = torch.ones_like(texts, dtype=torch.bool)
         of_caption = (
@@ -167,7 +172,7 @@ def advice_of(predictions: Sequence[Mapping[str, Any]]) -> Advice:
         tokens=len(needs),
         reference_nll=float(-np.concatenate(found["alone"]).mean()),
         viewer_nll=float(-np.concatenate(found["seen"]).mean()),
-        share=float(needs.mean()),
+        share=float(needs.mean() - np.concatenate(found["chance"]).mean()),
         methods={name: _figures(values, found["needs"]) for name, values in weights.items()},
         favoured=_favoured(predictions, weights["prior"], found["needs"]),
     )
@@ -192,14 +197,13 @@ def _figures(weights: Sequence[np.ndarray], needs: Sequence[np.ndarray]) -> dict
 def _favoured(
     predictions: Sequence[Mapping[str, Any]], weights: Sequence[np.ndarray], needs: Sequence[np.ndarray]
 ) -> list[str]:
-    """Return words whose tokens never need the image, those of the largest mean weight first."""
+    """Return words that do not need the image, those of the largest mean weight first."""
     found: dict[str, list[tuple[float, bool]]] = defaultdict(list)
     for prediction, values, need in zip(predictions, weights, needs, strict=True):
-        start = 0
-        for end, value, needed in zip(prediction["ends"], values, need, strict=True):
-            for word in re.findall(r"\w{3,}", prediction["caption"][start:end]):
-                found[word.lower()].append((float(value), bool(needed)))
-            start = end
+        ends = np.array(prediction["ends"])
+        for word in re.finditer(r"\w{3,}", prediction["caption"]):
+            tokens = slice(int((ends <= word.start()).sum()), int((ends < word.end()).sum()) + 1)
+            found[word[0].lower()].append((float(values[tokens].mean()), bool(need[tokens].any())))
     means = {
         word: float(np.mean([value for value, _ in pairs]))
         for word, pairs in found.items()

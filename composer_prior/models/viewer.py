@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from composer_prior.data.batch import split_packed_images
+from composer_prior.data.tokenizer import tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.image_text_model import ImageTextModel
 
@@ -17,7 +18,7 @@ _OF_FILES = ("auto_map", "processor_class", "image_processor_type")  # of a save
 class Viewer:
     """A frozen image-text-to-text model that scores the captions of a batch beside their images.
 
-    It reads the batch as it was made for the trained model, so both need one tokenizer and one image processor.
+    It reads the batch as it was made for the trained model, so both need one tokenizer, image processor and prompt.
 
     Args:
         model: with its processor; put in eval mode, its gradients switched off.
@@ -52,7 +53,7 @@ class Viewer:
         return torch.cat([-self.model(part)["nll"].float() for part in parts])
 
     def check_inputs(self, model: Any) -> None:
-        """Refuse a trained model that reads images or text otherwise than the viewer.
+        """Refuse a trained model that reads images, prompt or text otherwise than the viewer.
 
         Args:
             model: a :class:`.ComposerLVLM`.
@@ -60,7 +61,7 @@ class Viewer:
         Raises:
             ValueError: naming what differs.
         """
-        for name in ("tokenizer", "image_processor"):
+        for name in ("tokenizer", "image_processor", "prompt"):
             if _settings(self.model.processor, name) != _settings(getattr(model, "processor", None), name):
                 raise ValueError(
                     f"The viewer has another {name} than the model: it cannot read the model's batches. Store its "
@@ -70,7 +71,9 @@ class Viewer:
 
 def _settings(processor: Any, name: str) -> Any:
     part = getattr(processor, name, None)
-    if name == "tokenizer" or part is None:
-        return part and part.get_vocab()
+    if name == "tokenizer" and part is not None:
+        return tokenizer_fingerprint(part)
+    if not hasattr(part, "to_dict"):
+        return part
     found = {key: value for key, value in part.to_dict().items() if key.strip("_") not in _OF_FILES}
     return json.dumps(found, sort_keys=True, default=str)  # a file has lists where a new processor has tuples

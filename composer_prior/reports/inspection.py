@@ -177,7 +177,7 @@ def _shades(
     import torch
 
     from composer_prior.algorithms.prior.weights import importance_weights
-    from composer_prior.data.scores import Scores, index_fingerprint
+    from composer_prior.data.scores import COLUMN, Scores, index_fingerprint
     from composer_prior.data.tokenizer import add_image_tokens, encode_caption, tokenizer_fingerprint
     from composer_prior.scoring.align import token_edges
 
@@ -191,7 +191,9 @@ def _shades(
         raise ValueError(
             f"{path}: the reference has another tokenizer than the model; name the model's with tokenizer=."
         )
-    expected = dataclasses.replace(metadata, data=index_fingerprint([index]), samples=samples, tokenizer=known)
+    expected = dataclasses.replace(
+        metadata, column=COLUMN, data=index_fingerprint([index]), samples=samples, tokenizer=known
+    )
     metadata.check(expected, path)
 
     def pieces(number: int, sample: Mapping[str, Any]) -> list[list[Shade]] | None:

@@ -19,9 +19,9 @@ class ScoreJob:
         dataset: as in a recipe's ``train_loader.dataset``, such as ``local``, ``remote`` and ``max_caption_tokens``.
         batch_tokens: tokens of one forward pass, padding included; by default, chosen for the device.
         unit_samples: samples that are sorted by length, scored and written together.
-        dtype: of the reference's weights and computation, ``float32``, ``bfloat16`` or ``float16``; by default that of
-            its files, but float32 without a GPU. Of a viewer: of the computation alone, by default float32.
-        trust_remote_code: run code that comes with the reference.
+        dtype: of the model's weights and computation, ``float32``, ``bfloat16`` or ``float16``; by default that of
+            its files, but float32 without a GPU.
+        trust_remote_code: run code that comes with the model.
         progress_bar: show one on the first rank.
         viewer: folder or hub id of an image-text-to-text model, which scores captions beside their images in the place
             of the reference.

@@ -40,7 +40,8 @@ from composer_prior.scoring.align import align_logprobs, token_edges
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.writer import ScoresWriter
 
-_IMAGES = 64  # that a viewer holds at once
+_IMAGES = 64  # that a viewer holds at once, unless batch_tokens asks for fewer
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja")  # of a viewer
 _Score = Callable[[list[list[int]]], list[NDArray[np.float32]]]  # ids of texts -> log-probabilities of their tokens
 
 
@@ -118,7 +119,8 @@ def _shared_paths(job: ScoreJob) -> dict[str, str]:
 def _look(job: ScoreJob, data: StreamingCaptionDataset) -> tuple[ScoresMetadata, bool]:
     """Return the metadata of the scores that a job makes, and whether they exist already."""
     column = COLUMN if job.viewer is None else VIEWER_COLUMN
-    metadata = ScoresMetadata.of(data, model_identity(job.model, job.trust_remote_code), column)
+    identity = model_identity(job.model, job.trust_remote_code, () if job.viewer is None else _PROCESSOR)
+    metadata = ScoresMetadata.of(data, identity, column)
     try:
         found = Scores(job.out, Path(job.out)).metadata
     except ScoresError as error:
@@ -175,13 +177,19 @@ def _scorer(job: ScoreJob, data: StreamingCaptionDataset) -> Callable[[range], l
             return _without_bad(scores, captions, {}, samples, data)
 
         return score
-    viewer = ImageTextModel.from_pretrained(job.viewer, job.trust_remote_code).to(device)
-    dtype = getattr(torch, job.dtype or "float32")
+    viewer = ImageTextModel.from_pretrained(job.viewer, job.trust_remote_code)
+    default = torch.float32 if device.type == "cpu" else viewer.model.dtype
+    dtype = getattr(torch, job.dtype) if job.dtype else default
+    viewer.model.to(device, dtype)
 
     def score_parts(samples: range) -> list[NDArray[np.float32]]:
         scores: list[NDArray[np.float32]] = []
-        for start in range(0, len(samples), _IMAGES):
-            part = samples[start : start + _IMAGES]
+        size = _IMAGES
+        if job.batch_tokens is not None:
+            (image, *_), _ = _read_images(data, samples[:1])
+            size = max(1, job.batch_tokens // (viewer.inputs([image])["input_ids"].shape[1] + data.max_caption_tokens))
+        for start in range(0, len(samples), size):
+            part = samples[start : start + size]
             captions, (images, problems) = read_column(data, "caption", part), _read_images(data, part)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 found = score_beside_images(images, captions, data.format, viewer)
@@ -292,7 +300,7 @@ def _score_captions_as(
         return score([[*ids, format.tokenizer.eos_token_id][: format.max_caption_tokens] for ids in encoded])
     if not theirs.is_fast or theirs.eos_token_id is None:
         raise ValueError(
-            "The reference has another tokenizer than the model; it must be a fast one with an end-of-sequence token."
+            "Reference or viewer has another tokenizer than the model; it must be fast, with an end-of-sequence token."
         )
     options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
     read = theirs(captions, **options)
@@ -331,8 +339,13 @@ def _cut(
     return ids[:needed], edges[: needed + 1], to_edges
 
 
-def model_identity(path: str, trust_remote_code: bool = False) -> dict[str, str]:
+def model_identity(path: str, trust_remote_code: bool = False, files: Sequence[str] = ()) -> dict[str, str]:
     """Return the path of a model that scores, and fingerprints of its configuration, weights and tokenizer.
+
+    Args:
+        path: folder or hub id.
+        trust_remote_code: run code that comes with the model.
+        files: further files of its configuration, those that exist.
 
     Raises:
         ScoresError: if there is no such model.
@@ -352,9 +365,7 @@ def model_identity(path: str, trust_remote_code: bool = False) -> dict[str, str]
             while block := opened.read(1 << 24):
                 digest.update(block)
     config = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
-    preprocessing = folder / "preprocessor_config.json"  # of a viewer
-    if preprocessing.is_file():
-        config["preprocessing"] = json.loads(preprocessing.read_text())
+    config |= {name: (folder / name).read_text() for name in files if (folder / name).is_file()}
     return {
         "path": path,
         "config": xxhash.xxh3_128(json.dumps(config, sort_keys=True)).hexdigest()[:16],

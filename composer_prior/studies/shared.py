@@ -56,6 +56,8 @@ def share(recipe: TrainConfig, given: Collection[str], folder: Path) -> Shared:
         if config is None:
             continue
         theirs = {key: value for key, value in config.items() if key not in _NAMES} | made
+        if theirs.get("viewer") is None:
+            theirs.pop("viewer", None)  # so that references keep the names that they had without this key
         was = config["run_folder"]
         named = f"{model}.run_name" in given
         folder_of = was if named else place(f"{model}.run_folder", was, model, theirs)

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from composer_prior.data.files import load_yaml
 from composer_prior.data.messages import one_line
 from composer_prior.registry import did_you_mean
-from composer_prior.training.config import SHIPPED, TrainConfig, load_recipe, written
+from composer_prior.training.config import HELPERS, SHIPPED, TrainConfig, load_recipe, written
 
 KEYS = ("name", "recipe", "overrides", "axes", "grids", "baseline", "figures", "curve", "fits")
 REQUIRED = ("name", "recipe", "axes", "grids", "baseline", "figures")
@@ -283,8 +283,9 @@ def _without_new_keys(recipe: Mapping[str, Any], known: Mapping[str, Any]) -> di
     """Return a recipe without keys at their default that recipes did not have when ``known`` was written."""
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(TrainConfig)}
     kept = {key: value for key, value in recipe.items() if key in known or value != defaults.get(key)}
-    if recipe.get("reference") and known.get("reference"):
-        kept["reference"] = _without_new_keys(recipe["reference"], known["reference"])
+    for helper in HELPERS:
+        if recipe.get(helper) and isinstance(known.get(helper), Mapping):
+            kept[helper] = _without_new_keys(recipe[helper], known[helper])
     return kept
 
 

@@ -236,6 +236,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
             continue
         shared = {"data": data, "tokenizer": recipe.get("tokenizer")}
         if key == "viewer":
+            for name in {"data", "tokenizer", "reference"} & {*helper_changes[key]}:
+                raise ValueError(f"viewer.{name} is that of the run: give {name} itself.")
             helper.pop("reference", None)
             shared["reference"] = recipe.get("reference")
         nested = cast(DictConfig, OmegaConf.unsafe_merge(helper, shared))

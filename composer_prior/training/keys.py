@@ -16,7 +16,7 @@ _EXAMPLE = "{vision: {lr: 1.0e-5}}"
 _RUNS = ("benchmark", "interval", "limit")  # keys that are not the benchmark's
 VOCAB_SIZES = signatures.stub("composer_prior.data.tokenizer:VOCAB_SIZES")  # that module imports transformers
 _SCORE_JOB = "composer_prior.scoring.job:ScoreJob"
-_OF_THE_RECIPE = ("out", "reference", "tokenizer", "dataset", "progress_bar")  # fields that the recipe gives
+_OF_THE_RECIPE = ("out", "reference", "viewer", "tokenizer", "dataset", "progress_bar")  # fields that the recipe gives
 _SHARDING = "composer_prior.models.sharding:ShardingConfig"
 _LANGUAGE = "composer_prior.models.language:build_language_model"
 _PROJECTOR = "composer_prior.models.build:projector_options"
@@ -102,6 +102,7 @@ def check_keys(recipe: TrainConfig, where: str = "") -> None:
         for name, arguments in getattr(recipe, f"{kind}s").items():
             if arguments is not None:
                 registry.check(kind, name, arguments, f"{where}{kind}s.{name}", given=("recipe", "goes_on"))
+    _check_sources(recipe, where)
     check_benchmarks(recipe.benchmarks, where)
     for name, arguments in (recipe.parallelism_config or {}).items():
         if name != "fsdp2":
@@ -109,6 +110,35 @@ def check_keys(recipe: TrainConfig, where: str = "") -> None:
         registry.check_arguments(_SHARDING, arguments, f"{where}parallelism_config.fsdp2")
     for key, helper in recipe.helpers.items():
         check_keys(helper, f"{where}{key}.")
+
+
+def _check_sources(recipe: TrainConfig, where: str) -> None:
+    """Raise for a weighting without the log-probabilities that it needs, or with those of another model."""
+    dataset = recipe.train_loader.get("dataset") or {}
+    for name, given in recipe.algorithms.items():
+        place = registry.shipped("algorithm").get(name, "")
+        if given is None or not place.startswith("composer_prior"):
+            continue
+        for model, key in (("reference", "scores"), ("viewer", "viewer_scores")):
+            if model not in registry.parameters_of(registry.look_up("algorithm", name, where)):
+                continue
+            if model == "reference" and given.get("over") == "model":
+                if given.get("reference") is not None:
+                    raise ValueError(
+                        f"{where}algorithms.{name}.over=model compares with the trained model itself: leave "
+                        "reference out."
+                    )
+            elif not given.get(model) and not dataset.get(key):
+                raise ValueError(
+                    f"{where}algorithms.{name} needs the log-probabilities of a {model}: give {model}, or "
+                    f"{where}train_loader.dataset.{key}."
+                )
+        viewer, own = given.get("viewer"), recipe.helpers.get("viewer")
+        if viewer and own is not None and Path(viewer) != Path(own.run_folder, "model"):
+            raise ValueError(
+                f"{where}algorithms.{name}.viewer={viewer} is not the model of the recipe's viewer, "
+                f"{own.run_folder}/model: set {where}viewer=null, and other {where}train_loader.dataset.viewer_scores."
+            )
 
 
 def _check_lvlm(model: Mapping[str, Any], where: str) -> None:

@@ -42,8 +42,15 @@ def model_metadata(recipe: TrainConfig, model: ComposerLVLM, data: str, validati
         "tokenizer": tokenizer_fingerprint(model.tokenizer),
         "recipe": identified(recipe, _IDENTITY),
         "validation": validation,
+        "reference": _reference_of(recipe),
     }
     return json.dumps(metadata, indent=2)
+
+
+def _reference_of(recipe: TrainConfig) -> dict[str, Any] | None:
+    """Return the validation metrics of a recipe's reference, which tell it from one that was trained anew."""
+    metadata = None if recipe.reference_recipe is None else read_metadata(recipe.reference_recipe)
+    return None if metadata is None else metadata["validation"]
 
 
 def read_metadata(recipe: TrainConfig) -> dict[str, Any] | None:
@@ -61,9 +68,10 @@ def check_helper(recipe: TrainConfig, key: str, data: str | None = None) -> None
         ValueError: naming what differs.
     """
     helper = recipe.helpers[key]
-    told, metadata = identified(helper, _IDENTITY), read_metadata(helper)
+    metadata = read_metadata(helper)
     assert metadata is not None
-    known = {"algorithms": told["algorithms"], **metadata["recipe"]}  # of a version that did not write them
+    known = metadata["recipe"]
+    told = identified(helper, [name for name in _IDENTITY if name in known])  # an older version wrote fewer
     folder = model_folder(helper)
     remedy = f"Delete {folder.parent} to train it again, or set {key}.run_name."
     changed = [name for name in told if known.get(name) != told[name]]
@@ -75,5 +83,7 @@ def check_helper(recipe: TrainConfig, key: str, data: str | None = None) -> None
         )
     if metadata["tokenizer"] != tokenizer_fingerprint(build_tokenizer(recipe.tokenizer)):
         raise ValueError(f"The {key} in {folder} was made with another tokenizer than the run's. {remedy}")
+    if metadata.get("reference") != _reference_of(helper) and "reference" in metadata:
+        raise ValueError(f"The {key} in {folder} was made with another reference than the run's. {remedy}")
     if data is not None and metadata["data"] != data:
         raise ValueError(f"The {key} in {folder} was made from other data than the run's. {remedy}")

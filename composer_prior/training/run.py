@@ -5,7 +5,7 @@ Existing inputs are reused, or rejected if they do not match.
 
 import gc
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from composer_prior.scoring.score import score_captions
 from composer_prior.training.builders import one_line_errors
 from composer_prior.training.checkpoints.start import check_bucket, check_replaced
 from composer_prior.training.checkpoints.storage import CHECKPOINT_NAME
-from composer_prior.training.config import TrainConfig
+from composer_prior.training.config import HELPERS, TrainConfig
 from composer_prior.training.keys import check_keys
 from composer_prior.training.reference import check_helper, metadata_file, model_folder
 from composer_prior.training.trainer import build_trainer, finish
@@ -69,16 +69,18 @@ def sole_run(recipe: TrainConfig, where: str = "") -> Iterator[None]:
         yield
 
 
-def prepare(recipe: TrainConfig, itself: bool = True) -> None:
+def prepare(recipe: TrainConfig, itself: bool = True, helpers: Collection[str] = HELPERS) -> None:
     """Create the data, tokenizer, reference and viewer of a recipe that are missing, on the first rank of all.
 
-    The recipes that will be trained, missing helpers and with ``itself`` the run, are checked before anything is made.
+    The recipes that will be trained, those of ``helpers`` that are missing and with ``itself`` the run, are checked
+    before anything is made.
 
     Raises:
         ValueError, OSError: naming what cannot work.
     """
     dist.initialize_dist(get_device(None), timeout=recipe.dist_timeout)
-    stages = [stage for stage in trained_recipes(recipe) if itself or stage[0] is not recipe]
+    wanted = {f"{key}." for key in helpers} | ({""} if itself else set())
+    stages = [(stage, where) for stage, where in trained_recipes(recipe) if where in wanted]
     check_shared(_places(recipe, stages))
     with ExitStack() as held:
         for stage, where in stages:
@@ -101,7 +103,8 @@ def prepare(recipe: TrainConfig, itself: bool = True) -> None:
             check_whole(stage, where)
             gc.collect()  # streaming refuses to open a remote data set again while it is open
         for key, helper in recipe.helpers.items():
-            _prepare_helper(recipe, key, missing=any(stage is helper for stage, _ in stages))
+            if key in helpers:
+                _prepare_helper(recipe, key, missing=any(stage is helper for stage, _ in stages))
 
 
 def _check_data(recipe: TrainConfig) -> None:

@@ -525,7 +525,10 @@ def test_a_recipe_s_scores_are_made_once(folders: Any, scenes: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["out=x"], "Without a recipe, give out=..., reference=..., tokenizer.name=... and dataset.local=..."),
+        (
+            ["out=x"],
+            "Without a recipe, give out=..., reference=... or viewer=..., tokenizer.name=... and dataset.local=...",
+        ),
         (["outt=x"], "outt is not a key. Did you mean 'out'?"),
         (["no.yaml"], "The recipe no.yaml does not exist."),
         (["unit_samples=0", "out=x", "reference=y", "tokenizer.name=z", "dataset.local=d"], "unit_samples=0: expected"),

@@ -27,8 +27,10 @@ class Distillation(Algorithm):
     ours: Tensor  # the last hidden states of a forward pass
     theirs: Tensor
 
-    def __init__(self, viewer: str, share: float = 0.5, top: int = 32):
-        self.viewer, self.share, self.top = Viewer.of(viewer), share, top
+    def __init__(self, viewer: str | None = None, share: float = 0.5, top: int = 32):
+        self.share, self.top = share, top
+        if viewer is not None:  # checks of a recipe give none
+            self.viewer = Viewer.of(viewer)
 
     def match(self, event: Event, state: State) -> bool:
         """Return True at the events that this algorithm needs."""
@@ -37,7 +39,7 @@ class Distillation(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Keep the hidden states of both models, and change the loss."""
         if event == Event.FIT_START:
-            self.viewer.check_inputs(unwrapped(state.model))
+            self.viewer.to(cast(torch.device, state.device._device)).check_inputs(unwrapped(state.model))
             for name, model in (("ours", unwrapped(state.model).model), ("theirs", self.viewer.model.model)):
                 decoder = decoder_of(causal_lm_of(model))
                 decoder.register_forward_hook(lambda *call, name=name: setattr(self, name, call[-1].last_hidden_state))

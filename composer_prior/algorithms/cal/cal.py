@@ -65,8 +65,8 @@ class CAL(TokenWeighting):
         model = unwrapped(state.model)
         if not isinstance(model, ComposerLVLM):
             raise ValueError(
-                f"CAL needs the logits of the labels, which {type(model).__name__} does not give: wrap the model of "
-                "transformers in ComposerLVLM(model, processor)."
+                f"{type(self).__name__} needs the logits of the labels, which {type(model).__name__} does not give: "
+                "wrap the model of transformers in ComposerLVLM(model, processor)."
             )
         image_token_ids(model)
         model.label_logits = not self.normalized

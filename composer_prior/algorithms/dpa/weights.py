@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from composer_prior.algorithms.cal.weights import raw_weights
+from composer_prior.algorithms.cal.weights import check_arguments, raw_weights
 from composer_prior.algorithms.token_weighting.normalize import Normalization, normalize
 
 
@@ -18,6 +18,7 @@ def added_probability_weights(
         normalization: see :func:`.normalize`.
 
     Returns:
-        ``[B, T]`` float32, 0 where ``mask`` is False; 1 where all differences of a sequence are 0 or less.
+        ``[B, T]`` float32, 0 where ``mask`` is False. Where the weights of a sequence sum to 0, normalized ones are 1.
     """
+    check_arguments(1.0, 1.0, window)
     return normalize(raw_weights(difference, mask, 0.0, 1.0, window), mask, normalization)
