@@ -23,6 +23,7 @@ def prediction(*tokens):
         "caption": text,
         "ends": ends,
         "with_image": list(seen),
+        "with_another": list(blank),
         "without": list(blank),
         "weights": [1 - p for p in alone],
         "related": None,
@@ -62,6 +63,23 @@ def test_captions_that_the_image_does_not_explain():
     assert found.recommendation.startswith("Next-token prediction is enough")
 
 
+def test_a_viewer_that_knows_less_than_the_reference():
+    worse = prediction(("a", -0.9, -0.9, 0.9), (" snail", -3.0, -9.0, 0.1))
+    found = advice_of([worse])
+    assert found.share == 0.5
+    assert found.recommendation.startswith("Next-token prediction is enough")
+
+
+def test_tokens_that_another_image_makes_likelier_are_chance():
+    noisy = prediction(("a", -2.0, -0.1, 0.9), (" snail", -0.1, -2.0, 0.1))
+    assert advice_of([noisy]).share == 0
+
+
+def test_words_of_several_tokens_are_one_word():
+    pieces = prediction(("by", -0.1, -0.1, 0.9), (" Ann", -4.0, -4.0, 0.02), ("elise", -4.0, -4.0, 0.02))
+    assert advice_of([pieces] * 5).favoured == ["annelise"]
+
+
 def test_captions_without_clutter():
     clear = prediction(("a", -0.1, -0.1, 0.9), (" snail", -0.2, -2.5, 0.1))
     assert advice_of([clear]).recommendation.startswith("PRIOR with floor=0.1")
@@ -98,4 +116,4 @@ def test_models_are_trained_where_there_are_none(scenes, tmp_path):
     words = [scenes / "train", "samples=8", "steps=1", "out=advice"]
     output, _ = run_program(sys.executable, "-m", "composer_prior", "advise", *words, cwd=tmp_path)
     assert "8 captions, " in output
-    assert (tmp_path / "advice/viewer/model/training.json").is_file()
+    assert [*tmp_path.glob("advice/viewer-*-1/model/training.json")]

@@ -527,7 +527,7 @@ def test_a_recipe_s_scores_are_made_once(folders: Any, scenes: Path, tmp_path: P
     [
         (
             ["out=x"],
-            "Without a recipe, give out=..., reference=... or viewer=..., tokenizer.name=... and dataset.local=...",
+            "Without a recipe, give out=..., reference=... or viewer=..., tokenizer.name=...",
         ),
         (["outt=x"], "outt is not a key. Did you mean 'out'?"),
         (["no.yaml"], "The recipe no.yaml does not exist."),

@@ -1,9 +1,12 @@
 """Recipes with a viewer: it is trained first, scores the captions, and is reused or refused."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
-from common.recipes import NO_REPORT, SHRUNKEN, losses, recipe
+from common.commands import score
+from common.recipes import NO_REPORT, ROOT, SHRUNKEN, losses, recipe
 
 from composer_prior.data.scores import Scores
 from composer_prior.training.run import train
@@ -20,6 +23,11 @@ VIEWER = [
 
 def gain(name="gain_vit", *overrides):
     return recipe(name, *VIEWER, *overrides)
+
+
+def viewer_nll(folder):
+    lines = (json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines())
+    return [line["image_gain/viewer_nll"] for line in lines if "image_gain/viewer_nll" in line]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +69,8 @@ def test_a_live_viewer_gives_the_losses_of_its_stored_scores(first, monkeypatch)
     train(gain("gain_vit", "run_name=live", "train_loader.dataset.viewer_scores=null", *NO_REPORT))
     for (_, live), (_, stored) in zip(losses("runs/live"), losses("runs/gain_vit"), strict=True):
         assert live == pytest.approx(stored, abs=1e-3)
+    live, stored = (viewer_nll(f"runs/{name}") for name in ("live", "gain_vit"))
+    assert live == pytest.approx(stored, abs=1e-3)
 
 
 def test_a_model_that_exists_is_a_viewer(first, monkeypatch):
@@ -76,12 +86,20 @@ def test_a_model_that_exists_is_a_viewer(first, monkeypatch):
     [
         ("viewer.max_duration=5ba", "The viewer in runs/viewer/model was made with other values of max_duration"),
         ("viewer.algorithms.focal={}", "The viewer in runs/viewer/model was made with other values of algorithms"),
+        ("viewer.reference.seed=3", r"^viewer\.reference is that of the run: give reference itself\."),
+        ("algorithms.image_gain.over=model", r"^algorithms\.image_gain\.over=model compares with the trained model"),
+        (
+            "train_loader.dataset.scores=null algorithms.image_gain.reference=null",
+            "needs the log-probabilities of a ref",
+        ),
+        ("train_loader.dataset.viewer_scores=null algorithms.image_gain.viewer=null", "log-probabilities of a viewer"),
+        ("algorithms.image_gain.viewer=runs/other/model", "is not the model of the recipe's viewer, runs/viewer/model"),
     ],
 )
 def test_another_viewer_is_refused(first, monkeypatch, override, message):
     monkeypatch.chdir(first)
     with pytest.raises(ValueError, match=message) as error:
-        train(gain("gain_vit", "run_name=refused", override))
+        train(gain("gain_vit", "run_name=refused", *override.split()))
     assert "\n" not in str(error.value)
 
 
@@ -90,3 +108,43 @@ def test_scores_of_another_viewer_are_refused(first, monkeypatch):
     words = ["run_name=mixed", "viewer=null", *NO_REPORT, "train_loader.dataset.viewer_scores=runs/viewer/scores"]
     with pytest.raises(ValueError, match="what differs: the viewer's"):
         train(recipe("gain_vit", *words, "algorithms.image_gain.viewer=runs/gain_vit/model"))
+
+
+def test_scoring_needs_no_recipe_of_a_viewer(first, tmp_path, monkeypatch):
+    """The command makes data and tokenizer, and not the models that the recipe would train."""
+    monkeypatch.chdir(tmp_path)
+    words = [str(ROOT / "yamls/gain_vit.yaml"), *SHRUNKEN, *VIEWER]
+    viewer = f"viewer={first / 'runs/gain_vit/model'}"
+    with pytest.raises(SystemExit, match="nowhere"):
+        score([*words, "viewer=nowhere", "out=scores"])
+    assert not (tmp_path / "data").exists()
+    score([*words, viewer, "out=scores", "batch_tokens=200"])
+    assert Scores("scores", tmp_path).metadata.column == "viewer_logprobs"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_viewer_of_another_reference_is_refused(first, tmp_path, monkeypatch):
+    shutil.copytree(first, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    file = Path("runs/reference/model/reference.json")
+    metadata = json.loads(file.read_text())
+    file.write_text(json.dumps({**metadata, "validation": {"loss": 1.0}}))
+    with pytest.raises(ValueError, match="The viewer in runs/viewer/model was made with another reference"):
+        train(gain("gain_vit", "run_name=refused"))
+
+
+def test_metadata_of_an_older_version_is_read(first, tmp_path, monkeypatch):
+    shutil.copytree(first, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    for file in (Path("runs/reference/model/reference.json"), Path("runs/viewer/model/training.json")):
+        metadata = json.loads(file.read_text())
+        del metadata["recipe"]["algorithms"], metadata["reference"]
+        file.write_text(json.dumps(metadata))
+    for name in ("reference", "viewer"):
+        file = Path(f"runs/{name}/scores/scores.json")
+        written = json.loads(file.read_text())
+        if name == "reference":
+            del written["column"]
+        file.write_text(json.dumps(written))
+    train(gain("gain_vit", "run_name=again", *NO_REPORT))
+    assert losses("runs/again")
