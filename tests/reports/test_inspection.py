@@ -137,6 +137,15 @@ def shades_of(page: str) -> list[tuple[str, list[float]]]:
     ]
 
 
+def test_scores_of_a_viewer_are_not_priors_weights(data, scores, tmp_path, capsys):
+    file = Path(scores, "scores.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "column": "viewer_logprobs"}))
+    index = Path(scores, "index.json")
+    index.write_text(index.read_text().replace("ref_logprobs", "viewer_logprobs"))
+    assert main([str(data), f"scores={scores}", f"page={tmp_path / 'page.html'}"]) == 1
+    assert "column ('viewer_logprobs' there, 'ref_logprobs' here)" in capsys.readouterr().err
+
+
 def test_stored_scores_shade_each_token(data, scores, tokenizer, tmp_path, capsys):
     page = tmp_path / "new/page.html"
     assert main([str(data), f"scores={scores}", f"page={page}", "samples=30", "floor=0.1"]) == 0
