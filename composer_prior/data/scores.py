@@ -138,7 +138,9 @@ class ScoresMetadata:
         """
         ours, theirs = _flat(self, reference), _flat(other, reference)
         differing = [
-            f"{name} ({ours[name]!r} there, {theirs[name]!r} here)" for name in ours if ours[name] != theirs[name]
+            f"{name} ({ours[name]!r} there, {theirs[name]!r} here)"
+            for name in ours
+            if name in theirs and ours[name] != theirs[name]  # of another column, the column alone says it
         ]
         if differing:
             raise ScoresError(

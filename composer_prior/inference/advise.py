@@ -17,7 +17,7 @@ from composer_prior.algorithms.prior.weights import raw_weights as prior_weights
 from composer_prior.evaluation.benchmark import run_benchmark
 from composer_prior.evaluation.image_dependence import ImageDependence
 from composer_prior.models.image_text_model import ImageTextModel
-from composer_prior.training.config import HELPERS, SHIPPED, load_recipe
+from composer_prior.training.config import HELPERS, SHIPPED, load_recipe, name_of_data
 from composer_prior.training.reference import model_folder
 from composer_prior.training.run import prepare
 
@@ -135,7 +135,7 @@ def advise(
 def _train(data: str, steps: int, folder: Path) -> tuple[str, str]:
     """Train a small reference and viewer, unless they exist, and return their folders."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
-    words = [f"train={data}", f"tokenizer.name={folder}/${{reference.run_name}}-tokenizer"]
+    words = [f"train={data}", f"tokenizer.name={folder}/tokenizer-{name_of_data(data)}"]
     for name in HELPERS:
         words += [f"{name}.max_duration={steps}ba", f"{name}.run_folder={folder}/${{run_name}}-{steps}"]
         words += [f"{name}.sample_captions=0"]

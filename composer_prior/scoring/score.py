@@ -339,13 +339,13 @@ def _cut(
     return ids[:needed], edges[: needed + 1], to_edges
 
 
-def model_identity(path: str, trust_remote_code: bool = False, files: Sequence[str] = ()) -> dict[str, str]:
+def model_identity(path: str, trust_remote_code: bool = False, further: Sequence[str] = ()) -> dict[str, str]:
     """Return the path of a model that scores, and fingerprints of its configuration, weights and tokenizer.
 
     Args:
         path: folder or hub id.
         trust_remote_code: run code that comes with the model.
-        files: further files of its configuration, those that exist.
+        further: names of files of its configuration, of which those that exist count.
 
     Raises:
         ScoresError: if there is no such model.
@@ -365,7 +365,7 @@ def model_identity(path: str, trust_remote_code: bool = False, files: Sequence[s
             while block := opened.read(1 << 24):
                 digest.update(block)
     config = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
-    config |= {name: (folder / name).read_text() for name in files if (folder / name).is_file()}
+    config |= {name: (folder / name).read_text() for name in further if (folder / name).is_file()}
     return {
         "path": path,
         "config": xxhash.xxh3_128(json.dumps(config, sort_keys=True)).hexdigest()[:16],

@@ -272,7 +272,7 @@ def _read_own_data(recipe: DictConfig, helpers: Mapping[str, Any], train: str, v
     folders = dict.fromkeys(HELPERS, "${run_folder}")
     for key, helper in helpers.items():
         if helper is not None:
-            helper.run_name = f"{key}-{_name_of(train)}"
+            helper.run_name = f"{key}-{name_of_data(train)}"
             folders[key] = f"runs/{helper.run_name}"
     for part in (recipe, *helpers.values()):
         if part is None:
@@ -301,10 +301,10 @@ def _dataset_in(place: str, dataset: dict[str, Any], folders: Mapping[str, str])
     if not is_remote(place):
         return {**rest, "local": place}
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "composer-prior/captions"
-    return {**rest, "remote": place, "local": str(cache / _name_of(place))}
+    return {**rest, "remote": place, "local": str(cache / name_of_data(place))}
 
 
-def _name_of(place: str) -> str:
+def name_of_data(place: str) -> str:
     """Name a data set by the end of its path or url and a digest of the whole."""
     whole = place.rstrip("/") if is_remote(place) else os.path.realpath(os.path.expanduser(place))
     end = "-".join(part for part in whole.split("/")[-2:] if part.isidentifier())

@@ -48,7 +48,8 @@ def scored(data: StreamingCaptionDataset, monkeypatch: pytest.MonkeyPatch) -> Ca
     """A function that gives the captions their scores, ``scored(folder, on_bad_sample="raise")``."""
 
     def give(folder: Path | str, on_bad_sample: str = "raise") -> StreamingCaptionDataset:
-        monkeypatch.setattr(data, "scores", open_scores(str(folder), data, Path(data.streams[0].local, ".scores")))
+        opened = open_scores(str(folder), data, Path(data.streams[0].local, ".scores"))
+        monkeypatch.setattr(data, "scores", {"ref_logprobs": opened})
         monkeypatch.setattr(data, "on_bad_sample", on_bad_sample)
         return data
 
@@ -126,7 +127,7 @@ def test_no_value_becomes_impossible(logprob: float) -> None:
 @pytest.mark.parametrize("bad", [np.nan, 1e-3, np.inf])
 def test_impossible_values_are_refused(bad: float) -> None:
     values = np.array([-1, bad], dtype=np.float32)
-    with pytest.raises(ScoresError, match="1 of 2 reference log-probabilities are NaN or positive"):
+    with pytest.raises(ScoresError, match="1 of 2 log-probabilities are NaN or positive"):
         encode_logprobs(values)
     with pytest.raises(ScoresError, match="NaN or positive"):
         decode_logprobs(values.astype("<f2").tobytes())
