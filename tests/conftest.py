@@ -68,17 +68,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu"):
-        import torch
+    import torch
 
-        if not torch.cuda.is_available():
-            pytest.skip("no GPU: set CUDA_VISIBLE_DEVICES=0 where there is one")
+    torch.set_num_threads(1)  # the models are too small for several cores; accelerate sets more
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU: set CUDA_VISIBLE_DEVICES=0 where there is one")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    import torch
-
-    torch.set_num_threads(1)  # the models are too small for several cores
     gc.freeze()  # what has been imported: each run collects garbage, and would look through all of it
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
