@@ -41,15 +41,15 @@ def main(arguments: list[str]) -> None:
         "s3", endpoint_url=address, region_name="us-east-1", aws_access_key_id="local", aws_secret_access_key="local"
     )
     client.create_bucket(Bucket=options.bucket)
-    for name, value in environment.items():
-        print(f"export {name}={value}")
-    print(f"# s3://{options.bucket} is ready; Ctrl-C ends the server and deletes its data.", flush=True)
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, stop)  # before it says that it is ready
     try:
+        for name, value in environment.items():
+            print(f"export {name}={value}")
+        print(f"# s3://{options.bucket} is ready; Ctrl-C ends the server and deletes its data.", flush=True)
         while os.getppid() == parent:
             time.sleep(0.2)
     except KeyboardInterrupt:
