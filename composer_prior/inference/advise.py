@@ -67,7 +67,7 @@ class Advice:
 
     def __str__(self) -> str:
         width = max(map(len, METHODS))
-        names = ("weight on them", "precision", "effective sample size")
+        names = ("weight on tokens that need the image", "precision", "effective sample size")
         rows = [f"{'':{width}}  {'  '.join(names)}"]
         for name, figures in self.methods.items():
             cells = (f"{value:{len(head)}.3f}" for head, value in zip(names, figures.values(), strict=True))
@@ -172,7 +172,7 @@ def advice_of(predictions: Sequence[Mapping[str, Any]]) -> Advice:
         tokens=len(needs),
         reference_nll=float(-np.concatenate(found["alone"]).mean()),
         viewer_nll=float(-np.concatenate(found["seen"]).mean()),
-        share=float(needs.mean() - np.concatenate(found["chance"]).mean()),
+        share=max(0.0, float(needs.mean() - np.concatenate(found["chance"]).mean())),
         methods={name: _figures(values, found["needs"]) for name, values in weights.items()},
         favoured=_favoured(predictions, weights["prior"], found["needs"]),
     )

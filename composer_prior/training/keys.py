@@ -125,8 +125,8 @@ def _check_sources(recipe: TrainConfig, where: str) -> None:
             if model == "reference" and given.get("over") == "model":
                 if given.get("reference") is not None:
                     raise ValueError(
-                        f"{where}algorithms.{name}.over=model compares with the trained model itself: leave "
-                        "reference out."
+                        f"{where}algorithms.{name}.over=model compares with the trained model itself: set "
+                        f"{where}algorithms.{name}.reference=null."
                     )
             elif not given.get(model) and not dataset.get(key):
                 raise ValueError(

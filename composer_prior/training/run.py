@@ -213,6 +213,9 @@ def job_of(recipe: TrainConfig, dataset: Mapping[str, Any], **changes: Any) -> S
                 "The recipe has no reference. Score without a recipe: dataset.local=... reference=... out=..."
             )
         given["reference"] = str(model_folder(recipe.reference_recipe))
+    own = "viewer" in recipe.helpers and str(model_folder(recipe.helpers["viewer"]))
+    if own and key == "viewer_scores" and "out" not in changes and changes["viewer"] != own:
+        raise ValueError(f"viewer={changes['viewer']} is not the recipe's viewer, {own}: give out=...")
     out = changes.pop("out", None) or dataset.get(key)
     if not out:
         raise ValueError(f"Where do the scores go? Give out=..., or dataset.{key} in the recipe.")
