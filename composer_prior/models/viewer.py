@@ -70,7 +70,7 @@ class Viewer:
 
 
 def _settings(processor: Any, name: str) -> Any:
-    part = getattr(processor, name, None)
+    part: Any = getattr(processor, name, None)
     if name == "tokenizer" and part is not None:
         return tokenizer_fingerprint(part)
     if not hasattr(part, "to_dict"):
