@@ -1,4 +1,4 @@
-"""What the image explains of a data set's captions, and which weights find it."""
+"""Advice on token weights: measure how much of the captions the image explains, and which weights find it."""
 
 import os
 import re

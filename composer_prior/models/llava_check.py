@@ -18,7 +18,7 @@ from composer_prior.models.prior_lvlm.processing_prior_lvlm import IMAGE_TOKEN
 TOLERANCE = 1e-4  # of logits up to 10; larger ones have fewer decimals in float32
 PIXEL_TOLERANCE = 1e-5  # a level of 255 is a thousand times that: below are roundings of float32
 PICTURES, CAPTION_TOKENS = 3, 16
-# What the report warns of.
+# The warnings of the report.
 BY_DEFAULT = (
     "AutoProcessor.from_pretrained(folder) of transformers 5 fits pictures with torchvision, not with Pillow: pixels "
     'differ by up to {:.1e}; from_pretrained(folder, backend="pil") has no such difference.'

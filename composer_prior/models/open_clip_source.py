@@ -36,7 +36,7 @@ class Source(NamedTuple):
 def find_source(architecture: str, pretrained: str | None, given: Mapping[str, Any]) -> Source:
     """Find an encoder of :func:`.build_open_clip` and the preprocessing of its weights, without reading weights.
 
-    What of :data:`PREPROCESSING` is not given, or None, is the weights' own. An error names the key.
+    Keys of :data:`PREPROCESSING` that are missing or None take the weights' values. An error names the key.
     """
     find = _with_own_weights if brings_weights(architecture) else _of_table
     found = find(architecture, pretrained)

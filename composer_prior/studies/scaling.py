@@ -39,7 +39,8 @@ class Estimate(NamedTuple):
 class Fit(NamedTuple):
     """The coefficients fitted to the points of one method, and reasons to doubt them, as sentences.
 
-    ``a``, ``b`` and ``c`` need :data:`MIN_SIZES` sizes, ``k0`` and ``k`` two. What is not determined is left out.
+    ``a``, ``b`` and ``c`` need :data:`MIN_SIZES` sizes, ``k0`` and ``k`` two. Coefficients that the sizes do not
+    determine are left out.
     """
 
     coefficients: Mapping[str, Estimate]

@@ -195,7 +195,7 @@ def benchmark_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 class GroupSettings(NamedTuple):
     """The optimizer's arguments for the weights whose names begin with ``prefix``, empty for those of no group.
 
-    What a group does not say is that of the group with a shorter prefix, or the optimizer's.
+    A group inherits missing values from the group with a shorter prefix, or from the optimizer.
     """
 
     prefix: str

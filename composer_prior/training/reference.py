@@ -10,7 +10,7 @@ from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.training.config import TrainConfig, identified
 
-# What decides which model a recipe makes; one made with other values is not the one that a recipe asks for.
+# These keys decide which model a recipe makes. A model that was made with other values is refused.
 _IDENTITY = (
     "seed",
     "max_duration",

@@ -213,8 +213,8 @@ def job_of(recipe: TrainConfig, dataset: Mapping[str, Any], **changes: Any) -> S
                 "The recipe has no reference. Score without a recipe: dataset.local=... reference=... out=..."
             )
         given["reference"] = str(model_folder(recipe.reference_recipe))
-    own = "viewer" in recipe.helpers and str(model_folder(recipe.helpers["viewer"]))
-    if own and key == "viewer_scores" and "out" not in changes and changes["viewer"] != own:
+    own = model_folder(recipe.helpers["viewer"]) if "viewer" in recipe.helpers else None
+    if own is not None and key == "viewer_scores" and "out" not in changes and Path(changes["viewer"]) != own:
         raise ValueError(f"viewer={changes['viewer']} is not the recipe's viewer, {own}: give out=...")
     out = changes.pop("out", None) or dataset.get(key)
     if not out:

@@ -25,7 +25,7 @@ def load_weights(path: str, model: ComposerLVLM) -> str:
 
     The weights fit if names and shapes of all of a part's weights (vision, projector, language) are the same, and the
     tokenizer, which says what each row of the embeddings stands for. A part that is not there at all, as in a language
-    model on text, stays as it is. What the run was made from may differ.
+    model on text, stays as it is. Data and other settings of the run may differ.
 
     Args:
         path: see :func:`find_weights`.
