@@ -72,10 +72,10 @@ def scaling_blocks(
             )
             drawn = {method: _scatter(found, of_method) for method, (found, of_method) in fits.items()}
             svg = plots.scaling(drawn, _SAID[scale], figure, looks)
-            blocks += _tables(fits, study.baseline, _SAID[scale])
+            blocks += _tables(fits, grid.baseline, _SAID[scale])
             blocks.append(picture(svg, caption, grid.name, said, "scaling", study.short(figure)))
             if with_reference:
-                blocks += _tables(_fits(study, grid, sizes, fixed, figure, all_flops), study.baseline, _WITH_REFERENCE)
+                blocks += _tables(_fits(study, grid, sizes, fixed, figure, all_flops), grid.baseline, _WITH_REFERENCE)
     return blocks
 
 

@@ -69,10 +69,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells that are shown together: the values of every axis, and the x axis of a scaling fit, or ``None``."""
+    """Cells that are shown together: the values of every axis, the baseline, and the x axis of a fit, or ``None``."""
 
     name: str
     values: dict[str, list[str]]
+    baseline: str
     scaling: str | None
 
     @property
@@ -108,7 +109,10 @@ class Study:
         self.fits: dict[str, Better] = self.header["fits"]
         self.grids = [
             Grid(
-                name, {axis: _chosen(grid.get(axis, of[0]), of) for axis, of in self.axes.items()}, grid.get("scaling")
+                name,
+                {axis: _chosen(grid.get(axis, of[0]), of) for axis, of in self.axes.items()},
+                grid.get("baseline", self.baseline),
+                grid.get("scaling"),
             )
             for name, grid in self.header["grids"].items()
         ]
@@ -148,7 +152,8 @@ class Study:
 
     def methods(self, grid: Grid | None = None) -> list[str]:
         """Return the methods of a grid or of the study, the baseline first."""
-        return sorted(grid.values[METHOD] if grid else self.axes[METHOD], key=lambda method: method != self.baseline)
+        methods, baseline = (grid.values[METHOD], grid.baseline) if grid else (self.axes[METHOD], self.baseline)
+        return sorted(methods, key=lambda method: method != baseline)
 
     def better(self, figure: str) -> Better | None:
         """Return which values of a figure are better, where the study says so."""
@@ -398,7 +403,7 @@ def _figure(name: Any, where: str) -> str:
 
 
 def _grid(name: str, chosen: Any, axes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return axis: ``all``, a value or a list of them, as text, of the axes that a grid names; and ``scaling``."""
+    """Return axis: ``all``, a value or a list, as text, of the axes that a grid names; ``baseline`` and ``scaling``."""
     if not isinstance(chosen, dict) or not chosen:
         raise ValueError(f"{name} must hold axes and their values, such as {{method: all}}.")
     grid: dict[str, Any] = {}
@@ -408,8 +413,14 @@ def _grid(name: str, chosen: Any, axes: Mapping[str, Mapping[str, Any]]) -> dict
             if values not in SCALING:
                 raise ValueError(f"{where}={values}. {did_you_mean(str(values), SCALING)}")
             grid[axis] = values
+        elif axis == "baseline":
+            if values not in axes[METHOD]:
+                raise ValueError(
+                    f"{where}={values} is not a value of the axis method. {did_you_mean(str(values), axes[METHOD])}"
+                )
+            grid[axis] = values
         elif axis not in axes:
-            raise ValueError(f"{where} is not an axis. {did_you_mean(str(axis), [*axes, 'scaling'])}")
+            raise ValueError(f"{where} is not an axis. {did_you_mean(str(axis), [*axes, 'baseline', 'scaling'])}")
         else:
             texts = [value_text(value) for value in (values if isinstance(values, list) else [values])]
             for text in texts:
@@ -453,12 +464,14 @@ def _cell_name(values: Mapping[str, str], axes: Mapping[str, Sequence[str]]) -> 
 def _recipe_of(
     name: str, values: Mapping[str, str], header: Mapping[str, Any], path: Path, out: str
 ) -> tuple[Path, dict[str, Any]]:
-    """Return base recipe and overrides of a cell; raise if two axes set the same key."""
+    """Return base recipe and overrides of a cell; raise if two axes set the same key, unless null removes it."""
     parts = {axis: dict(header["axes"][axis][value]) for axis, value in values.items()}
     setters: dict[str, str] = {}
     for axis, changes in parts.items():
-        for key in changes:
+        for key, value in changes.items():
             for known, other in setters.items():
+                if value is None and known.startswith(f"{key}."):
+                    continue  # a later axis removes the part
                 if other != axis and (f"{known}.".startswith(f"{key}.") or f"{key}.".startswith(f"{known}.")):
                     raise ValueError(f"cell {name}: the axes {other} ({known}) and {axis} ({key}) set the same key.")
             setters[key] = axis

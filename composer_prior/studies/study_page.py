@@ -140,7 +140,7 @@ class _Page:
         held = f", and hold the true mean in about {HELD[known[-1]]} % of cases, not 95" if known else ""
         self.blocks.append(Heading(2, "How it was measured"))
         self._say(
-            f"Methods are compared with {self.study.baseline} at the same seeds: the difference is the mean over seeds "
+            "Methods are compared with the baseline at the same seeds: the difference is the mean over seeds "
             "of method minus baseline, and the relative improvement is that difference as a share of the baseline's "
             "mean, positive where the method is better. The average is the mean of the relative improvements of the "
             "figures marked with *.",
@@ -156,6 +156,8 @@ class _Page:
         common = ", ".join(f"{axis} {value}" for axis, value in one.items() if value != study.defaults[axis])
         if common:
             self._say(f"All runs of this grid have: {common}.")
+        if grid.baseline != study.baseline:
+            self._say(f"Methods of this grid are compared with {grid.baseline}.")
         without = []
         for setting in grid.settings:
             title = study.words({axis: setting[axis] for axis in grid.differing})
@@ -165,11 +167,11 @@ class _Page:
                 continue
             if title:
                 self.blocks.append(Heading(3, title))
-            if study.baseline in methods:
+            if grid.baseline in methods:
                 self._differences(grid, setting, methods)
                 self._steps_until(grid, setting, methods)
             else:
-                self._say(f"No run of the baseline {study.baseline} is here: nothing is compared.")
+                self._say(f"No run of the baseline {grid.baseline} is here: nothing is compared.")
             self._curves(grid, setting, methods)
         if without:
             self._say(f"No run is finished of: {'; '.join(without)}." if grid.differing else "No run is finished.")
@@ -202,7 +204,7 @@ class _Page:
                 self.blocks.append(Table(["figure", *some], rows))
             of_base = study.by_seed(setting, base, seeds)
             common = {m: sum(seed in of_base for seed in study.by_seed(setting, m, seeds)) for m in others}
-            self._notes(common, found, averages)
+            self._notes(base, common, found, averages)
         if figures:
             own = {name: mean_and_sd(_known(values[base, name])) for name in figures}
             self._say(
@@ -231,6 +233,7 @@ class _Page:
 
     def _notes(
         self,
+        base: str,
         common: Mapping[str, int],
         found: Mapping[tuple[str, str], Comparison],
         averages: Mapping[str, Average],
@@ -239,7 +242,7 @@ class _Page:
         for count in dict.fromkeys(common.values()):
             methods = ", ".join(method for method, of_method in common.items() if of_method == count)
             few = f": fewer than {MIN_SEEDS}, so there is no interval" if count < MIN_SEEDS else ""
-            self._say(f"{methods}: {counted(count, 'seed')} in common with {self.study.baseline}{few}.")
+            self._say(f"{methods}: {counted(count, 'seed')} in common with {base}{few}.")
         for (method, name), comparison in found.items():
             if comparison.left_out:
                 gone = ", ".join(comparison.left_out)
@@ -255,14 +258,14 @@ class _Page:
         if figure is None:
             return
         curves, better = self._of_seeds(grid, setting, methods, figure), study.better(figure)
-        if study.baseline not in curves:
+        if grid.baseline not in curves:
             return
         if better is None:
             self._say(f"The study does not say whether {figure} is better when higher or lower: no steps until it.")
             return
         rows = []
         for method, of_seeds in curves.items():
-            reached = steps_until_baseline(curves[study.baseline], of_seeds, better)
+            reached = steps_until_baseline(curves[grid.baseline], of_seeds, better)
             if reached.shares:
                 never = list(reached.shares.values()).count(None)
                 count = len(reached.shares)

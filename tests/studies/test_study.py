@@ -124,6 +124,10 @@ def test_overrides_of_the_command_line_are_of_every_cell():
         ({"grids": {"a": {"method": []}}}, r"grids\.a\.method is an empty list"),
         ({"grids": {"a": {}}}, r"grids\.a must hold axes"),
         ({"grids": {"a": {"method": "all", "scaling": "flop"}}}, r"grids\.a\.scaling=flop\. Did you mean 'flops'"),
+        (
+            {"grids": {"a": {"method": "all", "baseline": "npt"}}},
+            r"grids\.a\.baseline=npt is not .* Did you mean 'ntp'",
+        ),
         ({"recipe": "nowhere.yaml"}, r"The recipe nowhere\.yaml does not exist"),
         ({"name": "a/b"}, r"name='a/b': a folder is named so"),
         (
