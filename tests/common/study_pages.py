@@ -40,7 +40,7 @@ def lines_of(study: dict, change=lambda cell, records: records) -> list[dict]:
     axes = {axis: [*map(str, values)] for axis, values in study["axes"].items()}
     base, better = axes["method"][:2]
     for grid in study["grids"].values():
-        named = {axis: axes[axis] if chosen == "all" else chosen for axis, chosen in grid.items() if axis != "scaling"}
+        named = {axis: axes[axis] if chosen == "all" else chosen for axis, chosen in grid.items() if axis in axes}
         for key in product(*(named.get(axis, axes[axis][:1]) for axis in axes)):
             cell = dict(zip(axes, key, strict=True))
             if key in seen:

@@ -102,6 +102,17 @@ def test_tables_of_many_methods_fit_a_screen(tmp_path):
     assert compared[2:] == [["figure", "ntp", "m0", "m1", "m2", "m3"], ["figure", "ntp", "m4", "m5", "m6"]]
 
 
+def test_a_grid_may_have_a_baseline_of_its_own(tmp_path):
+    """Its differences are those of a study with that baseline."""
+    grids = {"own": {"method": ["noise", "prior"], "seed": "all", "baseline": "noise"}}
+    own, _ = report(tmp_path, study := header(grids=grids, fits={}), lines_of(study))
+    of_study = header(grids={"own": {"method": ["noise", "prior"], "seed": "all"}}, baseline="noise", fits={})
+    same, _ = report(tmp_path, of_study, lines_of(study))
+    assert tables(own)[:3] == tables(same)[:3]
+    assert tables(own)[1][0] == ["figure", "noise", "prior"]
+    assert "Methods of this grid are compared with noise." in own
+
+
 def test_figures_are_those_of_the_file(page, tmp_path):
     markdown, _ = page
     lines = lines_of(header())
