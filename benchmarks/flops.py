@@ -35,7 +35,8 @@ def tower_forward(lvlm: Any) -> float:
 
 def projector_forward(lvlm: Any) -> float:
     """Count the operations of one image in the projector."""
-    return float(2 * _linear_parameters(lvlm.model.multi_modal_projector) * lvlm.config.vision["image_tokens"])
+    tokens = lvlm.config.vision["image_tokens"] / lvlm.config.vision.get("merge", 1) ** 2
+    return 2 * _linear_parameters(lvlm.model.multi_modal_projector) * tokens
 
 
 def training_parts(model: ComposerLVLM, batch: Mapping[str, Tensor]) -> dict[str, float]:

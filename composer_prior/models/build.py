@@ -2,6 +2,7 @@
 
 import logging
 from inspect import signature
+from math import isqrt
 from typing import Any, Literal
 
 import torch
@@ -21,8 +22,13 @@ from composer_prior.models.language import (
     vocabulary_size,
 )
 from composer_prior.models.prior_lvlm import PriorLVLMConfig, PriorLVLMProcessor
-from composer_prior.models.prior_lvlm.modeling_prior_lvlm import PriorLVLMForConditionalGeneration
+from composer_prior.models.prior_lvlm.modeling_prior_lvlm import (
+    MERGING,
+    TOWERS,
+    PriorLVLMForConditionalGeneration,
+)
 from composer_prior.models.vision import build_open_clip, image_processor_of
+from composer_prior.registry import Count
 
 
 def build_lvlm(
@@ -54,8 +60,8 @@ def build_lvlm(
     constructor = registry.load("vision", vision["name"], "model.vision.name")
     given = {"width": hidden_size(lm)} if registry.takes(constructor, "width") else {}
     tower = constructor(**given, **registry.without_name(vision))
-    name, freeze = projector_options(**projector) if projector is not None else (None, False)
-    model, processor = make_lvlm(lm, tower, name, tokenizer)
+    name, factor, freeze = projector_options(**projector) if projector is not None else (None, 1, False)
+    model, processor = make_lvlm(lm, tower, name, tokenizer, factor=factor)
     if freeze:
         model.model.multi_modal_projector.requires_grad_(False)
     return ComposerLVLM(model, processor, **options)
@@ -76,9 +82,24 @@ def lvlm_skeleton(tokenizer: PreTrainedTokenizerBase, language: dict[str, Any], 
         logging.disable(level)
 
 
-def projector_options(name: Literal["linear", "mlp"], freeze: bool = False) -> tuple[str, bool]:
-    """Return the projector's ``name``, ``linear`` or ``mlp``, two layers with a GELU, and if it is kept as it is."""
-    return name, freeze
+def projector_options(
+    name: Literal["linear", "mlp", "pixel_shuffle", "mean_pool"], factor: Count | None = None, freeze: bool = False
+) -> tuple[str, int, bool]:
+    """Return the projector's name, its factor, 1 where it merges nothing, and if it is kept as it is.
+
+    Args:
+        name: ``linear``; ``mlp``, two layers with a GELU; or the same two layers on merged features: ``pixel_shuffle``
+            lays those of a block beside each other, ``mean_pool`` averages them.
+        factor: of the two that merge, the side of a block: the image takes ``factor ** 2`` times fewer tokens.
+        freeze: keep the projector's weights as they are.
+
+    Raises:
+        ValueError: for a factor without merging, or merging without one.
+    """
+    if (factor is None) == (name in MERGING):
+        needs = "needs" if name in MERGING else "takes no"
+        raise ValueError(f"model.projector.name={name} {needs} model.projector.factor.")
+    return name, factor or 1, freeze
 
 
 def make_lvlm(
@@ -87,21 +108,25 @@ def make_lvlm(
     projector: str | None,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str = "",
+    factor: int = 1,
 ) -> tuple[PriorLVLMForConditionalGeneration, PriorLVLMProcessor]:
     """Make an LVLM of its parts, whose modules it takes, and its processor.
 
     Args:
         lm: a causal LM whose embeddings hold the image tokens.
         tower: see :mod:`.vision`.
-        projector: ``linear``, ``mlp``, or None where the tower's features have the LM's width.
+        projector: a name of :func:`projector_options`, or None where the tower's features have the LM's width.
         tokenizer: with the image tokens.
         prompt: text between image and caption. Default: none.
+        factor: of a projector that merges, see :func:`projector_options`.
 
     Raises:
         ValueError: for parts that do not fit, or an LM that cannot generate from embeddings.
     """
     if hasattr(lm, "get_base_model"):
         raise ValueError("The LM has adapters of PEFT: make the LVLM without them, then give it to get_peft_model.")
+    if factor > 1:
+        _merge(tower, factor)
     settings: Any = tower.config
     if projector is None and settings["width"] != hidden_size(lm):
         raise ValueError(
@@ -115,6 +140,21 @@ def make_lvlm(
     model = PriorLVLMForConditionalGeneration(config, lm, tower)
     generate_greedily(model, tokenizer)
     return model, PriorLVLMProcessor(image_processor_of(tower), tokenizer, prompt)
+
+
+def _merge(tower: Any, factor: int) -> None:
+    """Let a tower keep the features of each block of ``factor`` x ``factor`` together; refuse one without a grid."""
+    where, settings = f"model.projector.factor={factor}", tower.config
+    known: Any = tuple(TOWERS.values())
+    if not isinstance(tower, known):
+        raise ValueError(f"{where}: {type(tower).__name__} has no grid that is known; use the projector mlp.")
+    if settings["type"] == "patches":
+        rows = settings["max_side"] // settings["patch_size"]
+    else:
+        rows = isqrt(settings["image_tokens"])
+    if rows % factor or (settings["type"] == "open_clip" and rows**2 != settings["image_tokens"]):
+        raise ValueError(f"{where} does not divide the tower's grid of {rows} x {rows} features.")
+    tower.config = {**settings, "merge": factor}
 
 
 @torch.no_grad()

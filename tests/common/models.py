@@ -14,6 +14,7 @@ from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration, 
 from composer_prior.models.vision import build_open_clip, build_patches, image_inputs
 
 FAMILIES = ("encoder", "patches")
+FRONT_ENDS = ("pixel_shuffle", "mean_pool", "merged_patches")  # others, with fewer tokens or more pixels
 INPUTS = ("input_ids", "pixel_values", "pixel_patches", "patch_mask")
 
 
@@ -41,13 +42,18 @@ def small_lm(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) 
 def small_lvlm(
     family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, options: Any = None, **changes: Any
 ) -> ComposerLVLM:
-    """An LVLM of either family around :func:`small_lm`, with ``options`` of :class:`ComposerLVLM`."""
+    """An LVLM of a family or front end around :func:`small_lm`, with ``options`` of :class:`ComposerLVLM`."""
     lm = small_lm(tokenizer, seed, **changes)
+    projector, factor = "mlp", 1
     if family == "encoder":
         tower: Any = build_open_clip("prior-vit-tiny", image_size=24, layer=-2)
+    elif family == "patches":
+        tower, projector = build_patches(lm.config.hidden_size, patch_size=16, max_side=48), None
+    elif family == "merged_patches":
+        tower, projector, factor = build_patches(lm.config.hidden_size, 8, max_side=48), "pixel_shuffle", 2
     else:
-        tower = build_patches(lm.config.hidden_size, patch_size=16, max_side=48)
-    parts = make_lvlm(lm, tower, "mlp" if family == "encoder" else None, tokenizer)
+        tower, projector, factor = build_open_clip("prior-vit-tiny", image_size=48), family, 2
+    parts = make_lvlm(lm, tower, projector, tokenizer, factor=factor)
     return ComposerLVLM(*parts, image_related_metrics=True, **(options or {}))  # as in a run
 
 

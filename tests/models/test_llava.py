@@ -118,13 +118,13 @@ def siglip_tower(act_layer="gelu", **changes):
     return shaken(OpenCLIPTower({**config, "width": WIDTH, "image_tokens": (SIZE // PATCH) ** 2}, encoder))
 
 
-def lvlm(tokenizer, tower=None, projector="mlp", prompt="", **language):
+def lvlm(tokenizer, tower=None, projector="mlp", prompt="", factor=1, **language):
     """A small model; a Llama unless told otherwise."""
     tower = tower or clip_tower()
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # some have others, beyond this vocabulary
     config = {"model_type": "llama", **(language or LLAMA), **special}
     lm = shaken(build_language_model(tokenizer, config=config))
-    model, processor = make_lvlm(lm, tower, projector, tokenizer, prompt)
+    model, processor = make_lvlm(lm, tower, projector, tokenizer, prompt, factor)
     shaken(model.model.multi_modal_projector)
     return ImageTextModel(model.eval(), processor)
 
@@ -348,6 +348,10 @@ SCALED = {"granite": {**LLAMA, "logits_scaling": 2.0}, "cohere": LLAMA, "gemma2"
         (
             {"tower": lambda: build_patches(32, 16, 48), "projector": None},
             "the vision tower PatchEmbedding has no LLaVA",
+        ),
+        (
+            {"projector": "mean_pool", "factor": 3},
+            "the projector mean_pool has no LLaVA equivalent: it makes one image token of 9",
         ),
     ],
 )

@@ -5,7 +5,7 @@ import logging
 import open_clip
 import pytest
 import torch
-from common.models import FAMILIES, patch_inputs, small_lm, small_lvlm
+from common.models import FAMILIES, FRONT_ENDS, patch_inputs, small_lm, small_lvlm
 from common.vlms import make_processor
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -156,7 +156,7 @@ def test_any_open_clip_tower(architecture):
 
 
 def test_no_parameter_of_the_tower_is_unused(tokenizer, make_batch):
-    for family in FAMILIES:
+    for family in (*FAMILIES, *FRONT_ENDS):
         model = small_lvlm(family, tokenizer)
         batch = make_batch(model)
         model.loss(model(batch), batch).backward()

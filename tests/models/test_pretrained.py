@@ -10,7 +10,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from common.models import FAMILIES, small_lvlm
+from common.models import FAMILIES, FRONT_ENDS, small_lvlm
 from common.photographs import photographs
 from common.recipes import run_program
 from common.tokenizers import KINDS, plain_tokenizer
@@ -101,7 +101,7 @@ def compare(ours, form, processor, prompt=""):
         assert ours.generate_captions(images[:1], prompt, **options) == expected[:1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *FRONT_ENDS])
 def test_saved_and_loaded_it_is_the_same(family, tokenizer, tmp_path):
     model = small(family, tokenizer)
     model.processor.prompt = "a picture of"

@@ -109,6 +109,9 @@ def test_before_anything_is_made(overrides, expected):
         (["reference.model.language.config.max_position_embeddings=100"], "100 positions, and a sequence may take 129"),
         (["model.vision.image_size=336"], "512 positions, and a sequence may take 913: bos, 784 image"),
         (["model.projector=null"], "model.projector is missing"),
+        (["model.projector.factor=2"], "model.projector.name=mlp takes no model.projector.factor"),
+        (["model.projector.name=pixel_shuffle"], "model.projector.name=pixel_shuffle needs model.projector.factor"),
+        (["model.projector={name: mean_pool, factor: 3}"], "model.projector.factor=3 does not divide"),
         (["model.label_smoothing=2.0"], "label_smoothing=2.0"),
         (["model.language.pretrained=nowhere/model"], "model.language.pretrained='nowhere/model' is neither a folder"),
         (

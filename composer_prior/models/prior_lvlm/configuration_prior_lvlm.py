@@ -12,8 +12,9 @@ class PriorLVLMConfig(PretrainedConfig):
     Args:
         text_config: of the causal language model.
         vision: the tower: ``{"type": "open_clip", "embed_dim", "vision_cfg", "quick_gelu", "layer", "width",
-            "image_tokens", "preprocess"}``, or ``{"type": "patches", "patch_size", "max_side", "width"}``.
-        projector: ``linear``, ``mlp``, or None for none.
+            "image_tokens", "preprocess"}``, or ``{"type": "patches", "patch_size", "max_side", "width"}``; with
+            ``"merge"``, each block of ``merge`` x ``merge`` features becomes one image token.
+        projector: ``linear``, ``mlp``, ``pixel_shuffle``, ``mean_pool``, or None for none.
         image_token_id: id of the token in whose places image features are put.
         row_token_id: id of the token that ends each row of patches.
     """

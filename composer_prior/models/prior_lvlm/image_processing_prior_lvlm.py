@@ -29,21 +29,26 @@ class PriorLVLMImageProcessor(BaseImageProcessor):
         self.vision = dict(vision or {})
 
     @property
+    def merge(self) -> int:
+        """Side of the blocks of features that become one image token."""
+        return self.vision.get("merge", 1)
+
+    @property
     def max_image_tokens(self) -> int:
         """Most positions that an image takes in the text."""
         if self.vision["type"] == "patches":
-            side = self.vision["max_side"] // self.vision["patch_size"]
+            side = self.vision["max_side"] // (self.vision["patch_size"] * self.merge)
             return side * (side + 1)
-        return self.vision["image_tokens"]
+        return self.vision["image_tokens"] // self.merge**2
 
     def process(self, image: Image.Image) -> tuple[dict[str, Tensor], list[bool]]:
         """Return the tensors of one image, and for each of its positions in the text whether a row ends there."""
         image = image if image.mode == "RGB" else image.convert("RGB")
         if self.vision["type"] == "patches":
-            patches, rows, columns = cut_patches(image, self.vision["patch_size"], self.vision["max_side"])
-            return {"pixel_patches": patches}, ([False] * columns + [True]) * rows
+            patches, rows, columns = cut_patches(image, self.vision["patch_size"], self.vision["max_side"], self.merge)
+            return {"pixel_patches": patches}, ([False] * (columns // self.merge) + [True]) * (rows // self.merge)
         pixels = open_clip_transform(json.dumps(self.vision["preprocess"]))(image)
-        return {"pixel_values": pixels}, [False] * self.vision["image_tokens"]
+        return {"pixel_values": pixels}, [False] * self.max_image_tokens
 
     def batch(self, images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Stack the tensors of images; patches are padded at their end."""
@@ -69,20 +74,21 @@ def open_clip_transform(preprocess: str) -> Any:
     return image_transform_v2(PreprocessCfg(**json.loads(preprocess)), is_train=False)
 
 
-def cut_patches(image: Image.Image, patch_size: int, max_side: int) -> tuple[Tensor, int, int]:
-    """Cut an RGB image into patches in raster order.
+def cut_patches(image: Image.Image, patch_size: int, max_side: int, merge: int = 1) -> tuple[Tensor, int, int]:
+    """Cut an RGB image into patches in raster order, those of each block of ``merge`` x ``merge`` together.
 
-    The longer side is rounded to the patch grid and capped at ``max_side``; the other keeps the aspect ratio as nearly
-    as the grid allows.
+    The longer side is rounded to the grid of blocks and capped at ``max_side``; the other keeps the aspect ratio as
+    nearly as the grid allows.
 
     Returns:
         ``[N, 3 P P]`` float32 in [-1, 1], the number of rows, and the number of columns.
     """
-    rows, columns = patch_grid(image.height, image.width, patch_size, max_side)
+    rows, columns = (merge * n for n in patch_grid(image.height, image.width, patch_size * merge, max_side))
     image = image.resize((columns * patch_size, rows * patch_size), Image.Resampling.BICUBIC)
     pixels = pil_to_tensor(image).float().div_(127.5).sub_(1.0)  # [3, H, W]
-    patches = pixels.reshape(3, rows, patch_size, columns, patch_size).permute(1, 3, 0, 2, 4)  # [h, w, 3, P, P]
-    return patches.flatten(2).flatten(0, 1), rows, columns
+    blocks = (rows // merge, merge, patch_size, columns // merge, merge, patch_size)
+    patches = pixels.reshape(3, *blocks).permute(1, 4, 2, 5, 0, 3, 6)  # [h, w, m, m, 3, P, P]
+    return patches.flatten(4).flatten(0, 3), rows, columns
 
 
 def patch_grid(height: int, width: int, patch_size: int, max_side: int) -> tuple[int, int]:

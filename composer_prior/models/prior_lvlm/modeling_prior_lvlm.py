@@ -24,6 +24,7 @@ LOGIT_SCALES = {
 }
 # ... and softly capped: Gemma 2 and 3, RecurrentGemma, xLSTM.
 LOGIT_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+MERGING = ("pixel_shuffle", "mean_pool")  # projectors that make one image token of several features
 
 
 class OpenCLIPTower(nn.Module):
@@ -62,9 +63,13 @@ class OpenCLIPTower(nn.Module):
         return super().train(mode and not self.frozen)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Return the features of every image token, in reading order."""
+        """Return the features of every patch, in reading order; of each block that is merged together."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return encoder_features(self.encoder, pixel_values.to(next(self.parameters()).dtype)).flatten(0, 1)
+            features = encoder_features(self.encoder, pixel_values.to(next(self.parameters()).dtype))
+        if (merge := self.config.get("merge", 1)) > 1:
+            cells = math.isqrt(features.shape[1]) // merge
+            features = features.unflatten(1, (cells, merge, cells, merge)).transpose(2, 3).flatten(1, 4)
+        return features.flatten(0, 1)
 
 
 class PatchEmbedding(nn.Module):
@@ -76,7 +81,7 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Linear(3 * vision["patch_size"] ** 2, vision["width"])
 
     def forward(self, pixel_patches: Tensor, patch_mask: Tensor) -> Tensor:
-        """Return the features of every image token, in reading order; ``patch_mask [B, N]`` is True on real patches."""
+        """Return the features of every patch, in the order given; ``patch_mask [B, N]`` is True on real patches."""
         return self.proj(pixel_patches.to(next(self.parameters()).dtype)[patch_mask])
 
 
@@ -117,15 +122,41 @@ def encoder_blocks(encoder: Any) -> Any:
     raise ValueError(f"{type(encoder).__name__} has no list of transformer blocks to take patch features from.")
 
 
-def build_projector(name: str | None, width_in: int, width_out: int) -> nn.Module:
-    """Build what maps the tower's width to the LM's: ``linear``, or ``mlp``, two layers with a GELU (LLaVA-1.5)."""
+class MergingProjector(nn.Sequential):
+    """Two layers with a GELU on merged features, ``[n, width] -> [n / merge ** 2, D]``; a block stands together.
+
+    Args:
+        name: ``pixel_shuffle``, which lays the features of a block beside each other, or ``mean_pool``, their mean.
+        merge: side of a block.
+        width_in: of the features.
+        width_out: ``D``.
+    """
+
+    def __init__(self, name: str, merge: int, width_in: int, width_out: int):
+        first = nn.Linear(width_in * (merge**2 if name == "pixel_shuffle" else 1), width_out)
+        super().__init__(first, nn.GELU(), nn.Linear(width_out, width_out))
+        self.name, self.merge = name, merge
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the projected features of every image token."""
+        blocks = features.unflatten(0, (-1, self.merge**2))
+        return super().forward(blocks.flatten(1) if self.name == "pixel_shuffle" else blocks.mean(1))
+
+
+def build_projector(name: str | None, width_in: int, width_out: int, merge: int = 1) -> nn.Module:
+    """Build what maps the tower's width to the LM's.
+
+    ``linear``; ``mlp``, two layers with a GELU (LLaVA-1.5); or one that merges, see :class:`MergingProjector`.
+    """
     if name is None:
         return nn.Identity()
     if name == "linear":
         return nn.Linear(width_in, width_out)
     if name == "mlp":
         return nn.Sequential(nn.Linear(width_in, width_out), nn.GELU(), nn.Linear(width_out, width_out))
-    raise ValueError(f"model.projector.name={name!r}: expected `linear` or `mlp`.")
+    if name in MERGING:
+        return MergingProjector(name, merge, width_in, width_out)
+    raise ValueError(f"model.projector.name={name!r}: expected `linear`, `mlp`, `pixel_shuffle` or `mean_pool`.")
 
 
 def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
@@ -166,7 +197,10 @@ class PriorLVLMModel(PriorLVLMPreTrainedModel):
         super().__init__(config)
         self.vision_tower = TOWERS[config.vision["type"]](config.vision) if vision_tower is None else vision_tower
         width: Any = language_model.get_input_embeddings().weight.shape[1]
-        self.multi_modal_projector = build_projector(config.projector, config.vision["width"], width)
+        settings = config.vision
+        self.multi_modal_projector = build_projector(
+            config.projector, settings["width"], width, settings.get("merge", 1)
+        )
         self.language_model = language_model
         self._accepted = set(inspect.signature(language_model.forward).parameters)
 
