@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.installed
 NEXT := $(VENV)-next/.installed
 
-.PHONY: train baseline test test-fast test-next lint style types clean
+.PHONY: train baseline gain test test-fast test-next lint style types clean
 
 # Many containers set this; every process of the suite would compile thousands of modules again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -15,6 +15,9 @@ train: $(ENVIRONMENT)
 
 baseline: $(ENVIRONMENT)
 	$(BIN)/composer-prior train yamls/ntp_vit.yaml
+
+gain: $(ENVIRONMENT)
+	$(BIN)/composer-prior train yamls/gain_vit.yaml
 
 test: $(ENVIRONMENT)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
