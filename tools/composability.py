@@ -56,7 +56,7 @@ CARD = Path(__file__).parents[1] / "composer_prior/algorithms/prior/README.md"
 BEGIN, END = "<!-- composability: begin (python tools/composability.py prior) -->", "<!-- composability: end -->"
 FAMILIES = ("encoder", "patches")
 ORDERS = ("before", "after")
-IMAGE_INPUTS = ("pixel_values", "pixel_patches", "patch_mask")
+IMAGE_INPUTS = ("pixel_values", "pixel_patches", "patch_mask", "image_grid")
 ALPHA, FLOOR, SHARE, GAMMA, SEED = 1.5, 0.1, 0.6, 2.0, 3
 TOLERANCE = 1e-5
 # Algorithms that only replace modules: without such a module they change nothing.

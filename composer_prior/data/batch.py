@@ -27,19 +27,17 @@ class ImageInputs:
 
 
 def stack_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Batch the tensors of processed images: ``pixel_values``, or ``pixel_patches`` padded, with ``patch_mask``."""
-    if not images or not images[0]:
-        return {}
-    # In a loader's worker, default_collate writes to shared memory, which saves a copy.
-    if "pixel_values" in images[0]:
-        return {"pixel_values": default_collate([image["pixel_values"] for image in images])}
-    patches = [image["pixel_patches"] for image in images]
-    lengths = torch.tensor([len(p) for p in patches])
-    same = bool((lengths == lengths[0]).all())
-    return {
-        "pixel_patches": default_collate(patches) if same else pad_sequence(patches, batch_first=True),
-        "patch_mask": torch.arange(int(lengths.max())) < lengths[:, None],
-    }
+    """Batch the tensors of processed images, padded where they differ in length; ``pixel_patches`` get a mask."""
+    batch = {}
+    for key in images[0] if images else ():
+        tensors = [image[key] for image in images]
+        lengths = torch.tensor([len(tensor) for tensor in tensors])
+        same = bool((lengths == lengths[0]).all())
+        # In a loader's worker, default_collate writes to shared memory, which saves a copy.
+        batch[key] = default_collate(tensors) if same else pad_sequence(tensors, batch_first=True)
+        if key == "pixel_patches":
+            batch["patch_mask"] = torch.arange(int(lengths.max())) < lengths[:, None]
+    return batch
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class CaptionCollator:
             if key in samples[0]
         }
         batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-        image_keys = [key for key in ("pixel_values", "pixel_patches") if key in samples[0]]
+        image_keys = [key for key in ("pixel_values", "pixel_patches", "image_grid") if key in samples[0]]
         batch.update(stack_images([{key: sample[key] for key in image_keys} for sample in samples]))
         batch["sample_id"] = torch.tensor([sample["sample_id"] for sample in samples])
         return batch

@@ -120,6 +120,8 @@ def llava_of(model: ImageTextModel) -> tuple[Any, Any]:
         raise refusal(f"the vision tower {type(tower).__name__}", "it is no encoder of OpenCLIP")
     if (merge := tower.config.get("merge", 1)) > 1:
         raise refusal(f"the projector {model.model.config.projector}", f"it makes one image token of {merge**2}")
+    if "tiles" in tower.config:
+        raise refusal("model.vision.tiles", "LLaVA reads one square an image")
     try:
         vision = stock_vision(tower.encoder, tower.image_size)
     except NoStockModelError as error:

@@ -3,8 +3,8 @@
 A tower is a module with
 
 - ``config``: a dict that describes it, with ``width``, the size of a feature, and ``type``;
-- ``forward(pixel_values)`` or ``forward(pixel_patches, patch_mask)``, which returns the features ``[n, width]`` of
-  every image token of the batch, in reading order;
+- ``forward`` of the image processor's tensors, such as ``pixel_values``, or ``pixel_patches`` and ``patch_mask``, which
+  returns the features ``[n, width]`` of every image token of the batch, in reading order;
 - ``blocks``, where it has any: its transformer blocks, by which FSDP2 shards it and activations are checkpointed;
 - ``image_processor``, where :class:`.PriorLVLMImageProcessor` of its ``config`` will not do: a subclass with its own
   ``process`` and ``max_image_tokens``.
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from composer_prior import registry
 from composer_prior.data.batch import ImageInputs
 from composer_prior.data.messages import announce, one_line
 from composer_prior.models.open_clip_source import Source, brings_weights, find_source
@@ -41,6 +42,7 @@ def build_open_clip(
     interpolation: Literal["bicubic", "bilinear"] | None = None,
     mean: tuple[float, float, float] | None = None,
     std: tuple[float, float, float] | None = None,
+    tiles: dict[str, Any] | None = None,
 ) -> OpenCLIPTower:
     """Build a tower of an OpenCLIP visual encoder.
 
@@ -61,13 +63,15 @@ def build_open_clip(
         interpolation: ``bicubic`` or ``bilinear``, of the resizing.
         mean: of each channel, in [0, 1], by which pixels are normalized.
         std: of each channel, in [0, 1], by which pixels are normalized.
+        tiles: ``{max: 4}``: larger images are cut into up to so many squares, and the whole image follows in one more.
+            Default: one square an image.
 
     Raises:
         ValueError: for an unknown architecture, a missing checkpoint, weights that were trained with another
             activation or an unknown preprocessing, a patch size that does not divide the image size, or a layer the
             encoder does not have.
     """
-    source = _find_encoder(architecture, pretrained, image_size, layer, mean, std, interpolation, resize_mode)
+    source = _find_encoder(architecture, pretrained, image_size, layer, mean, std, interpolation, resize_mode, tiles)
     description = source.config
     device = torch.empty(0).device
     loads = device.type != "meta"  # where only shapes are wanted
@@ -110,6 +114,7 @@ def build_open_clip(
         "preprocess": dict(encoder.preprocess_cfg),
         "width": features,
         "image_tokens": image_tokens,
+        **({"tiles": dict(tiles)} if tiles is not None else {}),
     }
     return OpenCLIPTower(config, encoder).requires_grad_(not freeze).train()
 
@@ -123,8 +128,11 @@ def _find_encoder(
     std: Any = None,
     interpolation: str | None = None,
     resize_mode: str | None = None,
+    tiles: dict[str, Any] | None = None,
 ) -> Source:
     """Find the source of an encoder; refuse impossible arguments before weights are loaded."""
+    if tiles is not None:
+        registry.check_arguments(_tiles, tiles, "model.vision.tiles")
     given = {"mean": mean, "std": std, "interpolation": interpolation, "resize_mode": resize_mode}
     source = find_source(architecture, pretrained, given)
     vision = source.config["vision_cfg"]
@@ -134,6 +142,10 @@ def _find_encoder(
     if isinstance(vision.get("layers"), int):  # only the encoder itself knows the depth of timm's models
         _check_layer(architecture, layer, vision["layers"])
     return source
+
+
+def _tiles(max: registry.Count) -> None:
+    """Have the keys of ``tiles``, which are checked by this signature."""
 
 
 def _check_layer(architecture: str, layer: int, depth: int) -> None:

@@ -14,8 +14,14 @@ from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration, 
 from composer_prior.models.vision import build_open_clip, build_patches, image_inputs
 
 FAMILIES = ("encoder", "patches")
-FRONT_ENDS = ("pixel_shuffle", "mean_pool", "merged_patches")  # others, with fewer tokens or more pixels
-INPUTS = ("input_ids", "pixel_values", "pixel_patches", "patch_mask")
+FRONT_ENDS = (
+    "pixel_shuffle",
+    "mean_pool",
+    "merged_patches",
+    "tiles",
+    "merged_tiles",
+)  # others, with fewer tokens or more pixels
+INPUTS = ("input_ids", "pixel_values", "pixel_patches", "patch_mask", "image_grid")
 
 
 def small_lm(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
@@ -51,6 +57,9 @@ def small_lvlm(
         tower, projector = build_patches(lm.config.hidden_size, patch_size=16, max_side=48), None
     elif family == "merged_patches":
         tower, projector, factor = build_patches(lm.config.hidden_size, 8, max_side=48), "pixel_shuffle", 2
+    elif family.endswith("tiles"):
+        tower = build_open_clip("prior-vit-tiny", image_size=24, tiles={"max": 4})
+        projector, factor = ("mlp", 1) if family == "tiles" else ("pixel_shuffle", 2)
     else:
         tower, projector, factor = build_open_clip("prior-vit-tiny", image_size=48), family, 2
     parts = make_lvlm(lm, tower, projector, tokenizer, factor=factor)

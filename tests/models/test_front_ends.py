@@ -1,5 +1,6 @@
 """Front ends with fewer image tokens or more pixels, each against a loop or the model that it is made of."""
 
+import numpy as np
 import pytest
 import torch
 from common.models import FRONT_ENDS, small_lm, small_lvlm
@@ -8,11 +9,16 @@ from torch import nn
 from transformers import Idefics3Config
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 
-from composer_prior.data.batch import IMAGE
+from composer_prior import ComposerLVLM
+from composer_prior.data.batch import IGNORE_INDEX, IMAGE, CaptionCollator
+from composer_prior.data.captions import decode_image
+from composer_prior.data.tokenizer import image_token_ids
+from composer_prior.emoji_scenes.writing import make_sample
 from composer_prior.models.build import build_lvlm, make_lvlm
 from composer_prior.models.prior_lvlm import PriorLVLMImageProcessor
+from composer_prior.models.prior_lvlm.image_processing_prior_lvlm import tile_grid
 from composer_prior.models.prior_lvlm.modeling_prior_lvlm import build_projector
-from composer_prior.models.vision import build_open_clip, build_patches, image_inputs
+from composer_prior.models.vision import build_open_clip, build_patches, image_inputs, image_processor_of
 
 
 def spread(height, width):
@@ -29,16 +35,31 @@ def of_samples(model, batch):
         if "patch_mask" in batch:
             real = batch["patch_mask"][i].sum()
             alone |= {key: alone[key][:, :real] for key in ("pixel_patches", "patch_mask")}
+        if "pixel_values" in batch and "image_grid" in batch:
+            tiles = batch["image_grid"][i].prod()
+            alone["pixel_values"] = alone["pixel_values"][:, : tiles + (tiles > 1)]
         alone |= {k: v[:, : mask.sum()] for k, v in alone.items() if v.shape[1:] == mask.shape}
         rows.append(model(alone)["nll"][0])
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
+def unlike_batch(model, tokenizer):
+    """A batch of pictures of unlike shapes with captions of unlike lengths."""
+    samples = []
+    for i, size in enumerate([(48, 48), (20, 48), (90, 30), (10, 10)]):
+        image = model.image_processor(spread(*size))
+        caption = tokenizer(make_sample("train", i)["caption"])["input_ids"][: 10 + 5 * i]
+        prefix = [tokenizer.bos_token_id, *(image_token_ids(tokenizer)[kind] for kind in image.layout)]
+        ids, labels = torch.tensor(prefix + caption), torch.tensor([IGNORE_INDEX] * len(prefix) + caption)
+        samples.append({"input_ids": ids, "labels": labels, "sample_id": i, **image.tensors})
+    return CaptionCollator(tokenizer.pad_token_id)(samples)
+
+
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 @torch.no_grad()
-def test_a_batch_says_of_each_sample_what_the_sample_alone_says(front_end, tokenizer, make_batch):
+def test_a_batch_says_of_each_sample_what_the_sample_alone_says(front_end, tokenizer):
     model = small_lvlm(front_end, tokenizer).eval()
-    batch = make_batch(model)
+    batch = unlike_batch(model, tokenizer)
     assert (batch["input_ids"] == model.processor.image_token_id).any(1).all()
     torch.testing.assert_close(model(batch)["nll"], of_samples(model, batch), rtol=1e-5, atol=1e-5)
 
@@ -126,3 +147,101 @@ def test_a_grid_that_the_factor_does_not_divide_is_refused(tower, factor, messag
     with pytest.raises(ValueError, match=message) as error:
         make_lvlm(small_lm(tokenizer), tower(), "pixel_shuffle", tokenizer, factor=factor)
     assert "\n" not in str(error.value)
+
+
+def tiled(most=4, **changes):
+    """A tower of 2 x 2 patches of 12 pixels that reads an image in tiles, and its image processor."""
+    tower = build_open_clip("prior-vit-tiny", image_size=24, tiles={"max": most}, **changes)
+    return tower, image_processor_of(tower)
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [
+        ((24, 24), (1, 1)),
+        ((10, 3), (1, 1)),
+        ((24, 25), (1, 2)),
+        ((48, 48), (2, 2)),
+        ((500, 480), (2, 2)),
+        ((96, 24), (4, 1)),
+        ((20, 70), (1, 3)),
+        ((2000, 100), (4, 1)),
+        ((20000, 1), (4, 1)),
+        ((1, 20000), (1, 4)),
+    ],
+)
+def test_tiles_are_as_many_as_the_pixels_need(size, grid):
+    """Each is what the tower's own preprocessing makes of the piece, and they are bounded for any picture."""
+    height, width = size
+    rows, columns = grid
+    _, processor = tiled()
+    plain = image_processor_of(build_open_clip("prior-vit-tiny", image_size=24))
+    picture = Image.effect_noise((width, height), 100).convert("RGB")
+    tensors, layout = processor.process(picture)
+    assert tensors["image_grid"].tolist() == [rows, columns]
+    assert tile_grid(height, width, 24, 4) == grid
+    if grid == (1, 1):
+        expected, ends = plain.process(picture)
+        assert torch.equal(tensors["pixel_values"], expected["pixel_values"][None])
+        assert layout == ends == [False] * 4
+        return
+    large = picture.resize((columns * 24, rows * 24), Image.Resampling.BICUBIC)
+    pieces = [large.crop((x, y, x + 24, y + 24)) for y in range(0, rows * 24, 24) for x in range(0, columns * 24, 24)]
+    pieces.append(picture.resize((24, 24), Image.Resampling.BICUBIC))
+    expected = torch.stack([plain.process(piece)[0]["pixel_values"] for piece in pieces])
+    assert torch.equal(tensors["pixel_values"], expected)
+    expected = []
+    for _ in range(rows):
+        for _ in range(columns):
+            expected += [False] * 4 + [True]
+        expected.append(True)
+    assert layout == expected + [False] * 4
+    assert len(layout) <= processor.max_image_tokens == 4 * 4 + 4 + 4 + 4
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+def test_a_tile_is_resized_once(mode):
+    _, processor = tiled(resize_mode=mode)
+    picture = spread(48, 48)
+    mean, std = (torch.tensor(processor.vision["preprocess"][key]).view(3, 1, 1) for key in ("mean", "std"))
+    tile = torch.from_numpy(np.array(picture.crop((24, 0, 48, 24)))).permute(2, 0, 1)
+    torch.testing.assert_close(processor.process(picture)[0]["pixel_values"][1], (tile / 255 - mean) / std)
+
+
+@torch.no_grad()
+def test_one_tile_is_no_tiles(tokenizer, make_batch):
+    """Of the same weights, on images that fit into one square, and on larger ones where there is one at most."""
+    for most, canvas in ((4, 24), (1, 96)):
+        found = []
+        for tiles in (None, {"max": most}):
+            lm = small_lm(tokenizer)
+            tower = build_open_clip("prior-vit-tiny", image_size=24, tiles=tiles)
+            model = ComposerLVLM(*make_lvlm(lm, tower, "mlp", tokenizer)).eval()
+            samples = [decode_image(make_sample("train", i, canvas=canvas)["image"]) for i in range(3)]
+            inputs = model.processor(images=samples, return_tensors="pt")
+            found.append((inputs["input_ids"], model.model(**inputs).logits))
+        assert all(map(torch.equal, *found))
+
+
+@torch.no_grad()
+def test_tiles_are_read_one_by_one(tokenizer):
+    """The features of a batch of unlike grids are those of its squares alone, in the order of the layout."""
+    tower, processor = tiled()
+    pictures = [spread(48, 48), spread(20, 20), spread(24, 60)]
+    images = [processor.process(picture)[0] for picture in pictures]
+    expected = [tower.eval()(square[None]) for image in images for square in image["pixel_values"]]
+    torch.testing.assert_close(tower(**processor.batch(images)), torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "message"),
+    [
+        ({"max": 0}, "model.vision.tiles.max=0: expected int of at least 1"),
+        ({}, "model.vision.tiles needs max"),
+        ({"most": 4}, r"model.vision.tiles.most is not a key of model.vision.tiles. Accepted: max"),
+    ],
+)
+def test_impossible_tiles_are_refused(tiles, message):
+    for refuse in (build_open_clip, build_open_clip.check):
+        with pytest.raises(ValueError, match=message):
+            refuse("prior-vit-tiny", tiles=tiles)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from common.models import FAMILIES, small_lm, small_lvlm
+from common.models import FAMILIES, FRONT_ENDS, small_lm, small_lvlm
 from common.vlms import KINDS, make_processor, make_vlm
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -90,7 +90,7 @@ def test_models_of_transformers(kind, prompt, end):
             assert score.offsets[-1] == ((len(text),) * 2 if end else (text.rindex("w"), len(text)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *FRONT_ENDS])
 def test_a_model_in_training_and_its_folder(family, tokenizer, tmp_path):
     trained = small_lvlm(family, tokenizer).eval()
     trained.processor.prompt = "a picture of"

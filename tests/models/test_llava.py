@@ -353,6 +353,10 @@ SCALED = {"granite": {**LLAMA, "logits_scaling": 2.0}, "cohere": LLAMA, "gemma2"
             {"projector": "mean_pool", "factor": 3},
             "the projector mean_pool has no LLaVA equivalent: it makes one image token of 9",
         ),
+        (
+            {"tower": lambda: build_open_clip("prior-vit-tiny", tiles={"max": 4})},
+            "model.vision.tiles has no LLaVA equivalent",
+        ),
     ],
 )
 def test_what_has_no_llava_form_is_refused_by_name(tmp_path, tokenizer, parts, message):

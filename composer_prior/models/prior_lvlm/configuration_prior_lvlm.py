@@ -13,7 +13,8 @@ class PriorLVLMConfig(PretrainedConfig):
         text_config: of the causal language model.
         vision: the tower: ``{"type": "open_clip", "embed_dim", "vision_cfg", "quick_gelu", "layer", "width",
             "image_tokens", "preprocess"}``, or ``{"type": "patches", "patch_size", "max_side", "width"}``; with
-            ``"merge"``, each block of ``merge`` x ``merge`` features becomes one image token.
+            ``"merge"``, each block of ``merge`` x ``merge`` features becomes one image token; with
+            ``"tiles": {"max"}``, an OpenCLIP tower reads a large image in several squares.
         projector: ``linear``, ``mlp``, ``pixel_shuffle``, ``mean_pool``, or None for none.
         image_token_id: id of the token in whose places image features are put.
         row_token_id: id of the token that ends each row of patches.

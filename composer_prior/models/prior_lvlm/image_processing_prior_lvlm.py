@@ -18,11 +18,13 @@ from transformers.image_utils import load_image
 class PriorLVLMImageProcessor(BaseImageProcessor):
     """Turn images into ``pixel_values [B, 3, H, W]``, or ``pixel_patches [B, N, 3 P P]`` and ``patch_mask [B, N]``.
 
+    In tiles, ``pixel_values`` are ``[B, T, 3, H, W]``, and ``image_grid [B, 2]`` has their rows and columns.
+
     Args:
         vision: the tower, as in :class:`PriorLVLMConfig`.
     """
 
-    model_input_names = ["pixel_values", "pixel_patches", "patch_mask"]  # noqa: RUF012 - as transformers has it
+    model_input_names = ["pixel_values", "pixel_patches", "patch_mask", "image_grid"]  # noqa: RUF012 - as transformers has it
 
     def __init__(self, vision: Mapping[str, Any] | None = None, **kwargs: Any):
         super().__init__(**kwargs)
@@ -39,7 +41,8 @@ class PriorLVLMImageProcessor(BaseImageProcessor):
         if self.vision["type"] == "patches":
             side = self.vision["max_side"] // (self.vision["patch_size"] * self.merge)
             return side * (side + 1)
-        return self.vision["image_tokens"] // self.merge**2
+        tile, most = self.vision["image_tokens"] // self.merge**2, self.vision.get("tiles", {}).get("max", 1)
+        return tile if most == 1 else most * (tile + 2) + tile
 
     def process(self, image: Image.Image) -> tuple[dict[str, Tensor], list[bool]]:
         """Return the tensors of one image, and for each of its positions in the text whether a row ends there."""
@@ -47,19 +50,22 @@ class PriorLVLMImageProcessor(BaseImageProcessor):
         if self.vision["type"] == "patches":
             patches, rows, columns = cut_patches(image, self.vision["patch_size"], self.vision["max_side"], self.merge)
             return {"pixel_patches": patches}, ([False] * (columns // self.merge) + [True]) * (rows // self.merge)
-        pixels = open_clip_transform(json.dumps(self.vision["preprocess"]))(image)
-        return {"pixel_values": pixels}, [False] * self.max_image_tokens
+        transform = open_clip_transform(json.dumps(self.vision["preprocess"]))
+        tile = [False] * (self.vision["image_tokens"] // self.merge**2)
+        if "tiles" not in self.vision:
+            return {"pixel_values": transform(image)}, tile
+        squares, rows, columns = cut_tiles(image, self.vision["preprocess"], self.vision["tiles"]["max"])
+        pixels = {"pixel_values": torch.stack([*map(transform, squares)]), "image_grid": torch.tensor([rows, columns])}
+        return pixels, tile if len(squares) == 1 else ([*[*tile, True] * columns, True]) * rows + tile
 
     def batch(self, images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Stack the tensors of images; patches are padded at their end."""
-        if "pixel_values" in images[0]:
-            return {"pixel_values": torch.stack([image["pixel_values"] for image in images])}
-        patches = [image["pixel_patches"] for image in images]
-        lengths = torch.tensor([len(p) for p in patches])
-        return {
-            "pixel_patches": nn.utils.rnn.pad_sequence(patches, batch_first=True),
-            "patch_mask": torch.arange(int(lengths.max())) < lengths[:, None],
-        }
+        """Stack the tensors of images; tiles and patches are padded at their end."""
+        tensors = {key: [image[key] for image in images] for key in images[0]}
+        batch = {key: nn.utils.rnn.pad_sequence(given, batch_first=True) for key, given in tensors.items()}
+        if "pixel_patches" in batch:
+            lengths = torch.tensor([len(patches) for patches in tensors["pixel_patches"]])
+            batch["patch_mask"] = torch.arange(int(lengths.max())) < lengths[:, None]
+        return batch
 
     def preprocess(self, images: Any, return_tensors: Any = "pt", **kwargs: Any) -> BatchFeature:
         """Return the tensors of one image or of several: Pillow's, arrays, paths or addresses."""
@@ -72,6 +78,41 @@ def open_clip_transform(preprocess: str) -> Any:
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     return image_transform_v2(PreprocessCfg(**json.loads(preprocess)), is_train=False)
+
+
+def cut_tiles(image: Image.Image, preprocess: Mapping[str, Any], most: int) -> tuple[list[Image.Image], int, int]:
+    """Cut an RGB image into squares of a tower's side in reading order, then the whole image in one square.
+
+    An image that one square holds stays as it is.
+
+    Args:
+        image: of any size.
+        preprocess: the tower's, with ``size`` and ``interpolation``.
+        most: how many squares an image is cut into at most.
+
+    Returns:
+        the squares, the number of rows, and the number of columns.
+    """
+    size, interpolation = preprocess["size"], Image.Resampling[preprocess["interpolation"].upper()]
+    side = size if isinstance(size, int) else size[0]
+    rows, columns = tile_grid(image.height, image.width, side, most)
+    if rows * columns == 1:
+        return [image], 1, 1
+    large = image.resize((columns * side, rows * side), interpolation)
+    corners = [(column * side, row * side) for row in range(rows) for column in range(columns)]
+    squares = [large.crop((x, y, x + side, y + side)) for x, y in corners]
+    return [*squares, image.resize((side, side), interpolation)], rows, columns
+
+
+def tile_grid(height: int, width: int, side: int, most: int) -> tuple[int, int]:
+    """Return rows and columns of the fewest squares that keep most pixels of an image (LLaVA-NeXT's choice)."""
+
+    def kept(grid: tuple[int, int]) -> tuple[int, int]:
+        rows, columns = grid
+        scale = min(1, rows * side / height, columns * side / width)
+        return max(1, int(scale * height)) * max(1, int(scale * width)), -rows * columns
+
+    return max(((rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)), key=kept)
 
 
 def cut_patches(image: Image.Image, patch_size: int, max_side: int, merge: int = 1) -> tuple[Tensor, int, int]:

@@ -30,6 +30,8 @@ MERGING = ("pixel_shuffle", "mean_pool")  # projectors that make one image token
 class OpenCLIPTower(nn.Module):
     """Patch features of an OpenCLIP encoder, ``pixel_values [B, 3, H, W] -> [B * N, width]``, without class token.
 
+    Of tiles, ``pixel_values`` are ``[B, T, 3, H, W]``, padded where ``image_grid [B, 2]`` has fewer rows and columns.
+
     One whose weights are all frozen runs in evaluation mode and records no gradients.
 
     Args:
@@ -62,8 +64,12 @@ class OpenCLIPTower(nn.Module):
         """Set training mode, unless the tower is frozen."""
         return super().train(mode and not self.frozen)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, image_grid: Tensor | None = None) -> Tensor:
         """Return the features of every patch, in reading order; of each block that is merged together."""
+        if image_grid is not None:
+            tiles = image_grid.prod(1, keepdim=True)
+            tiles = tiles + (tiles > 1)  # the whole image in one
+            pixel_values = pixel_values[torch.arange(pixel_values.shape[1], device=tiles.device) < tiles]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features = encoder_features(self.encoder, pixel_values.to(next(self.parameters()).dtype))
         if (merge := self.config.get("merge", 1)) > 1:
@@ -222,10 +228,12 @@ class PriorLVLMModel(PriorLVLMPreTrainedModel):
         pixel_values: Tensor | None = None,
         pixel_patches: Tensor | None = None,
         patch_mask: Tensor | None = None,
+        image_grid: Tensor | None = None,
     ) -> Tensor:
         """Return input embeddings ``[B, T, D]``, image features in the places of the image tokens."""
         embeddings = self.get_input_embeddings()(input_ids)  # [B, T, D]
         given = {"pixel_values": pixel_values, "pixel_patches": pixel_patches, "patch_mask": patch_mask}
+        given["image_grid"] = image_grid
         images = {name: tensor for name, tensor in given.items() if tensor is not None}
         features = self.get_image_features(**images) if images else embeddings.new_zeros(0, embeddings.shape[-1])
         places = input_ids == self.config.image_token_id
@@ -245,12 +253,13 @@ class PriorLVLMModel(PriorLVLMPreTrainedModel):
         pixel_values: Tensor | None = None,
         pixel_patches: Tensor | None = None,
         patch_mask: Tensor | None = None,
+        image_grid: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Return the decoder's hidden states ``[B, T, D]``, and its cache where it is asked for."""
         if inputs_embeds is None:
             assert input_ids is not None
-            inputs_embeds = self.embed(input_ids, pixel_values, pixel_patches, patch_mask)
+            inputs_embeds = self.embed(input_ids, pixel_values, pixel_patches, patch_mask, image_grid)
         passed = {key: value for key, value in kwargs.items() if key in self._accepted and value is not None}
         passed |= {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "return_dict": True}
         outputs = self.language_model(**passed)
@@ -316,6 +325,7 @@ class PriorLVLMForConditionalGeneration(PriorLVLMPreTrainedModel, GenerationMixi
         pixel_values: Tensor | None = None,
         pixel_patches: Tensor | None = None,
         patch_mask: Tensor | None = None,
+        image_grid: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         cache_position: Tensor | None = None,
@@ -327,7 +337,8 @@ class PriorLVLMForConditionalGeneration(PriorLVLMPreTrainedModel, GenerationMixi
         """Return logits ``[B, T, V]``, and with labels ``[B, T]`` (-100: none) the mean loss of the next token.
 
         Text is ``input_ids [B, T]`` int64 with image tokens or ``inputs_embeds [B, T, D]``; images are ``pixel_values
-        [B, 3, H, W]`` or ``pixel_patches [B, N, 3 P P]`` with ``patch_mask [B, N]``, True on real patches.
+        [B, 3, H, W]`` or ``pixel_patches [B, N, 3 P P]`` with ``patch_mask [B, N]``, True on real patches; tiles, see
+        :class:`OpenCLIPTower`, come with ``image_grid [B, 2]``.
         ``logits_to_keep`` is how many of the last positions get logits, 0 for all, or which ones. The other arguments
         are those of the language model, and ``kwargs`` those of the loss.
         """
@@ -340,6 +351,7 @@ class PriorLVLMForConditionalGeneration(PriorLVLMPreTrainedModel, GenerationMixi
             pixel_values=pixel_values,
             pixel_patches=pixel_patches,
             patch_mask=patch_mask,
+            image_grid=image_grid,
             use_cache=use_cache,
             cache_position=cache_position,
             output_hidden_states=output_hidden_states,
@@ -368,6 +380,7 @@ class PriorLVLMForConditionalGeneration(PriorLVLMPreTrainedModel, GenerationMixi
         pixel_values: Tensor | None = None,
         pixel_patches: Tensor | None = None,
         patch_mask: Tensor | None = None,
+        image_grid: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Continue text with the language model's own ``generate``, which knows the cache of its family.
@@ -380,7 +393,7 @@ class PriorLVLMForConditionalGeneration(PriorLVLMPreTrainedModel, GenerationMixi
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        embeddings = self.model.embed(input_ids, pixel_values, pixel_patches, patch_mask)
+        embeddings = self.model.embed(input_ids, pixel_values, pixel_patches, patch_mask, image_grid)
         found = self.causal_lm.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **kwargs)
         new = found if isinstance(found, Tensor) else found.sequences
         ids = torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], 1)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from common.models import FAMILIES, small_lm, small_lvlm
+from common.models import FAMILIES, FRONT_ENDS, small_lm, small_lvlm
 from composer_prior import PRIOR, ReferenceLM
 from composer_prior.algorithms.cal.cal import CAL
 from composer_prior.algorithms.dpa.dpa import DPA
@@ -51,14 +51,15 @@ METHODS = {
 }
 STRATEGIES = {"ddp": None, "fsdp2": {"fsdp2": {}}, "hsdp": {"fsdp2": {"data_parallel_replicate_degree": 2}}}
 BATCH = 12
+CASES = [*product(FAMILIES, METHODS), *product(FRONT_ENDS, ["prior, batch"])]  # families and front ends, and methods
 
 
 def make_samples(model, tokenizer):
-    """Twelve samples of very different caption lengths; one has a single label, and one none at all."""
+    """Twelve samples of unlike shapes and very different caption lengths; one has a single label, one none at all."""
     samples = []
     for index in range(BATCH):
         sample = make_sample("train", index, canvas=48)
-        image = model.image_processor(decode_image(sample["image"]))
+        image = model.image_processor(decode_image(sample["image"]).crop((0, 0, 48, [48, 20, 40][index % 3])))
         caption = (tokenizer(sample["caption"])["input_ids"] * (1 + index % 3))[: [50, 1, 20][index % 3]]
         prefix = [bos_id(tokenizer), *(image_token_ids(model.tokenizer)[kind] for kind in image.layout)]
         labels = [IGNORE_INDEX] * (len(caption) if index == 4 else 0)
@@ -139,14 +140,15 @@ def step_gradients(family, tokenizer, method, microbatch=None, strategy="ddp", s
 
 
 def main(tokenizer_folder, out, strategies, methods):
-    """Strategies and methods, joined by ``|``, of both families, with a microbatch that leaves an uneven last one."""
+    """Strategies and methods, joined by ``|``, with a microbatch that leaves an uneven last one."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     microbatch = BATCH // dist.get_world_size() * 2 // 3
     results = {
         (strategy, family, method): step_gradients(
             family, tokenizer, method, microbatch, strategy, shard_reference=strategy == "fsdp2"
         )
-        for strategy, family, method in product(strategies.split("|"), FAMILIES, methods.split("|"))
+        for strategy, (family, method) in product(strategies.split("|"), CASES)
+        if method in methods.split("|")
     }
     if dist.get_global_rank() == 0:
         torch.save(results, out)
