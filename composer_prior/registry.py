@@ -57,7 +57,10 @@ _SHIPPED = {  # beside Composer's algorithms, callbacks and loggers, which have 
         "mlflow": "composer_prior.training.loggers:MLFlow",
         "ml_flow_logger": "composer_prior.training.loggers:MLFlow",
     },
-    "model": {"lvlm": "composer_prior.models.build:build_lvlm"},
+    "model": {
+        "lvlm": "composer_prior.models.build:build_lvlm",
+        "hugging_face": "composer_prior.models.hugging_face:build_hugging_face",
+    },
     "optimizer": {
         "decoupled_adamw": "composer.optim:DecoupledAdamW",
         "decoupled_sgdw": "composer.optim:DecoupledSGDW",

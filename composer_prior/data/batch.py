@@ -4,26 +4,34 @@ A batch is a dict of tensors with Hugging Face's names, every per-token tensor a
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
 IGNORE_INDEX = -100
 IMAGE, ROW_SEPARATOR = 0, 1
 LOGPROBS = ("ref_logprobs", "viewer_logprobs")  # stored log-probabilities of tokens: of the reference, of the viewer
+PROCESSED = "processed"  # the tensors of a processor of transformers in a sample
+ROWS = "_rows"  # end of the key that says how many rows of a tensor each sample has
 _GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
 
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """A processed image: the tensors of its batch entry, and the kind of each of its positions in the text sequence."""
+    """A processed image: the tensors of its batch entry, and the kind of each of its positions in the text sequence.
 
-    tensors: dict[str, Tensor]
+    A processor of transformers writes all that stands before the caption, the prompt included.
+    """
+
+    tensors: dict[str, Any]
     layout: list[int]  # IMAGE or ROW_SEPARATOR, one per position
+    prefix: dict[str, list[Any]] | None = None  # ``input_ids`` before the caption, and what is aligned with them
+    following: Mapping[str, Any] = field(default_factory=dict)  # what is aligned with the tokens of a caption; else 0
 
 
 def stack_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -40,6 +48,28 @@ def stack_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return batch
 
 
+def join_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Batch what a processor of transformers makes of each image: the rows of all, one image after the other.
+
+    Rows of unlike shapes are padded with zeros, as the processors pad theirs. Where a tensor does not have one row for
+    each sample, as of tiles or of patches, ``{key}_rows`` (``[B]`` int64) says how many are whose.
+    """
+    batch = {}
+    for key in images[0]:
+        parts = [image[key] for image in images]
+        shape = [max(sides) for sides in zip(*(part.shape[1:] for part in parts), strict=True)]
+        batch[key] = default_collate([row for part in parts for row in _padded(part, shape)])
+        rows = torch.tensor([len(part) for part in parts])
+        if bool((rows != 1).any()):
+            batch[key + ROWS] = rows
+    return batch
+
+
+def _padded(part: Tensor, shape: Sequence[int]) -> Tensor:
+    missing = [n - own for n, own in zip(shape, part.shape[1:], strict=True)]
+    return pad(part, [n for end in reversed(missing) for n in (0, end)]) if any(missing) else part
+
+
 @dataclass(frozen=True)
 class CaptionCollator:
     """Make a batch of samples: sequences padded at the end, images stacked.
@@ -51,7 +81,8 @@ class CaptionCollator:
     pad_token_id: int
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        fills = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "image_related": 0}
+        fills = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}
+        fills |= dict.fromkeys(("image_related", "text_mask", "token_type_ids", "mm_token_type_ids"), 0)
         fills |= dict.fromkeys(LOGPROBS, 0)
         lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
         batch = {
@@ -62,6 +93,8 @@ class CaptionCollator:
         batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         image_keys = [key for key in ("pixel_values", "pixel_patches", "image_grid") if key in samples[0]]
         batch.update(stack_images([{key: sample[key] for key in image_keys} for sample in samples]))
+        if PROCESSED in samples[0]:
+            batch.update(join_images([sample[PROCESSED] for sample in samples]))
         batch["sample_id"] = torch.tensor([sample["sample_id"] for sample in samples])
         return batch
 
@@ -141,7 +174,8 @@ def split_packed_images(batch: Mapping[str, Any], microbatch_size: int | float) 
     Args:
         batch: where images are packed, with ``image_grid_thw`` ``[B, 3]`` int64, the patches of each image along time,
             height and width, and ``pixel_values`` ``[n, D]``, ``n`` the sum of their products; likewise videos. One
-            image for each sample.
+            image for each sample. Other tensors whose rows are not one for each sample come with ``{key}_rows``, see
+            :func:`join_images`.
         microbatch_size: samples in a microbatch.
 
     Raises:
@@ -150,7 +184,8 @@ def split_packed_images(batch: Mapping[str, Any], microbatch_size: int | float) 
     from composer.core.data_spec import default_split_batch  # here: models work without Composer
 
     samples = len(batch["input_ids"])
-    packed = {name: grid_name for name, grid_name in _GRIDS.items() if grid_name in batch}
+    packed = {name: grid_name for name, grid_name in _GRIDS.items() if grid_name in batch and name in batch}
+    packed |= {name.removesuffix(ROWS): name for name in batch if name.endswith(ROWS)}
     rest = {key: value for key, value in batch.items() if key not in packed}
     for name in packed.values():
         if len(batch[name]) != samples:
@@ -158,15 +193,15 @@ def split_packed_images(batch: Mapping[str, Any], microbatch_size: int | float) 
                 f"{name} has {len(batch[name])} rows for {samples} samples: split_packed_images needs one for each."
             )
     microbatches = [dict(part) for part in default_split_batch(rest, microbatch_size)]
-    for name, grid_name in packed.items():
-        if name in batch:
-            counts = [int(part[grid_name].prod(1).sum()) for part in microbatches]
-            for part, patches in zip(microbatches, _split(batch[name], counts, grid_name), strict=True):
-                part[name] = patches
+    for name, counted_by in packed.items():
+        # The rows of each sample themselves, or the sides of its grid of patches.
+        counts = [int(part[counted_by].reshape(len(part[counted_by]), -1).prod(1).sum()) for part in microbatches]
+        for part, patches in zip(microbatches, _split(batch[name], counts, counted_by), strict=True):
+            part[name] = patches
     return microbatches
 
 
-def _split(patches: Tensor, counts: list[int], grid_name: str) -> tuple[Tensor, ...]:
+def _split(patches: Tensor, counts: list[int], counted_by: str) -> tuple[Tensor, ...]:
     if sum(counts) != len(patches):
-        raise ValueError(f"{grid_name} stands for {sum(counts)} patches, but there are {len(patches)}.")
+        raise ValueError(f"{counted_by} stands for {sum(counts)} patches, but there are {len(patches)}.")
     return patches.split(counts)

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,14 +17,22 @@ from torch import Tensor
 from torchvision.datasets import VisionDataset
 from transformers import PreTrainedTokenizerBase
 
-from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, ImageInputs, count_tokens
+from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, ImageInputs, count_tokens, split_packed_images
 from composer_prior.data.download import ATTEMPTS
 from composer_prior.data.images import ImageError, decode_rgb
 from composer_prior.data.messages import OneLineError, one_line, visible
 from composer_prior.data.opening import sample_captions
+from composer_prior.data.processing import ProcessorInputs
 from composer_prior.data.scores import KEYS, Scores, ScoresError, index_fingerprint, open_scores
 from composer_prior.data.streams import CheckedDataset
-from composer_prior.data.tokenizer import CaptionFormat, bos_id, encode_caption, image_token_ids, prompt_ids
+from composer_prior.data.tokenizer import (
+    CaptionFormat,
+    bos_id,
+    encode_caption,
+    image_token_ids,
+    prompt_ids,
+    reserved_ids,
+)
 from composer_prior.registry import Count
 
 log = logging.getLogger(__name__)
@@ -48,7 +57,8 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
 
     Args:
         tokenizer: a fast Hugging Face tokenizer with the image tokens (:func:`.add_image_tokens`).
-        image_processor: that of the model's vision tower; None reads only captions and decodes no image.
+        image_processor: that of the model, a function from an image to :class:`.ImageInputs`; None reads only captions
+            and decodes no image.
         transform: RGB image -> RGB image of any size, before the image processor; Composer's ``RandAugment``,
             ``AugMix`` and ``ColOut(batch=False)`` put theirs here.
         prompt: text between image and caption; its tokens have no label.
@@ -97,13 +107,16 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.prompt = prompt
+        self.placeholder_ids: Sequence[int] = ()
+        if isinstance(image_processor, ProcessorInputs):
+            self.image_processor = replace(image_processor, prompt=prompt)
+        elif image_processor is not None:
+            self.placeholder_ids = image_token_ids(tokenizer)
         self.prompt_ids = prompt_ids(tokenizer, prompt)
         self.max_caption_tokens = max_caption_tokens
         self.on_bad_sample = on_bad_sample
-        self.placeholder_ids = image_token_ids(tokenizer)
         self.bos_id = bos_id(tokenizer)
-        # A caption must not contain them, as it can where they are words of the vocabulary.
-        self.reserved_ids = {*self.placeholder_ids, self.bos_id, tokenizer.eos_token_id} - {tokenizer.unk_token_id}
+        self.reserved_ids = reserved_ids(tokenizer)
         patience = {"attempts": self.streams[0].download_retry, "seconds": self.streams[0].download_timeout}
         cache = Path(self.streams[0].local, ".scores")
         self.scores = {KEYS[key]: open_scores(path, self, cache, KEYS[key], **patience) for key, path in stored.items()}
@@ -198,13 +211,19 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             ) from error
 
     def _item(self, image: ImageInputs, caption_ids: list[int], sample_id: int) -> dict[str, Any]:
-        prefix = [self.bos_id, *(self.placeholder_ids[kind] for kind in image.layout), *self.prompt_ids]
+        aligned = image.prefix
+        if aligned is None:
+            layout = [self.placeholder_ids[kind] for kind in image.layout]
+            aligned = {"input_ids": [self.bos_id, *layout, *self.prompt_ids]}
+        prefix = aligned["input_ids"]
         item: dict[str, Any] = {
             "input_ids": torch.tensor(prefix + caption_ids),
             "labels": torch.tensor([IGNORE_INDEX] * len(prefix) + caption_ids),
             **image.tensors,
             "sample_id": sample_id,
         }
+        for key in aligned.keys() - {"input_ids"}:
+            item[key] = torch.tensor(aligned[key] + [image.following.get(key, 0)] * len(caption_ids))
         for column, scores in self.scores.items():
             item[column] = torch.zeros(len(prefix) + len(caption_ids))
             if caption_ids:
@@ -311,6 +330,7 @@ def caption_data_spec(dataset: StreamingCaptionDataset, batch_size: int, **kwarg
     loader = StreamingDataLoader(dataset, batch_size=batch_size, collate_fn=CaptionCollator(pad), **kwargs)
     return DataSpec(
         loader,
+        split_batch=split_packed_images,
         get_num_samples_in_batch=lambda batch: len(batch["input_ids"]),
         get_num_tokens_in_batch=cast(Any, count_tokens),
     )

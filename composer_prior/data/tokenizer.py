@@ -21,7 +21,8 @@ VOCAB_SIZES = range(256 + len(SPECIAL_TOKENS), 1_000_001)  # of a tokenizer that
 def build_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """Load the tokenizer ``name`` (a folder or hub id), with ``kwargs`` of ``AutoTokenizer.from_pretrained``.
 
-    It adds the image tokens if they are missing, so that run, reference and scores of a recipe use the same tokenizer.
+    It adds the image tokens if they are missing, so that run, reference and scores of a recipe use the same tokenizer;
+    not with ``image_tokens: false``, for models whose processor has tokens of its own.
     """
     name = f"tokenizer.name={config['name']!r}"
     try:
@@ -34,7 +35,8 @@ def build_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         raise ValueError(f"{name} has no fast version, which knows a token's characters.")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{name} has no end-of-sequence token: set tokenizer.kwargs.eos_token.")
-    add_image_tokens(tokenizer)
+    if config.get("image_tokens", True):
+        add_image_tokens(tokenizer)
     return tokenizer
 
 
@@ -95,6 +97,13 @@ def image_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
             "before the model and its data are made."
         )
     return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.convert_tokens_to_ids(ROW_TOKEN)
+
+
+def reserved_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids that no caption may contain, as it can where they are words of the vocabulary."""
+    special = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
+    of_images = special if _missing_image_tokens(tokenizer) else image_token_ids(tokenizer)
+    return {*of_images, bos_id(tokenizer), tokenizer.eos_token_id} - {tokenizer.unk_token_id}
 
 
 def _missing_image_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric, Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.data.processing import ProcessorInputs
 from composer_prior.models.head import Head, TransformedHead, label_logits, label_mask, labelled_nll, weighted_mean
 from composer_prior.models.image_text_model import ImageTextModel
 from composer_prior.models.language import (
@@ -103,12 +104,14 @@ class ComposerLVLM(ComposerModel):
         """A function from an image to :class:`.ImageInputs`; None for a language model."""
         if self.reads_text_alone:
             return None
-        if not isinstance(self.processor.image_processor, PriorLVLMImageProcessor):
-            raise ValueError(
-                f"StreamingCaptionDataset cannot use a {type(self.processor.image_processor).__name__}: give the model "
-                "a loader whose collator calls its processor."
-            )
-        return partial(image_inputs, self.processor.image_processor)
+        if isinstance(self.processor.image_processor, PriorLVLMImageProcessor):
+            return partial(image_inputs, self.processor.image_processor)
+        config: Any = causal_lm_of(self.model).config
+        return ProcessorInputs(
+            self.processor,
+            caption_type=int(config.model_type == "paligemma"),
+            positions=getattr(config.get_text_config(), "max_position_embeddings", None),
+        )
 
     @property
     def image_text_model(self) -> ImageTextModel:

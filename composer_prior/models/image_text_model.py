@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from composer_prior.data.hub import ModelFolderError, find_model, load_pretrained
 from composer_prior.data.messages import one_line
+from composer_prior.data.processing import image_placeholder
 from composer_prior.data.tokenizer import encode_caption, prompt_ids
 from composer_prior.models.head import Head, target_logprobs
 from composer_prior.models.language import (
@@ -82,16 +83,12 @@ class ImageTextModel:
         """
         if Path(path).is_dir() and not Path(path, "config.json").is_file():  # transformers would guess by the name
             raise ModelFolderError(f"{path} holds no model: it has no config.json.")
-        processor_class: Any = AutoProcessor
-        model_class: Any = AutoModelForImageTextToText
         try:
-            settings, _ = PretrainedConfig.get_config_dict(find_model(path))
-            if settings.get("model_type") == PriorLVLMConfig.model_type:  # never the copy of the code in its folder
-                processor_class, model_class = PriorLVLMProcessor, PriorLVLMForConditionalGeneration
-            elif type(
-                load_pretrained(AutoConfig, path, trust_remote_code)
-            ) not in model_class._model_mapping and model_class.__name__ not in settings.get("auto_map", {}):
+            classes = classes_of(path, trust_remote_code)
+            if classes is None:
+                settings, _ = PretrainedConfig.get_config_dict(find_model(path))
                 raise ModelFolderError(f"{path} holds a {settings.get('model_type')}, which captions no images.")
+            processor_class, _, model_class = classes
             processor = load_pretrained(processor_class, path, trust_remote_code)
             model, found = load_pretrained(model_class, path, trust_remote_code, output_loading_info=True)
         except ModelFolderError:
@@ -261,6 +258,21 @@ class ImageTextModel:
         return continuation_logprobs(decoder, head_of(self.model), prefix, texts)
 
 
+def classes_of(path: str | Path, trust_remote_code: bool = False) -> tuple[Any, Any, Any] | None:
+    """Return the classes of processor, configuration and model of a folder or hub id; None if it sees no images."""
+    settings, _ = PretrainedConfig.get_config_dict(find_model(path))
+    if settings.get("model_type") == PriorLVLMConfig.model_type:  # never the copy of the code in its folder
+        return PriorLVLMProcessor, PriorLVLMConfig, PriorLVLMForConditionalGeneration
+    known = captions_images(load_pretrained(AutoConfig, path, trust_remote_code))
+    return (AutoProcessor, AutoConfig, AutoModelForImageTextToText) if known else None
+
+
+def captions_images(config: PretrainedConfig) -> bool:
+    """Return True if a configuration is that of an image-text-to-text model, of transformers or of code beside it."""
+    model: Any = AutoModelForImageTextToText
+    return type(config) in model._model_mapping or model.__name__ in (getattr(config, "auto_map", None) or {})
+
+
 @torch.no_grad()
 def continuation_logprobs(
     decoder: Any,
@@ -352,7 +364,7 @@ def model_inputs(processor: Any, images: Sequence[Image.Image], prompt: str | No
         content = [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
         written = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     else:
-        written = processor.image_token + text
+        written = image_placeholder(processor) + text
     pictures = [[image.convert("RGB")] for image in images]
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     return dict(processor(images=pictures, text=[written] * len(images), **options))

@@ -31,6 +31,16 @@ from composer_prior.models.prior_lvlm.modeling_prior_lvlm import (
 VOCABULARY_MULTIPLE = 64  # of embeddings that grow, which suits products and shards
 # Kinds of layers in which tokens see each other by attention alone; the last three tell their MLPs.
 _ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention", "dense", "sparse", "moe"}
+_PLACES = {  # in the part under the head of models with images
+    "vision_tower": "vision",
+    "vision_model": "vision",
+    "visual": "vision",
+    "multi_modal_projector": "projector",
+    "connector": "projector",
+    "visual.merger": "projector",
+    "language_model": "language",
+    "text_model": "language",
+}
 # Of what transformers' GenerationConfig holds, that which changes no text.
 _KEPT = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
@@ -226,13 +236,35 @@ def is_block(names: set[str], module: nn.Module) -> bool:
 def parts_of(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the parts of a model by the names that recipes use: ``vision``, ``projector`` and ``language``.
 
-    A model on text alone is its own language model.
+    A model on text alone is its own language model. In a model of another family parts are found by their usual names;
+    one that has none of them is its own language model too. Qwen2-VL's projector lies in its tower.
     """
     base: Any = causal_lm_of(model)
-    if not isinstance(base, PriorLVLMForConditionalGeneration):
+    if isinstance(base, PriorLVLMForConditionalGeneration):
+        vision, projector = base.model.vision_tower, base.model.multi_modal_projector
+        return {"vision": vision, "projector": projector, "language": base.causal_lm}
+    if base.config.get_text_config() is base.config:
         return {"language": base}
-    vision, projector = base.model.vision_tower, base.model.multi_modal_projector
-    return {"vision": vision, "projector": projector, "language": base.causal_lm}
+    modules = dict(decoder_of(base).named_modules())
+    return {"language": base, **{part: modules[name] for name, part in _PLACES.items() if name in modules}}
+
+
+def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the weights by the names that recipes use, such as ``projector.0.weight``; a tied one several times."""
+    base, parts = causal_lm_of(model), parts_of(model)
+    if isinstance(base, PriorLVLMForConditionalGeneration) or len(parts) == 1:
+        for part, module in parts.items():
+            for name, weight in module.named_parameters(remove_duplicate=False):
+                yield f"{part}.{name}", weight
+        return
+    owners = {module: f"{part}." for part, module in parts.items()} | {
+        base.get_output_embeddings(): "language.lm_head."
+    }
+    places = {f"{name}.": owners[module] for name, module in model.named_modules() if name and module in owners}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        place = max((place for place in places if name.startswith(place)), key=len, default="")
+        whole = places.get(place, "") + name.removeprefix(place)
+        yield whole.replace("model.image_newline", "projector.image_newline"), weight  # LLaVA-OneVision's, in no module
 
 
 def as_forward(model: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -100,13 +100,21 @@ class ReferenceLM:
         input_ids, attention_mask, labels = (x.to(device) for x in (input_ids, attention_mask, labels))
         keep = attention_mask.bool() & ~torch.isin(input_ids, torch.tensor(list(drop_token_ids), device=device).long())
         ids, targets, positions, lengths = left_pack(input_ids, keep, labels)  # [B, S]
+        known = (getattr(self.tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
+        bos = next((i for i in known if i is not None), None)
+        bare = bos is not None and bool(((ids[:, :1] != bos) & (lengths > 0)[:, None]).any())
+        if bare:  # as stored scores, the text begins with bos whether the model's own does or not
+            ids, targets = F.pad(ids, (1, 0), value=bos), F.pad(targets, (1, 0), value=IGNORE_INDEX)
+            lengths = lengths + 1
         packed = torch.zeros(ids.shape, dtype=torch.float32, device=device)
         for rows in lengths.argsort().split(self.batch_size):
             longest = int(lengths[rows].max())
             packed[rows, :longest] = self._score(ids[rows, :longest], targets[rows, :longest])
         if isinstance(self._scorer, FSDPModule):
             self._scorer.reshard()  # embeddings and head, which a root keeps after its forward pass
-        return torch.zeros(labels.shape, dtype=torch.float32, device=device).scatter(1, positions, packed)
+        return torch.zeros(labels.shape, dtype=torch.float32, device=device).scatter(
+            1, positions, packed[:, int(bare) :]
+        )
 
     def _score(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities ``[b, s]`` of the targets in right-padded text; padding needs no mask, being after it."""

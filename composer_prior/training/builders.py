@@ -16,7 +16,10 @@ from composer_prior.data.messages import OneLineError, one_line
 from composer_prior.data.scores import KEYS
 from composer_prior.data.storage import StorageError
 from composer_prior.models.build import lvlm_skeleton
+from composer_prior.models.hugging_face import hugging_face_skeleton
 from composer_prior.training.config import TrainConfig
+
+SKELETONS = {"lvlm": lvlm_skeleton, "hugging_face": hugging_face_skeleton}  # models on the meta device
 
 
 class StartError(ValueError):
@@ -55,9 +58,9 @@ def build_model(
         tokenizer: of :func:`.build_tokenizer`.
         parallelism: the recipe's ``parallelism_config``.
     """
-    if "fsdp2" in (parallelism or {}) and dist.get_global_rank() != 0 and config["name"] == "lvlm":
+    if "fsdp2" in (parallelism or {}) and dist.get_global_rank() != 0 and config["name"] in SKELETONS:
         try:
-            return lvlm_skeleton(tokenizer, **registry.without_name(config))
+            return SKELETONS[config["name"]](tokenizer, **registry.without_name(config))
         except RuntimeError:
             pass  # a tower from outside that computes while it is built
     return build_named("model", config, tokenizer=tokenizer)

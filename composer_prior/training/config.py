@@ -49,7 +49,8 @@ class TrainConfig:
         precision: auto is amp_bf16 on CUDA and fp32 on the CPU.
         nan_steps: how many steps whose loss or gradient is not finite change nothing; the next one ends the run.
         data: what makes the data if they are missing: a ``name`` and its arguments, or a file with them.
-        tokenizer: ``name``, a hub id or folder; ``kwargs``; ``train: {vocab_size}`` makes it if it is missing.
+        tokenizer: ``name``, a hub id or folder; ``kwargs``; ``train: {vocab_size}`` makes it if it is missing. A model
+            of transformers, ``hugging_face``, brings its own.
         reference: the recipe of the text-only reference, which is trained first if it is missing.
         viewer: the recipe of the viewer, an LVLM whose scores the algorithm ``image_gain`` needs; likewise.
         scoring: how stored scores are made: ``batch_tokens``, ``unit_samples``, ``dtype``, as options of the job score.
@@ -229,6 +230,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         for part in filter(None, (recipe, *helpers.values())):
             part.pop("benchmarks", None)  # those of the recipe are about its own data
     recipe = cast(DictConfig, OmegaConf.unsafe_merge(recipe, changes, {"data": data}))
+    _take_processors_tokenizer(recipe)
     texts: dict[str, Any] = {}
     for key in HELPERS:
         helper = _changed(helpers[key], helper_changes[key], path)
@@ -247,6 +249,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     typed = _typed(recipe, path, changes)
     vars(typed)["texts"] |= texts
     return typed
+
+
+def _take_processors_tokenizer(recipe: DictConfig) -> None:
+    """Let run and reference read text with the tokenizer of the model's processor, where it has one of its own."""
+    model = recipe.get("model") or {}
+    if model.get("name") == "hugging_face":
+        name = (model.get("processor") or {}).get("name") or model.get("pretrained")
+        recipe.tokenizer = {"name": name, **(recipe.get("tokenizer") or {}), "image_tokens": False}
 
 
 def _find(path: Path, beside: Path | None = None) -> Path:

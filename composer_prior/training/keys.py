@@ -80,7 +80,7 @@ def check_keys(recipe: TrainConfig, where: str = "") -> None:
         raise ValueError(f"{kept}: expected at least 1, or -1 for all.")
     if recipe.data is not None:
         check_named("data", recipe.data, f"{where}data")
-    tokenizer_keys = ("name", "kwargs", "train")
+    tokenizer_keys = ("name", "kwargs", "train", "image_tokens")
     for key in recipe.tokenizer:
         if key not in tokenizer_keys:
             raise ValueError(f"{where}tokenizer.{key} is not a key. {did_you_mean(key, tokenizer_keys)}")
@@ -89,6 +89,8 @@ def check_keys(recipe: TrainConfig, where: str = "") -> None:
         raise ValueError(
             f"{where}tokenizer.train.vocab_size={size!r}: expected {VOCAB_SIZES[0]} to {VOCAB_SIZES[-1]:,} tokens."
         )
+    if recipe.model.get("name") == "hugging_face" and recipe.tokenizer.get("train"):
+        raise ValueError(f"{where}tokenizer.train: hugging_face has its processor's tokenizer; leave the key out.")
     registry.check_arguments(_SCORE_JOB, recipe.scoring, f"{where}scoring", given=_OF_THE_RECIPE)
     check_named("model", recipe.model, f"{where}model", given=("tokenizer", "image_related_metrics"))
     if recipe.model["name"] == "lvlm":

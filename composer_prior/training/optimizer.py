@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from composer_prior import registry
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.models.language import parts_of
+from composer_prior.models.language import named_weights
 from composer_prior.registry import did_you_mean
 from composer_prior.training.keys import GroupSettings, settings_of
 
@@ -75,14 +75,11 @@ def _weights_in_groups(settings: list[GroupSettings], model: nn.Module, spare: b
 
 def _named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the weights by the names that recipes use, a tied one several times."""
-    parts = parts_of(model.model) if isinstance(model, ComposerLVLM) else {}
-    if not parts or (not model.reads_text_alone and "vision" not in parts):  # another model, or another family
-        for name, weight in model.named_parameters(remove_duplicate=False):
-            yield name.removeprefix("model."), weight
+    if isinstance(model, ComposerLVLM):
+        yield from named_weights(model.model)
         return
-    for part, module in parts.items():
-        for name, weight in module.named_parameters(remove_duplicate=False):
-            yield f"{part}.{name}", weight
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        yield name.removeprefix("model."), weight
 
 
 def _begins(name: str, prefix: str) -> bool:

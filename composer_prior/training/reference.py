@@ -25,6 +25,11 @@ _IDENTITY = (
 )
 
 
+def sees_images(model: Mapping[str, Any]) -> bool:
+    """Return True if a recipe's ``model`` has a vision tower."""
+    return bool(model.get("vision")) or model["name"] == "hugging_face"
+
+
 def model_folder(recipe: TrainConfig) -> Path:
     """Return the folder of a run's model in Hugging Face format."""
     return Path(recipe.run_folder) / "model"
@@ -32,7 +37,7 @@ def model_folder(recipe: TrainConfig) -> Path:
 
 def metadata_file(recipe: TrainConfig) -> Path:
     """Return the path of the metadata of a run's model, which is written with it."""
-    return model_folder(recipe) / ("training.json" if recipe.model.get("vision") else "reference.json")
+    return model_folder(recipe) / ("training.json" if sees_images(recipe.model) else "reference.json")
 
 
 def model_metadata(recipe: TrainConfig, model: ComposerLVLM, data: str, validation: Mapping[str, float]) -> str:

@@ -18,14 +18,15 @@ from composer_prior.data.files import read_object
 from composer_prior.data.hub import ModelFolderError, load_pretrained
 from composer_prior.data.messages import announce, one_line
 from composer_prior.data.nodes import on_first_rank
+from composer_prior.data.processing import image_placeholder
 from composer_prior.data.remote import Output
 from composer_prior.data.storage import StorageError, WriteError, full_disk_told, is_remote
 from composer_prior.data.tokenizer import tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.models.image_text_model import ImageTextModel
-from composer_prior.models.language import generate_greedily
+from composer_prior.models.image_text_model import ImageTextModel, classes_of
+from composer_prior.models.language import causal_lm_of, generate_greedily
 from composer_prior.models.model_folder import fitting_weights, save_model_folder
-from composer_prior.models.prior_lvlm import PriorLVLMConfig, PriorLVLMForConditionalGeneration, PriorLVLMProcessor
+from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration
 from composer_prior.reports.closing import validation_metrics
 from composer_prior.training.checkpoints.loading import read_weights
 from composer_prior.training.checkpoints.storage import find_weights
@@ -120,6 +121,11 @@ def model_card(recipe: TrainConfig, model: ComposerLVLM, data: str, validation: 
     used = {key: value for key, value in written(recipe).items() if value not in (None, {}, [])}
     file = Path((recipe.data or {}).get("out", "."), "recipe.json")
     known: Any = read_object(file) if recipe.data and file.is_file() else {}
+    said, allowed = "It is a model of `transformers`, which needs no code of composer-prior:", ""
+    if isinstance(causal_lm_of(model.model), PriorLVLMForConditionalGeneration):
+        said = "Without composer-prior, `transformers` runs the code in this folder if you allow it:"
+        allowed = ", trust_remote_code=True"
+    text = image_placeholder(model.processor) + recipe.train_loader["dataset"].get("prompt", "")
     licence = known.get("licence", "not stated; it is that of the images and captions")
     return f"""---
 library_name: transformers
@@ -138,13 +144,13 @@ model = load("path/of/this/folder")
 print(model.generate_captions([Image.open("photo.jpg")]))
 ```
 
-Without composer-prior, `transformers` runs the code in this folder if you allow it:
+{said}
 
 ```python
 from transformers import pipeline
 
-captioner = pipeline("image-text-to-text", "path/of/this/folder", trust_remote_code=True)
-print(captioner(images="photo.jpg", text="<image>{recipe.train_loader["dataset"].get("prompt", "")}"))
+captioner = pipeline("image-text-to-text", "path/of/this/folder"{allowed})
+print(captioner(images="photo.jpg", text={text!r}))
 ```
 
 | validation | value |
@@ -192,9 +198,10 @@ def _load_checkpoint(source: Path, trust_remote_code: bool) -> ImageTextModel:
         raise ModelFolderError(f"{source} has no {ARCHITECTURE}/ in a folder above it; leave it in its run folder.")
     folder = runs[0] / ARCHITECTURE
     try:
-        processor = load_pretrained(PriorLVLMProcessor, folder, trust_remote_code)
-        config = load_pretrained(PriorLVLMConfig, folder, trust_remote_code)
-        model: Any = PriorLVLMForConditionalGeneration(config)
+        classes = classes_of(folder, trust_remote_code)
+        assert classes is not None  # of a run with images
+        processor, config = (load_pretrained(one, folder, trust_remote_code) for one in classes[:2])
+        model: Any = getattr(classes[2], "from_config", classes[2])(config)
         weights, fingerprint = read_weights(source)
     except ModelFolderError:
         raise

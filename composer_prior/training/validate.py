@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from composer.core import Time, Timestamp, TimeUnit, precision
 from composer.utils import get_device
+from PIL import Image
 from torch import nn
 from torch.utils.data import ChainDataset, DataLoader
 
@@ -21,17 +22,18 @@ from composer_prior import registry
 from composer_prior.algorithms.token_weighting.token_weighting import check_algorithms, weighting_of
 from composer_prior.data.captions import StreamingCaptionDataset, check_scorable
 from composer_prior.data.nodes import on_first_rank
+from composer_prior.data.processing import ProcessorInputs
 from composer_prior.data.remote import Remote
 from composer_prior.data.scores import KEYS, Scores, ScoresError, ScoresMetadata
 from composer_prior.data.storage import is_remote
 from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import build_tokenizer
-from composer_prior.models.build import lvlm_skeleton
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.sharding import build_parallelism, check_checkpointing
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.training.benchmarks import build_benchmarks
 from composer_prior.training.builders import (
+    SKELETONS,
     StartError,
     build_all,
     build_loaders,
@@ -133,10 +135,11 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
 def _skeleton(recipe: TrainConfig, tokenizer: Any, where: str) -> Any:
     """Return the model without its weights, or a stand-in where a component from outside cannot be built so."""
     stand_in = SimpleNamespace(tokenizer=tokenizer, image_processor=lambda image: image)
-    if recipe.model["name"] != "lvlm":
+    name = recipe.model["name"]
+    if name not in SKELETONS:
         return stand_in
     config, reference = registry.without_name(recipe.model), recipe.reference_recipe
-    language = config["language"]
+    language = config.get("language") or {}
     pretrained = language.get("pretrained")
     if reference is not None and pretrained is not None:
         folder = model_folder(reference)
@@ -144,7 +147,7 @@ def _skeleton(recipe: TrainConfig, tokenizer: Any, where: str) -> Any:
             config["language"] = {**language, "pretrained": None, "config": None, **reference.model["language"]}
     try:
         with one_line_errors(f"{where}model" if where else ""):
-            return lvlm_skeleton(tokenizer, **config)
+            return SKELETONS[name](tokenizer, **config)
     except StartError as error:
         if isinstance(error.__cause__, RuntimeError):  # a tower from outside that computes while it is built
             return stand_in
@@ -194,7 +197,12 @@ def _check_same_data(recipe: TrainConfig, key: str, helper: TrainConfig, data: S
 
 def check_fit(model: ComposerLVLM, data: StreamingCaptionDataset) -> None:
     """Raise if the language model lacks positions for the longest sequence of the data, naming the lengths."""
-    image_tokens = 0 if model.reads_text_alone else model.processor.image_processor.max_image_tokens
+    processor: Any = data.image_processor
+    if isinstance(processor, ProcessorInputs):  # its number of tokens may depend on the image
+        taken = len(processor(Image.new("RGB", (1024, 1024))).prefix["input_ids"])
+        image_tokens = taken - 1 - len(data.prompt_ids)
+    else:
+        image_tokens = 0 if model.reads_text_alone else model.processor.image_processor.max_image_tokens
     longest = 1 + image_tokens + len(data.prompt_ids) + data.max_caption_tokens
     positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest > positions:

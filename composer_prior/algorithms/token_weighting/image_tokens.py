@@ -64,7 +64,12 @@ def image_positions(input_ids: Tensor, labels: Tensor, model: Any) -> Tensor:
 
 
 def text_positions(batch: Mapping[str, Tensor], model: Any) -> Tensor:
-    """``[B, T]`` bool: the real positions that are not the image's, see :func:`image_positions`."""
+    """``[B, T]`` bool: the real positions that are not the image's, see :func:`image_positions`.
+
+    A batch may say itself which they are, ``text_mask``.
+    """
+    if "text_mask" in batch:
+        return batch["text_mask"]
     is_text = ~image_positions(batch["input_ids"], batch["labels"], model)
     return is_text & batch["attention_mask"].bool() if "attention_mask" in batch else is_text
 

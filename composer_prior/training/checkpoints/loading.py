@@ -1,6 +1,6 @@
 """Load the weights of a checkpoint or of a model folder into another model."""
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from composer_prior.data.hub import load_pretrained
 from composer_prior.data.tokenizer import add_image_tokens, tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.models.image_text_model import ImageTextModel
+from composer_prior.models.image_text_model import ImageTextModel, classes_of
 from composer_prior.models.language import parts_of
 from composer_prior.models.model_folder import fitting_weights
-from composer_prior.models.prior_lvlm import PriorLVLMConfig
 from composer_prior.training.checkpoints.identity import OLD_NAMES, RunIdentity, read_identity, read_sharded, read_state
 from composer_prior.training.checkpoints.pickles import METADATA
 from composer_prior.training.checkpoints.storage import check_sums, find_weights
@@ -39,9 +38,9 @@ def load_weights(path: str, model: ComposerLVLM) -> str:
     parts: dict[str, Any] = parts_of(model.model)
     target: Any = model.model
     loaded = list(parts)
-    if not any(name.startswith("model.model.vision_tower.") for name in weights):  # a language model on text
-        loaded, target = ["language"], parts["language"]
     found = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    if not any(re.search(r"\.(vision_|visual\.)", name) for name in weights):  # a language model on text
+        loaded, target = ["language"], parts["language"]
     try:
         target.load_state_dict(fitting_weights(found, target), strict=False)  # what is not there is tied
     except ValueError as error:
@@ -63,7 +62,7 @@ def read_weights(source: Path) -> tuple[dict[str, Tensor], str | None]:
         weights = {name.removeprefix(prefix): tensor for name, tensor in read_sharded(source, prefix).items()}
         fingerprint = (read_identity(source) or {}).get("tokenizer")
     else:
-        if json.loads((source / "config.json").read_bytes()).get("model_type") == PriorLVLMConfig.model_type:
+        if classes_of(source) is not None:
             lvlm = ImageTextModel.from_pretrained(source)
             model, tokenizer = lvlm.model, lvlm.tokenizer
         else:
