@@ -19,7 +19,7 @@ from composer_prior.models.build import lvlm_skeleton
 from composer_prior.models.hugging_face import hugging_face_skeleton
 from composer_prior.training.config import TrainConfig
 
-SKELETONS = {"lvlm": lvlm_skeleton, "hugging_face": hugging_face_skeleton}  # models on the meta device
+SKELETONS: dict[str, Any] = {"lvlm": lvlm_skeleton, "hugging_face": hugging_face_skeleton}  # on the meta device
 
 
 class StartError(ValueError):

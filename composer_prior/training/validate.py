@@ -199,8 +199,8 @@ def check_fit(model: ComposerLVLM, data: StreamingCaptionDataset) -> None:
     """Raise if the language model lacks positions for the longest sequence of the data, naming the lengths."""
     processor: Any = data.image_processor
     if isinstance(processor, ProcessorInputs):  # its number of tokens may depend on the image
-        taken = len(processor(Image.new("RGB", (1024, 1024))).prefix["input_ids"])
-        image_tokens = taken - 1 - len(data.prompt_ids)
+        prefix: Any = processor(Image.new("RGB", (1024, 1024))).prefix
+        image_tokens = len(prefix["input_ids"]) - 1 - len(data.prompt_ids)
     else:
         image_tokens = 0 if model.reads_text_alone else model.processor.image_processor.max_image_tokens
     longest = 1 + image_tokens + len(data.prompt_ids) + data.max_caption_tokens
