@@ -169,7 +169,7 @@ def split_packed_images(batch: Mapping[str, Any], microbatch_size: int | float) 
     """Split a batch; also one of Qwen2-VL, whose ``pixel_values`` are the patches of all images one after the other.
 
     Give it to Composer as ``DataSpec(..., split_batch=split_packed_images)``; its default would cut the patches of
-    images anywhere.
+    images anywhere, and warns of each tensor of a batch that is not larger than a microbatch.
 
     Args:
         batch: where images are packed, with ``image_grid_thw`` ``[B, 3]`` int64, the patches of each image along time,
@@ -184,6 +184,7 @@ def split_packed_images(batch: Mapping[str, Any], microbatch_size: int | float) 
     from composer.core.data_spec import default_split_batch  # here: models work without Composer
 
     samples = len(batch["input_ids"])
+    microbatch_size = min(microbatch_size, samples)
     packed = {name: grid_name for name, grid_name in _GRIDS.items() if grid_name in batch and name in batch}
     packed |= {name.removesuffix(ROWS): name for name in batch if name.endswith(ROWS)}
     rest = {key: value for key, value in batch.items() if key not in packed}

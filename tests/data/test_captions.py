@@ -111,6 +111,17 @@ def test_a_long_caption_is_cut_without_an_end(tmp_path, tokenizer):
     assert short[-1] == tokenizer.eos_token_id
 
 
+def test_a_batch_that_is_smaller_than_a_microbatch_stays_whole_without_a_warning(tmp_path, tokenizer, recwarn):
+    samples = [{"image": png(), "caption": "a fox"}] * 5
+    spec = caption_data_spec(open_data(write(tmp_path / "data", samples), tokenizer), 5)
+    batch = next(iter(spec.dataloader))
+    for size, expected in ((64, [5]), (5, [5]), (2, [2, 2, 1])):
+        parts = spec.split_batch(batch, size)
+        assert [len(part["input_ids"]) for part in parts] == expected
+        assert all(torch.equal(torch.cat([part[key] for part in parts]), value) for key, value in batch.items())
+    assert not [one for one in recwarn if "Cannot split" in str(one.message)]
+
+
 def test_batches_are_padded_at_the_end(tmp_path, tokenizer):
     samples = [{"image": png(8, 8), "caption": "a fox"}, {"image": png(32, 16), "caption": "two small foxes on a hill"}]
     data = open_data(write(tmp_path / "data", samples), tokenizer)
