@@ -44,15 +44,19 @@ def test_the_figures():
     assert found.viewer_nll == pytest.approx(-(2 * math.log(0.9) + math.log(0.8) + math.log(0.02)) / 4)
     assert found.reference_nll == pytest.approx(-(2 * math.log(0.9) + math.log(0.1) + math.log(0.02)) / 4)
     plain, prior, _, gain = (found.methods[name] for name in METHODS)
-    assert plain == pytest.approx({"on_needed": 0.25, "precision": 0.25, "effective_sample_size": 1.0})
+    assert plain == pytest.approx(
+        {"on_needed": 0.25, "on_predicted": 0.5, "precision": 0.25, "effective_sample_size": 1.0}
+    )
     assert prior["on_needed"] == pytest.approx(0.9 / (0.1 + 0.9 + 0.1 + 0.98))
     assert prior["precision"] == 0.0  # the name is heavier than the snail
     weights = [0.1, 0.1 + 0.9 * (1 - 0.1 / 0.8), 0.1, 0.1]
     assert gain["on_needed"] == pytest.approx(weights[1] / sum(weights))
+    assert gain["on_predicted"] == pytest.approx(0.2 / sum(weights))
     assert gain["precision"] == 1.0
     assert gain["effective_sample_size"] == pytest.approx(sum(weights) ** 2 / (4 * sum(w * w for w in weights)))
     assert found.favoured == ["anna"]
     assert found.recommendation.startswith("ImageGain with floor=0.1")
+    assert "get 75% of the weight instead of 25%, and those that the text predicts keep 17% of 50%." in str(found)
     assert "PRIOR favours words that the image does not explain: anna" in str(found)
 
 
