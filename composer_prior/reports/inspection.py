@@ -177,12 +177,17 @@ def _shades(
     import torch
 
     from composer_prior.algorithms.prior.weights import importance_weights
-    from composer_prior.data.scores import COLUMN, Scores, index_fingerprint
+    from composer_prior.data.scores import COLUMN, Scores, ScoresError, index_fingerprint
     from composer_prior.data.tokenizer import add_image_tokens, encode_caption, tokenizer_fingerprint
     from composer_prior.scoring.align import token_edges
 
     scores = Scores(path, cache)
     metadata = scores.metadata
+    if metadata.column != COLUMN:
+        raise ScoresError(
+            f"{path} holds a viewer's scores, and the page shows PRIOR's weights: give scores= the folder of a "
+            "reference's, which composer-prior score makes."
+        )
     name = metadata.reference["path"] if tokenizer is None else tokenizer
     loaded = _load_tokenizer(name)
     add_image_tokens(loaded)
@@ -191,9 +196,7 @@ def _shades(
         raise ValueError(
             f"{path}: the reference has another tokenizer than the model; name the model's with tokenizer=."
         )
-    expected = dataclasses.replace(
-        metadata, column=COLUMN, data=index_fingerprint([index]), samples=samples, tokenizer=known
-    )
+    expected = dataclasses.replace(metadata, data=index_fingerprint([index]), samples=samples, tokenizer=known)
     metadata.check(expected, path)
 
     def pieces(number: int, sample: Mapping[str, Any]) -> list[list[Shade]] | None:

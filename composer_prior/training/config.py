@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from copy import deepcopy
@@ -233,8 +233,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     _take_processors_tokenizer(recipe)
     texts: dict[str, Any] = {}
     for key in HELPERS:
-        helper = _changed(helpers[key], helper_changes[key], path)
+        given = helper_changes[key]
+        other = isinstance(given, str) and not given.endswith((".yaml", ".yml"))
+        helper = None if other else _changed(helpers[key], given, path)
         if helper is None:
+            naming = [*_naming(OmegaConf.to_container(recipe), key)]
+            if other:
+                words = " ".join(f"{one}=..." for one in naming or [f"algorithms.NAME.{key}"])
+                raise ValueError(f"{key}={given}: expected FILE.yaml, a recipe. For a model, give {key}=null {words}")
+            if naming:
+                raise ValueError(f"{key}=null: also give {', '.join(naming)}, which name files of the {key}.")
             continue
         shared = {"data": data, "tokenizer": recipe.get("tokenizer")}
         if key == "viewer":
@@ -257,6 +265,15 @@ def _take_processors_tokenizer(recipe: DictConfig) -> None:
     if model.get("name") == "hugging_face":
         name = (model.get("processor") or {}).get("name") or model.get("pretrained")
         recipe.tokenizer = {"name": name, **(recipe.get("tokenizer") or {}), "image_tokens": False}
+
+
+def _naming(value: Any, section: str, key: str = "") -> Iterator[str]:
+    """Yield the keys of the values that interpolate a section."""
+    if isinstance(value, dict):
+        for name, one in value.items():
+            yield from _naming(one, section, f"{key}.{name}".lstrip("."))
+    elif f"${{{section}." in str(value):
+        yield key
 
 
 def _find(path: Path, beside: Path | None = None) -> Path:

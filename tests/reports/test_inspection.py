@@ -143,7 +143,9 @@ def test_scores_of_a_viewer_are_not_priors_weights(data, scores, tmp_path, capsy
     index = Path(scores, "index.json")
     index.write_text(index.read_text().replace("ref_logprobs", "viewer_logprobs"))
     assert main([str(data), f"scores={scores}", f"page={tmp_path / 'page.html'}"]) == 1
-    assert "column ('viewer_logprobs' there, 'ref_logprobs' here)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "holds a viewer's scores, and the page shows PRIOR's weights: give scores= the folder of a" in error
+    assert "Delete" not in error
 
 
 def test_stored_scores_shade_each_token(data, scores, tokenizer, tmp_path, capsys):
