@@ -1,6 +1,7 @@
 """``composer-prior score RECIPE.yaml [option=value ...] [key=value ...]``, or a job's keys without a recipe."""
 
 import os
+from functools import partial
 from typing import Any
 
 from composer.utils import dist, get_device
@@ -8,9 +9,11 @@ from transformers import AutoConfig
 
 from composer_prior.data.hub import load_pretrained
 from composer_prior.data.messages import announce, one_line_exit
+from composer_prior.data.nodes import on_first_rank
 from composer_prior.scoring.job import ScoreJob
-from composer_prior.scoring.score import score_captions
+from composer_prior.scoring.score import blind_viewer, score_captions
 from composer_prior.training.config import TrainConfig
+from composer_prior.training.reference import short_viewer
 from composer_prior.training.run import job_of, prepare
 
 
@@ -35,4 +38,8 @@ def run(recipe: TrainConfig | None, options: dict[str, Any]) -> None:
         if job.viewer is not None:  # before anything is made
             load_pretrained(AutoConfig, job.viewer, job.trust_remote_code)
         prepare(recipe, itself=False, helpers=("reference",) if job.viewer is None else ())
+        if job.viewer is not None:
+            announce(on_first_rank(partial(short_viewer, recipe, job.viewer)))
     announce(str(score_captions(job)))
+    if job.viewer is not None and (stored := job.dataset.get("scores")):
+        announce(on_first_rank(partial(blind_viewer, job.out, stored)))

@@ -48,25 +48,30 @@ class Viewer:
         Args:
             batch: of the trained model, with ``labels`` ``[B, T]``.
         """
-        whole = len(batch["labels"]) <= self.batch_size
-        parts = [batch] if whole else split_packed_images(batch, self.batch_size)
+        parts = split_packed_images(batch, self.batch_size)
         return torch.cat([-self.model(part)["nll"].float() for part in parts])
 
     def check_inputs(self, model: Any) -> None:
-        """Refuse a trained model that reads images, prompt or text otherwise than the viewer.
+        """Refuse a trained model, a :class:`.ComposerLVLM`, as :func:`check_processors` does."""
+        check_processors(self.model.processor, getattr(model, "processor", None))
 
-        Args:
-            model: a :class:`.ComposerLVLM`.
 
-        Raises:
-            ValueError: naming what differs.
-        """
-        for name in ("tokenizer", "image_processor", "prompt"):
-            if _settings(self.model.processor, name) != _settings(getattr(model, "processor", None), name):
-                raise ValueError(
-                    f"The viewer has another {name} than the model: it cannot read the model's batches. Store its "
-                    "log-probabilities first: composer-prior score ... viewer=MODEL."
-                )
+def check_processors(viewers: Any, models: Any) -> None:
+    """Refuse a trained model that reads images, prompt or text otherwise than the viewer.
+
+    Args:
+        viewers: processor of the viewer.
+        models: processor of the trained model.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    for name in ("tokenizer", "image_processor", "prompt"):
+        if _settings(viewers, name) != _settings(models, name):
+            raise ValueError(
+                f"The viewer has another {name} than the model: it cannot read the model's batches. Store its "
+                "log-probabilities first: composer-prior score ... viewer=MODEL."
+            )
 
 
 def _settings(processor: Any, name: str) -> Any:

@@ -7,6 +7,7 @@ complete, and the index is written last. A killed job continues with the missing
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -337,6 +338,32 @@ def _cut(
     to_edges = to_edges[: most + 1]
     needed = int(np.searchsorted(edges, to_edges[-1]))
     return ids[:needed], edges[: needed + 1], to_edges
+
+
+def blind_viewer(viewer: str, reference: str) -> str:
+    """Return a warning if a viewer predicts the first 1,000 captions no better than the reference; "" if it does.
+
+    Args:
+        viewer: folder or URL of its scores.
+        reference: folder or URL of the reference's, of the same captions. Without whole scores there is no warning.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            both = [Scores(path, Path(cache)) for path in (viewer, reference)]
+            pairs = [[scores[number] for scores in both] for number in range(min(1000, *map(len, both)))]
+    except ScoresError:
+        return ""
+    pairs = [pair for pair in pairs if 0 < len(pair[0]) == len(pair[1])]  # one of the two may have skipped a sample
+    if not pairs:
+        return ""
+    sees, reads = (np.concatenate(values) for values in zip(*pairs, strict=True))
+    if sees.mean() > reads.mean():
+        return ""
+    return (
+        f"Warning: the viewer predicts captions no better than the text-only reference ({-sees.mean():.3f} and "
+        f"{-reads.mean():.3f} nats per token, {len(pairs):,} captions): {(sees <= reads).mean():.0%} of the tokens get "
+        "the weight `floor`. Train it longer, or name another viewer."
+    )
 
 
 def model_identity(path: str, trust_remote_code: bool = False, further: Sequence[str] = ()) -> dict[str, str]:

@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from composer.core import Time, TimeUnit
+
 from composer_prior.data.files import read_object
+from composer_prior.data.scores import METADATA
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.training.config import TrainConfig, identified
@@ -92,3 +95,45 @@ def check_helper(recipe: TrainConfig, key: str, data: str | None = None) -> None
         raise ValueError(f"The {key} in {folder} was made with another reference than the run's. {remedy}")
     if data is not None and metadata["data"] != data:
         raise ValueError(f"The {key} in {folder} was made from other data than the run's. {remedy}")
+
+
+def viewer_of(recipe: TrainConfig) -> str | None:
+    """Return the folder or hub id of the viewer that a recipe's algorithms name, or of its own, or None."""
+    named = [given["viewer"] for given in recipe.algorithms.values() if (given or {}).get("viewer")]
+    named += [str(model_folder(recipe.helpers["viewer"]))] if "viewer" in recipe.helpers else []
+    return named[0] if named else None
+
+
+def short_viewer(recipe: TrainConfig, viewer: str | None = None) -> str:
+    """Return a warning if a viewer is trained on fewer samples than the run that it serves; "" if not, or if unknown.
+
+    Args:
+        recipe: of the run.
+        viewer: folder or hub id. Default: that of the recipe, or of its stored scores.
+    """
+    scores = Path(recipe.train_loader["dataset"].get("viewer_scores") or "", METADATA)
+    viewer = viewer or viewer_of(recipe)
+    if viewer is None and scores.is_file():
+        viewer = read_object(scores)["reference"]["path"]
+    card, own, theirs = Path(viewer or "", "training.json"), recipe.helpers.get("viewer"), dict[str, Any]()
+    if own is not None and card.parent == model_folder(own):
+        theirs = vars(own)
+    elif card.is_file():
+        theirs = read_object(card).get("recipe") or {}
+    if not {"max_duration", "global_train_batch_size"} <= {*theirs}:
+        return ""
+    (seen, unit), (needed, same) = _length(theirs), _length(vars(recipe))
+    if unit != same or seen >= needed:
+        return ""
+    return (
+        f"Warning: the viewer {viewer} is trained on {seen:,} {unit}, fewer than the {needed:,} of this run: tokens "
+        "that it has not learned get the weight `floor`. Train it longer, or name another viewer."
+    )
+
+
+def _length(keys: Mapping[str, Any]) -> tuple[float, str]:
+    """Return how long a recipe trains in the unit of its ``max_duration``, in samples where that is batches."""
+    length = Time.from_timestring(keys["max_duration"])
+    if length.unit == TimeUnit.BATCH:
+        return length.value * keys["global_train_batch_size"], "samples"
+    return length.value, f"{length.unit.name.lower()}s"

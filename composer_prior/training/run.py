@@ -23,13 +23,13 @@ from composer_prior.data.scores import INDEX, KEYS
 from composer_prior.data.storage import is_remote, whole_folder
 from composer_prior.data.tokenizer import train_tokenizer
 from composer_prior.scoring.job import ScoreJob
-from composer_prior.scoring.score import score_captions
+from composer_prior.scoring.score import blind_viewer, score_captions
 from composer_prior.training.builders import one_line_errors
 from composer_prior.training.checkpoints.start import check_bucket, check_replaced
 from composer_prior.training.checkpoints.storage import CHECKPOINT_NAME
 from composer_prior.training.config import HELPERS, TrainConfig
 from composer_prior.training.keys import check_keys
-from composer_prior.training.reference import check_helper, metadata_file, model_folder
+from composer_prior.training.reference import check_helper, metadata_file, model_folder, short_viewer, viewer_of
 from composer_prior.training.trainer import build_trainer, finish
 from composer_prior.training.validate import check_parts, check_whole, trained_recipes
 
@@ -51,6 +51,7 @@ def train(recipe: TrainConfig) -> Trainer:
 def start(recipe: TrainConfig) -> Trainer:
     """Prepare data, tokenizer and reference, and build the Trainer."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
+    announce(on_first_rank(partial(short_viewer, recipe)))
     prepare(recipe)
     ensure_scores(recipe)
     return build_trainer(recipe)
@@ -189,14 +190,15 @@ def ensure_scores(recipe: TrainConfig) -> None:
     Raises:
         ScoresError: if they belong to something else, naming what differs.
     """
-    viewers = [given["viewer"] for given in recipe.algorithms.values() if (given or {}).get("viewer")]
-    viewers += [str(model_folder(recipe.helpers["viewer"]))] if recipe.viewer is not None else []
+    viewer = viewer_of(recipe)
     for loader in (recipe.train_loader, recipe.eval_loader):
         dataset = (loader or {}).get("dataset") or {}
         if recipe.reference is not None and dataset.get("scores"):
             announce(str(score_captions(job_of(recipe, dataset))))
-        if viewers and dataset.get("viewer_scores"):
-            announce(str(score_captions(job_of(recipe, dataset, viewer=viewers[0]))))
+        if viewer is not None and dataset.get("viewer_scores"):
+            announce(str(score_captions(job_of(recipe, dataset, viewer=viewer))))
+        if all(dataset.get(key) for key in KEYS):
+            announce(on_first_rank(partial(blind_viewer, dataset["viewer_scores"], dataset["scores"])))
 
 
 def job_of(recipe: TrainConfig, dataset: Mapping[str, Any], **changes: Any) -> ScoreJob:

@@ -218,7 +218,8 @@ def _report(recipe: TrainConfig, trainer: Trainer, benchmarks: Sequence[RunBench
         ours = validation_metrics(trainer.state)  # on every rank: it adds up what the ranks counted
         for key, helper in recipe.helpers.items():
             if (metadata := read_metadata(helper)) is not None:
-                rows[f"{helper.run_name} ({'text only' if key == 'reference' else key})"] = metadata["validation"]
+                reads = "text only" if key == "reference" else "with images"
+                rows[f"{helper.run_name} ({reads})"] = metadata["validation"]
         rows[recipe.run_name] = ours
         announce(metrics_table(rows))
     with closing_part():

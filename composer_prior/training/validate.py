@@ -17,10 +17,12 @@ from composer.utils import get_device
 from PIL import Image
 from torch import nn
 from torch.utils.data import ChainDataset, DataLoader
+from transformers import AutoProcessor
 
 from composer_prior import registry
 from composer_prior.algorithms.token_weighting.token_weighting import check_algorithms, weighting_of
 from composer_prior.data.captions import StreamingCaptionDataset, check_scorable
+from composer_prior.data.hub import load_pretrained
 from composer_prior.data.nodes import on_first_rank
 from composer_prior.data.processing import ProcessorInputs
 from composer_prior.data.remote import Remote
@@ -30,6 +32,7 @@ from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import build_tokenizer
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.sharding import build_parallelism, check_checkpointing
+from composer_prior.models.viewer import check_processors
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.training.benchmarks import build_benchmarks
 from composer_prior.training.builders import (
@@ -128,8 +131,26 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
         check_algorithms(algorithms, model)
         check_new_weights(algorithms, optimizer, where)
         build_benchmarks(without_models("benchmark", recipe.benchmarks), model, where=where)
+        model.processor.prompt = data.prompt
+        _check_live_viewer(recipe, model, where)
     for key, helper in recipe.helpers.items():
         _check_same_data(recipe, key, helper, data)
+
+
+def _check_live_viewer(recipe: TrainConfig, model: ComposerLVLM, where: str) -> None:
+    """Raise if a viewer is to score each batch and cannot read it; it may be yet to be trained."""
+    dataset, own = recipe.train_loader["dataset"], recipe.helpers.get("viewer")
+    for name, given in recipe.algorithms.items():
+        viewer = (given or {}).get("viewer")
+        if not viewer or dataset.get("viewer_scores"):
+            continue
+        with one_line_errors(f"{where}algorithms.{name}.viewer={viewer}"):
+            if own is None or Path(viewer).exists():
+                processor = load_pretrained(AutoProcessor, viewer)
+            else:
+                processor = getattr(_skeleton(own, model.tokenizer, f"{where}viewer."), "processor", model.processor)
+                processor.prompt = own.train_loader["dataset"].get("prompt", "")
+            check_processors(processor, model.processor)
 
 
 def _skeleton(recipe: TrainConfig, tokenizer: Any, where: str) -> Any:

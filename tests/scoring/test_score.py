@@ -28,7 +28,7 @@ from composer_prior.data.tokenizer import image_token_ids, train_tokenizer
 from composer_prior.models.reference import batches_by_length
 from composer_prior.scoring import score
 from composer_prior.scoring.job import ScoreJob
-from composer_prior.scoring.score import score_captions, score_texts
+from composer_prior.scoring.score import blind_viewer, score_captions, score_texts
 from composer_prior.scoring.writer import ScoresWriter
 from composer_prior.training.config import load_recipe
 from composer_prior.training.run import ensure_scores, job_of
@@ -291,6 +291,24 @@ def test_a_job_that_was_killed_goes_on_without_scoring_again(
     assert score_captions(job()).reused
 
 
+@pytest.mark.parametrize(("better", "told"), [(0.1, False), (0.0, True), (-0.1, True)])
+def test_a_viewer_that_knows_no_more_than_the_reference_is_told(
+    better: float, told: bool, job: Any, data: StreamingCaptionDataset, tmp_path: Path
+) -> None:
+    reference = score_captions(job()).out
+    sees = [np.minimum(values * (1 - better), 0) for values in stored(reference)]
+    sees[3] = sees[3][:0]  # a skipped sample
+    writer = ScoresWriter(str(tmp_path / "viewer"), ScoresMetadata.of(data, {}, "viewer_logprobs"), 96)
+    assert writer.begin() == {}
+    assert blind_viewer(str(tmp_path / "viewer"), reference) == ""  # there are none yet
+    writer.finish({0: writer.write(0, sees)})
+    warning = blind_viewer(str(tmp_path / "viewer"), reference)
+    assert bool(warning) == told
+    kept = np.concatenate([values for number, values in enumerate(stored(reference)) if number != 3])
+    mean = f"{-kept.mean():.3f} nats per token, 95 captions): 100% of the tokens get the weight `floor`"
+    assert not told or (warning.startswith("Warning: the viewer predicts captions no better") and mean in warning)
+
+
 def test_scores_that_are_there_are_not_touched(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     done = score_captions(job())
     before = sorted(Path(done.out).rglob("*"))
@@ -363,10 +381,10 @@ def test_two_nodes_under_launchers_share_what_is_missing(job: Any, data: Streami
     assert_all_close(stored(shared.out), values, atol=1e-5, rtol=2**-10)
 
 
-def score_on(*nodes: Path, out: str = "scores", **options: Any) -> str:
+def score_on(*nodes: Path, out: str = "scores", model: str = "reference", **options: Any) -> str:
     """What a job prints on nodes of these folders, which it names everything from."""
     words = [
-        *(f"out={out}", "reference=reference", "tokenizer.name=reference", "dataset.local=data"),
+        *(f"out={out}", f"{model}={model}", "tokenizer.name=reference", "dataset.local=data"),
         *("dataset.max_caption_tokens=20", "unit_samples=20", "progress_bar=false"),
     ]
     program = ROOT / "scripts" / "score_captions.py"
@@ -395,6 +413,22 @@ def test_two_nodes_on_one_disk_leave_the_bytes_of_one_process(node: Any) -> None
     files = {path.name: path.read_bytes() for path in (alone / "scores").iterdir()}
     assert len(files) == 7, "five units, the metadata and the index"
     assert {path.name: path.read_bytes() for path in (disk / "scores").iterdir()} == files
+
+
+def test_two_ranks_score_what_an_interrupted_viewer_left_and_leave_the_bytes_of_one(node: Any, tokenizer: Any) -> None:
+    alone, disk = node("alone"), node("disk")
+    small_lvlm("patches", tokenizer, seed=3).image_text_model.save_pretrained(alone / "viewer")
+    (disk / "viewer").symlink_to(alone / "viewer")
+    assert score_on(alone, model="viewer").count("tokens of 96 samples in scores") == 1
+    files = {path.name: path.read_bytes() for path in (alone / "scores").iterdir()}
+    (disk / "scores").mkdir()
+    for name in ("scores.json", "shard.00001.000.mds"):  # units are published when they are whole, the index at the end
+        (disk / "scores" / name).write_bytes(files[name])
+    kept = (disk / "scores/shard.00001.000.mds").stat().st_mtime_ns
+    assert score_on(disk, disk, model="viewer").count("tokens of 76 samples in scores") == 1
+    assert {path.name: path.read_bytes() for path in (disk / "scores").iterdir()} == files
+    assert (disk / "scores/shard.00001.000.mds").stat().st_mtime_ns == kept
+    assert Scores(str(disk / "scores"), disk).metadata.column == "viewer_logprobs"
 
 
 @pytest.mark.parametrize(("key", "lacking"), [("reference", "reference"), ("dataset.local", "data"), ("scores", "")])

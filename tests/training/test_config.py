@@ -1,5 +1,6 @@
 """Recipes: what is read, and what is refused before anything heavy starts."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from composer_prior.data.messages import one_line
 from composer_prior.registry import register, snake_case
 from composer_prior.training.config import identified, load_recipe, written
 from composer_prior.training.keys import check_keys
+from composer_prior.training.reference import short_viewer
 
 YAMLS = Path(__file__).parents[2] / "yamls"
 RECIPES = sorted(path.stem for path in YAMLS.glob("*.yaml") if path.stem != "emoji_scenes")
@@ -371,3 +373,45 @@ def test_an_unknown_key_of_the_viewer_is_named():
     recipe = load("gain_vit", "viewer.optimizer.beta=1")
     with pytest.raises(ValueError, match=r"^viewer\.optimizer\.beta is not a key"):
         check_keys(recipe)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [("viewer", "train_loader.dataset.viewer_scores"), ("reference", "model.language.pretrained")],
+)
+def test_what_else_to_give_without_a_viewer_or_with_a_model_in_its_place(key, words):
+    with pytest.raises(
+        ValueError, match=rf"^{key}=null: also give {words}, .*algorithms\.image_gain\.{key}, which name"
+    ):
+        load("gain_vit", f"{key}=null")
+    remedy = rf"{key}=null {words}=\.\.\. .*algorithms\.image_gain\.{key}=\.\.\.$"
+    with pytest.raises(ValueError, match=rf"^{key}=runs/x/model: expected FILE\.yaml, a recipe.* {remedy}"):
+        load("gain_vit", f"{key}=runs/x/model")
+    with pytest.raises(ValueError, match=r"give viewer=null algorithms\.NAME\.viewer=\.\.\.$"):
+        load("prior_vit", "viewer=runs/x/model")
+
+
+def test_a_viewer_that_is_trained_on_less_than_the_run_is_told(tmp_path):
+    told = "is trained on 76,800 samples, fewer than the 128,000 of this run: tokens that it has not learned"
+    assert short_viewer(load("gain_vit", "max_duration=2000ba")).startswith(
+        f"Warning: the viewer runs/viewer/model {told}"
+    )
+    for words in (["max_duration=1200ba"], ["max_duration=2ep"], ["max_duration=2400ba", "global_train_batch_size=32"]):
+        assert short_viewer(load("gain_vit", *words)) == ""
+    model, scores = tmp_path / "model", tmp_path / "scores"
+    for folder, file, content in (
+        (model, "training.json", {"recipe": {"max_duration": "2ep", "global_train_batch_size": 8}}),
+        (scores, "scores.json", {"reference": {"path": str(model)}}),
+    ):
+        folder.mkdir()
+        (folder / file).write_text(json.dumps(content))
+    stored = load(
+        "gain_vit",
+        "max_duration=3ep",
+        "viewer=null",
+        f"train_loader.dataset.viewer_scores={scores}",
+        "algorithms.image_gain.viewer=null",
+    )
+    assert f"the viewer {model} is trained on 2 epochs, fewer than the 3 of this run" in short_viewer(stored)
+    assert short_viewer(load("gain_vit", "max_duration=3ep"), str(model)) == short_viewer(stored)
+    assert short_viewer(stored, "a/hub-id") == ""

@@ -181,6 +181,18 @@ def test_a_reference_that_would_learn_other_captions():
     assert "reference.train_loader.dataset holds other data than train_loader.dataset" in message
 
 
+@pytest.mark.parametrize(
+    ("key", "differs"),
+    [("model.vision.image_size=48", "image_processor"), ("train_loader.dataset.prompt=so", "prompt")],
+)
+def test_a_live_viewer_that_would_read_other_batches(key, differs, made, monkeypatch):
+    monkeypatch.chdir(made)
+    live = ["train_loader.dataset.viewer_scores=null", "viewer.model.vision.image_size=24"]
+    message = refused("gain_vit", *live, f"viewer.{key}")
+    where = "algorithms.image_gain.viewer=runs/viewer/model"
+    assert message.startswith(f"error: {where}: The viewer has another {differs} than the model")
+
+
 def test_scores_of_other_data():
     folder = Path("scores")
     folder.mkdir()

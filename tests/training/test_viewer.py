@@ -51,15 +51,16 @@ def test_everything_is_made(first):
     lines = (first / "runs/gain_vit/metrics.jsonl").read_text()
     assert "image_gain/viewer_nll" in lines
     page = (first / "runs/gain_vit/report.html").read_text()
-    assert "viewer (viewer)" in page
+    assert "viewer (with images)" in page
     assert "reference (text only)" in page
 
 
 def test_what_is_there_is_reused_and_another_family_is_served_too(first, monkeypatch, capfd):
     monkeypatch.chdir(first)
-    train(gain("gain_patch"))
+    train(gain("gain_patch", "max_duration=5ba"))
     output = capfd.readouterr().out
-    for what in ("Reference: reusing runs/reference/model", "Viewer: reusing runs/viewer/model"):
+    short = "Warning: the viewer runs/viewer/model is trained on 32 samples, fewer than the 40 of this run"
+    for what in ("Reference: reusing runs/reference/model", "Viewer: reusing runs/viewer/model", short):
         assert what in output
     assert output.count("Scores: reusing") == 2
 
@@ -103,6 +104,26 @@ def test_another_viewer_is_refused(first, monkeypatch, override, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_live_viewer_that_reads_other_images_is_refused(first, monkeypatch):
+    monkeypatch.chdir(first)
+    live = ["train_loader.dataset.viewer_scores=null", "algorithms.image_gain.viewer=runs/viewer/model"]
+    with pytest.raises(ValueError, match=r"^algorithms\.image_gain\.viewer=.*: The viewer has another image_processor"):
+        train(gain("gain_patch", "run_name=refused", *live))
+    assert not Path("runs/refused/metrics.jsonl").exists()
+
+
+def test_a_viewer_that_knows_no_more_than_the_reference_is_told(first, monkeypatch, capfd):
+    monkeypatch.chdir(first)
+    shutil.copytree("runs/reference/scores", "runs/blind")
+    for file in (Path("runs/blind/index.json"), Path("runs/blind/scores.json")):
+        file.write_text(file.read_text().replace("ref_logprobs", "viewer_logprobs"))
+    words = ["run_name=blind", "viewer=null", "train_loader.dataset.viewer_scores=runs/blind", *NO_REPORT]
+    train(recipe("gain_vit", *words, "algorithms.image_gain.viewer=null"))
+    output = capfd.readouterr().out
+    assert "Warning: the viewer predicts captions no better than the text-only reference (" in output
+    assert "64 captions): 100% of the tokens get the weight `floor`." in output
+
+
 def test_scores_of_another_viewer_are_refused(first, monkeypatch):
     monkeypatch.chdir(first)
     words = ["run_name=mixed", "viewer=null", *NO_REPORT, "train_loader.dataset.viewer_scores=runs/viewer/scores"]
@@ -110,7 +131,7 @@ def test_scores_of_another_viewer_are_refused(first, monkeypatch):
         train(recipe("gain_vit", *words, "algorithms.image_gain.viewer=runs/gain_vit/model"))
 
 
-def test_scoring_needs_no_recipe_of_a_viewer(first, tmp_path, monkeypatch):
+def test_scoring_needs_no_recipe_of_a_viewer(first, tmp_path, monkeypatch, capfd):
     """The command makes data and tokenizer, and not the models that the recipe would train."""
     monkeypatch.chdir(tmp_path)
     words = [str(ROOT / "yamls/gain_vit.yaml"), *SHRUNKEN, *VIEWER]
@@ -121,6 +142,12 @@ def test_scoring_needs_no_recipe_of_a_viewer(first, tmp_path, monkeypatch):
     score([*words, viewer, "out=scores", "batch_tokens=200"])
     assert Scores("scores", tmp_path).metadata.column == "viewer_logprobs"
     assert not (tmp_path / "runs").exists()
+    assert "Warning" not in capfd.readouterr().out
+    scores = f"train_loader.dataset.scores={tmp_path / 'scores'}"  # in the place of the reference's
+    score([*words, viewer, "out=again", "batch_tokens=200", "max_duration=5ba", scores])
+    output = capfd.readouterr().out
+    assert f"Warning: the {viewer.replace('=', ' ')} is trained on 32 samples, fewer than the 40 of this run" in output
+    assert "Warning: the viewer predicts captions no better than the text-only reference (" in output
 
 
 def test_a_viewer_of_another_reference_is_refused(first, tmp_path, monkeypatch):
