@@ -131,7 +131,6 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
         check_algorithms(algorithms, model)
         check_new_weights(algorithms, optimizer, where)
         build_benchmarks(without_models("benchmark", recipe.benchmarks), model, where=where)
-        model.processor.prompt = data.prompt
         _check_live_viewer(recipe, model, where)
     for key, helper in recipe.helpers.items():
         _check_same_data(recipe, key, helper, data)
@@ -150,6 +149,7 @@ def _check_live_viewer(recipe: TrainConfig, model: ComposerLVLM, where: str) -> 
             else:
                 processor = getattr(_skeleton(own, model.tokenizer, f"{where}viewer."), "processor", model.processor)
                 processor.prompt = own.train_loader["dataset"].get("prompt", "")
+            model.processor.prompt = dataset.get("prompt", "")
             check_processors(processor, model.processor)
 
 
