@@ -74,6 +74,7 @@ _SHIPPED = {  # beside Composer's algorithms, callbacks and loggers, which have 
         "polynomial_with_warmup": "composer.optim:PolynomialWithWarmupScheduler",
     },
     "vision": {
+        "naflex": "composer_prior.models.vision:build_naflex",
         "open_clip": "composer_prior.models.vision:build_open_clip",
         "patches": "composer_prior.models.vision:build_patches",
     },

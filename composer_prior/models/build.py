@@ -148,7 +148,11 @@ def _merge(tower: Any, factor: int) -> None:
     known: Any = tuple(TOWERS.values())
     if not isinstance(tower, known):
         raise ValueError(f"{where}: {type(tower).__name__} has no grid that is known; use the projector mlp.")
-    if settings["type"] == "patches":
+    if settings["type"] == "naflex":
+        rows = factor  # of its grids, which are made of blocks
+        if settings["max_tokens"] < factor**2:
+            raise ValueError(f"{where}: model.vision.max_tokens={settings['max_tokens']} holds no block of features.")
+    elif settings["type"] == "patches":
         rows = settings["max_side"] // settings["patch_size"]
     else:
         rows = isqrt(settings["image_tokens"])

@@ -11,9 +11,11 @@ A tower is a module with
 """
 
 import pickle
+from pathlib import Path
 from typing import Any, Literal
 
 import open_clip
+import timm
 import torch
 from PIL import Image
 from torch import nn
@@ -24,6 +26,7 @@ from composer_prior.data.messages import announce, one_line
 from composer_prior.models.open_clip_source import Source, brings_weights, find_source
 from composer_prior.models.prior_lvlm import PriorLVLMImageProcessor
 from composer_prior.models.prior_lvlm.modeling_prior_lvlm import (
+    NaFlexTower,
     OpenCLIPTower,
     PatchEmbedding,
     encoder_blocks,
@@ -153,6 +156,88 @@ def _check_layer(architecture: str, layer: int, depth: int) -> None:
         raise ValueError(f"model.vision.layer={layer}: {architecture} has {depth} layers.")
 
 
+def build_naflex(
+    architecture: str,
+    pretrained: str | None = None,
+    max_tokens: registry.Count = 256,
+    patch_size: registry.Count | None = None,
+    layer: int = -2,
+    freeze: bool = False,
+    config: dict[str, Any] | None = None,
+) -> NaFlexTower:
+    """Build a tower of timm's NaFlexVit, which reads images in their own aspect ratio.
+
+    An image is scaled so that it has as many patches as the budget allows; a row separator ends each row of them.
+
+    Args:
+        architecture: of timm, such as ``naflexvit_base_patch16_siglip`` (SigLIP 2).
+        pretrained: a tag of timm (downloaded), such as ``v2_webli``, or a local checkpoint; None starts from random
+            weights. Pixels are normalized as timm says of the tag, or of the architecture.
+        max_tokens: most patches of an image. Default: ``256``.
+        patch_size: side of a patch in pixels, of a tower with random weights. Default: the architecture's.
+        layer: block whose output is used, counted as in a list; default: ``-2``. Later blocks are removed.
+        freeze: keep the tower's weights as they are; it then runs in eval mode without gradient.
+        config: changes of the architecture, arguments of timm's ``NaFlexVitCfg``. Default: none.
+
+    Raises:
+        ValueError: for an unknown architecture or tag, a missing checkpoint, or a layer the encoder does not have.
+    """
+    vision = _describe_naflex(architecture, pretrained, max_tokens, patch_size, layer, config)
+    encoder: Any = None
+    if pretrained is not None:
+        given: dict[str, Any] = {"pretrained_cfg_overlay": {"file": pretrained}} if Path(pretrained).is_file() else {}
+        name = architecture if given else f"{architecture}.{pretrained}"
+        try:
+            encoder = timm.create_model(name, pretrained=True, **given, **vision["arguments"])
+        except (RuntimeError, OSError, LookupError, pickle.UnpicklingError) as error:
+            raise ValueError(f"model.vision.pretrained={pretrained} cannot be loaded: {one_line(error)}") from error
+        prune_encoder(encoder, vision["layer"])
+    return NaFlexTower(vision, encoder).requires_grad_(not freeze).train()
+
+
+def _describe_naflex(
+    architecture: str,
+    pretrained: str | None = None,
+    max_tokens: int = 256,
+    patch_size: int | None = None,
+    layer: int = -2,
+    config: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the configuration of a NaFlexVit; refuse impossible arguments before weights are loaded."""
+    known = timm.list_models("naflexvit_*")
+    if architecture not in known:
+        raise ValueError(
+            f"model.vision.architecture={architecture!r} is no NaFlexVit of timm. "
+            f"{registry.did_you_mean(architecture, known)}"
+        )
+    tags = [name.partition(".")[2] for name in timm.list_models(f"{architecture}.*", pretrained=True)]
+    if pretrained is not None and pretrained not in tags and not Path(pretrained).is_file():
+        raise ValueError(
+            f"model.vision.pretrained={pretrained!r} is neither a file nor a tag of {architecture} "
+            f"({', '.join(tags) or 'it has none'})."
+        )
+    if pretrained is not None and patch_size is not None:
+        raise ValueError("model.vision.patch_size is that of the weights, pretrained; leave it out.")
+    arguments = {**(config or {}), "num_classes": 0, **({"patch_size": patch_size} if patch_size else {})}
+    try:
+        with torch.device("meta"):
+            encoder: Any = timm.create_model(architecture, **arguments)
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        raise ValueError(f"model.vision.config: {one_line(error)}") from error
+    _check_layer(architecture, layer, len(encoder.blocks))
+    trained: Any = timm.get_pretrained_cfg(f"{architecture}.{pretrained}" if pretrained in tags else architecture)
+    return {
+        "type": "naflex",
+        "architecture": architecture,
+        "arguments": arguments,
+        "layer": layer % len(encoder.blocks),
+        "patch_size": encoder.embeds.patch_size[0],
+        "max_tokens": max_tokens,
+        "width": encoder.embed_dim,
+        "preprocess": {key: getattr(trained, key) for key in ("mean", "std", "interpolation")},
+    }
+
+
 def build_patches(width: int, patch_size: int = 16, max_side: int = 512, freeze: bool = False) -> PatchEmbedding:
     """Build a patch embedding, without an encoder.
 
@@ -179,6 +264,7 @@ def _check_patches(patch_size: int = 16, max_side: int = 512) -> None:
 
 # The check of a recipe calls these, before there are data and a language model.
 build_open_clip.check = _find_encoder  # type: ignore[attr-defined]
+build_naflex.check = _describe_naflex  # type: ignore[attr-defined]
 build_patches.check = _check_patches  # type: ignore[attr-defined]
 
 

@@ -11,16 +11,12 @@ from composer_prior import ComposerLVLM
 from composer_prior.data.batch import ImageInputs
 from composer_prior.models.build import make_lvlm
 from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration, PriorLVLMImageProcessor
-from composer_prior.models.vision import build_open_clip, build_patches, image_inputs
+from composer_prior.models.prior_lvlm.modeling_prior_lvlm import NaFlexTower
+from composer_prior.models.vision import build_naflex, build_open_clip, build_patches, image_inputs
 
 FAMILIES = ("encoder", "patches")
-FRONT_ENDS = (
-    "pixel_shuffle",
-    "mean_pool",
-    "merged_patches",
-    "tiles",
-    "merged_tiles",
-)  # others, with fewer tokens or more pixels
+# Others, with fewer tokens or more pixels.
+FRONT_ENDS = ("pixel_shuffle", "mean_pool", "merged_patches", "tiles", "merged_tiles", "naflex", "merged_naflex")
 INPUTS = ("input_ids", "pixel_values", "pixel_patches", "patch_mask", "image_grid")
 
 
@@ -45,6 +41,13 @@ def small_lm(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) 
     return LlamaForCausalLM(config)
 
 
+def small_naflex(**changes: Any) -> NaFlexTower:
+    """A NaFlexVit of three blocks, of which two are left, with patches of 8 pixels and a register token."""
+    config = {"depth": 3, "embed_dim": 32, "num_heads": 2, "pos_embed_grid_size": [4, 4], "reg_tokens": 1}
+    arguments = {"patch_size": 8, "max_tokens": 24, "config": config, **changes}
+    return build_naflex("naflexvit_base_patch16_siglip", **arguments)
+
+
 def small_lvlm(
     family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, options: Any = None, **changes: Any
 ) -> ComposerLVLM:
@@ -57,6 +60,9 @@ def small_lvlm(
         tower, projector = build_patches(lm.config.hidden_size, patch_size=16, max_side=48), None
     elif family == "merged_patches":
         tower, projector, factor = build_patches(lm.config.hidden_size, 8, max_side=48), "pixel_shuffle", 2
+    elif family.endswith("naflex"):
+        tower = small_naflex()
+        projector, factor = ("mlp", 1) if family == "naflex" else ("pixel_shuffle", 2)
     elif family.endswith("tiles"):
         tower = build_open_clip("prior-vit-tiny", image_size=24, tiles={"max": 4})
         projector, factor = ("mlp", 1) if family == "tiles" else ("pixel_shuffle", 2)

@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
-from common.models import FRONT_ENDS, small_lm, small_lvlm
+from common.models import FRONT_ENDS, small_lm, small_lvlm, small_naflex
 from PIL import Image
+from timm.data.naflex_transforms import ResizeToSequence
 from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
 from transformers import Idefics3Config
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 
@@ -14,11 +17,12 @@ from composer_prior.data.batch import IGNORE_INDEX, IMAGE, CaptionCollator
 from composer_prior.data.captions import decode_image
 from composer_prior.data.tokenizer import image_token_ids
 from composer_prior.emoji_scenes.writing import make_sample
+from composer_prior.models import vision
 from composer_prior.models.build import build_lvlm, make_lvlm
 from composer_prior.models.prior_lvlm import PriorLVLMImageProcessor
 from composer_prior.models.prior_lvlm.image_processing_prior_lvlm import tile_grid
 from composer_prior.models.prior_lvlm.modeling_prior_lvlm import build_projector
-from composer_prior.models.vision import build_open_clip, build_patches, image_inputs, image_processor_of
+from composer_prior.models.vision import build_naflex, build_open_clip, build_patches, image_inputs, image_processor_of
 
 
 def spread(height, width):
@@ -62,6 +66,17 @@ def test_a_batch_says_of_each_sample_what_the_sample_alone_says(front_end, token
     batch = unlike_batch(model, tokenizer)
     assert (batch["input_ids"] == model.processor.image_token_id).any(1).all()
     torch.testing.assert_close(model(batch)["nll"], of_samples(model, batch), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+@torch.no_grad()
+def test_mixed_precision_is_rounding(front_end, tokenizer):
+    model = small_lvlm(front_end, tokenizer).eval()
+    batch = unlike_batch(model, tokenizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(batch)["nll"]
+    exact = model(batch)["nll"]
+    assert 0 < (rounded - exact).abs().mean() < 0.02 * exact.mean()
 
 
 @pytest.mark.parametrize("name", ["pixel_shuffle", "mean_pool"])
@@ -140,6 +155,7 @@ class Other(nn.Module):
     [
         (lambda: build_open_clip("prior-vit-tiny", image_size=36), 2, "factor=2 does not divide .* grid of 3 x 3"),
         (lambda: build_patches(32, 16, 48), 2, "factor=2 does not divide the tower's grid of 3 x 3"),
+        (lambda: small_naflex(max_tokens=3), 2, "factor=2: model.vision.max_tokens=3 holds no block"),
         (Other, 2, "factor=2: Other has no grid that is known"),
     ],
 )
@@ -245,3 +261,87 @@ def test_impossible_tiles_are_refused(tiles, message):
     for refuse in (build_open_clip, build_open_clip.check):
         with pytest.raises(ValueError, match=message):
             refuse("prior-vit-tiny", tiles=tiles)
+
+
+def whole(encoder, picture):
+    """The features of a whole timm model's second to last block for one picture, as an image and not in patches."""
+    pixels = (pil_to_tensor(picture) / 255 - 0.5) / 0.5
+    return encoder.forward_intermediates(pixels[None], indices=[-2], output_fmt="NLC", intermediates_only=True)[0][0]
+
+
+@torch.no_grad()
+def test_naflex_is_the_same_timm_model_run_alone(tmp_path):
+    """At a square size and at others, in one batch; from the weights of a file of timm."""
+    config = {"depth": 3, "embed_dim": 32, "num_heads": 2, "class_token": True}
+    torch.manual_seed(1)
+    encoder = timm.create_model("naflexvit_base_patch16_siglip", num_classes=0, **config).eval()
+    for weight in encoder.parameters():
+        weight.add_(torch.randn_like(weight), alpha=0.05)
+    torch.save(encoder.state_dict(), tmp_path / "weights.pt")
+    tower = build_naflex("naflexvit_base_patch16_siglip", str(tmp_path / "weights.pt"), 36, config=config).eval()
+    assert tower.config["preprocess"]["mean"] == (0.5, 0.5, 0.5)
+    assert len(tower.blocks) == 2
+    pictures = [spread(96, 96), spread(64, 144), spread(16, 16 * 36), spread(97, 80), spread(10, 12)]
+    processor = image_processor_of(tower)
+    images = [processor.process(picture)[0] for picture in pictures]
+    assert [image["image_grid"].tolist() for image in images] == [[6, 6], [4, 9], [1, 36], [7, 5], [5, 6]]
+    expected = torch.cat([whole(encoder, ResizeToSequence(16, 36)(picture)) for picture in pictures])
+    torch.testing.assert_close(tower(**processor.batch(images)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(97, 80), (1, 1), (3000, 2000), (20000, 1), (1, 20000), (30, 900)])
+@pytest.mark.parametrize("merge", [1, 2])
+def test_naflex_keeps_to_its_budget(height, width, merge):
+    tower = small_naflex(max_tokens=120)
+    tower.config["merge"] = merge
+    processor = image_processor_of(tower)
+    tensors, layout = processor.process(Image.new("RGB", (width, height)))
+    rows, columns = tensors["image_grid"].tolist()
+    assert rows * columns == len(tensors["pixel_patches"]) <= 120
+    assert rows % merge == columns % merge == 0
+    assert layout == ([False] * (columns // merge) + [True]) * (rows // merge)
+    assert len(layout) <= processor.max_image_tokens == 240 // merge**2
+    if max(height, width) < 40 * min(height, width):  # one scale, with each side rounded up to the grid
+        blocks = ((rows // merge, height), (columns // merge, width))
+        assert max((n - 1) / side for n, side in blocks) < min(n / side for n, side in blocks)
+
+
+@torch.no_grad()
+def test_naflex_keeps_the_features_of_a_block_together():
+    tower = small_naflex().eval()
+    tower.config["merge"] = 2
+    images = [image_processor_of(tower).process(spread(*size))[0] for size in [(48, 32), (20, 60)]]
+    batch = image_processor_of(tower).batch(images)
+    blocks = tower(**batch).unflatten(0, (-1, 4))
+    tower.config["merge"] = 1
+    features, expected = iter(tower(**batch)), []
+    for rows, columns in batch["image_grid"].tolist():
+        grid = [[next(features) for _ in range(columns)] for _ in range(rows)]
+        corners = [(y, x) for y in range(0, rows, 2) for x in range(0, columns, 2)]
+        expected += [torch.stack([grid[y][x], grid[y][x + 1], grid[y + 1][x], grid[y + 1][x + 1]]) for y, x in corners]
+    assert torch.equal(blocks, torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"architecture": "vit_base_patch16_224"}, "'vit_base_patch16_224' is no NaFlexVit of timm. .*Accepted"),
+        ({"pretrained": "v3"}, r"'v3' is neither a file nor a tag of naflexvit_base_patch16_siglip \(v2_webli\)"),
+        ({"pretrained": "v2_webli", "patch_size": 8}, "patch_size is that of the weights"),
+        ({"layer": 12}, "layer=12: naflexvit_base_patch16_siglip has 12 layers"),
+        ({"config": {"depths": 3}}, r"model.vision.config: .*unexpected keyword argument.*depths"),
+    ],
+)
+def test_an_impossible_naflex_is_refused_before_any_is_built(arguments, message, monkeypatch):
+    monkeypatch.setattr(vision, "NaFlexTower", lambda *_: pytest.fail("it is built"))
+    for refuse in (build_naflex, build_naflex.check):
+        with pytest.raises(ValueError, match=message) as error:
+            refuse(**{"architecture": "naflexvit_base_patch16_siglip", **arguments})
+        assert "\n" not in str(error.value)
+
+
+def test_a_file_with_other_weights_is_refused(tmp_path):
+    torch.save({"a": torch.zeros(2)}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"model.vision.pretrained=.*weights.pt cannot be loaded: ") as error:
+        small_naflex(pretrained=str(tmp_path / "weights.pt"), patch_size=None)
+    assert "\n" not in str(error.value)

@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from common.models import small_naflex
 from common.photographs import photographs
 from common.tokenizers import KINDS, plain_tokenizer
 from open_clip.timm_model import TimmModel
@@ -353,6 +354,7 @@ SCALED = {"granite": {**LLAMA, "logits_scaling": 2.0}, "cohere": LLAMA, "gemma2"
             {"projector": "mean_pool", "factor": 3},
             "the projector mean_pool has no LLaVA equivalent: it makes one image token of 9",
         ),
+        ({"tower": small_naflex}, "the vision tower NaFlexTower has no LLaVA equivalent: it is no encoder of OpenCLIP"),
         (
             {"tower": lambda: build_open_clip("prior-vit-tiny", tiles={"max": 4})},
             "model.vision.tiles has no LLaVA equivalent",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from common.recipes import ROOT, SHRUNKEN, VIT, fork_ranks, recipe
+from common.recipes import BENCHMARKS, ROOT, SHRUNKEN, TOWER, VIT, fork_ranks, recipe
 from common.s3_server import s3_server
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
@@ -21,9 +21,18 @@ from composer_prior.data.remote import Remote
 from composer_prior.inference.caption import caption_images
 from composer_prior.models.llava import export_llava
 from composer_prior.models.vision import image_inputs
+from composer_prior.training.config import load_recipe
 from composer_prior.training.run import train
 
-RUNS = {"prior_vit": [], "prior_patch": []}
+RUNS = ("prior_vit", "prior_patch")
+NAFLEX = "architecture: naflexvit_base_patch16_siglip, config: {depth: 2, embed_dim: 32, num_heads: 2}, patch_size: 8"
+FRONT_ENDS = {
+    "tiles": [*TOWER, "model.vision.tiles={max: 4}", "model.projector={name: mean_pool, factor: 2}"],
+    "naflex": [
+        f"model.vision={{name: naflex, {NAFLEX}, max_tokens: 40, pretrained: null, freeze: false}}",
+        "model.projector={name: pixel_shuffle, factor: 2}",
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +94,19 @@ def test_a_run_folder_alone_is_the_model(alone, name):
         again = load(path)
         for key, tensor in model.model.state_dict().items():
             assert torch.equal(again.model.state_dict()[key], tensor), (path, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FRONT_ENDS)
+def test_a_run_with_another_front_end(runs, tmp_path, monkeypatch, name):
+    """It trains, captions and is evaluated as any run, and its folder alone is the model."""
+    shutil.copytree(runs, tmp_path, dirs_exist_ok=True, symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    overrides = [*SHRUNKEN, *BENCHMARKS, f"run_name={name}", *FRONT_ENDS[name]]
+    train(load_recipe(ROOT / "yamls/prior_vit.yaml", overrides))
+    shutil.copytree("data/emoji_scenes/validation", "validation")
+    model = load(f"runs/{name}/model")
+    assert validation_loss(model) == pytest.approx(logged_loss(name), abs=1e-4)
 
 
 def test_models_on_the_way(alone):

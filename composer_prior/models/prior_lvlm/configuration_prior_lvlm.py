@@ -12,7 +12,8 @@ class PriorLVLMConfig(PretrainedConfig):
     Args:
         text_config: of the causal language model.
         vision: the tower: ``{"type": "open_clip", "embed_dim", "vision_cfg", "quick_gelu", "layer", "width",
-            "image_tokens", "preprocess"}``, or ``{"type": "patches", "patch_size", "max_side", "width"}``; with
+            "image_tokens", "preprocess"}``, ``{"type": "patches", "patch_size", "max_side", "width"}``, or ``{"type":
+            "naflex", "architecture", "arguments", "layer", "patch_size", "max_tokens", "width", "preprocess"}``; with
             ``"merge"``, each block of ``merge`` x ``merge`` features becomes one image token; with
             ``"tiles": {"max"}``, an OpenCLIP tower reads a large image in several squares.
         projector: ``linear``, ``mlp``, ``pixel_shuffle``, ``mean_pool``, or None for none.

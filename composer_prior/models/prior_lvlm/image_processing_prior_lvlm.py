@@ -1,4 +1,4 @@
-"""Image processor of the LVLM: OpenCLIP's preprocessing, or pixel patches in the image's own aspect ratio."""
+"""Image processor of the LVLM: OpenCLIP's preprocessing, or patches in the image's own aspect ratio."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import normalize, pil_to_tensor
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
@@ -18,7 +18,8 @@ from transformers.image_utils import load_image
 class PriorLVLMImageProcessor(BaseImageProcessor):
     """Turn images into ``pixel_values [B, 3, H, W]``, or ``pixel_patches [B, N, 3 P P]`` and ``patch_mask [B, N]``.
 
-    In tiles, ``pixel_values`` are ``[B, T, 3, H, W]``, and ``image_grid [B, 2]`` has their rows and columns.
+    ``image_grid [B, 2]`` has rows and columns of NaFlex's patches, or of tiles, of which ``pixel_values`` are ``[B, T,
+    3, H, W]``.
 
     Args:
         vision: the tower, as in :class:`PriorLVLMConfig`.
@@ -41,15 +42,16 @@ class PriorLVLMImageProcessor(BaseImageProcessor):
         if self.vision["type"] == "patches":
             side = self.vision["max_side"] // (self.vision["patch_size"] * self.merge)
             return side * (side + 1)
+        if self.vision["type"] == "naflex":
+            return 2 * (self.vision["max_tokens"] // self.merge**2)  # each may be a row
         tile, most = self.vision["image_tokens"] // self.merge**2, self.vision.get("tiles", {}).get("max", 1)
         return tile if most == 1 else most * (tile + 2) + tile
 
     def process(self, image: Image.Image) -> tuple[dict[str, Tensor], list[bool]]:
         """Return the tensors of one image, and for each of its positions in the text whether a row ends there."""
         image = image if image.mode == "RGB" else image.convert("RGB")
-        if self.vision["type"] == "patches":
-            patches, rows, columns = cut_patches(image, self.vision["patch_size"], self.vision["max_side"], self.merge)
-            return {"pixel_patches": patches}, ([False] * (columns // self.merge) + [True]) * (rows // self.merge)
+        if self.vision["type"] in ("patches", "naflex"):
+            return self._patches(image)
         transform = open_clip_transform(json.dumps(self.vision["preprocess"]))
         tile = [False] * (self.vision["image_tokens"] // self.merge**2)
         if "tiles" not in self.vision:
@@ -57,6 +59,21 @@ class PriorLVLMImageProcessor(BaseImageProcessor):
         squares, rows, columns = cut_tiles(image, self.vision["preprocess"], self.vision["tiles"]["max"])
         pixels = {"pixel_values": torch.stack([*map(transform, squares)]), "image_grid": torch.tensor([rows, columns])}
         return pixels, tile if len(squares) == 1 else ([*[*tile, True] * columns, True]) * rows + tile
+
+    def _patches(self, image: Image.Image) -> tuple[dict[str, Tensor], list[bool]]:
+        size, merge = self.vision["patch_size"], self.merge
+        if self.vision["type"] == "patches":
+            rows, columns = patch_grid(image.height, image.width, size * merge, self.vision["max_side"])
+            tensors = {"pixel_patches": cut_patches(image, rows * merge, columns * merge, size, merge)}
+        else:  # the encoder needs them in raster order
+            from timm.data.naflex_transforms import get_image_size_for_seq  # other towers do without timm
+
+            budget = self.vision["max_tokens"] // merge**2
+            _, sides = get_image_size_for_seq((image.height, image.width), size * merge, budget)
+            rows, columns = (side // (size * merge) for side in sides)
+            patches = cut_patches(image, rows * merge, columns * merge, size, preprocess=self.vision["preprocess"])
+            tensors = {"pixel_patches": patches, "image_grid": merge * torch.tensor([rows, columns])}
+        return tensors, ([False] * columns + [True]) * rows
 
     def batch(self, images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Stack the tensors of images; tiles and patches are padded at their end."""
@@ -115,25 +132,45 @@ def tile_grid(height: int, width: int, side: int, most: int) -> tuple[int, int]:
     return max(((rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)), key=kept)
 
 
-def cut_patches(image: Image.Image, patch_size: int, max_side: int, merge: int = 1) -> tuple[Tensor, int, int]:
-    """Cut an RGB image into patches in raster order, those of each block of ``merge`` x ``merge`` together.
+def cut_patches(
+    image: Image.Image,
+    rows: int,
+    columns: int,
+    patch_size: int,
+    merge: int = 1,
+    preprocess: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """Resize an RGB image to a grid of patches, and return them in raster order.
 
-    The longer side is rounded to the grid of blocks and capped at ``max_side``; the other keeps the aspect ratio as
-    nearly as the grid allows.
+    Args:
+        image: of any size.
+        rows: of patches.
+        columns: of patches.
+        patch_size: ``P``, side of a patch in pixels.
+        merge: the patches of each block of ``merge`` x ``merge`` stand together, the blocks in raster order.
+        preprocess: ``mean`` and ``std`` of each channel, in [0, 1], and ``interpolation``. Default: 0.5 and bicubic.
 
     Returns:
-        ``[N, 3 P P]`` float32 in [-1, 1], the number of rows, and the number of columns.
+        ``[N, 3 P P]`` float32.
     """
-    rows, columns = (merge * n for n in patch_grid(image.height, image.width, patch_size * merge, max_side))
-    image = image.resize((columns * patch_size, rows * patch_size), Image.Resampling.BICUBIC)
-    pixels = pil_to_tensor(image).float().div_(127.5).sub_(1.0)  # [3, H, W]
+    filter = Image.Resampling[(preprocess or {"interpolation": "bicubic"})["interpolation"].upper()]
+    image = image.resize((columns * patch_size, rows * patch_size), filter)
+    pixels = pil_to_tensor(image).float()  # [3, H, W]
+    if preprocess is None:
+        pixels.div_(127.5).sub_(1.0)
+    else:
+        pixels = normalize(pixels.div_(255), preprocess["mean"], preprocess["std"])
     blocks = (rows // merge, merge, patch_size, columns // merge, merge, patch_size)
     patches = pixels.reshape(3, *blocks).permute(1, 4, 2, 5, 0, 3, 6)  # [h, w, m, m, 3, P, P]
-    return patches.flatten(4).flatten(0, 3), rows, columns
+    return patches.flatten(4).flatten(0, 3)
 
 
 def patch_grid(height: int, width: int, patch_size: int, max_side: int) -> tuple[int, int]:
-    """Return the rows and columns of patches of an image of ``height`` x ``width`` pixels."""
+    """Return the rows and columns of patches of an image of ``height`` x ``width`` pixels.
+
+    The longer side is rounded to the grid and capped at ``max_side``; the other keeps the aspect ratio as nearly as the
+    grid allows.
+    """
     long_side = max(height, width)
     target = min(max_side, max(1, round(long_side / patch_size)) * patch_size)
     rows, columns = (max(1, round(side * target / long_side / patch_size)) for side in (height, width))

@@ -1,13 +1,13 @@
 """The LVLM: a vision tower, a projector and a causal language model of any family.
 
 :class:`PriorLVLMModel` puts the features of images in the places of image tokens and runs the language model's decoder;
-:class:`PriorLVLMForConditionalGeneration` adds the head. A tower of OpenCLIP needs open_clip_torch.
+:class:`PriorLVLMForConditionalGeneration` adds the head. A tower of OpenCLIP needs open_clip_torch, NaFlex timm.
 """
 
 import inspect
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +27,14 @@ LOGIT_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_so
 MERGING = ("pixel_shuffle", "mean_pool")  # projectors that make one image token of several features
 
 
-class OpenCLIPTower(nn.Module):
-    """Patch features of an OpenCLIP encoder, ``pixel_values [B, 3, H, W] -> [B * N, width]``, without class token.
-
-    Of tiles, ``pixel_values`` are ``[B, T, 3, H, W]``, padded where ``image_grid [B, 2]`` has fewer rows and columns.
+class EncoderTower(nn.Module):
+    """Patch features of the last block of an encoder, without class token.
 
     One whose weights are all frozen runs in evaluation mode and records no gradients.
 
     Args:
         vision: as in :class:`PriorLVLMConfig`.
-        encoder: OpenCLIP's, whose last block gives the features. Default: a new one with random weights.
+        encoder: OpenCLIP's or timm's, without later blocks. Default: a new one with random weights.
     """
 
     def __init__(self, vision: Mapping[str, Any], encoder: nn.Module | None = None):
@@ -50,19 +48,26 @@ class OpenCLIPTower(nn.Module):
         return list(encoder_blocks(self.encoder))
 
     @property
-    def image_size(self) -> int:
-        """Side of the square input in pixels."""
-        size = self.encoder.image_size
-        return size if isinstance(size, int) else size[0]
-
-    @property
     def frozen(self) -> bool:
         """True if no weight is trained."""
         return not any(parameter.requires_grad for parameter in self.parameters())
 
-    def train(self, mode: bool = True) -> "OpenCLIPTower":
+    def train(self, mode: bool = True) -> Self:
         """Set training mode, unless the tower is frozen."""
         return super().train(mode and not self.frozen)
+
+
+class OpenCLIPTower(EncoderTower):
+    """Features of an OpenCLIP encoder, ``pixel_values [B, 3, H, W] -> [B * N, width]``.
+
+    Of tiles, ``pixel_values`` are ``[B, T, 3, H, W]``, padded where ``image_grid [B, 2]`` has fewer rows and columns.
+    """
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input in pixels."""
+        size = self.encoder.image_size
+        return size if isinstance(size, int) else size[0]
 
     def forward(self, pixel_values: Tensor, image_grid: Tensor | None = None) -> Tensor:
         """Return the features of every patch, in reading order; of each block that is merged together."""
@@ -78,6 +83,35 @@ class OpenCLIPTower(nn.Module):
         return features.flatten(0, 1)
 
 
+class NaFlexTower(EncoderTower):
+    """Features of timm's NaFlexVit, ``pixel_patches [B, N, 3 P P] -> [n, width]`` of real patches in unlike grids."""
+
+    def forward(self, pixel_patches: Tensor, patch_mask: Tensor, image_grid: Tensor) -> Tensor:
+        """Return the features of every patch, in reading order; of each block that is merged together.
+
+        ``patch_mask [B, N]`` is True on real patches, which are in raster order; ``image_grid [B, 2]`` has their rows
+        and columns.
+        """
+        places, columns = torch.arange(pixel_patches.shape[1], device=image_grid.device), image_grid[:, 1:]
+        coordinates = torch.stack([places // columns, places % columns], -1) * patch_mask[..., None]  # [B, N, 2]
+        pixels = pixel_patches.to(next(self.parameters()).dtype)
+        patches = pixels.unflatten(-1, (3, -1)).transpose(-1, -2).flatten(-2)  # timm has the channels last
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            (features,) = self.encoder.forward_intermediates(
+                {"patches": patches, "patch_coord": coordinates, "patch_valid": patch_mask},
+                indices=1,
+                stop_early=True,
+                intermediates_only=True,
+                output_fmt="NLC",
+            )
+        if (merge := self.config.get("merge", 1)) > 1:
+            block, inside = places // merge**2, places % merge**2
+            row = block // (columns // merge) * merge + inside // merge
+            order = row * columns + block % (columns // merge) * merge + inside % merge  # [B, N], beyond N on padding
+            features = features.take_along_dim(order.clamp(max=len(places) - 1)[..., None], 1)
+        return features[patch_mask]
+
+
 class PatchEmbedding(nn.Module):
     """Pixel patches through one linear layer, ``pixel_patches [B, N, 3 P P] -> [n, width]`` of the real patches."""
 
@@ -91,11 +125,17 @@ class PatchEmbedding(nn.Module):
         return self.proj(pixel_patches.to(next(self.parameters()).dtype)[patch_mask])
 
 
-TOWERS = {"open_clip": OpenCLIPTower, "patches": PatchEmbedding}
+TOWERS = {"open_clip": OpenCLIPTower, "naflex": NaFlexTower, "patches": PatchEmbedding}
 
 
 def build_encoder(vision: Mapping[str, Any]) -> nn.Module:
-    """Build the OpenCLIP encoder of a configuration, up to its layer, with random weights."""
+    """Build the encoder of a configuration, up to its layer, with random weights."""
+    if vision["type"] == "naflex":
+        import timm  # other towers do without
+
+        encoder = timm.create_model(vision["architecture"], **vision["arguments"])
+        prune_encoder(encoder, vision["layer"])
+        return encoder
     from open_clip.model import _build_vision_tower
 
     settings = {**vision["vision_cfg"], "timm_model_pretrained": False}
@@ -120,11 +160,12 @@ def encoder_features(encoder: Any, pixel_values: Tensor) -> Tensor:
 
 
 def encoder_blocks(encoder: Any) -> Any:
-    """Return the list of transformer blocks of an OpenCLIP encoder."""
+    """Return the list of transformer blocks of an encoder of OpenCLIP or timm."""
     if hasattr(encoder, "transformer"):
         return encoder.transformer.resblocks
-    if hasattr(getattr(encoder, "trunk", None), "blocks"):
-        return encoder.trunk.blocks
+    trunk = getattr(encoder, "trunk", encoder)
+    if hasattr(trunk, "blocks"):
+        return trunk.blocks
     raise ValueError(f"{type(encoder).__name__} has no list of transformer blocks to take patch features from.")
 
 
@@ -337,8 +378,8 @@ class PriorLVLMForConditionalGeneration(PriorLVLMPreTrainedModel, GenerationMixi
         """Return logits ``[B, T, V]``, and with labels ``[B, T]`` (-100: none) the mean loss of the next token.
 
         Text is ``input_ids [B, T]`` int64 with image tokens or ``inputs_embeds [B, T, D]``; images are ``pixel_values
-        [B, 3, H, W]`` or ``pixel_patches [B, N, 3 P P]`` with ``patch_mask [B, N]``, True on real patches; tiles, see
-        :class:`OpenCLIPTower`, come with ``image_grid [B, 2]``.
+        [B, 3, H, W]`` or ``pixel_patches [B, N, 3 P P]`` with ``patch_mask [B, N]``, True on real patches. Tiles and
+        NaFlex, see their towers, have ``image_grid [B, 2]`` too.
         ``logits_to_keep`` is how many of the last positions get logits, 0 for all, or which ones. The other arguments
         are those of the language model, and ``kwargs`` those of the loss.
         """
