@@ -24,7 +24,7 @@ from composer_prior.training.run import prepare
 NEEDS_IMAGE = 0.5  # nats by which the log-probability of a token falls when it sees another image
 FEW = 0.02  # share of tokens that need the image
 WORDS, FEWEST = 8, 5  # words that are named, and occurrences of each
-FLOOR = 0.1  # a default, see docs/scores.md: no rule is known that finds a floor from these figures
+FLOOR = 0.1  # a default, see docs/scores.md: no tested rule finds it from these figures
 METHODS = ("next-token prediction", "prior", f"prior, floor {FLOOR}", f"image_gain, floor {FLOOR}")
 
 
@@ -63,14 +63,14 @@ class Advice:
                 "it. Try a viewer that is trained longer, or one that exists."
             )
         named, reason = (
-            ("PRIOR", "as often as ImageGain's") if gain - prior < 0.1 else ("ImageGain", "more than PRIOR's")
+            ("PRIOR", "as often as ImageGain's") if gain - prior < 0.1 else ("ImageGain", "more often than PRIOR's")
         )
         plain, chosen = (self.methods[METHODS[number]] for number in (0, 2 if named == "PRIOR" else 3))
         return (
             f"{named} with floor={FLOOR}: its heaviest tokens need the image {reason}. Tokens that need the image get "
             f"{chosen['on_needed']:.0%} of the weight instead of {plain['on_needed']:.0%}, and those that the text "
-            f"predicts keep {chosen['on_predicted']:.0%} of {plain['on_predicted']:.0%}. The floor is a default. "
-            "docs/evidence.md has what such weights gained in our study; a study of your own says it for your captions."
+            f"predicts {chosen['on_predicted']:.0%} instead of {plain['on_predicted']:.0%}. The floor is a default. "
+            "docs/evidence.md has our results with such weights; composer-prior study measures yours."
         )
 
     def __str__(self) -> str:
