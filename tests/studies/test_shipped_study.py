@@ -87,6 +87,10 @@ def test_the_study_of_image_gain(monkeypatch):
     assert folders["gain-seed6"] == folders["gain_over_model-seed6"] == folders["distillation-seed6"]
     assert folders["gain-patches-seed6"] == folders["gain-seed6"]
     assert "ntp-seed6" not in folders
-    of_seeds = [cell.load(plan.further[cell.name]) for cell in study.cells if cell.values[METHOD] == "gain"]
+    assert folders["gain-scratch-seed6"] == folders["gain-seed6"] != folders["gain-none-seed6"]
+    viewers = ["gain", *(f"gain_viewer_{steps}" for steps in (75, 150, 300, 1200))]
+    assert len({folders[f"{method}-seed6"] for method in viewers}) == 5
+    gain = [cell for cell in study.cells if cell.name in {f"gain-seed{seed}" for seed in range(6, 11)}]
+    of_seeds = [cell.load(plan.further[cell.name]) for cell in gain]
     assert len({recipe.reference["run_folder"] for recipe in of_seeds}) == 5
     assert len({recipe.viewer["run_folder"] for recipe in of_seeds}) == 5
