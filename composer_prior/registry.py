@@ -31,6 +31,8 @@ _SHIPPED = {  # beside Composer's algorithms, callbacks and loggers, which have 
         "dpa": "composer_prior.algorithms.dpa.dpa:DPA",
         "focal": "composer_prior.algorithms.focal.focal:Focal",
         "image_gain": "composer_prior.algorithms.image_gain.image_gain:ImageGain",
+        "vig": "composer_prior.algorithms.vig.vig:VIG",
+        "regate": "composer_prior.algorithms.regate.regate:ReGATE",
     },
     "benchmark": {
         "captioning": "composer_prior.evaluation.captioning:Captioning",

@@ -149,6 +149,24 @@ def loss_mask(batch: Any, name: str) -> Tensor:
     return batch["labels"] != IGNORE_INDEX
 
 
+def sample_ids(batch: Mapping[str, Any], name: str) -> Tensor:
+    """Return ``sample_id`` of a batch, ``[B]`` int64.
+
+    Args:
+        batch: a dict.
+        name: of the caller, for the error.
+
+    Raises:
+        ValueError: if the batch does not say which samples it has.
+    """
+    if "sample_id" not in batch:
+        raise ValueError(
+            f"{name} needs `sample_id` [B] in the batch, so that nothing depends on how the batch is cut: read the "
+            "data with StreamingCaptionDataset, or number the samples."
+        )
+    return batch["sample_id"]
+
+
 # Composer divides by the tokens of a step over all ranks. If no sample could be used, this makes the loss 0 instead of
 # 0 / 0; beside any real token it is lost in rounding.
 NO_TOKENS = 1e-9

@@ -18,6 +18,7 @@ from PIL import Image
 from composer_prior import PRIOR, ReferenceLM, importance_weights
 from composer_prior.algorithms.image_gain.image_gain import ImageGain
 from composer_prior.algorithms.image_gain.weights import gain_weights, raw_weights
+from composer_prior.algorithms.vig.vig import VIG
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.captions import BadSampleError, StreamingCaptionDataset
 from composer_prior.data.mds import read_column
@@ -120,6 +121,24 @@ def test_a_live_viewer(family, microbatch, tokenizer, make_spec, make_batch, ref
     assert float(logged["loss/train/total"][0][1]) == pytest.approx(expected, rel=1e-5)
     assert logged["image_gain/viewer_nll"][0][1] == pytest.approx(float(-theirs[mask].mean()), rel=1e-5)
     assert {"image_gain/reference_nll", "image_gain/effective_sample_size"} <= {*logged}
+
+
+@pytest.mark.parametrize("microbatch", [8, 3])
+def test_vig(microbatch, tokenizer, make_spec, make_batch, reference):
+    model, viewer = small_lvlm("patches", tokenizer), viewer_of("patches", tokenizer)
+    batch = make_batch(model)
+    mask = batch["labels"] != IGNORE_INDEX
+    text = reference.logprobs(batch["input_ids"], batch["attention_mask"], batch["labels"], image_token_ids(tokenizer))
+    gains = Viewer(viewer).logprobs(batch) - text
+    means = [float(row[keep].double().mean()) for row, keep in zip(gains, mask, strict=True)]
+    least = sorted(means)[2]  # of eight captions, six are the first 70 %, rounded up
+    weights = mask & (gains >= least) & (torch.tensor(means) >= least)[:, None]
+    assert weights.any(1).sum() == 6
+    expected = expected_loss(model, batch, weights * (mask.sum() / weights.sum()))
+    algorithm = VIG(viewer, reference)
+    _, logged = fit(model, make_spec(model), [algorithm], device_train_microbatch_size=microbatch)
+    assert float(logged["loss/train/total"][0][1]) == pytest.approx(expected, rel=1e-5)
+    assert {"vig/viewer_nll", "vig/reference_nll", "vig/effective_sample_size"} <= {*logged}
 
 
 def test_over_the_model_itself(tokenizer, make_spec, make_batch):

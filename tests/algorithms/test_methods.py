@@ -6,6 +6,7 @@ import pytest
 import torch
 from common.models import full_logits, small_lm, small_lvlm
 from common.training import fit
+from composer.core import Callback
 from composer.models import HuggingFaceModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,14 +24,25 @@ from composer_prior.algorithms.permuted_prior.permuted_prior import PermutedPRIO
 from composer_prior.algorithms.permuted_prior.weights import permuted
 from composer_prior.algorithms.random_prior.random_prior import RandomPRIOR
 from composer_prior.algorithms.random_prior.weights import drawn
+from composer_prior.algorithms.regate.regate import ReGATE
+from composer_prior.algorithms.regate.weights import averaged, difficulty_weights
 from composer_prior.algorithms.rho1.rho1 import Rho1
 from composer_prior.algorithms.rho1.weights import selection_weights
 from composer_prior.algorithms.token_weighting.noise import token_noise
 from composer_prior.algorithms.token_weighting.normalize import normalize
+from composer_prior.algorithms.vig.vig import VIG
+from composer_prior.algorithms.vig.weights import vig_weights
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.tokenizer import image_token_ids
 
-WEIGHTINGS = (PRIOR, PermutedPRIOR, RandomPRIOR, Oracle, Rho1, CAL, DPA, Focal)
+WEIGHTINGS = (PRIOR, PermutedPRIOR, RandomPRIOR, Oracle, Rho1, ReGATE, CAL, DPA, Focal)
+
+
+def made(method, reference):
+    """A method as these tests use it, from the first step."""
+    if method is ReGATE:
+        return ReGATE(reference, dense=0, start="0ba")
+    return method(reference) if issubclass(method, (PRIOR, Rho1)) else method()
 
 
 def captions(*values):
@@ -91,6 +103,67 @@ def test_rho1(rows, share, normalization):
         raw.append([float(i in chosen) for i in range(len(keep))])
     weights = normalize(selection_weights(nll, ref_logprobs, mask, share), mask, normalization)
     assert_equal(weights, raw, mask, normalization)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    captions(st.floats(0, 20, width=32), st.floats(-20, 0, width=32)),
+    st.sampled_from([0.1, 0.5, 0.6, 1.0]),
+    st.sampled_from([0.0, 0.5, 2.0]),
+    NORMALIZATIONS,
+)
+def test_regate(rows, share, reference_weight, normalization):
+    mask, difficulty, ref_logprobs = rows
+    raw = []
+    for keep, ours, theirs in zip(mask.tolist(), difficulty, ref_logprobs, strict=True):
+        scores = {i: float(ours[i] - reference_weight * theirs[i]) for i, m in enumerate(keep) if m}
+        count = math.ceil(round(share * len(scores), 6))
+        chosen = sorted(scores, key=lambda i: (-scores[i], i))[:count]
+        raw.append([float(i in chosen) for i in range(len(keep))])
+    weights = normalize(
+        difficulty_weights(difficulty, ref_logprobs, mask, share, reference_weight), mask, normalization
+    )
+    assert_equal(weights, raw, mask, normalization)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    captions(st.integers(-20, 0).map(float), st.integers(-20, 0).map(float)),
+    st.sampled_from([0.1, 0.5, 0.7, 1.0]),
+    st.sampled_from([None, None, -1.0, 0.5]),
+    st.sampled_from(["batch", "none"]),
+)
+def test_vig(rows, share, threshold, normalization):
+    mask, viewer, reference = rows
+    gains = [
+        [v - r for m, v, r in zip(*row, strict=True) if m]
+        for row in zip(mask.tolist(), viewer.tolist(), reference.tolist(), strict=True)
+    ]
+    means = [sum(row) / len(row) if row else None for row in gains]
+    ranked = sorted((mean for mean in means if mean is not None), reverse=True)
+    if threshold is None:
+        least = ranked[math.ceil(round(share * len(ranked), 6)) - 1] if ranked else 0.0
+    else:
+        least = threshold
+    raw = []
+    for keep, row, mean in zip(mask.tolist(), gains, means, strict=True):
+        rest = iter(row)
+        raw.append([float(next(rest) >= least and mean >= least) if m else 0.0 for m in keep])
+    weights = vig_weights(viewer, reference, mask, share, threshold, normalization)
+    assert_equal(weights, raw, mask, normalization)
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.7, 7), (0.71, 8), (1.0, 10), (0.01, 1)])
+def test_vig_keeps_a_share_of_the_captions(share, kept):
+    viewer = -torch.arange(1.0, 11.0)[:, None]
+    weights = vig_weights(viewer, torch.full((10, 1), -20.0), torch.ones(10, 1, dtype=torch.bool), share)
+    assert (weights > 0)[:, 0].tolist() == [i < kept for i in range(10)]
+
+
+def test_vig_on_log_probabilities_of_minus_infinity():
+    logprobs = torch.tensor([[-torch.inf, -1.0], [-torch.inf, -torch.inf]])
+    weights = vig_weights(logprobs, torch.full((2, 2), -torch.inf), torch.ones(2, 2, dtype=torch.bool), 1.0)
+    assert weights.tolist() == [[1.0, 1.0], [1.0, 1.0]]  # the threshold is 0
 
 
 @settings(max_examples=100, deadline=None)
@@ -198,6 +271,11 @@ def test_noise_belongs_to_sample_step_and_place_alone():
         (lambda: Oracle(floor=1.0), r"floor=1\.0: .* in \[0, 1\)"),
         (lambda: Rho1(share=0.0), r"share=0\.0: .* in \(0, 1\]"),
         (lambda: Rho1(share=1.5), r"share=1\.5"),
+        (lambda: ReGATE(share=0.0), r"share=0\.0: .* in \(0, 1\]"),
+        (lambda: ReGATE(decay=1.5), r"decay=1\.5.*: expected reference_weight >= 0"),
+        (lambda: ReGATE(cycle=8), r"dense=16, cycle=8: expected .* 0 <= dense <= cycle"),
+        (lambda: VIG(share=2.0), r"share=2\.0: .* in \(0, 1\]"),
+        (lambda: VIG(normalization="sequence"), r"normalization='sequence': VIG leaves captions out"),
         (lambda: CAL(low=0.0), r"low=0\.0, high=5\.0: expected 0 < low <= high"),
         (lambda: CAL(window=2), r"window=2: expected an odd number"),
         (lambda: Focal(gamma=-1.0), r"gamma=-1\.0"),
@@ -223,15 +301,15 @@ def without(spec, key):
     [
         (PermutedPRIOR, "sample_id", r"PermutedPRIOR needs `sample_id` \[B\] in the batch"),
         (RandomPRIOR, "sample_id", r"RandomPRIOR needs `sample_id` \[B\] in the batch"),
+        (ReGATE, "sample_id", r"ReGATE needs `sample_id` \[B\] in the batch"),
         (Oracle, "image_related", r"Oracle needs `image_related` \[B, T\] in the batch"),
     ],
 )
 def test_a_batch_without_what_a_method_needs_is_refused(tokenizer, make_spec, reference, method, key, message):
     model = small_lvlm("patches", tokenizer)
     model.image_related_metrics = False
-    algorithm = method() if method is Oracle else method(reference)
     with pytest.raises(ValueError, match=message) as error:
-        fit(model, without(make_spec(model), key), [algorithm])
+        fit(model, without(make_spec(model), key), [made(method, reference)])
     assert "\n" not in str(error.value)
 
 
@@ -245,7 +323,7 @@ def test_two_weightings_are_refused(tokenizer, make_spec, reference):
 def test_what_is_logged(tokenizer, make_spec, reference, method):
     model = small_lvlm("patches", tokenizer)
     takes_reference = issubclass(method, (PRIOR, Rho1))
-    _, logged = fit(model, make_spec(model), [method(reference) if takes_reference else method()])
+    _, logged = fit(model, make_spec(model), [made(method, reference)])
     names = {name for name in logged if name.startswith(f"{method.name}/")}
     expected = {"effective_sample_size", "top_decile_share", "loss_weighted", "loss_unweighted"}
     expected |= {"reference_nll"} if takes_reference else {"difference"} if method in (CAL, DPA) else set()
@@ -257,7 +335,7 @@ def test_what_is_logged(tokenizer, make_spec, reference, method):
     assert logged[f"{method.name}/loss_unweighted"][0][1] == pytest.approx(plain, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", [Rho1, CAL, DPA, Focal])
+@pytest.mark.parametrize("method", [Rho1, ReGATE, CAL, DPA, Focal])
 def test_a_language_model_on_text_alone(tokenizer, make_spec, make_batch, reference, method):
     model = ComposerLVLM(small_lm(tokenizer), tokenizer)
     batch = make_batch(None)
@@ -270,23 +348,74 @@ def test_a_language_model_on_text_alone(tokenizer, make_spec, make_batch, refere
     scores = reference.logprobs(batch["input_ids"], batch["attention_mask"], batch["labels"])
     weights = {
         Rho1: lambda: normalize(selection_weights(nll, scores, mask), mask),
+        ReGATE: lambda: normalize(difficulty_weights(nll, scores, mask), mask),
         CAL: lambda: mask.float(),  # there is no image, so every difference is 0
         DPA: lambda: mask.float(),
         Focal: lambda: focal_weights(nll, mask),
     }[method]()
-    _, logged = fit(model, make_spec(None), [method(reference) if method is Rho1 else method()])
+    _, logged = fit(model, make_spec(None), [made(method, reference)])
     expected = float((nll * weights).sum() / mask.sum())
     assert float(logged["loss/train/total"][0][1]) == pytest.approx(expected, rel=1e-5)
     if method is CAL:
         assert logged["cal/difference"][0][1] == pytest.approx(0.0, abs=1e-5)
 
 
+class Seen(Callback):
+    """Keep what each step has before its loss."""
+
+    def __init__(self):
+        self.steps = []
+
+    def before_loss(self, state, logger):
+        batch = state.batch
+        if "token_weights" not in batch:
+            return
+        for row, keep in enumerate(batch["labels"] != IGNORE_INDEX):
+            values = (batch["token_weights"] > 0, state.outputs["nll"].detach(), batch["ref_logprobs"])
+            of_tokens = [value[row][keep] for value in values]
+            self.steps.append((int(state.timestamp.batch), int(batch["sample_id"][row]), *of_tokens))
+
+
+@pytest.mark.parametrize("microbatch", [16, 5])
+def test_regate_averages_losses_over_epochs(tokenizer, make_spec, reference, microbatch):
+    model, seen = small_lvlm("patches", tokenizer), Seen()
+    algorithm = ReGATE(reference, decay=0.75, cycle=5, dense=2, start="1ba")
+    spec = make_spec(model, batch_size=16, shuffle=True)
+    fit(model, spec, [algorithm], "3ep", [seen], device_train_microbatch_size=microbatch)
+    averages, sparse = {}, 0
+    for step, sample, kept, nll, text in seen.steps:
+        if sample in averages:
+            averages[sample] = 0.75 * averages[sample] + 0.25 * nll
+        else:
+            averages[sample] = nll
+        if step % 5 < 2:
+            assert kept.all()
+        else:
+            scores = averages[sample] - 0.5 * text
+            assert kept.sum() == math.ceil(len(kept) / 2)
+            assert scores[kept].min() >= scores[~kept].max() - 1e-6
+            sparse += 1
+    assert [step for step, *_ in seen.steps[:1]] == [1]
+    assert sparse > 96
+    assert algorithm.difficulty.keys() == averages.keys()
+    other = ReGATE(reference)
+    other.load_state_dict(algorithm.state_dict())
+    for sample, average in averages.items():
+        torch.testing.assert_close(other.difficulty[sample], average)
+
+
+def test_an_average_starts_at_the_first_loss():
+    losses = torch.tensor([1.0, 2.0])
+    assert torch.equal(averaged(losses, None, 0.9), losses)
+    assert torch.equal(averaged(losses, torch.zeros(3), 0.9), losses)  # the caption was cut then
+    torch.testing.assert_close(averaged(losses, torch.zeros(2), 0.9), torch.tensor([0.1, 0.2]))
+
+
 @pytest.mark.parametrize("method", WEIGHTINGS)
 def test_composers_own_wrapper_is_refused(tokenizer, make_spec, reference, method):
     model = HuggingFaceModel(small_lm(tokenizer), tokenizer=tokenizer, use_logits=True)
-    algorithm = method(reference) if issubclass(method, (PRIOR, Rho1)) else method()
     with pytest.raises(ValueError, match=f"^{method.__name__} needs a model that applies token_weights") as error:
-        fit(model, make_spec(None), [algorithm])
+        fit(model, make_spec(None), [made(method, reference)])
     assert str(error.value).endswith("wrap the model of transformers in ComposerLVLM(model, processor).")
     assert "\n" not in str(error.value)
 

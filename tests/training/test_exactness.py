@@ -25,9 +25,11 @@ from composer_prior.algorithms.image_gain.weights import gain_weights
 from composer_prior.algorithms.oracle.weights import oracle_weights
 from composer_prior.algorithms.permuted_prior.weights import permuted
 from composer_prior.algorithms.random_prior.weights import drawn
+from composer_prior.algorithms.regate.weights import difficulty_weights
 from composer_prior.algorithms.rho1.weights import selection_weights
 from composer_prior.algorithms.token_weighting.noise import token_noise
 from composer_prior.algorithms.token_weighting.normalize import normalize
+from composer_prior.algorithms.vig.weights import vig_weights
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator
 from composer_prior.data.tokenizer import image_token_ids
 from composer_prior.models.viewer import Viewer
@@ -80,6 +82,10 @@ def formula_gradients(family, tokenizer, method):
         seen = Viewer(make_viewer(family, tokenizer)).logprobs(batch)
         alone = -outputs["nll"].detach() if "model" in name else scores
         weights = gain_weights(seen, alone, mask, normalization=normalization, floor=0.1)
+    elif name == "vig":
+        weights = vig_weights(Viewer(make_viewer(family, tokenizer)).logprobs(batch), scores, mask)
+    elif name == "regate":
+        weights = normalize(difficulty_weights(outputs["nll"], scores, mask), mask)
     else:
         weights = focal_weights(outputs["nll"], mask, 1.5)
     ((outputs["nll"] * weights).sum() / mask.sum()).backward()

@@ -6,7 +6,7 @@ from composer.core import State, Time
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from composer_prior.algorithms.rho1.weights import selection_weights
+from composer_prior.algorithms.rho1.weights import check_share, selection_weights
 from composer_prior.algorithms.token_weighting.reference_weighting import ReferenceWeighting
 from composer_prior.models.reference import Dtype, ReferenceLM
 
@@ -39,8 +39,7 @@ class Rho1(ReferenceWeighting):
         shard_reference: bool = False,
         reference_dtype: Dtype | None = None,
     ):
-        if not 0 < share <= 1:
-            raise ValueError(f"share={share}: the share of kept tokens must be in (0, 1]; the paper uses 0.6.")
+        check_share(share)
         super().__init__(reference, normalization, start, end, shard_reference, reference_dtype)
         self.share = share
 

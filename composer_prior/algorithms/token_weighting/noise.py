@@ -5,6 +5,8 @@ import torch
 from composer.core import State
 from torch import Tensor
 
+from composer_prior.data.batch import sample_ids
+
 
 def token_noise(sample_ids: Tensor, mask: Tensor, seed: int, step: int) -> Tensor:
     """Draw uniform numbers in [0, 1) from the seed, the step, the sample and the token's position in its caption.
@@ -33,9 +35,4 @@ def noise_of(state: State, mask: Tensor, seed: int, method: str) -> Tensor:
     Raises:
         ValueError: if the batch does not say which samples it has.
     """
-    if "sample_id" not in state.batch:
-        raise ValueError(
-            f"{method} needs `sample_id` [B] in the batch, so that its random numbers do not depend on how the batch "
-            "is cut: read the data with StreamingCaptionDataset, or number the samples."
-        )
-    return token_noise(state.batch["sample_id"], mask, seed, int(state.timestamp.batch))
+    return token_noise(sample_ids(state.batch, method), mask, seed, int(state.timestamp.batch))

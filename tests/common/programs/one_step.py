@@ -20,7 +20,9 @@ from composer_prior.algorithms.image_gain.image_gain import ImageGain
 from composer_prior.algorithms.oracle.oracle import Oracle
 from composer_prior.algorithms.permuted_prior.permuted_prior import PermutedPRIOR
 from composer_prior.algorithms.random_prior.random_prior import RandomPRIOR
+from composer_prior.algorithms.regate.regate import ReGATE
 from composer_prior.algorithms.rho1.rho1 import Rho1
+from composer_prior.algorithms.vig.vig import VIG
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, count_tokens
 from composer_prior.data.captions import decode_image
 from composer_prior.data.tokenizer import bos_id, image_token_ids
@@ -48,6 +50,8 @@ METHODS = {
         viewer, reference, normalization="batch", shard_reference=shard
     ),
     "image_gain over the model": lambda reference, shard, viewer: ImageGain(viewer, over="model"),
+    "vig": lambda reference, shard, viewer: VIG(viewer, reference, shard_reference=shard),
+    "regate": lambda reference, shard, viewer: ReGATE(reference, dense=0, start="0ba", shard_reference=shard),
 }
 STRATEGIES = {"ddp": None, "fsdp2": {"fsdp2": {}}, "hsdp": {"fsdp2": {"data_parallel_replicate_degree": 2}}}
 BATCH = 12

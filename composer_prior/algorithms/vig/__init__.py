@@ -1,0 +1,1 @@
+"""VIG: train on the samples and tokens that the image explains (arXiv 2602.17186)."""
