@@ -121,9 +121,9 @@ class OtherImageViewer(Viewer):
             batch: of the trained model, with images of one size.
 
         Raises:
-            ValueError: if the images differ in their number of patches.
+            ValueError: if the images differ in their number of patches or tiles.
         """
-        if "patch_mask" in batch and not batch["patch_mask"].all():
+        if any((batch[key] != batch[key][:1]).any() for key in ("patch_mask", "image_grid") if key in batch):
             raise ValueError("OtherImageGain exchanges images of one size: give data whose images have the same size.")
         images = {key: value.roll(1, 0) for key, value in batch.items() if key in ("pixel_values", "pixel_patches")}
         return super().logprobs({**batch, **images})
