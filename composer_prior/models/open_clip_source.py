@@ -33,20 +33,32 @@ class Source(NamedTuple):
     assumption: str = ""  # a line about what the weights do not say and is taken for granted
 
 
-def find_source(architecture: str, pretrained: str | None, given: Mapping[str, Any]) -> Source:
+def find_source(
+    architecture: str, pretrained: str | None, given: Mapping[str, Any], preprocess_of: str | None = None
+) -> Source:
     """Find an encoder of :func:`.build_open_clip` and the preprocessing of its weights, without reading weights.
 
-    Keys of :data:`PREPROCESSING` that are missing or None take the weights' values. An error names the key.
+    Keys of :data:`PREPROCESSING` that are missing or None take the weights' values, or with
+    ``preprocess_of`` those of that tag of the architecture. An error names the key.
     """
     find = _with_own_weights if brings_weights(architecture) else _of_table
     found = find(architecture, pretrained)
-    preprocess = {**found.preprocess, **{key: value for key, value in given.items() if value is not None}}
+    told = found.preprocess
+    if preprocess_of is not None:
+        tags = list_pretrained_tags_by_model(architecture)
+        if preprocess_of not in tags:
+            raise ValueError(
+                f"model.vision.preprocess_of={preprocess_of!r} is no tag of {architecture}. "
+                f"{did_you_mean(preprocess_of, tags)}"
+            )
+        told = {**asdict(PreprocessCfg()), **get_pretrained_cfg(architecture, preprocess_of)}
+    preprocess = {**told, **{key: value for key, value in given.items() if value is not None}}
     lacking = [key for key in PREPROCESSING if preprocess.get(key) is None]
     if lacking:
         raise ValueError(
             f"model.vision: nothing says on what pictures the weights {pretrained or architecture} were trained "
-            f"({', '.join(lacking)}): set the keys mean, std, interpolation and resize_mode of model.vision, or put "
-            f"the {CONFIG} of the weights beside them."
+            f"({', '.join(lacking)}): set the keys mean, std, interpolation and resize_mode of model.vision, or name a "
+            f"tag with the same ones as model.vision.preprocess_of, or put the {CONFIG} of the weights beside them."
         )
     for key in ("mean", "std"):
         if not all(0 <= value <= 1 for value in preprocess[key]) or (key == "std" and 0 in preprocess[key]):

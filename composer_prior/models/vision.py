@@ -46,6 +46,7 @@ def build_open_clip(
     mean: tuple[float, float, float] | None = None,
     std: tuple[float, float, float] | None = None,
     tiles: dict[str, Any] | None = None,
+    preprocess_of: str | None = None,
 ) -> OpenCLIPTower:
     """Build a tower of an OpenCLIP visual encoder.
 
@@ -68,13 +69,16 @@ def build_open_clip(
         std: of each channel, in [0, 1], by which pixels are normalized.
         tiles: ``{max: 4}``: larger images are cut into up to so many squares, and the whole image follows in one more.
             Default: one square an image.
+        preprocess_of: a tag of the architecture by which images are prepared, for weights that do not say how.
 
     Raises:
         ValueError: for an unknown architecture, a missing checkpoint, weights that were trained with another
             activation or an unknown preprocessing, a patch size that does not divide the image size, or a layer the
             encoder does not have.
     """
-    source = _find_encoder(architecture, pretrained, image_size, layer, mean, std, interpolation, resize_mode, tiles)
+    source = _find_encoder(
+        architecture, pretrained, image_size, layer, mean, std, interpolation, resize_mode, tiles, preprocess_of
+    )
     description = source.config
     device = torch.empty(0).device
     loads = device.type != "meta"  # where only shapes are wanted
@@ -132,12 +136,13 @@ def _find_encoder(
     interpolation: str | None = None,
     resize_mode: str | None = None,
     tiles: dict[str, Any] | None = None,
+    preprocess_of: str | None = None,
 ) -> Source:
     """Find the source of an encoder; refuse impossible arguments before weights are loaded."""
     if tiles is not None:
         registry.check_arguments(_tiles, tiles, "model.vision.tiles")
     given = {"mean": mean, "std": std, "interpolation": interpolation, "resize_mode": resize_mode}
-    source = find_source(architecture, pretrained, given)
+    source = find_source(architecture, pretrained, given, preprocess_of)
     vision = source.config["vision_cfg"]
     size, patch = image_size or vision.get("image_size"), vision.get("patch_size")
     if isinstance(size, int) and isinstance(patch, int) and size % patch:

@@ -167,6 +167,22 @@ def test_a_torchscript_archive_is_refused_with_what_to_take_instead(tmp_path):
         find_source("ViT-B-32", str(tmp_path / "ViT-B-32.pt"), {})
 
 
+def test_a_bare_file_takes_the_preprocessing_of_a_tag(tmp_path):
+    file = tmp_path / "weights.bin"
+    file.touch()
+    architecture = "ViT-L-14"  # whose tags differ
+    with pytest.raises(ValueError, match=r"name a tag with the same ones as model\.vision\.preprocess_of"):
+        find_source(architecture, str(file), {})
+    for tag in ("laion2b_s32b_b82k", "openai"):
+        expected = {key: getattr(PreprocessCfg(), key) for key in KEYS}
+        expected |= {key: value for key, value in get_pretrained_cfg(architecture, tag).items() if key in KEYS}
+        found = find_source(architecture, str(file), {"std": [0.1, 0.2, 0.3]}, tag).preprocess
+        assert {key: found[key] for key in KEYS} == {**expected, "std": [0.1, 0.2, 0.3]}
+    for refuse in (build_open_clip, build_open_clip.check):
+        with pytest.raises(ValueError, match=r"preprocess_of='laion' is no tag of ViT-L-14"):
+            refuse(architecture, str(file), preprocess_of="laion")
+
+
 @pytest.mark.parametrize("given", [{"mean": [0.5, 0.5, 127]}, {"std": [0.5, 0, 0.5]}])
 def test_impossible_means_and_deviations_are_refused(given):
     with pytest.raises(ValueError, match="expected three values of the range from 0 to 1"):

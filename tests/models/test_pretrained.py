@@ -192,8 +192,9 @@ def test_the_beginning_of_a_sequence_stands_there_once(kind, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_this_package_its_own_code_reads_it(tokenizer, tmp_path):
-    model = small("encoder", tokenizer)
+@pytest.mark.parametrize("family", ["encoder", "merged_tiles", "merged_naflex"])
+def test_without_this_package_its_own_code_reads_it(family, tokenizer, tmp_path):
+    model = small(family, tokenizer)
     model.save_pretrained(tmp_path / "model")
     (picture := pictures()[0]).save(tmp_path / "picture.png")
     code = """
