@@ -94,3 +94,18 @@ def test_the_study_of_image_gain(monkeypatch):
     of_seeds = [cell.load(plan.further[cell.name]) for cell in gain]
     assert len({recipe.reference["run_folder"] for recipe in of_seeds}) == 5
     assert len({recipe.viewer["run_folder"] for recipe in of_seeds}) == 5
+
+
+def test_the_study_of_real_pictures(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = read_study(ROOT / "yamls/studies/real_pictures.yaml", out="out")
+    plan = plan_tasks(study, Path("out"))
+    for cell in [cell for cell in study.cells if cell.values[SEED] == "1"]:
+        recipe = cell.load(plan.further[cell.name])
+        check_keys(recipe)
+        assert (recipe.viewer is not None) == (cell.values[METHOD] == "gain")
+        for part in filter(None, (recipe, recipe.helpers.get("viewer"))):
+            assert part.train_loader["dataset"]["local"] == "data/pictures/train"
+            assert part.benchmarks["foils"]["data"] == "data/pictures/validation/../foils.jsonl"
+            assert part.model["vision"]["pretrained"] is None
+            assert not part.model["vision"]["freeze"]
