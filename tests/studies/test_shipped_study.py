@@ -107,5 +107,5 @@ def test_the_study_of_real_pictures(monkeypatch):
         for part in filter(None, (recipe, recipe.helpers.get("viewer"))):
             assert part.train_loader["dataset"]["local"] == "data/pictures/train"
             assert part.benchmarks["foils"]["data"] == "data/pictures/validation/../foils.jsonl"
-            assert part.model["vision"]["pretrained"] is None
+            assert part.model["vision"]["pretrained"] == "emoji_scenes"
             assert not part.model["vision"]["freeze"]
