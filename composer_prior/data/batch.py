@@ -56,12 +56,13 @@ def join_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """
     batch = {}
     for key in images[0]:
-        parts = [image[key] for image in images]
-        shape = [max(sides) for sides in zip(*(part.shape[1:] for part in parts), strict=True)]
-        batch[key] = default_collate([row for part in parts for row in _padded(part, shape)])
+        shape = [max(sides) for sides in zip(*(image[key].shape[1:] for image in images), strict=True)]
+        parts = [_padded(image[key], shape) for image in images]
         rows = torch.tensor([len(part) for part in parts])
-        if bool((rows != 1).any()):
-            batch[key + ROWS] = rows
+        if bool((rows == 1).all()):
+            batch[key] = default_collate([part[0] for part in parts])  # as in stack_images
+        else:
+            batch |= {key: torch.cat(parts), key + ROWS: rows}
     return batch
 
 

@@ -13,6 +13,7 @@ from composer_prior.data.processing import image_placeholder
 from composer_prior.data.tokenizer import build_tokenizer
 from composer_prior.emoji_scenes.writing import make_emoji_scenes
 from composer_prior.models.hugging_face import build_hugging_face
+from composer_prior.training.optimizer import build_optimizer
 
 CAPTIONS = [f"two red hammers on grey paper, photo {number} by Ana Lindqvist" for number in range(20)]
 SIZES = ((48, 48), (60, 20), (24, 40), (30, 90))
@@ -100,3 +101,37 @@ def test_losses_are_the_familys_own_for_any_cut(kind, prompt, scenes, hub):
         assert int((batch["labels"][index] != IGNORE_INDEX).sum()) == tokens
         assert bool((batch["labels"][index, :start] == IGNORE_INDEX).all())
         assert float(nll[index].sum() / tokens) == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_texts_are_scored_and_written_as_in_training(kind, scenes, hub):
+    """By benchmarks, which read image and prompt once: of images of unlike sizes, in one call."""
+    model = built(hub(kind))
+    data, samples = samples_of(model, scenes, PROMPT)
+    with torch.no_grad():
+        nll = model(collated(model, samples))["nll"]
+    texts = [sample["labels"][sample["labels"] != IGNORE_INDEX].tolist() for sample in samples]
+    images = [shaped(data.image_and_caption(index)[0].copy()) for index in range(len(samples))]
+    scores = model.image_text_model.text_logprobs(images, [[text, text[:3]] for text in texts], PROMPT)
+    for row, text, (whole, beginning) in zip(nll, texts, scores, strict=True):
+        expected = -row[row != 0]
+        assert torch.tensor(whole) == pytest.approx(expected, abs=1e-4)
+        assert torch.tensor(beginning) == pytest.approx(expected[:3], abs=1e-4)
+        assert len(whole) == len(text)
+    together = model.image_text_model.generate_captions(images, PROMPT, max_new_tokens=6)
+    assert together == [model.image_text_model.generate_captions([image], PROMPT, 6)[0] for image in images]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_parts_are_found_by_the_structure(kind, hub):
+    model = built(hub(kind), freeze=["vision", "language"])
+    trained = {name for name, weight in model.model.named_parameters() if weight.requires_grad}
+    places = ("connector", "multi_modal_projector", "image_newline", "visual.merger")
+    assert trained == {name for name, _ in model.model.named_parameters() if any(place in name for place in places)}
+    groups = {"projector": {"lr": 0.1}, "language": {"lr": 0.2}, "language.lm_head": {"lr": 0.3}, "vision": {"lr": 0.4}}
+    model.model.requires_grad_(True)
+    optimizer = build_optimizer({"name": "adamw", "lr": 1.0, "groups": groups}, model)
+    rates = {weight: group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+    for name, weight in model.model.named_parameters():
+        part = 0.3 if "lm_head" in name else 0.1 if name in trained else 0.4 if "vis" in name else 0.2
+        assert rates[weight] == part, name

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 from common.families import save_family
 from common.models import small_lm
-from common.recipes import LOADERS, ROOT, losses
+from common.recipes import LOADERS, ROOT, fork_ranks, losses
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
@@ -40,24 +41,6 @@ def hub(kind):
     tokenizer.save_pretrained("hub/lm")
 
 
-def smaller(name, scenes, *overrides):
-    """Return a shipped recipe made small by overrides alone."""
-    return load_recipe(
-        ROOT / "yamls" / f"{name}.yaml",
-        [
-            f"train={scenes}/train",
-            f"validation={scenes}/validation",
-            "model.pretrained=hub/vlm",
-            "reference.model.language.pretrained=hub/lm",
-            *(f"{prefix}global_train_batch_size=16" for prefix in ("", "reference.")),
-            *(f"{prefix}device_train_microbatch_size=4" for prefix in ("", "reference.")),
-            *(f"{prefix}{key}" for prefix in ("", "reference.") for key in ON_A_CPU),
-            *(f"{loader}.{key}" for loader in LOADERS for key in ("num_workers=0", "persistent_workers=false")),
-            *overrides,
-        ],
-    )
-
-
 ON_A_CPU = (
     "precision=fp32",
     "parallelism_config=null",
@@ -71,11 +54,31 @@ SMALL_IMAGES = {
 }
 
 
+def overrides(name, scenes, *more):
+    """Return overrides that make a shipped recipe small, on data of the suite."""
+    return [
+        f"train={scenes}/train",
+        f"validation={scenes}/validation",
+        "model.pretrained=hub/vlm",
+        "reference.model.language.pretrained=hub/lm",
+        *(f"{prefix}global_train_batch_size=16" for prefix in ("", "reference.")),
+        *(f"{prefix}device_train_microbatch_size=4" for prefix in ("", "reference.")),
+        *(f"{prefix}{key}" for prefix in ("", "reference.") for key in ON_A_CPU),
+        *(f"{loader}.{key}" for loader in LOADERS for key in ("num_workers=0", "persistent_workers=false")),
+        *SMALL_IMAGES[name],
+        *more,
+    ]
+
+
+def smaller(name, scenes, *more):
+    return load_recipe(ROOT / "yamls" / f"{name}.yaml", overrides(name, scenes, *more))
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_shipped_recipe_from_nothing_to_captions(name, scenes, here, capsys):
     hub(RECIPES[name])
     Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 20).convert("RGB").save("picture.png")
-    train(smaller(name, scenes, *SMALL_IMAGES[name]))
+    train(smaller(name, scenes))
     steps = losses(f"runs/{name}")
     assert [batch for batch, _ in steps] == [0, 1]
     assert all(0 < loss < 20 for _, loss in steps)
@@ -92,3 +95,26 @@ def test_a_shipped_recipe_from_nothing_to_captions(name, scenes, here, capsys):
     said = processor.tokenizer.batch_decode(found, skip_special_tokens=True)
     assert said == load(f"runs/{name}").generate_captions([image], max_new_tokens=8)
     assert said == load(f"runs/{name}/checkpoints/latest-rank0.pt").generate_captions([image], max_new_tokens=8)
+
+
+ALONE = ("reference=null", "algorithms.prior=null", "train_loader.dataset.scores=null", "sample_captions=0")
+CHECKPOINTING = "parallelism_config={fsdp2: {activation_checkpointing: true}}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_ranks_reach_the_losses_of_one(name, scenes, here):
+    hub(RECIPES[name])
+    command = [ROOT / "train.py", ROOT / "yamls" / f"{name}.yaml", *overrides(name, scenes, *ALONE)]
+    train(smaller(name, scenes, *ALONE, "run_name=one"))
+    fork_ranks(here, *command, "run_name=two")
+    fork_ranks(here, *command, "run_name=fsdp2", CHECKPOINTING)
+    one = losses("runs/one")
+    assert len(one) == 2
+    for run in ("two", "fsdp2"):
+        assert [loss for _, loss in losses(f"runs/{run}")] == pytest.approx([loss for _, loss in one], abs=1e-4)
+        first, other = (
+            AutoModelForImageTextToText.from_pretrained(f"runs/{which}/model").state_dict() for which in ("one", run)
+        )
+        for key, tensor in first.items():
+            torch.testing.assert_close(other[key], tensor, rtol=0, atol=1e-4, msg=key)
