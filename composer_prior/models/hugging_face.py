@@ -66,9 +66,11 @@ def build_hugging_face(
     """
     if (pretrained is None) == (config is None):
         raise ValueError("model needs either `pretrained` (a hub id or folder) or `config` (a new model).")
-    made = build_processor(tokenizer, pretrained, processor, trust_remote_code)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "attn_implementation": attn_implementation}
-    settings = _configuration(pretrained, config, made, trust_remote_code)
+    settings = None if pretrained is None else _read_configuration(pretrained, trust_remote_code)
+    made = build_processor(tokenizer, pretrained, processor, trust_remote_code)
+    if settings is None:
+        settings = _new_configuration(dict(config or {}), made)
     if pretrained is None or torch.empty(0).device.type == "meta":
         model = AutoModelForImageTextToText.from_config(settings, dtype=torch.float32, **options)
     else:
@@ -117,24 +119,25 @@ def build_processor(
     return processor
 
 
-def _configuration(pretrained: str | None, config: dict[str, Any] | None, processor: Any, trust: bool) -> Any:
-    """Return the configuration of a model, and refuse what cannot be trained."""
-    if pretrained is not None:
-        try:
-            settings = load_pretrained(AutoConfig, pretrained, trust)
-        except ModelFolderError as error:
-            raise ModelFolderError(f"model.pretrained={error}") from error
-        except (OSError, ValueError) as error:
-            raise OSError(f"model.pretrained={pretrained!r} is no folder with a model: {one_line(error)}") from error
-    else:
-        settings = _new_configuration(dict(config or {}), processor)
+def _read_configuration(pretrained: str, trust_remote_code: bool) -> PretrainedConfig:
+    """Return the configuration of a model of a folder or hub id, and refuse one that cannot be trained."""
+    try:
+        return _checked(load_pretrained(AutoConfig, pretrained, trust_remote_code))
+    except ModelFolderError as error:
+        raise ModelFolderError(f"model.pretrained={error}") from error
+    except OSError as error:
+        raise OSError(f"model.pretrained={pretrained!r} is no folder with a model: {one_line(error)}") from error
+
+
+def _checked(settings: PretrainedConfig) -> PretrainedConfig:
+    """Return a configuration; raise ValueError for one of a model that cannot be trained here."""
     kind = settings.model_type
     if kind in _REFUSED:
         raise ValueError(f"model: a {kind} cannot be trained here: {_REFUSED[kind]}.")
     if not captions_images(settings):
         raise ValueError(f"model: a {kind} is no image-text-to-text model of transformers.")
     if settings.is_encoder_decoder:
-        raise ValueError(f"model: a {kind} cannot be trained here: its captions are the input of a decoder of its own.")
+        raise ValueError(f"model: a {kind} cannot be trained here: it reads images apart from its captions' tokens.")
     return settings
 
 
@@ -148,7 +151,7 @@ def _new_configuration(arguments: dict[str, Any], processor: Any) -> PretrainedC
     named = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _TOKENS.items() if name in known}
     image = getattr(processor, "image_token_id", None) or tokenizer.convert_tokens_to_ids(processor.image_token)
     named |= {name: image for name in ("image_token_id", "image_token_index") if name in known}
-    return AutoConfig.for_model(kind, **{**named, **arguments, "text_config": text})
+    return _checked(AutoConfig.for_model(kind, **{**named, **arguments, "text_config": text}))
 
 
 def hugging_face_skeleton(tokenizer: PreTrainedTokenizerBase, **config: Any) -> ComposerLVLM:

@@ -320,6 +320,9 @@ def check_head(model: PreTrainedModel, reads_embeddings: bool = False) -> None:
     except Exception as error:  # whatever the code of some model raises
         line = (str(error).splitlines() or [""])[0]
         raise ValueError(f"{name} cannot be used as a language model: {type(error).__name__}: {line}") from error
+    for module in model.modules():
+        if isinstance(getattr(module, "rope_deltas", None), Tensor):  # Qwen2-VL keeps it; other ranks have none yet
+            cast(Any, module).rope_deltas = None
     if complaint:
         raise ValueError(f"{name} {complaint}, which is not supported.")
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
-from composer_prior.models.language import causal_lm_of, parts_of
+from composer_prior.models.language import causal_lm_of, named_weights, parts_of
 
 # Names a Python file that makes FSDP2 average gradients over gloo; FSDP2 is then accepted on CPUs. For tests.
 ON_CPU = "COMPOSER_PRIOR_FSDP2_ON_CPU"
@@ -83,9 +83,11 @@ def prepare_sharded(model: nn.Module) -> None:
         if sharded and dist.get_world_size() > 1:
             share_tensor_attributes(lvlm, causal_lm_of(lvlm).device)
         tower = parts_of(lvlm).get("vision")
-        if tower is not None and not any(parameter.requires_grad for parameter in tower.parameters()):
+        trained = {name.partition(".")[0] for name, weight in named_weights(lvlm) if weight.requires_grad}
+        if tower is not None and "vision" not in trained:  # a projector in it may be trained
             for module in tower.modules():
-                if isinstance(module, FSDPModule):  # a backward pass does not reach it: do not gather it again
+                frozen = isinstance(module, FSDPModule) and not any(one.requires_grad for one in module.parameters())
+                if frozen:  # a backward pass does not reach it: do not gather it again
                     module.set_unshard_in_backward(False)
 
 

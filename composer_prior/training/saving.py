@@ -26,7 +26,7 @@ from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.image_text_model import ImageTextModel, classes_of
 from composer_prior.models.language import causal_lm_of, generate_greedily
 from composer_prior.models.model_folder import fitting_weights, save_model_folder
-from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration
+from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration, PriorLVLMProcessor
 from composer_prior.reports.closing import validation_metrics
 from composer_prior.training.checkpoints.loading import read_weights
 from composer_prior.training.checkpoints.storage import find_weights
@@ -34,6 +34,7 @@ from composer_prior.training.config import TrainConfig, written
 from composer_prior.training.finite import check_weights
 from composer_prior.training.reference import metadata_file, model_folder, model_metadata
 
+PROMPT = "prompt.txt"
 ARCHITECTURE = "architecture"  # a folder of the run: the model in Hugging Face format without weights, for checkpoints
 
 
@@ -42,9 +43,16 @@ def save_architecture(recipe: TrainConfig, model: ComposerLVLM) -> None:
     if dist.get_global_rank() != 0:
         return
     try:
-        save_model_folder(model.model, model.processor, Path(recipe.run_folder, ARCHITECTURE), None)
+        folder = Path(recipe.run_folder, ARCHITECTURE)
+        save_model_folder(model.model, model.processor, folder, None, _prompt_file(model))
     except ValueError as error:
         announce(f"Model: the run will leave checkpoints alone, as {one_line(error)}.")
+
+
+def _prompt_file(model: ComposerLVLM) -> dict[str, str]:
+    """Return the file of the prompt of training, which a processor of transformers does not keep."""
+    ours = model.reads_text_alone or isinstance(model.processor, PriorLVLMProcessor)
+    return {} if ours or not model.processor.prompt else {PROMPT: model.processor.prompt}
 
 
 def save_model(
@@ -76,7 +84,7 @@ def save_model(
         with full_disk_told(out, size), tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "model") if is_remote(out) else Path(out)
             about = (recipe, model, data.fingerprint, validation)
-            files = {metadata_file(recipe).name: model_metadata(*about)}
+            files = {metadata_file(recipe).name: model_metadata(*about), **_prompt_file(model)}
             if not model.reads_text_alone:
                 files["README.md"] = model_card(*about)
             save_model_folder(model.model, model.processor, folder, weights, files)
@@ -180,9 +188,9 @@ def load(path: str | Path, trust_remote_code: bool = False) -> ImageTextModel:
     """
     place = Path(path).expanduser()
     if (place / "config.json").is_file() or not place.exists():
-        return ImageTextModel.from_pretrained(path, trust_remote_code)
+        return _with_prompt(ImageTextModel.from_pretrained(path, trust_remote_code), place)
     if (place / "model" / "config.json").is_file():
-        return ImageTextModel.from_pretrained(place / "model", trust_remote_code)
+        return load(place / "model", trust_remote_code)
     try:
         source = find_weights(str(place))
     except ValueError as error:
@@ -216,4 +224,11 @@ def _load_checkpoint(source: Path, trust_remote_code: bool) -> ImageTextModel:
         raise ModelFolderError(f"{source} is no checkpoint of the model in {folder}: {error}.") from error
     model.tie_weights()
     generate_greedily(model, processor.tokenizer)
-    return ImageTextModel(model.eval(), processor)
+    return _with_prompt(ImageTextModel(model.eval(), processor), folder)
+
+
+def _with_prompt(model: ImageTextModel, folder: Path) -> ImageTextModel:
+    """Let a model of transformers caption with the prompt of its training."""
+    if (folder / PROMPT).is_file():
+        model.processor.prompt = (folder / PROMPT).read_text()
+    return model

@@ -1,13 +1,23 @@
 """Families of transformers trained through their own processors: losses against each family's own forward pass."""
 
+import inspect
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from common.families import FAMILIES, save_family
+from common.models import small_lm
+from composer import Callback, DataSpec, Trainer
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from torch.utils.data import DataLoader
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
+from transformers import Trainer as HFTrainer
 
-from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, split_packed_images
+from composer_prior import PRIOR, PRIORMixin, ReferenceLM
+from composer_prior.algorithms.token_weighting.image_tokens import text_positions
+from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, count_tokens, split_packed_images
 from composer_prior.data.captions import StreamingCaptionDataset
 from composer_prior.data.processing import image_placeholder
 from composer_prior.data.tokenizer import build_tokenizer
@@ -135,3 +145,122 @@ def test_parts_are_found_by_the_structure(kind, hub):
     for name, weight in model.model.named_parameters():
         part = 0.3 if "lm_head" in name else 0.1 if name in trained else 0.4 if "vis" in name else 0.2
         assert rates[weight] == part, name
+
+
+def test_a_new_model_has_the_tokens_of_its_processor(scenes, hub):
+    path = hub("qwen2_vl")
+    tokenizer = build_tokenizer({"name": path, "image_tokens": False})
+    config = {"model_type": "qwen2_vl", **FAMILIES["qwen2_vl"][2]}
+    processor = {"name": path, "max_pixels": 256}
+    model = build_hugging_face(tokenizer, config=config, processor=processor, attn_implementation="eager")
+    pretrained = AutoModelForImageTextToText.from_pretrained(path).config
+    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        assert getattr(model.model.config, name) == getattr(pretrained, name)
+    assert model.model.config.get_text_config().vocab_size == len(tokenizer)
+    _, samples = samples_of(model, scenes, "")
+    assert max(int(sample["processed"]["image_grid_thw"].prod()) for sample in samples) <= 256 / 4**2
+    nll = model(collated(model, samples))["nll"]
+    assert bool(nll.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "gemma3", "paligemma"])
+@pytest.mark.parametrize("prompt", ["", PROMPT])
+def test_a_live_reference_sees_what_stored_scores_are_made_of(kind, prompt, scenes, hub):
+    model = built(hub(kind))
+    data, samples = samples_of(model, scenes, prompt)
+    reference = ReferenceLM(small_lm(model.tokenizer), model.tokenizer)
+    batch = collated(model, samples)
+    found = reference.logprobs(batch["input_ids"], text_positions(batch, model), batch["labels"])
+    prefix = data.format.prefix_ids()
+    texts = [row[row != IGNORE_INDEX].tolist() for row in batch["labels"]]
+    expected = reference.score_texts([[*prefix, *text] for text in texts], len(prefix))
+    for row, labels, scores in zip(found, batch["labels"], expected, strict=True):
+        torch.testing.assert_close(row[labels != IGNORE_INDEX], scores, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_prior_is_that_of_transformers_trainer(kind, scenes, hub, tmp_path):
+    """The same batch, whole there and in microbatches here."""
+    model = built(hub(kind))
+    _, samples = samples_of(model, scenes, "")
+    reference = ReferenceLM(small_lm(model.tokenizer), model.tokenizer)
+    losses, rows = [], [{"index": index} for index in range(len(samples))]
+    accepted = {*inspect.signature(model.model.forward).parameters, "ref_logprobs"}
+    batch = collated(model, samples)
+    text = text_positions(batch, model)
+    batch["ref_logprobs"] = reference.logprobs(batch["input_ids"], text, batch["labels"])
+
+    def whole(_):
+        return {key: value for key, value in batch.items() if key in accepted}
+
+    class Recording(PRIORMixin, HFTrainer):
+        def training_step(self, *args, **kwargs):
+            losses.append(float(super().training_step(*args, **kwargs)))
+            return torch.tensor(losses[-1])
+
+    options = {"per_device_train_batch_size": len(samples), "max_steps": 1, "use_cpu": True, "report_to": []}
+    options |= {"remove_unused_columns": False, "save_strategy": "no", "disable_tqdm": True}
+    trained = Recording(
+        model.model, TrainingArguments(str(tmp_path), **options), data_collator=whole, train_dataset=rows,
+        processing_class=model.processor,
+    )  # fmt: skip
+    trained.train()
+
+    class Sum(Callback):
+        total, tokens = 0.0, 0.0
+
+        def before_backward(self, state, logger):
+            count = int((state.batch["labels"] != IGNORE_INDEX).sum())
+            self.total, self.tokens = self.total + float(state.loss) * count, self.tokens + count
+
+    model, ours = built(hub(kind)), Sum()
+    loader = DataLoader(samples, batch_size=len(samples), collate_fn=lambda _: batch)
+    spec = DataSpec(
+        loader,
+        split_batch=split_packed_images,
+        get_num_samples_in_batch=lambda batch: len(batch["labels"]),
+        get_num_tokens_in_batch=count_tokens,
+    )
+    Trainer(
+        model=model, train_dataloader=spec, max_duration="1ba", algorithms=[PRIOR()], callbacks=[ours],
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.0), device_train_microbatch_size=2, device="cpu",
+        accumulate_train_batch_on_tokens=True, progress_bar=False,
+    ).fit()  # fmt: skip
+    assert losses == [pytest.approx(ours.total / ours.tokens, rel=1e-6)]
+
+
+def bad(folder, **changes):
+    """Write a configuration without a model."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(changes))
+    return str(folder)
+
+
+def test_what_cannot_be_trained_is_refused_with_the_reason(hub, tmp_path):
+    path = hub("idefics3")
+    tokenizer = build_tokenizer({"name": path, "image_tokens": False})
+    cases = [
+        ({"pretrained": bad(tmp_path / "a", model_type="mllama")}, r"a mllama cannot .* by cross-attention"),
+        ({"pretrained": bad(tmp_path / "b", model_type="llama")}, "a llama is no image-text-to-text model"),
+        ({"pretrained": bad(tmp_path / "c", model_type="florence2")}, "florence2 cannot be trained here"),
+        ({"pretrained": "nowhere/at/all"}, "model.pretrained='nowhere/at/all' does not exist"),
+        ({}, "either `pretrained` .* or `config`"),
+        ({"config": {"model_type": "idefics3"}}, "model.processor.name is missing"),
+        ({"pretrained": path, "processor": {"sice": 3}}, r"model.processor.sice is not a key. Did you mean 'size'\?"),
+        ({"pretrained": path, "processor": {"name": hub("llava")}}, "is another tokenizer than that of the processor"),
+        ({"pretrained": path, "freeze": ["visoin"]}, "idefics3 has no part known as visoin"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises((ValueError, OSError), match=message) as refused:
+            build_hugging_face(tokenizer, **arguments)
+        assert "\n" not in str(refused.value)
+
+
+def test_an_image_with_too_many_tokens_is_a_bad_sample(hub, scenes):
+    model = built(hub("qwen2_vl"))
+    maker = replace(model.image_processor, positions=14)
+    assert len(maker(Image.new("RGB", (16, 16))).prefix["input_ids"]) < 14
+    with pytest.raises(ValueError, match="it takes 14 tokens, and the language model has 14 positions"):
+        maker(Image.new("RGB", (40, 30)))
+    with pytest.raises(ValueError, match="aspect ratio"):
+        maker(Image.new("RGB", (1, 20_000)))

@@ -1,5 +1,6 @@
 """Recipes of transformers' vision-language models: from a folder as a hub has it to captions and a folder like it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from composer_prior import load
 from composer_prior.data.processing import image_placeholder
 from composer_prior.emoji_scenes.writing import make_emoji_scenes
+from composer_prior.inference.evaluate import evaluate
 from composer_prior.training.config import load_recipe
 from composer_prior.training.run import train
 
@@ -78,7 +80,9 @@ def smaller(name, scenes, *more):
 def test_a_shipped_recipe_from_nothing_to_captions(name, scenes, here, capsys):
     hub(RECIPES[name])
     Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 20).convert("RGB").save("picture.png")
-    train(smaller(name, scenes))
+    prompt = [f"{loader}_loader.dataset.prompt=a photo of" for loader in ("train", "eval")]
+    captioning = {"data": f"{scenes}/validation"}
+    train(smaller(name, scenes, *prompt, f"benchmarks={{captioning: {{data: {captioning['data']}, limit: 4}}}}"))
     steps = losses(f"runs/{name}")
     assert [batch for batch, _ in steps] == [0, 1]
     assert all(0 < loss < 20 for _, loss in steps)
@@ -89,12 +93,16 @@ def test_a_shipped_recipe_from_nothing_to_captions(name, scenes, here, capsys):
     assert stock.config.architectures == AutoModelForImageTextToText.from_pretrained("hub/vlm").config.architectures
     assert not [*Path(folder).glob("*.py")]
     image = Image.open("picture.png")
-    text = [image_placeholder(processor)]
+    text = [image_placeholder(processor) + "a photo of"]
     inputs = processor(images=[[image]], text=text, return_tensors="pt")
     found = stock.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     said = processor.tokenizer.batch_decode(found, skip_special_tokens=True)
     assert said == load(f"runs/{name}").generate_captions([image], max_new_tokens=8)
     assert said == load(f"runs/{name}/checkpoints/latest-rank0.pt").generate_captions([image], max_new_tokens=8)
+    last = json.loads(Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()[-1])
+    figures = evaluate(f"runs/{name}", captioning, benchmark="captioning", limit=4, out="evaluation")["figures"]
+    during = {key.rpartition("/")[2]: value for key, value in last.items() if key.startswith("eval/captioning/")}
+    assert during == {key: pytest.approx(one["value"]) for key, one in figures.items() if one["value"] is not None}
 
 
 ALONE = ("reference=null", "algorithms.prior=null", "train_loader.dataset.scores=null", "sample_captions=0")
@@ -118,3 +126,32 @@ def test_two_ranks_reach_the_losses_of_one(name, scenes, here):
         )
         for key, tensor in first.items():
             torch.testing.assert_close(other[key], tensor, rtol=0, atol=1e-4, msg=key)
+
+
+def test_two_stages(scenes, here, capsys):
+    """The projector alone, then language model and projector, from the weights of the first."""
+    hub("qwen2_vl")
+    one = ("max_duration=1ba", "scheduler.t_warmup=0ba", *ALONE)
+    train(smaller("qwen2_vl", scenes, *one, "run_name=stage1", "model.freeze=[vision, language]"))
+    still = ("optimizer.lr=0", "optimizer.groups=null", "seed=5")
+    trained = train(smaller("qwen2_vl", scenes, *one, "run_name=stage2", "init_from=runs/stage1", *still))
+    assert "Weights: language, projector, vision from runs/stage1" in capsys.readouterr().out
+    names = {name for name, weight in trained.state.model.named_parameters() if weight.requires_grad}
+    assert names == {name for name in names if "visual" not in name or "merger" in name}
+    before, first, second = (
+        AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+        for folder in ("hub/vlm", "runs/stage1/model", "runs/stage2/model")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert {name for name in first if not torch.equal(first[name], before[name])} == {
+        name for name in first if "merger" in name
+    }
+
+
+def test_a_sequence_that_no_position_is_left_for_is_refused_before_training(scenes, here):
+    hub("idefics3")
+    with pytest.raises(
+        ValueError, match=r"model.language has 512 positions, and a sequence may take .* image"
+    ) as error:
+        train(smaller("smolvlm", scenes, *ALONE, "train_loader.dataset.max_caption_tokens=510"))
+    assert "\n" not in str(error.value)

@@ -197,7 +197,9 @@ class PRIORMixin(Trainer):
             outputs["log_probs"] = outputs["log_probs"] * weights[:, 1:]
         else:
             labels, count = inputs.pop("labels"), inputs.pop("num_items_in_batch")
-            outputs = model(**inputs)
+            # PaliGemma lets captions see what follows unless it is given labels.
+            seen = {"labels": labels} if "token_type_ids" in inputs else {}
+            outputs = model(**inputs, **seen)
             nll = logits_nll(_logits(outputs), labels)
             outputs["loss"] = (nll * weights).sum() / count
         mask = labels != IGNORE_INDEX
