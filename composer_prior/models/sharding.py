@@ -86,9 +86,9 @@ def prepare_sharded(model: nn.Module) -> None:
         trained = {name.partition(".")[0] for name, weight in named_weights(lvlm) if weight.requires_grad}
         if tower is not None and "vision" not in trained:  # a projector in it may be trained
             for module in tower.modules():
-                frozen = isinstance(module, FSDPModule) and not any(one.requires_grad for one in module.parameters())
-                if frozen:  # a backward pass does not reach it: do not gather it again
-                    module.set_unshard_in_backward(False)
+                frozen = not any(parameter.requires_grad for parameter in module.parameters())
+                if isinstance(module, FSDPModule) and frozen:  # a backward pass does not reach it
+                    module.set_unshard_in_backward(False)  # so that it is not gathered again
 
 
 def shard_from_first_rank(root: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
