@@ -1,9 +1,9 @@
-"""The six measurements. Each returns rows for the JSON file, and prints its lines of the table."""
+"""The measurements. Each returns rows for the JSON file, and prints its lines of the table."""
 
 import copy
 import io
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -27,21 +27,27 @@ from benchmarks.measure import (
 from benchmarks.setup import (
     CLIPPING,
     FIRST_WORD,
+    FRONT_ENDS,
     IMAGE_TOKENS,
     VOCABULARY,
     adamw,
+    build_front_end,
     build_llava,
     build_lm,
+    build_nanovlm,
     build_ours,
+    build_smolvlm,
     build_tokenizer,
     caption_lengths,
     hugging_face_trainer,
     our_trainer,
     training_batches,
+    wrap,
 )
 from composer_prior.algorithms.prior import PRIOR
 from composer_prior.data.batch import CaptionCollator
 from composer_prior.data.captions import StreamingCaptionDataset
+from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.head import labelled_nll, weighted_mean
 from composer_prior.models.language import head_of, last_hidden_states
 from composer_prior.models.reference import ReferenceLM
@@ -109,40 +115,102 @@ def over_hugging_face(repetitions: int) -> list[Row]:
     ] + [row(3, "step, ours", median(seconds["ours"]), "s", seconds=seconds)]
 
 
-def memory(vocabularies: Sequence[int] = (2_000, 16_384, VOCABULARY, 151_936)) -> list[Row]:
+def memory(
+    vocabularies: Sequence[int] = (2_000, 16_384, VOCABULARY, 151_936),
+    of_smolvlm: Sequence[int] = (VOCABULARY, 152_064),
+) -> list[Row]:
     """Measure item 4: peak memory of one step above the level before it, in separate processes."""
     rows = []
-    for vocabulary in vocabularies:
-        ours, theirs = (in_process(_step_memory, name, vocabulary) for name in ("ours", "hf"))
-        note(f"V = {vocabulary}: losses {ours[1]:.5f} and {theirs[1]:.5f}")
-        goal = "<= 0.5" if vocabulary == VOCABULARY else ""
+    sizes = [("", "Hugging Face", v) for v in vocabularies] + [("SmolVLM, ", "its own loss", v) for v in of_smolvlm]
+    for model, other, vocabulary in sizes:
+        ours, theirs = (in_process(_step_memory, name, model, vocabulary) for name in ("ours", "theirs"))
+        note(f"{model}V = {vocabulary}: losses {ours[1]:.5f} and {theirs[1]:.5f}")
+        goal = "<= 0.5" if vocabulary == VOCABULARY and not model else ""
         rows += [
-            row(4, f"peak memory of a step, V = {vocabulary}, ours", ours[0] / 2**20, "MiB"),
-            row(4, f"peak memory of a step, V = {vocabulary}, Hugging Face", theirs[0] / 2**20, "MiB"),
-            row(4, f"ours / Hugging Face, V = {vocabulary}", ours[0] / theirs[0], goal=goal),
+            row(4, f"peak memory of a step, {model}V = {vocabulary}, ours", ours[0] / 2**20, "MiB"),
+            row(4, f"peak memory of a step, {model}V = {vocabulary}, {other}", theirs[0] / 2**20, "MiB"),
+            row(4, f"ours / {other}, {model}V = {vocabulary}", ours[0] / theirs[0], goal=goal),
         ]
     return rows
 
 
-def _step_memory(name: str, vocabulary: int) -> tuple[int, float]:
+def _step_memory(name: str, family: str, vocabulary: int) -> tuple[int, float]:
     batches = training_batches(3, vocabulary=vocabulary)
-    ours = build_ours(vocabulary)
-    model: Any = ours if name == "ours" else build_llava(ours)
-    keys = ("input_ids", "attention_mask", "labels", "pixel_values")
-    del ours
+    if family:
+        model: Any = build_smolvlm(vocabulary)
+        for batch in batches:
+            batch["pixel_values"] = batch["pixel_values"][:, None]  # it may have several images
+        model = wrap(model) if name == "ours" else model
+    else:
+        model = build_ours(vocabulary)
+        model = model if name == "ours" else build_llava(model)
+    step = _training_step(model)
+    losses = [step(batch) for batch in batches]
+    return peak_bytes(lambda: step(batches[0])), losses[0]
+
+
+def _training_step(model: Any) -> Callable[[Mapping[str, Tensor]], float]:
+    """Return a function that trains on a batch, ours, transformers' or nanoVLM's, and returns the loss."""
     optimizer = adamw(model)
+
+    def loss_of(batch: Mapping[str, Tensor]) -> Tensor:
+        if isinstance(model, ComposerLVLM):
+            return model.loss(model(batch), batch)
+        if isinstance(model, PreTrainedModel):
+            return model(**{key: batch[key] for key in ("input_ids", "attention_mask", "labels", "pixel_values")}).loss
+        targets = batch["labels"].roll(-1, 1)  # the first, which comes last, is of the image
+        return model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], targets)[1]
 
     def step(batch: Mapping[str, Tensor]) -> float:
         optimizer.zero_grad()
-        loss = model.loss(model(batch), batch) if name == "ours" else model(**{key: batch[key] for key in keys}).loss
+        loss = loss_of(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
         optimizer.step()
         optimizer.zero_grad()
         return float(loss)
 
-    losses = [step(batch) for batch in batches]
-    return peak_bytes(lambda: step(batches[0])), losses[0]
+    return step
+
+
+NANOVLM = "nanoVLM"
+
+
+def front_ends(repetitions: int, nanovlm: str | None = None) -> list[Row]:
+    """Measure item 7: steps on images of 640 x 480 pixels, by tower and projector; memory is of separate processes."""
+    names = [*FRONT_ENDS, *([NANOVLM] if nanovlm else [])]
+    steps: dict[str, Callable[[], float]] = {}
+    tokens: dict[str, int] = {}
+    for name in names:
+        steps[name], tokens[name] = front_end_step(name, nanovlm)
+    seconds = interleaved(steps, repetitions)
+    peaks = {name: in_process(_front_end_memory, name, nanovlm) for name in names}
+    rows = []
+    for name in names:
+        base = "mlp" if name != NANOVLM else "pixel_shuffle by 2"
+        rows += [
+            row(7, f"{name}: image tokens", tokens[name], ""),
+            row(7, f"{name}: step", median(seconds[name]), "s", seconds=seconds[name]),
+            row(7, f"{name}: step / {base}", ratio(seconds[name], seconds[base])),
+            row(7, f"{name}: peak memory of a step", peaks[name] / 2**20, "MiB"),
+            row(7, f"{name}: peak memory / {base}", peaks[name] / peaks[base]),
+        ]
+    return rows
+
+
+def front_end_step(name: str, nanovlm: str | None = None, samples: int = 4) -> tuple[Callable[[], float], int]:
+    """Return a training step on one batch, and the positions that an image takes in the text."""
+    model: Any = build_front_end("pixel_shuffle by 2" if name == NANOVLM else name)
+    image = model.image_processor(Image.effect_noise((640, 480), 100))
+    (batch,) = training_batches(1, samples, image=image)
+    step = _training_step(build_nanovlm(str(nanovlm)) if name == NANOVLM else model)
+    return lambda: step(batch), len(image.layout)
+
+
+def _front_end_memory(name: str, nanovlm: str | None) -> int:
+    step, _ = front_end_step(name, nanovlm)
+    step()  # the optimizer makes its state
+    return peak_bytes(step)
 
 
 def scoring(repetitions: int) -> list[Row]:

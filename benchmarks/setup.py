@@ -1,6 +1,9 @@
 """Models, the same models in transformers, and batches for the benchmarks."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,8 +16,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     TrainerCallback,
@@ -23,15 +29,29 @@ from transformers import (
 from transformers import Trainer as HuggingFaceTrainer
 
 from benchmarks.measure import Stamps
-from composer_prior.data.batch import IGNORE_INDEX, count_tokens
+from composer_prior.data.batch import IGNORE_INDEX, IMAGE, ImageInputs, count_tokens, stack_images
 from composer_prior.data.tokenizer import add_image_tokens, image_token_ids
 from composer_prior.models.build import make_lvlm
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.models.vision import build_open_clip
+from composer_prior.models.vision import build_naflex, build_open_clip
 
 HIDDEN, LAYERS, VOCABULARY, BATCH, MEDIAN_CAPTION = 256, 6, 49152, 16, 25
 IMAGE_TOKENS, FIRST_WORD = 64, 16  # ids below are special
 LEARNING_RATE, CLIPPING = 3e-4, 1.0
+SQUARE = partial(build_open_clip, "prior-vit-tiny", image_size=288, layer=-1)  # of 24 x 24 patches
+NAFLEX = {"embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_ratio": 3.0}  # the sizes of prior-vit-tiny
+FRONT_ENDS: dict[str, tuple[Callable[[], nn.Module], str, int]] = {  # tower, projector and its factor
+    "mlp": (SQUARE, "mlp", 1),
+    "pixel_shuffle by 2": (SQUARE, "pixel_shuffle", 2),
+    "pixel_shuffle by 4": (SQUARE, "pixel_shuffle", 4),
+    "tiles, 4 at most": (partial(SQUARE, tiles={"max": 4}), "mlp", 1),
+    "tiles, pixel_shuffle by 2": (partial(SQUARE, tiles={"max": 4}), "pixel_shuffle", 2),
+    "naflex, 256 at most": (
+        partial(build_naflex, "naflexvit_base_patch16_siglip", patch_size=12, layer=-1, config=NAFLEX),
+        "mlp",
+        1,
+    ),
+}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -45,20 +65,24 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_lm(vocabulary: int = VOCABULARY, layers: int = LAYERS) -> PreTrainedModel:
     """Build a Llama with tied embeddings, as in models of this vocabulary (SmolLM)."""
-    config = AutoConfig.for_model(
+    return AutoModelForCausalLM.from_config(build_lm_config(vocabulary, layers))
+
+
+def build_lm_config(vocabulary: int = VOCABULARY, layers: int = LAYERS) -> PretrainedConfig:
+    """Build the configuration of the language model."""
+    return AutoConfig.for_model(
         "llama",
         vocab_size=vocabulary,
         hidden_size=HIDDEN,
         intermediate_size=688,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        max_position_embeddings=512,
+        max_position_embeddings=4096,
         tie_word_embeddings=True,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
     )
-    return AutoModelForCausalLM.from_config(config)
 
 
 def build_ours(vocabulary: int = VOCABULARY) -> ComposerLVLM:
@@ -66,6 +90,57 @@ def build_ours(vocabulary: int = VOCABULARY) -> ComposerLVLM:
     torch.manual_seed(17)
     tower = build_open_clip("prior-vit-tiny", layer=-1)
     return ComposerLVLM(*make_lvlm(build_lm(vocabulary), tower, "mlp", build_tokenizer()))
+
+
+def build_front_end(name: str) -> ComposerLVLM:
+    """Build an LVLM with one of ``FRONT_ENDS``."""
+    torch.manual_seed(17)
+    tower, projector, factor = FRONT_ENDS[name]
+    return ComposerLVLM(*make_lvlm(build_lm(), tower(), projector, build_tokenizer(), factor=factor))
+
+
+def build_nanovlm(checkout: str) -> nn.Module:
+    """Build nanoVLM's model with the sizes of ``pixel_shuffle by 2``, of a checkout of its repository."""
+    sys.path.insert(0, checkout)
+    tokenizer = SimpleNamespace(image_token_id=image_token_ids(build_tokenizer())[0])
+    tokenizers: Any = SimpleNamespace(get_tokenizer=lambda *arguments: tokenizer)
+    sys.modules["data.processors"] = tokenizers  # its own come from the hub
+    from models.config import VLMConfig
+    from models.vision_language_model import VisionLanguageModel
+
+    torch.manual_seed(17)
+    sizes = {
+        "vit": {"hidden_dim": 128, "inter_dim": 384, "n_heads": 4, "n_blocks": 4, "img_size": 288, "patch_size": 12},
+        "lm": {"hidden_dim": HIDDEN, "inter_dim": 688, "n_heads": 4, "n_kv_heads": 4, "n_blocks": LAYERS},
+    }
+    config = VLMConfig(
+        **{f"{part}_{key}": value for part, given in sizes.items() for key, value in given.items()},
+        lm_vocab_size=VOCABULARY,
+        mp_pixel_shuffle_factor=2,
+        mp_image_token_length=144,
+    )
+    return VisionLanguageModel(config, load_backbone=False)
+
+
+def build_smolvlm(vocabulary: int = VOCABULARY) -> Idefics3ForConditionalGeneration:
+    """Build a SmolVLM of transformers with the same language model, and 64 tokens for an image of 96 pixels."""
+    torch.manual_seed(17)
+    tower = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = Idefics3Config(
+        text_config=build_lm_config(vocabulary).to_dict(),
+        vision_config={**tower, "image_size": 96, "patch_size": 6},
+        image_token_id=image_token_ids(build_tokenizer())[0],
+        scale_factor=2,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    return Idefics3ForConditionalGeneration(config)
+
+
+def wrap(model: PreTrainedModel) -> ComposerLVLM:
+    """Wrap a model of transformers as recipes do; batches are made without its processor."""
+    return ComposerLVLM(model, SimpleNamespace(tokenizer=build_tokenizer()))
 
 
 def build_llava(ours: ComposerLVLM) -> LlavaForConditionalGeneration:
@@ -131,16 +206,24 @@ def caption_lengths(count: int, mean_of_log: float, sigma: float, longest: int, 
 
 
 def training_batches(
-    count: int, batch_size: int = BATCH, median: float = MEDIAN_CAPTION, vocabulary: int = VOCABULARY
+    count: int,
+    batch_size: int = BATCH,
+    median: float = MEDIAN_CAPTION,
+    vocabulary: int = VOCABULARY,
+    image: ImageInputs | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Make batches of images and captions of log-normal length, with reference log-probabilities."""
-    image_token_id, _ = image_token_ids(build_tokenizer())
+    """Make batches of images and captions of log-normal length, with reference log-probabilities.
+
+    Every image is ``image``, by default random pixels of ``IMAGE_TOKENS`` positions.
+    """
+    image_token_id, row_token_id = image_token_ids(build_tokenizer())
+    layout = [IMAGE] * IMAGE_TOKENS if image is None else image.layout
     lengths = caption_lengths(count * batch_size, float(torch.tensor(median).log()), 0.5, 200)
     generator = torch.Generator().manual_seed(18)
     batches = []
     for rows in lengths.split(batch_size):
         captions = [torch.randint(FIRST_WORD, vocabulary, (n,), generator=generator) for n in rows.tolist()]
-        prefix = torch.tensor([1] + [image_token_id] * IMAGE_TOKENS)
+        prefix = torch.tensor([1, *(image_token_id if kind == IMAGE else row_token_id for kind in layout)])
         ids = [torch.cat([prefix, caption]) for caption in captions]
         labels = [torch.cat([torch.full_like(prefix, IGNORE_INDEX), caption]) for caption in captions]
         pad = nn.utils.rnn.pad_sequence
@@ -148,8 +231,11 @@ def training_batches(
             "input_ids": pad(ids, batch_first=True),
             "attention_mask": pad([torch.ones_like(x) for x in ids], batch_first=True),
             "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
-            "pixel_values": torch.randn(batch_size, 3, 96, 96, generator=generator),
         }
+        if image is None:
+            batch["pixel_values"] = torch.randn(batch_size, 3, 96, 96, generator=generator)
+        else:
+            batch |= stack_images([image.tensors] * batch_size)
         scores = -torch.rand(batch["labels"].shape, generator=generator) * 5
         batches.append(batch | {"ref_logprobs": scores.masked_fill(batch["labels"] == IGNORE_INDEX, 0.0)})
     return batches

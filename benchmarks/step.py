@@ -1,8 +1,9 @@
-"""Measure the cost of PRIOR and the speed of a step: ``python -m benchmarks.step [1 … 6] [--threads N]``.
+"""Measure the cost of PRIOR and the speed of a step: ``python -m benchmarks.step [1 … 7] [--threads N]``.
 
 The alternatives run in turn in one process, on the same weights, data and batches; a ratio is the median of the ratios
 within the turns. Items: 1 PRIOR with stored scores, 2 with a live reference, 3 throughput and 4 memory against Hugging
-Face, 5 scoring, 6 utilization of the processor by part.
+Face, 5 scoring, 6 utilization of the processor by part, 7 towers and projectors; ``--nanovlm FOLDER``, a checkout of
+huggingface/nanoVLM, adds its model to item 7.
 """
 
 import argparse
@@ -21,14 +22,15 @@ from benchmarks.measure import prepare_process
 def main() -> None:
     """Print a Markdown table, and write the same with every timing to a JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("items", nargs="*", type=int, metavar="1…6", help="default: all")
+    parser.add_argument("items", nargs="*", type=int, metavar="1…7", help="default: all")
     parser.add_argument("--out", type=Path, default=Path("benchmark.json"), help="default: benchmark.json")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: one for each core")
     parser.add_argument("--repetitions", type=int, default=7, help="turns whose median is taken; default: 7")
+    parser.add_argument("--nanovlm", metavar="FOLDER", help="checkout of huggingface/nanoVLM, for item 7")
     arguments = parser.parse_args()
-    chosen = set(arguments.items) or set(range(1, 7))
-    if not chosen <= set(range(1, 7)):  # `choices` would refuse an empty list
-        parser.error(f"the items are 1 to 6, not {arguments.items}")
+    chosen = set(arguments.items) or set(range(1, 8))
+    if not chosen <= set(range(1, 8)):  # `choices` would refuse an empty list
+        parser.error(f"the items are 1 to 7, not {arguments.items}")
     prepare_process(arguments.threads)
     machine = {
         "processor": _processor(),
@@ -45,6 +47,7 @@ def main() -> None:
         (4,): lambda: items.memory(),
         (5,): lambda: items.scoring(arguments.repetitions),
         (6,): lambda: items.utilization(arguments.repetitions),
+        (7,): lambda: items.front_ends(arguments.repetitions, arguments.nanovlm),
     }
     rows = [line for numbers, measure in measurements.items() if chosen & set(numbers) for line in measure()]
     arguments.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))

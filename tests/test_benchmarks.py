@@ -1,5 +1,6 @@
 """That benchmarks measure what they say: their batches go through their models, and either trainer takes them."""
 
+import functools
 import sys
 
 import pytest
@@ -26,6 +27,29 @@ def test_the_losses_of_both_models_agree(setup):
         keys = ("input_ids", "attention_mask", "labels", "pixel_values")
         assert float(theirs(**{key: batch[key] for key in keys}).loss) == pytest.approx(loss, abs=1e-4)
     assert 7 < loss < 9  # of untrained weights: about the logarithm of 2,000
+
+
+def test_the_losses_of_a_smolvlm_and_its_wrapper_agree(setup):
+    (batch,) = setup.training_batches(1, batch_size=2, vocabulary=2000)
+    batch["pixel_values"] = batch["pixel_values"][:, None]
+    model = setup.build_smolvlm(2000)
+    ours = setup.wrap(model)
+    with torch.no_grad():
+        loss = float(ours.loss(ours(batch), batch))
+        keys = ("input_ids", "attention_mask", "labels", "pixel_values")
+        assert float(model(**{key: batch[key] for key in keys}).loss) == pytest.approx(loss, abs=1e-5)
+
+
+def test_the_image_tokens_of_the_front_ends(setup, monkeypatch):
+    from benchmarks import items
+
+    monkeypatch.setattr(setup, "build_lm", functools.partial(setup.build_lm, layers=1))
+    found = {}
+    for name in setup.FRONT_ENDS:
+        step, found[name] = items.front_end_step(name, samples=1)
+        assert "tiles" in name or 10 < step() < 12  # of untrained weights: about the logarithm of 49,152
+    # 2 x 2 squares, the whole image and the separators; 14 rows of 18 patches and theirs.
+    assert [*found.values()] == [576, 144, 36, 5 * 576 + 6, 5 * 144 + 6, 14 * (18 + 1)]
 
 
 def test_the_tables_of_the_page_on_clusters_are_what_their_command_prints(setup, capsys, monkeypatch):
