@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 from common.recipes import ROOT
+from PIL import Image
 
 from composer_prior import registry
+from composer_prior.models.build import lvlm_skeleton
 from composer_prior.models.composer_lvlm import caption_metrics
 from composer_prior.studies.runner import Plan, plan_tasks
 from composer_prior.studies.shared import share
@@ -109,3 +111,24 @@ def test_the_study_of_real_pictures(monkeypatch):
             assert part.benchmarks["foils"]["data"] == "data/pictures/validation/../foils.jsonl"
             assert part.model["vision"]["pretrained"] == "emoji_scenes"
             assert not part.model["vision"]["freeze"]
+
+
+def test_the_study_of_front_ends(monkeypatch, tokenizer):
+    monkeypatch.chdir(ROOT)
+    study = read_study(ROOT / "yamls/studies/front_ends.yaml", out="out")
+    plan = plan_tasks(study, Path("out"))
+    assert len(study.cells) == 3 * len(study.header["axes"][METHOD]) == 18
+    assert len({plan.preparations[cell.name].name for cell in study.cells}) == 1
+    tokens = {}
+    for cell in [cell for cell in study.cells if cell.values[SEED] == "1"]:
+        recipe = cell.load(plan.further[cell.name])
+        check_keys(recipe)
+        assert recipe.benchmarks["scene_foils"]["canvas"] == recipe.data["canvas"] == 224
+        config = recipe.reference["model"]["language"]["config"]
+        parts = {key: recipe.model[key] for key in ("vision", "projector")}
+        model = lvlm_skeleton(tokenizer, {"config": dict(config)}, **parts)
+        tokens[cell.values[METHOD]] = len(model.image_processor(Image.new("RGB", (224, 224))).layout)
+        longest = recipe.train_loader["dataset"]["max_caption_tokens"]
+        assert max(tokens.values()) + longest + 2 <= config["max_position_embeddings"]
+    expected = {"mlp": 144, "mlp_random": 144, "pixel_shuffle": 36, "mean_pool": 36, "tiles": 326, "naflex": 156}
+    assert tokens == expected
