@@ -107,11 +107,10 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.prompt = prompt
-        self.placeholder_ids: Sequence[int] = ()
         if isinstance(image_processor, ProcessorInputs):
             self.image_processor = replace(image_processor, prompt=prompt)
         elif image_processor is not None:
-            self.placeholder_ids = image_token_ids(tokenizer)
+            image_token_ids(tokenizer)  # or refuse it here
         self.prompt_ids = prompt_ids(tokenizer, prompt)
         self.max_caption_tokens = max_caption_tokens
         self.on_bad_sample = on_bad_sample
@@ -120,6 +119,11 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         patience = {"attempts": self.streams[0].download_retry, "seconds": self.streams[0].download_timeout}
         cache = Path(self.streams[0].local, ".scores")
         self.scores = {KEYS[key]: open_scores(path, self, cache, KEYS[key], **patience) for key, path in stored.items()}
+
+    @cached_property
+    def placeholder_ids(self) -> tuple[int, int]:
+        """The ids of the image token and of the row separator."""
+        return image_token_ids(self.tokenizer)
 
     @property
     def format(self) -> CaptionFormat:

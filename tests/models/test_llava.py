@@ -427,7 +427,8 @@ def test_open_clip_architectures():
             continue
         if not timm_name:
             vision["layers"] = 1
-        tower = {"embed_dim": 8, "vision_cfg": vision, "quick_gelu": config.get("quick_gelu", False), "layer": 0}
+        tower = {"type": "open_clip", "embed_dim": 8, "vision_cfg": vision, "layer": 0}
+        tower["quick_gelu"] = config.get("quick_gelu", False)
         key = json.dumps(tower, sort_keys=True)
         if key not in built:
             with torch.device("meta"):
