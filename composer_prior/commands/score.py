@@ -13,7 +13,7 @@ from composer_prior.data.nodes import on_first_rank
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import blind_viewer, score_captions
 from composer_prior.training.config import TrainConfig
-from composer_prior.training.reference import short_viewer
+from composer_prior.training.reference import compared_with, short_viewer
 from composer_prior.training.run import job_of, prepare
 
 
@@ -26,8 +26,8 @@ def run(recipe: TrainConfig | None, options: dict[str, Any]) -> None:
         options: fields of :class:`.ScoreJob`, and the ``loader`` of the recipe.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    dist.initialize_dist(get_device(None), timeout=3600 if recipe is None else recipe.dist_timeout)
     if recipe is None:
-        dist.initialize_dist(get_device(None), timeout=3600)
         job = ScoreJob(**options)
     else:
         loader = options.pop("loader", "train")
@@ -37,9 +37,9 @@ def run(recipe: TrainConfig | None, options: dict[str, Any]) -> None:
         job = job_of(recipe, config["dataset"], **options)
         if job.viewer is not None:  # before anything is made
             load_pretrained(AutoConfig, job.viewer, job.trust_remote_code)
-        prepare(recipe, itself=False, helpers=("reference",) if job.viewer is None else ())
-        if job.viewer is not None:
             announce(on_first_rank(partial(short_viewer, recipe, job.viewer)))
+        prepare(recipe, itself=False, helpers=("reference",) if job.viewer is None else ())
     announce(str(score_captions(job)))
-    if job.viewer is not None and (stored := job.dataset.get("scores")):
+    compares = recipe is None or "reference" in compared_with(recipe)
+    if job.viewer is not None and compares and (stored := job.dataset.get("scores")):
         announce(on_first_rank(partial(blind_viewer, job.out, stored)))

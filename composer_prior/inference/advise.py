@@ -62,14 +62,13 @@ class Advice:
                 "Next-token prediction is enough: the image explains next to nothing here, or the viewer does not see "
                 "it. Try a viewer that is trained longer, or one that exists."
             )
-        named, reason = (
-            ("PRIOR", "as often as ImageGain's") if gain - prior < 0.1 else ("ImageGain", "more often than PRIOR's")
-        )
+        named = "PRIOR" if gain - prior < 0.1 else "ImageGain"
         plain, chosen = (self.methods[METHODS[number]] for number in (0, 2 if named == "PRIOR" else 3))
         return (
-            f"{named} with floor={FLOOR}: its heaviest tokens need the image {reason}. Tokens that need the image get "
-            f"{chosen['on_needed']:.0%} of the weight instead of {plain['on_needed']:.0%}, and those that the text "
-            f"predicts {chosen['on_predicted']:.0%} instead of {plain['on_predicted']:.0%}. The floor is a default. "
+            f"{named} with floor={FLOOR}: {prior:.0%} of PRIOR's heaviest tokens and {gain:.0%} of ImageGain's need "
+            f"the image. Tokens that need the image get {chosen['on_needed']:.0%} of the weight instead of "
+            f"{plain['on_needed']:.0%}, and those that the text predicts {chosen['on_predicted']:.0%} instead of "
+            f"{plain['on_predicted']:.0%}. The floor is a default. "
             "docs/evidence.md has our results with such weights; composer-prior study measures yours."
         )
 

@@ -3,8 +3,9 @@
 A tower is a module with
 
 - ``config``: a dict that describes it, with ``width``, the size of a feature, and ``type``;
-- ``forward`` of the image processor's tensors, such as ``pixel_values``, or ``pixel_patches`` and ``patch_mask``, which
-  returns the features ``[n, width]`` of every image token of the batch, in reading order;
+- ``forward`` of the image processor's tensors, by name: ``pixel_values``, ``pixel_patches`` or ``image_grid``, as the
+  collator keeps no others; and ``patch_mask``, which it adds to ``pixel_patches``. It returns the features
+  ``[n, width]`` of every image token of the batch, in reading order;
 - ``blocks``, where it has any: its transformer blocks, by which FSDP2 shards it and activations are checkpointed;
 - ``image_processor``, where :class:`.PriorLVLMImageProcessor` of its ``config`` will not do: a subclass with its own
   ``process`` and ``max_image_tokens``.
@@ -185,7 +186,8 @@ def build_naflex(
         config: changes of the architecture, arguments of timm's ``NaFlexVitCfg``. Default: none.
 
     Raises:
-        ValueError: for an unknown architecture or tag, a missing checkpoint, or a layer the encoder does not have.
+        ValueError: for an unknown architecture or tag, a missing checkpoint, a layer the encoder does not have, or a
+            configuration that drops patches, or has another shape of them or another number of channels.
     """
     vision = _describe_naflex(architecture, pretrained, max_tokens, patch_size, layer, config)
     encoder: Any = None
@@ -221,14 +223,23 @@ def _describe_naflex(
             f"model.vision.pretrained={pretrained!r} is neither a file nor a tag of {architecture} "
             f"({', '.join(tags) or 'it has none'})."
         )
-    if pretrained is not None and patch_size is not None:
-        raise ValueError("model.vision.patch_size is that of the weights, pretrained; leave it out.")
-    arguments = {**(config or {}), "num_classes": 0, **({"patch_size": patch_size} if patch_size else {})}
+    config = config or {}
+    if pretrained is not None and (patch_size is not None or "patch_size" in config):
+        key = "config.patch_size" if patch_size is None else "patch_size"
+        raise ValueError(f"model.vision.{key} is that of the weights, pretrained; leave it out.")
+    if config.get("patch_drop_rate"):
+        raise ValueError("model.vision.config.patch_drop_rate: the text has a place for each patch; leave it out.")
+    if config.get("in_chans", 3) != 3:
+        raise ValueError(f"model.vision.config.in_chans={config['in_chans']}: images have 3 channels; leave it out.")
+    arguments = {**config, "num_classes": 0, **({"patch_size": patch_size} if patch_size else {})}
     try:
         with torch.device("meta"):
             encoder: Any = timm.create_model(architecture, **arguments)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise ValueError(f"model.vision.config: {one_line(error)}") from error
+    height, width = encoder.embeds.patch_size
+    if height != width:
+        raise ValueError(f"model.vision.config.patch_size={[height, width]}: patches are square; give one number.")
     _check_layer(architecture, layer, len(encoder.blocks))
     trained: Any = timm.get_pretrained_cfg(f"{architecture}.{pretrained}" if pretrained in tags else architecture)
     return {
@@ -236,7 +247,7 @@ def _describe_naflex(
         "architecture": architecture,
         "arguments": arguments,
         "layer": layer % len(encoder.blocks),
-        "patch_size": encoder.embeds.patch_size[0],
+        "patch_size": height,
         "max_tokens": max_tokens,
         "width": encoder.embed_dim,
         "preprocess": {key: getattr(trained, key) for key in ("mean", "std", "interpolation")},

@@ -361,8 +361,8 @@ def blind_viewer(viewer: str, reference: str) -> str:
         return ""
     return (
         f"Warning: the viewer predicts captions no better than the text-only reference ({-sees.mean():.3f} and "
-        f"{-reads.mean():.3f} nats per token, {len(pairs):,} captions): {(sees <= reads).mean():.0%} of the tokens get "
-        "the weight `floor`. Train it longer, or name another viewer."
+        f"{-reads.mean():.3f} nats per token, {len(pairs):,} captions): {(sees <= reads).mean():.0%} of the tokens "
+        "gain nothing by the image. Train it longer, or name another viewer."
     )
 
 

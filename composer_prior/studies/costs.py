@@ -40,7 +40,10 @@ def all_flops(run: Run) -> float | None:
 
 
 def what_was_run(study: Study) -> list[Block]:
-    """Return a table of the finished runs of the grids, a row per setting and method, and what methods used equally."""
+    """Return a table of the finished runs of the grids, a row per setting and method, and what methods used equally.
+
+    They are compared with the baseline of the study, and where a grid has another one, also with that.
+    """
     planned: dict[tuple[str, ...], dict[str, list[str]]] = {}  # seeds by setting and method
     for key in study.planned:
         values = dict(zip(study.axes, key, strict=True))
@@ -80,6 +83,12 @@ def what_was_run(study: Study) -> list[Block]:
         blocks.append(Paragraph(f"{counted(missing, 'planned run')} not finished{left_out}."))
     everywhere = [len(at) for at in sentences.values()] == [settings]
     blocks += (Paragraph(text if everywhere else f"{'; '.join(at)}: {text}") for text, at in sentences.items())
+    for grid in study.grids:
+        for setting in grid.settings if grid.baseline != study.baseline else ():
+            found = {m: study.by_seed(setting, m, grid.values[SEED]) for m in grid.values[METHOD]}
+            if sentence := equality(found, grid.baseline):
+                said = study.said(setting, grid)
+                blocks.append(Paragraph(f"Grid {grid.name}{said and f', {said}'}, beside {grid.baseline}: {sentence}"))
     return blocks
 
 

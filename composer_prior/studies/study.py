@@ -229,9 +229,7 @@ def checked_header(study: Mapping[str, Any], overrides: Mapping[str, Any] | None
         if not isinstance(study.get(key) or {}, dict):
             raise ValueError(f"{key} must hold keys and values.")
     axes = _axes(study["axes"])
-    if (baseline := value_text(study["baseline"])) not in axes[METHOD]:
-        hint = did_you_mean(baseline, axes[METHOD])
-        raise ValueError(f"baseline={baseline} is not a value of the axis method. {hint}")
+    baseline = _baseline(study["baseline"], axes, "baseline")
     figures = study.get("figures") or {}
     for kind in figures:
         if kind not in ("averaged", "beside"):
@@ -402,6 +400,13 @@ def _figure(name: Any, where: str) -> str:
     return current_name(name)
 
 
+def _baseline(given: Any, axes: Mapping[str, Mapping[str, Any]], where: str) -> str:
+    if (baseline := value_text(given)) not in axes[METHOD]:
+        hint = did_you_mean(baseline, axes[METHOD])
+        raise ValueError(f"{where}={baseline} is not a value of the axis method. {hint}")
+    return baseline
+
+
 def _grid(name: str, chosen: Any, axes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return axis: ``all``, a value or a list, as text, of the axes that a grid names; ``baseline`` and ``scaling``."""
     if not isinstance(chosen, dict) or not chosen:
@@ -414,11 +419,7 @@ def _grid(name: str, chosen: Any, axes: Mapping[str, Mapping[str, Any]]) -> dict
                 raise ValueError(f"{where}={values}. {did_you_mean(str(values), SCALING)}")
             grid[axis] = values
         elif axis == "baseline":
-            if values not in axes[METHOD]:
-                raise ValueError(
-                    f"{where}={values} is not a value of the axis method. {did_you_mean(str(values), axes[METHOD])}"
-                )
-            grid[axis] = values
+            grid[axis] = _baseline(values, axes, where)
         elif axis not in axes:
             raise ValueError(f"{where} is not an axis. {did_you_mean(str(axis), [*axes, 'baseline', 'scaling'])}")
         else:

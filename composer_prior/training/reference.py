@@ -7,6 +7,7 @@ from typing import Any
 
 from composer.core import Time, TimeUnit
 
+from composer_prior import registry
 from composer_prior.data.files import read_object
 from composer_prior.data.scores import METADATA
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
@@ -104,6 +105,16 @@ def viewer_of(recipe: TrainConfig) -> str | None:
     return named[0] if named else None
 
 
+def compared_with(recipe: TrainConfig) -> list[str]:
+    """Return what a recipe's algorithms compare a viewer with, ``reference`` or ``model``; none where none has one."""
+    found = []
+    for name, given in recipe.algorithms.items():
+        constructor = registry.look_up("algorithm", name, f"algorithms.{name}")
+        if given is not None and all(registry.takes(constructor, key) for key in ("viewer", "reference")):
+            found.append(given.get("over", "reference"))
+    return found
+
+
 def short_viewer(recipe: TrainConfig, viewer: str | None = None) -> str:
     """Return a warning if a viewer is trained on fewer samples than the run that it serves; "" if not, or if unknown.
 
@@ -111,29 +122,31 @@ def short_viewer(recipe: TrainConfig, viewer: str | None = None) -> str:
         recipe: of the run.
         viewer: folder or hub id. Default: that of the recipe, or of its stored scores.
     """
-    scores = Path(recipe.train_loader["dataset"].get("viewer_scores") or "", METADATA)
+    scores = recipe.train_loader["dataset"].get("viewer_scores")
     viewer = viewer or viewer_of(recipe)
-    if viewer is None and scores.is_file():
-        viewer = read_object(scores)["reference"]["path"]
-    card, own, theirs = Path(viewer or "", "training.json"), recipe.helpers.get("viewer"), dict[str, Any]()
+    if viewer is None and scores and Path(scores, METADATA).is_file():
+        viewer = read_object(Path(scores, METADATA))["reference"]["path"]
+    if viewer is None or not compared_with(recipe):
+        return ""
+    card, own, theirs = Path(viewer, "training.json"), recipe.helpers.get("viewer"), dict[str, Any]()
     if own is not None and card.parent == model_folder(own):
         theirs = vars(own)
     elif card.is_file():
         theirs = read_object(card).get("recipe") or {}
     if not {"max_duration", "global_train_batch_size"} <= {*theirs}:
         return ""
-    (seen, unit), (needed, same) = _length(theirs), _length(vars(recipe))
-    if unit != same or seen >= needed:
+    seen, needed = _samples(theirs), _samples(vars(recipe))
+    if seen is None or needed is None or seen >= needed:
         return ""
     return (
-        f"Warning: the viewer {viewer} is trained on {seen:,} {unit}, fewer than the {needed:,} of this run: tokens "
-        "that it has not learned get the weight `floor`. Train it longer, or name another viewer."
+        f"Warning: the viewer {viewer} is trained on {seen:,} samples, fewer than the {needed:,} of this run: tokens "
+        "that it has not learned get little weight. Train it longer, or name another viewer."
     )
 
 
-def _length(keys: Mapping[str, Any]) -> tuple[float, str]:
-    """Return how long a recipe trains in the unit of its ``max_duration``, in samples where that is batches."""
+def _samples(keys: Mapping[str, Any]) -> int | None:
+    """Return the number of samples that a recipe trains on, or None for epochs, as those of unlike data differ."""
     length = Time.from_timestring(keys["max_duration"])
     if length.unit == TimeUnit.BATCH:
-        return length.value * keys["global_train_batch_size"], "samples"
-    return length.value, f"{length.unit.name.lower()}s"
+        return length.value * keys["global_train_batch_size"]
+    return length.value if length.unit == TimeUnit.SAMPLE else None

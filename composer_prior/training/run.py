@@ -29,7 +29,14 @@ from composer_prior.training.checkpoints.start import check_bucket, check_replac
 from composer_prior.training.checkpoints.storage import CHECKPOINT_NAME
 from composer_prior.training.config import HELPERS, TrainConfig
 from composer_prior.training.keys import check_keys
-from composer_prior.training.reference import check_helper, metadata_file, model_folder, short_viewer, viewer_of
+from composer_prior.training.reference import (
+    check_helper,
+    compared_with,
+    metadata_file,
+    model_folder,
+    short_viewer,
+    viewer_of,
+)
 from composer_prior.training.trainer import build_trainer, finish
 from composer_prior.training.validate import check_parts, check_whole, trained_recipes
 
@@ -197,7 +204,7 @@ def ensure_scores(recipe: TrainConfig) -> None:
             announce(str(score_captions(job_of(recipe, dataset))))
         if viewer is not None and dataset.get("viewer_scores"):
             announce(str(score_captions(job_of(recipe, dataset, viewer=viewer))))
-        if all(dataset.get(key) for key in KEYS):
+        if all(dataset.get(key) for key in KEYS) and "reference" in compared_with(recipe):
             announce(on_first_rank(partial(blind_viewer, dataset["viewer_scores"], dataset["scores"])))
 
 

@@ -55,7 +55,8 @@ def test_the_figures():
     assert gain["precision"] == 1.0
     assert gain["effective_sample_size"] == pytest.approx(sum(weights) ** 2 / (4 * sum(w * w for w in weights)))
     assert found.favoured == ["anna"]
-    assert found.recommendation.startswith("ImageGain with floor=0.1")
+    reason = "0% of PRIOR's heaviest tokens and 100% of ImageGain's need the image"
+    assert found.recommendation.startswith(f"ImageGain with floor=0.1: {reason}. Tokens")
     assert "get 75% of the weight instead of 25%, and those that the text predicts 17% instead of 50%." in str(found)
     assert "PRIOR favours words that the image does not explain: anna" in str(found)
 

@@ -305,7 +305,7 @@ def test_a_viewer_that_knows_no_more_than_the_reference_is_told(
     warning = blind_viewer(str(tmp_path / "viewer"), reference)
     assert bool(warning) == told
     kept = np.concatenate([values for number, values in enumerate(stored(reference)) if number != 3])
-    mean = f"{-kept.mean():.3f} nats per token, 95 captions): 100% of the tokens get the weight `floor`"
+    mean = f"{-kept.mean():.3f} nats per token, 95 captions): 100% of the tokens gain nothing"
     assert not told or (warning.startswith("Warning: the viewer predicts captions no better") and mean in warning)
 
 

@@ -48,6 +48,12 @@ def test_cells_stand_in_the_order_of_the_grids_and_once():
     }
 
 
+def test_a_baseline_may_be_a_number():
+    grids = {"a": {"method": "all", "baseline": 0.1}}
+    study = read(axes=axes(method={"ntp": {}, 0.1: {"algorithms.prior.floor": 0.1}}), grids=grids)
+    assert [grid.baseline for grid in study.grids] == ["0.1"]
+
+
 def test_a_missing_recipe_of_a_cell_is_a_missing_file():
     cell = replace(read().cells[0], recipe=Path("nowhere.yaml"))
     with pytest.raises(FileNotFoundError, match=r"^Cell ntp-seed1: The recipe nowhere\.yaml does not exist"):
@@ -124,6 +130,8 @@ def test_overrides_of_the_command_line_are_of_every_cell():
         ({"grids": {"a": {"method": []}}}, r"grids\.a\.method is an empty list"),
         ({"grids": {"a": {}}}, r"grids\.a must hold axes"),
         ({"grids": {"a": {"method": "all", "scaling": "flop"}}}, r"grids\.a\.scaling=flop\. Did you mean 'flops'"),
+        ({"baseline": ["ntp"]}, r"baseline=\['ntp'\] is not a value of the axis method"),
+        ({"grids": {"a": {"method": "all", "baseline": ["ntp"]}}}, r"grids\.a\.baseline=\['ntp'\] is not a value"),
         (
             {"grids": {"a": {"method": "all", "baseline": "npt"}}},
             r"grids\.a\.baseline=npt is not .* Did you mean 'ntp'",

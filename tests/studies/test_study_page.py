@@ -111,6 +111,8 @@ def test_a_grid_may_have_a_baseline_of_its_own(tmp_path):
     assert tables(own)[:3] == tables(same)[:3]
     assert tables(own)[1][0] == ["figure", "noise", "prior"]
     assert "Methods of this grid are compared with noise." in own
+    assert "Grid own, beside noise: Steps, samples and unique samples are equal within 0.5 %; prior used 1.31" in own
+    assert "beside noise" not in same
 
 
 def test_figures_are_those_of_the_file(page, tmp_path):

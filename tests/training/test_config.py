@@ -11,7 +11,7 @@ from composer_prior.data.messages import one_line
 from composer_prior.registry import register, snake_case
 from composer_prior.training.config import identified, load_recipe, written
 from composer_prior.training.keys import check_keys
-from composer_prior.training.reference import short_viewer
+from composer_prior.training.reference import compared_with, short_viewer
 
 YAMLS = Path(__file__).parents[2] / "yamls"
 RECIPES = sorted(path.stem for path in YAMLS.glob("*.yaml") if path.stem != "emoji_scenes")
@@ -391,27 +391,43 @@ def test_what_else_to_give_without_a_viewer_or_with_a_model_in_its_place(key, wo
         load("prior_vit", "viewer=runs/x/model")
 
 
-def test_a_viewer_that_is_trained_on_less_than_the_run_is_told(tmp_path):
+def test_a_viewer_that_is_trained_on_less_than_the_run_is_told(tmp_path, monkeypatch):
     told = "is trained on 76,800 samples, fewer than the 128,000 of this run: tokens that it has not learned"
     assert short_viewer(load("gain_vit", "max_duration=2000ba")).startswith(
         f"Warning: the viewer runs/viewer/model {told}"
     )
-    for words in (["max_duration=1200ba"], ["max_duration=2ep"], ["max_duration=2400ba", "global_train_batch_size=32"]):
+    further = ["max_duration=2000ba", "algorithms.image_gain=null"]
+    smaller = ["max_duration=2400ba", "global_train_batch_size=32"]
+    for words in (["max_duration=1200ba"], ["max_duration=2ep"], smaller, further):
         assert short_viewer(load("gain_vit", *words)) == ""
     model, scores = tmp_path / "model", tmp_path / "scores"
     for folder, file, content in (
-        (model, "training.json", {"recipe": {"max_duration": "2ep", "global_train_batch_size": 8}}),
+        (model, "training.json", {"recipe": {"max_duration": "20ba", "global_train_batch_size": 8}}),
         (scores, "scores.json", {"reference": {"path": str(model)}}),
     ):
         folder.mkdir()
         (folder / file).write_text(json.dumps(content))
     stored = load(
         "gain_vit",
-        "max_duration=3ep",
+        "max_duration=3ba",
         "viewer=null",
         f"train_loader.dataset.viewer_scores={scores}",
         "algorithms.image_gain.viewer=null",
     )
-    assert f"the viewer {model} is trained on 2 epochs, fewer than the 3 of this run" in short_viewer(stored)
-    assert short_viewer(load("gain_vit", "max_duration=3ep"), str(model)) == short_viewer(stored)
+    assert f"the viewer {model} is trained on 160 samples, fewer than the 192 of this run" in short_viewer(stored)
+    assert short_viewer(load("gain_vit", "max_duration=3ba"), str(model)) == short_viewer(stored)
     assert short_viewer(stored, "a/hub-id") == ""
+    (model / "training.json").write_text('{"recipe": {"max_duration": "2ep", "global_train_batch_size": 8}}')
+    stored.max_duration = "3ep"  # of other data
+    assert short_viewer(stored) == ""
+    stored.train_loader["dataset"]["viewer_scores"] = None
+    monkeypatch.chdir(model)  # a folder with a training.json of another run
+    assert short_viewer(stored) == ""
+
+
+def test_what_the_viewer_of_a_recipe_is_compared_with():
+    over = "algorithms.image_gain={over: model, reference: null}"
+    assert compared_with(load("gain_vit")) == ["reference"]
+    assert compared_with(load("gain_vit", "algorithms.image_gain=null", "algorithms.vig.share=0.5")) == ["reference"]
+    assert compared_with(load("gain_vit", over)) == ["model"]
+    assert compared_with(load("gain_vit", "algorithms.image_gain=null")) == compared_with(load("prior_vit")) == []

@@ -121,7 +121,7 @@ def test_a_viewer_that_knows_no_more_than_the_reference_is_told(first, monkeypat
     train(recipe("gain_vit", *words, "algorithms.image_gain.viewer=null"))
     output = capfd.readouterr().out
     assert "Warning: the viewer predicts captions no better than the text-only reference (" in output
-    assert "64 captions): 100% of the tokens get the weight `floor`." in output
+    assert "64 captions): 100% of the tokens gain nothing by the image." in output
 
 
 def test_scores_of_another_viewer_are_refused(first, monkeypatch):
@@ -147,6 +147,7 @@ def test_scoring_needs_no_recipe_of_a_viewer(first, tmp_path, monkeypatch, capfd
     score([*words, viewer, "out=again", "batch_tokens=200", "max_duration=5ba", scores])
     output = capfd.readouterr().out
     assert f"Warning: the {viewer.replace('=', ' ')} is trained on 32 samples, fewer than the 40 of this run" in output
+    assert output.index("Warning: the viewer") < output.index("Scores: ")
     assert "Warning: the viewer predicts captions no better than the text-only reference (" in output
 
 

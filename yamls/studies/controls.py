@@ -103,7 +103,7 @@ class PermutedGain(ImageGain):
 
 
 class LiveGain(ImageGain):
-    """ImageGain with a viewer that scores each batch, also where the batch has stored scores."""
+    """ImageGain with a viewer that scores each batch."""
 
     def begin_batch(self, state: State, mask: Tensor) -> None:
         """Score the batch."""

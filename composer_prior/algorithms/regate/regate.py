@@ -61,15 +61,17 @@ class ReGATE(Rho1):
             )
         super().__init__(reference, share, normalization, start, end, shard_reference, reference_dtype)
         self.reference_weight, self.decay, self.cycle, self.dense = reference_weight, decay, cycle, dense
-        self.difficulty: dict[int, Tensor] = {}  # [k] float32 by sample, on the CPU, of the steps before
+        self.difficulty: dict[int, Tensor] = {}  # [k] float32 by caption, on the CPU, of the steps before
         self._of_step: dict[int, Tensor] = {}
 
     def raw_weights(self, state: State, mask: Tensor) -> Tensor:
         losses, rows = self.nll(state).detach().float().cpu(), mask.cpu()
         difficulty = torch.zeros_like(losses)
+        labels = state.batch["labels"].cpu()
         for row, sample in enumerate(sample_ids(state.batch, "ReGATE").tolist()):
-            average = averaged(losses[row][rows[row]], self.difficulty.get(sample), self.decay)
-            self._of_step[sample] = difficulty[row][rows[row]] = average
+            caption = hash((sample, *labels[row][rows[row]].tolist()))  # a sample may have several captions
+            average = averaged(losses[row][rows[row]], self.difficulty.get(caption), self.decay)
+            self._of_step[caption] = difficulty[row][rows[row]] = average
         if int(state.timestamp.batch) % self.cycle < self.dense:
             return mask.float()
         ref_logprobs = self.ref_logprobs(state, mask)
