@@ -31,6 +31,8 @@ def main() -> None:
     chosen = set(arguments.items) or set(range(1, 8))
     if not chosen <= set(range(1, 8)):  # `choices` would refuse an empty list
         parser.error(f"the items are 1 to 7, not {arguments.items}")
+    if arguments.nanovlm and not Path(arguments.nanovlm, "models/vision_language_model.py").is_file():
+        parser.error(f"--nanovlm {arguments.nanovlm} is no checkout of huggingface/nanoVLM")
     prepare_process(arguments.threads)
     machine = {
         "processor": _processor(),

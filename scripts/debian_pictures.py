@@ -30,11 +30,13 @@ from streaming import MDSWriter
 
 from composer_prior.conversion.convert import convert_captions
 from composer_prior.data.images import ImageError, decode_rgb, read_image_file
+from composer_prior.data.messages import one_line
+from composer_prior.data.storage import whole_folder
 
 PACKAGES = {
     "openclipart-png": "public domain",
     "openclipart-svg": "public domain",
-    "tuxpaint-stamps-default": "GPL-2",
+    "tuxpaint-stamps-default": "GPL-2 or later",
     "wordnet-base": "WordNet 3.0",
     "wordnet-sense-index": "WordNet 3.0",
 }
@@ -43,15 +45,17 @@ KINDS |= {"20": "plant", "25": "shape"}  # WordNet's files of nouns of things th
 SAME = {"and", "the", "with", "black", "white"}  # words that do not tell titles apart
 README = """\
 # Captioned pictures of Debian packages
-Titles, descriptions and keywords are as published; a title of more than 4 pictures is that of a collection, and the
-file's name stands for it. Of pictures that look the same one is kept, and at most 40 of one title or collection, each
-reduced to 160 pixels, on white. Titles that differ only in numbers, words of one or two letters, black or white are on
-one side of the split; a title of more than 10 pictures is in train.
+Titles, descriptions and keywords are as published, but descriptions of more than 200 characters and keywords with
+digits are removed. A title of more than 4 pictures is that of a collection, and the file's name stands for it. Pictures
+whose title has no word of three letters are dropped. Of pictures that look the same one is kept, and at most 40 of one
+title or collection, each reduced to 160 pixels, on white. Titles that differ only in numbers, words of one or two
+letters, black or white are on one side of the split; a title of more than 10 pictures is in train.
 
 A foil is a validation caption with another noun. Nouns are keywords and last words of titles in at least 5 training
-captions that WordNet counts as nouns at least as often as as anything else, and whose first sense is a thing that can
-be drawn. The other noun is of the same kind (WordNet's lexicographer file); no caption has both, and some caption has
-it beside each of the other keywords that at least 5 training captions have. Up to 3 are drawn, as often as they occur.
+captions. They have at least three letters, WordNet counts them as nouns at least as often as anything else, and their
+first sense is a thing that can be drawn. The other noun is of the same kind (WordNet's lexicographer file), and starts
+with a vowel if and only if the first one does; no caption has both, and some caption has it beside each of the other
+keywords that at least 5 training captions have. Up to 3 are drawn, as often as they occur.
 Nobody has checked them: a foil can be true.
 """
 
@@ -198,8 +202,14 @@ def write_definitions(wordnet: Path, out: Path) -> int:
 
 def make(packages: Path, out: Path, seed: int = 17) -> str:
     """Make the new folder ``out`` of ``packages``, a folder with a folder for each; return its README."""
-    rng = random.Random(seed)
-    (out / "pictures").mkdir(parents=True)
+    with whole_folder(out) as folder:
+        fill(packages, folder, random.Random(seed))
+    return (out / "README.md").read_text()
+
+
+def fill(packages: Path, out: Path, rng: random.Random) -> None:
+    """Write all files into an empty folder."""
+    (out / "pictures").mkdir()
     (out / "licences").mkdir()
     clip_art = (packages / f"openclipart-{kind}/usr/share/openclipart/{kind}" for kind in ("png", "svg"))
     published = [*open_clip_art(*clip_art), *tux_paint(packages / "tuxpaint-stamps-default/usr/share/tuxpaint/stamps")]
@@ -223,15 +233,17 @@ def make(packages: Path, out: Path, seed: int = 17) -> str:
         shutil.copy(packages / name / "usr/share/doc" / name / "copyright", out / "licences" / name)
     licences = "".join(f"- {name}: {licence}\n" for name, licence in PACKAGES.items())
     (out / "README.md").write_text(f"{README}\n{counts}.\n\n{licences}")
-    return (out / "README.md").read_text()
 
 
 def fetch(folder: Path) -> None:
     """Download the packages, and unpack each into a folder of its name."""
-    subprocess.run(["apt-get", "-qq", "download", *PACKAGES], cwd=folder, check=True)
-    for name in PACKAGES:
-        (file,) = folder.glob(f"{name}_*.deb")
-        subprocess.run(["dpkg-deb", "-x", file, folder / name], check=True)
+    try:
+        subprocess.run(["apt-get", "-qq", "download", *PACKAGES], cwd=folder, check=True)
+        for name in PACKAGES:
+            (file,) = folder.glob(f"{name}_*.deb")
+            subprocess.run(["dpkg-deb", "-x", file, folder / name], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"error: the packages need apt-get, dpkg-deb and a network: {one_line(error)}")
 
 
 if __name__ == "__main__":

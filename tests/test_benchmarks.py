@@ -47,7 +47,7 @@ def test_the_image_tokens_of_the_front_ends(setup, monkeypatch):
     found = {}
     for name in setup.FRONT_ENDS:
         step, found[name] = items.front_end_step(name, samples=1)
-        assert "tiles" in name or 10 < step() < 12  # of untrained weights: about the logarithm of 49,152
+        assert name == "tiles, 4 at most" or 10 < step() < 12  # of untrained weights: about the logarithm of 49,152
     # 2 x 2 squares, the whole image and the separators; 14 rows of 18 patches and theirs.
     assert [*found.values()] == [576, 144, 36, 5 * 576 + 6, 5 * 144 + 6, 14 * (18 + 1)]
 
@@ -62,3 +62,13 @@ def test_the_tables_of_the_page_on_clusters_are_what_their_command_prints(setup,
     page = (ROOT / "docs/cluster.md").read_text()
     assert len(tables) == 2
     assert all(f"\n\n{table}\n\n" in page for table in tables)
+
+
+def test_a_folder_without_nanovlm_is_refused_before_anything_is_measured(setup, capsys, monkeypatch, tmp_path):
+    from benchmarks import step
+
+    monkeypatch.setattr(sys, "argv", ["step", "7", "--nanovlm", str(tmp_path)])
+    monkeypatch.setattr(step, "prepare_process", lambda threads: pytest.fail("it goes on"))
+    with pytest.raises(SystemExit, match="2"):
+        step.main()
+    assert f"--nanovlm {tmp_path} is no checkout of huggingface/nanoVLM" in capsys.readouterr().err

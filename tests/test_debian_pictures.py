@@ -142,3 +142,17 @@ def test_a_foil_fits_beside_the_other_keywords_and_never_occurs_with_its_noun(sc
     assert row["foils"] == [
         "Cats: a dog, a Dog. animal."
     ]  # no cow, which is never an animal; nor owl, nor the rare bee
+
+
+def test_a_folder_is_whole_or_not_there(script, packages, tmp_path):
+    (packages / "wordnet-base/usr/share/wordnet/data.adv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"data\.adv"):
+        script.make(packages, tmp_path / "made/out")
+    assert [*(tmp_path / "made").iterdir()] == []
+
+
+def test_another_system_is_told_in_one_line(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"^error: the packages need apt-get, dpkg-deb and a network: ") as end:
+        script.fetch(tmp_path)
+    assert "\n" not in str(end.value)

@@ -52,6 +52,12 @@ def find_source(
                 f"{did_you_mean(preprocess_of, tags)}"
             )
         told = {**asdict(PreprocessCfg()), **get_pretrained_cfg(architecture, preprocess_of)}
+        known = found.preprocess if found.weights and {*PREPROCESSING} <= {*found.preprocess} else told
+        if other := [key for key in PREPROCESSING if [*known[key]] != [*told[key]]]:
+            raise ValueError(
+                f"model.vision.preprocess_of={preprocess_of}: the weights {pretrained} were trained with another "
+                f"{', '.join(other)}: leave it out."
+            )
     preprocess = {**told, **{key: value for key, value in given.items() if value is not None}}
     lacking = [key for key in PREPROCESSING if preprocess.get(key) is None]
     if lacking:

@@ -178,6 +178,11 @@ def test_a_bare_file_takes_the_preprocessing_of_a_tag(tmp_path):
         expected |= {key: value for key, value in get_pretrained_cfg(architecture, tag).items() if key in KEYS}
         found = find_source(architecture, str(file), {"std": [0.1, 0.2, 0.3]}, tag).preprocess
         assert {key: found[key] for key in KEYS} == {**expected, "std": [0.1, 0.2, 0.3]}
+    known = {key: get_pretrained_cfg(architecture, "openai").get(key, getattr(PreprocessCfg(), key)) for key in KEYS}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"preprocess_cfg": known}))
+    find_source(architecture, str(file), {}, "openai")
+    with pytest.raises(ValueError, match=r"preprocess_of=laion2b_s32b_b82k: .* trained with another mean, std: leave"):
+        find_source(architecture, str(file), {}, "laion2b_s32b_b82k")
     for refuse in (build_open_clip, build_open_clip.check):
         with pytest.raises(ValueError, match=r"preprocess_of='laion' is no tag of ViT-L-14"):
             refuse(architecture, str(file), preprocess_of="laion")

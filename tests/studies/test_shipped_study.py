@@ -1,5 +1,6 @@
 """The study that comes with the package, as it ships."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -132,3 +133,9 @@ def test_the_study_of_front_ends(monkeypatch, tokenizer):
         assert max(tokens.values()) + longest + 2 <= config["max_position_embeddings"]
     expected = {"mlp": 144, "mlp_random": 144, "pixel_shuffle": 36, "mean_pool": 36, "tiles": 326, "naflex": 156}
     assert tokens == expected
+    said = (ROOT / "yamls/studies/front_ends.yaml").read_text().partition("Per step")[2].replace("\n# ", " ")
+    per_step = {name: float(number) for number, name in re.findall(r"([\d.]+e9) of (\w+)", said)}
+    per_step["mlp_random"] = per_step["mlp"]
+    for cell in study.cells:
+        steps = int(study.recipes[cell.name].max_duration.removesuffix("ba"))
+        assert steps * per_step[cell.values[METHOD]] == pytest.approx(7.88e12, rel=0.01)

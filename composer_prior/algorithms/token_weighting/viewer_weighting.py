@@ -21,9 +21,9 @@ class ViewerWeighting(ReferenceWeighting):
     Logged beside the rest: ``viewer_nll`` and ``reference_nll`` (nats per token).
 
     Args:
-        viewer: an :class:`.ImageTextModel` or the path of one, which scores each batch and so needs the tokenizer and
-            the image processor of the trained model; or None, when the batch carries ``viewer_logprobs``.
-            Default: ``None``.
+        viewer: an :class:`.ImageTextModel` or the path of one, which scores each batch and so needs the tokenizer,
+            the image processor and the prompt of the trained model; or None, when the batch carries
+            ``viewer_logprobs``. Default: ``None``.
         reference, normalization, start, end, shard_reference, reference_dtype: see :class:`.ReferenceWeighting`.
 
     Raises:

@@ -122,7 +122,10 @@ def cut_tiles(image: Image.Image, preprocess: Mapping[str, Any], most: int) -> t
 
 
 def tile_grid(height: int, width: int, side: int, most: int) -> tuple[int, int]:
-    """Return rows and columns of the fewest squares that keep most pixels of an image (LLaVA-NeXT's choice)."""
+    """Return rows and columns of the grid that keeps the most pixels of an image, of equal ones the fewest squares.
+
+    It is LLaVA-NeXT's choice. One pixel more than a square on both sides gives four squares.
+    """
 
     def kept(grid: tuple[int, int]) -> tuple[int, int]:
         rows, columns = grid
