@@ -242,7 +242,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
 
     def _without_labels(self, sample_id: int) -> dict[str, Any]:
         """Return a blank image without a caption, instead of a sample that cannot be used."""
-        blank = Image.new("RGB", (1, 1))
+        blank = Image.new("RGB", (64, 64))
         image = self.image_processor(blank) if self.image_processor else ImageInputs({}, [])
         item = self._item(image, [], sample_id)
         if self.has_spans:

@@ -46,6 +46,9 @@ class ProcessorInputs:
         Raises:
             ValueError: for an image that the processor cannot read, or that has too many tokens.
         """
+        images = self.processor.image_processor
+        if image.height in (1, 3) and not getattr(images, "is_fast", False):  # transformers guesses where channels are
+            raise ValueError(f"{type(images).__name__} takes its height of {image.height} for that many channels")
         found = self._process(image, self.prompt)
         ids = found["input_ids"][0]
         if self.positions is not None and len(ids) >= self.positions:

@@ -109,9 +109,14 @@ class ComposerLVLM(ComposerModel):
         config: Any = causal_lm_of(self.model).config
         return ProcessorInputs(
             self.processor,
-            caption_type=int(config.model_type == "paligemma"),
+            caption_type=self._caption_type,
             positions=getattr(config.get_text_config(), "max_position_embeddings", None),
         )
+
+    @property
+    def _caption_type(self) -> int:
+        """``token_type_ids`` of captions: 1 for PaliGemma, where all tokens see those of type 0."""
+        return int(causal_lm_of(self.model).config.model_type == "paligemma")  # type: ignore[union-attr]
 
     @property
     def image_text_model(self) -> ImageTextModel:
@@ -165,9 +170,12 @@ class ComposerLVLM(ComposerModel):
         result is ``[B, T]`` float32, 0 without a label, and NaN for a label with no text before it.
         """
         ids, targets, positions, _ = left_pack(input_ids, is_text, labels)
+        inputs = {"input_ids": ids}
+        if self._caption_type:  # PaliGemma is causal where it is given both
+            inputs |= {"token_type_ids": torch.ones_like(ids), "labels": targets}
 
         def read() -> Tensor:
-            hidden, head = last_hidden_states(self.model, input_ids=ids), head_of(self.model)
+            hidden, head = last_hidden_states(self.model, **inputs), head_of(self.model)
             return -labelled_nll(hidden, head, targets)[0] if normalized else label_logits(hidden, head, targets)
 
         found = as_forward(self.model, read)

@@ -16,7 +16,7 @@ from composer_prior.data.messages import one_line
 from composer_prior.data.processing import image_placeholder
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.image_text_model import captions_images
-from composer_prior.models.language import generate_greedily, named_weights, vocabulary_size
+from composer_prior.models.language import generate_greedily, is_recurrent, named_weights, vocabulary_size
 from composer_prior.models.prior_lvlm import PriorLVLMConfig
 from composer_prior.registry import did_you_mean
 
@@ -75,6 +75,10 @@ def build_hugging_face(
         model = AutoModelForImageTextToText.from_config(settings, dtype=torch.float32, **options)
     else:
         model = load_pretrained(AutoModelForImageTextToText, pretrained, dtype=torch.float32, **options)
+    if is_recurrent(model):
+        raise ValueError(
+            f"model: a {settings.model_type} cannot be trained here: its language model is recurrent, as in Mamba."
+        )
     if len(tokenizer) > vocabulary_size(model):
         raise ValueError(f"model: it embeds {vocabulary_size(model)} of the tokenizer's {len(tokenizer)} tokens.")
     generate_greedily(model, tokenizer)
@@ -113,6 +117,12 @@ def build_processor(
         processor.image_processor = type(processor.image_processor).from_dict({**known, **changes})
     if processor.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"tokenizer.name is another tokenizer than that of the processor {name}; leave it out.")
+    if processor.tokenizer("a")["input_ids"] != tokenizer("a")["input_ids"]:  # PaliGemma's processor adds bos itself
+        adds = str(getattr(processor.tokenizer, "add_bos_token", None)).lower()
+        raise ValueError(
+            f"tokenizer adds other special tokens to a text than the processor {name} lets its own add: set "
+            f"tokenizer.kwargs.add_bos_token={adds}."
+        )
     processor.tokenizer = tokenizer
     # Images are captioned without one, in training and after it.
     processor.chat_template = tokenizer.chat_template = None

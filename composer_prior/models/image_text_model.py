@@ -28,7 +28,7 @@ from composer_prior.models.language import (
     is_recurrent,
     parts_of,
 )
-from composer_prior.models.model_folder import save_model_folder
+from composer_prior.models.model_folder import load_processor, save_model_folder
 from composer_prior.models.prior_lvlm import PriorLVLMConfig, PriorLVLMForConditionalGeneration, PriorLVLMProcessor
 from composer_prior.models.reference import batches_by_length
 
@@ -89,7 +89,7 @@ class ImageTextModel:
                 settings, _ = PretrainedConfig.get_config_dict(find_model(path))
                 raise ModelFolderError(f"{path} holds a {settings.get('model_type')}, which captions no images.")
             processor_class, _, model_class = classes
-            processor = load_pretrained(processor_class, path, trust_remote_code)
+            processor = load_processor(processor_class, path, trust_remote_code)
             model, found = load_pretrained(model_class, path, trust_remote_code, output_loading_info=True)
         except ModelFolderError:
             raise

@@ -10,11 +10,22 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from composer_prior.data.hub import load_pretrained
 from composer_prior.data.storage import whole_folder
 from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration, PriorLVLMProcessor
 from composer_prior.models.prior_lvlm.modeling_prior_lvlm import TOWERS
 
 SHARD_SIZE = "5GB"
+PROMPT = "prompt.txt"  # of training, which a processor of transformers does not keep
+
+
+def load_processor(kind: Any, path: str | Path, trust_remote_code: bool = False) -> Any:
+    """Load the processor of a model folder or hub id, with the prompt of training where the folder has it."""
+    processor = load_pretrained(kind, path, trust_remote_code)
+    file = Path(path).expanduser() / PROMPT
+    if file.is_file():
+        processor.prompt = file.read_text()
+    return processor
 
 
 def save_model_folder(
@@ -46,6 +57,8 @@ def save_model_folder(
         else:
             empty.save_pretrained(temporary, state_dict=state, max_shard_size=SHARD_SIZE)
         for_generation(processor).save_pretrained(temporary)
+        if hasattr(processor, "prompt") and not isinstance(processor, PriorLVLMProcessor):
+            (temporary / PROMPT).write_text(processor.prompt)
         for name, text in (files or {}).items():
             (temporary / name).write_text(text)
 

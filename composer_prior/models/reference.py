@@ -86,7 +86,12 @@ class ReferenceLM:
 
     @torch.no_grad()
     def logprobs(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, drop_token_ids: Sequence[int] = ()
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        drop_token_ids: Sequence[int] = (),
+        bos: int | None = None,
     ) -> Tensor:
         """``log P_r(labels[t] | text before t)``, ``[B, T]`` float32, 0 where there is no label.
 
@@ -95,26 +100,24 @@ class ReferenceLM:
             attention_mask: ``[B, T]``, 1 on real positions.
             labels: ``[B, T]`` int64, not shifted.
             drop_token_ids: ids that stand for the image: their positions are taken out and the text moves together.
+            bos: id that each row's text begins with, put before one that does not. Default: rows stay as they are.
         """
         device = self.model.device
         input_ids, attention_mask, labels = (x.to(device) for x in (input_ids, attention_mask, labels))
         keep = attention_mask.bool() & ~torch.isin(input_ids, torch.tensor(list(drop_token_ids), device=device).long())
+        if bos is not None:
+            first = input_ids.gather(1, keep.byte().argmax(1, keepdim=True))
+            keep = torch.cat([first != bos, keep], 1)
+            input_ids, labels = F.pad(input_ids, (1, 0), value=bos), F.pad(labels, (1, 0), value=IGNORE_INDEX)
         ids, targets, positions, lengths = left_pack(input_ids, keep, labels)  # [B, S]
-        known = (getattr(self.tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
-        bos = next((i for i in known if i is not None), None)
-        bare = bos is not None and bool(((ids[:, :1] != bos) & (lengths > 0)[:, None]).any())
-        if bare:  # as stored scores, the text begins with bos whether the model's own does or not
-            ids, targets = F.pad(ids, (1, 0), value=bos), F.pad(targets, (1, 0), value=IGNORE_INDEX)
-            lengths = lengths + 1
         packed = torch.zeros(ids.shape, dtype=torch.float32, device=device)
         for rows in lengths.argsort().split(self.batch_size):
             longest = int(lengths[rows].max())
             packed[rows, :longest] = self._score(ids[rows, :longest], targets[rows, :longest])
         if isinstance(self._scorer, FSDPModule):
             self._scorer.reshard()  # embeddings and head, which a root keeps after its forward pass
-        return torch.zeros(labels.shape, dtype=torch.float32, device=device).scatter(
-            1, positions, packed[:, int(bare) :]
-        )
+        scores = torch.zeros(labels.shape, dtype=torch.float32, device=device).scatter(1, positions, packed)
+        return scores if bos is None else scores[:, 1:]
 
     def _score(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities ``[b, s]`` of the targets in right-padded text; padding needs no mask, being after it."""

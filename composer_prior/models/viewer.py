@@ -75,7 +75,7 @@ def check_processors(viewers: Any, models: Any) -> None:
 
 
 def _settings(processor: Any, name: str) -> Any:
-    part: Any = getattr(processor, name, None)
+    part: Any = getattr(processor, name, "" if name == "prompt" else None)
     if name == "tokenizer" and part is not None:
         return tokenizer_fingerprint(part)
     if not hasattr(part, "to_dict"):

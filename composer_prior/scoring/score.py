@@ -36,13 +36,14 @@ from composer_prior.data.storage import StorageError, full_disk_told, is_remote
 from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import CaptionFormat, build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.image_text_model import ImageTextModel
+from composer_prior.models.model_folder import PROMPT
 from composer_prior.models.reference import ReferenceLM, same_ids
 from composer_prior.scoring.align import align_logprobs, token_edges
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.writer import ScoresWriter
 
 _IMAGES = 64  # that a viewer holds at once, unless batch_tokens asks for fewer
-_PROCESSOR = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja")  # of a viewer
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja", PROMPT)  # of a viewer
 _Score = Callable[[list[list[int]]], list[NDArray[np.float32]]]  # ids of texts -> log-probabilities of their tokens
 
 

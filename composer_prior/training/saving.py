@@ -25,8 +25,8 @@ from composer_prior.data.tokenizer import tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.image_text_model import ImageTextModel, classes_of
 from composer_prior.models.language import causal_lm_of, generate_greedily
-from composer_prior.models.model_folder import fitting_weights, save_model_folder
-from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration, PriorLVLMProcessor
+from composer_prior.models.model_folder import fitting_weights, load_processor, save_model_folder
+from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration
 from composer_prior.reports.closing import validation_metrics
 from composer_prior.training.checkpoints.loading import read_weights
 from composer_prior.training.checkpoints.storage import find_weights
@@ -34,7 +34,6 @@ from composer_prior.training.config import TrainConfig, written
 from composer_prior.training.finite import check_weights
 from composer_prior.training.reference import metadata_file, model_folder, model_metadata
 
-PROMPT = "prompt.txt"
 ARCHITECTURE = "architecture"  # a folder of the run: the model in Hugging Face format without weights, for checkpoints
 
 
@@ -44,15 +43,9 @@ def save_architecture(recipe: TrainConfig, model: ComposerLVLM) -> None:
         return
     try:
         folder = Path(recipe.run_folder, ARCHITECTURE)
-        save_model_folder(model.model, model.processor, folder, None, _prompt_file(model))
+        save_model_folder(model.model, model.processor, folder, None)
     except ValueError as error:
         announce(f"Model: the run will leave checkpoints alone, as {one_line(error)}.")
-
-
-def _prompt_file(model: ComposerLVLM) -> dict[str, str]:
-    """Return the file of the prompt of training, which a processor of transformers does not keep."""
-    ours = model.reads_text_alone or isinstance(model.processor, PriorLVLMProcessor)
-    return {} if ours or not model.processor.prompt else {PROMPT: model.processor.prompt}
 
 
 def save_model(
@@ -84,7 +77,7 @@ def save_model(
         with full_disk_told(out, size), tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "model") if is_remote(out) else Path(out)
             about = (recipe, model, data.fingerprint, validation)
-            files = {metadata_file(recipe).name: model_metadata(*about), **_prompt_file(model)}
+            files = {metadata_file(recipe).name: model_metadata(*about)}
             if not model.reads_text_alone:
                 files["README.md"] = model_card(*about)
             save_model_folder(model.model, model.processor, folder, weights, files)
@@ -188,7 +181,7 @@ def load(path: str | Path, trust_remote_code: bool = False) -> ImageTextModel:
     """
     place = Path(path).expanduser()
     if (place / "config.json").is_file() or not place.exists():
-        return _with_prompt(ImageTextModel.from_pretrained(path, trust_remote_code), place)
+        return ImageTextModel.from_pretrained(path, trust_remote_code)
     if (place / "model" / "config.json").is_file():
         return load(place / "model", trust_remote_code)
     try:
@@ -208,7 +201,8 @@ def _load_checkpoint(source: Path, trust_remote_code: bool) -> ImageTextModel:
     try:
         classes = classes_of(folder, trust_remote_code)
         assert classes is not None  # of a run with images
-        processor, config = (load_pretrained(one, folder, trust_remote_code) for one in classes[:2])
+        processor = load_processor(classes[0], folder, trust_remote_code)
+        config = load_pretrained(classes[1], folder, trust_remote_code)
         model: Any = getattr(classes[2], "from_config", classes[2])(config)
         weights, fingerprint = read_weights(source)
     except ModelFolderError:
@@ -224,11 +218,4 @@ def _load_checkpoint(source: Path, trust_remote_code: bool) -> ImageTextModel:
         raise ModelFolderError(f"{source} is no checkpoint of the model in {folder}: {error}.") from error
     model.tie_weights()
     generate_greedily(model, processor.tokenizer)
-    return _with_prompt(ImageTextModel(model.eval(), processor), folder)
-
-
-def _with_prompt(model: ImageTextModel, folder: Path) -> ImageTextModel:
-    """Let a model of transformers caption with the prompt of its training."""
-    if (folder / PROMPT).is_file():
-        model.processor.prompt = (folder / PROMPT).read_text()
-    return model
+    return ImageTextModel(model.eval(), processor)

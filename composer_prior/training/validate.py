@@ -22,7 +22,6 @@ from transformers import AutoProcessor
 from composer_prior import registry
 from composer_prior.algorithms.token_weighting.token_weighting import check_algorithms, weighting_of
 from composer_prior.data.captions import StreamingCaptionDataset, check_scorable
-from composer_prior.data.hub import load_pretrained
 from composer_prior.data.nodes import on_first_rank
 from composer_prior.data.processing import ProcessorInputs
 from composer_prior.data.remote import Remote
@@ -31,6 +30,7 @@ from composer_prior.data.storage import is_remote
 from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import build_tokenizer
 from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.models.model_folder import load_processor
 from composer_prior.models.sharding import build_parallelism, check_checkpointing
 from composer_prior.models.viewer import check_processors
 from composer_prior.scoring.job import ScoreJob
@@ -145,7 +145,7 @@ def _check_live_viewer(recipe: TrainConfig, model: ComposerLVLM, where: str) -> 
             continue
         with one_line_errors(f"{where}algorithms.{name}.viewer={viewer}"):
             if own is None or Path(viewer).exists():
-                processor = load_pretrained(AutoProcessor, viewer)
+                processor = load_processor(AutoProcessor, viewer)
             else:
                 processor = getattr(_skeleton(own, model.tokenizer, f"{where}viewer."), "processor", model.processor)
                 processor.prompt = own.train_loader["dataset"].get("prompt", "")

@@ -3,6 +3,7 @@
 import inspect
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +21,11 @@ from composer_prior.algorithms.token_weighting.image_tokens import text_position
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, count_tokens, split_packed_images
 from composer_prior.data.captions import StreamingCaptionDataset
 from composer_prior.data.processing import image_placeholder
-from composer_prior.data.tokenizer import build_tokenizer
+from composer_prior.data.tokenizer import bos_id, build_tokenizer
 from composer_prior.emoji_scenes.writing import make_emoji_scenes
-from composer_prior.models.hugging_face import build_hugging_face
+from composer_prior.models.hugging_face import build_hugging_face, hugging_face_skeleton
+from composer_prior.models.image_text_model import ImageTextModel
+from composer_prior.models.viewer import check_processors
 from composer_prior.training.optimizer import build_optimizer
 
 CAPTIONS = [f"two red hammers on grey paper, photo {number} by Ana Lindqvist" for number in range(20)]
@@ -170,7 +173,12 @@ def test_a_live_reference_sees_what_stored_scores_are_made_of(kind, prompt, scen
     data, samples = samples_of(model, scenes, prompt)
     reference = ReferenceLM(small_lm(model.tokenizer), model.tokenizer)
     batch = collated(model, samples)
-    found = reference.logprobs(batch["input_ids"], text_positions(batch, model), batch["labels"])
+    text, bos = text_positions(batch, model), bos_id(model.tokenizer)
+    found = reference.logprobs(batch["input_ids"], text, batch["labels"], bos=bos)
+    state = SimpleNamespace(batch=batch, model=model, device=SimpleNamespace(_device="cpu"), precision=None)
+    state.precision_config = None
+    weighted = PRIOR(reference).ref_logprobs(state, batch["labels"] != IGNORE_INDEX)
+    torch.testing.assert_close(weighted, found, rtol=0, atol=1e-5)
     prefix = data.format.prefix_ids()
     texts = [row[row != IGNORE_INDEX].tolist() for row in batch["labels"]]
     expected = reference.score_texts([[*prefix, *text] for text in texts], len(prefix))
@@ -188,7 +196,7 @@ def test_prior_is_that_of_transformers_trainer(kind, scenes, hub, tmp_path):
     accepted = {*inspect.signature(model.model.forward).parameters, "ref_logprobs"}
     batch = collated(model, samples)
     text = text_positions(batch, model)
-    batch["ref_logprobs"] = reference.logprobs(batch["input_ids"], text, batch["labels"])
+    batch["ref_logprobs"] = reference.logprobs(batch["input_ids"], text, batch["labels"], bos=bos_id(model.tokenizer))
 
     def whole(_):
         return {key: value for key, value in batch.items() if key in accepted}
@@ -204,7 +212,10 @@ def test_prior_is_that_of_transformers_trainer(kind, scenes, hub, tmp_path):
         model.model, TrainingArguments(str(tmp_path), **options), data_collator=whole, train_dataset=rows,
         processing_class=model.processor,
     )  # fmt: skip
+    labelled = set()
+    model.model.register_forward_pre_hook(lambda _, args, kwargs: labelled.add("labels" in kwargs), with_kwargs=True)
     trained.train()
+    assert labelled == {kind == "paligemma"}  # which is causal only with them; the others would compute their loss
 
     class Sum(Callback):
         total, tokens = 0.0, 0.0
@@ -264,3 +275,58 @@ def test_an_image_with_too_many_tokens_is_a_bad_sample(hub, scenes):
         maker(Image.new("RGB", (40, 30)))
     with pytest.raises(ValueError, match="aspect ratio"):
         maker(Image.new("RGB", (1, 20_000)))
+
+
+def test_a_bad_sample_is_skipped_beside_an_image_that_every_processor_reads(hub, scenes):
+    model = built(hub("idefics3"))
+    data, samples = samples_of(model, scenes, PROMPT)
+    samples.append(data._without_labels(6))
+    assert bool((samples[-1]["labels"] == IGNORE_INDEX).all())
+    with torch.no_grad():
+        assert bool((model(collated(model, samples))["nll"][-1] == 0).all())
+    if not getattr(model.processor.image_processor, "is_fast", False):
+        with pytest.raises(ValueError, match="Idefics3ImageProcessor takes its height of 3 for that many channels"):
+            data.image_processor(Image.new("RGB", (40, 3)))
+
+
+def test_a_model_folder_keeps_the_prompt_of_training(hub, tmp_path):
+    model = built(hub("idefics3"))
+    known = AutoProcessor.from_pretrained(hub("idefics3"))
+    model.processor.prompt = ""
+    check_processors(known, model.processor)  # a model that was never trained here
+    model.processor.prompt = PROMPT
+    model.image_text_model.save_pretrained(tmp_path / "model")
+    saved = ImageTextModel.from_pretrained(tmp_path / "model")
+    assert saved.prompt == PROMPT
+    check_processors(saved.processor, model.processor)
+    with pytest.raises(ValueError, match="The viewer has another prompt than the model"):
+        check_processors(known, model.processor)
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3", "paligemma"])
+def test_text_without_its_image_is_read_from_left_to_right(kind, scenes, hub):
+    model = built(hub(kind))
+    _, samples = samples_of(model, scenes, PROMPT)
+    batch = collated(model, samples)
+    parts = batch["input_ids"], text_positions(batch, model), batch["labels"]
+    whole = model.text_label_logits(*parts, normalized=True)
+    for length in range(whole.shape[1] - 4, whole.shape[1]):
+        cut = model.text_label_logits(*(part[:, :length] for part in parts), normalized=True)
+        torch.testing.assert_close(cut, whole[:, :length], rtol=0, atol=1e-5)
+
+
+def test_a_tokenizer_that_adds_a_second_bos_is_refused(hub):
+    tokens = {"name": hub("paligemma"), "image_tokens": False}
+    with pytest.raises(ValueError, match=r"set tokenizer\.kwargs\.add_bos_token=false"):
+        build_hugging_face(build_tokenizer({**tokens, "kwargs": {"add_bos_token": True}}), hub("paligemma"))
+    build_hugging_face(build_tokenizer({**tokens, "kwargs": {"add_bos_token": False}}), hub("paligemma"))
+
+
+def test_a_recurrent_language_model_is_refused(hub):
+    path = hub("idefics3")
+    text = {"model_type": "lfm2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = {"model_type": "lfm2_vl", "text_config": {**text, "layer_types": ["conv", "full_attention"]}}
+    with pytest.raises(ValueError, match="a lfm2_vl cannot be trained here: its language model is recurrent"):
+        hugging_face_skeleton(
+            build_tokenizer({"name": path, "image_tokens": False}), config=config, processor={"name": path}
+        )

@@ -74,3 +74,17 @@ def test_nothing_to_score(reference):
     ids = torch.tensor([[1, 5, 6]])
     scores = reference.logprobs(ids, torch.ones_like(ids), torch.full_like(ids, IGNORE_INDEX))
     assert scores.tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_each_row_begins_with_the_bos_that_is_asked_for(reference):
+    """A row without one gets it, whatever the others have; nothing is put before a text unless it is asked for."""
+    ids = torch.tensor([[1, 5, 6, 7], [500, 5, 6, 7]])
+    labels = torch.tensor([[IGNORE_INDEX, 5, 6, 7]] * 2)
+    scores = reference.logprobs(ids, torch.ones_like(ids), labels, [500], bos=1)
+    torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-6)
+    whole = reference.logprobs(ids[:1], torch.ones(1, 4), labels[:1])
+    torch.testing.assert_close(scores[:1], whole, rtol=0, atol=1e-6)
+    bare, text = torch.tensor([[9, 5, 6, 7]]), torch.tensor([[9, 5, 6]])
+    log_softmax = reference.model(text).logits.log_softmax(-1)[0]
+    found = reference.logprobs(bare, torch.ones(1, 4), labels[:1])[0, 1:]
+    torch.testing.assert_close(found, log_softmax[range(3), [5, 6, 7]], rtol=0, atol=1e-5)

@@ -198,7 +198,8 @@ class PRIORMixin(Trainer):
         else:
             labels, count = inputs.pop("labels"), inputs.pop("num_items_in_batch")
             # PaliGemma lets captions see what follows unless it is given labels.
-            seen = {"labels": labels} if "token_type_ids" in inputs else {}
+            kind = getattr(getattr(self.model, "config", None), "model_type", None)
+            seen = {"labels": labels} if kind == "paligemma" else {}
             outputs = model(**inputs, **seen)
             nll = logits_nll(_logits(outputs), labels)
             outputs["loss"] = (nll * weights).sum() / count

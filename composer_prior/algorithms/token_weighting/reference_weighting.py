@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from composer_prior.algorithms.token_weighting.image_tokens import image_token_ids, text_positions
 from composer_prior.algorithms.token_weighting.normalize import Normalization, check_logprobs
 from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting, unwrapped
+from composer_prior.data.tokenizer import bos_id
 from composer_prior.models.reference import Dtype, ReferenceLM
 
 
@@ -82,7 +83,9 @@ class ReferenceWeighting(TokenWeighting):
             self.reference.to(cast(torch.device, state.device._device))
             with get_precision_context(state.precision or Precision.FP32, state.precision_config):
                 is_text = text_positions(batch, unwrapped(state.model))
-                ref_logprobs = self.reference.logprobs(batch["input_ids"], is_text, batch["labels"])
+                # Stored scores are of texts behind bos, which a processor of transformers may not write.
+                bos = bos_id(unwrapped(state.model).tokenizer) if "text_mask" in batch else None
+                ref_logprobs = self.reference.logprobs(batch["input_ids"], is_text, batch["labels"], bos=bos)
             # The dict that the loader made stays as it is: a loader may yield it again.
             state.batch = {**batch, "ref_logprobs": ref_logprobs.to(batch["labels"].device)}
         return state.batch["ref_logprobs"]
