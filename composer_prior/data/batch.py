@@ -29,7 +29,7 @@ class ImageInputs:
     """
 
     tensors: dict[str, Any]
-    layout: list[int]  # IMAGE or ROW_SEPARATOR, one per position
+    layout: list[int]  # IMAGE or ROW_SEPARATOR, one per position; empty beside a prefix
     prefix: dict[str, list[Any]] | None = None  # ``input_ids`` before the caption, and what is aligned with them
     following: Mapping[str, Any] = field(default_factory=dict)  # what is aligned with the tokens of a caption; else 0
 

@@ -56,7 +56,8 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
     that is not shuffled, such as one for validation, always draws the same caption.
 
     Args:
-        tokenizer: a fast Hugging Face tokenizer with the image tokens (:func:`.add_image_tokens`).
+        tokenizer: a fast Hugging Face tokenizer, with the image tokens (:func:`.add_image_tokens`) unless the image
+            processor is a :class:`.ProcessorInputs`.
         image_processor: that of the model, a function from an image to :class:`.ImageInputs`; None reads only captions
             and decodes no image.
         transform: RGB image -> RGB image of any size, before the image processor; Composer's ``RandAugment``,
@@ -108,7 +109,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         self.image_processor = image_processor
         self.prompt = prompt
         if isinstance(image_processor, ProcessorInputs):
-            self.image_processor = replace(image_processor, prompt=prompt)
+            self.image_processor = replace(image_processor, prompt=prompt, caption_tokens=max_caption_tokens)
         elif image_processor is not None:
             image_token_ids(tokenizer)  # or refuse it here
         self.prompt_ids = prompt_ids(tokenizer, prompt)

@@ -32,13 +32,15 @@ class ProcessorInputs:
         processor: of transformers. Its chat template is not used: images are captioned without one.
         prompt: text between image and caption. Default: none.
         caption_type: ``token_type_ids`` of captions; 1 for PaliGemma, whose prefix is seen both ways. Default: ``0``.
-        positions: how many the language model has; image and prompt have to leave one. Default: no limit.
+        positions: how many the language model has. Default: no limit.
+        caption_tokens: the longest caption, which image and prompt have to leave positions for. Default: ``1``.
     """
 
     processor: Any
     prompt: str = ""
     caption_type: int = 0
     positions: int | None = None
+    caption_tokens: int = 1
 
     def __call__(self, image: Image.Image) -> ImageInputs:
         """Return the tokens before the caption and the image's tensors.
@@ -51,8 +53,11 @@ class ProcessorInputs:
             raise ValueError(f"{type(images).__name__} takes its height of {image.height} for that many channels")
         found = self._process(image, self.prompt)
         ids = found["input_ids"][0]
-        if self.positions is not None and len(ids) >= self.positions:
-            raise ValueError(f"it takes {len(ids)} tokens, and the language model has {self.positions} positions")
+        if self.positions is not None and len(ids) + self.caption_tokens > self.positions:
+            raise ValueError(
+                f"image and prompt take {len(ids)} of the language model's {self.positions} positions, a caption up to "
+                f"{self.caption_tokens}; lower max_caption_tokens, or the size of images in model.processor"
+            )
         prefix = {key: found[key][0].tolist() for key in _OF_TOKENS if key in found and key != "attention_mask"}
         if self.caption_type:
             prefix["token_type_ids"] = [0] * len(ids)

@@ -24,18 +24,20 @@ def build_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     It adds the image tokens if they are missing, so that run, reference and scores of a recipe use the same tokenizer;
     not with ``image_tokens: false``, for models whose processor has tokens of its own.
     """
-    name = f"tokenizer.name={config['name']!r}"
+    whole = config.get("image_tokens", True)
+    key = "tokenizer.name" + ("" if whole else " (by default model.pretrained or model.processor.name)")
+    name = f"{key}={config['name']!r}"
     try:
         tokenizer = load_pretrained(AutoTokenizer, config["name"], **config.get("kwargs", {}))
     except ModelFolderError as error:
-        raise ModelFolderError(f"tokenizer.name={error}") from error
+        raise ModelFolderError(f"{key}={error}") from error
     except OSError as error:
         raise OSError(f"{name} is no folder with a tokenizer: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"{name} has no fast version, which knows a token's characters.")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{name} has no end-of-sequence token: set tokenizer.kwargs.eos_token.")
-    if config.get("image_tokens", True):
+    if whole:
         add_image_tokens(tokenizer)
     return tokenizer
 

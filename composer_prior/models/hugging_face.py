@@ -114,6 +114,8 @@ def build_processor(
         if key not in known:
             raise ValueError(f"model.processor.{key} is not a key. {did_you_mean(key, ['name', *known])}")
     if changes:
+        if "size" in changes:  # which Qwen2-VL's of before would override
+            known = {key: value for key, value in known.items() if key not in ("min_pixels", "max_pixels")}
         processor.image_processor = type(processor.image_processor).from_dict({**known, **changes})
     if processor.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"tokenizer.name is another tokenizer than that of the processor {name}; leave it out.")

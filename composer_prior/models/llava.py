@@ -36,7 +36,12 @@ from composer_prior.models.image_text_model import ImageTextModel, differing_wei
 from composer_prior.models.language import generate_greedily, parts_of, vocabulary_size
 from composer_prior.models.llava_check import PICTURES, LlavaError, compare, failure, refusal
 from composer_prior.models.model_folder import SHARD_SIZE, for_generation
-from composer_prior.models.prior_lvlm.modeling_prior_lvlm import OpenCLIPTower, decoder_of, logit_transform
+from composer_prior.models.prior_lvlm.modeling_prior_lvlm import (
+    OpenCLIPTower,
+    PriorLVLMForConditionalGeneration,
+    decoder_of,
+    logit_transform,
+)
 from composer_prior.models.prior_lvlm.processing_prior_lvlm import CHAT_TEMPLATE, IMAGE_TOKEN
 from composer_prior.models.stock_vision import NoStockModelError, StockVision, stock_vision
 
@@ -114,6 +119,11 @@ def llava_of(model: ImageTextModel) -> tuple[Any, Any]:
     """Build a ``LlavaForConditionalGeneration`` that shares weights with the model, and its ``LlavaProcessor``."""
     if hasattr(model.model, "get_base_model"):
         raise refusal("the model", "it has adapters of PEFT; merge them first, merge_and_unload()")
+    if not isinstance(model.model, PriorLVLMForConditionalGeneration):
+        raise LlavaError(
+            f"a {model.model.config.model_type} needs no export: its model folder is in transformers' own form, which "
+            "transformers reads without code of composer-prior."
+        )
     parts = parts_of(model.model)
     tower, lm = parts.get("vision"), cast(PreTrainedModel, parts["language"])
     if not isinstance(tower, OpenCLIPTower):

@@ -89,8 +89,14 @@ def check_keys(recipe: TrainConfig, where: str = "") -> None:
         raise ValueError(
             f"{where}tokenizer.train.vocab_size={size!r}: expected {VOCAB_SIZES[0]} to {VOCAB_SIZES[-1]:,} tokens."
         )
-    if recipe.model.get("name") == "hugging_face" and recipe.tokenizer.get("train"):
-        raise ValueError(f"{where}tokenizer.train: hugging_face has its processor's tokenizer; leave the key out.")
+    if recipe.model.get("name") == "hugging_face":
+        if not (recipe.model.get("pretrained") or (recipe.model.get("processor") or {}).get("name")):
+            raise ValueError(
+                f"{where}model.pretrained is missing: give a folder or hub id, or {where}model.config and "
+                f"{where}model.processor.name for a new model."
+            )
+        if recipe.tokenizer.get("train"):
+            raise ValueError(f"{where}tokenizer.train: hugging_face has its processor's tokenizer; leave the key out.")
     registry.check_arguments(_SCORE_JOB, recipe.scoring, f"{where}scoring", given=_OF_THE_RECIPE)
     check_named("model", recipe.model, f"{where}model", given=("tokenizer", "image_related_metrics"))
     if recipe.model["name"] == "lvlm":

@@ -6,6 +6,7 @@ data are made; :func:`check_whole` builds the model on the meta device and opens
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,7 +221,7 @@ def check_fit(model: ComposerLVLM, data: StreamingCaptionDataset) -> None:
     """Raise if the language model lacks positions for the longest sequence of the data, naming the lengths."""
     processor: Any = data.image_processor
     if isinstance(processor, ProcessorInputs):  # its number of tokens may depend on the image
-        prefix: Any = processor(Image.new("RGB", (1024, 1024))).prefix
+        prefix: Any = replace(processor, positions=None)(Image.new("RGB", (1024, 1024))).prefix
         image_tokens = len(prefix["input_ids"]) - 1 - len(data.prompt_ids)
     else:
         image_tokens = 0 if model.reads_text_alone else model.processor.image_processor.max_image_tokens
@@ -228,10 +229,21 @@ def check_fit(model: ComposerLVLM, data: StreamingCaptionDataset) -> None:
     positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise ValueError(
-            f"model.language has {positions} positions, and a sequence may take {longest}: bos, {image_tokens} image, "
-            f"{len(data.prompt_ids)} prompt and {data.max_caption_tokens} caption tokens; lower "
-            "train_loader.dataset.max_caption_tokens or the image's size."
+            f"The language model has {positions} positions, and a sequence may take {longest}: bos, {image_tokens} "
+            f"image, {len(data.prompt_ids)} prompt and {data.max_caption_tokens} caption tokens; lower "
+            f"train_loader.dataset.max_caption_tokens{_image_key(model, processor)}."
         )
+
+
+def _image_key(model: ComposerLVLM, processor: Any) -> str:
+    """Return the key of a recipe that decides how many tokens an image has, for a message."""
+    if isinstance(processor, ProcessorInputs):
+        return ", or the size of images in model.processor"
+    if model.reads_text_alone:
+        return ""
+    tower: Any = model.model.config.vision
+    keys = {"naflex": "max_tokens", "patches": "max_side"}
+    return " or model.vision." + ("tiles.max" if "tiles" in tower else keys.get(tower.get("type"), "image_size"))
 
 
 def _algorithms(recipe: TrainConfig, where: str) -> list[Any]:

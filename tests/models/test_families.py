@@ -25,6 +25,8 @@ from composer_prior.data.tokenizer import bos_id, build_tokenizer
 from composer_prior.emoji_scenes.writing import make_emoji_scenes
 from composer_prior.models.hugging_face import build_hugging_face, hugging_face_skeleton
 from composer_prior.models.image_text_model import ImageTextModel
+from composer_prior.models.llava import export_llava
+from composer_prior.models.llava_check import LlavaError
 from composer_prior.models.viewer import check_processors
 from composer_prior.training.optimizer import build_optimizer
 
@@ -271,8 +273,10 @@ def test_an_image_with_too_many_tokens_is_a_bad_sample(hub, scenes):
     model = built(hub("qwen2_vl"))
     maker = replace(model.image_processor, positions=14)
     assert len(maker(Image.new("RGB", (16, 16))).prefix["input_ids"]) < 14
-    with pytest.raises(ValueError, match="it takes 14 tokens, and the language model has 14 positions"):
+    with pytest.raises(ValueError, match="image and prompt take 14 of the language model's 14 positions"):
         maker(Image.new("RGB", (40, 30)))
+    with pytest.raises(ValueError, match="a caption up to 14"):
+        replace(maker, caption_tokens=14)(Image.new("RGB", (16, 16)))
     with pytest.raises(ValueError, match="aspect ratio"):
         maker(Image.new("RGB", (1, 20_000)))
 
@@ -330,3 +334,19 @@ def test_a_recurrent_language_model_is_refused(hub):
         hugging_face_skeleton(
             build_tokenizer({"name": path, "image_tokens": False}), config=config, processor={"name": path}
         )
+
+
+def test_a_size_of_images_is_that_of_the_recipe(hub):
+    """Qwen2-VL's folders also hold ``min_pixels`` and ``max_pixels``, of before."""
+    path, image = hub("qwen2_vl"), Image.new("RGB", (48, 48))
+    sizes = [None, {"size": {"shortest_edge": 64, "longest_edge": 256}}, {"max_pixels": 256}]
+    patches = [
+        int(built(path, processor=size).image_processor(image).tensors["processed"]["image_grid_thw"].prod())
+        for size in sizes
+    ]
+    assert patches[0] > patches[1] == patches[2] == 256 // 4**2
+
+
+def test_export_is_not_for_what_is_in_the_familys_own_form_already(hub, tmp_path):
+    with pytest.raises(LlavaError, match="a llava needs no export: its model folder is in transformers' own form"):
+        export_llava(built(hub("llava")).image_text_model, tmp_path / "out")

@@ -151,7 +151,21 @@ def test_two_stages(scenes, here, capsys):
 def test_a_sequence_that_no_position_is_left_for_is_refused_before_training(scenes, here):
     hub("idefics3")
     with pytest.raises(
-        ValueError, match=r"model.language has 512 positions, and a sequence may take .* image"
+        ValueError, match=r"The language model has 512 positions, and .* or the size of images in model\.processor"
     ) as error:
         train(smaller("smolvlm", scenes, *ALONE, "train_loader.dataset.max_caption_tokens=510"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.pretrained=nowhere/model", r"tokenizer\.name \(by default model\.pretrained .*\)='nowhere/model'"),
+        ("model.pretrained=null", "model.pretrained is missing: give a folder or hub id, or model.config and"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named_by_its_key(override, message, scenes, here):
+    hub("idefics3")
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        train(smaller("smolvlm", scenes, *ALONE, override))
     assert "\n" not in str(error.value)
