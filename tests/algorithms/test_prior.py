@@ -143,10 +143,10 @@ def test_the_batch_that_a_loader_made_stays_as_it_is(lvlm, make_spec, make_batch
     spec.dataloader.collate_fn = lambda samples: batch  # the same dict in every step
     keys, really = set(batch), reference.logprobs
 
-    def logprobs(*arguments):
+    def logprobs(*arguments, **rest):
         nonlocal scored
         scored += 1
-        return really(*arguments)
+        return really(*arguments, **rest)
 
     monkeypatch.setattr(reference, "logprobs", logprobs)
     fit(lvlm, spec, [PRIOR(reference)], duration="3ba")
