@@ -56,7 +56,7 @@ captions. They have at least three letters, WordNet counts them as nouns at leas
 first sense is a thing that can be drawn. The other noun is of the same kind (WordNet's lexicographer file), and starts
 with a vowel if and only if the first one does; no caption has both, and some caption has it beside each of the other
 keywords that at least 5 training captions have. Up to 3 are drawn, as often as they occur.
-Nobody has checked them: a foil can be true.
+No person has checked the foils, so some may be true.
 """
 
 

@@ -32,7 +32,7 @@ def spread(height, width):
 
 
 def of_samples(model, batch):
-    """What a model says of each sample of a batch alone, without its padding."""
+    """Return a model's outputs for each sample of a batch alone, without its padding."""
     rows = []
     for i, mask in enumerate(batch["attention_mask"].bool()):
         alone = {key: value[i : i + 1] for key, value in batch.items()}
