@@ -37,12 +37,18 @@ def test_the_recipes_that_are_promised_are_there():
 @pytest.mark.parametrize("family", ["vit", "patch"])
 def test_the_baseline_differs_by_prior_alone(family):
     prior, ntp = asdict(load(f"prior_{family}")), asdict(load(f"ntp_{family}"))
-    floor = {"floor": 0.2} if family == "vit" else {}
-    assert prior["algorithms"].pop("prior") == {"reference": "runs/reference/model", "alpha": 1.0, **floor}
+    expected = {"reference": "runs/reference/model", "alpha": 1.0, "floor": 0.1}
+    assert prior["algorithms"].pop("prior") == expected
     assert prior["train_loader"]["dataset"].pop("scores") == "runs/reference/scores"
     for key in ("run_name", "run_folder", "save_folder"):
         prior.pop(key), ntp.pop(key)
     assert prior == ntp
+
+
+def test_all_recipes_have_one_floor():
+    given = [load(name).algorithms.get(method) for name in RECIPES for method in ("prior", "image_gain")]
+    floors = [arguments["floor"] for arguments in given if arguments]
+    assert floors == [0.1] * 9
 
 
 def test_overrides_reach_the_recipes_inside():
