@@ -90,7 +90,8 @@ def test_the_study_of_image_gain(monkeypatch):
     assert folders["gain-seed6"] == folders["gain_over_model-seed6"] == folders["distillation-seed6"]
     assert folders["gain-patches-seed6"] == folders["gain-seed6"]
     assert "ntp-seed6" not in folders
-    assert folders["gain-scratch-seed6"] == folders["gain-seed6"] != folders["gain-none-seed6"]
+    assert folders["gain-scratch-seed6"] == folders["gain-other_text-seed6"] == folders["gain-seed6"]
+    assert folders["gain-none-seed6"] != folders["gain-seed6"]
     viewers = ["gain", *(f"gain_viewer_{steps}" for steps in (75, 150, 300, 1200))]
     assert len({folders[f"{method}-seed6"] for method in viewers}) == 5
     gain = [cell for cell in study.cells if cell.name in {f"gain-seed{seed}" for seed in range(6, 11)}]
