@@ -96,7 +96,9 @@ class CaptionCollator:
         batch.update(stack_images([{key: sample[key] for key in image_keys} for sample in samples]))
         if PROCESSED in samples[0]:
             batch.update(join_images([sample[PROCESSED] for sample in samples]))
-        batch["sample_id"] = torch.tensor([sample["sample_id"] for sample in samples])
+        for key in ("sample_id", "stream"):
+            if key in samples[0]:
+                batch[key] = torch.tensor([sample[key] for sample in samples])
         return batch
 
 
@@ -166,6 +168,26 @@ def sample_ids(batch: Mapping[str, Any], name: str) -> Tensor:
             "data with StreamingCaptionDataset, or number the samples."
         )
     return batch["sample_id"]
+
+
+def stream_names(loader: Any) -> list[str]:
+    """Return the names of the streams that a loader's data set mixes, ``stream`` in a batch; none if it names none.
+
+    Args:
+        loader: with a ``dataset``, such as a :class:`.CheckedDataset`.
+    """
+    return [*getattr(getattr(loader, "dataset", None), "stream_names", ())]
+
+
+def stream_masks(batch: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """Return for the name of each stream which samples of a batch it has, ``[B, 1]`` bool.
+
+    Args:
+        batch: with ``stream`` ``[B]`` int64 where there are several.
+        names: of :func:`stream_names`.
+    """
+    stream = batch["stream"] if len(names) > 1 else torch.zeros_like(batch["labels"][:, 0])
+    return {name: (stream == number)[:, None] for number, name in enumerate(names)}
 
 
 # Composer divides by the tokens of a step over all ranks. If no sample could be used, this makes the loss 0 instead of

@@ -49,7 +49,8 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
 
     An optional column ``image_related_spans`` (json, ``[[start, end], ...]`` in characters of the caption, null where
     they are unknown) marks the words that the image determines. Sample ``i`` is a dict of tensors: ``input_ids`` and
-    ``labels`` ``[T]`` int64, ``image_related`` ``[T]`` bool if there are spans, the image's tensors, and ``sample_id``.
+    ``labels`` ``[T]`` int64, ``image_related`` ``[T]`` bool if there are spans, the image's tensors, and ``sample_id``;
+    of several streams also ``stream``, its position in ``stream_names``.
 
     With a column ``captions`` (json, a list) instead of ``caption``, and spans for each of them, every epoch of a
     shuffled data set draws one caption, which depends on ``shuffle_seed``, epoch and ``sample_id`` alone. A data set
@@ -227,6 +228,8 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             **image.tensors,
             "sample_id": sample_id,
         }
+        if len(self.stream_names) > 1:
+            item["stream"] = self.stream_of(sample_id)
         for key in aligned.keys() - {"input_ids"}:
             item[key] = torch.tensor(aligned[key] + [image.following.get(key, 0)] * len(caption_ids))
         for column, scores in self.scores.items():

@@ -9,7 +9,7 @@ waits without end for one that failed to download it (no public report). It remo
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import sleep, time_ns
 from typing import Any, cast
@@ -154,7 +154,7 @@ class CheckedDataset(FixedDataset):
     Args:
         streams: several data sets to mix: for each name the arguments of :class:`.CheckedStream`, as ``remote``,
             ``local``, and one of ``proportion``, ``repeat`` and ``choose``; or None, for a single one, given by the
-            following arguments. Default: ``None``.
+            following arguments. An empty name stands for that of the folder. Default: ``None``.
         remote, local, split, keep_zip: see :class:`streaming.StreamingDataset`.
         download_retry: attempts for each file, with 1, 2, 4 … s between them. Default: ``7``, which survives
             a one-minute outage.
@@ -192,8 +192,15 @@ class CheckedDataset(FixedDataset):
             raise ValueError("A data set needs either local, with or without remote, or streams.")
         given: dict[str, Any] = {"split": split, "download_retry": download_retry, "download_timeout": download_timeout}
         given |= {"validate_hash": validate_hash, "keep_zip": keep_zip, **kwargs}
-        arguments = (streams or {"": {"remote": remote, "local": local}}).values()
-        super().__init__(streams=[CheckedStream(**each) for each in arguments], **given)
+        named = streams or {"": {"remote": remote, "local": local}}
+        self.stream_names = [str(name) or _folder_name({"split": split, **each}) for name, each in named.items()]
+        if streams:
+            _check_names(self.stream_names)
+        super().__init__(streams=[CheckedStream(**each) for each in named.values()], **given)
+
+    def stream_of(self, sample_id: int) -> int:
+        """Return the position of a sample's stream in ``stream_names``."""
+        return int(self.stream_per_shard[self.spanner[sample_id][0]])
 
     def shard_name(self, shard_id: int) -> str:
         """Return the path or URL of a shard."""
@@ -253,3 +260,19 @@ class CheckedDataset(FixedDataset):
         except RuntimeError as error:
             self.raise_failure()
             raise DataError(f"{self.shard_name(self.spanner[sample_id][0])}: {one_line(error)}") from error
+
+
+def _folder_name(stream: Mapping[str, Any]) -> str:
+    """Return the last name in the path of a stream's data."""
+    parts = [stream.get("remote") or stream.get("local"), stream.get("split")]
+    return Path(*filter(None, parts)).name
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raise for names of streams that metrics cannot have."""
+    for name in names:
+        if names.count(name) > 1 or "/" in name or name == "total":
+            raise ValueError(
+                f"streams: {name!r} cannot name a stream; each needs a name of its own, without a slash, other than "
+                "total, as metrics end in it."
+            )

@@ -1,8 +1,8 @@
-"""Figures of a run beside its metrics: its floating-point operations, the wait for data, and the learning rates."""
+"""Figures of a run beside its metrics: of each stream, floating-point operations, the wait for data, learning rates."""
 
 from collections import deque
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from composer.callbacks import LRMonitor
@@ -11,6 +11,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from composer_prior.data.batch import IGNORE_INDEX, stream_masks, stream_names
 from composer_prior.registry import Count
 
 _FLASH = "_scaled_dot_product_flash_attention"
@@ -96,6 +97,68 @@ class DataWaitMonitor(Callback):
             waited, passed = map(sum, zip(*self._steps, strict=True))
             logger.log_metrics({"throughput/data_wait_fraction": waited / passed})
         self._received = now
+
+
+class StreamMonitor(Callback):
+    """Log the figures of each stream of data that mix several; a run adds it by itself.
+
+    Of a step: ``loss/train/{stream}`` (nats per token, unweighted), ``metrics/train/accuracy/{stream}``,
+    ``metrics/train/share/{stream}`` (of the samples), and ``metrics/train/tokens/{stream}``, the loss-generating tokens
+    since the start of training. Of a validation as a whole: ``metrics/eval/loss/{stream}``, and the others likewise.
+    They are sums over microbatches and ranks, divided once. A stream without a token has no loss and no accuracy.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, int] = {}
+        self._sums: dict[str, Any] = {}  # of samples, tokens, losses and hits by stream
+        self._logged = False
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self._logged = False
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        self._sums = {}  # of a pass that ran out of memory, or of an optimizer that takes two
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        names, batch, outputs = stream_names(state.dataloader), state.batch, cast(Any, state.outputs)
+        if len(names) < 2:
+            return
+        mask = batch["labels"] != IGNORE_INDEX
+        for name, rows in stream_masks(batch, names).items():
+            mine = mask & rows
+            terms = rows, mine, torch.where(mine, outputs["nll"].detach(), 0.0), outputs["correct"] & mine
+            self._sums[name] = self._sums.get(name, 0.0) + torch.stack([one.sum(dtype=torch.float64) for one in terms])
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        if not self._logged:
+            self._log(logger, "train", "loss/train", self._tokens)
+        self._logged = True
+
+    eval_start, eval_after_forward = before_train_batch, after_loss
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        self._log(logger, str(state.dataloader_label), f"metrics/{state.dataloader_label}/loss", {})
+
+    def _log(self, logger: Logger, part: str, loss: str, tokens_so_far: dict[str, int]) -> None:
+        """Log figures of the sums over all ranks, and add to the tokens so far."""
+        if not self._sums:
+            return
+        sums = torch.stack([*self._sums.values()])
+        dist.all_reduce(sums, reduce_operation="SUM")
+        metrics, whole = dict[str, float](), float(sums[:, 0].sum())
+        for name, (samples, tokens, nll, correct) in zip(self._sums, sums.tolist(), strict=True):
+            tokens_so_far[name] = tokens_so_far.get(name, 0) + int(tokens)
+            metrics |= {f"metrics/{part}/share/{name}": samples / whole}
+            metrics |= {f"metrics/{part}/tokens/{name}": tokens_so_far[name]}
+            if tokens:
+                metrics |= {f"{loss}/{name}": nll / tokens, f"metrics/{part}/accuracy/{name}": correct / tokens}
+        logger.log_metrics(metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self._tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._tokens = dict(state["tokens"])
 
 
 class GroupLRMonitor(LRMonitor):

@@ -14,6 +14,7 @@ from composer.utils import dist, reproducibility
 from omegaconf import OmegaConf
 
 from composer_prior.algorithms.token_weighting.token_weighting import unwrapped
+from composer_prior.data.batch import stream_names
 from composer_prior.data.captions import StreamingCaptionDataset
 from composer_prior.data.messages import announce
 from composer_prior.data.nodes import check_same, on_first_rank
@@ -52,6 +53,7 @@ from composer_prior.training.checkpoints.start import find_start
 from composer_prior.training.config import TrainConfig, identified, written
 from composer_prior.training.finite import FiniteSteps, SkipEmptySteps, check_weights
 from composer_prior.training.loggers import MetricsFile
+from composer_prior.training.monitors import StreamMonitor
 from composer_prior.training.optimizer import build_optimizer
 from composer_prior.training.reference import check_helper, model_folder, read_metadata
 from composer_prior.training.saving import save_architecture, save_model
@@ -89,9 +91,11 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         announce(load_weights(recipe.init_from, model))
     if recipe.compile_config is not None:
         prepare_compile()
-    skips = [SkipEmptySteps()] if train_data.on_bad_sample == "skip" else []
+    mixed = any(len(stream_names(spec.dataloader)) > 1 for spec in loaders.values())
     reference = None if recipe.reference_recipe is None else str(model_folder(recipe.reference_recipe))
-    callbacks = build_all("callback", recipe.callbacks, recipe=recipe)
+    callbacks: list[Any] = [SkipEmptySteps()] if train_data.on_bad_sample == "skip" else []
+    callbacks += [StreamMonitor()] if mixed and isinstance(model, ComposerLVLM) else []
+    callbacks += build_all("callback", recipe.callbacks, recipe=recipe)
     callbacks += build_benchmarks(recipe.benchmarks, model, reference)
     saver = [] if recipe.save_folder is None else [Checkpoints(recipe)]
     os.environ.update(ASKED_BY_COMPOSER)
@@ -110,7 +114,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         schedulers=build_named("scheduler", recipe.scheduler),
         step_schedulers_every_batch=True,
         algorithms=build_all("algorithm", algorithms),
-        callbacks=[RunIdentity(identity), FiniteSteps(recipe.nan_steps), StopOnSigterm(), *skips, *callbacks, *saver],
+        callbacks=[RunIdentity(identity), FiniteSteps(recipe.nan_steps), StopOnSigterm(), *callbacks, *saver],
         loggers=[MetricsFile(Path(recipe.run_folder, "metrics.jsonl")), *trackers],
         run_name=recipe.run_name,
         seed=recipe.seed,

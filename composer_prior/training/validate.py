@@ -21,7 +21,7 @@ from torch.utils.data import ChainDataset, DataLoader
 from transformers import AutoProcessor
 
 from composer_prior import registry
-from composer_prior.algorithms.token_weighting.token_weighting import check_algorithms, weighting_of
+from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting, check_algorithms, weighting_of
 from composer_prior.data.captions import StreamingCaptionDataset, check_scorable
 from composer_prior.data.nodes import on_first_rank
 from composer_prior.data.processing import ProcessorInputs
@@ -130,6 +130,8 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
         algorithms = _algorithms(recipe, where)
         check_checkpointing(recipe.parallelism_config, model)
         check_algorithms(algorithms, model)
+        for weighting in (one for one in algorithms if isinstance(one, TokenWeighting)):
+            weighting.check_streams(data.stream_names)
         check_new_weights(algorithms, optimizer, where)
         build_benchmarks(without_models("benchmark", recipe.benchmarks), model, where=where)
         _check_live_viewer(recipe, model, where)

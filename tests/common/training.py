@@ -1,5 +1,7 @@
 """A few steps of Composer's Trainer on the CPU."""
 
+import math
+
 import torch
 from composer import Trainer
 from composer.loggers import InMemoryLogger
@@ -24,3 +26,26 @@ def fit(model, spec, algorithms=(), duration="1ba", callbacks=(), lr=0.1, **chan
     )
     trainer.fit()
     return trainer, memory.data
+
+
+def figures_by_stream(batch, outputs, names, weights, ref_logprobs):
+    """What is logged of each stream of a step, from a loop over the tokens of the whole batch."""
+    found = {}
+    for number, name in enumerate(names):
+        rows = [row for row, stream in enumerate(batch["stream"].tolist()) if stream == number]
+        tokens = [(row, place) for row in rows for place, label in enumerate(batch["labels"][row]) if label != -100]
+        nll, w, reference = ([float(of[token]) for token in tokens] for of in (outputs["nll"], weights, ref_logprobs))
+        correct = [bool(outputs["correct"][token]) for token in tokens]
+        n, heaviest = len(tokens), sorted(w, reverse=True)[: math.ceil(len(tokens) / 10)]
+        found |= {
+            f"metrics/train/share/{name}": len(rows) / len(batch["stream"]),
+            f"metrics/train/tokens/{name}": n,
+            f"metrics/train/accuracy/{name}": sum(correct) / n,
+            f"loss/train/{name}": sum(nll) / n,
+            f"prior/{name}/loss_unweighted": sum(nll) / n,
+            f"prior/{name}/loss_weighted": sum(a * b for a, b in zip(w, nll, strict=True)) / n,
+            f"prior/{name}/reference_nll": -sum(reference) / n,
+            f"prior/{name}/effective_sample_size": sum(w) ** 2 / (n * sum(x * x for x in w)),
+            f"prior/{name}/top_decile_share": sum(heaviest) / sum(w),
+        }
+    return found

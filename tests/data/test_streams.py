@@ -17,7 +17,7 @@ from streaming.base.shared import prefix
 from streaming.base.shared.memory import SharedMemory
 
 from composer_prior.data import streaming_fixes
-from composer_prior.data.captions import read_captions
+from composer_prior.data.captions import StreamingCaptionDataset, caption_data_spec, read_captions
 from composer_prior.data.messages import DataError
 from composer_prior.data.streams import CheckedDataset
 
@@ -191,3 +191,25 @@ def test_a_missing_shard_leaves_nothing_in_the_folder_of_the_user(tmp_path):
         with pytest.raises(DataError, match=r"own/shard\.00003\.mds cannot be read: .* there is no remote"):
             [data[number] for number in range(24)]
     assert contents(own) == before
+
+
+def test_each_sample_knows_its_stream(tmp_path, tokenizer):
+    folders = [write_tiles(tmp_path / name / "train", count) for name, count in (("one", 3), ("two", 5))]
+    unnamed = {"local": str(tmp_path / "two"), "split": "train"}
+    data = StreamingCaptionDataset(
+        tokenizer=tokenizer, streams={"tiles": {"local": folders[0]}, "": unnamed}, batch_size=8
+    )
+    assert data.stream_names == ["tiles", "train"]
+    (batch,) = caption_data_spec(data, 8).dataloader
+    streams = dict(zip(batch["sample_id"].tolist(), batch["stream"].tolist(), strict=True))
+    assert streams == {number: int(number >= 3) for number in range(8)}
+    alone = StreamingCaptionDataset(tokenizer=tokenizer, local=folders[0], batch_size=3)
+    assert alone.stream_names == ["train"]
+    (batch,) = caption_data_spec(alone, 3).dataloader
+    assert "stream" not in batch
+
+
+@pytest.mark.parametrize(("name", "refused"), [("", "tiles"), ("a/b", "a/b"), ("total", "total")])
+def test_names_of_streams_that_metrics_cannot_have(name, refused, tiles):
+    with pytest.raises(ValueError, match=f"^streams: '{refused}' cannot name a stream; .* other than total"):
+        CheckedDataset(streams={"tiles": {"local": tiles}, name: {"local": tiles}}, batch_size=1)

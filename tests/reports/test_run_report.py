@@ -66,6 +66,14 @@ def evaluated(batch: int) -> dict:
     return record(batch, **validation, **{f"eval/foils/{name}": value for name, value in figures.items()})
 
 
+def mixed(batch: int) -> dict:
+    """What a run on two streams logs at a step, one of which only the validation has."""
+    own = {"loss/train/captions": 2.0, "metrics/train/accuracy/captions": 0.5, "metrics/train/share/captions": 1.0}
+    own |= {"metrics/train/tokens/captions": 12_345, "prior/captions/loss_weighted": 2.5}
+    validation = {f"metrics/eval/{name}/chat": value for name, value in (("loss", 3.0), ("share", 1.0), ("tokens", 77))}
+    return record(batch, **own, **validation)
+
+
 def last_figures(record: dict) -> dict:
     """The figures of benchmarks that a run has after its last record."""
     found: dict = {}
@@ -276,3 +284,18 @@ def test_the_page_in_a_real_browser(tmp_path):
         assert sum(pixel == colour for pixel in pixels) > 200, "the curves are on the screen"
     assert sum(max(map(abs, map(int.__sub__, pixel, (255, 0, 0)))) < 9 for pixel in pixels) >= len(HOSTILE) * 70 * 50
     assert sum(pixel == (255, 140, 0) for pixel in pixels) > 20 * len(HOSTILE), "likely tokens are shaded"
+
+
+def test_streams_have_charts_of_their_figures_and_a_table():
+    page = run_report([mixed(0), mixed(1)], "run")
+    titles = [
+        "Loss by stream",
+        "Accuracy by stream",
+        "Share of the samples by stream",
+        "Loss weighted by PRIOR, by stream",
+    ]
+    assert [title for title in charts(page) if "stream" in title] == titles
+    rows = [re.findall(r">([^<>]+)</t[hd]>", row) for row in page.split("<tr>")]
+    assert ["captions", "12,345", "-", "-", "-"] in rows
+    assert ["chat", "-", "77", "3.0000", "-"] in rows
+    assert not any("stream" in title for title in charts(run_report([record(0)], "run")))

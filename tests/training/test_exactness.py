@@ -1,5 +1,6 @@
 """The gradient of a step is the formula's, however the batch is cut: microbatches, ranks, shards."""
 
+import math
 from functools import cache
 from itertools import combinations
 
@@ -9,13 +10,16 @@ from common.models import FAMILIES, small_lvlm
 from common.programs.one_step import (
     CASES,
     METHODS,
+    NAMES,
     SEED,
+    STREAMS,
     make_reference,
     make_samples,
     make_viewer,
     step_gradients,
 )
 from common.recipes import ROOT, fork_ranks
+from common.training import figures_by_stream
 
 from composer_prior import importance_weights
 from composer_prior.algorithms.cal.weights import contrast_weights
@@ -46,6 +50,27 @@ def relative_difference(ours, expected):
     return float((ours - expected).norm() / expected.norm())
 
 
+def by_stream(batch, logprobs, seen, floor, alpha, normalization):
+    """Weights with the settings of each stream, token by token in float64; ``seen`` is the viewer's, or None."""
+    rows, plain = [], [NAMES[stream] in STREAMS and STREAMS[NAMES[stream]] is None for stream in batch["stream"]]
+    for row, stream in enumerate(batch["stream"].tolist()):
+        own = {"alpha": alpha, "floor": floor, **(STREAMS.get(NAMES[stream]) or {})}
+        rows.append([])
+        for place, label in enumerate(batch["labels"][row].tolist()):
+            p = math.exp(float(logprobs[row, place]))
+            most = 1.0 if seen is None else max(p, math.exp(float(seen[row, place])))
+            weight = own["floor"] + (1 - own["floor"]) * (1 - p / most) ** own["alpha"]
+            rows[-1].append(0.0 if label == IGNORE_INDEX else 1.0 if plain[row] else weight)
+    counts = (batch["labels"] != IGNORE_INDEX).sum(1).tolist()
+    weighted = [row for row in range(len(rows)) if not plain[row]]
+    sums = [sum(row) for row in rows]
+    for row in weighted:
+        among = weighted if normalization == "batch" else [row]
+        scale = sum(counts[i] for i in among) / (sum(sums[i] for i in among) or 1.0)
+        rows[row] = [weight * scale for weight in rows[row]]
+    return torch.tensor(rows)
+
+
 @cache
 def formula_gradients(family, tokenizer, method):
     """The formula on the whole batch with plain autograd: no Composer, no microbatches, no algorithm."""
@@ -59,7 +84,13 @@ def formula_gradients(family, tokenizer, method):
     name, _, normalization = method.partition(", ")
     normalization = normalization or "sequence"
     raw, noise = importance_weights(scores, mask, 1.5, "none", 0.1), token_noise(batch["sample_id"], mask, SEED, 0)
-    if name == "prior":
+    if name in ("prior by stream", "image_gain by stream"):
+        seen = Viewer(make_viewer(family, tokenizer)).logprobs(batch) if "gain" in name else None
+        weights = by_stream(batch, scores, seen, 0.1, 1.0 if "gain" in name else 1.5, normalization)
+    elif name == "random_prior by stream":
+        kept = mask & (batch["stream"] != NAMES.index("text"))[:, None]
+        weights = torch.where(kept, normalize(drawn(raw[kept].sort().values, mask, noise), mask), mask.float())
+    elif name == "prior":
         weights = importance_weights(scores, mask, 1.5, normalization, 0.1)
     elif name == "permuted_prior":
         weights = normalize(permuted(raw, mask, noise), mask, normalization)
@@ -97,6 +128,36 @@ def formula_gradients(family, tokenizer, method):
 def test_microbatches(tokenizer, family, method, microbatch):
     ours = step_gradients(family, tokenizer, method, microbatch)
     assert relative_difference(ours, formula_gradients(family, tokenizer, method)) <= TOLERANCE
+
+
+@cache
+def expected_figures(family, tokenizer):
+    """Figures by stream of the step of "prior by stream"."""
+    model, reference = small_lvlm(family, tokenizer), make_reference(tokenizer)
+    batch = CaptionCollator(tokenizer.pad_token_id)(make_samples(model, tokenizer))
+    ids = batch["input_ids"], batch["attention_mask"], batch["labels"], image_token_ids(tokenizer)
+    scores = reference.logprobs(*ids)
+    with torch.no_grad():
+        outputs = model(batch)
+    return figures_by_stream(batch, outputs, NAMES, by_stream(batch, scores, None, 0.1, 1.5, "sequence"), scores)
+
+
+@pytest.mark.parametrize("microbatch", [None, 1, 5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_figures_by_stream(tokenizer, family, microbatch):
+    logged = {}
+    step_gradients(family, tokenizer, "prior by stream", microbatch, logged=logged)
+    expected = expected_figures(family, tokenizer)
+    assert {name: logged[name] for name in expected} == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_figures_by_stream_of_two_ranks(tokenizer, two_ranks, family, strategy):
+    """The first rank has no sample of one of the streams; the heaviest tenth is that of each rank."""
+    expected = {name: v for name, v in expected_figures(family, tokenizer).items() if "top_decile" not in name}
+    logged = two_ranks["logged"][strategy, family, "prior by stream"]
+    assert {name: logged[name] for name in expected} == pytest.approx(expected, rel=TOLERANCE)
 
 
 def test_the_methods_differ(tokenizer):

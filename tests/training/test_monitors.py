@@ -1,13 +1,19 @@
 """Floating-point operations of a run, against those that its layers must do."""
 
+import re
+
 import pytest
 import torch
 from common.models import small_lvlm
-from common.training import fit
+from common.programs.one_step import make_samples
+from common.training import figures_by_stream, fit
+from composer.core import DataSpec
+from torch.utils.data import DataLoader
 
-from composer_prior import PRIOR
-from composer_prior.data.batch import IGNORE_INDEX
-from composer_prior.training.monitors import ComputeMonitor
+from composer_prior import PRIOR, importance_weights
+from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, count_tokens
+from composer_prior.data.tokenizer import image_token_ids
+from composer_prior.training.monitors import ComputeMonitor, StreamMonitor
 
 
 def count(model, spec, monitor, duration="1ba", algorithms=(), **changes):
@@ -81,3 +87,79 @@ def test_the_count_goes_on_after_a_resumption(tokenizer, make_spec, tmp_path):
         small_lvlm("patches", tokenizer), make_spec(model), ComputeMonitor(1), "4ba", load_path=checkpoint
     )
     assert resumed == whole[2:]
+
+
+NAMES = ["captions", "chat", "text"]
+
+
+def streams_spec(model, batch_size, names=NAMES):
+    """Twelve samples of three streams in batches."""
+    samples = make_samples(model, model.tokenizer)
+    samples.stream_names = names
+    loader = DataLoader(samples, batch_size, collate_fn=CaptionCollator(model.tokenizer.pad_token_id))
+    return DataSpec(
+        loader, get_num_samples_in_batch=lambda batch: len(batch["labels"]), get_num_tokens_in_batch=count_tokens
+    )
+
+
+@pytest.mark.parametrize("microbatch", [None, 5])
+def test_figures_of_each_stream(tokenizer, reference, microbatch):
+    """Of a step from the model before it, of a validation in uneven batches from the model after it, and resumed."""
+    model = small_lvlm("patches", tokenizer)
+    (batch,) = streams_spec(model, 12).dataloader
+    ids = batch["input_ids"], batch["attention_mask"], batch["labels"], image_token_ids(tokenizer)
+    scores, mask = reference.logprobs(*ids), batch["labels"] != IGNORE_INDEX
+    weights = importance_weights(scores, mask, 2.0)
+    weights[batch["stream"] == 1] = importance_weights(scores, mask, 2.0, floor=0.5)[batch["stream"] == 1]
+    weights[batch["stream"] == 2] = mask[batch["stream"] == 2].float()
+    with torch.no_grad():
+        expected = figures_by_stream(batch, model(batch), NAMES, weights, scores)
+    method = PRIOR(reference, 2.0, streams={"chat": {"floor": 0.5}, "text": None})
+    evaluated = {"eval_dataloader": streams_spec(model, 5), "device_train_microbatch_size": microbatch}
+    trainer, logged = fit(model, streams_spec(model, 12), [method], "2ba", [StreamMonitor()], **evaluated)
+    assert {name: float(logged[name][0][1]) for name in expected} == pytest.approx(expected, rel=1e-5)
+    tokens = {name: logged[f"metrics/train/tokens/{name}"] for name in NAMES}
+    assert [[count for _, count in of] for of in tokens.values()] == [[n, 2 * n] for (_, n), _ in tokens.values()]
+    with torch.no_grad():
+        after = figures_by_stream(batch, model.eval()(batch), NAMES, weights, scores)
+    for name in NAMES:
+        own = {
+            figure: logged[f"metrics/eval/{figure}/{name}"][-1][1] for figure in ("loss", "accuracy", "tokens", "share")
+        }
+        kinds = {"loss": "loss/train", **{kind: f"metrics/train/{kind}" for kind in ("accuracy", "tokens", "share")}}
+        assert own == pytest.approx({kind: after[f"{place}/{name}"] for kind, place in kinds.items()}, rel=1e-5)
+    (monitor,) = (one for one in trainer.state.callbacks if isinstance(one, StreamMonitor))
+    resumed = StreamMonitor()
+    resumed.load_state_dict(monitor.state_dict())
+    assert resumed.state_dict() == {"tokens": {name: of[-1][1] for name, of in tokens.items()}}
+
+
+def test_data_of_one_stream_have_no_further_metrics(tokenizer, reference):
+    found = []
+    for callbacks, names in ([], []), ([StreamMonitor()], ["captions"]):
+        model = small_lvlm("patches", tokenizer)
+        _, logged = fit(model, streams_spec(model, 12, names), [PRIOR(reference)], callbacks=callbacks)
+        found.append({name: [value for _, value in values] for name, values in logged.items() if "time" not in name})
+    assert found[0] == found[1]
+    assert "prior/loss_weighted" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("streams", "message"),
+    [
+        ({"chta": None}, "algorithms.prior.streams.chta: the data have no such stream. Did you mean 'chat'?"),
+        (
+            {"chat": {"alfa": 1}},
+            "streams.chat.alfa is not a key of prior. Did you mean 'alpha'? Accepted: alpha, floor.",
+        ),
+        ({"chat": {"normalization": "none"}}, "streams.chat.normalization is not a key of prior."),
+        ({"chat": {"floor": 2}}, "streams.chat: floor=2: the share of next-token prediction must be in [0, 1)."),
+        ({"chat": {"alpha": "two"}}, "streams.chat.alpha='two': expected float."),
+        ({"chat": 1.0}, "streams.chat=1.0: expected settings such as {floor: 0.5}, or null."),
+    ],
+)
+def test_streams_that_cannot_be_are_refused_in_one_line(streams, message, tokenizer, reference):
+    model = small_lvlm("patches", tokenizer)
+    with pytest.raises(ValueError, match="^" + re.escape(message)) as error:
+        fit(model, streams_spec(model, 12), [PRIOR(reference, streams=streams)])
+    assert "\n" not in str(error.value)

@@ -69,6 +69,10 @@ def refused(name, *overrides):
         (["scheduler.t_warmup=soon"], "error: scheduler.t_warmup='soon': expected a time such as 500ba"),
         (["algorithms.prior.alpha=-1.0"], "algorithms.prior: alpha=-1"),
         (["algorithms.prior.floor=1.5"], "algorithms.prior: floor=1.5"),
+        (
+            ["algorithms.prior.streams.train.alfa=1"],
+            "algorithms.prior: streams.train.alfa is not a key of prior. Did you",
+        ),
         (["algorithms.prior.reference_dtype=half"], "algorithms.prior.reference_dtype='half': expected .*bfloat16"),
         (["scoring.dtype=half"], "dtype=half: expected one of float32, bfloat16, float16"),
         (["scoring.amp=true"], "scoring.amp is not a key of scoring"),
@@ -120,6 +124,10 @@ def test_before_anything_is_made(overrides, expected):
         ),
         (["reference.model.language.config.model_type=lama"], "lama"),
         (["model.language.attn_implementation=none_such"], "none_such"),
+        (
+            ["algorithms.prior.streams.tiles=null"],
+            "error: algorithms.prior.streams.tiles: the data have no such stream. .*Accepted: train.$",
+        ),
         (["algorithms.mix_up={}"], "MixUp does not stack with PRIOR"),
         (
             ["algorithms.squeeze_excite={}"],

@@ -98,4 +98,4 @@ class CAL(TokenWeighting):
 
     def sums(self, state: State, mask: Tensor) -> dict[str, Tensor]:
         """Return the sum of the differences."""
-        return {"difference": self._difference.double().sum()}
+        return {"difference": self._difference[mask].double().sum()}

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from composer_prior.algorithms.image_gain.weights import raw_weights
 from composer_prior.algorithms.prior.weights import check_arguments
 from composer_prior.algorithms.token_weighting.normalize import Normalization
+from composer_prior.algorithms.token_weighting.token_weighting import Streams
 from composer_prior.algorithms.token_weighting.viewer_weighting import ViewerWeighting
 from composer_prior.models.image_text_model import ImageTextModel
 from composer_prior.models.reference import Dtype, ReferenceLM
@@ -33,6 +34,7 @@ class ImageGain(ViewerWeighting):
         normalization: ``"sequence"``, ``"batch"`` (the global batch) or ``"none"``. Default: ``"sequence"``.
         floor: share of next-token prediction mixed in, in [0, 1). Default: ``0.1``.
         start, end, shard_reference, reference_dtype: see :class:`.ReferenceWeighting`.
+        streams: ``alpha`` and ``floor`` by stream, see :class:`.PRIOR`. Default: ``None``.
 
     Raises:
         ValueError: as :class:`.ViewerWeighting`; also for ``over="model"`` with a reference or with
@@ -40,6 +42,8 @@ class ImageGain(ViewerWeighting):
     """
 
     name = "image_gain"
+    by_stream = ("alpha", "floor")
+    check = staticmethod(check_arguments)
 
     def __init__(
         self,
@@ -53,6 +57,7 @@ class ImageGain(ViewerWeighting):
         end: str | Time = "1dur",
         shard_reference: bool = False,
         reference_dtype: Dtype | None = None,
+        streams: Streams | None = None,
     ):
         check_arguments(alpha, normalization, floor)
         if over not in ("reference", "model"):
@@ -61,7 +66,7 @@ class ImageGain(ViewerWeighting):
             raise ValueError("over='model' compares with the trained model itself: leave the reference out.")
         if over == "model" and normalization == "batch":
             raise ValueError("normalization='batch' needs weights before the forward pass; over='model' has none.")
-        super().__init__(viewer, reference, normalization, start, end, shard_reference, reference_dtype)
+        super().__init__(viewer, reference, normalization, start, end, shard_reference, reference_dtype, streams)
         self.needs_reference = over == "reference"
         self.alpha, self.floor = alpha, floor
 

@@ -14,7 +14,8 @@ class PermutedPRIOR(PRIOR):
     """Give each caption PRIOR's weights in a random order, new in each step: is it the tokens, or only the spread?
 
     Args:
-        reference, alpha, normalization, floor, start, end, shard_reference, reference_dtype: see :class:`.PRIOR`.
+        reference, alpha, normalization, floor, start, end, shard_reference, reference_dtype, streams: see
+            :class:`.PRIOR`.
         seed: of the order. Default: ``0``.
 
     Raises:

@@ -1,5 +1,7 @@
 """PRIOR as a Composer algorithm."""
 
+from typing import ClassVar
+
 from composer.core import State, Time
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -7,6 +9,7 @@ from transformers import PreTrainedModel
 from composer_prior.algorithms.prior.weights import check_arguments, raw_weights
 from composer_prior.algorithms.token_weighting.normalize import Normalization
 from composer_prior.algorithms.token_weighting.reference_weighting import ReferenceWeighting
+from composer_prior.algorithms.token_weighting.token_weighting import Streams
 from composer_prior.models.reference import Dtype, ReferenceLM
 
 
@@ -19,7 +22,8 @@ class PRIOR(ReferenceWeighting):
 
     Logged each step: ``prior/reference_nll`` (nats per token), ``prior/effective_sample_size``
     (``(sum w)^2 / (n sum w^2)``), ``prior/top_decile_share`` (share of the weight held by the heaviest tenth of the
-    rank's tokens), ``prior/loss_weighted`` and ``prior/loss_unweighted``.
+    rank's tokens), ``prior/loss_weighted`` and ``prior/loss_unweighted``; where data mix several streams, also of each,
+    as ``prior/{stream}/loss_weighted``.
 
     Args:
         reference: a causal language model (:class:`.ReferenceLM`, a Hugging Face model, or the path of one), which
@@ -34,11 +38,15 @@ class PRIOR(ReferenceWeighting):
             pass gathers them block by block. A path is then read by the first rank alone. Default: ``False``.
         reference_dtype: of the weights of a reference given as a path, ``float32``, ``bfloat16`` or ``float16``.
             Default: that of its files, but float32 without a GPU.
+        streams: ``alpha`` and ``floor`` for samples of a stream of the data, by its name, such as
+            ``{"chat": {"floor": 0.5}}``; None leaves their loss next-token prediction. Default: ``None``, the same
+            for all.
 
     Raises:
-        ValueError: for an impossible argument, another algorithm that it cannot run beside, a reference with another
-            vocabulary than the model's, a batch without ``labels`` or with neither ``ref_logprobs`` nor a reference to
-            compute them, NaN or positive log-probabilities, or a model that does not apply the weights.
+        ValueError: for an impossible argument, a stream that the data do not have, another algorithm that it cannot run
+            beside, a reference with another vocabulary than the model's, a batch without ``labels`` or with neither
+            ``ref_logprobs`` nor a reference to compute them, NaN or positive log-probabilities, or a model that does
+            not apply the weights.
 
     Example:
         .. code-block:: python
@@ -49,6 +57,8 @@ class PRIOR(ReferenceWeighting):
     """
 
     name = "prior"
+    by_stream: ClassVar[tuple[str, ...]] = ("alpha", "floor")
+    check = staticmethod(check_arguments)
 
     def __init__(
         self,
@@ -60,9 +70,10 @@ class PRIOR(ReferenceWeighting):
         end: str | Time = "1dur",
         shard_reference: bool = False,
         reference_dtype: Dtype | None = None,
+        streams: Streams | None = None,
     ):
         check_arguments(alpha, normalization, floor)
-        super().__init__(reference, normalization, start, end, shard_reference, reference_dtype)
+        super().__init__(reference, normalization, start, end, shard_reference, reference_dtype, streams)
         self.alpha = alpha
         self.floor = floor
 

@@ -51,7 +51,7 @@ def raw_weights(ref_logprobs: Tensor, mask: Tensor, alpha: float, floor: float) 
     return torch.where(mask, mix_in(weights, floor), 0.0)
 
 
-def check_arguments(alpha: float, normalization: str, floor: float) -> None:
+def check_arguments(alpha: float = 1.0, normalization: str = "sequence", floor: float = 0.0) -> None:
     """Raise a ValueError for an impossible alpha, normalization or floor."""
     if not alpha >= 0:
         raise ValueError(f"alpha={alpha}: the exponent of (1 - P_r) must be 0 or more; the paper uses 1.")

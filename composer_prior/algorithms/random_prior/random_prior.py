@@ -17,6 +17,7 @@ class RandomPRIOR(PermutedPRIOR):
 
     Args:
         reference, alpha, normalization, floor, start, end, shard_reference, reference_dtype: see :class:`.PRIOR`.
+        streams: those that stay unweighted, each with None. Default: ``None``.
         seed: of the draws. Default: ``0``.
 
     Raises:
@@ -24,11 +25,12 @@ class RandomPRIOR(PermutedPRIOR):
     """
 
     name = "random_prior"
+    by_stream = ()  # the pool is of one setting
     _pool: Tensor
 
     def begin_batch(self, state: State, mask: Tensor) -> None:
         super().begin_batch(state, mask)
-        weights = PRIOR.raw_weights(self, state, mask)[mask]
+        weights = PRIOR.raw_weights(self, state, mask)[self.weighted(state, mask)]
         # Sorted, the pool is the same however the samples were shared by the ranks.
         everywhere = chain.from_iterable(dist.all_gather_object(weights.tolist()))
         self._pool = weights.new_tensor(list(everywhere)).sort().values

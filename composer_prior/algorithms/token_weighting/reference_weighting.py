@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from composer_prior.algorithms.token_weighting.image_tokens import image_token_ids, text_positions
 from composer_prior.algorithms.token_weighting.normalize import Normalization, check_logprobs
-from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting, unwrapped
+from composer_prior.algorithms.token_weighting.token_weighting import Streams, TokenWeighting, unwrapped
 from composer_prior.data.tokenizer import bos_id
 from composer_prior.models.reference import Dtype, ReferenceLM
 
@@ -23,7 +23,7 @@ class ReferenceWeighting(TokenWeighting):
     Args:
         reference: a causal language model (:class:`.ReferenceLM`, a Hugging Face model, or the path of one), which
             scores each batch; or None, when the batch carries ``ref_logprobs``. Default: ``None``.
-        normalization, start, end: see :class:`.TokenWeighting`.
+        normalization, start, end, streams: see :class:`.TokenWeighting`.
         shard_reference: keep one part of the reference's weights on each rank (FSDP2) instead of all of them; a
             pass gathers them block by block. A path is then read by the first rank alone. Default: ``False``.
         reference_dtype: of the weights of a reference given as a path, ``float32``, ``bfloat16`` or ``float16``.
@@ -42,8 +42,9 @@ class ReferenceWeighting(TokenWeighting):
         end: str | Time = "1dur",
         shard_reference: bool = False,
         reference_dtype: Dtype | None = None,
+        streams: Streams | None = None,
     ):
-        super().__init__(normalization, start, end)
+        super().__init__(normalization, start, end, streams)
         reads = not self._shards(shard_reference) or dist.get_global_rank() == 0
         self.reference = None if reference is None else ReferenceLM.of(reference, reference_dtype, reads)
         self.shard_reference = shard_reference

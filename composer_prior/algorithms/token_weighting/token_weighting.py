@@ -1,7 +1,9 @@
 """Methods that weight the loss of caption tokens, as Composer algorithms."""
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any, ClassVar, cast
 
 import torch
@@ -11,6 +13,7 @@ from composer.utils import dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from composer_prior import registry
 from composer_prior.algorithms.token_weighting.normalize import (
     Normalization,
     check_normalization,
@@ -19,8 +22,10 @@ from composer_prior.algorithms.token_weighting.normalize import (
 )
 from composer_prior.algorithms.token_weighting.stacking import check_stack
 from composer_prior.algorithms.token_weighting.statistics import heaviest, summary, token_sums
-from composer_prior.data.batch import loss_mask
+from composer_prior.data.batch import loss_mask, stream_masks, stream_names
+from composer_prior.registry import did_you_mean
 
+Streams = Mapping[str, Mapping[str, float] | None]
 _STEP_EVENTS = (
     Event.BATCH_START,
     Event.BEFORE_TRAIN_BATCH,
@@ -40,7 +45,7 @@ class TokenWeighting(Algorithm, ABC):
 
     Logged each step, after the method's name and a slash: ``effective_sample_size`` (``(sum w)^2 / (n sum w^2)``),
     ``top_decile_share`` (share of the weight held by the heaviest tenth of the rank's tokens), ``loss_weighted`` and
-    ``loss_unweighted``.
+    ``loss_unweighted``. Where data mix several streams, also of each, as ``{method}/{stream}/loss_weighted``.
 
     Args:
         normalization: ``"sequence"``: the weights of a caption sum to its number of tokens; ``"batch"``: those of the
@@ -48,21 +53,33 @@ class TokenWeighting(Algorithm, ABC):
         start: time from which tokens are weighted. Default: ``"0dur"``.
         end: time from which they are not any more. Default: ``"1dur"``. Outside the interval the loss is the
             model's own next-token prediction.
+        streams: settings of the method for samples of a stream of the data, by its name, such as
+            ``{"chat": {"floor": 0.5}}``; None leaves their loss next-token prediction. Default: ``None``, the same
+            for all.
 
     Raises:
-        ValueError: for an impossible argument, another algorithm that it cannot run beside, a batch without
-            ``labels``, or a model that does not apply the weights.
+        ValueError: for an impossible argument, a stream that the data do not have, another algorithm that it cannot run
+            beside, a batch without ``labels``, or a model that does not apply the weights.
     """
 
     name: ClassVar[str]
+    by_stream: ClassVar[tuple[str, ...]] = ()  # arguments that may differ by stream
 
-    def __init__(self, normalization: Normalization = "sequence", start: str | Time = "0dur", end: str | Time = "1dur"):
+    def __init__(
+        self,
+        normalization: Normalization = "sequence",
+        start: str | Time = "0dur",
+        end: str | Time = "1dur",
+        streams: Streams | None = None,
+    ):
         check_normalization(normalization)
         self.normalization = normalization
         self.start = Time.from_timestring(start) if isinstance(start, str) else start
         self.end = Time.from_timestring(end) if isinstance(end, str) else end
+        self.streams = self._checked({} if streams is None else streams)
+        self._names: list[str] = []  # of the streams of the data
         self._batch_sums: Tensor | None = None
-        self._statistics: list[tuple[dict[str, Tensor], Tensor]] = []
+        self._statistics: defaultdict[str, list[tuple[dict[str, Tensor], Tensor]]] = defaultdict(list)  # by stream
         self._logged = False
 
     @abstractmethod
@@ -90,6 +107,28 @@ class TokenWeighting(Algorithm, ABC):
         """Return sums over the tokens of a microbatch, in float64, whose means are logged too."""
         return {}
 
+    def check_streams(self, names: Sequence[str]) -> None:
+        """Raise a ValueError for a key of ``streams`` that is not among the names of the data's streams."""
+        for name in self.streams:
+            if name not in names:
+                raise ValueError(
+                    f"algorithms.{self.name}.streams.{name}: the data have no such stream. {did_you_mean(name, names)}"
+                )
+
+    def _checked(self, streams: Streams) -> dict[str, dict[str, Any] | None]:
+        """Return settings by stream; raise for those that the method does not have, and for impossible ones."""
+        others = {*registry.parameters_of(type(self))} - {*self.by_stream}
+        for name, settings in streams.items():
+            place = f"streams.{name}"
+            if settings is not None and not isinstance(settings, Mapping):
+                raise ValueError(f"{place}={settings!r}: expected settings such as {{floor: 0.5}}, or null.")
+            registry.check_arguments(type(self), settings or {}, place, self.name, others)
+            try:
+                getattr(self, "check", dict)(**(settings or {}))
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
+        return {str(name): None if settings is None else {**settings} for name, settings in streams.items()}
+
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.INIT, Event.FIT_START) or (event in _STEP_EVENTS and self._is_active(state))
 
@@ -98,6 +137,8 @@ class TokenWeighting(Algorithm, ABC):
             check_algorithms(state.algorithms, unwrapped(state.model))
             _check_model(unwrapped(state.model), type(self).__name__)
         elif event == Event.FIT_START:
+            self._names = stream_names(state.train_dataloader)
+            self.check_streams(self._names)
             self.prepare(state)
         elif event == Event.BATCH_START:
             self._begin_batch(state)
@@ -122,20 +163,43 @@ class TokenWeighting(Algorithm, ABC):
         mask = self._loss_mask(state.batch)
         self.begin_batch(state, mask)
         if self.normalization == "batch":
-            self._batch_sums = state.device.tensor_to_device(sums_of_part(self.raw_weights(state, mask), mask))
+            self._batch_sums = state.device.tensor_to_device(sums_of_part(*self._weights(state, mask)))
             dist.all_reduce(self._batch_sums, reduce_operation="SUM")
 
     def _insert_weights(self, state: State) -> None:
         mask = self._loss_mask(state.batch)
-        weights = self.raw_weights(state, mask)
-        state.batch["token_weights"] = normalize_part(weights, mask, self.normalization, self._batch_sums)
+        weights, weighted = self._weights(state, mask)
+        weights = normalize_part(weights, weighted, self.normalization, self._batch_sums)
+        state.batch["token_weights"] = torch.where(mask & ~weighted, 1.0, weights)
+
+    def _weights(self, state: State, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weights by the settings of each stream, before normalization, and which tokens have one."""
+        weights, weighted = self.raw_weights(state, mask), self.weighted(state, mask)
+        for name, settings in self.streams.items():
+            if settings:
+                other = copy(self)
+                vars(other).update(settings)
+                rows = stream_masks(state.batch, self._names)[name]
+                weights = torch.where(rows, other.raw_weights(state, mask), weights)
+        return torch.where(weighted, weights, 0.0), weighted
+
+    def weighted(self, state: State, mask: Tensor) -> Tensor:
+        """Return ``[B, T]`` bool: the loss-generating tokens without those of streams that stay unweighted."""
+        for name, settings in self.streams.items():
+            if settings is None:
+                mask = mask & ~stream_masks(state.batch, self._names)[name]
+        return mask
 
     def _finish_loss(self, state: State) -> None:
         mask = self._loss_mask(state.batch)
         weights = state.batch.pop("token_weights")
         weights, nll = weights.detach(), self.nll(state).detach()
-        sums = token_sums(weights[mask], nll[mask].float()) | self.sums(state, mask)
-        self._statistics.append((sums, weights[mask]))
+        parts = {"": mask}
+        if len(self._names) > 1:
+            parts |= {f"{name}/": mask & rows for name, rows in stream_masks(state.batch, self._names).items()}
+        for name, part in parts.items():
+            sums = token_sums(weights[part], nll[part].float()) | self.sums(state, part)
+            self._statistics[name].append((sums, weights[part]))
 
     def nll(self, state: State) -> Tensor:
         """Return the model's negative log-likelihood of each label, ``[B, T]`` float32, after the forward pass."""
@@ -145,14 +209,18 @@ class TokenWeighting(Algorithm, ABC):
         return loss_mask(batch, type(self).__name__)
 
     def _log(self, logger: Logger) -> None:
-        sums, weights = zip(*self._statistics, strict=True)
+        totals = dict[str, dict[str, Tensor]]()
+        for stream, parts in self._statistics.items():
+            sums, weights = zip(*parts, strict=True)
+            totals[stream] = {name: sum(part[name] for part in sums) for name in sums[0]}
+            totals[stream]["top"] = heaviest(torch.cat(weights))
         self._statistics.clear()
-        totals = {name: sum(part[name] for part in sums) for name in sums[0]} | {"top": heaviest(torch.cat(weights))}
-        values = torch.stack(list(totals.values()))
+        values = torch.stack([torch.stack([*of.values()]) for of in totals.values()])
         dist.all_reduce(values, reduce_operation="SUM")
-        metrics = summary(dict(zip(totals, values.tolist(), strict=True)))
-        if metrics:
-            logger.log_metrics({f"{self.name}/{name}": value for name, value in metrics.items()})
+        for (stream, names), row in zip(totals.items(), values.tolist(), strict=True):
+            metrics = summary(dict(zip(names, row, strict=True)))
+            if metrics:
+                logger.log_metrics({f"{self.name}/{stream}{name}": value for name, value in metrics.items()})
 
 
 def check_algorithms(algorithms: Sequence[Algorithm], model: Any) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from composer_prior.algorithms.token_weighting.normalize import Normalization, check_logprobs
 from composer_prior.algorithms.token_weighting.reference_weighting import ReferenceWeighting
-from composer_prior.algorithms.token_weighting.token_weighting import unwrapped
+from composer_prior.algorithms.token_weighting.token_weighting import Streams, unwrapped
 from composer_prior.models.image_text_model import ImageTextModel
 from composer_prior.models.reference import Dtype, ReferenceLM
 from composer_prior.models.viewer import Viewer
@@ -24,7 +24,8 @@ class ViewerWeighting(ReferenceWeighting):
         viewer: an :class:`.ImageTextModel` or the path of one, which scores each batch and so needs the tokenizer,
             the image processor and the prompt of the trained model; or None, when the batch carries
             ``viewer_logprobs``. Default: ``None``.
-        reference, normalization, start, end, shard_reference, reference_dtype: see :class:`.ReferenceWeighting`.
+        reference, normalization, start, end, shard_reference, reference_dtype, streams: see
+            :class:`.ReferenceWeighting`.
 
     Raises:
         ValueError: as :class:`.ReferenceWeighting`; also for a batch with neither ``viewer_logprobs`` nor a viewer to
@@ -42,8 +43,9 @@ class ViewerWeighting(ReferenceWeighting):
         end: str | Time = "1dur",
         shard_reference: bool = False,
         reference_dtype: Dtype | None = None,
+        streams: Streams | None = None,
     ):
-        super().__init__(reference, normalization, start, end, shard_reference, reference_dtype)
+        super().__init__(reference, normalization, start, end, shard_reference, reference_dtype, streams)
         self.viewer = None if viewer is None else Viewer.of(viewer)
 
     def prepare(self, state: State) -> None:

@@ -1,11 +1,13 @@
 """The gradient of one optimizer step, under any cut of one fixed batch; also what several ranks run."""
 
 import sys
+from collections import defaultdict
 from itertools import product
 
 import torch
 from composer import Trainer
 from composer.core import Callback, DataSpec
+from composer.loggers import InMemoryLogger
 from composer.utils import dist
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -28,12 +30,27 @@ from composer_prior.data.captions import decode_image
 from composer_prior.data.tokenizer import bos_id, image_token_ids
 from composer_prior.emoji_scenes.writing import make_sample
 from composer_prior.models.sharding import build_parallelism, prepare_sharded
+from composer_prior.training.monitors import StreamMonitor
 
 SEED = 5
+NAMES = ["captions", "chat", "text"]
+STREAMS = {"chat": {"alpha": 0.5, "floor": 0.3}, "text": None}
 METHODS = {
     "prior": lambda reference, shard, viewer: PRIOR(reference, 1.5, "sequence", 0.1, shard_reference=shard),
     "prior, batch": lambda reference, shard, viewer: PRIOR(reference, 1.5, "batch", 0.1, shard_reference=shard),
     "prior, none": lambda reference, shard, viewer: PRIOR(reference, 1.5, "none", 0.1, shard_reference=shard),
+    "prior by stream": lambda reference, shard, viewer: PRIOR(
+        reference, 1.5, "sequence", 0.1, shard_reference=shard, streams=STREAMS
+    ),
+    "prior by stream, batch": lambda reference, shard, viewer: PRIOR(
+        reference, 1.5, "batch", 0.1, shard_reference=shard, streams=STREAMS
+    ),
+    "random_prior by stream": lambda reference, shard, viewer: RandomPRIOR(
+        reference, 1.5, "sequence", 0.1, shard_reference=shard, seed=SEED, streams={"text": None}
+    ),
+    "image_gain by stream": lambda reference, shard, viewer: ImageGain(
+        viewer, reference, floor=0.1, shard_reference=shard, streams=STREAMS
+    ),
     "permuted_prior, batch": lambda reference, shard, viewer: PermutedPRIOR(
         reference, 1.5, "batch", 0.1, shard_reference=shard, seed=SEED
     ),
@@ -58,9 +75,15 @@ BATCH = 12
 CASES = [*product(FAMILIES, METHODS), *product(FRONT_ENDS, ["prior, batch"])]  # families and front ends, and methods
 
 
+class Samples(list):
+    """Samples of several streams."""
+
+    stream_names = NAMES
+
+
 def make_samples(model, tokenizer):
     """Twelve samples of unlike shapes and very different caption lengths; one has a single label, one none at all."""
-    samples = []
+    samples = Samples()
     for index in range(BATCH):
         sample = make_sample("train", index, canvas=48)
         image = model.image_processor(decode_image(sample["image"]).crop((0, 0, 48, [48, 20, 40][index % 3])))
@@ -73,6 +96,7 @@ def make_samples(model, tokenizer):
                 "labels": torch.tensor([IGNORE_INDEX] * len(prefix) + (labels or caption)),
                 "image_related": torch.arange(len(prefix + caption)) % 3 == 0,
                 "sample_id": index,
+                "stream": [0, 1, 2, 1][index % 4],
                 **image.tensors,
             }
         )
@@ -105,8 +129,8 @@ class Gradients(Callback):
         }
 
 
-def step_gradients(family, tokenizer, method, microbatch=None, strategy="ddp", shard_reference=False):
-    """Gradients by parameter of one step on the twelve samples, which the ranks share."""
+def step_gradients(family, tokenizer, method, microbatch=None, strategy="ddp", shard_reference=False, logged=None):
+    """Gradients by parameter of one step on the twelve samples, which the ranks share; ``logged`` gets its metrics."""
     model = small_lvlm(family, tokenizer)
     model.image_related_metrics = False
     reference = make_reference(tokenizer)
@@ -115,7 +139,7 @@ def step_gradients(family, tokenizer, method, microbatch=None, strategy="ddp", s
     sampler = dist.get_sampler(samples, shuffle=False)
     collator = CaptionCollator(tokenizer.pad_token_id)
     loader = DataLoader(samples, batch_size=share, sampler=sampler, collate_fn=collator)
-    gradients = Gradients()
+    gradients, log = Gradients(), InMemoryLogger()
     trainer = Trainer(
         model=model,
         train_dataloader=DataSpec(
@@ -126,7 +150,8 @@ def step_gradients(family, tokenizer, method, microbatch=None, strategy="ddp", s
         max_duration="1ba",
         optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
         algorithms=[METHODS[method](reference, shard_reference, make_viewer(family, tokenizer))],
-        callbacks=[gradients],
+        callbacks=[gradients, StreamMonitor()],
+        loggers=[log],
         device_train_microbatch_size=microbatch,
         accumulate_train_batch_on_tokens=True,
         parallelism_config=build_parallelism(STRATEGIES[strategy]),
@@ -140,6 +165,8 @@ def step_gradients(family, tokenizer, method, microbatch=None, strategy="ddp", s
     trainer.fit()
     shards = getattr(trainer.state.algorithms[0], "shard_reference", False)
     assert any(isinstance(p, DTensor) for p in reference.model.parameters()) == shards
+    if logged is not None:
+        logged |= {name: float(values[0][1]) for name, values in log.data.items()}
     return {name.removeprefix("module."): value for name, value in gradients.value.items()}
 
 
@@ -147,15 +174,16 @@ def main(tokenizer_folder, out, strategies, methods):
     """Strategies and methods, joined by ``|``, with a microbatch that leaves an uneven last one."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     microbatch = BATCH // dist.get_world_size() * 2 // 3
+    logged = defaultdict(dict)
     results = {
         (strategy, family, method): step_gradients(
-            family, tokenizer, method, microbatch, strategy, shard_reference=strategy == "fsdp2"
+            family, tokenizer, method, microbatch, strategy, strategy == "fsdp2", logged[strategy, family, method]
         )
         for strategy, (family, method) in product(strategies.split("|"), CASES)
         if method in methods.split("|")
     }
     if dist.get_global_rank() == 0:
-        torch.save(results, out)
+        torch.save({**results, "logged": dict(logged)}, out)
 
 
 if __name__ == "__main__":

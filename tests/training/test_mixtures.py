@@ -1,0 +1,81 @@
+"""Runs on data that mix several streams: their figures, and settings of PRIOR by stream."""
+
+import json
+from pathlib import Path
+
+import pytest
+from common.data import write_tiles
+from common.recipes import recipe
+
+from composer_prior.studies.results import collect
+from composer_prior.training.run import train
+
+pytestmark = pytest.mark.slow
+
+FIGURES = ("loss", "accuracy", "tokens", "share")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run on scenes and tiles with stored scores, and the same with a live reference in microbatches."""
+    folder = tmp_path_factory.mktemp("mixtures")
+    tiles = {part: write_tiles(folder / "tiles" / part, count) for part, count in (("train", 32), ("validation", 8))}
+    overrides = ["algorithms.prior.streams={tiles: {alpha: 0.5, floor: 0.1}, scenes: null}", "eval_interval=2ba"]
+    for prefix in ("", "reference."):
+        for part, loader in (("train", "train"), ("validation", "eval")):
+            of_scenes = f"${{data.out}}/{part}"
+            streams = f"{{scenes: {{local: {of_scenes!r}}}, tiles: {{local: {str(tiles[part])!r}}}}}"
+            dataset = f"{prefix}{loader}_loader.dataset"
+            overrides += [f"{dataset}.local=null", f"{dataset}.streams={streams}"]
+    dependence = "{benchmark: image_dependence, data: '${eval_loader.dataset.streams.tiles.local}', limit: 2}"
+    overrides += [f"benchmarks.dependence_of_tiles={dependence}", "callbacks.speed_monitor=null"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(recipe("prior_vit", "run_name=stored", *overrides))
+        live = ["train_loader.dataset.scores=null", "device_train_microbatch_size=3", "sample_captions=0"]
+        train(recipe("prior_vit", "run_name=live", *overrides, *live))
+    return {
+        name: [json.loads(line) for line in open(folder / f"runs/{name}/metrics.jsonl")] for name in ("stored", "live")
+    }, folder
+
+
+def test_a_live_reference_in_microbatches_gives_the_figures_of_stored_scores(runs):
+    (stored, live), names = runs[0].values(), ("loss/", "prior/", "metrics/")
+    for ours, theirs in zip(stored, live, strict=True):
+        mine = {name: value for name, value in ours.items() if name.startswith(names)}
+        assert mine == pytest.approx({name: theirs[name] for name in mine}, rel=1e-4, abs=1e-6)
+    last = stored[3]
+    for name in ("scenes", "tiles"):
+        assert last[f"prior/{name}/loss_unweighted"] == pytest.approx(last[f"loss/train/{name}"], rel=1e-6)
+    assert last["prior/scenes/effective_sample_size"] == 1.0
+    assert last["prior/scenes/loss_weighted"] == last["prior/scenes/loss_unweighted"]
+    assert last["prior/tiles/effective_sample_size"] < 1.0
+
+
+def test_streams_add_up_to_the_whole(runs):
+    for record in runs[0]["stored"]:
+        for part, loss in (("train", "loss/train"), ("eval", "metrics/eval/loss")):
+            if f"metrics/{part}/loss" not in record:
+                continue
+            shares = [record[f"metrics/{part}/share/{name}"] for name in ("scenes", "tiles")]
+            assert sum(shares) == pytest.approx(1)
+            if part == "eval":
+                tokens = [record[f"metrics/eval/tokens/{name}"] for name in ("scenes", "tiles")]
+                losses = [record[f"{loss}/{name}"] for name in ("scenes", "tiles")]
+                mean = sum(n * one for n, one in zip(tokens, losses, strict=True)) / sum(tokens)
+                assert mean == pytest.approx(record["metrics/eval/loss"], rel=1e-5)
+                assert shares == pytest.approx([16 / 24, 8 / 24])
+
+
+def test_the_page_and_studies_have_the_streams(runs):
+    records, folder = runs
+    page = Path(folder, "runs/stored/report.html").read_text()
+    for title in ("Loss by stream", "Loss weighted by PRIOR, by stream", "Share of the samples by stream"):
+        assert page.count(f">{title}<") == 1
+    last = records["stored"][-1]
+    tokens = records["stored"][3]["metrics/train/tokens/tiles"]  # of the last step; the validation comes after it
+    assert f"<td>{tokens:,}</td>" in page
+    assert last["eval/dependence_of_tiles/dependence"] is not None
+    study = {line["benchmark"]: line["figures"] for line in collect({}, records["stored"], recipe("prior_vit"))}
+    assert study["validation"]["loss/tiles"] == last["metrics/eval/loss/tiles"]
+    assert "dependence" in study["dependence_of_tiles"]
