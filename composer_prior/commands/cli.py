@@ -18,7 +18,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from composer_prior import __version__, registry
-from composer_prior.data.locks import check_ranks
+from composer_prior.commands.ranks import set_ranks
 from composer_prior.data.messages import hidden, one_line_exit, say
 from composer_prior.options import Option, options_of, parse_options, show_options
 from composer_prior.registry import did_you_mean
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.excepthook = _show_traceback
     try:
         if words[:1] and words[0] in JOBS and JOBS[words[0]].ranked and not _asks_for_help(words):
-            check_ranks()
+            set_ranks()
         with one_line_exit():
             given = _parse(words)
         job = import_module(f"composer_prior.commands.{words[0]}")

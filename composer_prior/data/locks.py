@@ -1,7 +1,6 @@
 """Locks on folders and files; the system releases those of a killed process."""
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -12,8 +11,6 @@ from composer_prior.data.storage import StorageError, WriteError, full_disk_told
 
 LOCK = ".lock"  # in a folder while a job writes to it
 _REQUEUED = 180  # seconds that a requeued Slurm job waits, as a network disk releases a failed node's locks late
-# Number of processes, of launchers that do not set RANK and WORLD_SIZE: Slurm, Open MPI, MPICH.
-_TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 class LockedError(StorageError):
@@ -72,14 +69,3 @@ def sole_writer(path: str | Path, key: str, inside: bool = False) -> Iterator[No
                 file.unlink()  # waiting processes lock a new file
                 for folder in made:
                     folder.rmdir()  # fails unless it is empty
-
-
-def check_ranks() -> None:
-    """End the program with one line if a launcher started several processes without telling them their ranks."""
-    in_script = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ  # sbatch starts one process
-    for name in _TASKS if not in_script and not {"RANK", "WORLD_SIZE"} & {*os.environ} else ():
-        if os.environ.get(name, "1") not in ("", "0", "1"):
-            sys.exit(
-                f"error: {name}={os.environ[name]} processes were started without ranks (RANK, WORLD_SIZE): "
-                "start the ranks of each node with composer-prior launch, or one process alone (srun -n 1)."
-            )

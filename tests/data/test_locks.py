@@ -114,17 +114,3 @@ def test_a_job_that_slurm_has_put_back_waits_for_the_locks_of_a_node_that_failed
     threading.Timer(0.5, lock.release).start()
     with sole_writer("out", "out"):
         assert not lock.is_locked
-
-
-@pytest.mark.parametrize("variable", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
-@pytest.mark.parametrize("job", ["train", "score", "evaluate", "study"])
-def test_processes_that_do_not_know_of_each_other_are_refused(job, variable, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(variable, "2")
-    with pytest.raises(SystemExit, match=f"{variable}=2 .*composer-prior launch"):
-        main([job, "nosuch"])
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit) as end:
-        main([job, "nosuch"])
-    assert variable not in str(end.value.code)

@@ -2,11 +2,13 @@
 
 import json
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from common.recipes import NO_REPORT, ROOT, SHRUNKEN, VIT, fork_ranks, launch, losses, recipe
+from common.recipes import NO_REPORT, ROOT, SHRUNKEN, VIT, fork_ranks, launch, losses, recipe, run_program
 
 from composer_prior.training.checkpoints.loading import read_weights
 from composer_prior.training.checkpoints.storage import find_weights
@@ -54,6 +56,32 @@ def test_two_ranks_reach_the_losses_of_one(runs, name):
     one = losses(folder / "runs/one")
     assert len(one) == 4
     assert_close(losses(folder / "runs" / name), one)
+
+
+def srun(folder, *command):
+    """Run two tasks with the variables of Slurm's ``srun``."""
+    shared = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NODEID": "0"}
+    shared |= {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    with ThreadPoolExecutor(2) as pool:
+        tasks = [{**shared, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
+        running = [pool.submit(run_program, sys.executable, *command, cwd=folder, **task) for task in tasks]
+    return [one.result() for one in running]
+
+
+def torchrun(folder, *command):
+    return run_program(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *command, cwd=folder)
+
+
+def accelerate(folder, *command):
+    options = ["--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--cpu"]
+    return run_program(Path(sys.executable).with_name("accelerate"), "launch", *options, *command, cwd=folder)
+
+
+@pytest.mark.parametrize("launcher", [srun, torchrun, accelerate])
+def test_other_launchers_reach_the_same_losses(runs, launcher):
+    folder, _ = runs
+    launcher(folder, *program(f"run_name={launcher.__name__}", *NO_REPORT))
+    assert losses(folder / "runs" / launcher.__name__) == losses(folder / "runs/two")
 
 
 @pytest.mark.parametrize("name", ["two_to_one", "one_to_two", "fsdp2_to_hsdp"])
