@@ -1,0 +1,24 @@
+"""The workflows of GitHub call the Makefile and nothing else."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+
+
+@pytest.mark.parametrize("name", ["test", "release"])
+def test_steps_are_targets_of_the_makefile(name):
+    jobs = yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text())["jobs"]
+    run = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert run
+    assert {tuple(line.split(" ")) for line in run} <= {("make", target) for target in TARGETS}
+
+
+def test_the_matrix_has_the_versions_of_pyproject():
+    matrix = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"]["test"]["strategy"]["matrix"]
+    assert 'requires-python = ">=3.11,<3.13"' in (ROOT / "pyproject.toml").read_text()
+    assert matrix["python"] == ["3.11", "3.12"]
