@@ -81,7 +81,7 @@ def accelerate(folder, *command):
 def test_other_launchers_reach_the_same_losses(runs, launcher):
     folder, _ = runs
     launcher(folder, *program(f"run_name={launcher.__name__}", *NO_REPORT))
-    assert losses(folder / "runs" / launcher.__name__) == losses(folder / "runs/two")
+    assert_close(losses(folder / "runs" / launcher.__name__), losses(folder / "runs/two"))
 
 
 @pytest.mark.parametrize("name", ["two_to_one", "one_to_two", "fsdp2_to_hsdp"])
