@@ -22,6 +22,7 @@ from transformers import (
 from composer_prior.data.hub import ModelFolderError, load_pretrained
 from composer_prior.data.messages import one_line
 from composer_prior.models.head import Head, TransformedHead
+from composer_prior.models.lora import add_lora
 from composer_prior.models.prior_lvlm.modeling_prior_lvlm import (
     PriorLVLMForConditionalGeneration,
     decoder_of,
@@ -55,6 +56,7 @@ def build_language_model(
     freeze: bool = False,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    lora: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Build a causal LM, pretrained or new, with embeddings for every token of the tokenizer.
 
@@ -68,14 +70,17 @@ def build_language_model(
         trust_remote_code: run code that comes with the pretrained model.
         attn_implementation: transformers' name of how attention is computed, such as ``sdpa``, ``eager`` or
             ``flash_attention_2``. Default: transformers' own choice.
+        lora: arguments of :func:`.add_lora`: adapters are trained in the place of the LM's weights. Default: none.
 
     Raises:
-        ValueError: unless exactly one of ``pretrained`` and ``config`` is given, or for an LM that :func:`check_head`
-            refuses.
+        ValueError: unless exactly one of ``pretrained`` and ``config`` is given, for ``freeze`` beside ``lora``, or for
+            an LM that :func:`check_head` or :func:`.add_lora` refuses.
         OSError: for a folder or hub id without a model.
     """
     if (pretrained is None) == (config is None):
         raise ValueError("model.language needs either `pretrained` (a hub id or folder) or `config` (a new model).")
+    if freeze and lora is not None:
+        raise ValueError("model.language.freeze=true: adapters are trained; set it to false, or leave out lora.")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "attn_implementation": attn_implementation}
     if pretrained is None:
         arguments = {"vocab_size": len(tokenizer), **dict(config or {})}
@@ -95,7 +100,10 @@ def build_language_model(
         model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **options)
     _add_tokens(model, tokenizer, pretrained, trust_remote_code)
     check_head(model, reads_embeddings=True)
-    return model.requires_grad_(not freeze)
+    model.requires_grad_(not freeze)
+    if lora is not None:
+        add_lora(model, **lora)
+    return model
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from composer_prior.data.hub import load_pretrained
 from composer_prior.data.storage import whole_folder
+from composer_prior.models.lora import merged
 from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration, PriorLVLMProcessor
 from composer_prior.models.prior_lvlm.modeling_prior_lvlm import TOWERS
 
@@ -41,7 +42,8 @@ def save_model_folder(
         model: of transformers; FSDP2 may have sharded it.
         processor: of the model, or the tokenizer of a language model.
         folder: one that was written before is replaced, but for what was not written so.
-        weights: by their names in the model, whole and on the CPU; None leaves them out.
+        weights: by their names in the model, whole and on the CPU; None leaves them out. Those of a recipe's LoRA are
+            merged.
         files: names and texts of further files. Default: none.
 
     Raises:
@@ -49,7 +51,7 @@ def save_model_folder(
             configuration does not describe, as after surgery.
     """
     empty = empty_copy(model)
-    state = None if weights is None else fitting_weights(weights, empty)
+    state = None if weights is None else fitting_weights(merged(weights, model), empty)
     with whole_folder(Path(folder), replace=True) as temporary:
         if state is None:
             empty.config.save_pretrained(temporary)

@@ -19,6 +19,7 @@ _SCORE_JOB = "composer_prior.scoring.job:ScoreJob"
 _OF_THE_RECIPE = ("out", "reference", "viewer", "tokenizer", "dataset", "progress_bar")  # fields that the recipe gives
 _SHARDING = "composer_prior.models.sharding:ShardingConfig"
 _LANGUAGE = "composer_prior.models.language:build_language_model"
+_LORA = "composer_prior.models.lora:add_lora"
 _PROJECTOR = "composer_prior.models.build:projector_options"
 _LOADER = "streaming:StreamingDataLoader"
 _LOADER_GIVEN = ("dataset", "batch_size", "collate_fn", "sampler", "batch_sampler")
@@ -156,6 +157,8 @@ def _check_lvlm(model: Mapping[str, Any], where: str) -> None:
     elif projector is not None:
         raise ValueError(f"{where}model.projector is given without model.vision; set it to null.")
     registry.check_arguments(_LANGUAGE, model["language"], f"{where}model.language", given=("tokenizer",))
+    if (lora := model["language"].get("lora")) is not None:
+        registry.check_arguments(_LORA, lora, f"{where}model.language.lora", given=("model",))
     if projector is not None:
         registry.check_arguments(_PROJECTOR, projector, f"{where}model.projector")
 

@@ -13,6 +13,7 @@ from composer_prior.data.tokenizer import add_image_tokens, tokenizer_fingerprin
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.image_text_model import ImageTextModel, classes_of
 from composer_prior.models.language import parts_of
+from composer_prior.models.lora import beside_adapters
 from composer_prior.models.model_folder import fitting_weights
 from composer_prior.training.checkpoints.identity import OLD_NAMES, RunIdentity, read_identity, read_sharded, read_state
 from composer_prior.training.checkpoints.pickles import METADATA
@@ -42,7 +43,9 @@ def load_weights(path: str, model: ComposerLVLM) -> str:
     if not any(re.search(r"\.(vision_|visual\.)", name) for name in weights):  # a language model on text
         loaded, target = ["language"], parts["language"]
     try:
-        target.load_state_dict(fitting_weights(found, target), strict=False)  # what is not there is tied
+        target.load_state_dict(
+            fitting_weights(beside_adapters(found, target), target), strict=False
+        )  # what is not there is tied
     except ValueError as error:
         raise ValueError(f"init_from={path}: {error}; {remedy}.") from error
     kept = sorted({*parts} - {*loaded})
