@@ -122,7 +122,7 @@ def run_report(
     units = {"batch": "batches", "sample": "samples", "token": "tokens"}
     counts = [f"{count:,} {said}" for unit, said in units.items() if (count := logged.last.get(f"time/{unit}"))]
     summary = f"Trained on {', '.join(counts)}." if counts else "How long it was trained was not logged."
-    parts = [f"<p>{escape(summary)}</p>\n", results(validation, benchmarks), _stream_table(logged)]
+    parts = [f"<p>{escape(summary)}</p>\n", results(validation, benchmarks)]
     if charts:
         width = max(curve.width for curve in logged.curves.values())
         means = f" Each point is the mean over up to {width:,} batches." if width > 1 else ""
@@ -166,25 +166,22 @@ def _training_charts(logged: Logged) -> list[str]:
     return [_chart(title, lines, label, logged.end, log) for title, lines, label, log in found if lines]
 
 
-def _streams(logged: Logged) -> list[str]:
-    """Return the names of the streams that a run's data mix."""
-    shares = ("metrics/train/share/", "metrics/eval/share/")
-    return list(dict.fromkeys(name.rpartition("/")[2] for name in logged.curves if name.startswith(shares)))
-
-
 def _stream_charts(logged: Logged) -> list[str]:
-    """Return a chart for each figure of the streams, with all streams in it."""
+    """Return a chart for each figure of the streams that the data mix, with all streams in it."""
+    shares = ("metrics/train/share/", "metrics/eval/share/")
+    streams = list(dict.fromkeys(name.rpartition("/")[2] for name in logged.curves if name.startswith(shares)))
     charts = []
     for title, y_label, metrics in (
         ("Loss by stream", "nats per token", {"loss/train/{}": "", "metrics/eval/loss/{}": ", validation"}),
         ("Accuracy by stream", "share", {"metrics/train/accuracy/{}": "", "metrics/eval/accuracy/{}": ", validation"}),
         ("Share of the samples by stream", "share", {"metrics/train/share/{}": ""}),
+        ("Tokens so far by stream", "loss-generating tokens", {"metrics/train/tokens/{}": ""}),
         ("Loss weighted by PRIOR, by stream", "nats per token", {"prior/{}/loss_weighted": ""}),
         ("Loss of the reference by stream", "nats per token", {"prior/{}/reference_nll": ""}),
         ("Effective sample size by stream", "share of the tokens", {"prior/{}/effective_sample_size": ""}),
         ("Weight on the heaviest tenth by stream", "share", {"prior/{}/top_decile_share": ""}),
     ):
-        for some in _groups(_streams(logged), len(COLOURS)):
+        for some in _groups(streams, len(COLOURS)):
             lines = list[Line]()
             for colour, stream in enumerate(some):
                 for metric, said in metrics.items():
@@ -192,18 +189,6 @@ def _stream_charts(logged: Logged) -> list[str]:
                     lines += logged.line(metric.format(stream), f"{stream}{said}", colour, **style)
             charts += [_chart(title, lines, y_label, logged.end)] if lines else []
     return charts
-
-
-def _stream_table(logged: Logged) -> str:
-    """Return a table of the streams' tokens and last validation as HTML."""
-    metrics = ("train/tokens", "eval/tokens", "eval/loss", "eval/accuracy")
-    found = [[logged.last.get(f"metrics/{metric}/{stream}") for metric in metrics] for stream in _streams(logged)]
-    rows = [
-        [stream, *(f"{value:,}" if isinstance(value, int) else _shown(value) or "-" for value in values)]
-        for stream, values in zip(_streams(logged), found, strict=True)
-    ]
-    header = ["stream", "tokens of training", "tokens of validation", "validation loss", "validation accuracy"]
-    return table(header, rows) if rows else ""
 
 
 def _chart(title: str, lines: Sequence[Line], y_label: str, end: float, may_be_log: bool = False) -> str:

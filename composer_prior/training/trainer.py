@@ -225,6 +225,11 @@ def _report(recipe: TrainConfig, trainer: Trainer, benchmarks: Sequence[RunBench
                 reads = "text only" if key == "reference" else "with images"
                 rows[f"{helper.run_name} ({reads})"] = metadata["validation"]
         rows[recipe.run_name] = ours
+        last = MetricsFile.of(trainer.logger).current
+        for stream in stream_names(trainer.state.evaluators[0].dataloader.dataloader) if ours else ():
+            found = {name: last.get(f"metrics/eval/{name}/{stream}") for name in ("loss", "accuracy")}
+            if None not in found.values():
+                rows[f"{recipe.run_name}, {stream}"] = found
         announce(metrics_table(rows))
     with closing_part():
         announce(benchmarks_table({one.name: one.headline() for one in benchmarks}))

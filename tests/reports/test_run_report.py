@@ -286,16 +286,9 @@ def test_the_page_in_a_real_browser(tmp_path):
     assert sum(pixel == (255, 140, 0) for pixel in pixels) > 20 * len(HOSTILE), "likely tokens are shaded"
 
 
-def test_streams_have_charts_of_their_figures_and_a_table():
+def test_streams_have_charts_of_their_figures():
     page = run_report([mixed(0), mixed(1)], "run")
-    titles = [
-        "Loss by stream",
-        "Accuracy by stream",
-        "Share of the samples by stream",
-        "Loss weighted by PRIOR, by stream",
-    ]
+    titles = ["Loss", "Accuracy", "Share of the samples", "Tokens so far", "Loss weighted by PRIOR,"]
+    titles = [f"{title} by stream" for title in titles]
     assert [title for title in charts(page) if "stream" in title] == titles
-    rows = [re.findall(r">([^<>]+)</t[hd]>", row) for row in page.split("<tr>")]
-    assert ["captions", "12,345", "-", "-", "-"] in rows
-    assert ["chat", "-", "77", "3.0000", "-"] in rows
     assert not any("stream" in title for title in charts(run_report([record(0)], "run")))

@@ -12,8 +12,6 @@ from composer_prior.training.run import train
 
 pytestmark = pytest.mark.slow
 
-FIGURES = ("loss", "accuracy", "tokens", "share")
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -73,9 +71,35 @@ def test_the_page_and_studies_have_the_streams(runs):
     for title in ("Loss by stream", "Loss weighted by PRIOR, by stream", "Share of the samples by stream"):
         assert page.count(f">{title}<") == 1
     last = records["stored"][-1]
-    tokens = records["stored"][3]["metrics/train/tokens/tiles"]  # of the last step; the validation comes after it
-    assert f"<td>{tokens:,}</td>" in page
+    values = "".join(f"<td>{last[f'metrics/eval/{name}/tiles']:.4f}</td>" for name in ("loss", "accuracy"))
+    assert f">stored, tiles</th>{values}" in page
     assert last["eval/dependence_of_tiles/dependence"] is not None
     study = {line["benchmark"]: line["figures"] for line in collect({}, records["stored"], recipe("prior_vit"))}
     assert study["validation"]["loss/tiles"] == last["metrics/eval/loss/tiles"]
     assert "dependence" in study["dependence_of_tiles"]
+
+
+def of_streams(record):
+    return {name: value for name, value in record.items() if name.endswith(("/few", "/many"))}
+
+
+def test_streams_that_repeat_are_resumed_in_their_second_epoch(tiles, tmp_path, monkeypatch):
+    """With other proportions the run is no resumed one, but a stage of its own from its weights."""
+    monkeypatch.chdir(tmp_path)
+    few, many = (write_tiles(tmp_path / name, count) for name, count in (("few", 6), ("many", 12)))
+
+    def run(name, of_few, of_many, *overrides):
+        streams = f"{{few: {{local: {few!r}, {of_few}}}, many: {{local: {many!r}, {of_many}}}}}"
+        data = ["train_loader.dataset.local=null", f"train_loader.dataset.streams={streams}"]
+        train(recipe("ntp_vit", *tiles, *data, f"run_name={name}", *overrides))
+        return [json.loads(line) for line in Path(f"runs/{name}/metrics.jsonl").open()]
+
+    mixture = "choose: 12", "repeat: 1"
+    whole = run("whole", *mixture, "max_duration=2ep")
+    few_of_epochs = [sum(8 * record["metrics/train/share/few"] for record in whole[at : at + 3]) for at in (0, 3)]
+    assert few_of_epochs == [12, 12]
+    resumed = run("resumed", *mixture, "max_duration=2ep", "load_path=runs/whole/checkpoints/ep1-ba4-rank0.pt")
+    assert [record["batch"] for record in resumed if of_streams(record)] == [4, 5]
+    assert [of_streams(record) for record in resumed] == [of_streams(record) for record in whole[4:]]
+    later = run("later", "proportion: 0.25", "proportion: 0.75", "init_from=runs/whole", "max_duration=1ep")
+    assert sum(record["metrics/train/share/few"] for record in later[:2]) / 2 == pytest.approx(0.25, abs=0.1)
