@@ -17,6 +17,8 @@ IGNORE_INDEX = -100
 IMAGE, ROW_SEPARATOR = 0, 1
 LOGPROBS = ("ref_logprobs", "viewer_logprobs")  # stored log-probabilities of tokens: of the reference, of the viewer
 PROCESSED = "processed"  # the tensors of a processor of transformers in a sample
+IMAGES = "images"  # the tensors of each image of a sample that may have any number of them
+TENSORS = ("pixel_values", "pixel_patches", "image_grid")  # of an image
 ROWS = "_rows"  # end of the key that says how many rows of a tensor each sample has
 _GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
 
@@ -48,6 +50,11 @@ def stack_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return batch
 
 
+def has_images(batch: Mapping[str, Any]) -> bool:
+    """Return True if a batch has tensors of any image."""
+    return any("pixel" in key and not key.endswith(ROWS) and len(batch[key]) > 0 for key in batch)
+
+
 def join_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Batch what a processor of transformers makes of each image: the rows of all, one image after the other.
 
@@ -55,10 +62,11 @@ def join_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     each sample, as of tiles or of patches, ``{key}_rows`` (``[B]`` int64) says how many are whose.
     """
     batch = {}
-    for key in images[0]:
-        shape = [max(sides) for sides in zip(*(image[key].shape[1:] for image in images), strict=True)]
-        parts = [_padded(image[key], shape) for image in images]
-        rows = torch.tensor([len(part) for part in parts])
+    for key in dict.fromkeys(key for image in images for key in image):
+        given = [image[key] for image in images if key in image]
+        shape = [max(sides) for sides in zip(*(tensor.shape[1:] for tensor in given), strict=True)]
+        parts = [_padded(tensor, shape) for tensor in given]
+        rows = torch.tensor([len(image[key]) if key in image else 0 for image in images])
         if bool((rows == 1).all()):
             batch[key] = default_collate([part[0] for part in parts])  # as in stack_images
         else:
@@ -92,13 +100,25 @@ class CaptionCollator:
             if key in samples[0]
         }
         batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-        image_keys = [key for key in ("pixel_values", "pixel_patches", "image_grid") if key in samples[0]]
-        batch.update(stack_images([{key: sample[key] for key in image_keys} for sample in samples]))
         if PROCESSED in samples[0]:
             batch.update(join_images([sample[PROCESSED] for sample in samples]))
+        else:
+            images = [sample.get(IMAGES) or [sample] * (IMAGES not in sample) for sample in samples]
+            batch.update(self._stacked(images))
         for key in ("sample_id", "stream"):
             if key in samples[0]:
                 batch[key] = torch.tensor([sample[key] for sample in samples])
+        return batch
+
+    @staticmethod
+    def _stacked(images: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Tensor]:
+        """Stack the images of each sample; ``{key}_rows`` say whose they are where a sample has not exactly one."""
+        every = [image for some in images for image in some]
+        keys = [key for key in TENSORS if every and key in every[0]]
+        batch = stack_images([{key: image[key] for key in keys} for image in every])
+        if any(len(some) != 1 for some in images):
+            rows = torch.tensor([len(some) for some in images])
+            batch |= {key + ROWS: rows for key in batch}
         return batch
 
 

@@ -17,19 +17,30 @@ from torch import Tensor
 from torchvision.datasets import VisionDataset
 from transformers import PreTrainedTokenizerBase
 
-from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, ImageInputs, count_tokens, split_packed_images
+from composer_prior.data.batch import (
+    IGNORE_INDEX,
+    IMAGES,
+    PROCESSED,
+    CaptionCollator,
+    ImageInputs,
+    count_tokens,
+    split_packed_images,
+)
+from composer_prior.data.chat import ChatError, ChatFormat, Written, unpack_images, within
 from composer_prior.data.download import ATTEMPTS
 from composer_prior.data.images import ImageError, decode_rgb
 from composer_prior.data.messages import OneLineError, one_line, visible
 from composer_prior.data.opening import sample_captions
-from composer_prior.data.processing import ProcessorInputs
+from composer_prior.data.processing import ProcessorInputs, image_placeholder
 from composer_prior.data.scores import KEYS, Scores, ScoresError, index_fingerprint, open_scores
 from composer_prior.data.streams import CheckedDataset
 from composer_prior.data.tokenizer import (
     CaptionFormat,
     bos_id,
     encode_caption,
+    has_image_tokens,
     image_token_ids,
+    placeholder,
     prompt_ids,
     reserved_ids,
 )
@@ -52,6 +63,10 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
     ``labels`` ``[T]`` int64, ``image_related`` ``[T]`` bool if there are spans, the image's tensors, and ``sample_id``;
     of several streams also ``stream``, its position in ``stream_names``.
 
+    With the columns ``messages`` (json) and ``images`` (bytes) a sample is a conversation or a document with any number
+    of images, see :mod:`composer_prior.data.chat`. Its learned tokens have labels, and ``text_mask`` ``[T]`` bool is
+    False on images.
+
     With a column ``captions`` (json, a list) instead of ``caption``, and spans for each of them, every epoch of a
     shuffled data set draws one caption, which depends on ``shuffle_seed``, epoch and ``sample_id`` alone. A data set
     that is not shuffled, such as one for validation, always draws the same caption.
@@ -65,6 +80,8 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             ``AugMix`` and ``ColOut(batch=False)`` put theirs here.
         prompt: text between image and caption; its tokens have no label.
         max_caption_tokens: a longer caption is cut there, and then has no end-of-sequence token. Default: ``128``.
+        max_tokens: a longer conversation or document, its images included, is cut there; one whose images would be cut,
+            or of which nothing would be learned, is a bad sample. Default: ``2048``.
         on_bad_sample: ``"raise"``, or ``"skip"``: the sample stays in its batch without labels, and so without
             effect, and a warning names it. Default: ``"raise"``.
         scores: folder or URL of the stored reference log-probabilities; samples then have ``ref_logprobs``
@@ -86,6 +103,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         transform: Callable[[Image.Image], Image.Image] | None = None,
         prompt: str = "",
         max_caption_tokens: Count = 128,
+        max_tokens: Count = 2048,
         on_bad_sample: Literal["raise", "skip"] = "raise",
         scores: str | None = None,
         viewer_scores: str | None = None,
@@ -97,10 +115,15 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         VisionDataset.__init__(self, transform=transform)
         columns = [frozenset(cast(MDSReader, shard).column_names) for shard in self.shards]
         for shard_id, names in enumerate(columns):
-            if not names & {"caption", "captions"} or (image_processor is not None and "image" not in names):
+            image = "images" if "messages" in names else "image"
+            if not names & {"caption", "captions", "messages"} or (image_processor is not None and image not in names):
                 listed = ", ".join(sorted(names))
-                raise ValueError(f"{self.shard_name(shard_id)} has the columns {listed}; expected image and caption.")
+                raise ValueError(
+                    f"{self.shard_name(shard_id)} has the columns {listed}; expected image and caption, or images and "
+                    "messages."
+                )
         self.has_several_captions = any("captions" in names for names in columns)
+        self.has_messages = any("messages" in names for names in columns)
         stored = {key: path for key, path in (("scores", scores), ("viewer_scores", viewer_scores)) if path}
         for key, path in stored.items():
             check_scorable(self, path, key)
@@ -115,6 +138,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             image_token_ids(tokenizer)  # or refuse it here
         self.prompt_ids = prompt_ids(tokenizer, prompt)
         self.max_caption_tokens = max_caption_tokens
+        self.max_tokens = max_tokens
         self.on_bad_sample = on_bad_sample
         self.bos_id = bos_id(tokenizer)
         self.reserved_ids = reserved_ids(tokenizer)
@@ -126,6 +150,12 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
     def placeholder_ids(self) -> tuple[int, int]:
         """The ids of the image token and of the row separator."""
         return image_token_ids(self.tokenizer)
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """How conversations and documents become text."""
+        processor = self.image_processor.processor if isinstance(self.image_processor, ProcessorInputs) else None
+        return ChatFormat(self.tokenizer, image_placeholder(processor) if processor else placeholder(self.tokenizer))
 
     @property
     def format(self) -> CaptionFormat:
@@ -171,6 +201,8 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         return self.epoch, sample_in_epoch
 
     def _encode(self, sample: Mapping[str, Any], sample_id: int) -> dict[str, Any]:
+        if "messages" in sample:
+            return self._encode_messages(sample, sample_id)
         caption, spans = self._draw(sample, sample_id)
         if not caption.strip():
             raise BadSampleError("the caption is empty")
@@ -190,6 +222,54 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             item["image_related"][start : start + len(related)] = torch.tensor(related, dtype=torch.bool)
         return item
 
+    def _encode_messages(self, sample: Mapping[str, Any], sample_id: int) -> dict[str, Any]:
+        try:
+            written = self.chat.write(sample["messages"])
+            pictures = unpack_images(sample["images"]) if self.image_processor is not None else []
+        except ChatError as error:
+            raise BadSampleError(str(error)) from error
+        if self.image_processor is not None and len(pictures) != len(written.images):
+            raise BadSampleError(f"the text names {len(written.images)} images and the sample has {len(pictures)}")
+        if isinstance(self.image_processor, ProcessorInputs):
+            images = [self._prepared(data) for data in pictures]
+            try:
+                aligned, tensors = self.image_processor.read(images, written)
+            except ValueError as error:
+                raise BadSampleError(f"its {len(images)} images cannot be processed: {one_line(error)}") from error
+            item: dict[str, Any] = {PROCESSED: tensors}
+        else:
+            processed = [self._image_inputs({"image": data}) for data in pictures]
+            aligned = self._between(written, processed)
+            item = {IMAGES: [image.tensors for image in processed]}
+        last = max((place for place, is_text in enumerate(aligned["text_mask"], 1) if not is_text), default=0)
+        if last > self.max_tokens:
+            raise BadSampleError(f"its images end at token {last:,}, behind max_tokens={self.max_tokens:,}")
+        item |= {key: torch.tensor(values[: self.max_tokens]) for key, values in aligned.items() if key != "learned"}
+        learned = torch.tensor(aligned["learned"][: self.max_tokens])
+        if not learned.any():
+            raise BadSampleError(f"none of its first {self.max_tokens:,} tokens is learned: raise max_tokens")
+        item |= {"labels": item["input_ids"].where(learned, IGNORE_INDEX), "sample_id": sample_id}
+        for column, scores in self.scores.items():
+            values = self._logprobs(scores, sample_id, int(learned.sum()), cut=True)
+            item[column] = torch.zeros(len(learned)).masked_scatter(learned, values)
+        return item
+
+    def _between(self, written: Written, images: Sequence[ImageInputs]) -> dict[str, list[Any]]:
+        """Return the tokens of a text with its images between, or without any; see :meth:`.ProcessorInputs.read`."""
+        tokens = [(self.bos_id, False, True)]  # id, learned, text
+        layouts = iter([image.layout for image in images])
+        starts = [0, *(end for _, end in written.images)] if has_image_tokens(self.tokenizer) else [0]
+        ends = [*(start for start, _ in written.images), len(written.text)][-len(starts) :]
+        for start, end in zip(starts, ends, strict=True):  # each piece is read on its own, as our processor does
+            tokens += [(self.placeholder_ids[kind], False, False) for kind in (next(layouts, ()) if start else ())]
+            encoding = self.tokenizer(written.text[start:end], add_special_tokens=False).encodings[0]
+            offsets = [(first + start, last + start) for first, last in encoding.offsets]
+            kinds = (within(offsets, spans) for spans in (written.learned, written.images))
+            read = [(i, one, True) for i, one, is_image in zip(encoding.ids, *kinds, strict=True) if not is_image]
+            tokens += read[start == 0 and encoding.ids[:1] == [self.bos_id] :]
+        ids, learned, is_text = map(list, zip(*tokens, strict=True))
+        return {"input_ids": ids, "learned": learned, "text_mask": is_text}
+
     def _draw(self, sample: Mapping[str, Any], sample_id: int) -> tuple[str, Any]:
         """Return the caption of a sample in this epoch, and its spans."""
         if "captions" not in sample:
@@ -206,11 +286,15 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
     def _image_inputs(self, sample: Mapping[str, Any]) -> ImageInputs:
         if self.image_processor is None:
             return ImageInputs({}, [])
-        image = decode_image(sample["image"])
+        return self._prepared(sample["image"], self.image_processor)
+
+    def _prepared(self, data: bytes, process: Callable[[Image.Image], Any] = lambda image: image) -> Any:
+        """Return an image, transformed and processed."""
+        image = decode_image(data)
         try:
             if self.transform is not None:
                 image = self.transform(image.copy())  # a plain Image: Composer's transforms refuse a PngImageFile
-            return self.image_processor(image)
+            return process(image)
         except (ValueError, OSError) as error:  # of Pillow and torchvision
             raise BadSampleError(
                 f"the image of {image.width} x {image.height} pixels cannot be processed: {one_line(error)}"
@@ -221,6 +305,8 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         if aligned is None:
             layout = [self.placeholder_ids[kind] for kind in image.layout]
             aligned = {"input_ids": [self.bos_id, *layout, *self.prompt_ids]}
+            if self.has_messages:  # a batch may have both
+                aligned["text_mask"] = [True, *[False] * len(layout), *[True] * len(self.prompt_ids)]
         prefix = aligned["input_ids"]
         item: dict[str, Any] = {
             "input_ids": torch.tensor(prefix + caption_ids),
@@ -231,16 +317,17 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         if len(self.stream_names) > 1:
             item["stream"] = self.stream_of(sample_id)
         for key in aligned.keys() - {"input_ids"}:
-            item[key] = torch.tensor(aligned[key] + [image.following.get(key, 0)] * len(caption_ids))
+            following = image.following.get(key, key == "text_mask")
+            item[key] = torch.tensor(aligned[key] + [following] * len(caption_ids))
         for column, scores in self.scores.items():
             item[column] = torch.zeros(len(prefix) + len(caption_ids))
             if caption_ids:
                 item[column][len(prefix) :] = self._logprobs(scores, sample_id, len(caption_ids))
         return item
 
-    def _logprobs(self, scores: Scores, sample_id: int, tokens: int) -> Tensor:
+    def _logprobs(self, scores: Scores, sample_id: int, tokens: int, cut: bool = False) -> Tensor:
         try:
-            return torch.from_numpy(scores.read(sample_id, tokens))
+            return torch.from_numpy(scores.read(sample_id, tokens, cut))
         except ScoresError as error:
             raise BadSampleError(str(error)) from error
 

@@ -1,6 +1,8 @@
 """Samples by a processor of transformers: what it writes before a caption, and the tensors of the image."""
 
-from collections.abc import Mapping
+import copy
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,10 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from composer_prior.data.batch import PROCESSED, ImageInputs
+from composer_prior.data.chat import MARKS, Written, first_token, within
 from composer_prior.data.messages import one_line
+from composer_prior.data.tokenizer import whole_placeholder
 
 _OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-_QWEN = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")  # an image has its positions by the tokens around it
 
 
 def image_placeholder(processor: Any) -> str:
@@ -21,7 +24,7 @@ def image_placeholder(processor: Any) -> str:
     found = next((token for name in names if (token := getattr(processor, name, None))), None)
     if found is None:
         raise ValueError(f"{type(processor).__name__} has no image token: it is no processor of images and text.")
-    return "".join(_QWEN) if found == _QWEN[1] else str(found)
+    return whole_placeholder(str(found))
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,7 @@ class ProcessorInputs:
         Raises:
             ValueError: for an image that the processor cannot read, or that has too many tokens.
         """
-        images = self.processor.image_processor
-        if image.height in (1, 3) and not getattr(images, "is_fast", False):  # transformers guesses where channels are
-            raise ValueError(f"{type(images).__name__} takes its height of {image.height} for that many channels")
+        self._check(image)
         found = self._process(image, self.prompt)
         ids = found["input_ids"][0]
         if self.positions is not None and len(ids) + self.caption_tokens > self.positions:
@@ -68,6 +69,38 @@ class ProcessorInputs:
         tensors = {key: value for key, value in found.items() if key not in _OF_TOKENS}
         return ImageInputs({PROCESSED: tensors}, [], prefix, {"token_type_ids": self.caption_type, "text_mask": True})
 
+    def read(self, images: Sequence[Image.Image], written: Written) -> tuple[dict[str, list[Any]], dict[str, Tensor]]:
+        """Return the tokens of a conversation or document, and the tensors of its images.
+
+        Args:
+            images: in the order in which the text has them.
+            written: the text.
+
+        Returns:
+            what is aligned with the tokens, with ``learned`` and ``text_mask`` (bool); and the tensors.
+
+        Raises:
+            ValueError: for images that the processor cannot read, and a processor that does not read text as others do.
+        """
+        for image in images:
+            self._check(image)
+        reader, processor = _Reader(self.processor.tokenizer), copy.copy(self.processor)
+        processor.tokenizer = reader
+        begins = written.text.startswith(first_token(self.processor.tokenizer))
+        found = _called(processor, [*images], written.marked, add_special_tokens=not begins)
+        if reader.encoding is None or [*reader.encoding.ids] != found["input_ids"][0].tolist():
+            raise ValueError(f"{type(self.processor).__name__} changes tokens after its tokenizer: captions alone")
+        aligned = {key: found[key][0].tolist() for key in _OF_TOKENS if key in found and key != "attention_mask"}
+        learned, of_images = reader.within(0), reader.within(2)
+        aligned["text_mask"] = [not image for image in of_images]
+        aligned["learned"] = [one and not image for one, image in zip(learned, of_images, strict=True)]
+        return aligned, {key: value for key, value in found.items() if key not in _OF_TOKENS}
+
+    def _check(self, image: Image.Image) -> None:
+        images = self.processor.image_processor
+        if image.height in (1, 3) and not getattr(images, "is_fast", False):  # transformers guesses where channels are
+            raise ValueError(f"{type(images).__name__} takes its height of {image.height} for that many channels")
+
     @cached_property
     def _place(self) -> tuple[int, int]:
         """Return the numbers of tokens of the prompt, and of what the processor writes behind it."""
@@ -77,8 +110,43 @@ class ProcessorInputs:
         return len(whole) - len(without), len(without) - same if self.prompt else 0
 
     def _process(self, image: Image.Image, prompt: str) -> Mapping[str, Tensor]:
-        text = image_placeholder(self.processor) + prompt
-        try:
-            return self.processor(images=[[image.convert("RGB")]], text=[text], return_tensors="pt")
-        except Exception as error:  # whatever the code of some processor raises
-            raise ValueError(one_line(error)) from error
+        return _called(self.processor, [image], image_placeholder(self.processor) + prompt)
+
+
+def _called(processor: Any, images: list[Image.Image], text: str, **options: Any) -> Mapping[str, Tensor]:
+    """Return what a processor makes of images and a text."""
+    given = {"images": [[image.convert("RGB") for image in images]]} if images else {}
+    try:
+        return processor(text=[text], return_tensors="pt", **given, **options)
+    except Exception as error:  # whatever the code of some processor raises
+        raise ValueError(one_line(error)) from error
+
+
+class _Reader:
+    """A tokenizer that takes :data:`.MARKS` out of a text before it reads it, and knows which tokens were between."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.encoding: Any = None
+        self.spans: dict[str, list[int]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["tokenizer"], name)
+
+    def __call__(self, text: Any, **kwargs: Any) -> Any:
+        """Read one text, expanded by a processor, as the tokenizer does."""
+        plain, self.spans = "", {mark: [] for mark in MARKS}
+        for piece in re.split(f"([{MARKS}])", text if isinstance(text, str) else text[0]):
+            if piece in self.spans:
+                self.spans[piece].append(len(plain))
+            else:
+                plain += piece
+        found = self.tokenizer(plain if isinstance(text, str) else [plain], **kwargs)
+        self.encoding = found.encodings[0]
+        return found
+
+    def within(self, kind: int) -> list[bool]:
+        """Return for each token whether it is between the marks of a kind."""
+        spans = [*zip(self.spans[MARKS[kind]], self.spans[MARKS[kind + 1]], strict=True)]
+        pairs = zip(within(self.encoding.offsets, spans), self.encoding.special_tokens_mask, strict=True)
+        return [inside and not added for inside, added in pairs]

@@ -242,16 +242,16 @@ class Scores:
         except ScoresError as error:
             raise ScoresError(f"{self.path}, scores of sample {sample_id}: {error}") from error
 
-    def read(self, sample_id: int, tokens: int) -> NDArray[np.float32]:
-        """Return the log-probabilities of a sample that has ``tokens`` caption tokens.
+    def read(self, sample_id: int, tokens: int, cut: bool = False) -> NDArray[np.float32]:
+        """Return the log-probabilities of a sample that has ``tokens`` learned ones, or the first of them after a cut.
 
         Raises:
             ScoresError: as above, or if their number differs.
         """
         logprobs = self[sample_id]
-        if len(logprobs) != tokens:
+        if len(logprobs) < tokens or (len(logprobs) > tokens and not cut):
             raise ScoresError(f"{self.path} has {len(logprobs)} scores of sample {sample_id} for {tokens} tokens")
-        return logprobs
+        return logprobs[:tokens]
 
     def _open(self, shard: Shard) -> mmap.mmap:
         file = self.folder / shard.name

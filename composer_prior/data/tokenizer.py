@@ -9,11 +9,14 @@ from typing import Any
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from composer_prior.data.chat import use_template
 from composer_prior.data.hub import ModelFolderError, load_pretrained
 from composer_prior.data.messages import one_line
 
 IMAGE_TOKEN = "<image>"
 ROW_TOKEN = "<row>"
+_QWEN = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")  # an image has its positions by the tokens around it
+_PLACEHOLDERS = ("<start_of_image>", IMAGE_TOKEN, _QWEN[1], "[IMG]", "<IMG_CONTEXT>")  # Gemma 3 has two, this is first
 SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", IMAGE_TOKEN, ROW_TOKEN]
 VOCAB_SIZES = range(256 + len(SPECIAL_TOKENS), 1_000_001)  # of a tokenizer that is trained
 
@@ -22,7 +25,8 @@ def build_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """Load the tokenizer ``name`` (a folder or hub id), with ``kwargs`` of ``AutoTokenizer.from_pretrained``.
 
     It adds the image tokens if they are missing, so that run, reference and scores of a recipe use the same tokenizer;
-    not with ``image_tokens: false``, for models whose processor has tokens of its own.
+    not with ``image_tokens: false``, for models whose processor has tokens of its own. By ``chat_template`` it writes
+    conversations, see :func:`.use_template`; without the key it writes none.
     """
     whole = config.get("image_tokens", True)
     key = "tokenizer.name" + ("" if whole else " (by default model.pretrained or model.processor.name)")
@@ -39,6 +43,7 @@ def build_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         raise ValueError(f"{name} has no end-of-sequence token: set tokenizer.kwargs.eos_token.")
     if whole:
         add_image_tokens(tokenizer)
+    use_template(tokenizer, config.get("chat_template"), placeholder(tokenizer))
     return tokenizer
 
 
@@ -108,6 +113,11 @@ def reserved_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {*of_images, bos_id(tokenizer), tokenizer.eos_token_id} - {tokenizer.unk_token_id}
 
 
+def has_image_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return True if a tokenizer has the image and row-separator tokens."""
+    return not _missing_image_tokens(tokenizer)
+
+
 def _missing_image_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return [token for token in (IMAGE_TOKEN, ROW_TOKEN) if token not in special]
@@ -123,6 +133,17 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
                 f"prompt={prompt!r} spells {token}: the image stands before the prompt; leave {token} out."
             )
     return ids
+
+
+def placeholder(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text in whose place a processor with this tokenizer puts an image; "" if no token is known for one."""
+    known = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return whole_placeholder(next((token for token in _PLACEHOLDERS if token in known), ""))
+
+
+def whole_placeholder(token: str) -> str:
+    """Return the text that stands for an image whose token is given, with the tokens around it that Qwen needs."""
+    return "".join(_QWEN) if token == _QWEN[1] else token
 
 
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -2,18 +2,20 @@
 
 import inspect
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from composer.models import ComposerModel
+from PIL import Image
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, has_images
 from composer_prior.data.processing import ProcessorInputs
+from composer_prior.data.tokenizer import bos_id, image_token_ids
 from composer_prior.models.head import Head, TransformedHead, label_logits, label_mask, labelled_nll, weighted_mean
 from composer_prior.models.image_text_model import ImageTextModel
 from composer_prior.models.language import (
@@ -131,7 +133,35 @@ class ComposerLVLM(ComposerModel):
         Args:
             batch: the inputs of the model's decoder with ``labels`` ``[B, T]``, not shifted.
         """
-        return as_forward(self.model, self._forward, batch)
+        if self.reads_text_alone or has_images(batch):
+            return as_forward(self.model, self._forward, batch)
+        rows, length = batch["labels"].shape
+        outputs = as_forward(self.model, self._forward, self._beside_blank(batch))
+        return {key: value[:rows, :length] for key, value in outputs.items()}
+
+    def _beside_blank(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a batch without images with one more row, a blank image without labels, which changes no loss.
+
+        So every part of the model takes part in every pass: with several ranks each one waits for the others there.
+        """
+        given, blank = {key: value for key, value in batch.items() if len(value)}, self._blank
+        length = max(given["labels"].shape[1], blank["labels"].shape[1])
+        found = {key: value.to(given["labels"].device) for key, value in blank.items() if key not in given}
+        for key in given.keys() & blank.keys():
+            fill = IGNORE_INDEX if key == "labels" else 0
+            rows = (given[key], blank[key].to(given[key].device, given[key].dtype))
+            found[key] = torch.cat([F.pad(row, (0, length - row.shape[1]), value=fill) for row in rows])
+        return found
+
+    @cached_property
+    def _blank(self) -> dict[str, Tensor]:
+        """A batch of one blank image: what a decoder reads, and ``labels`` without any."""
+        image = self.image_processor(Image.new("RGB", (64, 64)))
+        ids = image_token_ids(self.tokenizer) if image.prefix is None else ()
+        aligned = image.prefix or {"input_ids": [bos_id(self.tokenizer), *(ids[kind] for kind in image.layout)]}
+        sample = {key: torch.tensor(values) for key, values in aligned.items()} | image.tensors | {"sample_id": 0}
+        batch = CaptionCollator(0)([{**sample, "labels": torch.full_like(sample["input_ids"], IGNORE_INDEX)}])
+        return {key: value for key, value in batch.items() if key in {"labels", *self._inputs}}
 
     def _forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         head, labels = head_of(self.model), batch["labels"]

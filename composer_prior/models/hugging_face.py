@@ -14,6 +14,7 @@ from transformers import (
 from composer_prior.data.hub import ModelFolderError, load_pretrained
 from composer_prior.data.messages import one_line
 from composer_prior.data.processing import image_placeholder
+from composer_prior.data.tokenizer import placeholder
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.image_text_model import captions_images
 from composer_prior.models.language import generate_greedily, is_recurrent, named_weights, vocabulary_size
@@ -126,8 +127,9 @@ def build_processor(
             f"tokenizer.kwargs.add_bos_token={adds}."
         )
     processor.tokenizer = tokenizer
-    # Images are captioned without one, in training and after it.
-    processor.chat_template = tokenizer.chat_template = None
+    if tokenizer.chat_template is not None and placeholder(tokenizer) != image_placeholder(processor):
+        raise ValueError(f"tokenizer.chat_template: it is not known how a {type(processor).__name__} names images.")
+    processor.chat_template = tokenizer.chat_template  # without one, images are captioned so in training and after it
     return processor
 
 
