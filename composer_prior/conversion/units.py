@@ -13,6 +13,7 @@ from typing import Any
 from composer_prior.conversion.options import ConversionError, ConversionOptions, size_in_bytes
 from composer_prior.conversion.sources import SPANS, BadFile, Record, Rejected, Source, read_image
 from composer_prior.conversion.sources.base import file_of
+from composer_prior.data.conversations import ChatError, checked, pack_images
 from composer_prior.data.images import ImageError, check_image, reencode_image
 from composer_prior.data.mds import ShardWriter
 from composer_prior.data.messages import short
@@ -36,6 +37,8 @@ class Task:
 
     @property
     def columns(self) -> dict[str, str]:
+        if self.options.learn is not None:
+            return {"images": "bytes", "messages": "json"}
         captions = {"caption": "str"} if self.options.captions == "all" else {"captions": "json"}
         return {"image": "bytes", **captions, **({SPANS: "json"} if self.source.has_spans else {})}
 
@@ -112,19 +115,13 @@ def _convert(item: Record | Rejected, task: Task) -> tuple[list[dict[str, Any]],
     """Return the samples of one record, and its rejections."""
     if isinstance(item, Rejected):
         return [], [item]
+    if item.messages is not None:
+        return _convert_messages(item, task)
     options = task.options
     several = len(item.captions) > 1
     keys = [f"{item.key}#{index}" if several else item.key for index in range(max(1, len(item.captions)))]
     try:
-        image = item.image
-        if isinstance(image, str):
-            image = read_image(task.source.images, image, options.max_image_bytes, task.source.folder)
-        elif len(image) > options.max_image_bytes:
-            raise ImageError("image too large", f"{len(image)} bytes")
-        if options.resize is not None or options.reencode is not None:
-            image = reencode_image(image, options.resize, options.reencode)
-        else:
-            check_image(image, options.check)
+        image = _image(item.image, task)
     except ImageError as error:
         return [], [Rejected(key, error.reason, item.where, error.detail) for key in keys]
     if not item.captions:
@@ -144,6 +141,35 @@ def _convert(item: Record | Rejected, task: Task) -> tuple[list[dict[str, Any]],
     else:
         samples = [{"image": image, "captions": [c for c, _ in kept], SPANS: [s for _, s in kept]}] if kept else []
     return samples, problems
+
+
+def _convert_messages(item: Record, task: Task) -> tuple[list[dict[str, Any]], list[Rejected]]:
+    """Return the sample of a conversation or document, or its rejection."""
+    try:
+        messages = checked(item.messages)
+        images = [_image(image, task) for image in item.images]
+    except ChatError as error:
+        return [], [Rejected(item.key, str(error), item.where)]
+    except ImageError as error:
+        return [], [Rejected(item.key, error.reason, item.where, error.detail)]
+    texts = (part["text"] for message in messages for part in message["content"] if part["type"] == "text")
+    problems = (_caption_problem(text, task.options.max_caption_chars) for text in texts if text.strip())
+    if problem := next(filter(None, problems), None):
+        return [], [Rejected(item.key, problem[0], item.where, problem[1])]
+    return [{"images": pack_images(images), "messages": messages}], []
+
+
+def _image(image: bytes | str, task: Task) -> bytes:
+    """Return the bytes of an image, read, checked and encoded anew as the options say, or raise ImageError."""
+    options = task.options
+    if isinstance(image, str):
+        image = read_image(task.source.images, image, options.max_image_bytes, task.source.folder)
+    elif len(image) > options.max_image_bytes:
+        raise ImageError("image too large", f"{len(image)} bytes")
+    if options.resize is not None or options.reencode is not None:
+        return reencode_image(image, options.resize, options.reencode)
+    check_image(image, options.check)
+    return image
 
 
 def _caption_problem(caption: Any, limit: int) -> tuple[str, str] | None:

@@ -26,7 +26,8 @@ from composer_prior.data.batch import (
     count_tokens,
     split_packed_images,
 )
-from composer_prior.data.chat import ChatError, ChatFormat, Written, unpack_images, within
+from composer_prior.data.chat import ChatFormat, Written, within
+from composer_prior.data.conversations import ChatError, unpack_images
 from composer_prior.data.download import ATTEMPTS
 from composer_prior.data.images import ImageError, decode_rgb
 from composer_prior.data.messages import OneLineError, one_line, visible
@@ -64,8 +65,8 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
     of several streams also ``stream``, its position in ``stream_names``.
 
     With the columns ``messages`` (json) and ``images`` (bytes) a sample is a conversation or a document with any number
-    of images, see :mod:`composer_prior.data.chat`. Its learned tokens have labels, and ``text_mask`` ``[T]`` bool is
-    False on images.
+    of images, see :mod:`composer_prior.data.conversations`. Its learned tokens have labels, and ``text_mask`` ``[T]``
+    bool is False on images.
 
     With a column ``captions`` (json, a list) instead of ``caption``, and spans for each of them, every epoch of a
     shuffled data set draws one caption, which depends on ``shuffle_seed``, epoch and ``sample_id`` alone. A data set

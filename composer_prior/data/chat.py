@@ -1,13 +1,6 @@
-"""Conversations and documents as text: what a chat template writes, and which characters of it are learned.
-
-A sample is ``messages``, a list of ``{role, content}`` as of OpenAI and Hugging Face, where a content is a text or a
-list of parts, ``{"type": "text", "text": ...}`` and ``{"type": "image"}``. Answers (role ``assistant``) are learned
-with their end of turn, unless they have ``weight: 0``; what user and system say is not. One message of the role
-``document`` is text and images as they follow each other: no template is needed, and all of its text is learned.
-"""
+"""Conversations and documents as text: what a chat template writes, and which characters of it are learned."""
 
 import re
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +10,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from composer_prior.data.conversations import ANSWER, DOCUMENT, ChatError, checked, message
 from composer_prior.data.messages import one_line
 
-ANSWER, DOCUMENT = "assistant", "document"  # roles
 MARKS = "\ufdd0\ufdd1\ufdd2\ufdd3"  # noncharacters: begin and end of what is learned, begin and end of an image
 OWN = "own"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -36,10 +29,6 @@ _AS_TEXT = (  # before a template that takes texts alone
 )
 
 Span = tuple[int, int]  # first character and the one behind the last
-
-
-class ChatError(ValueError):
-    """A conversation that cannot be used, or a chat template that cannot write one."""
 
 
 @dataclass(frozen=True)
@@ -60,25 +49,6 @@ class Written:
             text += [self.text[end:place], mark]
             end = place
         return "".join([*text, self.text[end:]])
-
-
-def pack_images(images: Sequence[bytes]) -> bytes:
-    """Return encoded images as one value of the column ``images``: their number and sizes (uint32), then the bytes."""
-    return struct.pack(f"<{len(images) + 1}I", len(images), *map(len, images)) + b"".join(images)
-
-
-def unpack_images(data: bytes) -> list[bytes]:
-    """Return the encoded images of :func:`pack_images`; raise ChatError for other bytes."""
-    count = int.from_bytes(data[:4], "little")
-    start = 4 * (count + 1)
-    sizes = struct.unpack(f"<{count}I", data[4:start]) if 4 <= start <= len(data) else ()
-    if len(sizes) != count or start + sum(sizes) != len(data):
-        raise ChatError("the column images does not hold its images' sizes and bytes")
-    found = []
-    for size in sizes:
-        found.append(data[start : start + size])
-        start += size
-    return found
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, template: str | None, image: str) -> None:
@@ -117,42 +87,6 @@ def use_template(tokenizer: PreTrainedTokenizerBase, template: str | None, image
     if len(written.images) != 1 or any(text.strip() == answer for text, answer in zip(learned, "bd", strict=True)):
         lacks = "end of turn behind an answer" if len(written.images) == 1 else f"{image} for an image"
         raise ValueError(f"{key}: the template writes no {lacks}.")
-
-
-def message(role: str, text: str, image: bool = False) -> dict[str, Any]:
-    """Return a message of one text, behind an image where there is one; an empty text is left out."""
-    parts: list[dict[str, str]] = [{"type": "image"}] * image
-    return {"role": role, "content": parts + [{"type": "text", "text": text}] * bool(text)}
-
-
-def checked(messages: Any) -> list[dict[str, Any]]:
-    """Return messages whose contents are lists of parts, or raise ChatError for what is no conversation to learn."""
-    if not (isinstance(messages, list) and messages and all(isinstance(one, dict) for one in messages)):
-        raise ChatError("messages is not a list of roles and contents")
-    found = [{**one, "content": _parts(one.get("content"))} for one in messages]
-    roles = [one.get("role") for one in found]
-    if not all(isinstance(role, str) for role in roles):
-        raise ChatError("a message has no role")
-    answers = [one for one in found if one["role"] in (ANSWER, DOCUMENT) and one.get("weight", 1)]
-    if DOCUMENT in roles and len(roles) > 1:
-        raise ChatError("a document is one message alone")
-    if not answers:
-        raise ChatError("no answer is learned")
-    if not all(any(part.get("text", "").strip() for part in one["content"]) for one in answers):
-        raise ChatError("the document has no text" if DOCUMENT in roles else "an answer is empty")
-    return found
-
-
-def _parts(content: Any) -> list[dict[str, str]]:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}] if content else []
-    if not isinstance(content, list):
-        raise ChatError("the content of a message is neither a text nor a list of parts")
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
-            raise ChatError("a part of a message is neither {type: image} nor {type: text, text: ...}")
-    return content
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from streaming import MDSWriter
 
-from composer_prior.data.chat import pack_images
+from composer_prior.data.conversations import pack_images
 
 _HEADER = "'<|start_header_id|>' + {role} + '<|end_header_id|>\\n\\n'"
 _CHATML = (

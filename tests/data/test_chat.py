@@ -6,7 +6,8 @@ import pytest
 from common.chats import ENDS, MARKED, TEMPLATES, TOKENIZERS, turns
 from common.tokenizers import plain_tokenizer
 
-from composer_prior.data.chat import ChatError, ChatFormat, pack_images, unpack_images, use_template
+from composer_prior.data.chat import ChatFormat, use_template, within
+from composer_prior.data.conversations import ChatError, pack_images, unpack_images
 from composer_prior.data.tokenizer import IMAGE_TOKEN, add_image_tokens
 
 TALK = turns("<image>What is it?", "  A red cat. ", "And\n\nbelow it?", "\nNothing at all,\nreally \u2603")
@@ -25,8 +26,6 @@ def chat_tokenizer(name):
 def learned_texts(tokenizer, written):
     """Decode each run of learned tokens of the whole text."""
     encoding = tokenizer(written.text, add_special_tokens=False).encodings[0]
-    from composer_prior.data.chat import within
-
     mask = within(encoding.offsets, written.learned)
     runs, before = [], False
     for i, one in zip(encoding.ids, mask, strict=True):
@@ -71,8 +70,6 @@ def test_marks_of_generation_are_those_of_transformers_and_of_reading_turn_by_tu
     assert tokenizer.chat_template == MARKED  # it takes parts by itself
     marked = ChatFormat(tokenizer, IMAGE_TOKEN).write(TALK)
     theirs = tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    from composer_prior.data.chat import within
-
     encoding = tokenizer(marked.text, add_special_tokens=False).encodings[0]
     assert encoding.ids == theirs["input_ids"]
     assert [int(one) for one in within(encoding.offsets, marked.learned)] == theirs["assistant_masks"]

@@ -20,7 +20,7 @@ from composer_prior.conversion.sources.base import (
     pick_columns,
 )
 from composer_prior.conversion.sources.files import beginning, describe, file_unit, kind_of, parquet_problem
-from composer_prior.conversion.sources.records import record_of
+from composer_prior.conversion.sources.records import conversation_of, record_of
 from composer_prior.data.messages import one_line
 
 _ROWS_AT_ONCE = 32
@@ -37,12 +37,16 @@ class _ArrowSource(Source):
     @property
     def columns(self) -> list[str]:
         names = [self.image, self.caption, *filter(None, [self.options.key_column]), *[SPANS] * self.has_spans]
-        return list(dict.fromkeys(names))
+        return [name for name in dict.fromkeys(names) if name]
 
     def record(self, entry: dict[str, Any], number: int, where: str, repeated: bool) -> Record | Rejected:
         """Return the record of one row."""
         given = entry.get(self.options.key_column) if self.options.key_column else None
         key, spans = str(number if given is None else given), entry.get(SPANS)
+        if self.options.learn is not None:
+            image, text = entry.get(self.image), entry.get(self.caption)
+            chat = conversation_of(image, text, key, where, self.options.learn, self.options.key_column is not None)
+            return Rejected(key, "duplicate key", where) if repeated else chat
         record = record_of(entry.get(self.image), entry.get(self.caption), spans, key, where, has_spans=SPANS in entry)
         if repeated and isinstance(record, Record):
             return Rejected(key, "duplicate key", where, count=max(1, len(record.captions)))

@@ -21,6 +21,8 @@ IMAGE_COLUMNS = (
 CAPTION_COLUMNS = (
     "conversations", "messages", "caption", "captions", "text", "txt", "sentence", "sentences", "description"
 )  # fmt: skip
+CHAT_COLUMNS = ("messages", "conversations", "texts", *CAPTION_COLUMNS)
+CHAT_IMAGE_COLUMNS = ("images", *IMAGE_COLUMNS)
 _URL_COLUMNS = ("url", "image_url", "img_url", "urls")
 KEY_COLUMNS = ("id", "key", "__key__")
 _SEEN_CACHE_KIB = 64 << 10
@@ -40,6 +42,8 @@ class Record:
     where: str  # file and position, for messages
     spans: tuple[Any, ...] | None = None  # for each caption its ``image_related_spans``, where the source has them
     explicit: bool = False  # whether ``key`` is an id of the source, which must be unique
+    messages: Any = None  # of a conversation or document, which has no captions, see composer_prior.data.conversations
+    images: tuple[bytes | str, ...] = ()  # of a conversation or document
     note: str = ""  # advice for the message if it has no caption
 
 
@@ -79,6 +83,9 @@ class SourceOptions:
         caption_column: column, field or tar suffix that holds one caption, a list of them, or a conversation.
         key_column: column or field that names a record; ``id`` and ``key`` are recognised.
         split: the split to read of a Hugging Face dataset.
+        learn: read conversations, interleaved documents and text with any number of images, and say what is learned:
+            ``"answers"``, ``"last"`` (the last answer alone) or ``"all"`` (all text, without roles); of text without
+            turns always all. By default the first answer about an image is its caption.
         unit_samples: records in one unit of work, unless the format determines it.
         max_image_bytes: larger images are rejected without being read.
         download_timeout: the longest time in seconds of one attempt to download a file of a remote source.
@@ -90,6 +97,7 @@ class SourceOptions:
     caption_column: str | None = None
     key_column: str | None = None
     split: str | None = None
+    learn: str | None = None
     unit_samples: int = 2048
     max_image_bytes: int = MAX_IMAGE_BYTES
     download_timeout: float = 600.0
@@ -99,6 +107,7 @@ class SourceOptions:
             self._as_text(name)
         if self.form is not None and self.form not in FORMATS:
             raise SourceError(f"form={self.form!r} is unknown: use one of {', '.join(FORMATS)}.")
+        expect("learn", self.learn, self.learn in (None, "answers", "last", "all"), "answers, last or all")
         for name in ("unit_samples", "max_image_bytes"):
             expect_number(name, getattr(self, name), 1)
         expect_number("download_timeout", self.download_timeout, 1, whole=False)
@@ -172,7 +181,11 @@ def pick(names: Sequence[str], wanted: str | None, usual: Sequence[str], option:
 
 
 def pick_columns(names: Sequence[str], options: SourceOptions, where: str) -> tuple[str, str]:
-    """Return the columns of images and captions, or raise SourceError if one is missing."""
+    """Return the columns of images and captions, or raise SourceError if one is missing; text may have no images."""
+    if options.learn is not None:
+        usual = [name for name in CHAT_IMAGE_COLUMNS if name in names] or [""]
+        image = pick([*names, ""], options.image_column, usual, "image_column", where)
+        return image, pick(names, options.caption_column, CHAT_COLUMNS, "caption_column", where)
     image = pick(names, options.image_column, IMAGE_COLUMNS, "image_column", where)
     return image, pick(names, options.caption_column, CAPTION_COLUMNS, "caption_column", where)
 

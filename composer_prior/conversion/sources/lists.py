@@ -12,6 +12,8 @@ from typing import Any
 
 from composer_prior.conversion.sources.base import (
     CAPTION_COLUMNS,
+    CHAT_COLUMNS,
+    CHAT_IMAGE_COLUMNS,
     IMAGE_COLUMNS,
     KEY_COLUMNS,
     SPANS,
@@ -27,7 +29,7 @@ from composer_prior.conversion.sources.base import (
 from composer_prior.conversion.sources.files import beginning, kind_of
 from composer_prior.conversion.sources.images import find_inside
 from composer_prior.conversion.sources.lines import LINE_LIMIT, encoding_of, header_of, lines, open_text, rows
-from composer_prior.conversion.sources.records import image_of, record_of, value_of
+from composer_prior.conversion.sources.records import conversation_of, image_of, record_of, value_of
 from composer_prior.data.files import MAX_JSON_BYTES, bounded, parse_json
 from composer_prior.data.images import ImageError
 
@@ -68,7 +70,8 @@ class ListSource(Source):
         unit, size = list[Record | Rejected](), 0
         for item in _unique(_grouped(self._entries())):
             unit.append(item)
-            size += len(item.image) if isinstance(item, Record) and isinstance(item.image, bytes) else 0
+            images = (item.image, *item.images[1:]) if isinstance(item, Record) else ()
+            size += sum(len(image) for image in images if isinstance(image, bytes))
             if len(unit) >= self.options.unit_samples or size >= _UNIT_BYTES:
                 yield tuple(unit)
                 unit, size = [], 0
@@ -248,8 +251,11 @@ def entry_record(entry: Any, key: str, where: str, options: SourceOptions) -> Re
         return Rejected(key, "malformed record", where, "not an object")
     given = value_of(entry, options.key_column, KEY_COLUMNS)
     name = str(given) if isinstance(given, (str, int)) and str(given) else None
-    image = value_of(entry, options.image_column, IMAGE_COLUMNS)
-    caption = value_of(entry, options.caption_column, CAPTION_COLUMNS)
+    chat = options.learn is not None
+    image = value_of(entry, options.image_column, CHAT_IMAGE_COLUMNS if chat else IMAGE_COLUMNS)
+    caption = value_of(entry, options.caption_column, CHAT_COLUMNS if chat else CAPTION_COLUMNS)
+    if options.learn is not None:
+        return conversation_of(image, caption, name or key, where, options.learn, name is not None)
     key = name or (image if isinstance(image, str) and 0 < len(image) < 256 and image[:5] != "data:" else key)
     return record_of(image, caption, entry.get(SPANS), key, where, name is not None, SPANS in entry)
 
@@ -258,7 +264,7 @@ def _grouped(entries: Iterable[Record | Rejected]) -> Iterator[Record | Rejected
     """Join neighbouring records of the same key and image into one record with all their captions."""
 
     def same(item: Record | Rejected) -> Any:
-        return (item.key, item.image) if isinstance(item, Record) else object()
+        return (item.key, item.image) if isinstance(item, Record) and item.messages is None else object()
 
     for _, group in groupby(entries, same):
         items: list[Any] = list(group)
@@ -282,7 +288,10 @@ def _unique(items: Iterable[Record | Rejected]) -> Iterator[Record | Rejected]:
     """Reject repeated ids or, in a source without ids, repeated pairs of image and caption."""
     seen = Seen()
     for item in items:
-        if isinstance(item, Rejected) or (item.explicit and seen.add(item.key)):
+        if isinstance(item, Record) and item.messages is not None:  # LLaVA's have one id for several about an image
+            new = seen.add(item.key if item.explicit else "", item.messages, item.images)
+            yield item if new else Rejected(item.key, "duplicate key", item.where, "with the same messages")
+        elif isinstance(item, Rejected) or (item.explicit and seen.add(item.key)):
             yield item
         elif item.explicit:
             yield Rejected(item.key, "duplicate key", item.where, count=max(1, len(item.captions)))

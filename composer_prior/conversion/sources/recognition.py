@@ -36,6 +36,8 @@ def open_local(path: Path, options: SourceOptions) -> Source:
     path = path.expanduser().absolute()  # units may be read by processes with another working folder
     format, files = _recognise(path, options.form)
     root = path if path.is_dir() else path.parent
+    if options.learn is not None and format in ("webdataset", "folder", "coco"):
+        raise SourceError(f"{path}: learn={options.learn} reads jsonl, json, csv, tsv, parquet and hf, not {format}.")
     if format == "webdataset":
         return TarSource.open(root, files, options)
     if format == "parquet":

@@ -56,6 +56,83 @@ def record_of(
     return Record(key, found, captions, where, each if has_spans else None, explicit)
 
 
+def conversation_of(
+    image: Any, text: Any, key: str, where: str, learn: str, explicit: bool = False
+) -> Record | Rejected:
+    """Return a :class:`Record` of messages from the values of its fields.
+
+    ``text`` is a conversation, as of OpenAI, Hugging Face or LLaVA; a list of pairs ``{user, assistant}``; a list of
+    texts with None in the places of images; or a text. ``image`` is one or several as in :func:`record_of`, with None
+    in the places of texts. Images that no text names stand before the first one.
+    """
+    if isinstance(text, str) and text.startswith("["):
+        with suppress(ValueError):
+            text = parse_json(text)
+    given = [*image] if isinstance(image, (list, tuple)) else [image]
+    messages, inner = list[dict[str, Any]](), list[Any]()
+    turns = text if isinstance(text, (list, tuple)) and text and all(isinstance(one, dict) for one in text) else None
+    for turn in turns or ():
+        pair = [(role, turn[role]) for role in ("user", "assistant") if isinstance(turn.get(role), str)]
+        for role, content in pair or [(turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content"))]:
+            parts = _parts(content, inner)
+            role = role.lower() if isinstance(role, str) else ""
+            role = "user" if role in _HUMAN else "assistant" if role in _MODEL else role
+            kept = {"weight": turn["weight"]} if turn.get("weight") in (0, 1) and role == "assistant" else {}
+            messages.append({"role": role, "content": parts, **kept})
+    if turns is None:
+        several = isinstance(text, (list, tuple))
+        slots = [_parts(one, inner) for one in (text if several else [text])]
+        for place, one in enumerate(given if several and None in text else ()):  # in parallel lists
+            if one is not None and place < len(slots) and not slots[place]:
+                slots[place] = [{"type": "image"}]
+        messages = [{"role": "document", "content": _joined(slots, "\n\n")}]
+    try:
+        images = [found for one in [*given, *inner] if (found := image_of(one)) is not None]
+    except ImageError as error:
+        return Rejected(key, error.reason, where, error.detail)
+    named = sum(part["type"] == "image" for one in messages for part in one["content"])
+    if images and not named:
+        first = next((one for one in messages if one["role"] in ("user", "document")), messages[0])
+        first["content"] = [{"type": "image"}] * len(images) + first["content"]
+    elif named != len(images):
+        return Rejected(key, "images and text differ", where, f"the text names {named}, the record has {len(images)}")
+    answers = [one for one in messages if one["role"] == "assistant"]
+    if learn == "last":
+        for one in answers[:-1]:
+            one["weight"] = 0
+    if learn == "all" and turns is not None:
+        messages = [{"role": "document", "content": _joined([one["content"] for one in messages], "\n")}]
+    return Record(key, images[0] if images else b"", (), where, None, explicit, messages, tuple(images))
+
+
+def _parts(content: Any, inner: list[Any]) -> list[dict[str, str]]:
+    """Return the parts of a content; images that it holds itself are added to ``inner``."""
+    found: list[dict[str, str]] = []
+    for part in content if isinstance(content, (list, tuple)) else [content]:
+        if isinstance(part, dict) and "image" in str(part.get("type")):
+            source = next(filter(None, map(part.get, _PART_IMAGES)), None)
+            inner += [] if source is None else [source]
+            found.append({"type": "image"})
+            continue
+        text = part.get("text") if isinstance(part, dict) else part
+        for number, piece in enumerate(text.split(_PLACEHOLDER) if isinstance(text, str) else ()):
+            found += [{"type": "image"}] if number else []
+            piece = piece.strip("\n") if _PLACEHOLDER in text else piece  # LLaVA's line break beside an image
+            found += [{"type": "text", "text": piece}] if piece else []
+    return found
+
+
+def _joined(slots: Sequence[list[dict[str, str]]], between: str) -> list[dict[str, str]]:
+    """Return the parts of all slots, neighbouring texts as one."""
+    found: list[dict[str, str]] = []
+    for part in (part for slot in slots for part in slot):
+        if found and found[-1]["type"] == part["type"] == "text":
+            found[-1] = {"type": "text", "text": found[-1]["text"] + between + part["text"]}
+        else:
+            found.append(part)
+    return found
+
+
 def image_of(value: Any) -> bytes | str | None:
     """Return the one image of a field as bytes or as a path, None without one, or raise ImageError for several."""
     if isinstance(value, (list, tuple)):

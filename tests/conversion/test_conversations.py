@@ -1,0 +1,173 @@
+"""Conversations, interleaved documents and text alone, in the forms that people have them, to MDS."""
+
+import base64
+import json
+
+import pytest
+from common.chats import png
+from streaming.base.local import LocalDataset
+
+from composer_prior.conversion.convert import convert_captions
+from composer_prior.conversion.sources import SourceError
+from composer_prior.data.conversations import unpack_images
+
+IMAGE, TEXT = {"type": "image"}, lambda text: {"type": "text", "text": text}
+PICTURES = {f"{n}.png": png(n) for n in range(4)}
+LLAVA = [
+    {
+        "id": "a",
+        "image": "0.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat is it?"},
+            {"from": "gpt", "value": "A tile."},
+            {"from": "human", "value": "Sure?"},
+            {"from": "gpt", "value": "Yes."},
+        ],
+    },
+    {"id": "b", "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello!"}]},
+    {
+        "id": "a",
+        "image": "0.png",
+        "conversations": [{"from": "human", "value": "Again?\n<image>"}, {"from": "gpt", "value": "Yes"}],
+    },
+]
+OPENAI = [
+    {
+        "images": ["0.png", "1.png"],
+        "messages": [
+            {"role": "system", "content": "You help."},
+            {"role": "user", "content": [TEXT("Compare"), IMAGE, TEXT("and"), IMAGE]},
+            {"role": "assistant", "content": "One is lighter.", "weight": 0},
+            {"role": "user", "content": "Which?"},
+            {"role": "assistant", "content": [TEXT("The second.")]},
+        ],
+    },
+    {
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {
+                        "type": "image_url",
+                        "image_url": {"url": "data:image/png;base64," + base64.b64encode(PICTURES["2.png"]).decode()},
+                    },
+                    TEXT("What?"),
+                ],
+            },
+            {"role": "assistant", "content": "A tile."},
+        ]
+    },
+]
+
+
+def lines(folder, entries, name="data.jsonl"):
+    folder.mkdir(exist_ok=True)
+    for file, data in PICTURES.items():
+        (folder / file).write_bytes(data)
+    text = json.dumps(entries) if name.endswith("json") else "".join(json.dumps(one) + "\n" for one in entries)
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def converted(source, out, **options):
+    summary = convert_captions(source, out, **{"learn": "answers", "processes": 1, **options})
+    data = LocalDataset(str(out)) if summary.samples else ()
+    return summary, [(one["messages"], unpack_images(one["images"])) for one in (data[i] for i in range(len(data)))]
+
+
+@pytest.mark.parametrize("name", ["mix665k.json", "mix.jsonl"])
+def test_conversations_of_llava(name, tmp_path):
+    summary, samples = converted(lines(tmp_path / "in", LLAVA, name), tmp_path / "out")
+    assert (summary.samples, summary.rejected) == (3, 0)
+    assert samples[0] == (
+        [
+            {"role": "user", "content": [IMAGE, TEXT("What is it?")]},
+            {"role": "assistant", "content": [TEXT("A tile.")]},
+            {"role": "user", "content": [TEXT("Sure?")]},
+            {"role": "assistant", "content": [TEXT("Yes.")]},
+        ],
+        [PICTURES["0.png"]],
+    )
+    assert samples[1][1] == []
+    assert samples[2][0][0]["content"] == [TEXT("Again?"), IMAGE]
+
+
+def test_messages_of_openai_and_hugging_face(tmp_path):
+    _, samples = converted(lines(tmp_path / "in", OPENAI), tmp_path / "out")
+    (first, images), (second, inner) = samples
+    assert images == [PICTURES["0.png"], PICTURES["1.png"]]
+    assert inner == [PICTURES["2.png"]]
+    assert [one["role"] for one in first] == ["system", "user", "assistant", "user", "assistant"]
+    assert first[1]["content"] == [TEXT("Compare"), IMAGE, TEXT("and"), IMAGE]
+    assert first[2] == {"role": "assistant", "content": [TEXT("One is lighter.")], "weight": 0}
+    assert second[0]["content"] == [IMAGE, TEXT("What?")]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_pairs_of_user_and_assistant_with_their_images_in_front(form, tmp_path):
+    entry = {
+        "images": ["0.png", "1.png"],
+        "texts": [{"user": "A?", "assistant": "a"}, {"user": "B?", "assistant": "b"}],
+    }
+    source = lines(tmp_path / "in", [entry])
+    if form == "parquet":
+        parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+        images = [[{"bytes": PICTURES["0.png"], "path": None}, {"bytes": PICTURES["1.png"], "path": None}]]
+        parquet.write_table(arrow.table({"images": images, "texts": [entry["texts"]]}), tmp_path / "in.parquet")
+        source = tmp_path / "in.parquet"
+    _, ((messages, images),) = converted(source, tmp_path / "out", learn="last")
+    assert images == [PICTURES["0.png"], PICTURES["1.png"]]
+    assert messages[0]["content"] == [IMAGE, IMAGE, TEXT("A?")]
+    assert [one.get("weight", 1) for one in messages] == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_interleaved_documents(form, tmp_path):
+    entry = {"images": ["0.png", None, None, "1.png"], "texts": [None, "One.", "Two.", None]}
+    source = lines(tmp_path / "in", [entry])
+    if form == "parquet":
+        parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+        parquet.write_table(arrow.table({key: [value] for key, value in entry.items()}), tmp_path / "in" / "0.parquet")
+        (tmp_path / "in" / "data.jsonl").unlink()
+        source = tmp_path / "in" / "0.parquet"
+    _, ((messages, images),) = converted(source, tmp_path / "out")
+    assert images == [PICTURES["0.png"], PICTURES["1.png"]]
+    assert messages == [{"role": "document", "content": [IMAGE, TEXT("One.\n\nTwo."), IMAGE]}]
+
+
+def test_text_alone_and_all_text_of_a_conversation(tmp_path):
+    _, samples = converted(lines(tmp_path / "in", [{"text": "Some text."}]), tmp_path / "out")
+    assert samples == [([{"role": "document", "content": [TEXT("Some text.")]}], [])]
+    _, samples = converted(lines(tmp_path / "in", LLAVA[:1]), tmp_path / "all", learn="all")
+    document = [IMAGE, TEXT("What is it?\nA tile.\nSure?\nYes.")]
+    assert samples == [([{"role": "document", "content": document}], [PICTURES["0.png"]])]
+
+
+def test_what_cannot_be_learned_is_rejected_by_reason(tmp_path):
+    ask, answer = {"role": "user", "content": "<image><image>?"}, {"role": "assistant", "content": "a"}
+    entries = [
+        {"id": 1, "image": "0.png", "messages": [ask, answer]},
+        {"id": 2, "messages": [{"role": "user", "content": "?"}]},
+        {"id": 3, "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}]},
+        {"id": 4, "image": "9.png", "messages": [{"role": "user", "content": "<image>?"}, answer]},
+        {"id": 5, "messages": [{"role": "user", "content": "?"}, answer]},
+        {"id": 5, "messages": [{"role": "user", "content": "?"}, answer]},
+        {"id": 6, "messages": [{"role": "user", "content": "?"}, answer, {"role": "user", "content": "And?"}]},
+    ]
+    summary, samples = converted(lines(tmp_path / "in", entries), tmp_path / "out", max_rejected=1)
+    assert summary.reasons == {
+        "an answer is empty": 1,
+        "duplicate key": 1,
+        "images and text differ": 1,
+        "missing file": 1,
+        "no answer is learned": 1,
+    }
+    assert [len(messages) for messages, _ in samples] == [2, 3]
+
+
+def test_learn_is_refused_where_no_conversation_is_read(tmp_path):
+    lines(tmp_path, [{"images": [], "annotations": []}], "coco.json")
+    with pytest.raises(SourceError, match="learn=answers reads jsonl"):
+        convert_captions(tmp_path / "coco.json", tmp_path / "out", learn="answers", form="coco")
+    with pytest.raises(SourceError, match="learn='some'"):
+        convert_captions(tmp_path / "coco.json", tmp_path / "out", learn="some")
