@@ -159,6 +159,12 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         return ChatFormat(self.tokenizer, image_placeholder(processor) if processor else placeholder(self.tokenizer))
 
     @property
+    def chat_digest(self) -> str:
+        """Return a digest of how conversations and documents become text; "" where there are none."""
+        known = repr((self.tokenizer.chat_template, self.max_tokens))
+        return hashlib.sha256(known.encode()).hexdigest()[:16] if self.has_messages else ""
+
+    @property
     def format(self) -> CaptionFormat:
         """Return how captions become tokens."""
         return CaptionFormat(self.tokenizer, self.prompt, self.max_caption_tokens)
@@ -254,6 +260,18 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             values = self._logprobs(scores, sample_id, int(learned.sum()), cut=True)
             item[column] = torch.zeros(len(learned)).masked_scatter(learned, values)
         return item
+
+    def text_of(self, messages: Any) -> tuple[list[int], list[bool]]:
+        """Return the tokens of a conversation or document without its images, and which of them are learned.
+
+        Raises:
+            BadSampleError: for one that cannot be used.
+        """
+        try:
+            aligned = self._between(self.chat.write(messages), ())
+        except ChatError as error:
+            raise BadSampleError(str(error)) from error
+        return aligned["input_ids"][: self.max_tokens], aligned["learned"][: self.max_tokens]
 
     def _between(self, written: Written, images: Sequence[ImageInputs]) -> dict[str, list[Any]]:
         """Return the tokens of a text with its images between, or without any; see :meth:`.ProcessorInputs.read`."""

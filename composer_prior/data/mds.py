@@ -129,20 +129,24 @@ def count_samples(shard: bytes) -> int | None:
     return count if sample_extent(shard, count - 1)[1] == len(shard) else None
 
 
-def read_column(data: Any, column: str, samples: range) -> list[Any]:
-    """Read one column of consecutive samples of a :class:`.CheckedDataset`, without the other columns."""
+def read_column(data: Any, column: str, samples: range, *others: str) -> list[Any]:
+    """Read one column of consecutive samples of a :class:`.CheckedDataset`, or the first of others where it is missing.
+
+    The other columns are not read.
+    """
     values: list[Any] = []
     while len(values) < len(samples):
         shard_id, first = data.spanner[samples[len(values)]]
         shard = data.shards[shard_id]
-        if column not in shard.column_names:
+        found = next((name for name in (column, *others) if name in shard.column_names), None)
+        if found is None:
             raise ValueError(
                 f"The data set has no column {column!r}, it has {', '.join(shard.column_names)}; samples with several "
                 "captions each cannot be scored."
             )
         count = min(shard.samples - first, len(samples) - len(values))
         with _shard_bytes(data, shard_id) as content:
-            values += (_cell(content, shard, column, first + i) for i in range(count))
+            values += (_cell(content, shard, found, first + i) for i in range(count))
     return values
 
 

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from composer_prior.data.conversations import ChatError, checked
 from composer_prior.data.files import MAX_JSON_BYTES, read_plain
 from composer_prior.data.messages import NO_INDEX
 from composer_prior.data.storage import is_remote
@@ -43,6 +45,10 @@ def _check_columns(data: str, shard: Mapping[str, Any]) -> None:
 
 
 def sample_captions(sample: Mapping[str, Any]) -> list[str]:
-    """Return the captions of a sample, one or several."""
+    """Return the captions of a sample, one or several; of a conversation or document, its texts, none of a bad one."""
+    if "messages" in sample:
+        with suppress(ChatError):
+            return [part["text"] for one in checked(sample["messages"]) for part in one["content"] if "text" in part]
+        return []
     captions = [sample["caption"]] if "caption" in sample else sample["captions"]
     return captions if isinstance(captions, list) else [captions]

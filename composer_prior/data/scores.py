@@ -62,6 +62,9 @@ class CaptionData(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
+    @property
+    def chat_digest(self) -> str: ...
+
 
 def index_fingerprint(indices: Iterable[bytes]) -> str:
     """Return a digest of the indices of a data set's streams, which hold the shards' sizes and hashes."""
@@ -81,6 +84,7 @@ class ScoresMetadata:
         reference: ``path``, and fingerprints ``config``, ``weights`` and ``tokenizer`` of the model that scored.
         version: of the format.
         column: ``ref_logprobs`` of a text-only reference, or ``viewer_logprobs`` of a model that sees the images.
+        chat: digest of how conversations and documents become text; "" where there are none.
     """
 
     data: str
@@ -91,6 +95,7 @@ class ScoresMetadata:
     reference: dict[str, str]
     version: int = VERSION
     column: str = COLUMN
+    chat: str = ""
 
     @classmethod
     def of(cls, data: CaptionData, reference: Mapping[str, str], column: str = COLUMN) -> "ScoresMetadata":
@@ -103,6 +108,7 @@ class ScoresMetadata:
             data.max_caption_tokens,
             dict(reference),
             column=column,
+            chat=data.chat_digest,
         )
 
     @classmethod

@@ -133,11 +133,16 @@ class ComposerLVLM(ComposerModel):
         Args:
             batch: the inputs of the model's decoder with ``labels`` ``[B, T]``, not shifted.
         """
-        if self.reads_text_alone or has_images(batch):
+        if self.reads_text_alone or has_images(batch) or self._names_images(batch):
             return as_forward(self.model, self._forward, batch)
         rows, length = batch["labels"].shape
         outputs = as_forward(self.model, self._forward, self._beside_blank(batch))
         return {key: value[:rows, :length] for key, value in outputs.items()}
+
+    def _names_images(self, batch: Mapping[str, Tensor]) -> bool:
+        """Return True if a batch has tokens of images, which the model refuses without these."""
+        image = getattr(causal_lm_of(self.model).config, "image_token_id", None)
+        return image is not None and bool((batch["input_ids"] == image).any())
 
     def _beside_blank(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a batch without images with one more row, a blank image without labels, which changes no loss.

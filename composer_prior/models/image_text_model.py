@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache, PretrainedConfig
 
+from composer_prior.data.chat import first_token
 from composer_prior.data.hub import ModelFolderError, find_model, load_pretrained
 from composer_prior.data.messages import one_line
 from composer_prior.data.processing import image_placeholder
@@ -366,7 +367,9 @@ def model_inputs(processor: Any, images: Sequence[Image.Image], prompt: str | No
     else:
         written = image_placeholder(processor) + text
     pictures = [[image.convert("RGB")] for image in images]
-    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    if written.startswith(first_token(processor.tokenizer)):
+        options["add_special_tokens"] = False
     return dict(processor(images=pictures, text=[written] * len(images), **options))
 
 

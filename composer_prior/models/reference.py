@@ -149,7 +149,8 @@ class ReferenceLM:
         positions = getattr(self.model.config, "max_position_embeddings", None)
         if positions is not None and longest > positions:
             raise ValueError(
-                f"The reference has {positions} positions and a text takes {longest}; lower max_caption_tokens."
+                f"The reference has {positions} positions and a text takes {longest}; lower max_caption_tokens, or "
+                "max_tokens of conversations."
             )
         batches = batches_by_length(lengths, batch_tokens)
         scores = [self._score_rows([texts[i] for i in rows.tolist()], lengths[rows], start) for rows in batches]

@@ -92,6 +92,8 @@ def caption_samples(trainer: Trainer, count: int) -> Samples:
     if not isinstance(model, ComposerLVLM) or model.reads_text_alone or not state.evaluators:
         return Samples()
     data = state.evaluators[0].dataloader.dataloader.dataset  # type: ignore[union-attr]
+    if data.has_messages:
+        return Samples()
     found: list[Any] = [None]
     if dist.get_global_rank() == 0:
         found[0] = _first_samples(data, count)

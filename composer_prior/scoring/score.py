@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,11 +174,16 @@ def _scorer(job: ScoreJob, data: StreamingCaptionDataset) -> Callable[[range], l
         reference = ReferenceLM.from_pretrained(job.model, job.trust_remote_code, cast(Any, job.dtype)).to(device)
 
         def score(samples: range) -> list[NDArray[np.float32]]:
-            captions = read_column(data, "caption", samples)
-            scores = score_texts(captions, data.format, reference, job.batch_tokens)
-            return _without_bad(scores, captions, {}, samples, data)
+            texts = read_column(data, "caption", samples, "messages")
+            captions = [text for text in texts if isinstance(text, str)]
+            scores = iter(score_texts(captions, data.format, reference, job.batch_tokens) if captions else ())
+            chats, problems = _score_chats(texts, data, reference, job.batch_tokens)
+            found = [next(scores) if isinstance(text, str) else next(chats) for text in texts]
+            return _without_bad(found, texts, problems, samples, data)
 
         return score
+    if data.has_messages:
+        raise ValueError("There are no stored viewer's scores of conversations: give the algorithm a live viewer.")
     viewer = ImageTextModel.from_pretrained(job.viewer, job.trust_remote_code)
     default = torch.float32 if device.type == "cpu" else viewer.model.dtype
     dtype = getattr(torch, job.dtype) if job.dtype else default
@@ -201,6 +206,26 @@ def _scorer(job: ScoreJob, data: StreamingCaptionDataset) -> Callable[[range], l
     return score_parts
 
 
+def _score_chats(
+    texts: Sequence[Any], data: StreamingCaptionDataset, reference: ReferenceLM, batch_tokens: int | None
+) -> tuple[Iterator[NDArray[np.float32]], dict[int, str]]:
+    """Return the log-probabilities of the learned tokens of each conversation among texts, and why some have none."""
+    tokens, problems = list[tuple[list[int], list[bool]]](), dict[int, str]()
+    for number, messages in enumerate(texts):
+        if isinstance(messages, str):
+            continue
+        if not reference.reads(data.tokenizer):
+            raise ValueError("A reference with another tokenizer scores captions, and this data set has conversations.")
+        try:
+            tokens.append(data.text_of(messages))
+        except BadSampleError as error:
+            problems[number] = str(error)
+            tokens.append(([data.bos_id], [False]))
+    found = reference.score_texts([ids for ids, _ in tokens], 1, batch_tokens)
+    pairs = zip(found, tokens, strict=True)
+    return iter([values.numpy()[np.array(learned[1:], bool)] for values, (_, learned) in pairs]), problems
+
+
 def _read_images(data: StreamingCaptionDataset, samples: range) -> tuple[list[Image.Image], dict[int, str]]:
     """Return the images of samples, a blank one in the place of one that cannot be decoded, and why it cannot."""
     images, problems = list[Image.Image](), dict[int, str]()
@@ -215,7 +240,7 @@ def _read_images(data: StreamingCaptionDataset, samples: range) -> tuple[list[Im
 
 def _without_bad(
     scores: list[NDArray[np.float32]],
-    captions: Sequence[str],
+    captions: Sequence[Any],
     problems: Mapping[int, str],
     samples: range,
     data: StreamingCaptionDataset,
@@ -226,7 +251,8 @@ def _without_bad(
         BadSampleError: if the data set does not skip bad samples.
     """
     for index, (values, caption) in enumerate(zip(scores, captions, strict=True)):
-        problem = problems.get(index) or ("" if caption.strip() else "the caption is empty")
+        empty = isinstance(caption, str) and not caption.strip()
+        problem = problems.get(index) or ("the caption is empty" if empty else "")
         if not problem and not (values <= 0).all():
             problem = "its scores are NaN or positive"
         if problem:

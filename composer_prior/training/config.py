@@ -50,7 +50,8 @@ class TrainConfig:
         nan_steps: how many steps whose loss or gradient is not finite change nothing; the next one ends the run.
         data: what makes the data if they are missing: a ``name`` and its arguments, or a file with them.
         tokenizer: ``name``, a hub id or folder; ``kwargs``; ``train: {vocab_size}`` makes it if it is missing;
-            ``image_tokens: false`` adds none. A model of transformers, ``hugging_face``, brings its own.
+            ``image_tokens: false`` adds none; ``chat_template`` writes conversations: ``own``, a file, or a text. A
+            model of transformers, ``hugging_face``, brings its own tokenizer.
         reference: the recipe of the text-only reference, which is trained first if it is missing.
         viewer: the recipe of the viewer, an LVLM whose scores the algorithm ``image_gain`` needs; likewise.
         scoring: how stored scores are made: ``batch_tokens``, ``unit_samples``, ``dtype``, as options of the job score.

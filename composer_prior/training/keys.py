@@ -81,7 +81,7 @@ def check_keys(recipe: TrainConfig, where: str = "") -> None:
         raise ValueError(f"{kept}: expected at least 1, or -1 for all.")
     if recipe.data is not None:
         check_named("data", recipe.data, f"{where}data")
-    tokenizer_keys = ("name", "kwargs", "train", "image_tokens")
+    tokenizer_keys = ("name", "kwargs", "train", "image_tokens", "chat_template")
     for key in recipe.tokenizer:
         if key not in tokenizer_keys:
             raise ValueError(f"{where}tokenizer.{key} is not a key. {did_you_mean(key, tokenizer_keys)}")

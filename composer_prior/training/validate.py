@@ -229,6 +229,11 @@ def check_fit(model: ComposerLVLM, data: StreamingCaptionDataset) -> None:
         image_tokens = 0 if model.reads_text_alone else model.processor.image_processor.max_image_tokens
     longest = 1 + image_tokens + len(data.prompt_ids) + data.max_caption_tokens
     positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and data.has_messages and data.max_tokens > positions:
+        raise ValueError(
+            f"The language model has {positions} positions, and a conversation may take {data.max_tokens:,}: lower "
+            "train_loader.dataset.max_tokens."
+        )
     if positions is not None and longest > positions:
         raise ValueError(
             f"The language model has {positions} positions, and a sequence may take {longest}: bos, {image_tokens} "

@@ -14,7 +14,8 @@ from composer_prior.data.conversations import pack_images
 _HEADER = "'<|start_header_id|>' + {role} + '<|end_header_id|>\\n\\n'"
 _CHATML = (
     "{{% for message in messages %}}"
-    "{{% if loop.first and message['role'] != 'system' %}}{{{{ '<|im_start|>system\\n{system}<|im_end|>\\n' }}}}{{% endif %}}"
+    "{{% if loop.first and message['role'] != 'system' %}}"
+    "{{{{ '<|im_start|>system\\n{system}<|im_end|>\\n' }}}}{{% endif %}}"
     "{{{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}}}"
     "{{% endfor %}}{{% if add_generation_prompt %}}{{{{ '<|im_start|>assistant\\n' }}}}{{% endif %}}"
 )

@@ -138,6 +138,10 @@ def test_interleaved_documents(form, tmp_path):
 def test_text_alone_and_all_text_of_a_conversation(tmp_path):
     _, samples = converted(lines(tmp_path / "in", [{"text": "Some text."}]), tmp_path / "out")
     assert samples == [([{"role": "document", "content": [TEXT("Some text.")]}], [])]
+    caption = [{"image": "0.png", "caption": "A tile."}]
+    _, samples = converted(lines(tmp_path / "in", caption), tmp_path / "caption")
+    turns = [{"role": "user", "content": [IMAGE]}, {"role": "assistant", "content": [TEXT("A tile.")]}]
+    assert samples == [(turns, [PICTURES["0.png"]])]
     _, samples = converted(lines(tmp_path / "in", LLAVA[:1]), tmp_path / "all", learn="all")
     document = [IMAGE, TEXT("What is it?\nA tile.\nSure?\nYes.")]
     assert samples == [([{"role": "document", "content": document}], [PICTURES["0.png"]])]

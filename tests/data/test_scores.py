@@ -58,7 +58,7 @@ def scored(data: StreamingCaptionDataset, monkeypatch: pytest.MonkeyPatch) -> Ca
 
 def like(data: StreamingCaptionDataset, **changes: Any) -> Any:
     """What scores know of a data set, with changes."""
-    names = ("tokenizer", "prompt", "max_caption_tokens", "num_samples", "fingerprint")
+    names = ("tokenizer", "prompt", "max_caption_tokens", "num_samples", "fingerprint", "chat_digest")
     return SimpleNamespace(**{**{name: getattr(data, name) for name in names}, **changes})
 
 

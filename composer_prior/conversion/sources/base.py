@@ -84,8 +84,9 @@ class SourceOptions:
         key_column: column or field that names a record; ``id`` and ``key`` are recognised.
         split: the split to read of a Hugging Face dataset.
         learn: read conversations, interleaved documents and text with any number of images, and say what is learned:
-            ``"answers"``, ``"last"`` (the last answer alone) or ``"all"`` (all text, without roles); of text without
-            turns always all. By default the first answer about an image is its caption.
+            ``"answers"``, ``"last"`` (the last answer alone) or ``"all"`` (all text, without roles). A caption is the
+            answer to its image; of other text without turns all is learned. By default the first answer about an image
+            is its caption.
         unit_samples: records in one unit of work, unless the format determines it.
         max_image_bytes: larger images are rejected without being read.
         download_timeout: the longest time in seconds of one attempt to download a file of a remote source.

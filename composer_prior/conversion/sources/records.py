@@ -63,7 +63,8 @@ def conversation_of(
 
     ``text`` is a conversation, as of OpenAI, Hugging Face or LLaVA; a list of pairs ``{user, assistant}``; a list of
     texts with None in the places of images; or a text. ``image`` is one or several as in :func:`record_of`, with None
-    in the places of texts. Images that no text names stand before the first one.
+    in the places of texts. Images that no text names stand before the first one; a text with images is the answer to
+    them, unless all text is learned.
     """
     if isinstance(text, str) and text.startswith("["):
         with suppress(ValueError):
@@ -97,6 +98,10 @@ def conversation_of(
     elif named != len(images):
         return Rejected(key, "images and text differ", where, f"the text names {named}, the record has {len(images)}")
     answers = [one for one in messages if one["role"] == "assistant"]
+    if isinstance(text, str) and turns is None and images and not named and learn != "all":  # a caption
+        parts = messages[0]["content"]
+        shown, said = ([part for part in parts if part["type"] == kind] for kind in ("image", "text"))
+        messages = [{"role": "user", "content": shown}, {"role": "assistant", "content": said}]
     if learn == "last":
         for one in answers[:-1]:
             one["weight"] = 0

@@ -1,0 +1,78 @@
+"""Stored scores of conversations are what a live reference says of their learned tokens."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from common.chats import write_chats
+from common.models import small_lm
+from models.test_conversations import SAMPLES, TEMPLATE, foreign, own
+
+from composer_prior import ReferenceLM, StreamingCaptionDataset
+from composer_prior.algorithms.token_weighting.image_tokens import text_positions
+from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.data.captions import caption_data_spec
+from composer_prior.data.scores import ScoresError
+from composer_prior.data.tokenizer import bos_id, placeholder
+from composer_prior.scoring.job import ScoreJob
+from composer_prior.scoring.score import score_captions
+
+
+@pytest.mark.parametrize("kind", ["patches", "qwen2_vl"])
+def test_they_are_what_a_live_reference_says(kind, tokenizer, tmp_path):
+    model = foreign(kind) if kind == "qwen2_vl" else own(kind, tokenizer)
+    reader = copy.deepcopy(model.tokenizer)
+    reference = small_lm(reader, seed=1)
+    reference.save_pretrained(tmp_path / "reference")
+    reader.save_pretrained(tmp_path / "reference")
+    data = {"local": write_chats(tmp_path / "data", SAMPLES), "max_tokens": 100}
+    named = {
+        "name": str(tmp_path / "reference"),
+        "image_tokens": kind == "patches",
+        "chat_template": TEMPLATE.replace("IMAGE", placeholder(reader)),
+    }
+    out = str(tmp_path / "scores")
+    summary = score_captions(ScoreJob(out, str(tmp_path / "reference"), named, data, progress_bar=False))
+
+    def loader(**options):
+        given = {"tokenizer": model.tokenizer, "image_processor": model.image_processor, "batch_size": len(SAMPLES)}
+        return caption_data_spec(StreamingCaptionDataset(**given, **{**data, **options}), len(SAMPLES)).dataloader
+
+    batch = next(iter(loader(scores=out)))
+    labelled = batch["labels"] != IGNORE_INDEX
+    assert summary.tokens == labelled.sum()
+    is_text, begin = text_positions(batch, model), bos_id(model.tokenizer)
+    live = ReferenceLM(reference, reader).logprobs(batch["input_ids"], is_text, batch["labels"], bos=begin)
+    torch.testing.assert_close(batch["ref_logprobs"], live, rtol=1e-3, atol=1e-4)  # stored as float16
+    assert (batch["ref_logprobs"][~labelled] == 0).all()
+    for changes in ({"max_tokens": 99}, {"tokenizer": model.tokenizer}):
+        if "tokenizer" in changes:
+            model.tokenizer.chat_template += " "
+        with pytest.raises(ScoresError, match="chat"):
+            StreamingCaptionDataset(
+                image_processor=model.image_processor,
+                batch_size=1,
+                scores=out,
+                **{"tokenizer": model.tokenizer, **data, **changes},
+            )
+
+
+def test_bad_samples_have_none_and_a_cut_takes_the_first(tokenizer, tmp_path):
+    model = own("patches", tokenizer)
+    small_lm(model.tokenizer, seed=1).save_pretrained(tmp_path / "reference")
+    model.tokenizer.save_pretrained(tmp_path / "reference")
+    bad = ([{"role": "user", "content": "w4"}], [])
+    longest = 12  # the images of the first sample alone take more
+    data = {"local": write_chats(tmp_path / "data", [SAMPLES[3], bad]), "max_tokens": 100, "on_bad_sample": "skip"}
+    named = {"name": str(tmp_path / "reference"), "chat_template": model.tokenizer.chat_template}
+    out = str(tmp_path / "scores")
+    assert score_captions(ScoreJob(out, str(tmp_path / "reference"), named, data, progress_bar=False)).skipped == 1
+    given = {"tokenizer": model.tokenizer, "image_processor": model.image_processor, "batch_size": 1, **data}
+    scored = StreamingCaptionDataset(scores=out, **given)
+    whole = scored[0]
+    scored.max_tokens = len(whole["labels"]) - 2
+    cut = scored[0]
+    assert np.array_equal(cut["ref_logprobs"], whole["ref_logprobs"][:-2])
+    assert (scored[1]["labels"] == IGNORE_INDEX).all()
+    assert longest < scored.max_tokens

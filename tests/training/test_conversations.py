@@ -1,0 +1,47 @@
+"""A run on conversations, with its reference, tokenizer and scores, and the model that it leaves."""
+
+from pathlib import Path
+
+import torch
+from common.chats import TEMPLATES, png, turns, write_chats
+from common.recipes import SHRUNKEN, losses
+from PIL import Image
+
+import composer_prior
+from composer_prior.training.config import load_recipe
+from composer_prior.training.run import train
+
+SMALL = [word for word in SHRUNKEN if not word.startswith("data.")]
+
+
+def write(folder, count):
+    samples = [
+        (turns("<image>What shade?", f"Shade {n}.", "And twice?", f"It is {2 * n}."), [png(n)]) if n % 3 else
+        (turns(f"What is {n} and {n}?", f"It is {2 * n}."), []) if n % 2 else
+        (turns("<image><image>Which is lighter?", "The second."), [png(n), png(n + 9)])
+        for n in range(count)
+    ]  # fmt: skip
+    return write_chats(Path(folder), samples)
+
+
+def test_a_run_with_its_reference_scores_and_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("my/train", 16)
+    write("my/validation", 8)
+    Path("chat.jinja").write_text(TEMPLATES["vicuna"].replace("eos_token", "'<eos>'"))
+    words = ["train=my/train", "validation=my/validation", "tokenizer.chat_template=chat.jinja"]
+    words += [f"{key}.dataset.max_tokens=120" for key in ("train_loader", "eval_loader")]
+    words += [f"reference.{key}.dataset.max_tokens=120" for key in ("train_loader", "eval_loader")]
+    train(load_recipe("prior_patch.yaml", [*words, "run_name=stored", *SMALL]))
+    train(load_recipe("prior_patch.yaml", [*words, "run_name=live", "train_loader.dataset.scores=null", *SMALL]))
+    stored, live = losses("runs/stored"), losses("runs/live")
+    assert len(stored) > 2
+    torch.testing.assert_close(torch.tensor(stored), torch.tensor(live), rtol=1e-3, atol=1e-3)
+    model = composer_prior.load("runs/stored")
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
+    assert (
+        model.processor.apply_chat_template([message], add_generation_prompt=True) == "USER: <image>\nWhat? ASSISTANT:"
+    )
+    inputs = model.inputs([Image.new("RGB", (48, 48))], "What?")
+    text = model.tokenizer.decode(inputs["input_ids"][0]).replace("<image>", "").replace("<row>", "")
+    assert text == "<bos>USER: \nWhat? ASSISTANT:"
