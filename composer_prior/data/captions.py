@@ -255,7 +255,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         learned = torch.tensor(aligned["learned"][: self.max_tokens])
         if not learned.any():
             raise BadSampleError(f"none of its first {self.max_tokens:,} tokens is learned: raise max_tokens")
-        item |= {"labels": item["input_ids"].where(learned, IGNORE_INDEX), "sample_id": sample_id}
+        item |= {"labels": item["input_ids"].where(learned, IGNORE_INDEX), **self._numbers(sample_id)}
         for column, scores in self.scores.items():
             values = self._logprobs(scores, sample_id, int(learned.sum()), cut=True)
             item[column] = torch.zeros(len(learned)).masked_scatter(learned, values)
@@ -331,10 +331,8 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             "input_ids": torch.tensor(prefix + caption_ids),
             "labels": torch.tensor([IGNORE_INDEX] * len(prefix) + caption_ids),
             **image.tensors,
-            "sample_id": sample_id,
+            **self._numbers(sample_id),
         }
-        if len(self.stream_names) > 1:
-            item["stream"] = self.stream_of(sample_id)
         for key in aligned.keys() - {"input_ids"}:
             following = image.following.get(key, key == "text_mask")
             item[key] = torch.tensor(aligned[key] + [following] * len(caption_ids))
@@ -343,6 +341,10 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             if caption_ids:
                 item[column][len(prefix) :] = self._logprobs(scores, sample_id, len(caption_ids))
         return item
+
+    def _numbers(self, sample_id: int) -> dict[str, int]:
+        stream = {"stream": self.stream_of(sample_id)} if len(self.stream_names) > 1 else {}
+        return {"sample_id": sample_id, **stream}
 
     def _logprobs(self, scores: Scores, sample_id: int, tokens: int, cut: bool = False) -> Tensor:
         try:

@@ -9,6 +9,7 @@ from common.chats import parts, png, turns, write_chats
 from common.models import small_lvlm
 from common.vlms import make_processor, make_vlm
 from PIL import Image
+from streaming import MDSWriter
 
 from composer_prior import ComposerLVLM, StreamingCaptionDataset
 from composer_prior.algorithms.token_weighting.image_tokens import text_positions
@@ -189,3 +190,26 @@ def test_text_is_cut_at_the_end(tokenizer, tmp_path):
     cut = loader(tmp_path / "cut", model, max_tokens=len(whole["labels"]) - 2).dataset[0]
     for key in ("input_ids", "labels", "text_mask"):
         assert cut[key].tolist() == whole[key].tolist()[:-2]
+
+
+@pytest.mark.parametrize("kind", ["patches", "encoder", "llava", "qwen2_vl"])
+def test_captions_beside_conversations_have_the_loss_that_they_have_alone(kind, tokenizer, tmp_path):
+    model = foreign(kind) if kind in FOREIGN else own(kind, tokenizer)
+    captions, chats = str(tmp_path / "captions"), write_chats(tmp_path / "chats", SAMPLES)
+    with MDSWriter(out=captions, columns={"image": "bytes", "caption": "str"}) as writer:
+        for number in range(2):
+            writer.write({"image": png(number), "caption": f"w{5 + number}w9"})
+    given = {"tokenizer": model.tokenizer, "image_processor": model.image_processor, "prompt": "w4", "shuffle": False}
+    alone = caption_data_spec(StreamingCaptionDataset(local=captions, batch_size=2, **given), 2).dataloader
+    streams = {"captions": {"local": captions}, "chats": {"local": chats}}
+    count = 2 + len(SAMPLES)
+    mixed = caption_data_spec(StreamingCaptionDataset(streams=streams, batch_size=count, **given), count).dataloader
+    batch, expected = next(iter(mixed)), next(iter(alone))
+    order = batch["sample_id"].argsort()
+    assert batch["stream"][order].tolist() == [0, 0] + [1] * len(SAMPLES)
+    with torch.no_grad():
+        found, alone_nll = model(batch)["nll"][order][:2], model(expected)["nll"]
+    assert (alone_nll > 0).any()
+    length = alone_nll.shape[1]
+    torch.testing.assert_close(found[:, :length], alone_nll, rtol=1e-5, atol=1e-5)
+    assert (found[:, length:] == 0).all()
