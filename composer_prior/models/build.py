@@ -63,7 +63,7 @@ def build_lvlm(
     name, factor, freeze = projector_options(**projector) if projector is not None else (None, 1, False)
     model, processor = make_lvlm(lm, tower, name, tokenizer, factor=factor)
     if isinstance(tokenizer.chat_template, str):
-        processor.chat_template = tokenizer.chat_template
+        vars(processor)["chat_template"] = tokenizer.chat_template
     if freeze:
         model.model.multi_modal_projector.requires_grad_(False)
     return ComposerLVLM(model, processor, **options)

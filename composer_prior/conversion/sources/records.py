@@ -120,10 +120,10 @@ def _parts(content: Any, inner: list[Any]) -> list[dict[str, str]]:
             found.append({"type": "image"})
             continue
         text = part.get("text") if isinstance(part, dict) else part
-        for number, piece in enumerate(text.split(_PLACEHOLDER) if isinstance(text, str) else ()):
-            found += [{"type": "image"}] if number else []
-            piece = piece.strip("\n") if _PLACEHOLDER in text else piece  # LLaVA's line break beside an image
-            found += [{"type": "text", "text": piece}] if piece else []
+        pieces = text.split(_PLACEHOLDER) if isinstance(text, str) else []
+        for number, piece in enumerate(pieces):
+            piece = piece.strip("\n") if len(pieces) > 1 else piece  # LLaVA's line break beside an image
+            found += [{"type": "image"}] * bool(number) + [{"type": "text", "text": piece}] * bool(piece)
     return found
 
 
