@@ -1,6 +1,7 @@
 """The page at the end of a run: curves of its metrics, results beside others', and captions of images."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -168,14 +169,14 @@ def _training_charts(logged: Logged) -> list[str]:
 
 def _stream_charts(logged: Logged) -> list[str]:
     """Return a chart for each figure of the streams that the data mix, with all streams in it."""
-    shares = ("metrics/train/share/", "metrics/eval/share/")
-    streams = list(dict.fromkeys(name.rpartition("/")[2] for name in logged.curves if name.startswith(shares)))
+    figure = re.compile("metrics/(train|eval)/([^/]+)/(loss|share)")
+    streams = list(dict.fromkeys(found[2] for found in map(figure.fullmatch, logged.curves) if found))
     charts = []
     for title, y_label, metrics in (
-        ("Loss by stream", "nats per token", {"loss/train/{}": "", "metrics/eval/loss/{}": ", validation"}),
-        ("Accuracy by stream", "share", {"metrics/train/accuracy/{}": "", "metrics/eval/accuracy/{}": ", validation"}),
-        ("Share of the samples by stream", "share", {"metrics/train/share/{}": ""}),
-        ("Tokens so far by stream", "loss-generating tokens", {"metrics/train/tokens/{}": ""}),
+        ("Loss by stream", "nats per token", {"loss/train/{}": "", "metrics/eval/{}/loss": ", validation"}),
+        ("Accuracy by stream", "share", {"metrics/train/{}/accuracy": "", "metrics/eval/{}/accuracy": ", validation"}),
+        ("Share of the samples by stream", "share", {"metrics/train/{}/share": ""}),
+        ("Tokens so far by stream", "loss-generating tokens", {"metrics/train/{}/tokens": ""}),
         ("Loss weighted by PRIOR, by stream", "nats per token", {"prior/{}/loss_weighted": ""}),
         ("Loss of the reference by stream", "nats per token", {"prior/{}/reference_nll": ""}),
         ("Effective sample size by stream", "share of the tokens", {"prior/{}/effective_sample_size": ""}),

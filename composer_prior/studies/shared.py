@@ -63,8 +63,8 @@ def share(recipe: TrainConfig, given: Collection[str], folder: Path) -> Shared:
         folder_of = was if named else place(f"{model}.run_folder", was, model, theirs)
         places.append(folder_of)
         made["reference"] = folder_of  # which the viewer may start from
-        for name in ("train_loader", "eval_loader"):
-            dataset = (getattr(recipe, name) or {}).get("dataset") or {}
+        for name, loader in recipe.loaders.items():
+            dataset = loader.get("dataset") or {}
             scores = dataset.get(scored)
             if not scores:
                 continue

@@ -117,7 +117,7 @@ def build_precision(name: str) -> Precision:
 
 
 def build_loaders(recipe: TrainConfig, model: Any, scores: bool = True, where: str = "") -> dict[str, Any]:
-    """Build the loaders of a recipe, ``train`` and, where it has one, ``eval``.
+    """Build the loaders of a recipe, by their keys.
 
     Args:
         recipe: of the run.
@@ -125,17 +125,15 @@ def build_loaders(recipe: TrainConfig, model: Any, scores: bool = True, where: s
         scores: let samples carry the stored scores that the recipe names.
         where: prefix of the recipe's keys, for messages.
     """
-    sizes = {"train": per_rank_batch_size(recipe.global_train_batch_size), "eval": recipe.device_eval_batch_size}
     loaders = {}
-    for name, batch_size in sizes.items():
-        config = getattr(recipe, f"{name}_loader")
-        if config is None:
-            continue
-        loader = {"drop_last": name == "train", **config}
+    for name, config in recipe.loaders.items():
+        trains = name == "train_loader"
+        batch_size = per_rank_batch_size(recipe.global_train_batch_size) if trains else recipe.device_eval_batch_size
+        loader = {"drop_last": trains, **config}
         dataset = {"shuffle_seed": recipe.seed, **loader.pop("dataset")}
         if not scores:
             dataset |= dict.fromkeys(KEYS)
-        with one_line_errors(f"{where}{name}_loader"):
+        with one_line_errors(f"{where}{name}"):
             data = StreamingCaptionDataset(
                 tokenizer=model.tokenizer,
                 image_processor=getattr(model, "image_processor", None),

@@ -28,7 +28,13 @@ from composer_prior.registry import did_you_mean
 SHIPPED = Path(__file__).parents[1] / "yamls"  # found by name where the working folder has no file of that name
 _OWN_DATA = ("train", "validation")
 HELPERS = ("reference", "viewer")
-_NAMED = ("algorithms", "callbacks", "loggers", "benchmarks")  # keys that hold any number of components by name
+_NAMED = (
+    "eval_loaders",
+    "algorithms",
+    "callbacks",
+    "loggers",
+    "benchmarks",
+)  # keys that hold any number of components by name
 
 
 @dataclass
@@ -58,6 +64,7 @@ class TrainConfig:
         model: a ``name`` and its arguments.
         train_loader: ``dataset`` and the arguments of torch's DataLoader.
         eval_loader: likewise; null: no validation.
+        eval_loaders: name: a further loader, with metrics such as ``metrics/eval/NAME/loss``; null leaves one out.
         eval_interval: how often to evaluate; 1dur is at the end.
         optimizer: a ``name`` and its arguments; ``groups``: by part (``vision``, ``language.lm_head``) arguments of its
             own; ``decay_all``: weight decay on norms, biases and embeddings too.
@@ -100,6 +107,7 @@ class TrainConfig:
     model: dict[str, Any] = MISSING
     train_loader: dict[str, Any] = MISSING
     eval_loader: dict[str, Any] | None = None
+    eval_loaders: dict[str, Any] = field(default_factory=dict)
     eval_interval: str = "1dur"
     optimizer: dict[str, Any] = MISSING
     scheduler: dict[str, Any] = MISSING
@@ -129,6 +137,13 @@ class TrainConfig:
                 found[key] = TrainConfig(**getattr(self, key))
                 vars(found[key])["texts"] = vars(self).get("texts", {}).get(key, {})
         return found
+
+    @property
+    def loaders(self) -> dict[str, dict[str, Any]]:
+        """Return the loaders by their keys, ``train_loader``, ``eval_loader`` and ``eval_loaders.NAME``."""
+        further = {f"eval_loaders.{name}": loader for name, loader in self.eval_loaders.items()}
+        found = {"train_loader": self.train_loader, "eval_loader": self.eval_loader, **further}
+        return {key: loader for key, loader in found.items() if loader is not None}
 
     @property
     def reference_recipe(self) -> "TrainConfig | None":
@@ -310,6 +325,7 @@ def _read_own_data(recipe: DictConfig, helpers: Mapping[str, Any], train: str, v
             vision.update({"pretrained": None, "freeze": False})
         if "train" in (part.get("tokenizer") or {}):
             part.tokenizer.name = f"{folders['reference']}/tokenizer"
+        part.pop("eval_loaders", None)
         if validation is None:
             part.eval_loader = None
         for key, place in (("train_loader", train), ("eval_loader", validation)):

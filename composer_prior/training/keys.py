@@ -102,9 +102,8 @@ def check_keys(recipe: TrainConfig, where: str = "") -> None:
     check_named("model", recipe.model, f"{where}model", given=("tokenizer", "image_related_metrics"))
     if recipe.model["name"] == "lvlm":
         _check_lvlm(recipe.model, where)
-    for key in ("train_loader", "eval_loader"):
-        if getattr(recipe, key) is not None:
-            check_loader(getattr(recipe, key), f"{where}{key}")
+    for key, loader in recipe.loaders.items():
+        check_loader(loader, f"{where}{key}")
     check_optimizer(recipe.optimizer, f"{where}optimizer")
     check_named("scheduler", recipe.scheduler, f"{where}scheduler")
     for kind in ("algorithm", "callback", "logger"):
@@ -172,6 +171,8 @@ def check_named(kind: str, config: Mapping[str, Any], where: str, given: Sequenc
 
 def check_loader(config: Mapping[str, Any], where: str) -> None:
     """Check a loader: ``dataset`` and the arguments of torch's DataLoader."""
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{where}={config!r}: expected a loader with its dataset.")
     arguments = {key: value for key, value in config.items() if key != "dataset"}
     registry.check_arguments(_LOADER, arguments, where, given=_LOADER_GIVEN)
     dataset = config.get("dataset") or {}

@@ -102,9 +102,9 @@ class DataWaitMonitor(Callback):
 class StreamMonitor(Callback):
     """Log the figures of each stream of data that mix several; a run adds it by itself.
 
-    Of a step: ``loss/train/{stream}`` (nats per token, unweighted), ``metrics/train/accuracy/{stream}``,
-    ``metrics/train/share/{stream}`` (of the samples), and ``metrics/train/tokens/{stream}``, the loss-generating tokens
-    since the start of training. Of a validation as a whole: ``metrics/eval/loss/{stream}``, and the others likewise.
+    Of a step: ``loss/train/{stream}`` (nats per token, unweighted), ``metrics/train/{stream}/accuracy``,
+    ``metrics/train/{stream}/share`` (of the samples), and ``metrics/train/{stream}/tokens``, the loss-generating tokens
+    since the start of training. Of a validation as a whole: ``metrics/eval/{stream}/loss``, and the others likewise.
     They are sums over microbatches and ranks, divided once. A stream without a token has no loss and no accuracy.
     """
 
@@ -131,15 +131,16 @@ class StreamMonitor(Callback):
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         if not self._logged:
-            self._log(logger, "train", "loss/train", self._tokens)
+            self._log(logger, "loss/train/{}", "metrics/train", self._tokens)
         self._logged = True
 
     eval_start, eval_after_forward = before_train_batch, after_loss
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        self._log(logger, str(state.dataloader_label), f"metrics/{state.dataloader_label}/loss", {})
+        place = f"metrics/{state.dataloader_label}"
+        self._log(logger, place + "/{}/loss", place, {})
 
-    def _log(self, logger: Logger, part: str, loss: str, tokens_so_far: dict[str, int]) -> None:
+    def _log(self, logger: Logger, loss: str, place: str, tokens_so_far: dict[str, int]) -> None:
         """Log figures of the sums over all ranks, and add to the tokens so far."""
         if not self._sums:
             return
@@ -148,10 +149,9 @@ class StreamMonitor(Callback):
         metrics, whole = dict[str, float](), float(sums[:, 0].sum())
         for name, (samples, tokens, nll, correct) in zip(self._sums, sums.tolist(), strict=True):
             tokens_so_far[name] = tokens_so_far.get(name, 0) + int(tokens)
-            metrics |= {f"metrics/{part}/share/{name}": samples / whole}
-            metrics |= {f"metrics/{part}/tokens/{name}": tokens_so_far[name]}
+            metrics |= {f"{place}/{name}/share": samples / whole, f"{place}/{name}/tokens": tokens_so_far[name]}
             if tokens:
-                metrics |= {f"{loss}/{name}": nll / tokens, f"metrics/{part}/accuracy/{name}": correct / tokens}
+                metrics |= {loss.format(name): nll / tokens, f"{place}/{name}/accuracy": correct / tokens}
         logger.log_metrics(metrics)
 
     def state_dict(self) -> dict[str, Any]:

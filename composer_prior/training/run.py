@@ -117,8 +117,8 @@ def prepare(recipe: TrainConfig, itself: bool = True, helpers: Collection[str] =
 
 def _check_data(recipe: TrainConfig) -> None:
     """Raise for a folder without a data set, when the recipe does not make one."""
-    for loader in (recipe.train_loader, recipe.eval_loader):
-        dataset = (loader or {}).get("dataset") or {}
+    for loader in recipe.loaders.values():
+        dataset = loader.get("dataset") or {}
         for place in (dataset.get("streams") or {"": dataset}).values():
             folder = Path(place.get("local") or "", place.get("split") or dataset.get("split") or "").expanduser()
             if place.get("local") and not place.get("remote") and not (folder / "index.json").exists():
@@ -138,8 +138,8 @@ def _places(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> d
         if stage.save_folder is not None:
             places[f"{where}save_folder"] = os.path.join(stage.save_folder, CHECKPOINT_NAME)
         places |= {f"{where}{key}": getattr(stage, key) for key in ("load_path", "init_from")}
-        for name in ("train_loader", "eval_loader"):
-            dataset = (getattr(stage, name) or {}).get("dataset") or {}
+        for name, loader in stage.loaders.items():
+            dataset = loader.get("dataset") or {}
             for key in KEYS:
                 if dataset.get(key):
                     places[f"{where}{name}.dataset.{key}"] = os.path.join(dataset[key], INDEX)
@@ -198,8 +198,8 @@ def ensure_scores(recipe: TrainConfig) -> None:
         ScoresError: if they belong to something else, naming what differs.
     """
     viewer = viewer_of(recipe)
-    for loader in (recipe.train_loader, recipe.eval_loader):
-        dataset = (loader or {}).get("dataset") or {}
+    for loader in recipe.loaders.values():
+        dataset = loader.get("dataset") or {}
         if recipe.reference is not None and dataset.get("scores"):
             announce(str(score_captions(job_of(recipe, dataset))))
         if viewer is not None and dataset.get("viewer_scores"):

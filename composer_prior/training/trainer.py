@@ -1,6 +1,7 @@
 """From a recipe to a Composer Trainer, and from its first step to what a run leaves behind."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from composer import Trainer
-from composer.core import Event, Time, TimeUnit
+from composer.core import Evaluator, Event, Time, TimeUnit
 from composer.utils import dist, reproducibility
 from omegaconf import OmegaConf
 
@@ -67,7 +68,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     tokenizer = build_tokenizer(recipe.tokenizer)
     model = build_model(recipe.model, tokenizer, recipe.parallelism_config)
     loaders = build_loaders(recipe, model)
-    train_data: StreamingCaptionDataset = loaders["train"].dataloader.dataset
+    train_data: StreamingCaptionDataset = loaders["train_loader"].dataloader.dataset
     if isinstance(model, ComposerLVLM):
         if not model.reads_text_alone:
             model.processor.prompt = train_data.prompt
@@ -97,6 +98,13 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     callbacks += [StreamMonitor()] if mixed and isinstance(model, ComposerLVLM) else []
     callbacks += build_all("callback", recipe.callbacks, recipe=recipe)
     callbacks += build_benchmarks(recipe.benchmarks, model, reference)
+    metrics = [*model.get_metrics(is_train=False)]
+    labels = {"eval_loader": "eval", **{f"eval_loaders.{name}": f"eval/{name}" for name in recipe.eval_loaders}}
+    evaluators = [
+        Evaluator(label=label, dataloader=loaders[key], metric_names=metrics)
+        for key, label in labels.items()
+        if key in loaders
+    ]
     saver = [] if recipe.save_folder is None else [Checkpoints(recipe)]
     os.environ.update(ASKED_BY_COMPOSER)
     # Where samples carry stored scores, no model is loaded for nothing.
@@ -106,8 +114,8 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     trackers = build_all("logger", recipe.loggers, recipe=recipe, goes_on=start is not None)
     trainer = Trainer(
         model=model,
-        train_dataloader=loaders["train"],
-        eval_dataloader=loaders.get("eval"),
+        train_dataloader=loaders["train_loader"],
+        eval_dataloader=evaluators or None,
         eval_interval=recipe.eval_interval,
         max_duration=recipe.max_duration,
         optimizers=optimizer,
@@ -226,10 +234,9 @@ def _report(recipe: TrainConfig, trainer: Trainer, benchmarks: Sequence[RunBench
                 rows[f"{helper.run_name} ({reads})"] = metadata["validation"]
         rows[recipe.run_name] = ours
         last = MetricsFile.of(trainer.logger).current
-        for stream in stream_names(trainer.state.evaluators[0].dataloader.dataloader) if ours else ():
-            found = {name: last.get(f"metrics/eval/{name}/{stream}") for name in ("loss", "accuracy")}
-            if None not in found.values():
-                rows[f"{recipe.run_name}, {stream}"] = found
+        for stream in re.findall(r"^metrics/eval/([^/]+)/loss$", "\n".join(last), re.MULTILINE):
+            found = {name: last[f"metrics/eval/{stream}/{name}"] for name in ("loss", "accuracy")}
+            rows[f"{recipe.run_name}, {stream}"] = found
         announce(metrics_table(rows))
     with closing_part():
         announce(benchmarks_table({one.name: one.headline() for one in benchmarks}))

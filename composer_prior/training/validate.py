@@ -72,11 +72,9 @@ def check_parts(recipe: TrainConfig, where: str = "") -> None:
         raise ValueError(f"{where}device_train_microbatch_size=auto needs a GPU; give a number of samples.")
     per_rank_batch_size(recipe.global_train_batch_size, where)
     parts: dict[str, Callable[[], object]] = {}
-    for name in ("train_loader", "eval_loader"):
-        config = getattr(recipe, name)
-        if config is not None:
-            arguments = {key: value for key, value in config.items() if key != "dataset"}
-            parts[name] = partial(DataLoader, ChainDataset([]), batch_size=1, **arguments)
+    for name, config in recipe.loaders.items():
+        arguments = {key: value for key, value in config.items() if key != "dataset"}
+        parts[name] = partial(DataLoader, ChainDataset([]), batch_size=1, **arguments)
     parts["scoring"] = partial(ScoreJob, "", "", {}, {}, **recipe.scoring)
     parts["parallelism_config"] = partial(build_parallelism, recipe.parallelism_config)
     if recipe.compile_config is not None:
@@ -116,14 +114,14 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
     model = _skeleton(recipe, tokenizer, where)
     loaders = build_loaders(recipe, model, scores=False, where=where)
     for name, spec in loaders.items():
-        _check_samples(f"{where}{name}_loader", spec.dataloader)
-        dataset = getattr(recipe, f"{name}_loader")["dataset"]
+        _check_samples(f"{where}{name}", spec.dataloader)
+        dataset = recipe.loaders[name]["dataset"]
         for key, column in KEYS.items():
             if dataset.get(key):
                 check_scorable(spec.dataloader.dataset, dataset[key], key)
                 on_first_rank(partial(_check_stored_scores, dataset[key], spec.dataloader.dataset, column))
-    data = loaders["train"].dataloader.dataset
-    check_schedule(recipe, len(cast(Any, loaders["train"].dataloader)), where)
+    data = loaders["train_loader"].dataloader.dataset
+    check_schedule(recipe, len(cast(Any, loaders["train_loader"].dataloader)), where)
     if isinstance(model, ComposerLVLM):
         check_fit(model, data)
         optimizer = build_optimizer(recipe.optimizer, model, f"{where}optimizer")

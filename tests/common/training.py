@@ -38,9 +38,9 @@ def figures_by_stream(batch, outputs, names, weights, ref_logprobs):
         correct = [bool(outputs["correct"][token]) for token in tokens]
         n, heaviest = len(tokens), sorted(w, reverse=True)[: math.ceil(len(tokens) / 10)]
         found |= {
-            f"metrics/train/share/{name}": len(rows) / len(batch["stream"]),
-            f"metrics/train/tokens/{name}": n,
-            f"metrics/train/accuracy/{name}": sum(correct) / n,
+            f"metrics/train/{name}/share": len(rows) / len(batch["stream"]),
+            f"metrics/train/{name}/tokens": n,
+            f"metrics/train/{name}/accuracy": sum(correct) / n,
             f"loss/train/{name}": sum(nll) / n,
             f"prior/{name}/loss_unweighted": sum(nll) / n,
             f"prior/{name}/loss_weighted": sum(a * b for a, b in zip(w, nll, strict=True)) / n,

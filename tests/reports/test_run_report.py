@@ -68,9 +68,9 @@ def evaluated(batch: int) -> dict:
 
 def mixed(batch: int) -> dict:
     """What a run on two streams logs at a step, one of which only the validation has."""
-    own = {"loss/train/captions": 2.0, "metrics/train/accuracy/captions": 0.5, "metrics/train/share/captions": 1.0}
-    own |= {"metrics/train/tokens/captions": 12_345, "prior/captions/loss_weighted": 2.5}
-    validation = {f"metrics/eval/{name}/chat": value for name, value in (("loss", 3.0), ("share", 1.0), ("tokens", 77))}
+    own = {"loss/train/captions": 2.0, "metrics/train/captions/accuracy": 0.5, "metrics/train/captions/share": 1.0}
+    own |= {"metrics/train/captions/tokens": 12_345, "prior/captions/loss_weighted": 2.5}
+    validation = {f"metrics/eval/chat/{name}": value for name, value in (("loss", 3.0), ("share", 1.0), ("tokens", 77))}
     return record(batch, **own, **validation)
 
 

@@ -26,6 +26,8 @@ def runs(tmp_path_factory):
             dataset = f"{prefix}{loader}_loader.dataset"
             overrides += [f"{dataset}.local=null", f"{dataset}.streams={streams}"]
     dependence = "{benchmark: image_dependence, data: '${eval_loader.dataset.streams.tiles.local}', limit: 2}"
+    alone = f"{{dataset: {{local: {tiles['validation']!r}, max_caption_tokens: 128}}}}"
+    overrides += [f"eval_loaders={{alone: {alone}}}", "device_eval_batch_size=3"]
     overrides += [f"benchmarks.dependence_of_tiles={dependence}", "callbacks.speed_monitor=null"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -52,17 +54,27 @@ def test_a_live_reference_in_microbatches_gives_the_figures_of_stored_scores(run
 
 def test_streams_add_up_to_the_whole(runs):
     for record in runs[0]["stored"]:
-        for part, loss in (("train", "loss/train"), ("eval", "metrics/eval/loss")):
+        for part in ("train", "eval"):
             if f"metrics/{part}/loss" not in record:
                 continue
-            shares = [record[f"metrics/{part}/share/{name}"] for name in ("scenes", "tiles")]
+            shares = [record[f"metrics/{part}/{name}/share"] for name in ("scenes", "tiles")]
             assert sum(shares) == pytest.approx(1)
             if part == "eval":
-                tokens = [record[f"metrics/eval/tokens/{name}"] for name in ("scenes", "tiles")]
-                losses = [record[f"{loss}/{name}"] for name in ("scenes", "tiles")]
+                tokens = [record[f"metrics/eval/{name}/tokens"] for name in ("scenes", "tiles")]
+                losses = [record[f"metrics/eval/{name}/loss"] for name in ("scenes", "tiles")]
                 mean = sum(n * one for n, one in zip(tokens, losses, strict=True)) / sum(tokens)
                 assert mean == pytest.approx(record["metrics/eval/loss"], rel=1e-5)
                 assert shares == pytest.approx([16 / 24, 8 / 24])
+
+
+def test_a_stream_with_a_loader_of_its_own_has_the_figures_that_it_has_in_the_mixture(runs):
+    """Uneven batches hold other samples there."""
+    last = runs[0]["stored"][-1]
+    for name in ("loss", "accuracy"):
+        assert last[f"metrics/eval/alone/{name}"] == pytest.approx(last[f"metrics/eval/tiles/{name}"], rel=1e-5)
+    assert last["metrics/eval/alone/loss"] != pytest.approx(last["metrics/eval/loss"], rel=1e-4)
+    page = Path(runs[1], "runs/stored/report.html").read_text()
+    assert all(f">stored, {name}</th>" in page for name in ("scenes", "tiles", "alone"))
 
 
 def test_the_page_and_studies_have_the_streams(runs):
@@ -71,16 +83,16 @@ def test_the_page_and_studies_have_the_streams(runs):
     for title in ("Loss by stream", "Loss weighted by PRIOR, by stream", "Share of the samples by stream"):
         assert page.count(f">{title}<") == 1
     last = records["stored"][-1]
-    values = "".join(f"<td>{last[f'metrics/eval/{name}/tiles']:.4f}</td>" for name in ("loss", "accuracy"))
+    values = "".join(f"<td>{last[f'metrics/eval/tiles/{name}']:.4f}</td>" for name in ("loss", "accuracy"))
     assert f">stored, tiles</th>{values}" in page
     assert last["eval/dependence_of_tiles/dependence"] is not None
     study = {line["benchmark"]: line["figures"] for line in collect({}, records["stored"], recipe("prior_vit"))}
-    assert study["validation"]["loss/tiles"] == last["metrics/eval/loss/tiles"]
+    assert study["validation"]["tiles/loss"] == last["metrics/eval/tiles/loss"]
     assert "dependence" in study["dependence_of_tiles"]
 
 
 def of_streams(record):
-    return {name: value for name, value in record.items() if name.endswith(("/few", "/many"))}
+    return {name: value for name, value in record.items() if {"few", "many"} & {*name.split("/")}}
 
 
 def test_streams_that_repeat_are_resumed_in_their_second_epoch(tiles, tmp_path, monkeypatch):
@@ -96,10 +108,10 @@ def test_streams_that_repeat_are_resumed_in_their_second_epoch(tiles, tmp_path, 
 
     mixture = "choose: 12", "repeat: 1"
     whole = run("whole", *mixture, "max_duration=2ep")
-    few_of_epochs = [sum(8 * record["metrics/train/share/few"] for record in whole[at : at + 3]) for at in (0, 3)]
+    few_of_epochs = [sum(8 * record["metrics/train/few/share"] for record in whole[at : at + 3]) for at in (0, 3)]
     assert few_of_epochs == [12, 12]
     resumed = run("resumed", *mixture, "max_duration=2ep", "load_path=runs/whole/checkpoints/ep1-ba4-rank0.pt")
     assert [record["batch"] for record in resumed if of_streams(record)] == [4, 5]
     assert [of_streams(record) for record in resumed] == [of_streams(record) for record in whole[4:]]
     later = run("later", "proportion: 0.25", "proportion: 0.75", "init_from=runs/whole", "max_duration=1ep")
-    assert sum(record["metrics/train/share/few"] for record in later[:2]) / 2 == pytest.approx(0.25, abs=0.1)
+    assert sum(record["metrics/train/few/share"] for record in later[:2]) / 2 == pytest.approx(0.25, abs=0.1)

@@ -118,16 +118,15 @@ def test_figures_of_each_stream(tokenizer, reference, microbatch):
     evaluated = {"eval_dataloader": streams_spec(model, 5), "device_train_microbatch_size": microbatch}
     trainer, logged = fit(model, streams_spec(model, 12), [method], "2ba", [StreamMonitor()], **evaluated)
     assert {name: float(logged[name][0][1]) for name in expected} == pytest.approx(expected, rel=1e-5)
-    tokens = {name: logged[f"metrics/train/tokens/{name}"] for name in NAMES}
+    tokens = {name: logged[f"metrics/train/{name}/tokens"] for name in NAMES}
     assert [[count for _, count in of] for of in tokens.values()] == [[n, 2 * n] for (_, n), _ in tokens.values()]
     with torch.no_grad():
         after = figures_by_stream(batch, model.eval()(batch), NAMES, weights, scores)
     for name in NAMES:
-        own = {
-            figure: logged[f"metrics/eval/{figure}/{name}"][-1][1] for figure in ("loss", "accuracy", "tokens", "share")
-        }
-        kinds = {"loss": "loss/train", **{kind: f"metrics/train/{kind}" for kind in ("accuracy", "tokens", "share")}}
-        assert own == pytest.approx({kind: after[f"{place}/{name}"] for kind, place in kinds.items()}, rel=1e-5)
+        kinds = ("accuracy", "tokens", "share")
+        own = {kind: logged[f"metrics/eval/{name}/{kind}"][-1][1] for kind in ("loss", *kinds)}
+        rest = {kind: after[f"metrics/train/{name}/{kind}"] for kind in kinds}
+        assert own == pytest.approx({"loss": after[f"loss/train/{name}"], **rest}, rel=1e-5)
     (monitor,) = (one for one in trainer.state.callbacks if isinstance(one, StreamMonitor))
     resumed = StreamMonitor()
     resumed.load_state_dict(monitor.state_dict())
