@@ -5,12 +5,12 @@ import re
 import pytest
 import torch
 from common.models import small_lvlm
-from common.programs.one_step import make_samples
+from common.programs.one_step import make_reference, make_samples, make_viewer
 from common.training import figures_by_stream, fit
-from composer.core import DataSpec
+from composer.core import Callback, DataSpec
 from torch.utils.data import DataLoader
 
-from composer_prior import PRIOR, importance_weights
+from composer_prior import PRIOR, importance_weights, registry
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, count_tokens
 from composer_prior.data.tokenizer import image_token_ids
 from composer_prior.training.monitors import ComputeMonitor, StreamMonitor
@@ -141,6 +141,34 @@ def test_data_of_one_stream_have_no_further_metrics(tokenizer, reference):
         found.append({name: [value for _, value in values] for name, values in logged.items() if "time" not in name})
     assert found[0] == found[1]
     assert "prior/loss_weighted" in found[0]
+
+
+class Weights(Callback):
+    def before_loss(self, state, logger):
+        self.value = state.batch["token_weights"].clone()
+
+
+OURS = [name for name, place in registry.shipped("algorithm").items() if place.startswith("composer_prior")]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_method_leaves_a_stream_unweighted(tokenizer, name):
+    """The others are weighted as without it, but where a method looks at the captions of all together."""
+    constructor = registry.load("algorithm", name, "")
+    models = {"reference": make_reference(tokenizer), "viewer": make_viewer("patches", tokenizer)}
+    given = {key: model for key, model in models.items() if registry.takes(constructor, key)}
+    given |= {"dense": 0, "start": "0ba"} if name == "regate" else {}
+    found = []
+    for streams in None, {"text": None}:
+        model, weights = small_lvlm("patches", tokenizer), Weights()
+        fit(model, streams_spec(model, 12), [constructor(**given, streams=streams)], callbacks=[weights])
+        found.append(weights.value)
+    (batch,) = streams_spec(model, 12).dataloader
+    plain, mask = (batch["stream"] == NAMES.index("text"))[:, None], batch["labels"] != IGNORE_INDEX
+    assert torch.equal(found[1][mask & plain], torch.ones(int((mask & plain).sum())))
+    assert not torch.equal(found[0], found[1])
+    if name not in ("random_prior", "vig"):
+        assert torch.equal(found[0].masked_fill(plain, 0.0), found[1].masked_fill(plain, 0.0))
 
 
 @pytest.mark.parametrize(

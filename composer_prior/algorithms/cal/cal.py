@@ -8,7 +8,7 @@ from torch import Tensor
 
 from composer_prior.algorithms.cal.weights import check_arguments, raw_weights
 from composer_prior.algorithms.token_weighting.image_tokens import image_token_ids, text_positions
-from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting, unwrapped
+from composer_prior.algorithms.token_weighting.token_weighting import Streams, TokenWeighting, unwrapped
 from composer_prior.models.composer_lvlm import ComposerLVLM
 
 
@@ -25,6 +25,7 @@ class CAL(TokenWeighting):
         window: an odd number of neighbours that are averaged, the token included. Default: ``3``, the paper's.
         normalization: ``"sequence"`` or ``"none"``. Default: ``"sequence"``.
         start, end: see :class:`.TokenWeighting`.
+        streams: those that stay unweighted, each with None, see :class:`.TokenWeighting`. Default: ``None``.
 
     Raises:
         ValueError: as :class:`.TokenWeighting`; also for impossible bounds, an even window, or a model of which the
@@ -46,9 +47,10 @@ class CAL(TokenWeighting):
         normalization: Literal["sequence", "none"] = "sequence",
         start: str | Time = "0dur",
         end: str | Time = "1dur",
+        streams: Streams | None = None,
     ):
         self.check(low, high, window)
-        super().__init__(normalization, start, end)
+        super().__init__(normalization, start, end, streams)
         self.low, self.high, self.window = low, high, window
 
     @staticmethod

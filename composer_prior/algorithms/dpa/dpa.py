@@ -6,6 +6,7 @@ from composer.core import Time
 from torch import Tensor
 
 from composer_prior.algorithms.cal.cal import CAL
+from composer_prior.algorithms.token_weighting.token_weighting import Streams
 
 
 class DPA(CAL):
@@ -20,6 +21,7 @@ class DPA(CAL):
         window: an odd number of neighbours that are averaged, the token included. Default: ``3``, the paper's.
         normalization: ``"sequence"`` or ``"none"``. Default: ``"sequence"``.
         start, end: see :class:`.TokenWeighting`.
+        streams: those that stay unweighted, each with None, see :class:`.TokenWeighting`. Default: ``None``.
 
     Raises:
         ValueError: as :class:`.CAL`.
@@ -36,8 +38,9 @@ class DPA(CAL):
         normalization: Literal["sequence", "none"] = "sequence",
         start: str | Time = "0dur",
         end: str | Time = "1dur",
+        streams: Streams | None = None,
     ):
-        super().__init__(window=window, normalization=normalization, start=start, end=end)
+        super().__init__(window=window, normalization=normalization, start=start, end=end, streams=streams)
         self.low, self.high = 0.0, 1.0
 
     def contrast(self, outputs: Any, without: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from composer.core import State, Time
 from torch import Tensor
 
 from composer_prior.algorithms.focal.weights import focal_weights
-from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting
+from composer_prior.algorithms.token_weighting.token_weighting import Streams, TokenWeighting
 
 
 class Focal(TokenWeighting):
@@ -18,6 +18,7 @@ class Focal(TokenWeighting):
         gamma: exponent, >= 0. Default: ``2.0``, the paper's.
         normalization: ``"none"``, the paper's, or ``"sequence"``. Default: ``"none"``.
         start, end: see :class:`.TokenWeighting`.
+        streams: those that stay unweighted, each with None, see :class:`.TokenWeighting`. Default: ``None``.
 
     Raises:
         ValueError: as :class:`.TokenWeighting`; also for a negative gamma.
@@ -31,10 +32,11 @@ class Focal(TokenWeighting):
         normalization: Literal["sequence", "none"] = "none",
         start: str | Time = "0dur",
         end: str | Time = "1dur",
+        streams: Streams | None = None,
     ):
         if not gamma >= 0:
             raise ValueError(f"gamma={gamma}: the exponent of (1 - P) must be 0 or more; the paper uses 2.")
-        super().__init__(normalization, start, end)
+        super().__init__(normalization, start, end, streams)
         self.gamma = gamma
 
     def raw_weights(self, state: State, mask: Tensor) -> Tensor:

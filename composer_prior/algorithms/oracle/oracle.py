@@ -5,7 +5,7 @@ from torch import Tensor
 
 from composer_prior.algorithms.oracle.weights import oracle_weights
 from composer_prior.algorithms.token_weighting.normalize import Normalization, check_floor
-from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting
+from composer_prior.algorithms.token_weighting.token_weighting import Streams, TokenWeighting
 
 
 class Oracle(TokenWeighting):
@@ -16,6 +16,7 @@ class Oracle(TokenWeighting):
     Args:
         floor: weight of the other tokens, in [0, 1). Default: ``0.0``.
         normalization, start, end: see :class:`.TokenWeighting`.
+        streams: those that stay unweighted, each with None, see :class:`.TokenWeighting`. Default: ``None``.
 
     Raises:
         ValueError: as :class:`.TokenWeighting`; also for a batch without ``image_related``.
@@ -29,9 +30,10 @@ class Oracle(TokenWeighting):
         normalization: Normalization = "sequence",
         start: str | Time = "0dur",
         end: str | Time = "1dur",
+        streams: Streams | None = None,
     ):
         check_floor(floor)
-        super().__init__(normalization, start, end)
+        super().__init__(normalization, start, end, streams)
         self.floor = floor
 
     def raw_weights(self, state: State, mask: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ class RandomPRIOR(PermutedPRIOR):
 
     Args:
         reference, alpha, normalization, floor, start, end, shard_reference, reference_dtype: see :class:`.PRIOR`.
-        streams: those that stay unweighted, each with None. Default: ``None``.
+        streams: those that stay unweighted, each with None, see :class:`.TokenWeighting`. Default: ``None``.
         seed: of the draws. Default: ``0``.
 
     Raises:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from composer_prior.algorithms.regate.weights import averaged, difficulty_weights
 from composer_prior.algorithms.rho1.rho1 import Rho1
+from composer_prior.algorithms.token_weighting.token_weighting import Streams
 from composer_prior.data.batch import sample_ids
 from composer_prior.models.reference import Dtype, ReferenceLM
 
@@ -31,6 +32,7 @@ class ReGATE(Rho1):
             Default: ``"sequence"``.
         start: see :class:`.TokenWeighting`. Default: ``"100ba"``, the paper's warm-up.
         reference, end, shard_reference, reference_dtype: see :class:`.ReferenceWeighting`.
+        streams: those that stay unweighted, each with None, see :class:`.TokenWeighting`. Default: ``None``.
 
     Raises:
         ValueError: as :class:`.Rho1`; also for an impossible argument, or a batch without ``sample_id``.
@@ -53,13 +55,14 @@ class ReGATE(Rho1):
         end: str | Time = "1dur",
         shard_reference: bool = False,
         reference_dtype: Dtype | None = None,
+        streams: Streams | None = None,
     ):
         if not (reference_weight >= 0 and 0 <= decay <= 1 and 0 <= dense <= cycle and cycle > 0):
             raise ValueError(
                 f"reference_weight={reference_weight}, decay={decay}, dense={dense}, cycle={cycle}: expected "
                 "reference_weight >= 0, decay in [0, 1] and 0 <= dense <= cycle; the paper uses 0.5, 0.9, 16 and 128."
             )
-        super().__init__(reference, share, normalization, start, end, shard_reference, reference_dtype)
+        super().__init__(reference, share, normalization, start, end, shard_reference, reference_dtype, streams)
         self.reference_weight, self.decay, self.cycle, self.dense = reference_weight, decay, cycle, dense
         self.difficulty: dict[int, Tensor] = {}  # [k] float32 by caption, on the CPU, of the steps before
         self._of_step: dict[int, Tensor] = {}

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from composer_prior.algorithms.rho1.weights import check_share, selection_weights
 from composer_prior.algorithms.token_weighting.reference_weighting import ReferenceWeighting
+from composer_prior.algorithms.token_weighting.token_weighting import Streams
 from composer_prior.models.reference import Dtype, ReferenceLM
 
 
@@ -22,6 +23,7 @@ class Rho1(ReferenceWeighting):
         normalization: ``"sequence"`` (the loss is the mean over the tokens that are kept) or ``"none"``.
             Default: ``"sequence"``.
         reference, start, end, shard_reference, reference_dtype: see :class:`.ReferenceWeighting`.
+        streams: those that stay unweighted, each with None, see :class:`.TokenWeighting`. Default: ``None``.
 
     Raises:
         ValueError: as :class:`.ReferenceWeighting`; also for a share outside (0, 1].
@@ -38,9 +40,10 @@ class Rho1(ReferenceWeighting):
         end: str | Time = "1dur",
         shard_reference: bool = False,
         reference_dtype: Dtype | None = None,
+        streams: Streams | None = None,
     ):
         check_share(share)
-        super().__init__(reference, normalization, start, end, shard_reference, reference_dtype)
+        super().__init__(reference, normalization, start, end, shard_reference, reference_dtype, streams)
         self.share = share
 
     def raw_weights(self, state: State, mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from composer.utils import dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from composer_prior.algorithms.token_weighting.token_weighting import Streams
 from composer_prior.algorithms.token_weighting.viewer_weighting import ViewerWeighting
 from composer_prior.algorithms.vig.weights import check_arguments, raw_weights
 from composer_prior.models.image_text_model import ImageTextModel
@@ -30,6 +31,7 @@ class VIG(ViewerWeighting):
         normalization: ``"batch"`` (the loss is the mean over the tokens that are kept) or ``"none"``.
             Default: ``"batch"``.
         start, end, shard_reference, reference_dtype: see :class:`.ReferenceWeighting`.
+        streams: those that stay unweighted, each with None, see :class:`.TokenWeighting`. Default: ``None``.
 
     Raises:
         ValueError: as :class:`.ViewerWeighting`; also for a share outside (0, 1] and another normalization.
@@ -50,15 +52,16 @@ class VIG(ViewerWeighting):
         end: str | Time = "1dur",
         shard_reference: bool = False,
         reference_dtype: Dtype | None = None,
+        streams: Streams | None = None,
     ):
         check_arguments(share, normalization)
-        super().__init__(viewer, reference, normalization, start, end, shard_reference, reference_dtype)
+        super().__init__(viewer, reference, normalization, start, end, shard_reference, reference_dtype, streams)
         self.share, self.threshold = share, threshold
 
     def begin_batch(self, state: State, mask: Tensor) -> None:
         super().begin_batch(state, mask)
         scores = (state.batch["viewer_logprobs"], state.batch["ref_logprobs"])
-        kept = raw_weights(*scores, mask, self.share, self.threshold, dist.all_gather_object)
+        kept = raw_weights(*scores, self.weighted(state, mask), self.share, self.threshold, dist.all_gather_object)
         state.batch = {**state.batch, "selected": kept}
 
     def raw_weights(self, state: State, mask: Tensor) -> Tensor:
