@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from benchmarks.arithmetic import GB, LLAMA_8B, activations, build, parts_of
-from benchmarks.flops import head_forward, lm_forward, projector_forward, tower_forward
+from benchmarks.flops import head_forward, image_forward, lm_forward
 from benchmarks.measure import prepare_process
 
 LLAMAS = {
@@ -45,8 +45,10 @@ def operations(model: Any, caption: int) -> float:
     """Count the operations of training on one captioned image; the frozen tower has no backward pass."""
     lvlm = model.model
     tokens = torch.tensor([1 + lvlm.config.vision["image_tokens"] + caption])
-    trained = projector_forward(lvlm) + lm_forward(lvlm.causal_lm, tokens) + head_forward(lvlm.causal_lm, caption)
-    return tower_forward(lvlm) + 3 * trained
+    side = lvlm.model.vision_tower.image_size
+    tower, projector = image_forward(lvlm, {"pixel_values": torch.zeros(1, 3, side, side, device="meta")})
+    trained = projector + lm_forward(lvlm.causal_lm, tokens) + head_forward(lvlm.causal_lm, caption)
+    return tower + 3 * trained
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:

@@ -1,13 +1,20 @@
-"""Floating-point operations of the models, by count. A backward pass is twice the forward pass."""
+"""Floating-point operations that the models need, by count: without padding, and attention of text to its past alone.
+
+A backward pass is twice the forward pass.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.training.monitors import flop_counter
+
+IMAGES = ("pixel_values", "pixel_patches", "patch_mask", "image_grid")
 
 
 def lm_forward(lm: PreTrainedModel, lengths: Tensor) -> float:
@@ -24,27 +31,22 @@ def head_forward(lm: PreTrainedModel, tokens: int) -> float:
     return 2 * config.hidden_size * config.vocab_size * tokens
 
 
-def tower_forward(lvlm: Any) -> float:
-    """Count the operations of one image in the tower."""
-    encoder, patches = lvlm.model.vision_tower.encoder, lvlm.config.vision["image_tokens"] + 1
-    blocks = encoder.transformer.resblocks
-    attention = 4 * encoder.conv1.out_channels * len(blocks) * patches**2
-    linear = 2 * sum(p.numel() for p in blocks.parameters() if p.ndim == 2) * patches
-    return float(linear + attention + 2 * encoder.conv1.weight.numel() * (patches - 1))
-
-
-def projector_forward(lvlm: Any) -> float:
-    """Count the operations of one image in the projector."""
-    tokens = lvlm.config.vision["image_tokens"] / lvlm.config.vision.get("merge", 1) ** 2
-    return 2 * _linear_parameters(lvlm.model.multi_modal_projector) * tokens
+def image_forward(lvlm: Any, images: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Count the operations of images in tower and projector, of any kind, as the callback ``compute_monitor`` does."""
+    with torch.no_grad(), flop_counter() as tower:
+        features = lvlm.model.vision_tower(**images)
+    with torch.no_grad(), flop_counter() as projector:
+        lvlm.model.multi_modal_projector(features)
+    return float(tower.get_total_flops()), float(projector.get_total_flops())
 
 
 def training_parts(model: ComposerLVLM, batch: Mapping[str, Tensor]) -> dict[str, float]:
     """Count one training step on a batch by part: forward and backward, without recomputation."""
     lvlm: Any = model.model
+    images = {key: value for key, value in batch.items() if key in IMAGES}
     labelled = int((batch["labels"] != IGNORE_INDEX).sum())
     return {
-        "tower and projector": 3 * len(batch["input_ids"]) * (tower_forward(lvlm) + projector_forward(lvlm)),
+        "tower and projector": 3 * sum(image_forward(lvlm, images)),
         "LM": 3 * lm_forward(lvlm.causal_lm, batch["attention_mask"].sum(1)),
         "head": 3 * head_forward(lvlm.causal_lm, labelled),
     }

@@ -40,6 +40,22 @@ def test_the_losses_of_a_smolvlm_and_its_wrapper_agree(setup):
         assert float(model(**{key: batch[key] for key in keys}).loss) == pytest.approx(loss, abs=1e-5)
 
 
+def test_the_operations_of_a_tower_are_those_of_its_layers(setup):
+    from benchmarks import flops
+
+    (batch,) = setup.training_batches(1, batch_size=2, vocabulary=2000)
+    ours = setup.build_ours(2000)
+    lvlm = ours.model
+    encoder, patches = lvlm.model.vision_tower.encoder, lvlm.config.vision["image_tokens"]
+    blocks = encoder.transformer.resblocks
+    linear = 2 * sum(p.numel() for p in blocks.parameters() if p.ndim == 2) * (patches + 1)
+    attention = 4 * encoder.conv1.out_channels * len(blocks) * (patches + 1) ** 2
+    tower = 2 * (linear + attention + 2 * encoder.conv1.weight.numel() * patches)
+    weights = sum(p.numel() for p in lvlm.model.multi_modal_projector.parameters() if p.ndim == 2)
+    assert flops.image_forward(lvlm, {"pixel_values": batch["pixel_values"]}) == (tower, 2 * 2 * weights * patches)
+    assert flops.training_parts(ours, batch)["tower and projector"] == 3 * (tower + 4 * weights * patches)
+
+
 def test_the_image_tokens_of_the_front_ends(setup, monkeypatch):
     from benchmarks import items
 

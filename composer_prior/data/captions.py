@@ -32,7 +32,7 @@ from composer_prior.data.download import ATTEMPTS
 from composer_prior.data.images import ImageError, decode_rgb
 from composer_prior.data.messages import OneLineError, one_line, visible
 from composer_prior.data.opening import sample_captions
-from composer_prior.data.processing import ProcessorInputs, image_placeholder
+from composer_prior.data.processing import ProcessorInputs, image_placeholder, image_tokens
 from composer_prior.data.scores import KEYS, Scores, ScoresError, index_fingerprint, open_scores
 from composer_prior.data.streams import CheckedDataset
 from composer_prior.data.tokenizer import (
@@ -133,16 +133,17 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.prompt = prompt
+        theirs = image_tokens(image_processor.processor) if isinstance(image_processor, ProcessorInputs) else []
+        self.prompt_ids = prompt_ids(tokenizer, prompt, theirs)
+        self.reserved_ids = reserved_ids(tokenizer, theirs)
         if isinstance(image_processor, ProcessorInputs):
             self.image_processor = replace(image_processor, prompt=prompt, caption_tokens=max_caption_tokens)
         elif image_processor is not None:
             image_token_ids(tokenizer)  # or refuse it here
-        self.prompt_ids = prompt_ids(tokenizer, prompt)
         self.max_caption_tokens = max_caption_tokens
         self.max_tokens = max_tokens
         self.on_bad_sample = on_bad_sample
         self.bos_id = bos_id(tokenizer)
-        self.reserved_ids = reserved_ids(tokenizer)
         patience = {"attempts": self.streams[0].download_retry, "seconds": self.streams[0].download_timeout}
         cache = Path(self.streams[0].local, ".scores")
         self.scores = {KEYS[key]: open_scores(path, self, cache, KEYS[key], **patience) for key, path in stored.items()}

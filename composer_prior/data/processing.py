@@ -3,8 +3,7 @@
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -18,13 +17,25 @@ from composer_prior.data.tokenizer import whole_placeholder
 _OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
+def image_tokens(processor: Any) -> list[str]:
+    """Return the texts that a processor of transformers takes for an image, first the one that it replaces."""
+    names = ("boi_token", "image_token")  # Gemma 3 has both
+    return [str(token) for name in names if (token := getattr(processor, name, None))]
+
+
 def image_placeholder(processor: Any) -> str:
     """Return the text in whose place a processor of transformers puts an image; raise ValueError if it has none."""
-    names = ("boi_token", "image_token")  # Gemma 3 has both and replaces the first
-    found = next((token for name in names if (token := getattr(processor, name, None))), None)
-    if found is None:
+    found = image_tokens(processor)
+    if not found:
         raise ValueError(f"{type(processor).__name__} has no image token: it is no processor of images and text.")
-    return whole_placeholder(str(found))
+    return whole_placeholder(found[0])
+
+
+def check_height(processor: Any, image: Image.Image) -> None:
+    """Raise ValueError for an image whose height a processor of transformers takes for a number of channels."""
+    images = processor.image_processor
+    if image.height in (1, 3) and not getattr(images, "is_fast", False):  # transformers guesses where channels are
+        raise ValueError(f"{type(images).__name__} takes its height of {image.height} for that many channels")
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,15 @@ class ProcessorInputs:
     caption_type: int = 0
     positions: int | None = None
     caption_tokens: int = 1
+    _place: tuple[int, int] = field(init=False)  # tokens of the prompt, and of what the processor writes behind it
+
+    def __post_init__(self) -> None:
+        """Find the prompt's place, here and not in each worker of a loader."""
+        blank, whole, without = Image.new("RGB", (64, 64)), [], []
+        if self.prompt:
+            whole, without = (self._process(blank, text)["input_ids"][0].tolist() for text in (self.prompt, ""))
+        same = next((i for i, pair in enumerate(zip(whole, without, strict=False)) if pair[0] != pair[1]), len(without))
+        object.__setattr__(self, "_place", (len(whole) - len(without), len(without) - same))
 
     def __call__(self, image: Image.Image) -> ImageInputs:
         """Return the tokens before the caption and the image's tensors.
@@ -51,7 +71,7 @@ class ProcessorInputs:
         Raises:
             ValueError: for an image that the processor cannot read, or that has too many tokens.
         """
-        self._check(image)
+        check_height(self.processor, image)
         found = self._process(image, self.prompt)
         ids = found["input_ids"][0]
         if self.positions is not None and len(ids) + self.caption_tokens > self.positions:
@@ -83,7 +103,7 @@ class ProcessorInputs:
             ValueError: for images that the processor cannot read, and a processor that does not read text as others do.
         """
         for image in images:
-            self._check(image)
+            check_height(self.processor, image)
         reader, processor = _Reader(self.processor.tokenizer), copy.copy(self.processor)
         processor.tokenizer = reader
         begins = written.text.startswith(first_token(self.processor.tokenizer))
@@ -95,19 +115,6 @@ class ProcessorInputs:
         aligned["text_mask"] = [not image for image in of_images]
         aligned["learned"] = [one and not image for one, image in zip(learned, of_images, strict=True)]
         return aligned, {key: value for key, value in found.items() if key not in _OF_TOKENS}
-
-    def _check(self, image: Image.Image) -> None:
-        images = self.processor.image_processor
-        if image.height in (1, 3) and not getattr(images, "is_fast", False):  # transformers guesses where channels are
-            raise ValueError(f"{type(images).__name__} takes its height of {image.height} for that many channels")
-
-    @cached_property
-    def _place(self) -> tuple[int, int]:
-        """Return the numbers of tokens of the prompt, and of what the processor writes behind it."""
-        blank = Image.new("RGB", (64, 64))
-        whole, without = (self._process(blank, text)["input_ids"][0].tolist() for text in (self.prompt, ""))
-        same = next((i for i, pair in enumerate(zip(whole, without, strict=False)) if pair[0] != pair[1]), len(without))
-        return len(whole) - len(without), len(without) - same if self.prompt else 0
 
     def _process(self, image: Image.Image, prompt: str) -> Mapping[str, Tensor]:
         return _called(self.processor, [image], image_placeholder(self.processor) + prompt)

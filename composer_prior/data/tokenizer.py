@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from composer_prior.data.chat import use_template
 from composer_prior.data.hub import ModelFolderError, load_pretrained
@@ -25,14 +25,15 @@ def build_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """Load the tokenizer ``name`` (a folder or hub id), with ``kwargs`` of ``AutoTokenizer.from_pretrained``.
 
     It adds the image tokens if they are missing, so that run, reference and scores of a recipe use the same tokenizer;
-    not with ``image_tokens: false``, for models whose processor has tokens of its own. By ``chat_template`` it writes
-    conversations, see :func:`.use_template`; without the key it writes none.
+    with ``image_tokens: false`` it is that of a model's processor, which has tokens of its own. By ``chat_template`` it
+    writes conversations, see :func:`.use_template`; without the key it writes none.
     """
     whole = config.get("image_tokens", True)
     key = "tokenizer.name" + ("" if whole else " (by default model.pretrained or model.processor.name)")
     name = f"{key}={config['name']!r}"
     try:
-        tokenizer = load_pretrained(AutoTokenizer, config["name"], **config.get("kwargs", {}))
+        loaded = load_pretrained(AutoTokenizer if whole else AutoProcessor, config["name"], **config.get("kwargs", {}))
+        tokenizer = getattr(loaded, "tokenizer", loaded)  # as the processor has set it: PaliGemma's adds bos itself
     except ModelFolderError as error:
         raise ModelFolderError(f"{key}={error}") from error
     except OSError as error:
@@ -106,11 +107,17 @@ def image_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.convert_tokens_to_ids(ROW_TOKEN)
 
 
-def reserved_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the ids that no caption may contain, as it can where they are words of the vocabulary."""
+def reserved_ids(tokenizer: PreTrainedTokenizerBase, further: Collection[str] = ()) -> set[int]:
+    """Return the ids that no caption may contain, as it can where they are words of the vocabulary.
+
+    Args:
+        tokenizer: of the model.
+        further: tokens by which the model's processor knows an image. Default: none beside ours.
+    """
     special = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
     of_images = special if _missing_image_tokens(tokenizer) else image_token_ids(tokenizer)
-    return {*of_images, bos_id(tokenizer), tokenizer.eos_token_id} - {tokenizer.unk_token_id}
+    theirs = map(tokenizer.convert_tokens_to_ids, further)
+    return {*of_images, *theirs, bos_id(tokenizer), tokenizer.eos_token_id} - {tokenizer.unk_token_id}
 
 
 def has_image_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -123,11 +130,17 @@ def _missing_image_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [token for token in (IMAGE_TOKEN, ROW_TOKEN) if token not in special]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the tokens of the text between image and caption; it may spell any special token but those of images."""
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, further: Collection[str] = ()) -> list[int]:
+    """Return the tokens of the text between image and caption; it may spell any special token but those of images.
+
+    Args:
+        tokenizer: of the model.
+        prompt: the text.
+        further: tokens by which the model's processor knows an image. Default: none beside ours.
+    """
     ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     read = tokenizer.convert_ids_to_tokens(ids)
-    for token in (IMAGE_TOKEN, ROW_TOKEN):
+    for token in (IMAGE_TOKEN, ROW_TOKEN, *further):
         if token in prompt or token in read:
             raise ValueError(
                 f"prompt={prompt!r} spells {token}: the image stands before the prompt; leave {token} out."

@@ -92,7 +92,7 @@ class ComposerLVLM(ComposerModel):
                 raise ValueError(f"pack=True: {type(base).__name__} cannot keep packed sequences apart; leave it out.")
             enable_packing(parts_of(model)["language"])  # type: ignore[arg-type]
         self._checked = False
-        self._inputs = {*inspect.signature(decoder_of(base).forward).parameters}
+        self.inputs = {*inspect.signature(decoder_of(base).forward).parameters}
         # Composer asks these about each module: a unit of FSDP2, and of activation checkpointing, is a block.
         vars(model)["fsdp_wrap_fn"] = vars(model)["activation_checkpointing_fn"] = partial(is_block, block_names(model))
 
@@ -180,7 +180,7 @@ class ComposerLVLM(ComposerModel):
         return outputs
 
     def _hidden_states(self, batch: Mapping[str, Tensor]) -> Tensor:
-        inputs = {key: value for key, value in batch.items() if key in self._inputs}
+        inputs = {key: value for key, value in batch.items() if key in self.inputs}
         if not self._needs_mask and not self._checked and not torch.compiler.is_compiling():
             check_padding(batch.get("attention_mask"))
             self._checked = True  # a loader pads all batches at one side

@@ -1,8 +1,11 @@
 """Build any image-text-to-text model of transformers, with its own processor, from a recipe's ``model``."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from PIL import Image
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -11,13 +14,22 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from composer_prior.data.batch import PROCESSED
 from composer_prior.data.hub import ModelFolderError, load_pretrained
 from composer_prior.data.messages import one_line
 from composer_prior.data.processing import image_placeholder
 from composer_prior.data.tokenizer import placeholder
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.image_text_model import captions_images
-from composer_prior.models.language import generate_greedily, is_recurrent, named_weights, vocabulary_size
+from composer_prior.models.language import (
+    causal_lm_of,
+    decoder_of,
+    generate_greedily,
+    is_recurrent,
+    named_weights,
+    parts_of,
+    vocabulary_size,
+)
 from composer_prior.models.prior_lvlm import PriorLVLMConfig
 from composer_prior.registry import did_you_mean
 
@@ -72,6 +84,9 @@ def build_hugging_face(
     made = build_processor(tokenizer, pretrained, processor, trust_remote_code)
     if settings is None:
         settings = _new_configuration(dict(config or {}), made)
+    for part in (settings, *(getattr(settings, name) for name in settings.sub_configs)):
+        if part is not None:
+            part.dtype = torch.float32  # as from_pretrained has it: a part in half precision would stay so
     if pretrained is None or torch.empty(0).device.type == "meta":
         model = AutoModelForImageTextToText.from_config(settings, dtype=torch.float32, **options)
     else:
@@ -118,14 +133,9 @@ def build_processor(
         if "size" in changes:  # which Qwen2-VL's of before would override
             known = {key: value for key, value in known.items() if key not in ("min_pixels", "max_pixels")}
         processor.image_processor = type(processor.image_processor).from_dict({**known, **changes})
-    if processor.tokenizer.get_vocab() != tokenizer.get_vocab():
+    theirs = processor.tokenizer
+    if theirs.get_vocab() != tokenizer.get_vocab() or theirs("a")["input_ids"] != tokenizer("a")["input_ids"]:
         raise ValueError(f"tokenizer.name is another tokenizer than that of the processor {name}; leave it out.")
-    if processor.tokenizer("a")["input_ids"] != tokenizer("a")["input_ids"]:  # PaliGemma's processor adds bos itself
-        adds = str(getattr(processor.tokenizer, "add_bos_token", None)).lower()
-        raise ValueError(
-            f"tokenizer adds other special tokens to a text than the processor {name} lets its own add: set "
-            f"tokenizer.kwargs.add_bos_token={adds}."
-        )
     processor.tokenizer = tokenizer
     if tokenizer.chat_template is not None and placeholder(tokenizer) != image_placeholder(processor):
         raise ValueError(f"tokenizer.chat_template: it is not known how a {type(processor).__name__} names images.")
@@ -172,3 +182,69 @@ def hugging_face_skeleton(tokenizer: PreTrainedTokenizerBase, **config: Any) -> 
     """Build what :func:`build_hugging_face` builds on the meta device: every shape and no weight."""
     with torch.device("meta"):
         return build_hugging_face(tokenizer, **config)
+
+
+@torch.no_grad()
+def check_image_tokens(model: ComposerLVLM, config: Mapping[str, Any]) -> None:
+    """Refuse a processor that writes more or fewer image tokens than its model makes features of an image.
+
+    Args:
+        model: without weights, as of :func:`hugging_face_skeleton`; one of no family of transformers is not checked.
+        config: the recipe's ``model``, whose keys the error names.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if not _has_features(model):
+        return
+    keys = [f"model.processor.{key}" for key in config.get("processor") or ()]
+    keys += ["model.config.vision_config"] if config.get("config") else []
+    remedy = f"change {' or '.join(keys or ['model.processor'])}"
+    image = model.image_processor(Image.new("RGB", (64, 64)))
+    tokens = image.prefix["input_ids"].count(causal_lm_of(model.model).config.image_token_id)
+    try:
+        features = sum(part.numel() // part.shape[-1] for part in _features(model, image.tensors[PROCESSED]))
+    except Exception as error:  # whatever the code of some model raises
+        raise ValueError(f"model: it cannot read its processor's images: {one_line(error)}; {remedy}.") from error
+    if tokens != features:
+        raise ValueError(
+            f"model: its processor writes {tokens} image tokens for an image of 64 x 64 pixels, of which it makes "
+            f"{features} features; {remedy}."
+        )
+
+
+def unused_weights(model: ComposerLVLM) -> list[str]:
+    """Return the trained weights that no feature of an image depends on, such as LLaVA's behind the layer it reads.
+
+    DDP would wait for their gradients. The model is without weights, as of :func:`hugging_face_skeleton`.
+    """
+    trained = any(name.startswith("vision.") and weight.requires_grad for name, weight in named_weights(model.model))
+    if not (trained and _has_features(model)):
+        return []
+    parts = _features(model, model.image_processor(Image.new("RGB", (64, 64))).tensors[PROCESSED])
+    torch.stack([part.sum() for part in parts]).sum().backward()
+    seen = {name: weight for name, weight in model.named_parameters() if not weight.is_meta and weight.requires_grad}
+    return [name for name, weight in seen.items() if weight.grad is None]
+
+
+def _has_features(model: ComposerLVLM) -> bool:
+    """Return True for a family of transformers, whose features of an image can be made apart."""
+    base: Any = causal_lm_of(model.model)
+    return type(base).__module__.startswith("transformers.") and hasattr(decoder_of(base), "get_image_features")
+
+
+def _features(model: ComposerLVLM, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the features of an image by the model's own path, with zeros for the weights on the meta device."""
+    core: Any = decoder_of(causal_lm_of(model.model))
+    if "flash" in str(core.config._attn_implementation):
+        core.set_attn_implementation("sdpa")  # on a CPU
+    language = {*parts_of(model.model)["language"].modules()}
+    for module in {*core.modules()} - language:
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.is_meta:
+                zeros = torch.zeros_like(tensor, device="cpu")
+                kept = isinstance(tensor, nn.Parameter)
+                setattr(module, name, nn.Parameter(zeros, tensor.requires_grad) if kept else zeros)
+    found = core.get_image_features(**{key: value for key, value in tensors.items() if key in model.inputs})
+    found = getattr(found, "pooler_output", found)  # transformers 5
+    return [found] if isinstance(found, Tensor) else [*found]

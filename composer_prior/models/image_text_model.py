@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from composer_prior.data.chat import first_token
 from composer_prior.data.hub import ModelFolderError, find_model, load_pretrained
 from composer_prior.data.messages import one_line
-from composer_prior.data.processing import image_placeholder
+from composer_prior.data.processing import check_height, image_placeholder, image_tokens
 from composer_prior.data.tokenizer import encode_caption, prompt_ids
 from composer_prior.models.head import Head, target_logprobs
 from composer_prior.models.language import (
@@ -85,11 +85,7 @@ class ImageTextModel:
         if Path(path).is_dir() and not Path(path, "config.json").is_file():  # transformers would guess by the name
             raise ModelFolderError(f"{path} holds no model: it has no config.json.")
         try:
-            classes = classes_of(path, trust_remote_code)
-            if classes is None:
-                settings, _ = PretrainedConfig.get_config_dict(find_model(path))
-                raise ModelFolderError(f"{path} holds a {settings.get('model_type')}, which captions no images.")
-            processor_class, _, model_class = classes
+            processor_class, _, model_class = captioner_classes(path, trust_remote_code)
             processor = load_processor(processor_class, path, trust_remote_code)
             model, found = load_pretrained(model_class, path, trust_remote_code, output_loading_info=True)
         except ModelFolderError:
@@ -268,6 +264,15 @@ def classes_of(path: str | Path, trust_remote_code: bool = False) -> tuple[Any, 
     return (AutoProcessor, AutoConfig, AutoModelForImageTextToText) if known else None
 
 
+def captioner_classes(path: str | Path, trust_remote_code: bool = False) -> tuple[Any, Any, Any]:
+    """Return what :func:`classes_of` does; raise ModelFolderError for a model that sees no images."""
+    classes = classes_of(path, trust_remote_code)
+    if classes is None:
+        settings, _ = PretrainedConfig.get_config_dict(find_model(path))
+        raise ModelFolderError(f"{path} holds a {settings.get('model_type')}, which captions no images.")
+    return classes
+
+
 def captions_images(config: PretrainedConfig) -> bool:
     """Return True if a configuration is that of an image-text-to-text model, of transformers or of code beside it."""
     model: Any = AutoModelForImageTextToText
@@ -359,8 +364,10 @@ def model_inputs(processor: Any, images: Sequence[Image.Image], prompt: str | No
     The default of the prompt is that of training, where it is known, or none; it must not spell the image.
     """
     text = getattr(processor, "prompt", "") if prompt is None else prompt
-    if isinstance(processor, PriorLVLMProcessor):
-        prompt_ids(processor.tokenizer, text)  # type: ignore[attr-defined]
+    prompt_ids(processor.tokenizer, text, image_tokens(processor))
+    if not isinstance(processor, PriorLVLMProcessor):
+        for image in images:
+            check_height(processor, image)
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
         written = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

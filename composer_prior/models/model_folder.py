@@ -1,6 +1,7 @@
 """A model as a folder that ``from_pretrained`` reads, written as a whole."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
-from composer_prior.data.hub import load_pretrained
+from composer_prior.data.hub import find_model, load_pretrained
 from composer_prior.data.storage import whole_folder
 from composer_prior.models.lora import merged
 from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration, PriorLVLMProcessor
@@ -21,11 +23,10 @@ PROMPT = "prompt.txt"  # of training, which a processor of transformers does not
 
 
 def load_processor(kind: Any, path: str | Path, trust_remote_code: bool = False) -> Any:
-    """Load the processor of a model folder or hub id, with the prompt of training where the folder has it."""
+    """Load the processor of a model folder or hub id, with the prompt of training where it is there."""
     processor = load_pretrained(kind, path, trust_remote_code)
-    file = Path(path).expanduser() / PROMPT
-    if file.is_file():
-        processor.prompt = file.read_text()
+    with suppress(OSError):  # there is none, or the hub is away
+        processor.prompt = Path(str(cached_file(find_model(path), PROMPT))).read_text()
     return processor
 
 

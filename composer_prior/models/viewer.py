@@ -11,6 +11,7 @@ from composer_prior.data.batch import split_packed_images
 from composer_prior.data.tokenizer import tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.image_text_model import ImageTextModel
+from composer_prior.models.prior_lvlm import PriorLVLMProcessor
 
 _OF_FILES = ("auto_map", "processor_class", "image_processor_type")  # of a saved processor alone
 
@@ -66,7 +67,7 @@ def check_processors(viewers: Any, models: Any) -> None:
     Raises:
         ValueError: naming what differs.
     """
-    for name in ("tokenizer", "image_processor", "prompt"):
+    for name in ("kind of processor", "tokenizer", "image_processor", "prompt"):
         if _settings(viewers, name) != _settings(models, name):
             raise ValueError(
                 f"The viewer has another {name} than the model: it cannot read the model's batches. Store its "
@@ -75,6 +76,8 @@ def check_processors(viewers: Any, models: Any) -> None:
 
 
 def _settings(processor: Any, name: str) -> Any:
+    if name == "kind of processor":
+        return isinstance(processor, PriorLVLMProcessor)
     part: Any = getattr(processor, name, "" if name == "prompt" else None)
     if name == "tokenizer" and part is not None:
         return tokenizer_fingerprint(part)

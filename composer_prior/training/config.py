@@ -226,6 +226,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     own_data, data_changes = _part(recipe.pop("data", None), path), changes.pop("data", {})
     helpers: dict[str, Any] = {key: _part(recipe.pop(key, None), path) for key in HELPERS}
     helper_changes = {key: changes.pop(key, {}) for key in HELPERS}
+    for key, given in helper_changes.items():
+        if isinstance(given, str) and given.endswith((".yaml", ".yml")):
+            helpers[key], helper_changes[key] = _part(given, path), {}
     for word in overrides:  # an empty mapping alone would change nothing
         key, _, text = word.partition("=")
         head, _, rest = key.partition(".")
@@ -233,12 +236,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         if part is not None and name in _NAMED and text.strip() == "{}":
             part.pop(name, None)
     data = own_data
+    processor = _processor_of(recipe, changes)
+    read_by = f"-{Path(processor).name}" if processor else ""  # a reference is of one tokenizer
+    for helper in filter(None, helpers.values()):
+        helper.run_name = f"{helper.run_name}{read_by}"
     train, validation = (changes.pop(key, None) or recipe.get(key) for key in _OWN_DATA)
     for key in _OWN_DATA:
         recipe.pop(key, None)
     if train:
         data = None
-        _read_own_data(recipe, helpers, train, validation)
+        _read_own_data(recipe, helpers, train, validation, read_by)
     elif validation:
         raise ValueError("validation= is given without train=: give both, or change eval_loader.dataset alone.")
     data = _changed(data, data_changes, path)
@@ -246,11 +253,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         for part in filter(None, (recipe, *helpers.values())):
             part.pop("benchmarks", None)  # those of the recipe are about its own data
     recipe = cast(DictConfig, OmegaConf.unsafe_merge(recipe, changes, {"data": data}))
-    _take_processors_tokenizer(recipe)
+    if (processor := _processor_of(recipe)) is not None:
+        trusted = {"kwargs": {"trust_remote_code": True}} if recipe.model.get("trust_remote_code") else {}
+        recipe.tokenizer = {"name": processor, **trusted, **(recipe.get("tokenizer") or {}), "image_tokens": False}
     texts: dict[str, Any] = {}
     for key in HELPERS:
         given = helper_changes[key]
-        other = isinstance(given, str) and not given.endswith((".yaml", ".yml"))
+        other = isinstance(given, str)
         helper = None if other else _changed(helpers[key], given, path)
         if helper is None:
             naming = [*_naming(OmegaConf.to_container(recipe), key)]
@@ -275,12 +284,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return typed
 
 
-def _take_processors_tokenizer(recipe: DictConfig) -> None:
-    """Let run and reference read text with the tokenizer of the model's processor, where it has one of its own."""
-    model = recipe.get("model") or {}
-    if model.get("name") == "hugging_face":
-        name = (model.get("processor") or {}).get("name") or model.get("pretrained")
-        recipe.tokenizer = {"name": name, **(recipe.get("tokenizer") or {}), "image_tokens": False}
+def _processor_of(*parts: DictConfig) -> str | None:
+    """Return the folder or hub id of the processor of a model of transformers, "" if it lacks one; else None."""
+    merged: Any = OmegaConf.merge(*(OmegaConf.masked_copy(part, ["model"]) for part in parts))
+    model = merged.get("model") or {}
+    if model.get("name") != "hugging_face":
+        return None
+    return (model.get("processor") or {}).get("name") or model.get("pretrained") or ""
 
 
 def _naming(value: Any, section: str, key: str = "") -> Iterator[str]:
@@ -310,12 +320,14 @@ def _changed(part: DictConfig | None, changes: Any, path: Path) -> Any:
     return None if part is None or changes is None else OmegaConf.merge(part, changes)
 
 
-def _read_own_data(recipe: DictConfig, helpers: Mapping[str, Any], train: str, validation: str | None) -> None:
-    """Let run, reference and viewer read data of the user's, and name what is made from them after them."""
+def _read_own_data(
+    recipe: DictConfig, helpers: Mapping[str, Any], train: str, validation: str | None, read_by: str
+) -> None:
+    """Let run, reference and viewer read data of the user's; name what is made of them after them and ``read_by``."""
     folders = dict.fromkeys(HELPERS, "${run_folder}")
     for key, helper in helpers.items():
         if helper is not None:
-            helper.run_name = f"{key}-{name_of_data(train)}"
+            helper.run_name = f"{key}-{name_of_data(train)}{read_by}"
             folders[key] = f"runs/{helper.run_name}"
     for part in (recipe, *helpers.values()):
         if part is None:
@@ -332,15 +344,15 @@ def _read_own_data(recipe: DictConfig, helpers: Mapping[str, Any], train: str, v
             if place is not None:
                 loader = part.setdefault(key, OmegaConf.create({})) if key == "eval_loader" else part[key]
                 dataset = OmegaConf.to_container(loader.get("dataset") or OmegaConf.create({}))
-                loader.dataset = _dataset_in(place, cast(dict[str, Any], dataset), folders)
+                loader.dataset = _dataset_in(place, cast(dict[str, Any], dataset), folders, read_by)
 
 
-def _dataset_in(place: str, dataset: dict[str, Any], folders: Mapping[str, str]) -> dict[str, Any]:
+def _dataset_in(place: str, dataset: dict[str, Any], folders: Mapping[str, str], read_by: str) -> dict[str, Any]:
     """Return the arguments of a data set at another path or url."""
     rest = {key: value for key, value in dataset.items() if key not in ("local", "remote", "split", "streams")}
     for key, helper in (("scores", "reference"), ("viewer_scores", "viewer")):
         if rest.get(key):
-            end = key.replace("_", "-")
+            end = key.replace("_", "-") + read_by
             rest[key] = f"{place.rstrip('/')}-{end}" if is_remote(place) else f"{folders[helper]}/scores"
     if not is_remote(place):
         return {**rest, "local": place}

@@ -117,6 +117,12 @@ def check_keys(recipe: TrainConfig, where: str = "") -> None:
             raise ValueError(f"{where}parallelism_config.{name} is not a key. {did_you_mean(name, ['fsdp2'])}")
         registry.check_arguments(_SHARDING, arguments, f"{where}parallelism_config.fsdp2")
     for key, helper in recipe.helpers.items():
+        kinds = helper.model["name"], recipe.model["name"]
+        if key == "viewer" and {*kinds} == {"lvlm", "hugging_face"}:
+            raise ValueError(
+                f"{where}viewer.model.name={kinds[0]} reads no batches of {where}model.name={kinds[1]}: name a recipe "
+                f"of {kinds[1]}, or store the scores of a trained model first: composer-prior score ... viewer=MODEL."
+            )
         check_keys(helper, f"{where}{key}.")
 
 

@@ -17,14 +17,19 @@ from composer_prior.registry import Count
 _FLASH = "_scaled_dot_product_flash_attention"
 
 
-def _on_cpu() -> dict[Any, Any]:
-    """Return how attention on the CPU is counted, which PyTorch's list of operations lacks: as on a GPU."""
-    return {
-        getattr(torch.ops.aten, f"{_FLASH}_for_cpu{end}"): flop_registry[
-            getattr(torch.ops.aten, f"{_FLASH}{end}")
-        ].__wrapped__  # FlopCounterMode wraps functions itself
-        for end in ("", "_backward")
-    }
+def flop_counter() -> FlopCounterMode:
+    """Return PyTorch's counter with what its list of operations lacks: attention on the CPU, and of a frozen tower."""
+    known: dict[Any, Any] = {torch.ops.aten._native_multi_head_attention: _attention_with_projections}
+    for end in ("", "_backward"):  # as on a GPU; FlopCounterMode wraps functions itself
+        on_gpu = flop_registry[getattr(torch.ops.aten, f"{_FLASH}{end}")].__wrapped__
+        known[getattr(torch.ops.aten, f"{_FLASH}_for_cpu{end}")] = on_gpu
+    return FlopCounterMode(display=False, custom_mapping=known)
+
+
+def _attention_with_projections(query: torch.Size, *_: Any, **__: Any) -> int:
+    """Count the four projections of ``query [B, T, D]``, and its products with keys and values."""
+    batch, length, width = query
+    return 8 * batch * length * width**2 + 4 * batch * length**2 * width
 
 
 class ComputeMonitor(Callback):
@@ -47,7 +52,7 @@ class ComputeMonitor(Callback):
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         if int(state.timestamp.batch) % self.interval == 0 or not self._flops_per_token:
-            self._counter = FlopCounterMode(display=False, custom_mapping=_on_cpu())
+            self._counter = flop_counter()
             self._counter.__enter__()
 
     def batch_end(self, state: State, logger: Logger) -> None:

@@ -23,7 +23,7 @@ from composer_prior.data.remote import Output
 from composer_prior.data.storage import StorageError, WriteError, full_disk_told, is_remote
 from composer_prior.data.tokenizer import tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.models.image_text_model import ImageTextModel, classes_of
+from composer_prior.models.image_text_model import ImageTextModel, captioner_classes
 from composer_prior.models.language import causal_lm_of, generate_greedily
 from composer_prior.models.model_folder import fitting_weights, load_processor, save_model_folder
 from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration
@@ -199,11 +199,11 @@ def _load_checkpoint(source: Path, trust_remote_code: bool) -> ImageTextModel:
         raise ModelFolderError(f"{source} has no {ARCHITECTURE}/ in a folder above it; leave it in its run folder.")
     folder = runs[0] / ARCHITECTURE
     try:
-        classes = classes_of(folder, trust_remote_code)
-        assert classes is not None  # of a run with images
-        processor = load_processor(classes[0], folder, trust_remote_code)
-        config = load_pretrained(classes[1], folder, trust_remote_code)
-        model: Any = getattr(classes[2], "from_config", classes[2])(config)
+        processor_class, config_class, model_class = captioner_classes(folder, trust_remote_code)
+        processor = load_processor(processor_class, folder, trust_remote_code)
+        config = load_pretrained(config_class, folder, trust_remote_code)
+        made = getattr(model_class, "from_config", None)  # None: of our own class
+        model: Any = made(config, trust_remote_code=trust_remote_code) if made else model_class(config)
         weights, fingerprint = read_weights(source)
     except ModelFolderError:
         raise

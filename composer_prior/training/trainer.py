@@ -23,8 +23,10 @@ from composer_prior.data.scores import COLUMN, VIEWER_COLUMN
 from composer_prior.data.storage import write_whole
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.models.hugging_face import hugging_face_skeleton, unused_weights
 from composer_prior.models.language import prepare_compile
 from composer_prior.models.sharding import build_parallelism, check_checkpointing, prepare_sharded
+from composer_prior.registry import without_name
 from composer_prior.reports.closing import (
     Samples,
     benchmarks_table,
@@ -74,6 +76,10 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
             model.processor.prompt = train_data.prompt
         model.image_related_metrics = all(spec.dataloader.dataset.has_spans for spec in loaders.values())
         check_fit(model, train_data)
+    if recipe.model["name"] == "hugging_face":
+        skeleton = partial(hugging_face_skeleton, tokenizer, **without_name(recipe.model))
+        for name in on_first_rank(lambda: unused_weights(skeleton())):
+            model.get_parameter(name).requires_grad_(False)
     for key in recipe.helpers:
         check_helper(recipe, key, train_data.fingerprint)
     check_checkpointing(recipe.parallelism_config, model)
@@ -89,7 +95,8 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     start = on_first_rank(partial(find_start, recipe, identity))
     has_weights = not any(parameter.is_meta for parameter in model.parameters())
     if recipe.init_from is not None and start is None and has_weights:
-        announce(load_weights(recipe.init_from, model))
+        trusted = any((part or {}).get("trust_remote_code") for part in (recipe.model, recipe.model.get("language")))
+        announce(load_weights(recipe.init_from, model, trusted))
     if recipe.compile_config is not None:
         prepare_compile()
     mixed = any(len(stream_names(spec.dataloader)) > 1 for spec in loaders.values())

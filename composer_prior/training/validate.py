@@ -31,6 +31,7 @@ from composer_prior.data.storage import is_remote
 from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import build_tokenizer
 from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.models.hugging_face import check_image_tokens
 from composer_prior.models.model_folder import load_processor
 from composer_prior.models.sharding import build_parallelism, check_checkpointing
 from composer_prior.models.viewer import check_processors
@@ -124,6 +125,8 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
     check_schedule(recipe, len(cast(Any, loaders["train_loader"].dataloader)), where)
     if isinstance(model, ComposerLVLM):
         check_fit(model, data)
+        with one_line_errors(f"{where}model" if where else ""):
+            on_first_rank(partial(check_image_tokens, model, recipe.model))
         optimizer = build_optimizer(recipe.optimizer, model, f"{where}optimizer")
         algorithms = _algorithms(recipe, where)
         check_checkpointing(recipe.parallelism_config, model)

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from common.commands import run_job
+from transformers import AutoTokenizer
 
 from composer_prior import load
 from composer_prior.data import hub
@@ -14,6 +15,7 @@ from composer_prior.data.hub import ModelFolderError, find_model
 from composer_prior.data.tokenizer import build_tokenizer
 from composer_prior.inference.export import export_model
 from composer_prior.models.language import build_language_model
+from composer_prior.models.model_folder import load_processor
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.scoring.score import model_identity
 from composer_prior.training.checkpoints.loading import read_weights
@@ -55,6 +57,20 @@ def test_a_model_of_a_cache_is_found_beside_a_folder_of_its_organisation(cache, 
     else:
         monkeypatch.setenv(cache, str(tmp_path / "cache"))
     assert find_model("org/name") == "org/name"
+
+
+def test_the_prompt_of_a_hubs_model_is_read_as_a_folders(tokenizer, tmp_path, monkeypatch):
+    repository = tmp_path / "cache/models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0abc")
+    snapshot = repository / "snapshots/0abc"
+    tokenizer.save_pretrained(snapshot)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path / "cache"), raising=False)
+    assert not hasattr(load_processor(AutoTokenizer, "org/name"), "prompt")
+    (snapshot / "prompt.txt").write_text("a photo of")
+    for path in ("org/name", snapshot):
+        assert load_processor(AutoTokenizer, path).prompt == "a photo of"
 
 
 @pytest.mark.parametrize("path", ["runs/nosuch", "./x", "../x", "/a/b", "~/nosuch", "a/b/c", "data/x", "s3://bucket/x"])

@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,17 +15,22 @@ from common.models import small_lm
 from composer import Callback, DataSpec, Trainer
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, TrainingArguments
 from transformers import Trainer as HFTrainer
 
 from composer_prior import PRIOR, PRIORMixin, ReferenceLM
 from composer_prior.algorithms.token_weighting.image_tokens import text_positions
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, count_tokens, split_packed_images
-from composer_prior.data.captions import StreamingCaptionDataset
+from composer_prior.data.captions import BadSampleError, StreamingCaptionDataset
 from composer_prior.data.processing import image_placeholder
-from composer_prior.data.tokenizer import bos_id, build_tokenizer
+from composer_prior.data.tokenizer import bos_id, build_tokenizer, encode_caption, tokenizer_fingerprint
 from composer_prior.emoji_scenes.writing import make_emoji_scenes
-from composer_prior.models.hugging_face import build_hugging_face, hugging_face_skeleton
+from composer_prior.models.hugging_face import (
+    build_hugging_face,
+    check_image_tokens,
+    hugging_face_skeleton,
+    unused_weights,
+)
 from composer_prior.models.image_text_model import ImageTextModel
 from composer_prior.models.llava import export_llava
 from composer_prior.models.llava_check import LlavaError
@@ -289,8 +296,9 @@ def test_a_bad_sample_is_skipped_beside_an_image_that_every_processor_reads(hub,
     with torch.no_grad():
         assert bool((model(collated(model, samples))["nll"][-1] == 0).all())
     if not getattr(model.processor.image_processor, "is_fast", False):
-        with pytest.raises(ValueError, match="Idefics3ImageProcessor takes its height of 3 for that many channels"):
-            data.image_processor(Image.new("RGB", (40, 3)))
+        for read in (data.image_processor, lambda image: model.image_text_model.inputs([image])):
+            with pytest.raises(ValueError, match="Idefics3ImageProcessor takes its height of 3 for that many channels"):
+                read(Image.new("RGB", (40, 3)))
 
 
 def test_a_model_folder_keeps_the_prompt_of_training(hub, tmp_path):
@@ -319,11 +327,103 @@ def test_text_without_its_image_is_read_from_left_to_right(kind, scenes, hub):
         torch.testing.assert_close(cut, whole[:, :length], rtol=0, atol=1e-5)
 
 
-def test_a_tokenizer_that_adds_a_second_bos_is_refused(hub):
-    tokens = {"name": hub("paligemma"), "image_tokens": False}
-    with pytest.raises(ValueError, match=r"set tokenizer\.kwargs\.add_bos_token=false"):
-        build_hugging_face(build_tokenizer({**tokens, "kwargs": {"add_bos_token": True}}), hub("paligemma"))
-    build_hugging_face(build_tokenizer({**tokens, "kwargs": {"add_bos_token": False}}), hub("paligemma"))
+def skeleton(path, **options):
+    return hugging_face_skeleton(build_tokenizer({"name": path, "image_tokens": False}), **options)
+
+
+def test_the_tokenizer_is_as_its_processor_has_set_it(scenes, hub, tmp_path):
+    """PaliGemma's folders of a hub have one that adds bos, and its processor writes bos itself."""
+    path = shutil.copytree(hub("paligemma"), tmp_path / "paligemma")
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "add_bos_token": True}))
+    plain, tokenizer = AutoTokenizer.from_pretrained(path), build_tokenizer({"name": path, "image_tokens": False})
+    assert plain("a")["input_ids"] == [plain.bos_token_id, *tokenizer("a")["input_ids"]]
+    model = build_hugging_face(tokenizer, str(path))
+    assert tokenizer_fingerprint(model.tokenizer) == tokenizer_fingerprint(tokenizer)
+    _, samples = samples_of(model, scenes, PROMPT)
+    assert all(int((sample["input_ids"] == tokenizer.bos_token_id).sum()) == 1 for sample in samples)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_skeleton_agrees_with_its_processor_and_is_whole_in_precision(kind, hub, tmp_path):
+    """The parts of a hub's configuration may name half precision."""
+    shutil.copytree(hub(kind), tmp_path / "half")
+    file = tmp_path / "half" / "config.json"
+    settings = json.loads(file.read_text())
+    for part in (settings, settings["text_config"], settings["vision_config"]):
+        part["dtype"] = "bfloat16"
+    file.write_text(json.dumps(settings))
+    model = skeleton(str(tmp_path / "half"), pretrained=str(tmp_path / "half"))
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    check_image_tokens(model, {})
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_weights_without_a_gradient_are_those_that_no_loss_needs(kind, scenes, hub):
+    model = built(hub(kind))
+    _, samples = samples_of(model, scenes, "")
+    batch = collated(model, samples)
+    model.loss(model(batch), batch).backward()
+    expected = {name for name, weight in model.named_parameters() if weight.grad is None}
+    assert {*unused_weights(skeleton(hub(kind), pretrained=hub(kind)))} == expected
+    assert bool(expected) == kind.startswith("llava")
+    assert not unused_weights(skeleton(hub(kind), pretrained=hub(kind), freeze=["vision"]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "processor", "message"),
+    [
+        ("llava", {"vision_config": {"patch_size": 8}}, {}, "writes 16 image tokens .* of which it makes 4 features"),
+        ("idefics3", {"scale_factor": 4}, {}, "writes 20 image tokens .* of which it makes 5 features"),
+        ("qwen2_vl", {}, {"merge_size": 1}, "writes 64 image tokens .* of which it makes 16 features"),
+        ("gemma3", {}, {"size": {"height": 32, "width": 32}}, "cannot read its processor's images: .* size"),
+    ],
+)
+def test_a_processor_of_another_tower_is_refused(kind, changes, processor, message, hub):
+    """Before the first step; Idefics3 alone would train on the first features."""
+    arguments = {"model_type": kind, **FAMILIES[kind][2]}
+    for key, change in changes.items():
+        arguments[key] = {**arguments[key], **change} if isinstance(change, dict) else change
+    config = {"config": arguments, "processor": {"name": hub(kind), **processor}}
+    with pytest.raises(ValueError, match=message) as refused:
+        check_image_tokens(skeleton(hub(kind), **config), config)
+    keys = [f"model.processor.{key}" for key in config["processor"]]
+    assert str(refused.value).endswith(f"; change {' or '.join([*keys, 'model.config.vision_config'])}.")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("kind", "token"), [("qwen2_vl", "<|image_pad|>"), ("gemma3", "<start_of_image>")])
+def test_text_that_spells_an_image_is_refused(kind, token, scenes, hub):
+    model = built(hub(kind))
+    with pytest.raises(ValueError, match=re.escape(f"spells {token}: the image stands before the prompt")):
+        samples_of(model, scenes, f"see {token}")
+    with pytest.raises(ValueError, match=re.escape(f"spells {token}")):
+        model.image_text_model.inputs([Image.new("RGB", (64, 64))], f"see {token}")
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_caption_that_spells_an_image_is_text_or_a_bad_sample(special, scenes, hub, tmp_path):
+    """Text where the token is a special one, and a bad sample where the tokenizer reads the token in any text."""
+    path = shutil.copytree(hub("llava"), tmp_path / "llava")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not special:
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            if (file := path / name).exists():
+                settings = json.loads(file.read_text())
+                for key in ("additional_special_tokens", "extra_special_tokens"):
+                    settings.pop(key, None)
+                added = settings.get("added_tokens_decoder", {}).values()
+                for token in (*settings.get("added_tokens", ()), *added):
+                    token["special"] &= token["content"] != "<image>"
+                file.write_text(json.dumps(settings))
+    model = built(str(path))
+    data, _ = samples_of(model, scenes, PROMPT)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    caption = "a <image> here"
+    assert (image in encode_caption(model.tokenizer, caption).ids) == (not special)
+    if not special:
+        with pytest.raises(BadSampleError, match="the caption spells <image>, which the tokenizer takes for its own"):
+            data._encode({"caption": caption}, 0)
 
 
 def test_a_recurrent_language_model_is_refused(hub):
@@ -331,9 +431,7 @@ def test_a_recurrent_language_model_is_refused(hub):
     text = {"model_type": "lfm2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = {"model_type": "lfm2_vl", "text_config": {**text, "layer_types": ["conv", "full_attention"]}}
     with pytest.raises(ValueError, match=r"a lfm2.vl cannot be trained here: its language model is recurrent"):
-        hugging_face_skeleton(
-            build_tokenizer({"name": path, "image_tokens": False}), config=config, processor={"name": path}
-        )
+        skeleton(path, config=config, processor={"name": path})
 
 
 def test_a_size_of_images_is_that_of_the_recipe(hub):

@@ -5,17 +5,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from common.families import save_family
+from common.families import FAMILIES, save_family
 from common.models import small_lm
 from common.recipes import LOADERS, ROOT, fork_ranks, losses
+from common.tokenizers import plain_tokenizer
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from composer_prior import load
+from composer_prior.data.hub import ModelFolderError
 from composer_prior.data.processing import image_placeholder
 from composer_prior.emoji_scenes.writing import make_emoji_scenes
 from composer_prior.inference.evaluate import evaluate
-from composer_prior.training.config import load_recipe
+from composer_prior.training.config import load_recipe, name_of_data
 from composer_prior.training.run import train
 
 RECIPES = {"smolvlm": "idefics3", "qwen2_vl": "qwen2_vl"}
@@ -112,7 +120,11 @@ CHECKPOINTING = "parallelism_config={fsdp2: {activation_checkpointing: true}}"
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_ranks_reach_the_losses_of_one(name, scenes, here):
+    """The configuration of a tower may name half precision, which the ranks without weights go by."""
     hub(RECIPES[name])
+    settings = json.loads((file := Path("hub/vlm/config.json")).read_text())
+    settings["vision_config"]["dtype"] = "bfloat16"
+    file.write_text(json.dumps(settings))
     command = [ROOT / "train.py", ROOT / "yamls" / f"{name}.yaml", *overrides(name, scenes, *ALONE)]
     train(smaller(name, scenes, *ALONE, "run_name=one"))
     fork_ranks(here, *command, "run_name=two")
@@ -126,6 +138,27 @@ def test_two_ranks_reach_the_losses_of_one(name, scenes, here):
         )
         for key, tensor in first.items():
             torch.testing.assert_close(other[key], tensor, rtol=0, atol=1e-4, msg=key)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_every_other_family(scenes, here):
+    """With a trained tower, of which LLaVA's families leave weights without a gradient."""
+    kinds = [kind for kind in FAMILIES if kind not in RECIPES.values()]
+    for kind in kinds:
+        save_family(kind, Path("hub", kind), CAPTIONS)
+    small = ("model.freeze=null", "model.processor=null", "save_folder=null", "autoresume=false", "eval_loader=null")
+
+    def words(kind, name):
+        return overrides("smolvlm", scenes, *ALONE, *small, f"model.pretrained=hub/{kind}", f"run_name={name}-{kind}")
+
+    for kind in kinds:
+        train(load_recipe(ROOT / "yamls" / "smolvlm.yaml", words(kind, "one")))
+    Path("jobs.json").write_text(json.dumps([words(kind, "two") for kind in kinds]))
+    fork_ranks(here, ROOT / "tests/common/programs/train_all.py", ROOT / "yamls" / "smolvlm.yaml", "jobs.json")
+    for kind in kinds:
+        one, two = ([loss for _, loss in losses(f"runs/{name}-{kind}")] for name in ("one", "two"))
+        assert len(one) == 2
+        assert two == pytest.approx(one, abs=1e-4), kind
 
 
 def test_two_stages(scenes, here, capsys):
@@ -146,6 +179,123 @@ def test_two_stages(scenes, here, capsys):
     assert {name for name in first if not torch.equal(first[name], before[name])} == {
         name for name in first if "merger" in name
     }
+
+
+@pytest.mark.slow
+def test_the_weights_of_a_reference_are_those_of_the_language_model(scenes, here, capsys):
+    """The reference has its head in it, and the families beside their language model."""
+    hub("idefics3")
+    settings = json.loads(Path("hub/vlm/config.json").read_text())["text_config"]
+    tokenizer = AutoTokenizer.from_pretrained("hub/vlm")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).save_pretrained("hub/lm")
+    tokenizer.save_pretrained("hub/lm")
+    still = ("optimizer.lr=0", "optimizer.groups=null", "max_duration=1ba")
+    train(smaller("smolvlm", scenes, *still, "sample_captions=0", "reference.max_duration=1ba", "run_name=first"))
+    folder = "runs/reference-" + name_of_data(f"{scenes}/train") + "-vlm"
+    for source, run in ((folder, "second"), (f"{folder}/model", "third")):
+        train(smaller("smolvlm", scenes, *ALONE, *still, f"init_from={source}", f"run_name={run}"))
+        assert f"Weights: language from {folder}" in (said := capsys.readouterr().out)
+        assert "projector, vision stay as the recipe says" in said
+        found = AutoModelForImageTextToText.from_pretrained(f"runs/{run}/model")
+        reference = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
+        before = AutoModelForImageTextToText.from_pretrained("hub/vlm")
+        pairs = [(found.model.text_model, reference.model), (found.lm_head, reference.lm_head)]
+        pairs += [(found.model.vision_model, before.model.vision_model)]
+        for ours, theirs in pairs:
+            for name, weight in theirs.state_dict().items():
+                torch.testing.assert_close(ours.state_dict()[name], weight, rtol=0, atol=0, msg=name)
+    small_lm(tokenizer, hidden_size=16).save_pretrained("other")
+    tokenizer.save_pretrained("other")
+    with pytest.raises(ValueError, match=r"^init_from=other: .*; init_from needs the same architecture and tokenizer"):
+        train(smaller("smolvlm", scenes, *ALONE, *still, "init_from=other", "run_name=fourth"))
+
+
+CODE = """
+from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+
+class OwnConfig(Idefics3Config):
+    model_type = "own_vlm"
+
+
+class OwnModel(Idefics3ForConditionalGeneration):
+    config_class = OwnConfig
+"""
+
+
+@pytest.mark.slow
+def test_code_of_a_model_runs_only_where_it_is_allowed(scenes, here, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(here / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    hub("idefics3")
+    Path("hub/vlm/own.py").write_text(CODE)
+    places = {"AutoConfig": "own.OwnConfig", "AutoModelForImageTextToText": "own.OwnModel"}
+    file = Path("hub/vlm/config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "own_vlm", "auto_map": places}))
+    refusal = "comes with Python code of its own, which is not run unless you say trust_remote_code=true"
+    with pytest.raises(ModelFolderError, match=refusal):
+        train(smaller("smolvlm", scenes, *ALONE))
+    once = ("model.trust_remote_code=true", "max_duration=1ba")
+    train(smaller("smolvlm", scenes, *ALONE, *once))
+    for source in ("runs/smolvlm", "runs/smolvlm/checkpoints/latest-rank0.pt"):
+        with pytest.raises(ModelFolderError, match=refusal):
+            load(source)
+        assert type(load(source, trust_remote_code=True).model).__name__ == "OwnModel"
+    train(smaller("smolvlm", scenes, *ALONE, *once, "run_name=again", "init_from=runs/smolvlm/model"))
+
+
+def test_a_checkpoint_beside_a_language_model_is_named(here):
+    tokenizer = plain_tokenizer("smollm2", CAPTIONS)
+    small_lm(tokenizer).save_pretrained("run/architecture")
+    tokenizer.save_pretrained("run/architecture")
+    Path("run/checkpoints").mkdir()
+    Path("run/checkpoints/ba1.pt").touch()
+    with pytest.raises(ModelFolderError, match=r"architecture holds a llama, which captions no images\.$"):
+        load("run/checkpoints/ba1.pt")
+
+
+def test_a_package_that_a_processor_lacks_is_named_before_training(scenes, here, monkeypatch):
+    hub("idefics3")
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
+    for file in Path("hub/vlm").glob("*processor*.json"):
+        file.write_text(file.read_text().replace("Idefics3Processor", "SmolVLMProcessor"))
+    with pytest.raises(ValueError, match="`num2words` is required") as error:
+        train(smaller("smolvlm", scenes))
+    assert "\n" not in str(error.value)
+    assert not Path("runs").exists()
+
+
+def test_a_processor_of_another_tower_is_refused_before_the_reference_is_trained(scenes, here):
+    hub("idefics3")
+    with pytest.raises(
+        ValueError, match=r"writes \d+ image tokens .* makes \d+ features; change .*model\.processor\.max_image_size\.$"
+    ) as error:
+        train(smaller("smolvlm", scenes, "model.processor={max_image_size: {longest_edge: 32}}"))
+    assert "\n" not in str(error.value)
+    assert not [*Path("runs").glob("*/metrics.jsonl")]
+
+
+@pytest.mark.parametrize(("run", "viewer"), [("smolvlm", "stage1"), ("gain_vit", "smolvlm")])
+def test_a_viewer_of_another_kind_than_the_run_is_refused_by_its_name(run, viewer):
+    recipe = load_recipe(ROOT / "yamls" / f"{run}.yaml", [f"viewer={ROOT}/yamls/{viewer}.yaml", "train=data"])
+    kinds = rf"viewer\.model\.name={recipe.viewer['model']['name']} reads no batches of model\.name="
+    with pytest.raises(ValueError, match=rf"^{kinds}{recipe.model['name']}: name a recipe of"):
+        train(recipe)
+
+
+def test_references_of_other_tokenizers_have_folders_of_their_own():
+    """And their scores, beside the same captions in a bucket."""
+    names, own = ("stage1", "smolvlm", "qwen2_vl"), ("train=s3://bucket/captions", "validation=s3://bucket/other")
+    recipes = [load_recipe(ROOT / "yamls" / f"{name}.yaml", words) for words in ((), own) for name in names]
+    folders = [recipe.reference_recipe.run_folder for recipe in recipes]
+    on_captions = "runs/reference-" + name_of_data("s3://bucket/captions")
+    ends = ("", "-SmolVLM-256M-Base", "-Qwen2-VL-2B")
+    shipped = [f"runs/reference_{name}" for name in ("smollm2", "smollm2-SmolVLM-256M-Base", "qwen2-Qwen2-VL-2B")]
+    assert folders == [*shipped, *(f"{on_captions}{end}" for end in ends)]
+    assert [recipe.algorithms["prior"]["reference"] for recipe in recipes] == [f"{one}/model" for one in folders]
+    scores = [recipe.train_loader["dataset"]["scores"] for recipe in recipes]
+    assert scores[3:] == [f"s3://bucket/captions-scores{end}" for end in ends]
+    assert len({*scores}) == 6
 
 
 def test_a_sequence_that_no_position_is_left_for_is_refused_before_training(scenes, here):

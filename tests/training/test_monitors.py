@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from composer_prior import PRIOR, importance_weights, registry
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, count_tokens
 from composer_prior.data.tokenizer import image_token_ids
-from composer_prior.training.monitors import ComputeMonitor, StreamMonitor
+from composer_prior.training.monitors import ComputeMonitor, StreamMonitor, flop_counter
 
 
 def count(model, spec, monitor, duration="1ba", algorithms=(), **changes):
@@ -42,6 +42,20 @@ def test_a_step_is_counted(tokenizer, make_spec, make_batch):
     model = small_lvlm("patches", tokenizer)
     flops, _ = count(model, make_spec(model), ComputeMonitor(interval=1))
     assert flops[0] == pytest.approx(by_hand(model, make_batch(model)), rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["encoder", "tiles", "merged_naflex"])
+def test_a_frozen_tower_is_counted_as_a_trained_one(family, tokenizer, make_batch):
+    """In evaluation mode and without gradients PyTorch has one operation for the whole of attention."""
+    model, counts = small_lvlm(family, tokenizer), []
+    batch = make_batch(model)
+    images = {key: batch[key] for key in ("pixel_values", "pixel_patches", "patch_mask", "image_grid") if key in batch}
+    for trained in (True, False):
+        model.model.model.vision_tower.requires_grad_(trained)
+        with flop_counter() as counter:
+            model.train().model.model.get_image_features(**images)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_steps_between_are_reckoned_by_their_tokens(tokenizer, make_spec):

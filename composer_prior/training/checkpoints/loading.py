@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from composer_prior.data.hub import load_pretrained
-from composer_prior.data.tokenizer import add_image_tokens, tokenizer_fingerprint
+from composer_prior.data.tokenizer import add_image_tokens, has_image_tokens, tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.image_text_model import ImageTextModel, classes_of
-from composer_prior.models.language import parts_of
+from composer_prior.models.language import causal_lm_of, parts_of
 from composer_prior.models.lora import beside_adapters
 from composer_prior.models.model_folder import fitting_weights
 from composer_prior.training.checkpoints.identity import OLD_NAMES, RunIdentity, read_identity, read_sharded, read_state
@@ -20,7 +20,7 @@ from composer_prior.training.checkpoints.pickles import METADATA
 from composer_prior.training.checkpoints.storage import check_sums, find_weights
 
 
-def load_weights(path: str, model: ComposerLVLM) -> str:
+def load_weights(path: str, model: ComposerLVLM, trust_remote_code: bool = False) -> str:
     """Give a model the weights of another run, and nothing else of it; return a line on what was loaded from where.
 
     The weights fit if names and shapes of all of a part's weights (vision, projector, language) are the same, and the
@@ -30,9 +30,10 @@ def load_weights(path: str, model: ComposerLVLM) -> str:
     Args:
         path: see :func:`find_weights`.
         model: with whole weights, on the CPU.
+        trust_remote_code: run code that comes with a model folder. Default: ``False``.
     """
     source = find_weights(path)
-    weights, fingerprint = read_weights(source)
+    weights, fingerprint = read_weights(source, trust_remote_code, has_image_tokens(model.tokenizer))
     remedy = "init_from needs the same architecture and tokenizer"
     if fingerprint is not None and fingerprint != tokenizer_fingerprint(model.tokenizer):
         raise ValueError(f"init_from={path}: it was trained with another tokenizer than tokenizer.name; {remedy}.")
@@ -41,7 +42,9 @@ def load_weights(path: str, model: ComposerLVLM) -> str:
     loaded = list(parts)
     found = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     if not any(re.search(r"\.(vision_|visual\.)", name) for name in weights):  # a language model on text
-        loaded, target = ["language"], parts["language"]
+        loaded, target, head = ["language"], parts["language"], causal_lm_of(target).get_output_embeddings()
+        if head not in {*target.modules()}:  # in other families the head is beside the language model
+            target = nn.ModuleDict({"model": target, "lm_head": head})
     try:
         target.load_state_dict(
             fitting_weights(beside_adapters(found, target), target), strict=False
@@ -53,8 +56,16 @@ def load_weights(path: str, model: ComposerLVLM) -> str:
     return f"Weights: {', '.join(sorted(loaded))} from {source}{without}"
 
 
-def read_weights(source: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Return weights by their names in a :class:`.ComposerLVLM`, and the fingerprint of their tokenizer if known."""
+def read_weights(
+    source: Path, trust_remote_code: bool = False, image_tokens: bool = True
+) -> tuple[dict[str, Tensor], str | None]:
+    """Return weights by their names in a :class:`.ComposerLVLM`, and the fingerprint of their tokenizer if known.
+
+    Args:
+        source: see :func:`find_weights`.
+        trust_remote_code: run code that comes with a model folder. Default: ``False``.
+        image_tokens: the tokenizer of a language model gets our image tokens. Default: ``True``.
+    """
     if source.is_file():
         check_sums(source)
         state = read_state(source)
@@ -65,13 +76,14 @@ def read_weights(source: Path) -> tuple[dict[str, Tensor], str | None]:
         weights = {name.removeprefix(prefix): tensor for name, tensor in read_sharded(source, prefix).items()}
         fingerprint = (read_identity(source) or {}).get("tokenizer")
     else:
-        if classes_of(source) is not None:
-            lvlm = ImageTextModel.from_pretrained(source)
+        if classes_of(source, trust_remote_code) is not None:
+            lvlm = ImageTextModel.from_pretrained(source, trust_remote_code)
             model, tokenizer = lvlm.model, lvlm.tokenizer
         else:
-            model = load_pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
-            tokenizer = load_pretrained(AutoTokenizer, source)
-            add_image_tokens(tokenizer)
+            model = load_pretrained(AutoModelForCausalLM, source, trust_remote_code, dtype=torch.float32)
+            tokenizer = load_pretrained(AutoTokenizer, source, trust_remote_code)
+            if image_tokens:
+                add_image_tokens(tokenizer)
         weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         fingerprint = tokenizer_fingerprint(tokenizer)
     if any(name.startswith("model.language.") for name in weights):
