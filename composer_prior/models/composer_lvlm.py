@@ -166,7 +166,7 @@ class ComposerLVLM(ComposerModel):
         aligned = image.prefix or {"input_ids": [bos_id(self.tokenizer), *(ids[kind] for kind in image.layout)]}
         sample = {key: torch.tensor(values) for key, values in aligned.items()} | image.tensors | {"sample_id": 0}
         batch = CaptionCollator(0)([{**sample, "labels": torch.full_like(sample["input_ids"], IGNORE_INDEX)}])
-        return {key: value for key, value in batch.items() if key in {"labels", *self._inputs}}
+        return {key: value for key, value in batch.items() if key in {"labels", *self.inputs}}
 
     def _forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         head, labels = head_of(self.model), batch["labels"]
