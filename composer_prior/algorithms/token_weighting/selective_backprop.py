@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from composer_prior.data.batch import ROWS
 from composer_prior.models.composer_lvlm import ComposerLVLM
 
 
@@ -40,4 +41,6 @@ def selective_backprop_keys(model: ComposerLVLM) -> dict[str, tuple[Callable[...
 
 
 def _rows(batch: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    if any(key.endswith(ROWS) for key in batch):
+        raise ValueError("SelectiveBackprop selects among samples of one image of one tensor each; leave it out.")
     return {key: value[rows] for key, value in batch.items()}
