@@ -17,6 +17,7 @@ from composer_prior.data.batch import IGNORE_INDEX, split_packed_images
 from composer_prior.data.captions import BadSampleError, caption_data_spec
 from composer_prior.data.chat import use_template
 from composer_prior.data.tokenizer import placeholder
+from composer_prior.models.image_text_model import model_inputs
 
 TEMPLATE = (  # in the words of small tokenizers, with parts
     "{% for message in messages %}{{ 'w10' if message['role'] == 'user' else 'w11' }}"
@@ -213,3 +214,17 @@ def test_captions_beside_conversations_have_the_loss_that_they_have_alone(kind, 
     length = alone_nll.shape[1]
     torch.testing.assert_close(found[:, :length], alone_nll, rtol=1e-5, atol=1e-5)
     assert (found[:, length:] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["patches", "llava"])
+def test_a_template_that_writes_bos_writes_it_once_in_captioning_and_in_training(kind, tokenizer, tmp_path):
+    model = foreign(kind) if kind in FOREIGN else own(kind, tokenizer)
+    model.tokenizer.chat_template = model.processor.chat_template = "{{ bos_token }}" + model.tokenizer.chat_template
+    begin = model.tokenizer.bos_token_id
+    inputs = model_inputs(model.processor, images_of(SAMPLES[3]), "w8")
+    assert inputs["input_ids"][0].tolist().count(begin) == 1
+    text = model.processor.apply_chat_template(turns("<image>w8"), add_generation_prompt=True)
+    sample = loader(tmp_path, model, [(turns("<image>w8", "w9"), SAMPLES[3][1])]).dataset[0]
+    ids = sample["input_ids"][: -int((sample["labels"] != IGNORE_INDEX).sum())].tolist()
+    assert ids == inputs["input_ids"][0].tolist()
+    assert text.startswith(model.tokenizer.bos_token)
