@@ -118,6 +118,14 @@ def _parse_train(words: Sequence[str], options: Options, run_code: bool) -> Pars
     return (_checked_recipe(words, run_code),) if words else None
 
 
+def _parse_plan(words: Sequence[str], options: Options, run_code: bool) -> Parsed:
+    if not words:
+        return None
+    own = [word for word in words[1:] if word.partition("=")[0] in options]
+    _, chosen = parse_options(own, options)
+    return _checked_recipe([word for word in words if word not in own], run_code), chosen
+
+
 def _parse_score(words: Sequence[str], options: Options, run_code: bool) -> Parsed:
     if not words:
         return None
@@ -221,6 +229,12 @@ JOBS = {
         "composer_prior.training.config:TrainConfig",
         _parse_train,
         ranked=True,
+    ),
+    "plan": Job(
+        "say what a run takes, in memory, time and storage, without its GPUs",
+        "RECIPE.yaml [option=value ...] [key=value of the recipe ...]",
+        "composer_prior.training.plan:plan",
+        _parse_plan,
     ),
     "launch": Job(
         "start a job on many ranks, of this node or of several",

@@ -328,15 +328,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             if self.has_messages:  # a batch may have both
                 aligned["text_mask"] = [True, *[False] * len(layout), *[True] * len(self.prompt_ids)]
         prefix = aligned["input_ids"]
-        item: dict[str, Any] = {
-            "input_ids": torch.tensor(prefix + caption_ids),
-            "labels": torch.tensor([IGNORE_INDEX] * len(prefix) + caption_ids),
-            **image.tensors,
-            **self._numbers(sample_id),
-        }
-        for key in aligned.keys() - {"input_ids"}:
-            following = image.following.get(key, key == "text_mask")
-            item[key] = torch.tensor(aligned[key] + [following] * len(caption_ids))
+        item = caption_item(image, aligned, caption_ids, self._numbers(sample_id))
         for column, scores in self.scores.items():
             item[column] = torch.zeros(len(prefix) + len(caption_ids))
             if caption_ids:
@@ -367,6 +359,30 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         shard_id, index = self.spanner[sample_id]
         shard = cast(MDSReader, self.shards[shard_id])
         return f"sample {sample_id} (number {index} of {shard.split or '.'}/{shard.raw_data.basename})"
+
+
+def caption_item(
+    image: ImageInputs, before: Mapping[str, list[Any]], caption_ids: list[int], numbers: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return a sample as :class:`.CaptionCollator` takes it, of an image, what is before its caption, and the caption.
+
+    Args:
+        image: with the tensors.
+        before: ``input_ids`` before the caption, and what is aligned with them.
+        caption_ids: tokens of the caption, which are the labels.
+        numbers: ``sample_id``, and what else says which sample it is.
+    """
+    prefix = before["input_ids"]
+    item: dict[str, Any] = {
+        "input_ids": torch.tensor(prefix + caption_ids),
+        "labels": torch.tensor([IGNORE_INDEX] * len(prefix) + caption_ids),
+        **image.tensors,
+        **numbers,
+    }
+    for key in before.keys() - {"input_ids"}:
+        following = image.following.get(key, key == "text_mask")
+        item[key] = torch.tensor(before[key] + [following] * len(caption_ids))
+    return item
 
 
 def check_scorable(data: StreamingCaptionDataset, scores: str, key: str = "scores") -> None:

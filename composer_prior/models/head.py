@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from composer_prior.data.batch import IGNORE_INDEX
@@ -164,7 +165,7 @@ def is_plain_linear(head: nn.Module) -> bool:
     return (
         isinstance(head, nn.Linear)
         and type(head).forward is nn.Linear.forward
-        and type(head.weight) in (Tensor, nn.Parameter)
+        and type(head.weight) in (Tensor, nn.Parameter, FakeTensor)  # the last in a plan
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
     )
 

@@ -37,8 +37,12 @@ class ShardingConfig(FSDP2Config):
     data_parallel_replicate_degree: int | None = None
 
 
-def build_parallelism(config: Mapping[str, Any] | None) -> ParallelismConfig | None:
+def build_parallelism(config: Mapping[str, Any] | None, planned: bool = False) -> ParallelismConfig | None:
     """Build Composer's configuration of sharding from ``{fsdp2: {...}}``, which Composer ignores in a dict.
+
+    Args:
+        config: the recipe's ``parallelism_config``.
+        planned: for a run on another machine, which has GPUs. Default: ``False``.
 
     Raises:
         ValueError: for values with which Composer fails later or which it ignores, and without a GPU.
@@ -46,7 +50,7 @@ def build_parallelism(config: Mapping[str, Any] | None) -> ParallelismConfig | N
     fsdp2 = None if config is None else config.get("fsdp2")
     if fsdp2 is None:
         return None
-    if not torch.cuda.is_available() and ON_CPU not in os.environ:
+    if not (planned or torch.cuda.is_available() or ON_CPU in os.environ):
         raise ValueError("fsdp2 needs GPUs; leave parallelism_config out to train with DDP.")
     built = ShardingConfig(**fsdp2)
     for name, accepted in (("mixed_precision", ("DEFAULT", "PURE", "FULL")), ("state_dict_type", ("sharded", "full"))):

@@ -112,7 +112,7 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
     """Check data, tokenizer and the shapes of the model; no weight is made or loaded, and no shard read."""
     with one_line_errors(f"{where}tokenizer" if where else ""):
         tokenizer = build_tokenizer(recipe.tokenizer)
-    model = _skeleton(recipe, tokenizer, where)
+    model = skeleton_of(recipe, tokenizer, where)
     loaders = build_loaders(recipe, model, scores=False, where=where)
     for name, spec in loaders.items():
         _check_samples(f"{where}{name}", spec.dataloader)
@@ -151,13 +151,13 @@ def _check_live_viewer(recipe: TrainConfig, model: ComposerLVLM, where: str) -> 
             if own is None or Path(viewer).exists():
                 processor = load_processor(AutoProcessor, viewer)
             else:
-                processor = getattr(_skeleton(own, model.tokenizer, f"{where}viewer."), "processor", model.processor)
+                processor = getattr(skeleton_of(own, model.tokenizer, f"{where}viewer."), "processor", model.processor)
                 processor.prompt = own.train_loader["dataset"].get("prompt", "")
             model.processor.prompt = dataset.get("prompt", "")
             check_processors(processor, model.processor)
 
 
-def _skeleton(recipe: TrainConfig, tokenizer: Any, where: str) -> Any:
+def skeleton_of(recipe: TrainConfig, tokenizer: Any, where: str) -> Any:
     """Return the model without its weights, or a stand-in where a component from outside cannot be built so."""
     stand_in = SimpleNamespace(tokenizer=tokenizer, image_processor=lambda image: image)
     name = recipe.model["name"]

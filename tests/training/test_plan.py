@@ -1,0 +1,144 @@
+"""A planned run: fake tensors against real ones, and against counts by hand."""
+
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+from common.commands import run_job
+from common.models import small_lm, small_lvlm
+from common.recipes import recipe
+from composer.core import Precision
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from composer_prior import ComposerLVLM
+from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.training.fake import FakeRun
+from composer_prior.training.plan import GPUS, _fake, _largest, fake_ranks, plan
+
+ADAMW = {"name": "adamw", "lr": 1.0e-3}
+
+
+def on_meta(tokenizer, **changes):
+    with torch.device("meta"):
+        return small_lvlm("encoder", tokenizer, **changes)
+
+
+def planned(tokenizer, parallelism=None, **changes):
+    return FakeRun(on_meta(tokenizer, **changes), ADAMW, parallelism, Precision.FP32, gpu=False)
+
+
+def in_mode(run, batch):
+    with run.mode:
+        return _fake(dict(batch))
+
+
+@pytest.mark.parametrize("hidden", [32, 64])
+def test_a_peak_is_that_of_real_tensors(tokenizer, make_batch, hidden):
+    model = small_lvlm("encoder", tokenizer, hidden_size=hidden)
+    batch = make_batch(model, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0e-3)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer, *batch.values())
+    with tracker:
+        model.loss(model(batch), batch).backward()
+        optimizer.step()
+    real = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
+    run = planned(tokenizer, hidden_size=hidden)
+    assert sum(run.peak(in_mode(run, batch)).values()) == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize(("ranks", "copies"), [(4, None), (4, 2)])
+def test_a_rank_has_its_part(tokenizer, make_batch, ranks, copies):
+    batch = make_batch(small_lvlm("encoder", tokenizer), 4)
+    shards = ranks // (copies or 1)
+    weights = sum(4 * math.ceil(p.shape[0] / shards) * p[0].numel() for p in on_meta(tokenizer).parameters())
+    buffers = sum(4 * b.numel() for b in on_meta(tokenizer).buffers())
+    steps = 4 * len([*on_meta(tokenizer).parameters()])
+    with fake_ranks(ranks):
+        run = planned(tokenizer, {"fsdp2": {"data_parallel_replicate_degree": copies}})
+        parts = run.peak(in_mode(run, batch))
+        again = run.peak(in_mode(run, batch), again=True)
+    assert parts["weights"] == weights + buffers
+    assert parts["optimizer"] == 2 * weights + steps
+    assert again["gradients"] == weights
+    assert run.weights == sum(4 * p.numel() for p in on_meta(tokenizer).parameters())
+    assert run.state == 2 * run.weights + steps
+
+
+def test_checkpointing_and_whole_copies(tokenizer, make_batch):
+    batch = make_batch(small_lvlm("encoder", tokenizer), 8)
+    with fake_ranks(2):
+        runs = [
+            planned(tokenizer, parallelism)
+            for parallelism in ({"fsdp2": {}}, {"fsdp2": {"activation_checkpointing": True}}, None)
+        ]
+        sharded, checkpointed, whole = (run.peak(in_mode(run, batch)) for run in runs)
+    assert checkpointed["activations"] < 0.7 * sharded["activations"]
+    assert whole["weights"] > 1.9 * sharded["weights"]
+    assert whole["gathered"] == sum(4 * p.numel() for p in on_meta(tokenizer).parameters())  # the buckets of DDP
+
+
+def test_operations_are_those_by_hand(tokenizer):
+    samples, tokens, labels = 2, 12, 5
+    with torch.device("meta"):
+        lm = small_lm(tokenizer, tie_word_embeddings=False)
+    run = FakeRun(ComposerLVLM(lm, tokenizer), ADAMW, None, Precision.FP32, gpu=False)
+    ids = torch.arange(samples * tokens).view(samples, tokens) + 10
+    batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+    batch["labels"][:, :-labels] = IGNORE_INDEX
+    config = lm.config
+    linear = 2 * sum(m.weight.numel() for m in lm.model.modules() if isinstance(m, torch.nn.Linear))
+    attention = 4 * config.hidden_size * tokens * config.num_hidden_layers
+    head = 2 * config.hidden_size * len(tokenizer)
+    rotations = config.head_dim * tokens  # the angles of the positions, once
+    assert run.flops(batch) == 3 * samples * (tokens * (linear + attention) + labels * head) + rotations
+
+
+@pytest.mark.parametrize(("usable", "expected"), [(200, 14), (107, 1), (90, 0), (10_000, 64)])
+@pytest.mark.parametrize("known", [1, 8])
+def test_the_largest_microbatch(usable, expected, known):
+    asked = []
+
+    def peak(size):
+        asked.append(size)
+        return 100 + 7 * size
+
+    assert _largest(usable, 64, (known, 100 + 7 * known), peak) == expected
+    assert len(asked) <= 3
+
+
+def test_a_recipe_is_planned_with_what_it_lacks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes = ["train_loader.dataset.scores=null", "parallelism_config={fsdp2: {}}", "max_duration=10ba"]
+    given = recipe("prior_vit", *changes)
+    found = plan(given, world_size=4, gpu="4090", labels=20, sample_bytes=1e5, out="plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text()) == asdict(found)
+    assert found.fits
+    assert found.microbatch == found.largest_microbatch == 2
+    assert found.steps == 10
+    assert found.memory["live reference"] > 0
+    step = sum(found.flops[f"{part}, a sample"] for part in ("model", "reference")) * given.global_train_batch_size
+    assert found.flops["a step, all GPUs"] == step
+    assert found.seconds == pytest.approx(10 * step / (4 * GPUS["4090"].tflops * 1e12 * 0.4))
+    assert found.cache_limit == 1.5 * 4_000_000 * 1e5
+    assert not torch.distributed.is_initialized()
+    assert not (tmp_path / "data").exists()
+    assert "does NOT fit" in str(plan(given, world_size=4, gpu="4090", reserve=1.0))
+
+
+def test_what_a_start_refuses_is_listed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = plan(recipe("prior_vit", "init_from=nowhere"), world_size=1)
+    assert any("nowhere" in line for line in found.refused)
+
+
+def test_wrong_options_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_job("plan", ["prior_vit.yaml", "gpu=h1000"]) == 1
+    assert "error: gpu=h1000: expected a100-40" in capsys.readouterr().err
