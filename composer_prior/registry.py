@@ -152,7 +152,10 @@ def check(
     check_arguments(constructor, arguments, where, name, given, beside)
     further = getattr(constructor, "check", None)
     if further is not None:
-        further(**{key: arguments[key] for key in inspect.signature(further).parameters if key in arguments})
+        try:
+            further(**{key: arguments[key] for key in inspect.signature(further).parameters if key in arguments})
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
 
 
 def check_arguments(
