@@ -18,11 +18,13 @@ TASK = {
     "SLURM_NODEID": "1",
 }
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """Give a test an environment of its own, without ranks."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") and k not in ("RANK", "WORLD_SIZE")}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") and k not in TORCHRUN}
     monkeypatch.setattr(os, "environ", kept)
 
 

@@ -8,7 +8,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from composer.core import Precision
@@ -230,7 +230,7 @@ class FakeRun:
                 self._fill_gradients()
             tracker: MemTracker
             if isinstance(self.root, FSDPModule):
-                tracker = _ShardedTracker(self.root, self.optimizer)
+                tracker = _ShardedTracker(cast(nn.Module, self.root), self.optimizer)
                 tracker.track_inputs((dict(batch),))
             else:
                 tracker = _Tracker()

@@ -188,8 +188,7 @@ def plan(
             changed = not fsdp2.get("activation_checkpointing", False)
             sharded = {"fsdp2": {**fsdp2, "activation_checkpointing": changed}}
             second = FakeRun(_model(recipe), recipe.optimizer, sharded, precision, on_gpu)
-            found = sum(peak(second, microbatch).values())
-            other = {"activation_checkpointing": changed, "peak": found}
+            other = {"activation_checkpointing": changed, "peak": sum(peak(second, microbatch).values())}
     whole = FakeRun(_model(recipe), recipe.optimizer, None, precision, on_gpu)
     flops = {"model, a sample": float(whole.flops(planned_batch(whole, data, 1, round(mean or longest))))}
     if "flops" in live:

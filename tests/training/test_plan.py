@@ -20,6 +20,13 @@ from composer_prior.training.plan import GPUS, _fake, _largest, fake_ranks, plan
 ADAMW = {"name": "adamw", "lr": 1.0e-3}
 
 
+@pytest.fixture(autouse=True)
+def outside_of_a_run():
+    """End the group of one rank that a Trainer of another test has left in this process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def on_meta(tokenizer, **changes):
     with torch.device("meta"):
         return small_lvlm("encoder", tokenizer, **changes)

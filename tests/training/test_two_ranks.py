@@ -59,12 +59,14 @@ def test_two_ranks_reach_the_losses_of_one(runs, name):
 
 
 def srun(folder, *command):
-    """Run two tasks with the variables of Slurm's ``srun``."""
+    """Run two tasks with the variables of Slurm's ``srun``, and without those that a Trainer has set here."""
     shared = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NODEID": "0"}
     shared |= {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_TASKS_PER_NODE": "2"}
     with ThreadPoolExecutor(2) as pool:
         tasks = [{**shared, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
-        running = [pool.submit(run_program, sys.executable, *command, cwd=folder, **task) for task in tasks]
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+        python = ["env", *(f"--unset={name}" for name in names), sys.executable]
+        running = [pool.submit(run_program, *python, *command, cwd=folder, **task) for task in tasks]
     return [one.result() for one in running]
 
 
