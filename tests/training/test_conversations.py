@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from common.chats import TEMPLATES, png, turns, write_chats
-from common.recipes import SHRUNKEN, losses
+from common.recipes import ALONE, NO_REPORT, ROOT, SHRUNKEN, fork_ranks, losses
 from PIL import Image
 
 import composer_prior
@@ -45,3 +46,23 @@ def test_a_run_with_its_reference_scores_and_model(tmp_path, monkeypatch):
     inputs = model.inputs([Image.new("RGB", (48, 48))], "What?")
     text = model.tokenizer.decode(inputs["input_ids"][0]).replace("<image>", "").replace("<row>", "")
     assert text == "<bos>USER: \nWhat? ASSISTANT:"
+
+
+@pytest.mark.slow
+def test_ranks_without_an_image_reach_the_losses_of_one(tmp_path, monkeypatch):
+    """Microbatches of one sample: most steps have a rank without an image, or both."""
+    monkeypatch.chdir(tmp_path)
+    write("my/train", 16)
+    write("my/validation", 5)
+    Path("chat.jinja").write_text(TEMPLATES["vicuna"])
+    words = [*SMALL, *ALONE, *NO_REPORT, "train=my/train", "validation=my/validation"]
+    words += ["tokenizer.chat_template=chat.jinja", "global_train_batch_size=4", "device_train_microbatch_size=1"]
+    words += [f"{key}.dataset.max_tokens=120" for key in ("train_loader", "eval_loader")]
+    words += ["device_eval_batch_size=1"]
+    words = [word for word in words if not word.startswith("reference.")]
+    train(load_recipe("ntp_patch.yaml", [*words, "run_name=one"]))
+    for name, sharding in (("ddp", "null"), ("fsdp2", "{fsdp2: {}}")):
+        program = [ROOT / "train.py", ROOT / "yamls/ntp_patch.yaml", *words, f"run_name={name}"]
+        fork_ranks(tmp_path, *program, f"parallelism_config={sharding}")
+        found, expected = (torch.tensor(losses(f"runs/{one}")) for one in (name, "one"))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
