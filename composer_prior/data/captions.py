@@ -252,8 +252,9 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         last = max((place for place, is_text in enumerate(aligned["text_mask"], 1) if not is_text), default=0)
         if last > self.max_tokens:
             raise BadSampleError(f"its images end at token {last:,}, behind max_tokens={self.max_tokens:,}")
-        item |= {key: torch.tensor(values[: self.max_tokens]) for key, values in aligned.items() if key != "learned"}
-        learned = torch.tensor(aligned["learned"][: self.max_tokens])
+        aligned.pop("characters", None)
+        learned = torch.tensor(aligned.pop("learned")[: self.max_tokens])
+        item |= {key: torch.tensor(values[: self.max_tokens]) for key, values in aligned.items()}
         if not learned.any():
             raise BadSampleError(f"none of its first {self.max_tokens:,} tokens is learned: raise max_tokens")
         item |= {"labels": item["input_ids"].where(learned, IGNORE_INDEX), **self._numbers(sample_id)}
@@ -262,33 +263,37 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             item[column] = torch.zeros(len(learned)).masked_scatter(learned, values)
         return item
 
-    def text_of(self, messages: Any) -> tuple[list[int], list[bool]]:
-        """Return the tokens of a conversation or document without its images, and which of them are learned.
+    def text_of(self, messages: Any) -> tuple[Written, dict[str, list[Any]]]:
+        """Return a conversation or document as text, and its tokens without its images, however many.
+
+        What is aligned with the tokens is ``input_ids``, ``learned`` (bool) and ``characters``, of the text.
 
         Raises:
             BadSampleError: for one that cannot be used.
         """
         try:
-            aligned = self._between(self.chat.write(messages), ())
+            written = self.chat.write(messages)
         except ChatError as error:
             raise BadSampleError(str(error)) from error
-        return aligned["input_ids"][: self.max_tokens], aligned["learned"][: self.max_tokens]
+        return written, self._between(written, ())
 
     def _between(self, written: Written, images: Sequence[ImageInputs]) -> dict[str, list[Any]]:
         """Return the tokens of a text with its images between, or without any; see :meth:`.ProcessorInputs.read`."""
-        tokens = [(self.bos_id, False, True)]  # id, learned, text
+        tokens = [(self.bos_id, False, True, (0, 0))]  # id, learned, text, characters
         layouts = iter([image.layout for image in images])
         starts = [0, *(end for _, end in written.images)] if has_image_tokens(self.tokenizer) else [0]
         ends = [*(start for start, _ in written.images), len(written.text)][-len(starts) :]
         for start, end in zip(starts, ends, strict=True):  # each piece is read on its own, as our processor does
-            tokens += [(self.placeholder_ids[kind], False, False) for kind in (next(layouts, ()) if start else ())]
+            layout = next(layouts, []) if start else []
+            tokens += [(self.placeholder_ids[kind], False, False, (start, start)) for kind in layout]
             encoding = self.tokenizer(written.text[start:end], add_special_tokens=False).encodings[0]
             offsets = [(first + start, last + start) for first, last in encoding.offsets]
-            kinds = (within(offsets, spans) for spans in (written.learned, written.images))
-            read = [(i, one, True) for i, one, is_image in zip(encoding.ids, *kinds, strict=True) if not is_image]
+            kinds = zip(*(within(offsets, spans) for spans in (written.learned, written.images)), strict=True)
+            known = zip(encoding.ids, kinds, offsets, strict=True)
+            read = [(i, learned, True, place) for i, (learned, is_image), place in known if not is_image]
             tokens += read[start == 0 and encoding.ids[:1] == [self.bos_id] :]
-        ids, learned, is_text = map(list, zip(*tokens, strict=True))
-        return {"input_ids": ids, "learned": learned, "text_mask": is_text}
+        names = ("input_ids", "learned", "text_mask", "characters")
+        return {name: [*values] for name, values in zip(names, zip(*tokens, strict=True), strict=True)}
 
     def _draw(self, sample: Mapping[str, Any], sample_id: int) -> tuple[str, Any]:
         """Return the caption of a sample in this epoch, and its spans."""

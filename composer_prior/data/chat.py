@@ -57,7 +57,7 @@ def use_template(tokenizer: PreTrainedTokenizerBase, template: str | None, image
     Args:
         tokenizer: its ``chat_template`` is set.
         template: ``own``, the path of a file, or the text of a Jinja template; None for none.
-        image: the placeholder of an image, for a template that takes texts alone.
+        image: the placeholder of an image, for a template that takes texts alone; "" for a model without images.
 
     Raises:
         ValueError: for a template that is missing, cannot write a conversation with an image, or whose answers cannot
@@ -77,15 +77,16 @@ def use_template(tokenizer: PreTrainedTokenizerBase, template: str | None, image
     if template is None:
         return
     probe = [message("user", "a", image=True), message(ANSWER, "b"), message("user", "c"), message(ANSWER, "d")]
-    if _rendered_or_none(tokenizer, probe).count(image) != 1:
+    if not image or _rendered_or_none(tokenizer, probe).count(image) != 1:
         tokenizer.chat_template = _AS_TEXT.replace("IMAGE", image) + template
     try:
         written = ChatFormat(tokenizer, image).write(probe)
     except ChatError as error:
         raise ValueError(f"{key}: {error}") from error
     learned = [written.text[start:end].strip() for start, end in written.learned]
-    if len(written.images) != 1 or any(text.strip() == answer for text, answer in zip(learned, "bd", strict=True)):
-        lacks = "end of turn behind an answer" if len(written.images) == 1 else f"{image} for an image"
+    shows = len(written.images) == bool(image)
+    if not shows or any(text.strip() == answer for text, answer in zip(learned, "bd", strict=True)):
+        lacks = "end of turn behind an answer" if shows else f"{image} for an image"
         raise ValueError(f"{key}: the template writes no {lacks}.")
 
 

@@ -10,7 +10,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +27,8 @@ from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from composer_prior.data.captions import BadSampleError, StreamingCaptionDataset, decode_image
+from composer_prior.data.chat import OWN, ChatFormat, Written, use_template, within
+from composer_prior.data.conversations import ChatError
 from composer_prior.data.hub import find_model, load_pretrained
 from composer_prior.data.locks import locked
 from composer_prior.data.mds import read_column
@@ -34,7 +38,7 @@ from composer_prior.data.remote import Remote
 from composer_prior.data.scores import COLUMN, INDEX, KEYS, VIEWER_COLUMN, Scores, ScoresError, ScoresMetadata
 from composer_prior.data.storage import StorageError, full_disk_told, is_remote
 from composer_prior.data.stores import is_denied
-from composer_prior.data.tokenizer import CaptionFormat, build_tokenizer, tokenizer_fingerprint
+from composer_prior.data.tokenizer import CaptionFormat, bos_id, build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.image_text_model import ImageTextModel
 from composer_prior.models.model_folder import PROMPT
 from composer_prior.models.reference import ReferenceLM, same_ids
@@ -209,21 +213,97 @@ def _scorer(job: ScoreJob, data: StreamingCaptionDataset) -> Callable[[range], l
 def _score_chats(
     texts: Sequence[Any], data: StreamingCaptionDataset, reference: ReferenceLM, batch_tokens: int | None
 ) -> tuple[Iterator[NDArray[np.float32]], dict[int, str]]:
-    """Return the log-probabilities of the learned tokens of each conversation among texts, and why some have none."""
-    tokens, problems = list[tuple[list[int], list[bool]]](), dict[int, str]()
+    """Return the log-probabilities of the learned tokens of each conversation among texts, and why some have none.
+
+    A reference with another tokenizer reads them as its own chat template writes them, see :func:`_carry_answers`.
+    """
+    theirs = None if reference.reads(data.tokenizer) else _chat_of(reference)
+    positions = getattr(reference.model.config, "max_position_embeddings", None)
+    read, ids, problems = list[Any](), list[list[int]](), dict[int, str]()
     for number, messages in enumerate(texts):
         if isinstance(messages, str):
             continue
-        if not reference.reads(data.tokenizer):
-            raise ValueError("A reference with another tokenizer scores captions, and this data set has conversations.")
         try:
-            tokens.append(data.text_of(messages))
+            written, tokens = data.text_of(messages)
+            again = None if theirs is None else _written(theirs, messages)
         except BadSampleError as error:
             problems[number] = str(error)
-            tokens.append(([data.bos_id], [False]))
-    found = reference.score_texts([ids for ids, _ in tokens], 1, batch_tokens)
-    pairs = zip(found, tokens, strict=True)
-    return iter([values.numpy()[np.array(learned[1:], bool)] for values, (_, learned) in pairs]), problems
+            read.append(None)
+            ids.append([data.bos_id])
+            continue
+        if again is None or theirs is None:
+            read.append(np.array(tokens["learned"][1 : data.max_tokens], bool))
+            ids.append(tokens["input_ids"][: data.max_tokens])
+            continue
+        encoding = theirs.tokenizer(again.text, add_special_tokens=False).encodings[0]
+        begun = encoding.ids[:1] == [bos_id(theirs.tokenizer)]
+        read.append((encoding.offsets[begun:], again, tokens["characters"], written))
+        ids.append([bos_id(theirs.tokenizer), *encoding.ids[begun:]][:positions])
+    found = (values.numpy() for values in reference.score_texts(ids, 1, batch_tokens))
+    chosen = (
+        values[:0] if known is None else values[known] if theirs is None else _carry_answers(values, *known)
+        for values, known in zip(found, read, strict=True)
+    )
+    return iter([*chosen]), problems
+
+
+def _chat_of(reference: ReferenceLM) -> ChatFormat:
+    """Return how a reference with a tokenizer of its own writes conversations."""
+    tokenizer = deepcopy(cast(Any, reference.tokenizer))
+    if not tokenizer.is_fast:
+        raise ValueError("The reference has another tokenizer than the model; it must be fast.")
+    if tokenizer.chat_template is not None:  # documents need none
+        use_template(tokenizer, OWN, "")
+    return ChatFormat(tokenizer, "")
+
+
+def _written(chat: ChatFormat, messages: Any) -> Written:
+    try:
+        return chat.write(messages)
+    except ChatError as error:
+        raise BadSampleError(f"the reference has another tokenizer: {error}") from error
+
+
+def _carry_answers(
+    logprobs: NDArray[np.float32],
+    offsets: Sequence[tuple[int, int]],
+    theirs: Written,
+    places: Sequence[tuple[int, int]],
+    ours: Written,
+) -> NDArray[np.float32]:
+    """Return log-probabilities of the model's learned tokens from those of a reference's tokens ``[n]``.
+
+    What both write alike in an answer is aligned by characters (:mod:`.align`). The tokens behind it, of the end of
+    turn, share evenly what the reference's have together.
+
+    Args:
+        logprobs: of the reference's tokens, or of the first of them: answers behind those are left out.
+        offsets: their characters in the reference's text.
+        theirs: the reference's text.
+        places: the characters of the model's tokens in its text.
+        ours: the model's text.
+    """
+    found: list[NDArray[np.float32]] = [np.zeros(0, np.float32)]
+    for (first, last), (start, end) in zip(ours.learned, theirs.learned, strict=True):
+        parts = []  # of the model, then of the reference: numbers of tokens, their characters in the answer
+        for text, some, begin, stop in ((ours.text, places, first, last), (theirs.text, offsets, start, end)):
+            numbers = [number for number, inside in enumerate(within(some, [(begin, stop)])) if inside]
+            origin = begin + len(text[begin:stop]) - len(text[begin:stop].lstrip())
+            parts.append((numbers, [(max(0, a - origin), max(0, b - origin)) for a, b in (some[n] for n in numbers)]))
+        pairs = zip(ours.text[first:last].lstrip(), theirs.text[start:end].lstrip(), strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        for _, some in parts * 2:  # no token begins before its end and ends behind
+            same = min([same, *(a for a, b in some if a < same < b)])
+        (mine, to), (known, of) = parts
+        if known[-1] >= len(logprobs):
+            break
+        inner, outer = (sum(a < same for a, _ in some) for some in (to, of))
+        edges, to_edges = (token_edges(some[:count], same) for some, count in ((of, outer), (to, inner)))
+        rest = len(mine) - inner
+        if inner:
+            found.append(align_logprobs(logprobs[known[:outer]], edges, to_edges))
+        found.append(np.full(rest, logprobs[known[outer:]].sum() / max(1, rest), np.float32))
+    return np.concatenate(found)
 
 
 def _read_images(data: StreamingCaptionDataset, samples: range) -> tuple[list[Image.Image], dict[int, str]]:

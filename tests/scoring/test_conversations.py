@@ -5,8 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from common.chats import write_chats
+from common.chats import TEMPLATES, TOKENIZERS, parts, png, turns, write_chats
 from common.models import small_lm
+from common.tokenizers import plain_tokenizer
 from models.test_conversations import SAMPLES, TEMPLATE, foreign, own
 
 from composer_prior import ReferenceLM, StreamingCaptionDataset
@@ -14,7 +15,7 @@ from composer_prior.algorithms.token_weighting.image_tokens import text_position
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.captions import caption_data_spec
 from composer_prior.data.scores import ScoresError
-from composer_prior.data.tokenizer import bos_id, placeholder
+from composer_prior.data.tokenizer import bos_id, build_tokenizer, placeholder
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import score_captions
 
@@ -76,3 +77,40 @@ def test_bad_samples_have_none_and_a_cut_takes_the_first(tokenizer, tmp_path):
     assert np.array_equal(cut["ref_logprobs"], whole["ref_logprobs"][:-2])
     assert (scored[1]["labels"] == IGNORE_INDEX).all()
     assert longest < scored.max_tokens
+
+
+def plain_reference(name, folder):
+    """A language model with the tokenizer and the chat template of a family."""
+    words = ["what is it a red cat and below it nothing at all really"] * 20
+    tokenizer = plain_tokenizer(TOKENIZERS[name], words)
+    tokenizer.chat_template = TEMPLATES[name]
+    small_lm(tokenizer, seed=2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("qwen2", "vicuna"), ("vicuna", "smollm2"), ("mistral", "llama3")])
+def test_those_of_another_tokenizer_keep_the_sum_over_each_answer(ours, theirs, tmp_path):
+    samples = [
+        (turns("What is it?", "A red cat.", "And below?", "Nothing at all,\nreally \u2603"), []),
+        (turns("<image>What is it?", "It"), [png(1)]),
+        ([{"role": "document", "content": parts("A cat <image> below it")}], [png(2)]),
+    ]
+    data = {"local": write_chats(tmp_path / "data", samples), "max_tokens": 300}
+    named = {"name": plain_reference(ours, tmp_path / "model"), "chat_template": "own"}
+    reference = plain_reference(theirs, tmp_path / "reference")
+    out = str(tmp_path / "scores")
+    score_captions(ScoreJob(out, reference, named, data, progress_bar=False))
+    text = StreamingCaptionDataset(tokenizer=build_tokenizer(named), batch_size=1, scores=out, **data)
+    again = {"name": reference, "chat_template": "own"}
+    job = ScoreJob(str(tmp_path / "own"), reference, again, data, progress_bar=False)
+    score_captions(job)  # by the reference's own tokens
+    own_text = StreamingCaptionDataset(
+        tokenizer=build_tokenizer(job.tokenizer), batch_size=1, scores=str(tmp_path / "own"), **data
+    )
+    for number, (_, images) in enumerate(samples):
+        carried, direct = text[number], own_text[number]
+        assert (carried["ref_logprobs"][carried["labels"] != IGNORE_INDEX] < 0).all()
+        if images and theirs == "vicuna":  # whose tokenizer puts a space before text behind an image
+            continue
+        assert float(carried["ref_logprobs"].sum()) == pytest.approx(float(direct["ref_logprobs"].sum()), rel=2e-3)
