@@ -84,11 +84,11 @@ class HalfFake(FakeTensorMode):
 
 
 def _places(index: Tensor | None) -> list[Tensor | None]:
-    """Return the places of a real mask, whose number has to be known; other indices as they are."""
-    if index is None or index.dtype not in (torch.bool, torch.uint8) or isinstance(index, FakeTensor):
+    """Return the places of a mask, whose number has to be known, all those of a fake one; other indices as they are."""
+    if index is None or index.dtype not in (torch.bool, torch.uint8):
         return [index]
     with unset_fake_temporarily():
-        return [*index.nonzero(as_tuple=True)]
+        return [*(torch.ones(index.shape) if isinstance(index, FakeTensor) else index).nonzero(as_tuple=True)]
 
 
 def make_fake(model: nn.Module) -> None:

@@ -7,15 +7,19 @@ from dataclasses import asdict
 import pytest
 import torch
 from common.commands import run_job
-from common.models import small_lm, small_lvlm
+from common.families import save_family
+from common.models import FAMILIES, small_lm, small_lvlm
 from common.recipes import recipe
 from composer.core import Precision
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from composer_prior import ComposerLVLM
 from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.data.tokenizer import build_tokenizer
+from composer_prior.models.hugging_face import build_hugging_face, hugging_face_skeleton
 from composer_prior.training.fake import FakeRun
-from composer_prior.training.plan import GPUS, _fake, _largest, fake_ranks, plan
+from composer_prior.training.optimizer import build_optimizer
+from composer_prior.training.plan import GPUS, _fake, _largest, fake_ranks, plan, planned_batch
 
 ADAMW = {"name": "adamw", "lr": 1.0e-3}
 
@@ -27,13 +31,13 @@ def outside_of_a_run():
         torch.distributed.destroy_process_group()
 
 
-def on_meta(tokenizer, **changes):
+def on_meta(tokenizer, family="encoder"):
     with torch.device("meta"):
-        return small_lvlm("encoder", tokenizer, **changes)
+        return small_lvlm(family, tokenizer)
 
 
-def planned(tokenizer, parallelism=None, **changes):
-    return FakeRun(on_meta(tokenizer, **changes), ADAMW, parallelism, Precision.FP32, gpu=False)
+def planned(tokenizer, parallelism=None, family="encoder"):
+    return FakeRun(on_meta(tokenizer, family), ADAMW, parallelism, Precision.FP32, gpu=False)
 
 
 def in_mode(run, batch):
@@ -41,11 +45,8 @@ def in_mode(run, batch):
         return _fake(dict(batch))
 
 
-@pytest.mark.parametrize("hidden", [32, 64])
-def test_a_peak_is_that_of_real_tensors(tokenizer, make_batch, hidden):
-    model = small_lvlm("encoder", tokenizer, hidden_size=hidden)
-    batch = make_batch(model, 4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0e-3)
+def real_peak(model, batch):
+    optimizer = build_optimizer(ADAMW, model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -55,9 +56,29 @@ def test_a_peak_is_that_of_real_tensors(tokenizer, make_batch, hidden):
     with tracker:
         model.loss(model(batch), batch).backward()
         optimizer.step()
-    real = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
-    run = planned(tokenizer, hidden_size=hidden)
-    assert sum(run.peak(in_mode(run, batch)).values()) == pytest.approx(real, rel=0.02)
+    return sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("samples", [2, 8])
+def test_a_peak_is_that_of_real_tensors(tokenizer, make_batch, family, samples):
+    model = small_lvlm(family, tokenizer)
+    batch = make_batch(model, samples)
+    run = planned(tokenizer, family=family)
+    assert sum(run.peak(in_mode(run, batch)).values()) == real_peak(model, batch)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "idefics3"])
+def test_a_model_of_transformers_is_planned(tmp_path, kind):
+    save_family(kind, tmp_path / kind, ["two red hammers on grey paper"] * 3)
+    tokenizer = build_tokenizer({"name": str(tmp_path / kind), "image_tokens": False})
+    builders = (hugging_face_skeleton, build_hugging_face)
+    skeleton, model = (build(tokenizer, pretrained=str(tmp_path / kind)) for build in builders)
+    run = FakeRun(skeleton, ADAMW, None, Precision.FP32, gpu=False)
+    batch = planned_batch(run, {}, 2, 12)
+    assert (batch["labels"] != IGNORE_INDEX).sum() == 2 * 12
+    real = {key: torch.ones(one.shape) if one.is_floating_point() else one for key, one in batch.items()}
+    assert sum(run.peak(batch).values()) == pytest.approx(real_peak(model.train(), real), rel=0.02)
 
 
 @pytest.mark.parametrize(("ranks", "copies"), [(4, None), (4, 2)])
