@@ -3,8 +3,9 @@
 A language model of some 130 million weights, a seventh of them embeddings as in one of 8 billion, and a small tower
 train in float32 with AdamW on the CPU, on one rank and on two (FSDP2 over gloo), each case in new processes. The table
 shows the peak memory of the first and the second rank above the level before they build the model, as a multiple of the
-language model in float32. Pages of mapped files, which the system can take back, do not count. ``only`` selects cases
-by a part of their name; ``out`` names a file for the numbers.
+language model in float32; beside a step the peak that ``composer-prior plan`` predicts for it. Pages of mapped files,
+which the system can take back, do not count. ``only`` selects cases by a part of their name; ``out`` names a file for
+the numbers.
 """
 
 import json
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from composer import Trainer
-from composer.core import DataSpec
+from composer.core import DataSpec, Precision
 from composer.utils import dist
 from composer.utils.misc import get_free_tcp_port
 from omegaconf import OmegaConf
@@ -29,14 +30,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.measure import anonymous_bytes, prepare_process
 from benchmarks.setup import adamw, build_tokenizer, training_batches
 from composer_prior.data.batch import count_tokens
+from composer_prior.models.build import lvlm_skeleton
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.models.sharding import ON_CPU, build_parallelism, prepare_sharded
 from composer_prior.training.builders import build_model
+from composer_prior.training.fake import FakeRun, fake_numbers
+from composer_prior.training.plan import fake_ranks
 
 DEFAULTS = {"hidden": 768, "layers": 12, "vocabulary": 24576, "batch": 8, "only": "", "out": None}
 FSDP2: dict[str, Any] = {"fsdp2": {}}
 CHECKPOINTED: dict[str, Any] = {"fsdp2": {"activation_checkpointing": True}}
 FULL: dict[str, Any] = {"fsdp2": {"state_dict_type": "full"}}
+STEPS = "three steps"
 Peaks = dict[str, int]
 
 
@@ -95,17 +100,29 @@ class _Batches(torch.utils.data.IterableDataset):
         return iter(self.batches)
 
 
+def _model(folder: Path) -> dict[str, Any]:
+    vision = {"name": "open_clip", "architecture": "prior-vit-tiny", "layer": -1}
+    return {"language": {"pretrained": str(folder)}, "vision": vision, "projector": {"name": "mlp"}}
+
+
+def planned(ranks: int, folder: Path, settings: dict[str, Any], parallelism: Any, by_block: bool = True) -> int:
+    """Return the peak in bytes of a step of :func:`training` as a plan predicts it."""
+    with fake_ranks(ranks):
+        model = lvlm_skeleton(build_tokenizer(), **_model(folder))
+        if not by_block:
+            model.model.fsdp_wrap_fn = lambda module: False
+        run = FakeRun(model, {"name": "adamw", "fused": True}, parallelism, Precision.FP32, gpu=False)
+        batch = training_batches(1, settings["batch"], vocabulary=settings["vocabulary"])[0]
+        with run.mode:
+            batch = fake_numbers(batch)
+        return sum(run.peak(batch).values())
+
+
 def training(folder: Path, settings: dict[str, Any], parallelism: Any, by_block: bool = True) -> Peaks:
     """Measure loading, sharding, three steps, a checkpoint, and gathering the whole model."""
     memory = Memory()
-    config = {
-        "name": "lvlm",
-        "language": {"pretrained": str(folder)},
-        "vision": {"name": "open_clip", "architecture": "prior-vit-tiny", "layer": -1},
-        "projector": {"name": "mlp"},
-    }
     with memory.phase("loading"):
-        model = build_model(config, build_tokenizer(), parallelism)
+        model = build_model({"name": "lvlm", **_model(folder)}, build_tokenizer(), parallelism)
     if not by_block:
         model.model.fsdp_wrap_fn = lambda module: False
     batches = training_batches(1, settings["batch"], vocabulary=settings["vocabulary"]) * 3
@@ -126,7 +143,7 @@ def training(folder: Path, settings: dict[str, Any], parallelism: Any, by_block:
             device="cpu",
         )
         prepare_sharded(trainer.state.model)
-    with memory.phase("three steps"):
+    with memory.phase(STEPS):
         trainer.fit()
     with memory.phase("a checkpoint"), tempfile.TemporaryDirectory() as out:
         trainer.save_checkpoint(dist.all_gather_object(f"{out}/ba3/rank{{rank}}.pt")[0])
@@ -191,14 +208,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         size = write_language_model(Path(folder), settings)
         print(f"{settings}; the language model is {size / 1e6:.0f} MB in float32\n", flush=True)
-        print("| case | phase | first rank | second rank |\n| --- | --- | ---: | ---: |", flush=True)
+        print("| case | phase | first rank | second rank | planned |\n| --- | --- | ---: | ---: | ---: |", flush=True)
         for case in filter(lambda name: settings["only"] in name, CASES):
             peaks = peaks_of(case, Path(folder), settings)
             for phase in peaks[0]:
                 multiples = [of_rank[phase] / size for of_rank in peaks]
-                rows.append({"case": case, "phase": phase, "multiples": multiples})
-                cells = " | ".join(f"{multiple:.2f} x" for multiple in multiples)
-                print(f"| {case} | {phase} | {cells} |{'' if len(multiples) > 1 else ' |'}", flush=True)
+                row: dict[str, Any] = {"case": case, "phase": phase, "multiples": multiples}
+                ranks, measure, arguments = CASES[case]
+                if phase == STEPS and measure is training:
+                    row["planned"] = planned(ranks, Path(folder), settings, *arguments) / size
+                rows.append(row)
+                cells = [f"{multiple:.2f} x" for multiple in multiples] + [""] * (2 - ranks)
+                cells += [f"{row['planned']:.2f} x" if "planned" in row else ""]
+                print(f"| {case} | {phase} | {' | '.join(cells)} |", flush=True)
     if settings["out"]:
         Path(settings["out"]).write_text(json.dumps({"settings": settings, "bytes": size, "rows": rows}, indent=1))
 

@@ -34,6 +34,7 @@ from composer_prior.models.sharding import build_parallelism, prepare_sharded
 from composer_prior.training.optimizer import build_optimizer
 
 _ATEN = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default  # half of all calls
 _INDEXED = (_ATEN.index, _ATEN.index_put, _ATEN.index_put_, _ATEN._index_put_impl_)
 
 
@@ -67,6 +68,8 @@ class HalfFake(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute with numbers where no argument is fake, and for integers made of none, such as ``arange``."""
+        if func is _DEVICE:
+            return args[0].fake_device
         kwargs = kwargs or {}
         given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
         if given and all(type(one) is Tensor and not one.is_meta for one in given):
@@ -108,8 +111,20 @@ def make_fake(model: nn.Module) -> None:
             setattr(module, name, fake(tensor))
 
 
+def fake_numbers(value: Any) -> Any:
+    """Replace numbers such as pixels, in a batch or a sample, by fake tensors. Call it in :class:`HalfFake`."""
+    if isinstance(value, Mapping):
+        return {key: fake_numbers(one) for key, one in value.items()}
+    return torch.empty(value.shape) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 class _PeakAlone:
     """Of torch's trackers of memory: keep the peak of the step, and none of each module, which takes longer."""
+
+    def __torch_dispatch__(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:
+            return func(*args)
+        return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[misc]
 
     def _update_peak_stats(self: Any, _: Any) -> None:
         for device, now in self._curr_mem_snap.items():

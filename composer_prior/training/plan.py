@@ -34,7 +34,7 @@ from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.training.builders import build_precision, per_rank_batch_size
 from composer_prior.training.config import TrainConfig
-from composer_prior.training.fake import FakeRun, reference_costs
+from composer_prior.training.fake import FakeRun, fake_numbers, reference_costs
 from composer_prior.training.validate import check_parts, check_whole, skeleton_of
 
 GIB, GB = 2**30, 1e9
@@ -322,14 +322,7 @@ def planned_batch(run: FakeRun, data: Mapping[str, Any], samples: int, tokens: i
         before = {"input_ids": [bos_id(tokenizer), *layout, *prompt_ids(tokenizer, prompt)]}
     item = caption_item(image, before, [tokenizer.eos_token_id] * tokens, {"sample_id": 0})
     with run.mode:
-        return CaptionCollator(0)([_fake(item)] * samples)
-
-
-def _fake(value: Any) -> Any:
-    """Replace tensors of numbers such as pixels, which need no values."""
-    if isinstance(value, dict):
-        return {key: _fake(one) for key, one in value.items()}
-    return torch.empty(value.shape) if isinstance(value, Tensor) and value.is_floating_point() else value
+        return CaptionCollator(0)([fake_numbers(item)] * samples)
 
 
 def _live_reference(recipe: TrainConfig, run: FakeRun) -> dict[str, Any]:

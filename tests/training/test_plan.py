@@ -17,9 +17,9 @@ from composer_prior import ComposerLVLM
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.tokenizer import build_tokenizer
 from composer_prior.models.hugging_face import build_hugging_face, hugging_face_skeleton
-from composer_prior.training.fake import FakeRun
+from composer_prior.training.fake import FakeRun, fake_numbers
 from composer_prior.training.optimizer import build_optimizer
-from composer_prior.training.plan import GPUS, _fake, _largest, fake_ranks, plan, planned_batch
+from composer_prior.training.plan import GPUS, _largest, fake_ranks, plan, planned_batch
 
 ADAMW = {"name": "adamw", "lr": 1.0e-3}
 
@@ -42,7 +42,7 @@ def planned(tokenizer, parallelism=None, family="encoder"):
 
 def in_mode(run, batch):
     with run.mode:
-        return _fake(dict(batch))
+        return fake_numbers(batch)
 
 
 def real_peak(model, batch):
@@ -107,6 +107,7 @@ def test_checkpointing_and_whole_copies(tokenizer, make_batch):
             for parallelism in ({"fsdp2": {}}, {"fsdp2": {"activation_checkpointing": True}}, None)
         ]
         sharded, checkpointed, whole = (run.peak(in_mode(run, batch)) for run in runs)
+        assert runs[0].flops(in_mode(runs[0], batch)) == runs[2].flops(in_mode(runs[2], batch))
     assert checkpointed["activations"] < 0.7 * sharded["activations"]
     assert whole["weights"] > 1.9 * sharded["weights"]
     assert whole["gathered"] == sum(4 * p.numel() for p in on_meta(tokenizer).parameters())  # the buckets of DDP
