@@ -24,6 +24,8 @@ Units = Iterator[tuple[int, Any]]  # numbers and units
 Results = Generator[tuple[int, Result], None, None]  # numbers and results, in any order
 
 BAD_FILE_HINT = "mend the source, or leave them out with on_bad_file=skip"
+_IMAGES_AT_ONCE = 16  # of the largest size, in one record
+_LARGEST = 2**31  # bytes of them together: MDS has offsets of 32 bits
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,14 @@ def _convert(item: Record | Rejected, task: Task) -> tuple[list[dict[str, Any]],
 
 def _convert_messages(item: Record, task: Task) -> tuple[list[dict[str, Any]], list[Rejected]]:
     """Return the sample of a conversation or document, or its rejection."""
+    images, size, most = list[bytes](), 0, min(_IMAGES_AT_ONCE * task.options.max_image_bytes, _LARGEST)
     try:
         messages = checked(item.messages)
-        images = [_image(image, task) for image in item.images]
+        for image in item.images:
+            images.append(_image(image, task))
+            size += len(images[-1])
+            if size > most:
+                raise ImageError("images too large", f"more than {most} bytes together")
     except ChatError as error:
         return [], [Rejected(item.key, str(error), item.where)]
     except ImageError as error:

@@ -114,11 +114,19 @@ class ChatFormat:
             ChatError: for no conversation, one that spells a special token, or one that the template does not write.
         """
         messages = checked(messages)
-        for part in (part for one in messages for part in one["content"]):
-            if spelled := self._reserved.search(part.get("text", "")):
-                raise ChatError(f"the text spells {spelled[0]}, which the tokenizer takes for its own")
-        if messages[0]["role"] == DOCUMENT:
-            return self._document(messages[0]["content"])
+        for one in messages:
+            for text in (one["role"], *(part.get("text", "") for part in one["content"])):
+                if spelled := self._reserved.search(text):
+                    raise ChatError(f"the text spells {spelled[0]}, which the tokenizer takes for its own")
+        is_document = messages[0]["role"] == DOCUMENT
+        written = self._document(messages[0]["content"]) if is_document else self._conversation(messages)
+        try:
+            written.text.encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can spell and no tokenizer reads
+            raise ChatError(f"character {error.start} of the text is not Unicode") from error
+        return written
+
+    def _conversation(self, messages: list[dict[str, Any]]) -> Written:
         if self.tokenizer.chat_template is None:
             raise ChatError("a conversation needs tokenizer.chat_template: own, a file, or the text of a template")
         whole, marked = _render(self.tokenizer, messages)
@@ -191,5 +199,8 @@ def _rendered_or_none(tokenizer: PreTrainedTokenizerBase, messages: list[dict[st
 
 
 def within(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Return for each token, given by its characters, whether it has one of a span; a token without any, its place."""
+    """Return for each token, given by its characters, whether a span has one of them.
+
+    A token without characters, ``start == end``, is in a span that has the character at ``start``.
+    """
     return [any(start < last and first < max(end, start + 1) for first, last in spans) for start, end in offsets]

@@ -43,10 +43,15 @@ def message(role: str, text: str, image: bool = False) -> dict[str, Any]:
 
 
 def checked(messages: Any) -> list[dict[str, Any]]:
-    """Return messages whose contents are lists of parts, or raise ChatError for what is no conversation to learn."""
+    """Return messages of role, content (a list of parts) and weight, without other keys.
+
+    Raises:
+        ChatError: for what is no conversation to learn.
+    """
     if not (isinstance(messages, list) and messages and all(isinstance(one, dict) for one in messages)):
         raise ChatError("messages is not a list of roles and contents")
-    found = [{**one, "content": _parts(one.get("content"))} for one in messages]
+    kept = [{key: one[key] for key in ("role", "weight") if one.get(key) is not None} for one in messages]
+    found = [{**one, "content": _parts(given.get("content"))} for one, given in zip(kept, messages, strict=True)]
     roles = [one.get("role") for one in found]
     if not all(isinstance(role, str) for role in roles):
         raise ChatError("a message has no role")
@@ -65,8 +70,10 @@ def _parts(content: Any) -> list[dict[str, str]]:
         return [{"type": "text", "text": content}] if content else []
     if not isinstance(content, list):
         raise ChatError("the content of a message is neither a text nor a list of parts")
+    found = list[dict[str, str]]()
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
             raise ChatError("a part of a message is neither {type: image} nor {type: text, text: ...}")
-    return content
+        found.append({"type": "image"} if kind == "image" else {"type": "text", "text": part["text"]})
+    return found

@@ -44,6 +44,9 @@ def build_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         raise ValueError(f"{name} has no end-of-sequence token: set tokenizer.kwargs.eos_token.")
     if whole:
         add_image_tokens(tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template or getattr(loaded, "chat_template", None)
+    if config.get("chat_template") is not None and not placeholder(tokenizer):
+        raise ValueError(f"tokenizer.chat_template: it is not known how a {type(loaded).__name__} names images.")
     use_template(tokenizer, config.get("chat_template"), placeholder(tokenizer))
     return tokenizer
 

@@ -1,6 +1,7 @@
 """PRIOR in Composer's Trainer: the loss, what the reference sees, and what is refused."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,3 +219,19 @@ def test_a_model_that_ignores_weights_is_refused(tokenizer, make_spec, reference
     with pytest.raises(ValueError, match=message) as error:
         fit(model, make_spec(None), [PRIOR(reference)])
     assert "\n" not in str(error.value)
+
+
+def test_scores_of_a_stream_without_weights_are_not_looked_at():
+    prior = PRIOR(streams={"pages": None})
+    prior._names = ["captions", "pages"]
+    labels = torch.tensor([[IGNORE_INDEX, 5, 6]] * 2)
+    logprobs = torch.tensor([[0.0, math.log(0.25), math.log(0.5)], [0.0, math.nan, 1.0]])
+    state = SimpleNamespace(batch={"labels": labels, "ref_logprobs": logprobs, "stream": torch.tensor([0, 1])})
+    mask = labels != IGNORE_INDEX
+    prior.begin_batch(state, mask)
+    weights, weighted = prior._weights(state, mask)
+    torch.testing.assert_close(weights, torch.tensor([[0.0, 0.75, 0.5], [0.0, 0.0, 0.0]]))
+    assert weighted.tolist() == [[False, True, True], [False, False, False]]
+    state.batch["stream"] = torch.tensor([1, 0])
+    with pytest.raises(ValueError, match="2 reference log-probabilities are NaN or positive"):
+        prior.begin_batch(state, mask)

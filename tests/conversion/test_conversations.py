@@ -1,6 +1,7 @@
 """Conversations, interleaved documents and text alone, in the forms that people have them, to MDS."""
 
 import base64
+import csv
 import json
 
 import pytest
@@ -175,3 +176,48 @@ def test_learn_is_refused_where_no_conversation_is_read(tmp_path):
         convert_captions(tmp_path / "coco.json", tmp_path / "out", learn="answers", form="coco")
     with pytest.raises(SourceError, match="learn='some'"):
         convert_captions(tmp_path / "coco.json", tmp_path / "out", learn="some")
+
+
+@pytest.mark.parametrize("options", [{}, {"image_column": "none"}])
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "parquet"])
+def test_text_alone_of_any_list_and_beside_a_column_that_is_no_image(form, options, tmp_path):
+    entries = [{"text": "One, here.", **({"path": "src/a.py"} if options else {})}, {"text": "Two."}]
+    entries[1] |= {"path": "src/b.py"} if options else {}
+    source = tmp_path / f"texts.{form}"
+    if form == "parquet":
+        parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+        parquet.write_table(arrow.Table.from_pylist(entries), source)
+    elif form == "jsonl":
+        source.write_text("".join(json.dumps(one) + "\n" for one in entries))
+    else:
+        with source.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*entries[0]], delimiter={"csv": ",", "tsv": "\t"}[form])
+            writer.writeheader()
+            writer.writerows(entries)
+    _, samples = converted(source, tmp_path / "out", learn="all", **options)
+    assert samples == [([{"role": "document", "content": [TEXT(one["text"])]}], []) for one in entries]
+
+
+def test_empty_texts_and_images_alternate_as_null_does(tmp_path):
+    entry = {"images": ["0.png", "", "1.png"], "texts": ["", "One.", ""]}
+    _, ((messages, images),) = converted(lines(tmp_path / "in", [entry]), tmp_path / "out")
+    assert messages == [{"role": "document", "content": [IMAGE, TEXT("One."), IMAGE]}]
+    assert images == [PICTURES["0.png"], PICTURES["1.png"]]
+
+
+def test_one_caption_in_a_list_answers_its_image_and_several_are_rejected(tmp_path):
+    entries = [{"image": "0.png", "captions": ["a cat"]}, {"image": "1.png", "captions": ["a cat", "one cat"]}]
+    summary, samples = converted(lines(tmp_path / "in", entries), tmp_path / "out", max_rejected=1)
+    turns = [{"role": "user", "content": [IMAGE]}, {"role": "assistant", "content": [TEXT("a cat")]}]
+    assert samples == [(turns, [PICTURES["0.png"]])]
+    assert summary.reasons == {"several captions": 1}
+    _, samples = converted(lines(tmp_path / "in", entries[1:]), tmp_path / "all", learn="all")
+    assert samples[0][0] == [{"role": "document", "content": [IMAGE, TEXT("a cat\n\none cat")]}]
+
+
+def test_images_of_a_record_have_a_largest_size_together(tmp_path):
+    entries = [{"images": ["0.png"] * count, "text": "Tiles."} for count in (16, 17)]
+    limit = {"max_image_bytes": len(PICTURES["0.png"]), "max_rejected": 1}
+    summary, samples = converted(lines(tmp_path / "in", entries), tmp_path / "out", **limit)
+    assert [len(images) for _, images in samples] == [16]
+    assert summary.reasons == {"images too large": 1}

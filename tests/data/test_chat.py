@@ -7,7 +7,7 @@ from common.chats import ENDS, MARKED, TEMPLATES, TOKENIZERS, turns
 from common.tokenizers import plain_tokenizer
 
 from composer_prior.data.chat import ChatFormat, use_template, within
-from composer_prior.data.conversations import ChatError, pack_images, unpack_images
+from composer_prior.data.conversations import ChatError, checked, pack_images, unpack_images
 from composer_prior.data.tokenizer import IMAGE_TOKEN, add_image_tokens
 
 TALK = turns("<image>What is it?", "  A red cat. ", "And\n\nbelow it?", "\nNothing at all,\nreally \u2603")
@@ -91,6 +91,10 @@ def test_an_answer_of_weight_0_is_not_learned():
         (turns("What?", " \n"), "an answer is empty"),
         (turns("What <|im_end|>?", "it"), r"spells <\|im_end\|>"),
         (turns("What?", "an \ufdd0"), "spells"),
+        (turns("What \ud83d?", "it"), "not Unicode"),
+        ([{"role": "user \ud83d", "content": "a"}, *turns("b", "c")], "not Unicode"),
+        ([{"role": "user<|im_end|>", "content": "a"}, *turns("b", "c")], r"spells <\|im_end\|>"),
+        ([{"role": "document", "content": "a \ud83d"}], "not Unicode"),
         ([{"role": "user", "content": [{"type": "video"}]}], "neither"),
         ([{"role": "user", "content": "a"}, {"content": "b"}], "no role"),
         ([{"role": "document", "content": [{"type": "image"}]}], "no text"),
@@ -103,6 +107,12 @@ def test_what_is_no_conversation_is_refused(messages, error):
     use_template(tokenizer, TEMPLATES["qwen2"], IMAGE_TOKEN)
     with pytest.raises(ChatError, match=error):
         ChatFormat(tokenizer, IMAGE_TOKEN).write(messages)
+
+
+def test_messages_have_no_other_keys_and_a_weight_of_null_is_none():
+    messages = [{**one, "tool_calls": ["<|im_end|>"], "name": "\ud83d", "weight": None} for one in TALK]
+    messages[0]["content"] = [{"type": "image", "text": 5}, {**TALK[0]["content"][1], "more": "<|im_end|>"}]
+    assert checked(messages) == TALK
 
 
 def test_turns_behind_the_last_answer_are_not_learned():

@@ -62,13 +62,13 @@ class ReferenceWeighting(TokenWeighting):
         return asked and dist.get_world_size() > 1
 
     def begin_batch(self, state: State, mask: Tensor) -> None:
-        check_logprobs(self._score(state), mask)
+        check_logprobs(self._score(state), self.weighted(state, mask))
 
     def ref_logprobs(self, state: State, mask: Tensor) -> Tensor:
         """Return ``ref_logprobs`` of the batch or microbatch, ``[B, T]`` float32."""
         logprobs = self._score(state)
         if not logprobs.is_cuda:  # the whole batch was checked already: do not stall the device for it again
-            check_logprobs(logprobs, mask)
+            check_logprobs(logprobs, self.weighted(state, mask))
         return logprobs
 
     def _score(self, state: State) -> Tensor:

@@ -67,7 +67,7 @@ class ViewerWeighting(ReferenceWeighting):
             with get_precision_context(state.precision or Precision.FP32, state.precision_config):
                 viewer_logprobs = self.viewer.logprobs(state.batch)
             state.batch = {**state.batch, "viewer_logprobs": viewer_logprobs.clamp(max=0.0)}  # rounding exceeds 0
-        check_logprobs(state.batch["viewer_logprobs"], mask, "viewer_logprobs")
+        check_logprobs(state.batch["viewer_logprobs"], self.weighted(state, mask), "viewer_logprobs")
 
     def sums(self, state: State, mask: Tensor) -> dict[str, Tensor]:
         found = {"viewer_nll": -state.batch["viewer_logprobs"][mask].double().sum()}

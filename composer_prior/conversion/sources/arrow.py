@@ -56,6 +56,7 @@ class _ArrowSource(Source):
 def _columns(names: list[str], options: SourceOptions, where: str, folder: Path) -> dict[str, Any]:
     """Return the fields of a source that depend on its columns."""
     image, caption = pick_columns(names, options, where)
+    image = image if image in names else ""
     if options.key_column:
         pick(names, options.key_column, (), "key_column", where)
     images = options.images_folder() or folder.resolve()

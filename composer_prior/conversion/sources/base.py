@@ -23,6 +23,7 @@ CAPTION_COLUMNS = (
 )  # fmt: skip
 CHAT_COLUMNS = ("messages", "conversations", "texts", *CAPTION_COLUMNS)
 CHAT_IMAGE_COLUMNS = ("images", *IMAGE_COLUMNS)
+NO_IMAGES = "none"  # instead of a column of images
 _URL_COLUMNS = ("url", "image_url", "img_url", "urls")
 KEY_COLUMNS = ("id", "key", "__key__")
 _SEEN_CACHE_KIB = 64 << 10
@@ -79,7 +80,8 @@ class SourceOptions:
         form: format of the source: jsonl, csv, tsv, json, coco, webdataset, folder, parquet or hf; recognised by
             default.
         images: the folder that image paths are relative to; found beside the captions by default.
-        image_column: column, field or tar suffix that holds the image, as bytes or as a path.
+        image_column: column, field or tar suffix that holds the image, as bytes or as a path; with ``learn`` also
+            ``none``, for text that has other things in a column such as ``path``.
         caption_column: column, field or tar suffix that holds one caption, a list of them, or a conversation.
         key_column: column or field that names a record; ``id`` and ``key`` are recognised.
         split: the split to read of a Hugging Face dataset.
@@ -182,10 +184,14 @@ def pick(names: Sequence[str], wanted: str | None, usual: Sequence[str], option:
 
 
 def pick_columns(names: Sequence[str], options: SourceOptions, where: str) -> tuple[str, str]:
-    """Return the columns of images and captions, or raise SourceError if one is missing; text may have no images."""
+    """Return the columns of images and captions, or raise SourceError if one is missing.
+
+    With ``learn`` the first may be :data:`NO_IMAGES`.
+    """
     if options.learn is not None:
-        usual = [name for name in CHAT_IMAGE_COLUMNS if name in names] or [""]
-        image = pick([*names, ""], options.image_column, usual, "image_column", where)
+        image = options.image_column or next((name for name in CHAT_IMAGE_COLUMNS if name in names), NO_IMAGES)
+        if image != NO_IMAGES:
+            pick(names, image, (), "image_column", where)
         return image, pick(names, options.caption_column, CHAT_COLUMNS, "caption_column", where)
     image = pick(names, options.image_column, IMAGE_COLUMNS, "image_column", where)
     return image, pick(names, options.caption_column, CAPTION_COLUMNS, "caption_column", where)

@@ -121,7 +121,8 @@ def _read_jsonl(path: Path, options: SourceOptions) -> Iterator[Record | Rejecte
 def _read_table(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:
     delimiter, padded, chosen = _columns(path, options)
     header = [cell.strip() for cell in padded]
-    for number, row, quotes in rows(path, delimiter, len(header), header.index(chosen.image_column or "")):
+    images = header.index(chosen.image_column) if chosen.image_column in header else 0  # text alone has none
+    for number, row, quotes in rows(path, delimiter, len(header), images):
         where, key = f"{path.name}:{number}", f"line {number}"
         if row is None:
             yield Rejected(key, "line too long", where, f"at most {LINE_LIMIT} bytes are accepted")

@@ -3,6 +3,7 @@
 import codecs
 from collections.abc import Sequence
 from contextlib import suppress
+from operator import ne
 from typing import Any
 
 from composer_prior.conversion.sources.base import Record, Rejected
@@ -62,13 +63,15 @@ def conversation_of(
     """Return a :class:`Record` of messages from the values of its fields.
 
     ``text`` is a conversation, as of OpenAI, Hugging Face or LLaVA; a list of pairs ``{user, assistant}``; a list of
-    texts with None in the places of images; or a text. ``image`` is one or several as in :func:`record_of`, with None
-    in the places of texts. Images that no text names stand before the first one; a text with images is the answer to
-    them, unless all text is learned.
+    texts with None, or "", in the places of images; or a text. ``image`` is one or several as in :func:`record_of`,
+    with None, or "", in the places of texts. Images that no text names stand before the first one; a text with images
+    is the answer to them, unless all text is learned. Several texts of one image are captions, which are rejected.
     """
     if isinstance(text, str) and text.startswith("["):
         with suppress(ValueError):
             text = parse_json(text)
+    if isinstance(text, (list, tuple)) and len(text) == 1 and isinstance(text[0], str):
+        text = text[0]
     given = [*image] if isinstance(image, (list, tuple)) else [image]
     messages, inner = list[dict[str, Any]](), list[Any]()
     turns = text if isinstance(text, (list, tuple)) and text and all(isinstance(one, dict) for one in text) else None
@@ -83,8 +86,10 @@ def conversation_of(
     if turns is None:
         several = isinstance(text, (list, tuple))
         slots = [_parts(one, inner) for one in (text if several else [text])]
-        for place, one in enumerate(given if several and None in text else ()):  # in parallel lists
-            if one is not None and place < len(slots) and not slots[place]:
+        alternate = len(given) == len(slots) and all(map(ne, map(bool, given), map(bool, slots)))
+        parallel = several and (None in text or alternate)
+        for place, one in enumerate(given if parallel else ()):
+            if one and place < len(slots) and not slots[place]:
                 slots[place] = [{"type": "image"}]
         messages = [{"role": "document", "content": _joined(slots, "\n\n")}]
     try:
@@ -92,6 +97,9 @@ def conversation_of(
     except ImageError as error:
         return Rejected(key, error.reason, where, error.detail)
     named = sum(part["type"] == "image" for one in messages for part in one["content"])
+    if turns is None and several and len(images) == 1 and not named and learn != "all":
+        remedy = "list each in a record of its own, or make one document of them with learn=all"
+        return Rejected(key, "several captions", where, f"{len(text)} texts of one image; {remedy}")
     if images and not named:
         first = next((one for one in messages if one["role"] in ("user", "document")), messages[0])
         first["content"] = [{"type": "image"}] * len(images) + first["content"]
