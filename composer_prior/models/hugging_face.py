@@ -39,6 +39,11 @@ _REFUSED = {
     "mllama": "its layers read the image by cross-attention, whose mask spans the caption",
     PriorLVLMConfig.model_type: "it is this package's own; use the model lvlm, with init_from for its weights",
 }
+# Families whose get_image_features returns what stands in the places of the image's tokens, and nothing beside it.
+_FEATURED = (
+    *("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "idefics3"),
+    *("smolvlm", "internvl", "gemma3", "paligemma"),
+)
 _TOKENS = {  # settings of configurations that name tokens, which a new model takes from its tokenizer
     "video_token_id": "<|video_pad|>",
     "vision_start_token_id": "<|vision_start|>",
@@ -189,7 +194,7 @@ def check_image_tokens(model: ComposerLVLM, config: Mapping[str, Any]) -> None:
     """Refuse a processor that writes more or fewer image tokens than its model makes features of an image.
 
     Args:
-        model: without weights, as of :func:`hugging_face_skeleton`; one of no family of transformers is not checked.
+        model: without weights, as of :func:`hugging_face_skeleton`; families with features of another form pass.
         config: the recipe's ``model``, whose keys the error names.
 
     Raises:
@@ -216,7 +221,8 @@ def check_image_tokens(model: ComposerLVLM, config: Mapping[str, Any]) -> None:
 def unused_weights(model: ComposerLVLM) -> list[str]:
     """Return the trained weights that no feature of an image depends on, such as LLaVA's behind the layer it reads.
 
-    DDP would wait for their gradients. The model is without weights, as of :func:`hugging_face_skeleton`.
+    DDP would wait for their gradients. The model is without weights, as of :func:`hugging_face_skeleton`. Of families
+    with features of another form, such as Qwen3-VL, whose layers read further ones, none are known.
     """
     trained = any(name.startswith("vision.") and weight.requires_grad for name, weight in named_weights(model.model))
     if not (trained and _has_features(model)):
@@ -228,9 +234,9 @@ def unused_weights(model: ComposerLVLM) -> list[str]:
 
 
 def _has_features(model: ComposerLVLM) -> bool:
-    """Return True for a family of transformers, whose features of an image can be made apart."""
-    base: Any = causal_lm_of(model.model)
-    return type(base).__module__.startswith("transformers.") and hasattr(decoder_of(base), "get_image_features")
+    """Return True for a family of transformers, whose features of an image are known and can be made apart."""
+    module = type(causal_lm_of(model.model)).__module__
+    return module.startswith(tuple(f"transformers.models.{family}." for family in _FEATURED))
 
 
 def _features(model: ComposerLVLM, tensors: Mapping[str, Tensor]) -> list[Tensor]:

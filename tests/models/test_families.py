@@ -370,6 +370,18 @@ def test_weights_without_a_gradient_are_those_that_no_loss_needs(kind, scenes, h
     assert not unused_weights(skeleton(hub(kind), pretrained=hub(kind), freeze=["vision"]))
 
 
+def test_a_family_with_features_of_another_form_is_neither_refused_nor_frozen(hub):
+    """Qwen3-VL's layers read further features, which a list beside the first ones holds."""
+    text, vision = FAMILIES["qwen2_vl"][2]["text_config"], FAMILIES["qwen2_5_vl"][2]["vision_config"]
+    further = {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    arguments = {"model_type": "qwen3_vl", "text_config": text, "vision_config": {**vision, **further}}
+    config = {"config": arguments, "processor": {"name": hub("qwen2_vl")}}
+    model = skeleton(hub("qwen2_vl"), **config)
+    assert model.model.model.visual.deepstack_merger_list
+    check_image_tokens(model, config)
+    assert unused_weights(model) == []
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "processor", "message"),
     [
