@@ -236,10 +236,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         if part is not None and name in _NAMED and text.strip() == "{}":
             part.pop(name, None)
     data = own_data
-    processor = _processor_of(recipe, changes)
-    read_by = f"-{Path(processor).name}" if processor else ""  # a reference is of one tokenizer
-    for helper in filter(None, helpers.values()):
-        helper.run_name = f"{helper.run_name}{read_by}"
+    read_by = _suffix(_processor_of(cast(DictConfig, OmegaConf.merge(recipe, changes))))
     train, validation = (changes.pop(key, None) or recipe.get(key) for key in _OWN_DATA)
     for key in _OWN_DATA:
         recipe.pop(key, None)
@@ -254,8 +251,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
             part.pop("benchmarks", None)  # those of the recipe are about its own data
     recipe = cast(DictConfig, OmegaConf.unsafe_merge(recipe, changes, {"data": data}))
     if (processor := _processor_of(recipe)) is not None:
-        trusted = {"kwargs": {"trust_remote_code": True}} if recipe.model.get("trust_remote_code") else {}
-        recipe.tokenizer = {"name": processor, **trusted, **(recipe.get("tokenizer") or {}), "image_tokens": False}
+        trusted: Any = {"kwargs": {"trust_remote_code": True}} if recipe.model.get("trust_remote_code") else {}
+        given = recipe.get("tokenizer") or {}
+        recipe.tokenizer = OmegaConf.merge({"name": processor, **trusted}, given, {"image_tokens": False})
     texts: dict[str, Any] = {}
     for key in HELPERS:
         given = helper_changes[key]
@@ -269,6 +267,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
             if naming:
                 raise ValueError(f"{key}=null: also give {', '.join(naming)}, which name files of the {key}.")
             continue
+        if read_by and not train and "run_name" not in given:
+            name = cast(Any, OmegaConf.to_container(helper, resolve=False)).get("run_name")
+            if name not in (None, MISSING):
+                helper.run_name = f"{name}{read_by}"
         shared = {"data": data, "tokenizer": recipe.get("tokenizer")}
         if key == "viewer":
             for name in {"data", "tokenizer", "reference"} & {*helper_changes[key]}:
@@ -284,13 +286,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return typed
 
 
-def _processor_of(*parts: DictConfig) -> str | None:
+def _processor_of(recipe: DictConfig) -> str | None:
     """Return the folder or hub id of the processor of a model of transformers, "" if it lacks one; else None."""
-    merged: Any = OmegaConf.merge(*(OmegaConf.masked_copy(part, ["model"]) for part in parts))
-    model = merged.get("model") or {}
+    model = recipe.get("model") or {}
     if model.get("name") != "hugging_face":
         return None
     return (model.get("processor") or {}).get("name") or model.get("pretrained") or ""
+
+
+def _suffix(processor: str | None) -> str:
+    """Return what tells references of several tokenizers apart: the end of a hub id, or the name of a run."""
+    if not processor:
+        return ""
+    place = Path(processor)
+    return f"-{place.parent.name if place.name == 'model' else place.name}"
 
 
 def _naming(value: Any, section: str, key: str = "") -> Iterator[str]:

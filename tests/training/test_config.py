@@ -1,6 +1,7 @@
 """Recipes: what is read, and what is refused before anything heavy starts."""
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -298,6 +299,48 @@ def test_a_shipped_recipe_is_a_base_from_anywhere(tmp_path, monkeypatch):
         FileNotFoundError, match=r"prior_vt.yaml does not exist. Did you mean 'prior_vit.yaml'\? Those th"
     ):
         load_recipe("prior_vt.yaml")
+
+
+def test_a_reference_is_named_after_the_processor_of_its_tokenizer(tmp_path):
+    """Its name may depend on its seed, and a stage's processor is in the folder of a run."""
+    for recipe in ("smolvlm", "prior_vit", "emoji_scenes"):
+        shutil.copy(YAMLS / f"{recipe}.yaml", tmp_path)
+    helpers = [tmp_path / "reference_smollm2.yaml", tmp_path / "reference.yaml"]
+    text = (YAMLS / "reference_smollm2.yaml").read_text()
+
+    def name(*changes, recipe="smolvlm"):
+        return load_recipe(tmp_path / f"{recipe}.yaml", changes).reference["run_name"]
+
+    def write(run_name):
+        for helper in helpers:
+            helper.write_text(text.replace("run_name: reference_smollm2\n", run_name))
+
+    write("run_name: reference_smollm2\n")
+    assert name() == "reference_smollm2-SmolVLM-256M-Base"
+    assert name("model.pretrained=runs/stage1/model") == "reference_smollm2-stage1"
+    assert name("model.pretrained=runs/stage1/model", "model.processor.name=org/mine") == "reference_smollm2-mine"
+    assert name("reference.run_name=given") == "given"
+    write("run_name: reference_${seed}\n")
+    assert name("reference.seed=7") == "reference_7-SmolVLM-256M-Base"
+    assert name("reference.seed=7", recipe="prior_vit") == "reference_7"
+    write("")
+    assert name("reference.run_name=given") == "given"
+    for recipe in ("smolvlm", "prior_vit"):
+        with pytest.raises(ValueError, match=r"reference.run_name: .* missing"):
+            name(recipe=recipe)
+
+
+def test_a_processor_may_be_named_by_other_keys():
+    recipe = load("smolvlm", "model.pretrained=runs/stage1-${seed}/model", "seed=3")
+    assert recipe.tokenizer["name"] == "runs/stage1-3/model"
+    assert recipe.reference["run_name"].endswith("-stage1-3")
+    recipe = load("smolvlm", "model.processor.name=${tokenizer.name}", "tokenizer.name=org/mine")
+    assert recipe.tokenizer == {"name": "org/mine", "image_tokens": False}
+
+
+def test_the_tokenizer_of_a_trusted_model_is_trusted():
+    recipe = load("smolvlm", "model.trust_remote_code=true", "tokenizer.kwargs.padding_side=left")
+    assert recipe.tokenizer["kwargs"] == {"trust_remote_code": True, "padding_side": "left"}
 
 
 def test_an_error_names_who_said_it(tmp_path):
