@@ -12,7 +12,8 @@ TASK = {
     "SLURM_STEP_ID": "2",
     "SLURM_STEP_NODELIST": "gpu[03-04,7]",
     "SLURM_STEP_TASKS_PER_NODE": "4(x2),1",
-    "SLURM_NTASKS": "9",
+    "SLURM_STEP_NUM_TASKS": "9",
+    "SLURM_NTASKS": "16",
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1",
     "SLURM_NODEID": "1",
@@ -28,7 +29,7 @@ def environment(monkeypatch):
     monkeypatch.setattr(os, "environ", kept)
 
 
-@pytest.mark.parametrize("variable", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
 @pytest.mark.parametrize("job", ["train", "score", "evaluate", "study"])
 def test_processes_that_do_not_know_of_each_other_are_refused(job, variable):
     os.environ[variable] = "2"
@@ -64,8 +65,11 @@ def test_nodes_of_unequal_numbers_of_tasks(node, tasks):
     assert ranks_of_slurm()["LOCAL_WORLD_SIZE"] == tasks
 
 
-@pytest.mark.parametrize("given", [{"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_NTASKS": "1"}, {"SLURM_STEP_ID": None}])
+@pytest.mark.parametrize(
+    "given", [{"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_STEP_NUM_TASKS": None}]
+)
 def test_what_needs_no_ranks_is_left_alone(given):
+    """Such as the shell of salloc, a step of one process, and the script of sbatch, which is in no step."""
     os.environ |= {name: value for name, value in (TASK | given).items() if value is not None}
     before = dict(os.environ)
     set_ranks()

@@ -5,7 +5,8 @@ import re
 import sys
 
 # Number of processes, of launchers that do not set RANK and WORLD_SIZE: Slurm, Open MPI, MPICH.
-_TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+# SLURM_NTASKS is that of the job, also in its script and in the shell of salloc, which are one process.
+_TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _PORTS = range(20000, 30000)  # of node 0: below those that Linux gives to clients
 
 
@@ -14,10 +15,9 @@ def set_ranks() -> None:
 
     Variables that are set already stay.
     """
-    in_script = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ  # sbatch starts one process
-    for name in _TASKS if not in_script and not {"RANK", "WORLD_SIZE"} & {*os.environ} else ():
+    for name in _TASKS if not {"RANK", "WORLD_SIZE"} & {*os.environ} else ():
         if os.environ.get(name, "1") not in ("", "0", "1"):
-            if name != "SLURM_NTASKS" or "SLURM_PROCID" not in os.environ:
+            if name != "SLURM_STEP_NUM_TASKS" or "SLURM_PROCID" not in os.environ:
                 sys.exit(
                     f"error: {name}={os.environ[name]} processes were started without ranks (RANK, WORLD_SIZE): "
                     "start the ranks of each node with composer-prior launch, or one process alone."
@@ -43,7 +43,7 @@ def ranks_of_slurm() -> dict[str, str]:
     number = int(given["SLURM_JOB_ID"]) + 101 * int(given["SLURM_STEP_ID"])
     return {
         "RANK": given["SLURM_PROCID"],
-        "WORLD_SIZE": given["SLURM_NTASKS"],
+        "WORLD_SIZE": given["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": given["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": counts[node],
         "NODE_RANK": str(node),

@@ -60,7 +60,7 @@ def test_two_ranks_reach_the_losses_of_one(runs, name):
 
 def srun(folder, *command):
     """Run two tasks with the variables of Slurm's ``srun``, and without those that a Trainer has set here."""
-    shared = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NODEID": "0"}
+    shared = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0"}
     shared |= {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_TASKS_PER_NODE": "2"}
     with ThreadPoolExecutor(2) as pool:
         tasks = [{**shared, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
