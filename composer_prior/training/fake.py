@@ -4,7 +4,6 @@ Whatever touches weights or pixels is fake. Token ids, labels and masks are real
 alone: the number of labelled tokens, which decides how large the head's tensors are, is that of the batch.
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from composer_prior.data.batch import IGNORE_INDEX
@@ -31,6 +29,7 @@ from composer_prior.models import head
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.models.sharding import build_parallelism, prepare_sharded
+from composer_prior.training.monitors import flop_counter
 from composer_prior.training.optimizer import build_optimizer
 
 _ATEN = torch.ops.aten
@@ -38,17 +37,6 @@ _DEVICE = torch.ops.prim.device.default  # half of all calls
 _INDEXED = (_ATEN.index, _ATEN.index_put, _ATEN.index_put_, _ATEN._index_put_impl_)
 
 
-def _attention(query: Any, key: Any, *_: Any, **__: Any) -> int:
-    """Return the operations of attention, shapes ``[B, H, S, d]`` and ``[B, H, T, d]``, causal or not."""
-    return 4 * math.prod(query) * key[2]
-
-
-_ATTENTION: Any = {  # of fake tensors on a CPU, which torch does not count; a backward pass takes twice a forward pass
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, query, key, *__, **___: (
-        2 * _attention(query, key)
-    ),
-}
 # Names of the trackers' kinds of memory, by the parts of a plan.
 PARTS = {
     "weights": ("Sharded Param", "Parameter", "Buffer"),
@@ -264,8 +252,8 @@ class FakeRun:
         return parts
 
     def flops(self, batch: Mapping[str, Tensor]) -> int:
-        """Return the floating-point operations of a step, forward and backward; attention counts in full."""
-        counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+        """Return the floating-point operations of a step, forward and backward, as ``compute/flops`` counts them."""
+        counter = flop_counter()
         with self.mode, as_on_gpu(self.gpu), counter:
             self._loss(batch).backward()
         self.optimizer.zero_grad()
@@ -274,7 +262,7 @@ class FakeRun:
 
 def reference_costs(reference: ReferenceLM, run: FakeRun, tokens: int) -> tuple[int, int]:
     """Return the bytes of a reference's weights, and its operations for a caption of so many tokens."""
-    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    counter = flop_counter()
     ids = torch.arange(1 + tokens)[None]
     with run.mode, as_on_gpu(run.gpu), counter:
         make_fake(reference.model)

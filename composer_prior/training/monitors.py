@@ -18,7 +18,11 @@ _FLASH = "_scaled_dot_product_flash_attention"
 
 
 def flop_counter() -> FlopCounterMode:
-    """Return PyTorch's counter with what its list of operations lacks: attention on the CPU, and of a frozen tower."""
+    """Return PyTorch's counter with what its list of operations lacks: attention on the CPU, and of a frozen tower.
+
+    Attention counts in full where it is causal too, and its backward pass, which computes the scores again, as 2.5
+    forward passes.
+    """
     known: dict[Any, Any] = {torch.ops.aten._native_multi_head_attention: _attention_with_projections}
     for end in ("", "_backward"):  # as on a GPU; FlopCounterMode wraps functions itself
         on_gpu = flop_registry[getattr(torch.ops.aten, f"{_FLASH}{end}")].__wrapped__

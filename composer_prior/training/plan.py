@@ -1,7 +1,8 @@
 """A run planned without its GPUs: the memory, operations, time and storage that a recipe takes."""
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -15,9 +16,11 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoConfig
 
 from composer_prior.data.batch import CaptionCollator, ImageInputs
 from composer_prior.data.captions import caption_item, read_captions
+from composer_prior.data.hub import load_pretrained
 from composer_prior.data.messages import one_line
 from composer_prior.data.processing import ProcessorInputs
 from composer_prior.data.storage import write_whole
@@ -31,6 +34,7 @@ from composer_prior.data.tokenizer import (
     train_tokenizer,
 )
 from composer_prior.models.composer_lvlm import ComposerLVLM
+from composer_prior.models.hugging_face import unused_weights
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.training.builders import build_precision, per_rank_batch_size
 from composer_prior.training.config import TrainConfig
@@ -157,6 +161,10 @@ def plan(
     """
     if gpu not in (*GPUS, "cpu"):
         raise ValueError(f"gpu={gpu}: expected {', '.join(GPUS)} or cpu.")
+    given = {"world_size": world_size, "nproc": nproc, "mfu": mfu, "labels": labels, "samples": samples}
+    for name, value in {**given, "sample_bytes": sample_bytes, "write": write}.items():
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}={value}: expected more than 0.")
     on_gpu, device = gpu != "cpu", GPUS.get(gpu, GPU(0.1, 2**20))
     assumed = [f"{mfu:.0%} of {device.tflops:,.0f} TFLOP/s (mfu=); checkpoints at {write:g} GB/s a node (write=)."]
     refused = _refused(recipe, assumed)
@@ -167,13 +175,21 @@ def plan(
         assumed.append(f"Captions of {longest} tokens, max_caption_tokens (labels=).")
     else:
         assumed.append(f"Captions of {mean:.1f} tokens on average (labels=), of {longest} where memory is at its peak.")
+    tokens = max(1, round(mean or longest))
+    for name, arguments in recipe.algorithms.items():
+        if (arguments or {}).get("viewer") and not data.get("viewer_scores"):
+            assumed.append(
+                f"Nothing of the live viewer of algorithms.{name}, which adds its weights, and a third of the model's "
+                "operations if it is as large."
+            )
     precision = Precision.AMP_BF16 if on_gpu and recipe.precision == "auto" else build_precision(recipe.precision)
+    unused = unused_weights(_model(recipe))
     with fake_ranks(world_size):
         of_rank = per_rank_batch_size(recipe.global_train_batch_size)
-        given = recipe.device_train_microbatch_size
-        microbatch = of_rank if not isinstance(given, int) else min(given, of_rank)
-        run = FakeRun(_model(recipe), recipe.optimizer, recipe.parallelism_config, precision, on_gpu)
-        live = _live_reference(recipe, run)
+        size = recipe.device_train_microbatch_size
+        microbatch = of_rank if not isinstance(size, int) else min(size, of_rank)
+        run = FakeRun(_model(recipe, unused), recipe.optimizer, recipe.parallelism_config, precision, on_gpu)
+        live = _live_reference(recipe, run, tokens)
         usable = int(device.memory * GIB * (1 - reserve))
 
         def peak(run: FakeRun, size: int) -> dict[str, int]:
@@ -187,10 +203,10 @@ def plan(
         if (fsdp2 := (recipe.parallelism_config or {}).get("fsdp2")) is not None:
             changed = not fsdp2.get("activation_checkpointing", False)
             sharded = {"fsdp2": {**fsdp2, "activation_checkpointing": changed}}
-            second = FakeRun(_model(recipe), recipe.optimizer, sharded, precision, on_gpu)
+            second = FakeRun(_model(recipe, unused), recipe.optimizer, sharded, precision, on_gpu)
             other = {"activation_checkpointing": changed, "peak": sum(peak(second, microbatch).values())}
-    whole = FakeRun(_model(recipe), recipe.optimizer, None, precision, on_gpu)
-    flops = {"model, a sample": float(whole.flops(planned_batch(whole, data, 1, round(mean or longest))))}
+    whole = FakeRun(_model(recipe, unused), recipe.optimizer, None, precision, on_gpu)
+    flops = {"model, a sample": float(whole.flops(planned_batch(whole, data, 1, tokens)))}
     if "flops" in live:
         flops["reference, a sample"] = live["flops"]
     flops["a step, all GPUs"] = sum(flops.values()) * recipe.global_train_batch_size
@@ -220,7 +236,7 @@ def plan(
         checkpoint_seconds=checkpoint / (nodes * write * GB),
         model=whole.weights,
         bucket_bytes_per_second=None if sample_bytes is None else rate / nodes * sample_bytes,
-        cache_limit=None if sample_bytes is None else _cache_limit(data, nodes, sample_bytes),
+        cache_limit=None if sample_bytes is None else _cache_limit(data, nodes, samples, sample_bytes),
     )
     if out is not None:
         write_whole(Path(out), json.dumps(asdict(found), indent=1).encode())
@@ -295,15 +311,18 @@ def _tokenizer(recipe: TrainConfig) -> Any:
     return tokenizer
 
 
-def _model(recipe: TrainConfig) -> ComposerLVLM:
+def _model(recipe: TrainConfig, unused: Sequence[str] = ()) -> ComposerLVLM:
+    """Return the model without weights, the unused ones frozen as in a run."""
     model = skeleton_of(recipe, _tokenizer(recipe), "")
     if not isinstance(model, ComposerLVLM):
         raise ValueError(f"model.name={recipe.model['name']} cannot be planned: it cannot be built without weights.")
+    for name in unused:
+        model.get_parameter(name).requires_grad_(False)
     return model
 
 
 def planned_batch(run: FakeRun, data: Mapping[str, Any], samples: int, tokens: int) -> dict[str, Tensor]:
-    """Return a microbatch of large images, with captions of so many tokens.
+    """Return a microbatch of images of 1024 x 1024 pixels, with captions of so many tokens.
 
     Args:
         run: whose model reads it.
@@ -325,8 +344,11 @@ def planned_batch(run: FakeRun, data: Mapping[str, Any], samples: int, tokens: i
         return CaptionCollator(0)([fake_numbers(item)] * samples)
 
 
-def _live_reference(recipe: TrainConfig, run: FakeRun) -> dict[str, Any]:
-    """Return memory and operations a sample of a reference that scores each batch; nothing where scores are stored."""
+def _live_reference(recipe: TrainConfig, run: FakeRun, tokens: int) -> dict[str, Any]:
+    """Return memory and operations of a reference that scores each batch, captions of so many tokens.
+
+    Nothing is returned where scores are stored.
+    """
     data = recipe.train_loader["dataset"]
     for given in recipe.algorithms.values():
         if not (given or {}).get("reference") or data.get("scores"):
@@ -336,8 +358,9 @@ def _live_reference(recipe: TrainConfig, run: FakeRun) -> dict[str, Any]:
             reference = ReferenceLM(skeleton_of(own, run.model.tokenizer, "reference.").model)
             reference.model.to(getattr(torch, dtype or "float32"))
         else:
+            if dtype is None and run.gpu:  # that of its files, where a machine without a GPU would take float32
+                dtype = load_pretrained(AutoConfig, given["reference"]).dtype
             reference = ReferenceLM.from_pretrained(given["reference"], dtype=dtype, weights=False)
-        tokens = data.get("max_caption_tokens", 128)
         memory, flops = reference_costs(reference, run, tokens)
         return {"memory": memory // (dist.get_world_size() if given.get("shard_reference") else 1), "flops": flops}
     return {}
@@ -372,8 +395,8 @@ def _steps(recipe: TrainConfig, samples: int | None) -> int | None:
     return int(length.value * (samples // size)) if length.unit == TimeUnit.EPOCH and samples else None
 
 
-def _cache_limit(data: Mapping[str, Any], nodes: int, sample_bytes: float) -> float:
-    """Return 1.5 times the bytes of the shuffle blocks that a node works on, see docs/scale.md."""
+def _cache_limit(data: Mapping[str, Any], nodes: int, samples: int | None, sample_bytes: float) -> float:
+    """Return 1.5 times the bytes of the shuffle blocks that a node works on, at most all, see docs/scale.md."""
     canonical = data.get("num_canonical_nodes") or nodes
     block = data.get("shuffle_block_size") or max(4_000_000 // canonical, 2**18)
-    return float(1.5 * block * sample_bytes * canonical / nodes)
+    return min(1.5 * block * canonical / nodes, samples or math.inf) * sample_bytes

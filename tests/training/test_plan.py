@@ -9,15 +9,18 @@ import torch
 from common.commands import run_job
 from common.families import save_family
 from common.models import FAMILIES, small_lm, small_lvlm
-from common.recipes import recipe
+from common.recipes import ALONE, ROOT, recipe
 from composer.core import Precision
 from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import AutoModelForImageTextToText
 
 from composer_prior import ComposerLVLM
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.tokenizer import build_tokenizer
 from composer_prior.models.hugging_face import build_hugging_face, hugging_face_skeleton
+from composer_prior.training.config import load_recipe
 from composer_prior.training.fake import FakeRun, fake_numbers
+from composer_prior.training.monitors import flop_counter
 from composer_prior.training.optimizer import build_optimizer
 from composer_prior.training.plan import GPUS, _largest, fake_ranks, plan, planned_batch
 
@@ -126,7 +129,17 @@ def test_operations_are_those_by_hand(tokenizer):
     attention = 4 * config.hidden_size * tokens * config.num_hidden_layers
     head = 2 * config.hidden_size * len(tokenizer)
     rotations = config.head_dim * tokens  # the angles of the positions, once
-    assert run.flops(batch) == 3 * samples * (tokens * (linear + attention) + labels * head) + rotations
+    expected = samples * (tokens * (3 * linear + 3.5 * attention) + 3 * labels * head) + rotations
+    assert run.flops(batch) == expected
+
+
+def test_operations_are_those_that_a_run_counts(tokenizer, make_batch):
+    model = small_lvlm("encoder", tokenizer)
+    batch = make_batch(model, 4)
+    with flop_counter() as counter:
+        model.loss(model(batch), batch).backward()
+    run = planned(tokenizer)
+    assert run.flops(in_mode(run, batch)) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(("usable", "expected"), [(200, 14), (107, 1), (90, 0), (10_000, 64)])
@@ -156,6 +169,9 @@ def test_a_recipe_is_planned_with_what_it_lacks(tmp_path, monkeypatch):
     assert found.flops["a step, all GPUs"] == step
     assert found.seconds == pytest.approx(10 * step / (4 * GPUS["4090"].tflops * 1e12 * 0.4))
     assert found.cache_limit == 1.5 * 4_000_000 * 1e5
+    few = plan(given, world_size=4, gpu="4090", labels=10, samples=1000, sample_bytes=1e5)
+    assert few.cache_limit == 1000 * 1e5
+    assert few.flops["reference, a sample"] < 0.6 * found.flops["reference, a sample"]
     assert not torch.distributed.is_initialized()
     assert not (tmp_path / "data").exists()
     assert "does NOT fit" in str(plan(given, world_size=4, gpu="4090", reserve=1.0))
@@ -165,6 +181,55 @@ def test_what_a_start_refuses_is_listed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = plan(recipe("prior_vit", "init_from=nowhere"), world_size=1)
     assert any("nowhere" in line for line in found.refused)
+
+
+def test_a_live_reference_has_the_type_of_its_files_on_a_gpu(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    lm = small_lm(tokenizer)
+    lm.to(torch.bfloat16).save_pretrained("lm")
+    tokenizer.save_pretrained("lm")
+    live = (*ALONE, "train_loader.dataset.scores=null", "algorithms.prior.reference=lm")
+    memory = {
+        gpu: plan(recipe("prior_vit", *live, "parallelism_config=null"), world_size=1, gpu=gpu).memory
+        for gpu in ("h100", "cpu")
+    }
+    weights = sum(weight.numel() for weight in lm.parameters())
+    assert memory["h100"]["live reference"] == 2 * weights
+    assert memory["cpu"]["live reference"] == 4 * weights
+
+
+def test_a_live_viewer_is_named_as_not_counted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stored, live = (
+        plan(recipe("gain_vit", *changes), world_size=1).assumed
+        for changes in ((), ("train_loader.dataset.viewer_scores=null",))
+    )
+    assert not any("viewer" in line for line in stored)
+    assert any("Nothing of the live viewer of algorithms.image_gain" in line for line in live)
+
+
+def test_what_a_run_freezes_has_no_gradient(tmp_path, monkeypatch):
+    """LLaVA leaves out the last layer of a trained tower."""
+    monkeypatch.chdir(tmp_path)
+    save_family("llava", tmp_path / "llava", ["two red hammers on grey paper"] * 20)
+    changes = ("reference=null", "algorithms.prior=null", "train_loader.dataset.scores=null", "model.freeze=null")
+    small = ("model.pretrained=llava", "model.processor=null", "parallelism_config=null", "optimizer.fused=false")
+    sizes = ("global_train_batch_size=2", "device_train_microbatch_size=1")
+    given = load_recipe(ROOT / "yamls/smolvlm.yaml", [*changes, *small, *sizes, "callbacks.memory_monitor=null"])
+    found = plan(given, world_size=1, gpu="cpu", labels=4)
+    model = AutoModelForImageTextToText.from_pretrained("llava")
+    tower = model.model.vision_tower.vision_model
+    parts = (tower.encoder.layers[-1], tower.post_layernorm)
+    unused = sum(weight.numel() for part in parts for weight in part.parameters())
+    weights = [weight.numel() for weight in model.parameters()]
+    assert found.model == 4 * sum(weights)
+    assert 0 <= found.memory["optimizer"] - 8 * (sum(weights) - unused) < 8 * len(weights)
+
+
+@pytest.mark.parametrize("option", ["world_size", "nproc", "mfu", "labels", "samples", "sample_bytes", "write"])
+def test_an_option_of_nothing_is_refused(option):
+    with pytest.raises(ValueError, match=rf"^{option}=0: expected more than 0"):
+        plan(recipe("prior_vit"), **{option: 0})
 
 
 def test_wrong_options_are_one_line(tmp_path, monkeypatch, capsys):
