@@ -57,12 +57,13 @@ class BadSampleError(OneLineError, ValueError):
 
 
 class StreamingCaptionDataset(CheckedDataset, VisionDataset):
-    """Samples ``{image: bytes, caption: str}`` of an MDS data set, local or remote, tokenized and preprocessed.
+    """Captions, conversations and documents of an MDS data set, local or remote, tokenized and preprocessed.
 
-    An optional column ``image_related_spans`` (json, ``[[start, end], ...]`` in characters of the caption, null where
-    they are unknown) marks the words that the image determines. Sample ``i`` is a dict of tensors: ``input_ids`` and
-    ``labels`` ``[T]`` int64, ``image_related`` ``[T]`` bool if there are spans, the image's tensors, and ``sample_id``;
-    of several streams also ``stream``, its position in ``stream_names``.
+    A caption has the columns ``image`` (bytes) and ``caption`` (str). An optional column ``image_related_spans`` (json,
+    ``[[start, end], ...]`` in characters of the caption, null where they are unknown) marks the words that the image
+    determines. Sample ``i`` is a dict of tensors: ``input_ids`` and ``labels`` ``[T]`` int64, ``image_related`` ``[T]``
+    bool if there are spans, the image's tensors, and ``sample_id``; of several streams also ``stream``, its position
+    in ``stream_names``.
 
     With the columns ``messages`` (json) and ``images`` (bytes) a sample is a conversation or a document with any number
     of images, see :mod:`composer_prior.data.conversations`. Its learned tokens have labels, and ``text_mask`` ``[T]``
@@ -133,6 +134,8 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.prompt = prompt
+        if self.has_messages and isinstance(image_processor, ProcessorInputs) and image_processor.caption_type:
+            raise ValueError("PaliGemma sees text before a caption both ways: it learns captions, no conversations.")
         theirs = image_tokens(image_processor.processor) if isinstance(image_processor, ProcessorInputs) else []
         self.prompt_ids = prompt_ids(tokenizer, prompt, theirs)
         self.reserved_ids = reserved_ids(tokenizer, theirs)
@@ -231,13 +234,15 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         return item
 
     def _encode_messages(self, sample: Mapping[str, Any], sample_id: int) -> dict[str, Any]:
+        written = self._written(sample["messages"])
         try:
-            written = self.chat.write(sample["messages"])
             pictures = unpack_images(sample["images"]) if self.image_processor is not None else []
         except ChatError as error:
             raise BadSampleError(str(error)) from error
         if self.image_processor is not None and len(pictures) != len(written.images):
             raise BadSampleError(f"the text names {len(written.images)} images and the sample has {len(pictures)}")
+        if len(pictures) >= self.max_tokens:  # each takes a token or more: before any is decoded
+            raise BadSampleError(f"its {len(pictures):,} images end behind max_tokens={self.max_tokens:,}")
         if isinstance(self.image_processor, ProcessorInputs):
             images = [self._prepared(data) for data in pictures]
             try:
@@ -253,13 +258,14 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         if last > self.max_tokens:
             raise BadSampleError(f"its images end at token {last:,}, behind max_tokens={self.max_tokens:,}")
         aligned.pop("characters", None)
-        learned = torch.tensor(aligned.pop("learned")[: self.max_tokens])
+        whole = aligned.pop("learned")
+        learned = torch.tensor(whole[: self.max_tokens])
         item |= {key: torch.tensor(values[: self.max_tokens]) for key, values in aligned.items()}
         if not learned.any():
             raise BadSampleError(f"none of its first {self.max_tokens:,} tokens is learned: raise max_tokens")
         item |= {"labels": item["input_ids"].where(learned, IGNORE_INDEX), **self._numbers(sample_id)}
         for column, scores in self.scores.items():
-            values = self._logprobs(scores, sample_id, int(learned.sum()), cut=True)
+            values = self._logprobs(scores, sample_id, int(learned.sum()), sum(whole))
             item[column] = torch.zeros(len(learned)).masked_scatter(learned, values)
         return item
 
@@ -271,11 +277,17 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         Raises:
             BadSampleError: for one that cannot be used.
         """
+        written = self._written(messages)
+        return written, self._between(written, ())
+
+    def _written(self, messages: Any) -> Written:
+        """Return a conversation or document as text; raise BadSampleError for one that cannot be used."""
+        if isinstance(messages, list) and len(messages) > self.max_tokens:  # the time grows with the square of turns
+            raise BadSampleError(f"its {len(messages):,} messages take more than max_tokens={self.max_tokens:,}")
         try:
-            written = self.chat.write(messages)
+            return self.chat.write(messages)
         except ChatError as error:
             raise BadSampleError(str(error)) from error
-        return written, self._between(written, ())
 
     def _between(self, written: Written, images: Sequence[ImageInputs]) -> dict[str, list[Any]]:
         """Return the tokens of a text with its images between, or without any; see :meth:`.ProcessorInputs.read`."""
@@ -344,9 +356,9 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         stream = {"stream": self.stream_of(sample_id)} if len(self.stream_names) > 1 else {}
         return {"sample_id": sample_id, **stream}
 
-    def _logprobs(self, scores: Scores, sample_id: int, tokens: int, cut: bool = False) -> Tensor:
+    def _logprobs(self, scores: Scores, sample_id: int, tokens: int, uncut: int | None = None) -> Tensor:
         try:
-            return torch.from_numpy(scores.read(sample_id, tokens, cut))
+            return torch.from_numpy(scores.read(sample_id, tokens, uncut))
         except ScoresError as error:
             raise BadSampleError(str(error)) from error
 
@@ -391,11 +403,16 @@ def caption_item(
 
 
 def check_scorable(data: StreamingCaptionDataset, scores: str, key: str = "scores") -> None:
-    """Refuse to store scores of samples that draw one of several captions.
+    """Refuse to store scores of samples that draw one of several captions, and a viewer's of conversations.
 
     Raises:
         ValueError: naming the key of the recipe.
     """
+    if data.has_messages and key == "viewer_scores":
+        raise ValueError(
+            f"dataset.{key}={scores!r}: there are no stored viewer's scores of conversations: give the algorithm "
+            "a live viewer."
+        )
     if data.has_several_captions:
         raise ValueError(
             f"dataset.{key}={scores!r}: there are no stored scores of samples with several captions each. Convert "

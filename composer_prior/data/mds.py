@@ -130,7 +130,9 @@ def count_samples(shard: bytes) -> int | None:
 
 
 def read_column(data: Any, column: str, samples: range, *others: str) -> list[Any]:
-    """Read one column of consecutive samples of a :class:`.CheckedDataset`, or the first of others where it is missing.
+    """Read one column of consecutive samples of a :class:`.CheckedDataset`.
+
+    From a shard without that column it reads the first of ``others`` that the shard has.
 
     The other columns are not read.
     """

@@ -248,15 +248,21 @@ class Scores:
         except ScoresError as error:
             raise ScoresError(f"{self.path}, scores of sample {sample_id}: {error}") from error
 
-    def read(self, sample_id: int, tokens: int, cut: bool = False) -> NDArray[np.float32]:
-        """Return the log-probabilities of a sample that has ``tokens`` learned ones, or the first of them after a cut.
+    def read(self, sample_id: int, tokens: int, uncut: int | None = None) -> NDArray[np.float32]:
+        """Return the log-probabilities of the first learned tokens of a sample.
+
+        Args:
+            sample_id: number of the sample.
+            tokens: learned tokens of the sample as it is read.
+            uncut: learned tokens of the whole sample, of which at least ``tokens`` have scores. Default: ``tokens``.
 
         Raises:
             ScoresError: as above, or if their number differs.
         """
         logprobs = self[sample_id]
-        if len(logprobs) < tokens or (len(logprobs) > tokens and not cut):
-            raise ScoresError(f"{self.path} has {len(logprobs)} scores of sample {sample_id} for {tokens} tokens")
+        if not tokens <= len(logprobs) <= (uncut or tokens):
+            more = "" if uncut in (None, tokens) else f", {uncut} before it is cut"
+            raise ScoresError(f"{self.path} has {len(logprobs)} scores of sample {sample_id} for {tokens} tokens{more}")
         return logprobs[:tokens]
 
     def _open(self, shard: Shard) -> mmap.mmap:

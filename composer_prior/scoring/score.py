@@ -219,6 +219,8 @@ def _score_chats(
     """
     theirs = None if reference.reads(data.tokenizer) else _chat_of(reference)
     positions = getattr(reference.model.config, "max_position_embeddings", None)
+    # One more than a sample has: a processor of transformers may write no beginning of sequence.
+    most = data.max_tokens + (positions != data.max_tokens)
     read, ids, problems = list[Any](), list[list[int]](), dict[int, str]()
     for number, messages in enumerate(texts):
         if isinstance(messages, str):
@@ -232,8 +234,8 @@ def _score_chats(
             ids.append([data.bos_id])
             continue
         if again is None or theirs is None:
-            read.append(np.array(tokens["learned"][1 : data.max_tokens], bool))
-            ids.append(tokens["input_ids"][: data.max_tokens])
+            read.append(np.array(tokens["learned"][1:most], bool))
+            ids.append(tokens["input_ids"][:most])
             continue
         encoding = theirs.tokenizer(again.text, add_special_tokens=False).encodings[0]
         begun = encoding.ids[:1] == [bos_id(theirs.tokenizer)]

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -171,6 +172,9 @@ def test_the_reference_reads_the_same_text_without_images(kind, tokenizer, tmp_p
             "images end at token .* behind max_tokens=64",
         ),
         ((turns("w4" * 100, "w5"), []), "none of its first 64 tokens is learned"),
+        ((turns(*["w4", "w5"] * 33), []), "its 66 messages take more than max_tokens=64"),
+        ((turns("<image>" * 64, "w5"), [b""] * 64), "its 64 images end behind max_tokens=64"),
+        ((turns("w4\ud83d", "w5"), []), "not Unicode"),
     ],
 )
 @pytest.mark.parametrize("kind", ["patches", "qwen2_vl"])
@@ -228,3 +232,11 @@ def test_a_template_that_writes_bos_writes_it_once_in_captioning_and_in_training
     ids = sample["input_ids"][: -int((sample["labels"] != IGNORE_INDEX).sum())].tolist()
     assert ids == inputs["input_ids"][0].tolist()
     assert text.startswith(model.tokenizer.bos_token)
+
+
+def test_paligemma_is_refused_as_it_sees_its_prefix_both_ways(tmp_path):
+    model = foreign("llava")
+    processor = replace(model.image_processor, caption_type=1)
+    local = write_chats(tmp_path, SAMPLES[3:4])
+    with pytest.raises(ValueError, match=r"PaliGemma .* learns captions, no conversations"):
+        StreamingCaptionDataset(local=local, tokenizer=model.tokenizer, image_processor=processor, batch_size=1)

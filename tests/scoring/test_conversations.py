@@ -14,7 +14,7 @@ from composer_prior import ReferenceLM, StreamingCaptionDataset
 from composer_prior.algorithms.token_weighting.image_tokens import text_positions
 from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.captions import caption_data_spec
-from composer_prior.data.scores import ScoresError
+from composer_prior.data.scores import Scores, ScoresError
 from composer_prior.data.tokenizer import bos_id, build_tokenizer, placeholder
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import score_captions
@@ -114,3 +114,40 @@ def test_those_of_another_tokenizer_keep_the_sum_over_each_answer(ours, theirs, 
         assert (carried["ref_logprobs"][carried["labels"] != IGNORE_INDEX] < 0).all()
         if not images:  # its own tokens are of the stretches between images, and not of the text in one
             assert float(carried["ref_logprobs"].sum()) == pytest.approx(float(direct["ref_logprobs"].sum()), rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["patches", "qwen2_vl"])
+def test_a_cut_text_has_a_score_for_each_token_that_is_left(kind, tokenizer, tmp_path, monkeypatch):
+    """Qwen2-VL writes no beginning of sequence, which the scored text has."""
+    model = foreign(kind) if kind == "qwen2_vl" else own(kind, tokenizer)
+    reader, folder, out = copy.deepcopy(model.tokenizer), str(tmp_path / "reference"), str(tmp_path / "scores")
+    reference = small_lm(reader, seed=1)
+    reference.save_pretrained(folder)
+    reader.save_pretrained(folder)
+    local = write_chats(tmp_path / "data", [(turns("w4", "w5w6w7w8w9"), [])] * 2)
+    given = {"local": local, "tokenizer": model.tokenizer, "image_processor": model.image_processor, "batch_size": 1}
+    data = {"local": local, "max_tokens": len(StreamingCaptionDataset(**given)[0]["labels"]) - 2}
+    template = TEMPLATE.replace("IMAGE", placeholder(reader))
+    named = {"name": folder, "image_tokens": kind == "patches", "chat_template": template}
+    asked = []
+    monkeypatch.setattr(ReferenceLM, "reads", lambda *of: not asked.append(of))
+    score_captions(ScoreJob(out, folder, named, data, progress_bar=False))
+    assert len(asked) == 1  # it compares two vocabularies
+    cut = StreamingCaptionDataset(**given, scores=out, max_tokens=data["max_tokens"])
+    batch = next(iter(caption_data_spec(cut, 1).dataloader))
+    is_text, begin = text_positions(batch, model), bos_id(model.tokenizer)
+    live = ReferenceLM(reference, reader).logprobs(batch["input_ids"], is_text, batch["labels"], bos=begin)
+    assert batch["labels"][0, -1] != IGNORE_INDEX
+    torch.testing.assert_close(batch["ref_logprobs"], live, rtol=1e-3, atol=1e-4)
+    stored = Scores(out, tmp_path)
+    count = len(stored[0])
+    assert stored.read(0, count - 1, count).tolist() == stored[0].tolist()[:-1]
+    for uncut in (None, count - 1):  # a text of other tokens than the scored one
+        with pytest.raises(ScoresError, match=f"{count} scores of sample 0 for {count - 2} tokens"):
+            stored.read(0, count - 2, uncut)
+
+
+def test_stored_scores_of_a_viewer_are_refused_by_key(tokenizer, tmp_path):
+    local = write_chats(tmp_path, SAMPLES)
+    with pytest.raises(ValueError, match=r"dataset.viewer_scores='seen': .* conversations: give .* a live viewer"):
+        StreamingCaptionDataset(local=local, tokenizer=tokenizer, batch_size=1, viewer_scores="seen")
