@@ -18,11 +18,13 @@ from composer.utils import get_device
 from PIL import Image
 from torch import nn
 from torch.utils.data import ChainDataset, DataLoader
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
 from composer_prior import registry
 from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting, check_algorithms, weighting_of
+from composer_prior.data.batch import stream_names
 from composer_prior.data.captions import StreamingCaptionDataset, check_scorable
+from composer_prior.data.hub import load_pretrained
 from composer_prior.data.nodes import on_first_rank
 from composer_prior.data.processing import ProcessorInputs
 from composer_prior.data.remote import Remote
@@ -121,10 +123,13 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
             if dataset.get(key):
                 check_scorable(spec.dataloader.dataset, dataset[key], key)
                 on_first_rank(partial(_check_stored_scores, dataset[key], spec.dataloader.dataset, column))
+    _check_labels(recipe, stream_names(loaders["eval_loader"].dataloader) if "eval_loader" in loaders else [], where)
     data = loaders["train_loader"].dataloader.dataset
     check_schedule(recipe, len(cast(Any, loaders["train_loader"].dataloader)), where)
     if isinstance(model, ComposerLVLM):
-        check_fit(model, data)
+        for name, spec in loaders.items():
+            check_fit(model, cast(Any, spec.dataloader).dataset, f"{where}{name}")
+        _check_positions_of_reference(recipe, model, data, where)
         with one_line_errors(f"{where}model" if where else ""):
             on_first_rank(partial(check_image_tokens, model, recipe.model))
         optimizer = build_optimizer(recipe.optimizer, model, f"{where}optimizer")
@@ -138,6 +143,41 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
         _check_live_viewer(recipe, model, where)
     for key, helper in recipe.helpers.items():
         _check_same_data(recipe, key, helper, data)
+
+
+def _check_labels(recipe: TrainConfig, streams: list[str], where: str) -> None:
+    """Raise for a further loader whose metrics would have the names of a stream's of the validation."""
+    for name in recipe.eval_loaders:
+        if "/" in name or (len(streams) > 1 and name in streams):
+            raise ValueError(
+                f"{where}eval_loaders.{name}: its metrics, metrics/eval/{name}/loss and others, may be those of a "
+                "stream of eval_loader; give it a name of its own, without a slash."
+            )
+
+
+def _check_positions_of_reference(
+    recipe: TrainConfig, model: ComposerLVLM, data: StreamingCaptionDataset, where: str
+) -> None:
+    """Raise if a reference, which may be yet to be trained, lacks positions for conversations of the data."""
+    own = recipe.helpers.get("reference")
+    longest = data.max_tokens + (model.tokenizer.bos_token_id is None)  # Qwen's write no first one
+    for name, given in recipe.algorithms.items():
+        path = (given or {}).get("reference")
+        if not path or not data.has_messages:
+            continue
+        with one_line_errors(f"{where}algorithms.{name}.reference={path}"):
+            config: Any = None
+            if own is not None and not Path(path).exists():
+                skeleton = skeleton_of(own, model.tokenizer, f"{where}reference.")
+                config = skeleton.model.config if isinstance(skeleton, ComposerLVLM) else None
+            elif own is not None or not recipe.train_loader["dataset"].get("scores"):  # else it may be gone
+                config = load_pretrained(AutoConfig, path)
+            positions = config and getattr(config.get_text_config(), "max_position_embeddings", None)
+            if positions is not None and longest > positions:
+                raise ValueError(
+                    f"it has {positions} positions, and a conversation may take {longest:,}: lower "
+                    f"{where}train_loader.dataset.max_tokens."
+                )
 
 
 def _check_live_viewer(recipe: TrainConfig, model: ComposerLVLM, where: str) -> None:
@@ -220,8 +260,14 @@ def _check_same_data(recipe: TrainConfig, key: str, helper: TrainConfig, data: S
         )
 
 
-def check_fit(model: ComposerLVLM, data: StreamingCaptionDataset) -> None:
-    """Raise if the language model lacks positions for the longest sequence of the data, naming the lengths."""
+def check_fit(model: ComposerLVLM, data: StreamingCaptionDataset, loader: str = "train_loader") -> None:
+    """Raise if the language model lacks positions for the longest sequence of the data, naming the lengths.
+
+    Args:
+        model: that reads the data.
+        data: of a loader.
+        loader: its key in the recipe, for the message.
+    """
     processor: Any = data.image_processor
     if isinstance(processor, ProcessorInputs):  # its number of tokens may depend on the image
         prefix: Any = replace(processor, positions=None)(Image.new("RGB", (1024, 1024))).prefix
@@ -233,13 +279,13 @@ def check_fit(model: ComposerLVLM, data: StreamingCaptionDataset) -> None:
     if positions is not None and data.has_messages and data.max_tokens > positions:
         raise ValueError(
             f"The language model has {positions} positions, and a conversation may take {data.max_tokens:,}: lower "
-            "train_loader.dataset.max_tokens."
+            f"{loader}.dataset.max_tokens."
         )
     if positions is not None and longest > positions:
         raise ValueError(
             f"The language model has {positions} positions, and a sequence may take {longest}: bos, {image_tokens} "
             f"image, {len(data.prompt_ids)} prompt and {data.max_caption_tokens} caption tokens; lower "
-            f"train_loader.dataset.max_caption_tokens{_image_key(model, processor)}."
+            f"{loader}.dataset.max_caption_tokens{_image_key(model, processor)}."
         )
 
 

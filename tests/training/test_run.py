@@ -238,6 +238,8 @@ def test_sequences_longer_than_the_model_are_refused(finished):
         ValueError, match=r"has 512 positions, and a sequence may take 605: bos, 4 image, 0 prompt and 600"
     ):
         train(recipe("prior_vit", "train_loader.dataset.max_caption_tokens=600", "train_loader.dataset.scores=null"))
+    with pytest.raises(ValueError, match=r"lower eval_loader\.dataset\.max_caption_tokens"):
+        train(recipe("prior_vit", "eval_loader.dataset.max_caption_tokens=600", "train_loader.dataset.scores=null"))
 
 
 def test_nothing_to_train_is_refused(finished):

@@ -2,11 +2,14 @@
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from common.commands import train as main
 from common.data import write_tiles
+from common.models import small_lm
 from common.recipes import ROOT, SHRUNKEN, VIT, recipe
 from composer.utils import dist
 
@@ -14,7 +17,7 @@ from composer_prior import registry
 from composer_prior.models.sharding import ON_CPU
 from composer_prior.training import trainer
 from composer_prior.training.builders import without_models
-from composer_prior.training.validate import check_parts
+from composer_prior.training.validate import _check_labels, _check_positions_of_reference, check_parts
 
 OTHER_TOWER = ["model.vision.pretrained=null", "model.vision.image_size=null"]
 PACKAGES = {"wandb": "wandb", "comet_ml_logger": "comet_ml", "mlflow": "mlflow", "neptune_logger": "neptune"}
@@ -226,3 +229,23 @@ def test_a_library_that_is_missing_or_fails_at_the_start_is_one_line(monkeypatch
 
     monkeypatch.setattr(trainer, "Trainer", fail)
     assert refused("prior_vit") == "error: RuntimeError: two lines"
+
+
+def test_a_reference_needs_positions_for_conversations(tokenizer):
+    small_lm(tokenizer, max_position_embeddings=64).config.save_pretrained("reference")
+    recipe = SimpleNamespace(
+        helpers={}, algorithms={"prior": {"reference": "reference"}}, train_loader={"dataset": {"scores": None}}
+    )
+    check = partial(_check_positions_of_reference, recipe, SimpleNamespace(tokenizer=tokenizer), where="")
+    check(SimpleNamespace(has_messages=True, max_tokens=64))
+    check(SimpleNamespace(has_messages=False, max_tokens=65))
+    with pytest.raises(ValueError, match=r"prior.reference=reference: it has 64 positions, and a conversation may"):
+        check(SimpleNamespace(has_messages=True, max_tokens=65))
+
+
+def test_a_loader_has_no_name_of_a_stream():
+    recipe = SimpleNamespace(eval_loaders={"pages": {}})
+    _check_labels(recipe, ["captions", "chat"], "")
+    _check_labels(recipe, ["pages"], "")  # alone, it has no metrics by its name
+    with pytest.raises(ValueError, match=r"eval_loaders.pages: its metrics, metrics/eval/pages/loss"):
+        _check_labels(recipe, ["captions", "pages"], "")
