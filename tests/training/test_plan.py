@@ -28,8 +28,10 @@ ADAMW = {"name": "adamw", "lr": 1.0e-3}
 
 
 @pytest.fixture(autouse=True)
-def outside_of_a_run():
-    """End the group of one rank that a Trainer of another test has left in this process."""
+def outside_of_a_run(monkeypatch):
+    """End the group of one rank that a Trainer of another test has left in this process, and forget its variables."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
