@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from common.recipes import TORCHRUN
 
 from composer_prior.commands.cli import main
 from composer_prior.commands.ranks import ranks_of_slurm, set_ranks
@@ -18,8 +19,6 @@ TASK = {
     "SLURM_LOCALID": "1",
     "SLURM_NODEID": "1",
 }
-
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(autouse=True)

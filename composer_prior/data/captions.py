@@ -272,7 +272,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
     def text_of(self, messages: Any) -> tuple[Written, dict[str, list[Any]]]:
         """Return a conversation or document as text, and its tokens without its images, however many.
 
-        What is aligned with the tokens is ``input_ids``, ``learned`` (bool) and ``characters``, of the text.
+        Each token has an entry in ``input_ids``, ``learned`` (bool) and ``characters``, its start and end in the text.
 
         Raises:
             BadSampleError: for one that cannot be used.

@@ -132,9 +132,7 @@ def count_samples(shard: bytes) -> int | None:
 def read_column(data: Any, column: str, samples: range, *others: str) -> list[Any]:
     """Read one column of consecutive samples of a :class:`.CheckedDataset`.
 
-    From a shard without that column it reads the first of ``others`` that the shard has.
-
-    The other columns are not read.
+    If a shard lacks the column, the first of ``others`` that it has is read instead. No other column is read.
     """
     values: list[Any] = []
     while len(values) < len(samples):

@@ -39,7 +39,7 @@ _REFUSED = {
     "mllama": "its layers read the image by cross-attention, whose mask spans the caption",
     PriorLVLMConfig.model_type: "it is this package's own; use the model lvlm, with init_from for its weights",
 }
-# Families whose get_image_features returns what stands in the places of the image's tokens, and nothing beside it.
+# Families whose get_image_features returns one feature for each image token and nothing else.
 _FEATURED = (
     *("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "idefics3"),
     *("smolvlm", "internvl", "gemma3", "paligemma"),

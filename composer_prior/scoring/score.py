@@ -275,8 +275,8 @@ def _carry_answers(
 ) -> NDArray[np.float32]:
     """Return log-probabilities of the model's learned tokens from those of a reference's tokens ``[n]``.
 
-    What both write alike in an answer is aligned by characters (:mod:`.align`). The tokens behind it, of the end of
-    turn, share evenly what the reference's have together.
+    The part of an answer that both texts have is aligned by characters (:mod:`.align`). The tokens of the end of turn
+    share the sum of the reference's evenly.
 
     Args:
         logprobs: of the reference's tokens, or of the first of them: answers behind those are left out.

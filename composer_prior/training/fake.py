@@ -261,7 +261,7 @@ class FakeRun:
 
 
 def reference_costs(reference: ReferenceLM, run: FakeRun, tokens: int) -> tuple[int, int]:
-    """Return the bytes of a reference's weights, and its operations for a caption of so many tokens."""
+    """Return the bytes of a reference's weights, and its operations for a caption of ``tokens`` tokens."""
     counter = flop_counter()
     ids = torch.arange(1 + tokens)[None]
     with run.mode, as_on_gpu(run.gpu), counter:

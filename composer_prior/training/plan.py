@@ -64,7 +64,7 @@ GPUS = {  # of NVIDIA's data sheets
 
 @dataclass
 class Plan:
-    """What a run takes; sizes are in bytes, of one GPU unless the name says otherwise."""
+    """The costs of a run; sizes are in bytes and for one GPU unless the name says otherwise."""
 
     run_name: str
     gpu: str
@@ -245,7 +245,7 @@ def plan(
 
 @contextmanager
 def fake_ranks(world_size: int) -> Iterator[None]:
-    """Be the first of so many ranks, whose collectives do nothing."""
+    """Start a fake process group, in which this process is the first rank and collectives do nothing."""
     if torch.distributed.is_initialized():
         raise ValueError("A plan is made by one process alone, outside of a distributed run.")
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
@@ -322,7 +322,7 @@ def _model(recipe: TrainConfig, unused: Sequence[str] = ()) -> ComposerLVLM:
 
 
 def planned_batch(run: FakeRun, data: Mapping[str, Any], samples: int, tokens: int) -> dict[str, Tensor]:
-    """Return a microbatch of images of 1024 x 1024 pixels, with captions of so many tokens.
+    """Return a microbatch of images of 1024 x 1024 pixels, with captions of ``tokens`` tokens.
 
     Args:
         run: whose model reads it.
@@ -345,10 +345,7 @@ def planned_batch(run: FakeRun, data: Mapping[str, Any], samples: int, tokens: i
 
 
 def _live_reference(recipe: TrainConfig, run: FakeRun, tokens: int) -> dict[str, Any]:
-    """Return memory and operations of a reference that scores each batch, captions of so many tokens.
-
-    Nothing is returned where scores are stored.
-    """
+    """Return memory and operations of a live reference for captions of ``tokens`` tokens, {} if scores are stored."""
     data = recipe.train_loader["dataset"]
     for given in recipe.algorithms.values():
         if not (given or {}).get("reference") or data.get("scores"):

@@ -75,6 +75,10 @@ def losses(folder):
     return [(line["batch"], line["loss/train/total"]) for line in lines if "loss/train/total" in line]
 
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables of a rank, which a Trainer also sets in its own process."""
+
+
 def run_program(*command, ok=True, timeout=400, cwd=None, **environment):
     """Run a program with one thread, check its exit status, and return its output."""
     done = subprocess.run(

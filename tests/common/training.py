@@ -29,7 +29,7 @@ def fit(model, spec, algorithms=(), duration="1ba", callbacks=(), lr=0.1, **chan
 
 
 def figures_by_stream(batch, outputs, names, weights, ref_logprobs):
-    """What is logged of each stream of a step, from a loop over the tokens of the whole batch."""
+    """Return the figures of each stream of a step, from a loop over the tokens of the whole batch."""
     found = {}
     for number, name in enumerate(names):
         rows = [row for row, stream in enumerate(batch["stream"].tolist()) if stream == number]

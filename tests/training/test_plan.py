@@ -9,7 +9,7 @@ import torch
 from common.commands import run_job
 from common.families import save_family
 from common.models import FAMILIES, small_lm, small_lvlm
-from common.recipes import ALONE, ROOT, recipe
+from common.recipes import ALONE, ROOT, TORCHRUN, recipe
 from composer.core import Precision
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoModelForImageTextToText
@@ -30,7 +30,7 @@ ADAMW = {"name": "adamw", "lr": 1.0e-3}
 @pytest.fixture(autouse=True)
 def outside_of_a_run(monkeypatch):
     """End the group of one rank that a Trainer of another test has left in this process, and forget its variables."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

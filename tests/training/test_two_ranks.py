@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common.recipes import NO_REPORT, ROOT, SHRUNKEN, VIT, fork_ranks, launch, losses, recipe, run_program
+from common.recipes import NO_REPORT, ROOT, SHRUNKEN, TORCHRUN, VIT, fork_ranks, launch, losses, recipe, run_program
 
 from composer_prior.training.checkpoints.loading import read_weights
 from composer_prior.training.checkpoints.storage import find_weights
@@ -64,8 +64,7 @@ def srun(folder, *command):
     shared |= {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_TASKS_PER_NODE": "2"}
     with ThreadPoolExecutor(2) as pool:
         tasks = [{**shared, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
-        python = ["env", *(f"--unset={name}" for name in names), sys.executable]
+        python = ["env", *(f"--unset={name}" for name in TORCHRUN), sys.executable]
         running = [pool.submit(run_program, *python, *command, cwd=folder, **task) for task in tasks]
     return [one.result() for one in running]
 
