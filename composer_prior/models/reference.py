@@ -105,6 +105,8 @@ class ReferenceLM:
         device = self.model.device
         input_ids, attention_mask, labels = (x.to(device) for x in (input_ids, attention_mask, labels))
         keep = attention_mask.bool() & ~torch.isin(input_ids, torch.tensor(list(drop_token_ids), device=device).long())
+        scored = (labels != IGNORE_INDEX).any(1, keepdim=True)
+        keep &= scored | (keep.cumsum(1) == 1)  # of a row without labels the first token alone
         if bos is not None:
             first = input_ids.gather(1, keep.byte().argmax(1, keepdim=True))
             keep = torch.cat([first != bos, keep], 1)

@@ -5,14 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from common.chats import write_chats
 from common.models import small_lm, small_lvlm
-from composer import Trainer
+from composer import Callback, Trainer
 from composer.loggers import InMemoryLogger
 from composer.models import HuggingFaceModel
+from models.test_conversations import SAMPLES, foreign, own
 
-from composer_prior import PRIOR, ComposerLVLM, ReferenceLM, importance_weights
+from composer_prior import PRIOR, ComposerLVLM, ReferenceLM, StreamingCaptionDataset, importance_weights
+from composer_prior.algorithms.token_weighting.image_tokens import text_positions
 from composer_prior.data.batch import IGNORE_INDEX
-from composer_prior.data.tokenizer import image_token_ids, train_tokenizer
+from composer_prior.data.captions import caption_data_spec
+from composer_prior.data.tokenizer import bos_id, image_token_ids, train_tokenizer
 
 
 def fit(model, spec, algorithms=(), duration="3ba", **changes):
@@ -226,7 +230,8 @@ def test_scores_of_a_stream_without_weights_are_not_looked_at():
     prior._names = ["captions", "pages"]
     labels = torch.tensor([[IGNORE_INDEX, 5, 6]] * 2)
     logprobs = torch.tensor([[0.0, math.log(0.25), math.log(0.5)], [0.0, math.nan, 1.0]])
-    state = SimpleNamespace(batch={"labels": labels, "ref_logprobs": logprobs, "stream": torch.tensor([0, 1])})
+    batch = {"labels": labels, "ref_logprobs": logprobs, "stream": torch.tensor([0, 1])}
+    state = SimpleNamespace(batch=batch, model=None)
     mask = labels != IGNORE_INDEX
     prior.begin_batch(state, mask)
     weights, weighted = prior._weights(state, mask)
@@ -235,3 +240,52 @@ def test_scores_of_a_stream_without_weights_are_not_looked_at():
     state.batch["stream"] = torch.tensor([1, 0])
     with pytest.raises(ValueError, match="2 reference log-probabilities are NaN or positive"):
         prior.begin_batch(state, mask)
+
+
+class Seen(Callback):
+    """Keep the weights and the reference's log-probabilities of the last batch, by sample."""
+
+    def before_loss(self, state, logger):
+        numbers = state.batch["sample_id"].tolist()
+        self.weights, self.scores = (
+            dict(zip(numbers, state.batch[key].clone(), strict=True)) for key in ("token_weights", "ref_logprobs")
+        )
+
+
+@pytest.mark.parametrize("streams", [None, {"chats": {}}, {"chats": None}])
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("kind", ["patches", "qwen2_vl"])
+def test_samples_without_an_image_have_weight_1_unless_their_stream_has_settings(
+    kind, stored, streams, tokenizer, tmp_path
+):
+    model = foreign(kind) if kind == "qwen2_vl" else own(kind, tokenizer)
+    model.image_related_metrics = False
+    reference = ReferenceLM(small_lm(model.tokenizer, seed=1), model.tokenizer)
+    data = StreamingCaptionDataset(
+        streams={"chats": {"local": write_chats(tmp_path, SAMPLES)}},
+        tokenizer=model.tokenizer,
+        image_processor=model.image_processor,
+        batch_size=len(SAMPLES),
+        shuffle=False,
+    )
+    spec = caption_data_spec(data, len(SAMPLES))
+    batch = next(iter(spec.dataloader))
+    text, begin = text_positions(batch, model), bos_id(model.tokenizer)
+    scores = reference.logprobs(batch["input_ids"], text, batch["labels"], bos=begin)
+    if stored:
+        collate = spec.dataloader.collate_fn
+        spec.dataloader.collate_fn = lambda samples: {**collate(samples), "ref_logprobs": scores}
+    seen = Seen()
+    alpha = 300.0  # so that weights of a random reference are far from equal
+    method = PRIOR(None if stored else reference, alpha, streams=streams)
+    fit(model, spec, [method], "1ba", callbacks=[seen])
+    mask = batch["labels"] != IGNORE_INDEX
+    expected = importance_weights(scores, mask, alpha)
+    assert batch["sample_id"].tolist() == [*range(len(SAMPLES))]
+    for number, (_, images) in enumerate(SAMPLES):
+        weighted = streams == {"chats": {}} or (streams is None and bool(images))
+        wanted = expected[number] if weighted else mask[number].float()
+        torch.testing.assert_close(seen.weights[number], wanted, rtol=1e-5, atol=1e-5)
+        if not stored:  # what is not weighted is not scored
+            torch.testing.assert_close(seen.scores[number], scores[number] * weighted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected[1], mask[1].float(), atol=0.01)

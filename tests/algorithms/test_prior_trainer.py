@@ -21,17 +21,17 @@ from common.hf_trainers import (
     step,
 )
 from common.recipes import ROOT, fork_ranks
-from common.vlms import make_processor, make_vlm
+from common.vlms import WORDS, make_processor, make_vlm
 from composer import Callback, DataSpec, Trainer
 from composer.loggers import InMemoryLogger
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer as HFTrainer
 
-from composer_prior import PRIOR, ComposerLVLM, PRIORMixin
+from composer_prior import PRIOR, ComposerLVLM, PRIORMixin, importance_weights
 from composer_prior.algorithms.prior.hugging_face import _check_trainer
 from composer_prior.algorithms.token_weighting.image_tokens import image_token_ids
-from composer_prior.data.batch import ScoresCollator, count_tokens
+from composer_prior.data.batch import IGNORE_INDEX, ScoresCollator, count_tokens
 from composer_prior.models.prior_lvlm.modeling_prior_lvlm import PriorLVLMConfig
 
 TOLERANCE = 1e-6
@@ -105,6 +105,21 @@ def test_on_two_ranks(name, options, average, two_ranks):
     logged = two_ranks["logged", name, options, average]
     for metric in ("reference_nll", "effective_sample_size", "loss_weighted", "loss_unweighted"):
         assert logged[f"prior/{metric}"] == pytest.approx(expected[2][f"prior/{metric}"], rel=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_samples_without_an_image_are_not_weighted(options, tmp_path):
+    trainer = make_trainer("Trainer", tmp_path, reference=make_reference(), **OPTIONS[options])
+    batch = dict(make_collator()([*make_data()]))
+    shown = batch["input_ids"] == trainer.model.config.image_token_id
+    batch["input_ids"] = batch["input_ids"].masked_fill(shown & (torch.arange(8) < 2)[:, None], WORDS.start)
+    ((got,), count) = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    mask = batch["labels"] != IGNORE_INDEX
+    scores = make_reference().logprobs(batch["input_ids"], batch["attention_mask"].bool() & ~shown, batch["labels"])
+    expected = importance_weights(scores[2:], mask[2:], **OPTIONS[options])
+    assert torch.equal(got["token_weights"][:2], mask[:2].float())
+    torch.testing.assert_close(got["token_weights"][2:], expected, rtol=1e-4, atol=1e-5)
+    assert count == mask.sum()
 
 
 @pytest.mark.parametrize("name", TRAINERS)

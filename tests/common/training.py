@@ -28,8 +28,11 @@ def fit(model, spec, algorithms=(), duration="1ba", callbacks=(), lr=0.1, **chan
     return trainer, memory.data
 
 
-def figures_by_stream(batch, outputs, names, weights, ref_logprobs):
-    """Return the figures of each stream of a step, from a loop over the tokens of the whole batch."""
+def figures_by_stream(batch, outputs, names, weights, ref_logprobs, unweighted="text"):
+    """Return the figures of each stream of a step, from a loop over the tokens of the whole batch.
+
+    The stream that stays unweighted has none of the reference.
+    """
     found = {}
     for number, name in enumerate(names):
         rows = [row for row, stream in enumerate(batch["stream"].tolist()) if stream == number]
@@ -48,4 +51,5 @@ def figures_by_stream(batch, outputs, names, weights, ref_logprobs):
             f"prior/{name}/effective_sample_size": sum(w) ** 2 / (n * sum(x * x for x in w)),
             f"prior/{name}/top_decile_share": sum(heaviest) / sum(w),
         }
+    found.pop(f"prior/{unweighted}/reference_nll")
     return found

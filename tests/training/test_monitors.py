@@ -132,6 +132,9 @@ def test_figures_of_each_stream(tokenizer, reference, microbatch):
     evaluated = {"eval_dataloader": streams_spec(model, 5), "device_train_microbatch_size": microbatch}
     trainer, logged = fit(model, streams_spec(model, 12), [method], "2ba", [StreamMonitor()], **evaluated)
     assert {name: float(logged[name][0][1]) for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert "prior/text/reference_nll" not in logged
+    weighted = mask & (batch["stream"] != 2)[:, None]
+    assert logged["prior/reference_nll"][0][1] == pytest.approx(-float(scores[weighted].mean()), rel=1e-5)
     tokens = {name: logged[f"metrics/train/{name}/tokens"] for name in NAMES}
     assert [[count for _, count in of] for of in tokens.values()] == [[n, 2 * n] for (_, n), _ in tokens.values()]
     with torch.no_grad():
@@ -182,7 +185,8 @@ def test_every_method_leaves_a_stream_unweighted(tokenizer, name):
     assert torch.equal(found[1][mask & plain], torch.ones(int((mask & plain).sum())))
     assert not torch.equal(found[0], found[1])
     if name not in ("random_prior", "vig"):
-        assert torch.equal(found[0].masked_fill(plain, 0.0), found[1].masked_fill(plain, 0.0))
+        # The reference reads the others in batches of another width, which rounds otherwise.
+        torch.testing.assert_close(found[0].masked_fill(plain, 0.0), found[1].masked_fill(plain, 0.0))
 
 
 @pytest.mark.parametrize(

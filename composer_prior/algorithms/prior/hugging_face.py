@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from composer_prior.algorithms.prior.weights import check_arguments, raw_weights
-from composer_prior.algorithms.token_weighting.image_tokens import image_token_ids, text_positions
+from composer_prior.algorithms.token_weighting.image_tokens import image_token_ids, text_positions, without_images
 from composer_prior.algorithms.token_weighting.normalize import (
     Normalization,
     check_logprobs,
@@ -33,7 +33,8 @@ class PRIORMixin(Trainer):
     """Weight the loss of each caption token by ``(1 - P_r)^alpha`` in a Hugging Face trainer.
 
     The weights of an optimizer step are made before its first forward pass, of all its batches on all ranks, so that
-    nothing depends on ``gradient_accumulation_steps`` or the number of ranks. Evaluation is not weighted.
+    nothing depends on ``gradient_accumulation_steps`` or the number of ranks. Evaluation is not weighted, and nor are
+    samples without an image.
 
     Logged beside the trainer's own: what :class:`.PRIOR` logs, over the tokens since the last time.
 
@@ -144,23 +145,25 @@ class PRIORMixin(Trainer):
         if not batches:
             return batches, None
         masks = [self._loss_mask(batch) for batch in batches]
-        raw = [self._raw_weights(batch, mask) for batch, mask in zip(batches, masks, strict=True)]
-        sums = torch.stack([sums_of_part(*part) for part in zip(raw, masks, strict=True)]).sum(0)
-        sums = self.accelerator.reduce(sums.to(self.args.device), "sum")
+        weighted = [mask & ~without_images(batch, self._reader) for batch, mask in zip(batches, masks, strict=True)]
+        raw = [self._raw_weights(batch, part) for batch, part in zip(batches, weighted, strict=True)]
+        of_parts = zip(raw, weighted, masks, strict=True)
+        sums = [torch.cat([sums_of_part(part, some), mask.sum()[None]]) for part, some, mask in of_parts]
+        sums = self.accelerator.reduce(torch.stack(sums).sum(0).to(self.args.device), "sum")
         weights = [
-            normalize_part(part, mask, self.normalization, sums.to(part.device))
-            for part, mask in zip(raw, masks, strict=True)
+            torch.where(mask & ~some, 1.0, normalize_part(part, some, self.normalization, sums[:2].to(part.device)))
+            for part, some, mask in zip(raw, weighted, masks, strict=True)
         ]
         self._add({"top": heaviest(torch.cat([part[mask] for part, mask in zip(weights, masks, strict=True)]))})
-        count = sums[1].clamp(min=1).float()
+        count = sums[2].clamp(min=1).float()
         # DDP averages the gradients of the ranks. Unless the trainer makes up for that, the count does.
         count = count if self.args.average_tokens_across_devices else count / self.accelerator.num_processes
         return [{**batch, "token_weights": part} for batch, part in zip(batches, weights, strict=True)], count
 
     def _raw_weights(self, batch: Mapping[str, Tensor], mask: Tensor) -> Tensor:
-        logprobs = self.ref_logprobs(batch)
+        logprobs = self.ref_logprobs({**batch, "labels": batch["labels"].where(mask, IGNORE_INDEX)})
         check_logprobs(logprobs, mask)
-        self._add({"reference_nll": -logprobs[mask].double().sum()})
+        self._add({"reference_nll": -logprobs[mask].double().sum(), "weighted": mask.sum().double()})
         return raw_weights(logprobs, mask, self.alpha, self.floor)
 
     def _loss_mask(self, batch: Mapping[str, Tensor]) -> Tensor:

@@ -74,6 +74,23 @@ def text_positions(batch: Mapping[str, Tensor], model: Any) -> Tensor:
     return is_text & batch["attention_mask"].bool() if "attention_mask" in batch else is_text
 
 
+def without_images(batch: Mapping[str, Tensor], model: Any) -> Tensor:
+    """``[B, 1]`` bool: the samples without an image, of a model that reads images and has a tokenizer; else none.
+
+    Args:
+        batch: see :func:`text_positions`.
+        model: a :class:`.ComposerLVLM`.
+    """
+    none = torch.zeros_like(batch["labels"][:, :1], dtype=torch.bool)
+    config = getattr(getattr(model, "model", model), "config", None)
+    reads_images = hasattr(config, "vision_config") or hasattr(config, "image_token_id")
+    knows = reads_images and getattr(model, "tokenizer", None) is not None
+    if not knows or not ("text_mask" in batch or image_token_ids(model)):
+        return none
+    real = batch["attention_mask"].bool() if "attention_mask" in batch else ~none
+    return ~(real & ~text_positions(batch, model)).any(1, keepdim=True)
+
+
 def _next_to(image: Tensor, is_break: Tensor) -> Tensor:
     """Return True at positions whose last token that is no line break belongs to the image."""
     place = torch.arange(image.shape[1], device=image.device).expand_as(image)

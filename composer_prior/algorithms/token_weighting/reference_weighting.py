@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from composer_prior.algorithms.token_weighting.image_tokens import image_token_ids, text_positions
 from composer_prior.algorithms.token_weighting.normalize import Normalization, check_logprobs
 from composer_prior.algorithms.token_weighting.token_weighting import Streams, TokenWeighting, unwrapped
+from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.tokenizer import bos_id
 from composer_prior.models.reference import Dtype, ReferenceLM
 
@@ -62,17 +63,17 @@ class ReferenceWeighting(TokenWeighting):
         return asked and dist.get_world_size() > 1
 
     def begin_batch(self, state: State, mask: Tensor) -> None:
-        check_logprobs(self._score(state), self.weighted(state, mask))
+        check_logprobs(self._score(state, mask), self.weighted(state, mask))
 
     def ref_logprobs(self, state: State, mask: Tensor) -> Tensor:
         """Return ``ref_logprobs`` of the batch or microbatch, ``[B, T]`` float32."""
-        logprobs = self._score(state)
+        logprobs = self._score(state, mask)
         if not logprobs.is_cuda:  # the whole batch was checked already: do not stall the device for it again
             check_logprobs(logprobs, self.weighted(state, mask))
         return logprobs
 
-    def _score(self, state: State) -> Tensor:
-        """Return ``ref_logprobs`` of the batch; the reference computes them if they are missing."""
+    def _score(self, state: State, mask: Tensor) -> Tensor:
+        """Return ``ref_logprobs`` of the batch; the reference computes those of weighted tokens if they are missing."""
         batch = state.batch
         if "ref_logprobs" not in batch:
             if self.reference is None:
@@ -86,7 +87,8 @@ class ReferenceWeighting(TokenWeighting):
                 is_text = text_positions(batch, unwrapped(state.model))
                 # Stored scores are of texts behind bos, which a processor of transformers may not write.
                 bos = bos_id(unwrapped(state.model).tokenizer) if "text_mask" in batch else None
-                ref_logprobs = self.reference.logprobs(batch["input_ids"], is_text, batch["labels"], bos=bos)
+                labels = batch["labels"].where(self.weighted(state, mask), IGNORE_INDEX)
+                ref_logprobs = self.reference.logprobs(batch["input_ids"], is_text, labels, bos=bos)
             # The dict that the loader made stays as it is: a loader may yield it again.
             state.batch = {**batch, "ref_logprobs": ref_logprobs.to(batch["labels"].device)}
         return state.batch["ref_logprobs"]

@@ -32,7 +32,8 @@ def summary(sums: Mapping[str, float]) -> dict[str, float]:
     """Return the logged values: effective sample size, share of the heaviest tenth, and the mean of every further sum.
 
     Args:
-        sums: of :func:`token_sums` and :func:`heaviest` (``top``), and any others over the same tokens.
+        sums: of :func:`token_sums` and :func:`heaviest` (``top``), and any others over the tokens that are weighted,
+            of which there are ``weighted``; without those no mean of the others is returned.
 
     Returns:
         nothing, if there are no tokens.
@@ -41,8 +42,10 @@ def summary(sums: Mapping[str, float]) -> dict[str, float]:
     count, weight, squares, top = (further.pop(name) for name in ("count", "weight", "squares", "top"))
     if not count:
         return {}
+    tokens = dict.fromkeys(further, further.pop("weighted"))
+    tokens |= dict.fromkeys(("loss_weighted", "loss_unweighted"), count)
     return {
         "effective_sample_size": weight**2 / (count * squares) if squares else 0.0,
         "top_decile_share": top / weight if weight else 0.0,
-        **{name: value / count for name, value in further.items()},
+        **{name: value / tokens[name] for name, value in further.items() if tokens[name]},
     }

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from composer_prior import registry
+from composer_prior.algorithms.token_weighting.image_tokens import without_images
 from composer_prior.algorithms.token_weighting.normalize import (
     Normalization,
     check_normalization,
@@ -43,6 +44,8 @@ class TokenWeighting(Algorithm, ABC):
     ``Event.AFTER_LOSS``. The model applies them in its loss and says so with ``honours_token_weights``, and its
     outputs have ``nll`` (``[B, T]`` float32), as those of a :class:`.ComposerLVLM` do.
 
+    Samples without an image keep the weight 1 in a model that reads images, unless ``streams`` has settings of theirs.
+
     Logged each step, after the method's name and a slash: ``effective_sample_size`` (``(sum w)^2 / (n sum w^2)``),
     ``top_decile_share`` (share of the weight held by the heaviest tenth of the rank's tokens), ``loss_weighted`` and
     ``loss_unweighted``. Where data mix several streams, also of each, as ``{method}/{stream}/loss_weighted``.
@@ -54,8 +57,8 @@ class TokenWeighting(Algorithm, ABC):
         end: time from which they are not any more. Default: ``"1dur"``. Outside the interval the loss is the
             model's own next-token prediction.
         streams: settings of the method for samples of a stream of the data, by its name, such as
-            ``{"chat": {"floor": 0.5}}``; None leaves their loss next-token prediction. Default: ``None``, the same
-            for all.
+            ``{"chat": {"floor": 0.5}}``; None leaves their loss next-token prediction. Settings, also ``{}``, are of
+            all samples of the stream, with an image or without. Default: ``None``, the same for all.
 
     Raises:
         ValueError: for an impossible argument, a stream that the data do not have, another algorithm that it cannot run
@@ -91,7 +94,7 @@ class TokenWeighting(Algorithm, ABC):
 
         Args:
             state: with the batch and, on ``Event.BEFORE_LOSS``, the model's outputs.
-            mask: ``[B, T]`` bool, True on loss-generating tokens.
+            mask: ``[B, T]`` bool, True on the loss-generating tokens that are weighted.
         """
 
     def prepare(self, state: State) -> None:
@@ -104,7 +107,7 @@ class TokenWeighting(Algorithm, ABC):
         """Run with each microbatch, before the model's forward pass."""
 
     def sums(self, state: State, mask: Tensor) -> dict[str, Tensor]:
-        """Return sums over the tokens of a microbatch, in float64, whose means are logged too."""
+        """Return sums over weighted tokens of a microbatch, in float64, whose means are logged too."""
         return {}
 
     def check_streams(self, names: Sequence[str]) -> None:
@@ -174,31 +177,35 @@ class TokenWeighting(Algorithm, ABC):
 
     def _weights(self, state: State, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights by the settings of each stream, before normalization, and which tokens have one."""
-        weights, weighted = self.raw_weights(state, mask), self.weighted(state, mask)
+        weighted = self.weighted(state, mask)
+        weights = self.raw_weights(state, weighted)
         for name, settings in self.streams.items():
             if settings:
                 other = copy(self)
                 vars(other).update(settings)
                 rows = stream_masks(state.batch, self._names)[name]
-                weights = torch.where(rows, other.raw_weights(state, mask), weights)
-        return torch.where(weighted, weights, 0.0), weighted
+                weights = torch.where(rows, other.raw_weights(state, weighted), weights)
+        return weights, weighted
 
     def weighted(self, state: State, mask: Tensor) -> Tensor:
-        """Return ``[B, T]`` bool: the loss-generating tokens without those of streams that stay unweighted."""
+        """Return ``[B, T]`` bool: the loss-generating tokens without those of samples whose weights stay 1."""
+        unweighted = without_images(state.batch, unwrapped(state.model))
         for name, settings in self.streams.items():
-            if settings is None:
-                mask = mask & ~stream_masks(state.batch, self._names)[name]
-        return mask
+            rows = stream_masks(state.batch, self._names)[name]
+            unweighted = unweighted | rows if settings is None else unweighted & ~rows
+        return mask & ~unweighted
 
     def _finish_loss(self, state: State) -> None:
         mask = self._loss_mask(state.batch)
+        weighted = self.weighted(state, mask)
         weights = state.batch.pop("token_weights")
         weights, nll = weights.detach(), self.nll(state).detach()
         parts = {"": mask}
         if len(self._names) > 1:
             parts |= {f"{name}/": mask & rows for name, rows in stream_masks(state.batch, self._names).items()}
         for name, part in parts.items():
-            sums = token_sums(weights[part], nll[part].float()) | self.sums(state, part)
+            sums = token_sums(weights[part], nll[part].float()) | self.sums(state, part & weighted)
+            sums["weighted"] = (part & weighted).sum().double()
             self._statistics[name].append((sums, weights[part]))
 
     def nll(self, state: State) -> Tensor:
