@@ -169,6 +169,18 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         return hashlib.sha256(known.encode()).hexdigest()[:16] if self.has_messages else ""
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """Return what else than the indices decides which samples an epoch has, and which text they are."""
+        found: dict[str, Any] = {}
+        if self.has_messages:
+            template = hashlib.sha256(repr(self.tokenizer.chat_template).encode()).hexdigest()[:16]
+            found |= {"chat_template": template, "max_tokens": self.max_tokens}
+        if len(self.streams) > 1:
+            drawn = zip(self.stream_names, self.streams, strict=True)
+            found["samples_per_epoch"] = {name: int(stream.choose) for name, stream in drawn}
+        return found
+
+    @property
     def format(self) -> CaptionFormat:
         """Return how captions become tokens."""
         return CaptionFormat(self.tokenizer, self.prompt, self.max_caption_tokens)

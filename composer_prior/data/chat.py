@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,8 @@ from composer_prior.data.messages import one_line
 
 MARKS = "\ufdd0\ufdd1\ufdd2\ufdd3"  # noncharacters: begin and end of what is learned, begin and end of an image
 OWN = "own"
+_DAY = date(2024, 7, 26)  # that of Llama 3's templates where they are given none
+DATED: dict[str, Any] = {"strftime_now": _DAY.strftime, "date_string": _DAY.strftime("%d %b %Y")}  # for a template
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _AS_TEXT = (  # before a template that takes texts alone
     "{%- set chat = namespace(messages=[], parts=[]) -%}"
@@ -179,6 +182,7 @@ def _render(
             chat_template=template,
             add_generation_prompt=prompt,
             return_assistant_tokens_mask=marks,
+            **DATED,
             **special,
         )
     except Exception as error:  # whatever a template raises

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache, PretrainedConfig
 
-from composer_prior.data.chat import first_token
+from composer_prior.data.chat import DATED, first_token
 from composer_prior.data.hub import ModelFolderError, find_model, load_pretrained
 from composer_prior.data.messages import one_line
 from composer_prior.data.processing import check_height, image_placeholder, image_tokens
@@ -370,7 +370,8 @@ def model_inputs(processor: Any, images: Sequence[Image.Image], prompt: str | No
             check_height(processor, image)
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
-        written = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        turn = {"role": "user", "content": content}
+        written = processor.apply_chat_template([turn], add_generation_prompt=True, **DATED)
     else:
         written = image_placeholder(processor) + text
     pictures = [[image.convert("RGB")] for image in images]

@@ -89,6 +89,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         **identified(recipe, ("model", "optimizer")),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": train_data.fingerprint,
+        **train_data.identity,
         "seed": recipe.seed,
     }
     check_same(identity)

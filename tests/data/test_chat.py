@@ -6,7 +6,7 @@ import pytest
 from common.chats import ENDS, MARKED, TEMPLATES, TOKENIZERS, turns
 from common.tokenizers import plain_tokenizer
 
-from composer_prior.data.chat import ChatFormat, use_template, within
+from composer_prior.data.chat import ChatFormat, use_template, within, write_prompt
 from composer_prior.data.conversations import ChatError, checked, pack_images, unpack_images
 from composer_prior.data.tokenizer import IMAGE_TOKEN, add_image_tokens
 
@@ -46,6 +46,21 @@ def test_answers_and_their_end_of_turn_are_learned_and_nothing_else(name):
     answers = [one["content"][-1]["text"] for one in TALK[1::2]]
     answers = [text.strip() if name == "llama3" else text for text in answers]  # which trims
     assert [text.lstrip() for text in found] == [answer.lstrip() + ENDS[name] for answer in answers]
+
+
+@pytest.mark.parametrize(
+    "date",
+    [
+        "strftime_now('%d %b %Y')",
+        "(date_string if date_string is defined else strftime_now('%d %b %Y'))",  # Llama 3's
+    ],
+)
+def test_a_template_with_a_date_writes_the_same_one_every_day(date):
+    tokenizer = chat_tokenizer("qwen2")
+    use_template(tokenizer, "{{ 'Today: ' + " + date + " }}" + TEMPLATES["qwen2"], IMAGE_TOKEN)
+    written = ChatFormat(tokenizer, IMAGE_TOKEN).write(TALK)
+    assert written.text.startswith("Today: 26 Jul 2024<|im_start|>")
+    assert write_prompt(tokenizer, TALK[:1]).startswith("Today: 26 Jul 2024<|im_start|>")
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

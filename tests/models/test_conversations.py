@@ -221,6 +221,15 @@ def test_captions_beside_conversations_have_the_loss_that_they_have_alone(kind, 
 
 
 @pytest.mark.parametrize("kind", ["patches", "llava"])
+def test_captioning_reads_the_date_of_training(kind, tokenizer):
+    model = foreign(kind) if kind in FOREIGN else own(kind, tokenizer)
+    template = "{{ 'w20' if strftime_now('%Y') == '2024' else 'w21' }}" + model.tokenizer.chat_template
+    model.processor.chat_template = template
+    inputs = model_inputs(model.processor, images_of(SAMPLES[3]), "w8")
+    assert "w20w10" in model.tokenizer.decode(inputs["input_ids"][0]).replace(" ", "")
+
+
+@pytest.mark.parametrize("kind", ["patches", "llava"])
 def test_a_template_that_writes_bos_writes_it_once_in_captioning_and_in_training(kind, tokenizer, tmp_path):
     model = foreign(kind) if kind in FOREIGN else own(kind, tokenizer)
     model.tokenizer.chat_template = model.processor.chat_template = "{{ bos_token }}" + model.tokenizer.chat_template

@@ -38,6 +38,12 @@ def test_a_run_with_its_reference_scores_and_model(tmp_path, monkeypatch):
     stored, live = losses("runs/stored"), losses("runs/live")
     assert len(stored) > 2
     torch.testing.assert_close(torch.tensor(stored), torch.tensor(live), rtol=1e-3, atol=1e-3)
+    again = [*words, "run_name=live", "train_loader.dataset.scores=null", "autoresume=true", *SMALL]
+    with pytest.raises(ValueError, match=r"is of another run: max_tokens differ \(max_tokens: 120 there, 119 here\)"):
+        train(load_recipe("prior_patch.yaml", [*again, "train_loader.dataset.max_tokens=119"]))
+    Path("chat.jinja").write_text(Path("chat.jinja").read_text().replace("USER", "HUMAN"))
+    with pytest.raises(ValueError, match="is of another run: chat_template differ"):
+        train(load_recipe("prior_patch.yaml", again))
     model = composer_prior.load("runs/stored")
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
     assert (

@@ -113,5 +113,13 @@ def test_streams_that_repeat_are_resumed_in_their_second_epoch(tiles, tmp_path, 
     resumed = run("resumed", *mixture, "max_duration=2ep", "load_path=runs/whole/checkpoints/ep1-ba4-rank0.pt")
     assert [record["batch"] for record in resumed if of_streams(record)] == [4, 5]
     assert [of_streams(record) for record in resumed] == [of_streams(record) for record in whole[4:]]
+    with pytest.raises(ValueError, match=r"samples_per_epoch.few differ \(.*: 12 there, 11 here\)"):
+        run(
+            "resumed",
+            "choose: 11",
+            "repeat: 1",
+            "max_duration=2ep",
+            "load_path=runs/whole/checkpoints/ep1-ba4-rank0.pt",
+        )
     later = run("later", "proportion: 0.25", "proportion: 0.75", "init_from=runs/whole", "max_duration=1ep")
     assert sum(record["metrics/train/few/share"] for record in later[:2]) / 2 == pytest.approx(0.25, abs=0.1)
