@@ -136,6 +136,114 @@ def test_interleaved_documents(form, tmp_path):
     assert messages == [{"role": "document", "content": [IMAGE, TEXT("One.\n\nTwo."), IMAGE]}]
 
 
+def of_mmc4(sentences, *matched):
+    """A document as MMC4 publishes it; ``matched`` are names of images and the sentences that they match."""
+    info = [
+        {"image_name": name, "raw_url": f"https://x.test/{name}", "matched_text_index": index, "matched_sim": 0.3}
+        for name, index in matched
+    ]
+    scores = [[0.3] * len(sentences)] * len(info)
+    return {"url": "https://x.test", "text_list": sentences, "image_info": info, "similarity_matrix": scores}
+
+
+def test_documents_of_mmc4(tmp_path):
+    entries = [
+        of_mmc4(["One.", "Two.", "Three.", "Four."], ("2.png", 3), ("0.png", 1), ("1.png", 1)),
+        of_mmc4(["Zero.", "One."], ("0.png", 0)),
+        of_mmc4(["One.", "Two."], ("0.png", 2)),
+        of_mmc4(["One.", None], ("0.png", 0)),
+        {**of_mmc4(["One."]), "image_info": ["0.png"]},
+    ]
+    summary, samples = converted(lines(tmp_path / "in", entries), tmp_path / "out", max_rejected=1)
+    assert summary.reasons == {"malformed record": 3}
+    content = [TEXT("One."), IMAGE, IMAGE, TEXT("Two. Three."), IMAGE, TEXT("Four.")]
+    assert samples == [
+        ([{"role": "document", "content": content}], [PICTURES[f"{name}.png"] for name in (0, 1, 2)]),
+        ([{"role": "document", "content": [IMAGE, TEXT("Zero. One.")]}], [PICTURES["0.png"]]),
+    ]
+
+
+def of_vqa(folder):
+    """Questions and annotations as VQA v2 publishes them, and their images."""
+    head = {"info": {"version": "2.0"}, "license": {"name": "CC"}, "data_type": "mscoco", "data_subtype": "train2014"}
+    asked = [(458752, 0, "What is it?"), (458752, 1, "Is it green?"), (7, 0, "How many?"), (8, 0, "Lost?")]
+    questions = [{"image_id": i, "question": text, "question_id": i * 1000 + n} for i, n, text in asked]
+    annotations = [
+        {
+            "question_type": "what is",
+            "multiple_choice_answer": most,
+            "answers": [{"answer": "other", "answer_confidence": "maybe", "answer_id": 1}],
+            "image_id": question["image_id"],
+            "answer_type": "other",
+            "question_id": question["question_id"],
+        }
+        for question, most in zip(questions, ["a tile", "yes", "1"], strict=False)
+    ]
+    (folder / "images").mkdir(parents=True)
+    for number, name in ((0, 458752), (1, 7), (2, 8)):
+        (folder / f"images/COCO_train2014_{name:012}.jpg").write_bytes(PICTURES[f"{number}.png"])
+    source = folder / "v2_OpenEnded_mscoco_train2014_questions.json"
+    source.write_text(json.dumps({**head, "task_type": "Open-Ended", "questions": questions}))
+    beside = folder / "v2_mscoco_train2014_annotations.json"
+    beside.write_text(json.dumps({**head, "annotations": annotations}))
+    return source, beside
+
+
+def asked(question, answer):
+    parts = [IMAGE, TEXT(question)]
+    return [{"role": "user", "content": parts}, {"role": "assistant", "content": [TEXT(answer)]}]
+
+
+def test_questions_of_vqa(tmp_path):
+    source, beside = of_vqa(tmp_path / "in")
+    summary, samples = converted(source, tmp_path / "out", max_rejected=1)
+    pictures = [[PICTURES[f"{number}.png"]] for number in (0, 0, 1)]
+    turns = [asked("What is it?", "a tile"), asked("Is it green?", "yes"), asked("How many?", "1")]
+    assert samples == [*zip(turns, pictures, strict=True)]
+    assert summary.rejected == 1  # without an annotation
+    with pytest.raises(SourceError, match="questions are no captions of images; convert them with learn=answers"):
+        convert_captions(source, tmp_path / "captions")
+    beside.unlink()
+    with pytest.raises(SourceError, match=r"in v2_mscoco_train2014_annotations\.json, 'annotations' .*FileNotFound"):
+        converted(source, tmp_path / "no")
+
+
+def test_questions_with_several_answers(tmp_path):
+    entries = [
+        {"image": "0.png", "question": "What?", "answers": [{"answer": text} for text in ("b", "a", "a")]},
+        {"image": "1.png", "question": "What?", "answers": ["b", "a"]},
+        {"image": "2.png", "question": "What?", "answer": "c"},
+        {"image": "2.png", "question": "What?", "answers": [["c"]]},
+    ]
+    summary, samples = converted(lines(tmp_path / "in", entries, "vizwiz.json"), tmp_path / "out", max_rejected=1)
+    assert [messages for messages, _ in samples] == [asked("What?", answer) for answer in "abc"]
+    assert summary.reasons == {"malformed record": 1}
+
+
+def test_captions_of_coco_are_answers_to_their_image(tmp_path):
+    images = [{"id": 9, "file_name": "0.png"}, {"id": 10, "file_name": "1.png"}]
+    notes = [{"image_id": 9, "id": n, "caption": text} for n, text in enumerate(["A tile.", "One tile."])]
+    source = lines(tmp_path / "in", [])
+    source.unlink()
+    source = source.with_name("captions_val2017.json")
+    source.write_text(json.dumps({"images": images, "annotations": notes}))
+    summary, samples = converted(source, tmp_path / "out", max_rejected=1)
+    assert [messages for messages, _ in samples] == [
+        [{"role": "user", "content": [IMAGE]}, {"role": "assistant", "content": [TEXT(note["caption"])]}]
+        for note in notes
+    ]
+    assert summary.rejected == 1
+
+
+def test_a_text_file_is_a_document_for_each_block(tmp_path):
+    (tmp_path / "book.txt").write_bytes(b"\xef\xbb\xbfOne,\r\ntwo.\r\n\r\n  \r\n[3]\n\n\nfour\xff\n\nFive")
+    summary, samples = converted(tmp_path / "book.txt", tmp_path / "out", max_rejected=1)
+    texts = [messages[0]["content"][0]["text"] for messages, _ in samples]
+    assert texts == ["One,\ntwo.", "[3]", "Five"]
+    assert all(messages[0]["role"] == "document" and not images for messages, images in samples)
+    assert summary.reasons == {"invalid UTF-8": 1}
+
+
 def test_text_alone_and_all_text_of_a_conversation(tmp_path):
     _, samples = converted(lines(tmp_path / "in", [{"text": "Some text."}]), tmp_path / "out")
     assert samples == [([{"role": "document", "content": [TEXT("Some text.")]}], [])]
@@ -171,11 +279,15 @@ def test_what_cannot_be_learned_is_rejected_by_reason(tmp_path):
 
 
 def test_learn_is_refused_where_no_conversation_is_read(tmp_path):
-    lines(tmp_path, [{"images": [], "annotations": []}], "coco.json")
-    with pytest.raises(SourceError, match="learn=answers reads jsonl"):
-        convert_captions(tmp_path / "coco.json", tmp_path / "out", learn="answers", form="coco")
+    lines(tmp_path / "in", [])
+    (tmp_path / "in/data.jsonl").unlink()
+    (tmp_path / "in/0.txt").write_text("A tile.")
+    with pytest.raises(SourceError, match=r"learn=answers reads jsonl, .*, not folder"):
+        convert_captions(tmp_path / "in", tmp_path / "out", learn="answers")
     with pytest.raises(SourceError, match="learn='some'"):
-        convert_captions(tmp_path / "coco.json", tmp_path / "out", learn="some")
+        convert_captions(tmp_path / "in", tmp_path / "out", learn="some")
+    with pytest.raises(SourceError, match="no caption of an image; with learn=all"):
+        convert_captions(tmp_path / "in/0.txt", tmp_path / "out")
 
 
 @pytest.mark.parametrize("options", [{}, {"image_column": "none"}])

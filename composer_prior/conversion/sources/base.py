@@ -11,7 +11,7 @@ from typing import Any
 
 from composer_prior.data.images import MAX_IMAGE_BYTES
 
-FORMATS = ("jsonl", "csv", "tsv", "json", "coco", "webdataset", "folder", "parquet", "hf")
+FORMATS = ("jsonl", "csv", "tsv", "json", "coco", "txt", "webdataset", "folder", "parquet", "hf")
 SPANS = "image_related_spans"
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "svg", "avif", "jxl", "heic")
@@ -77,7 +77,7 @@ class SourceOptions:
     """Options of reading a source; the defaults suit the usual names.
 
     Args:
-        form: format of the source: jsonl, csv, tsv, json, coco, webdataset, folder, parquet or hf; recognised by
+        form: format of the source: jsonl, csv, tsv, json, coco, txt, webdataset, folder, parquet or hf; recognised by
             default.
         images: the folder that image paths are relative to; found beside the captions by default.
         image_column: column, field or tar suffix that holds the image, as bytes or as a path; with ``learn`` also

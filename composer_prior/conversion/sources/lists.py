@@ -1,4 +1,4 @@
-"""A file of captions beside a folder of images: JSONL, CSV, TSV, a JSON array (LLaVA's too), COCO captions."""
+"""A file of captions beside a folder of images: JSONL, CSV, TSV, a JSON array (LLaVA's too), COCO; or of text alone."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from composer_prior.conversion.sources.base import (
 from composer_prior.conversion.sources.files import beginning, kind_of
 from composer_prior.conversion.sources.images import find_inside
 from composer_prior.conversion.sources.lines import LINE_LIMIT, encoding_of, header_of, lines, open_text, rows
-from composer_prior.conversion.sources.records import conversation_of, image_of, record_of, value_of
+from composer_prior.conversion.sources.records import conversation_of, image_of, record_of, usual_fields, value_of
 from composer_prior.data.files import MAX_JSON_BYTES, bounded, parse_json
 from composer_prior.data.images import ImageError
 
@@ -41,7 +41,7 @@ _BEHIND = re.compile(r"[ \t\r\n,\]]")
 
 @dataclass(frozen=True, kw_only=True)
 class ListSource(Source):
-    """A file that lists images by path: JSONL, CSV, TSV, a JSON array (LLaVA's too), COCO captions.
+    """A file that lists images by path: JSONL, CSV, TSV, a JSON array (LLaVA's too), COCO; or a text file.
 
     Consecutive lines with the same image are the captions of one record. A damaged list cannot be opened.
     """
@@ -82,7 +82,7 @@ class ListSource(Source):
         return iter(unit)
 
     def _entries(self) -> Iterator[Record | Rejected]:
-        readers = {"jsonl": _read_jsonl, "json": _read_json_array, "coco": _read_coco}
+        readers = {"jsonl": _read_jsonl, "json": _read_json_array, "coco": _read_coco, "txt": _read_text}
         return readers.get(self.format, _read_table)(self.file, self.options)
 
 
@@ -208,13 +208,55 @@ def _json_array(path: Path, chunk: int = 1 << 20) -> Iterator[Any]:
             number += 1
 
 
+def _read_text(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:
+    """Yield a document for each block of lines between blank ones."""
+    block, first, size = list[bytes](), 0, 0
+    for number, line in chain(lines(path), [(0, b"")]):
+        if line is None or line.strip():
+            first, size = first or number, size + (LINE_LIMIT if line is None else len(line))
+            block += [line] if line is not None and size < LINE_LIMIT else []
+        elif first:
+            where, key = f"{path.name}:{first}", f"line {first}"
+            if size < LINE_LIMIT:
+                text = b"".join(block).decode("utf-8", "surrogateescape").replace("\r\n", "\n").strip("\n")
+                yield conversation_of(None, [text], key, where, str(options.learn))
+            else:
+                yield Rejected(key, "block too long", where, f"less than {LINE_LIMIT} bytes are accepted")
+            block, first, size = [], 0, 0
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; raise ValueError or TypeError for another one."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path.stat().st_size} bytes, at most {MAX_JSON_BYTES} are accepted")
+    with open_text(path) as file:
+        return {**parse_json(file.read())}
+
+
+def _read_questions(path: Path, data: dict[str, Any], options: SourceOptions) -> Iterator[Record | Rejected]:
+    """Yield the questions of a file of VQA with the answers of the file of annotations beside it."""
+    if options.learn is None:
+        raise SourceError(f"{path}: questions are no captions of images; convert them with learn=answers.")
+    beside = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
+    try:
+        answers = {one["question_id"]: one for one in _read_object(beside)["annotations"]}
+        questions = [(one["question_id"], one["image_id"], one["question"]) for one in data["questions"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SourceError(
+            f"{path}: not questions of VQA, which need 'questions' (question_id, image_id, question) and, in "
+            f"{beside.name}, 'annotations' (question_id, multiple_choice_answer): {type(error).__name__} {error}."
+        ) from error
+    for number, (question_id, image_id, question) in enumerate(questions):
+        image = f"COCO_{data.get('data_subtype')}_{image_id!s:0>12}.jpg"
+        entry = {**answers.get(question_id, {}), "id": question_id, "image": image, "question": question}
+        yield entry_record(entry, str(question_id), f"{path.name}:questions[{number}]", options)
+
+
 def _read_coco(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"{path.stat().st_size} bytes, at most {MAX_JSON_BYTES} are accepted")
-        with open_text(path) as file:
-            data = parse_json(file.read())
-        images, annotations = data["images"], data["annotations"]
+        data = _read_object(path)
+        is_captions = "questions" not in data
+        images, annotations = (data["images"], data["annotations"]) if is_captions else ((), ())
         by_image: dict[Any, list[dict[str, Any]]] = {}
         for annotation in annotations:
             by_image.setdefault(annotation["image_id"], []).append(annotation)
@@ -225,6 +267,8 @@ def _read_coco(path: Path, options: SourceOptions) -> Iterator[Record | Rejected
             f"{path}: not COCO captions, which need 'images' (id, file_name) and 'annotations' (image_id, caption): "
             f"{type(error).__name__} {error}."
         ) from error
+    if not is_captions:
+        yield from _read_questions(path, data, options)
     name = options.caption_column or "caption"
     for number, (image_id, file_name) in enumerate(entries):
         where = f"{path.name}:images[{number}]"
@@ -237,6 +281,10 @@ def _read_coco(path: Path, options: SourceOptions) -> Iterator[Record | Rejected
             yield Rejected(str(image_id), error.reason, where, error.detail, max(1, len(found)))
             continue
         captions = tuple(annotation.get(name) for annotation in found)
+        if options.learn is not None:
+            for place, caption in enumerate(captions or (None,)):
+                yield conversation_of(image, caption, f"{image_id}#{place}", where, options.learn, explicit=True)
+            continue
         spans = tuple(a.get(SPANS) for a in found) if any(SPANS in a for a in found) else None
         yield Record(str(image_id), image, captions, where, spans, explicit=True)
     for image_id, orphans in by_image.items():
@@ -253,6 +301,10 @@ def entry_record(entry: Any, key: str, where: str, options: SourceOptions) -> Re
     given = value_of(entry, options.key_column, KEY_COLUMNS)
     name = str(given) if isinstance(given, (str, int)) and str(given) else None
     chat = options.learn is not None
+    try:
+        entry = usual_fields(entry) if chat else entry
+    except (KeyError, TypeError, ValueError) as error:
+        return Rejected(name or key, "malformed record", where, f"{type(error).__name__} {error}"[:200])
     image = value_of(entry, options.image_column, CHAT_IMAGE_COLUMNS if chat else IMAGE_COLUMNS)
     caption = value_of(entry, options.caption_column, CHAT_COLUMNS if chat else CAPTION_COLUMNS)
     if options.learn is not None:

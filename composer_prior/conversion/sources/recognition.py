@@ -36,8 +36,12 @@ def open_local(path: Path, options: SourceOptions) -> Source:
     path = path.expanduser().absolute()  # units may be read by processes with another working folder
     format, files = _recognise(path, options.form)
     root = path if path.is_dir() else path.parent
-    if options.learn is not None and format in ("webdataset", "folder", "coco"):
-        raise SourceError(f"{path}: learn={options.learn} reads jsonl, json, csv, tsv, parquet and hf, not {format}.")
+    if options.learn is not None and format in ("webdataset", "folder"):
+        raise SourceError(
+            f"{path}: learn={options.learn} reads jsonl, json, coco, csv, tsv, txt, parquet and hf, not {format}."
+        )
+    if options.learn is None and format == "txt":
+        raise SourceError(f"{path}: text alone is no caption of an image; with learn=all it is converted to documents.")
     if format == "webdataset":
         return TarSource.open(root, files, options)
     if format == "parquet":
@@ -90,6 +94,7 @@ def _what_to_do(path: Path) -> str:
 def _file_formats(path: Path) -> dict[str, list[Path]]:
     format = _suffix_format(path)
     format = _json_format(path) if format == "json" else format
+    format = "txt" if format is None and path.suffix.lower() == ".txt" else format
     return {format: [path]} if format else {}
 
 

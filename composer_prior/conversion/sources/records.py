@@ -1,6 +1,7 @@
 """Images and captions from the fields of an entry in any format, also of LLaVA's conversations."""
 
 import codecs
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from operator import ne
@@ -27,6 +28,31 @@ def value_of(entry: dict[str, Any], wanted: str | None, usual: Sequence[str]) ->
         if value := entry.get(name):
             return value
     return next((entry[name] for name in usual if name in entry), None)
+
+
+def usual_fields(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry of MMC4, or a question with answers, with the fields that :func:`conversation_of` reads.
+
+    An image of MMC4 stands before the sentence that it matches. Of several answers the most frequent one is taken, the
+    first of equal ones. Raises KeyError, TypeError or ValueError for an entry that is not as these data sets have it.
+    """
+    if "text_list" in entry and "image_info" in entry:
+        shown: dict[int, list[Any]] = {number: [] for number in range(len(entry["text_list"]))}
+        for image in entry["image_info"]:
+            shown[image["matched_text_index"]].append(image["image_name"])
+        images, texts = list[Any](), list[Any]()
+        for names, text in zip(shown.values(), entry["text_list"], strict=True):
+            if names or not texts:
+                images += [*names, None]
+                texts += [*[None] * len(names), []]
+            texts[-1].append(text)
+        return {**entry, "images": images, "texts": [None if one is None else " ".join(one) for one in texts]}
+    answers = next(filter(None, map(entry.get, ("multiple_choice_answer", "answer", "answers"))), None)
+    if "question" in entry and answers is not None and "texts" not in entry:
+        each = answers if isinstance(answers, list) else [answers]
+        counted = Counter(one["answer"] if isinstance(one, dict) else one for one in each)
+        return {**entry, "texts": [{"user": entry["question"], "assistant": counted.most_common(1)[0][0]}]}
+    return entry
 
 
 def record_of(
