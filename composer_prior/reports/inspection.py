@@ -1,4 +1,4 @@
-"""Describe a caption data set: counts, lengths, sizes, frequent captions, and a page of samples as HTML.
+"""Describe a data set: counts, lengths, sizes, frequent captions or turns, and a page of samples as HTML.
 
 Reading goes through streaming. A data set with a column that would run code when decoded (``pkl``) is refused.
 """
@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image
 
 from composer_prior.conversion.sources.base import expect_number
+from composer_prior.data.conversations import ANSWER, DOCUMENT, ChatError, checked, unpack_images
 from composer_prior.data.images import IMAGE_FORMATS
 from composer_prior.data.messages import one_line, short, visible
 from composer_prior.data.opening import open_captions, sample_captions
@@ -34,7 +35,7 @@ class CaptionReport:
     bytes: int  # of the shards
     read: int  # samples that the figures below are of
     unit: str  # of caption lengths
-    lengths: list[int] = field(default_factory=list, repr=False)  # of each caption
+    lengths: list[int] = field(default_factory=list, repr=False)  # of each caption, or turn of a conversation
     sizes: list[tuple[int, int]] = field(default_factory=list, repr=False)  # width and height of each image
     formats: Counter[str] = field(default_factory=Counter)  # of images
     undecodable: int = 0  # images
@@ -111,9 +112,11 @@ def inspect_captions(
     for name, value in (("alpha", alpha), ("floor", floor)):
         expect_number(name, value, 0, whole=False)
     with tempfile.TemporaryDirectory() as cache:
-        dataset, index = open_captions(str(data), cache)
+        dataset, index = open_captions(str(data), cache, messages=True)
         shards, count = json.loads(index)["shards"], len(dataset)
         shades = None
+        if scores is not None and any("messages" in shard["column_names"] for shard in shards):
+            raise ValueError(f"{data}: scores= shades captions alone; leave it out for conversations.")
         if scores is not None:
             shades, tokenizer = _shades(scores, tokenizer, index, count, Path(cache, "scores"), alpha, floor)
         if tokenizer is None:
@@ -133,25 +136,39 @@ def inspect_captions(
                 sample = dataset[number]
             except (LookupError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{data}: sample {number} cannot be read ({one_line(error)}).") from error
-            captions = sample_captions(sample)
+            captions, images, labels = _contents(sample)
             if not all(isinstance(caption, str) for caption in captions):
                 raise ValueError(f"{data}: the captions of sample {number} are not texts; convert the data again.")
             report.counts.update(captions)
             report.lengths += [len(encode(caption)) for caption in captions]
-            try:
-                opened = Image.open(io.BytesIO(sample["image"]), formats=IMAGE_FORMATS)  # reads the header alone
-                report.formats[opened.format or "unknown"] += 1
-                report.sizes.append(opened.size)
-            except Exception:
-                report.undecodable += 1
+            for image in images:
+                try:
+                    opened = Image.open(io.BytesIO(image), formats=IMAGE_FORMATS)  # reads the header alone
+                    report.formats[opened.format or "unknown"] += 1
+                    report.sizes.append(opened.size)
+                except Exception:
+                    report.undecodable += 1
             if number in shown:
                 pieces = shades(number, sample) if shades else None
-                cards.append(sample_card(number, sample["image"], captions, pieces))
+                cards.append(sample_card(number, images, captions, pieces, labels))
     if page is not None:
         says = "The stronger the colour of a token, the larger its weight, of which the mean over a caption is 1"
         above = legend(says, None) if shades else ""
         Path(page).expanduser().write_text(samples_page(cards, f"{data}", f"{report}", above), encoding="utf-8")
     return report
+
+
+def _contents(sample: Mapping[str, Any]) -> tuple[list[str], list[bytes], list[str]]:
+    """Return the captions of a sample, or the turns of a conversation; its images; and what is above each turn."""
+    if "messages" not in sample:
+        return sample_captions(sample), [sample["image"]], []
+    try:
+        turns, images = checked(sample["messages"]), unpack_images(sample["images"])
+    except ChatError as error:
+        return [str(error)], [], ["a sample that cannot be used"]
+    learned = [one["role"] in (ANSWER, DOCUMENT) and one.get("weight", 1) for one in turns]
+    labels = [f"{one['role']}, learned" if known else one["role"] for one, known in zip(turns, learned, strict=True)]
+    return ["".join(part.get("text", "<image>") for part in one["content"]) for one in turns], images, labels
 
 
 def _spread(values: Sequence[int]) -> str:

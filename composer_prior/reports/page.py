@@ -65,37 +65,40 @@ def legend(says: str, full: float | None = 1.0) -> str:
 
 def sample_card(
     name: str | int,
-    image: bytes | Image.Image,
+    image: bytes | Image.Image | Sequence[bytes],
     captions: Sequence[str],
     shades: Sequence[Sequence[Shade]] | None = None,
     labels: Sequence[str] = (),
     full: Sequence[float] = (),
 ) -> str:
-    """Return one sample as a ``figure`` element: a thumbnail and its captions, escaped.
+    """Return one sample as a ``figure`` element: thumbnails and captions, escaped.
 
     Args:
         name: the name of the image's file, or the sample's number.
-        image: RGB, or encoded; an image that cannot be decoded is replaced by the error.
+        image: RGB, or encoded, one or several; an image that cannot be decoded is replaced by the error.
         captions: its captions.
         shades: the pieces of each caption, each with a value; a larger value has a stronger colour.
         labels: text above each caption. Default: none.
         full: value of the strongest colour, for each caption. Default: its largest value.
     """
-    try:
-        picture = image.copy() if isinstance(image, Image.Image) else decode_rgb(image)
-        size = f"{picture.width} by {picture.height}"
-        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        buffer, kind = io.BytesIO(), "png" if max(picture.size) <= 64 else "jpeg"
-        picture.save(buffer, kind)
-        shown = f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-    except ImageError as error:
-        shown, size = f"<p><em>{escape(str(error))}</em></p>", "no image"
+    shown, sizes = "", list[str]()
+    for one in [image] if isinstance(image, bytes | Image.Image) else image:
+        try:
+            picture = one.copy() if isinstance(one, Image.Image) else decode_rgb(one)
+            sizes.append(f"{picture.width} by {picture.height} pixels")
+            picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+            buffer, kind = io.BytesIO(), "png" if max(picture.size) <= 64 else "jpeg"
+            picture.save(buffer, kind)
+            shown += f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+        except ImageError as error:
+            shown += f"<p><em>{escape(str(error))}</em></p>"
+    size = ", ".join(sizes) or "no image"
     above = [f"<small>{escape(label)}</small>" for label in labels] or [""] * len(captions)
     paragraphs = [
         f'{above[i]}<p dir="auto">{_shaded(shades[i], full[i] if full else None) if shades else escape(text)}</p>'
         for i, text in enumerate(captions)
     ]
-    below = f"<small>{escape(name if isinstance(name, str) else f'sample {name:,}')} · {size} pixels</small>"
+    below = f"<small>{escape(name if isinstance(name, str) else f'sample {name:,}')} · {size}</small>"
     return f"<figure>{shown}<figcaption>{''.join(paragraphs)}{below}</figcaption></figure>\n"
 
 

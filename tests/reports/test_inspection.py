@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.chats import parts, turns, write_chats
 from common.commands import inspect as main
 from common.models import small_lm
 from common.pages import BROWSER, HOSTILE, browse
@@ -101,6 +102,33 @@ def _control(match: re.Match[str]) -> str:
         if int(match[1], 16) > 0xA0 and not 0xD800 <= int(match[1], 16) < 0xE000
         else chr(int(match[1], 16))
     )
+
+
+def test_conversations_show_their_turns_and_what_is_learned(tmp_path, capsys):
+    talk = turns("<image>What <b>is</b> it?", "A tile.", "And <image>", "Another.")
+    talk[1]["weight"] = 0
+    document = [{"role": "document", "content": parts("One.<image>Two.")}]
+    bad = [{"role": "user", "content": "\ud83d"}]
+    out = write_chats(
+        tmp_path / "chats", [(talk, [png("red"), b"none"]), (document, [png("lime", (70, 9))]), (bad, [])]
+    )
+    assert main([out, f"page={tmp_path / 'page.html'}"]) == 0
+    report = capsys.readouterr().out
+    assert re.search(r"^image formats   2 PNG\nundecodable     1$", report, re.MULTILINE)
+    page = (tmp_path / "page.html").read_text()
+    shown = re.findall(r'<small>([^<]*)</small><p dir="auto">(.*?)</p>', page, re.DOTALL)
+    assert [(label, html.unescape(text)) for label, text in shown] == [
+        ("user", "<image>What <b>is</b> it?"),
+        ("assistant", "A tile."),
+        ("user", "And <image>"),
+        ("assistant, learned", "Another."),
+        ("document, learned", "One.<image>Two."),
+        ("a sample that cannot be used", "no answer is learned"),
+    ]
+    assert page.count("<img ") == 2
+    assert "sample 1 · 70 by 9 pixels" in page
+    assert main([out, "scores=none"]) == 1
+    assert "scores= shades captions alone; leave it out for conversations" in capsys.readouterr().err
 
 
 def test_shades_follow_the_weights():
