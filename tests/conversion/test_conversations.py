@@ -266,12 +266,13 @@ def test_what_cannot_be_learned_is_rejected_by_reason(tmp_path):
         {"id": 5, "messages": [{"role": "user", "content": "?"}, answer]},
         {"id": 5, "messages": [{"role": "user", "content": "?"}, answer]},
         {"id": 6, "messages": [{"role": "user", "content": "?"}, answer, {"role": "user", "content": "And?"}]},
+        {"id": 7, "images": ["0.png", "1.png"], "messages": [{"role": "user", "content": "<image>?"}, answer]},
     ]
     summary, samples = converted(lines(tmp_path / "in", entries), tmp_path / "out", max_rejected=1)
     assert summary.reasons == {
         "an answer is empty": 1,
         "duplicate key": 1,
-        "images and text differ": 1,
+        "images and text differ": 2,
         "missing file": 1,
         "no answer is learned": 1,
     }

@@ -32,6 +32,7 @@ SAMPLES = [
     ([{"role": "document", "content": parts("w4<image>w5w6<image><image>w7")}], [png(3), png(4), png(5, 30, 60)]),
     (turns("w8w9<image>", "w13w14w15"), [png(6)]),
     ([{"role": "document", "content": "w20w21w22"}], []),
+    (turns("<image>w4", "w5w6", "w7"), [png(7)]),  # which ends with the user
 ]
 FOREIGN = ("llava", "qwen2_vl", "idefics3")
 
@@ -119,6 +120,21 @@ def test_the_loss_is_that_of_transformers_with_the_same_labels(kind, tokenizer, 
             torch.testing.assert_close(nll[row].sum() / (labels != IGNORE_INDEX).sum(), theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["patches", "encoder", "qwen2_vl"])
+def test_a_document_of_thirty_images_has_the_loss_of_transformers(kind, tokenizer, tmp_path):
+    model = foreign(kind) if kind in FOREIGN else own(kind, tokenizer)
+    text = "".join(f"w{5 + n}<image>" for n in range(30))
+    sample = ([{"role": "document", "content": parts(text)}], [png(8 * n) for n in range(30)])
+    batch = next(iter(loader(tmp_path, model, [sample, SAMPLES[1]])))
+    inputs, labels = their_inputs(model, sample)
+    assert batch["input_ids"][:1].tolist() == inputs["input_ids"].tolist()
+    assert batch["labels"][:1].tolist() == labels.tolist()
+    with torch.no_grad():
+        nll = model(batch)["nll"][0]
+        theirs = model.model(**inputs, labels=labels).loss
+    torch.testing.assert_close(nll.sum() / (labels != IGNORE_INDEX).sum(), theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["encoder", "patches", *FOREIGN])
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_batch_cut_anywhere_gives_the_same_losses(kind, size, tokenizer, tmp_path):
@@ -167,6 +183,7 @@ def test_the_reference_reads_the_same_text_without_images(kind, tokenizer, tmp_p
         ((turns("<image>w4", "w5"), [b"no picture"]), "cannot be decoded"),
         ((turns("w4", ""), []), "an answer is empty"),
         ((turns("w4"), []), "no answer is learned"),
+        (([turns("w4")[0], {"role": "assistant", "content": "w5", "weight": 0}], []), "no answer is learned"),
         (
             (turns("<image>" * 30 + "w4", "w5"), [png(n) for n in range(30)]),
             "images end at token .* behind max_tokens=64",
