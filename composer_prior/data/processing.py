@@ -18,9 +18,10 @@ _OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_id
 
 
 def image_tokens(processor: Any) -> list[str]:
-    """Return the texts that a processor of transformers takes for an image, first the one that it replaces."""
-    names = ("boi_token", "image_token")  # Gemma 3 has both
-    return [str(token) for name in names if (token := getattr(processor, name, None))]
+    """Return the texts that a processor takes for an image: first the one it replaces, last the one of the features."""
+    places = ((processor, "boi_token"), (processor, "image_token"), (processor.tokenizer, "image_token"))
+    found = [str(token) for place, name in places if (token := getattr(place, name, None))]
+    return [*dict.fromkeys(found)]  # Gemma 3 has two
 
 
 def image_placeholder(processor: Any) -> str:
@@ -124,7 +125,9 @@ def _called(processor: Any, images: list[Image.Image], text: str, **options: Any
     """Return what a processor makes of images and a text."""
     given = {"images": [[image.convert("RGB") for image in images]]} if images else {}
     try:
-        return processor(text=[text], return_tensors="pt", **given, **options)
+        found = processor(text=[text], return_tensors="pt", **given, **options)
+        found.pop("labels", None)  # PaliGemma's, of no suffix
+        return found
     except Exception as error:  # whatever the code of some processor raises
         raise ValueError(one_line(error)) from error
 

@@ -17,7 +17,7 @@ from transformers import (
 from composer_prior.data.batch import PROCESSED
 from composer_prior.data.hub import ModelFolderError, load_pretrained
 from composer_prior.data.messages import one_line
-from composer_prior.data.processing import image_placeholder
+from composer_prior.data.processing import image_placeholder, image_tokens
 from composer_prior.data.tokenizer import placeholder
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.image_text_model import captions_images
@@ -44,6 +44,7 @@ _FEATURED = (
     *("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "idefics3"),
     *("smolvlm", "internvl", "gemma3", "paligemma"),
 )
+_PIXELS = ("min_pixels", "max_pixels")  # of Qwen2-VL's images, whose settings hold them as ``size`` in transformers 5
 _TOKENS = {  # settings of configurations that name tokens, which a new model takes from its tokenizer
     "video_token_id": "<|video_pad|>",
     "vision_start_token_id": "<|vision_start|>",
@@ -131,12 +132,14 @@ def build_processor(
         raise ValueError(f"model.processor.name={name!r} holds a {type(processor).__name__}, not images and text.")
     image_placeholder(processor)
     known = processor.image_processor.to_dict()
+    taken = getattr(getattr(processor.image_processor, "valid_kwargs", None), "__annotations__", {})
+    names = [*known, *(name for name in _PIXELS if name in taken and name not in known)]
     for key in changes:
-        if key not in known:
-            raise ValueError(f"model.processor.{key} is not a key. {did_you_mean(key, ['name', *known])}")
+        if key not in names:
+            raise ValueError(f"model.processor.{key} is not a key. {did_you_mean(key, ['name', *names])}")
     if changes:
         if "size" in changes:  # which Qwen2-VL's of before would override
-            known = {key: value for key, value in known.items() if key not in ("min_pixels", "max_pixels")}
+            known = {key: value for key, value in known.items() if key not in _PIXELS}
         processor.image_processor = type(processor.image_processor).from_dict({**known, **changes})
     theirs = processor.tokenizer
     if theirs.get_vocab() != tokenizer.get_vocab() or theirs("a")["input_ids"] != tokenizer("a")["input_ids"]:
@@ -178,7 +181,7 @@ def _new_configuration(arguments: dict[str, Any], processor: Any) -> PretrainedC
         text.setdefault(name, getattr(tokenizer, name))
     known = vars(AutoConfig.for_model(kind))
     named = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _TOKENS.items() if name in known}
-    image = getattr(processor, "image_token_id", None) or tokenizer.convert_tokens_to_ids(processor.image_token)
+    image = tokenizer.convert_tokens_to_ids(image_tokens(processor)[-1])
     named |= {name: image for name in ("image_token_id", "image_token_index") if name in known}
     return _checked(AutoConfig.for_model(kind, **{**named, **arguments, "text_config": text}))
 

@@ -378,7 +378,8 @@ def model_inputs(processor: Any, images: Sequence[Image.Image], prompt: str | No
     options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     if written.startswith(first_token(processor.tokenizer)):
         options["add_special_tokens"] = False
-    return dict(processor(images=pictures, text=[written] * len(images), **options))
+    found = processor(images=pictures, text=[written] * len(images), **options)
+    return {key: value for key, value in found.items() if key != "labels"}  # PaliGemma's, of no suffix
 
 
 def encode_text(tokenizer: Any, text: str, end: bool) -> tuple[list[int], list[tuple[int, int]]]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from composer.utils import reproducibility
+from tokenizers import normalizers
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -133,7 +134,7 @@ FAMILIES = {
         },
     ),
     "paligemma": (
-        "llama3",
+        "llama2",
         {"extra_special_tokens": {"image_token": "<image>"}},
         {
             "text_config": {"model_type": "gemma", "head_dim": 16, **LM},
@@ -152,13 +153,17 @@ def save_family(kind: str, folder: Path, captions: list[str]) -> None:
     tokenizer_kind, tokens, arguments = FAMILIES[kind]
     tokenizer = plain_tokenizer(tokenizer_kind, captions)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if kind == "paligemma":  # Gemma's writes no space before a text
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.save_pretrained(folder)
     own = {"qwen": Qwen2TokenizerFast, "pali": GemmaTokenizerFast}.get(kind[:4], type(tokenizer))
-    tokenizer = own.from_pretrained(folder, model_input_names=["input_ids", "attention_mask"], **tokens)
+    named_tokens = {key: value for key, value in tokens.items() if isinstance(value, dict)}
+    tokenizer = own.from_pretrained(folder, model_input_names=["input_ids", "attention_mask"], **named_tokens)
+    tokenizer.add_tokens(tokens.get("additional_special_tokens", []), special_tokens=True)
     processor = _processor(kind, tokenizer)
     processor.save_pretrained(folder)
     ids = processor.tokenizer.convert_tokens_to_ids
-    named = {"image_token_id": getattr(processor, "image_token_id", None) or ids("<image>")}
+    named = {"image_token_id": ids({"gemma3": "<image_soft_token>", "internvl": "<IMG_CONTEXT>"}.get(kind, "<image>"))}
     if kind.startswith("qwen"):
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         named = dict(
@@ -167,7 +172,7 @@ def save_family(kind: str, folder: Path, captions: list[str]) -> None:
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = {"vocab_size": len(processor.tokenizer), **ends, **arguments["text_config"]}
     reproducibility.seed_all(3)
-    config = AutoConfig.for_model(kind, **{**arguments, **named, "text_config": text})
+    config = AutoConfig.for_model(kind, **{**arguments, **named, "text_config": text, "tie_word_embeddings": False})
     AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     AutoProcessor.from_pretrained(folder)
 

@@ -92,6 +92,7 @@ def alone(kind, path, data, index, prompt):
     inputs = processor(images=[[shaped(image.copy())]], text=[text], return_tensors="pt")
     ids = [*processor.tokenizer(caption, add_special_tokens=False)["input_ids"], processor.tokenizer.eos_token_id][:24]
     start = inputs["input_ids"].shape[1]
+    inputs.pop("labels", None)  # PaliGemma's in transformers 5
     inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([ids])], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if kind == "paligemma":  # as its processor writes a suffix
@@ -297,7 +298,9 @@ def test_a_bad_sample_is_skipped_beside_an_image_that_every_processor_reads(hub,
         assert bool((model(collated(model, samples))["nll"][-1] == 0).all())
     if not getattr(model.processor.image_processor, "is_fast", False):
         for read in (data.image_processor, lambda image: model.image_text_model.inputs([image])):
-            with pytest.raises(ValueError, match="Idefics3ImageProcessor takes its height of 3 for that many channels"):
+            with pytest.raises(
+                ValueError, match=r"Idefics3ImageProcessor\w* takes its height of 3 for that many channels"
+            ):
                 read(Image.new("RGB", (40, 3)))
 
 
@@ -334,8 +337,9 @@ def skeleton(path, **options):
 def test_the_tokenizer_is_as_its_processor_has_set_it(scenes, hub, tmp_path):
     """PaliGemma's folders of a hub have one that adds bos, and its processor writes bos itself."""
     path = shutil.copytree(hub("paligemma"), tmp_path / "paligemma")
-    file = path / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "add_bos_token": True}))
+    plain = AutoTokenizer.from_pretrained(path)
+    plain.add_bos_token = True
+    plain.save_pretrained(path)
     plain, tokenizer = AutoTokenizer.from_pretrained(path), build_tokenizer({"name": path, "image_tokens": False})
     assert plain("a")["input_ids"] == [plain.bos_token_id, *tokenizer("a")["input_ids"]]
     model = build_hugging_face(tokenizer, str(path))
