@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.installed
 NEXT := $(VENV)-next/.installed
 
-.PHONY: train baseline gain test test-fast test-next lint style types wheel clean
+.PHONY: train baseline gain test test-fast test-next lint style types wheel image clean
 
 # Many containers set this; every process of the suite would compile thousands of modules again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -40,6 +40,9 @@ types: $(ENVIRONMENT)
 
 wheel: $(ENVIRONMENT)
 	$(BIN)/uv build --wheel --out-dir dist
+
+image:
+	docker build --tag composer-prior .
 
 # constraints.txt holds tested versions; constraints-next.txt holds newer ones, which Composer and streaming do not ask for.
 $(ENVIRONMENT): VERSIONS := --constraint constraints.txt

@@ -1,6 +1,9 @@
-"""The workflows of GitHub call the Makefile and nothing else."""
+"""The workflows of GitHub call the Makefile and nothing else; the container is what it says."""
 
 import re
+import subprocess
+import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,3 +25,12 @@ def test_the_matrix_has_the_versions_of_pyproject():
     matrix = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"]["test"]["strategy"]["matrix"]
     assert 'requires-python = ">=3.11,<3.13"' in (ROOT / "pyproject.toml").read_text()
     assert matrix["python"] == ["3.11", "3.12"]
+
+
+def test_the_container_has_no_finding():
+    hadolint = Path(sysconfig.get_path("scripts")) / "hadolint"
+    found = subprocess.run([hadolint, "--no-color", ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, "")
+    (extras,) = re.findall(r"--build-arg EXTRAS=(\S+)", (ROOT / "Dockerfile").read_text())
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {*extras.split(",")} <= {*known}
