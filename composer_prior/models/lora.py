@@ -10,11 +10,12 @@ from composer_prior.data.messages import one_line
 from composer_prior.registry import Count
 
 _A, _B, _BASE = "lora_A.default", "lora_B.default", "base_layer"
+_RANK = 8
 
 
 def add_lora(
     model: PreTrainedModel,
-    r: Count = 8,
+    r: Count = _RANK,
     target_modules: str | list[str] = "all-linear",
     lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
@@ -53,18 +54,29 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, layer) for name, layer in model.named_modules() if hasattr(layer, _A.partition(".")[0]))
 
 
-def merged(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def scaling_of(model: nn.Module) -> float:
+    """Return the factor of a model's adapters, the same for all; 1 without adapters."""
+    return next((layer.scaling["default"] for _, layer in _adapted(model)), 1.0)
+
+
+def scaling_by(settings: Mapping[str, Any]) -> float:
+    """Return the factor of the adapters that :func:`add_lora` makes with settings of a recipe."""
+    r, alpha = settings.get("r", _RANK), settings.get("lora_alpha")
+    return (r if alpha is None else alpha) / (r**0.5 if settings.get("use_rslora") else r)
+
+
+def merged(weights: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
     """Return the weights of a model with its adapters merged into their layers, by the names without adapters.
 
     Args:
-        weights: whole, by their names in the model.
-        model: their owner; where it has no adapters, the weights stay as they are.
+        weights: whole, by their names in the model; without adapters they stay as they are.
+        scaling: factor of the adapters.
     """
     found = dict(weights)
-    for name, layer in _adapted(model):
+    for name in [name.removesuffix(f".{_A}.weight") for name in weights if name.endswith(f".{_A}.weight")]:
         a, b = (found.pop(f"{name}.{part}.weight") for part in (_A, _B))
         base = found.pop(f"{name}.{_BASE}.weight")
-        found[f"{name}.weight"] = base + (layer.scaling["default"] * (b.float() @ a.float())).to(base.dtype)
+        found[f"{name}.weight"] = base + (scaling * (b.float() @ a.float())).to(base.dtype)
         if f"{name}.{_BASE}.bias" in found:
             found[f"{name}.bias"] = found.pop(f"{name}.{_BASE}.bias")
     return found

@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 
 from composer_prior.data.hub import find_model, load_pretrained
 from composer_prior.data.storage import whole_folder
-from composer_prior.models.lora import merged
+from composer_prior.models.lora import merged, scaling_of
 from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration, PriorLVLMProcessor
 from composer_prior.models.prior_lvlm.modeling_prior_lvlm import TOWERS
 
@@ -52,7 +52,7 @@ def save_model_folder(
             configuration does not describe, as after surgery.
     """
     empty = empty_copy(model)
-    state = None if weights is None else fitting_weights(merged(weights, model), empty)
+    state = None if weights is None else fitting_weights(merged(weights, scaling_of(model)), empty)
     with whole_folder(Path(folder), replace=True) as temporary:
         if state is None:
             empty.config.save_pretrained(temporary)

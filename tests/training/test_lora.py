@@ -11,7 +11,7 @@ from torch import nn
 
 from composer_prior import load
 from composer_prior.models.language import build_language_model
-from composer_prior.models.lora import add_lora, merged
+from composer_prior.models.lora import add_lora, merged, scaling_by, scaling_of
 from composer_prior.training.checkpoints.loading import read_weights
 from composer_prior.training.checkpoints.storage import find_weights
 from composer_prior.training.keys import check_keys
@@ -64,6 +64,8 @@ def test_the_model_folder_has_the_adapters_merged(runs):
     ours = likelihoods(trainer.state.model.image_text_model)
     assert ours != pytest.approx(likelihoods(load(folders["stage1"])), abs=1e-2)
     assert likelihoods(load(folders["whole"])) == pytest.approx(ours, abs=TOLERANCE)
+    for name in ("whole", "sharded"):
+        assert likelihoods(load(find_weights(str(folders[name] / "checkpoints")))) == pytest.approx(ours, abs=TOLERANCE)
     assert not any("lora" in file.name or "adapter" in file.name for file in Path(folders["whole"], "model").iterdir())
 
 
@@ -86,7 +88,9 @@ def test_merged_weights_are_those_of_peft(tokenizer, use_rslora):
     for layer in layers.values():
         nn.init.normal_(layer.lora_B["default"].weight)
     assert all("lora_" in name for name, weight in model.named_parameters() if weight.requires_grad)
-    found = merged(model.state_dict(), model)
+    settings = {"r": 4, "lora_alpha": 2.0, "use_rslora": use_rslora}
+    assert scaling_of(model) == pytest.approx(scaling_by(settings))
+    found = merged(model.state_dict(), scaling_of(model))
     assert found.keys() == small_lm(tokenizer).state_dict().keys()
     for name, layer in layers.items():
         layer.merge()
