@@ -81,6 +81,7 @@ class TokenWeighting(Algorithm, ABC):
         self.end = Time.from_timestring(end) if isinstance(end, str) else end
         self.streams = self._checked({} if streams is None else streams)
         self._names: list[str] = []  # of the streams of the data
+        self._captions_alone = False  # so that each sample has an image
         self._batch_sums: Tensor | None = None
         self._statistics: defaultdict[str, list[tuple[dict[str, Tensor], Tensor]]] = defaultdict(list)  # by stream
         self._logged = False
@@ -141,6 +142,8 @@ class TokenWeighting(Algorithm, ABC):
             _check_model(unwrapped(state.model), type(self).__name__)
         elif event == Event.FIT_START:
             self._names = stream_names(state.train_dataloader)
+            data = getattr(state.train_dataloader, "dataset", None)
+            self._captions_alone = getattr(data, "has_messages", True) is False
             self.check_streams(self._names)
             self.prepare(state)
         elif event == Event.BATCH_START:
@@ -189,7 +192,9 @@ class TokenWeighting(Algorithm, ABC):
 
     def weighted(self, state: State, mask: Tensor) -> Tensor:
         """Return ``[B, T]`` bool: the loss-generating tokens without those of samples whose weights stay 1."""
-        unweighted = without_images(state.batch, unwrapped(state.model))
+        unweighted = torch.zeros_like(mask[:, :1])
+        if not self._captions_alone:
+            unweighted = without_images(state.batch, unwrapped(state.model))
         for name, settings in self.streams.items():
             rows = stream_masks(state.batch, self._names)[name]
             unweighted = unweighted | rows if settings is None else unweighted & ~rows
