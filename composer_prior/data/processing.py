@@ -145,14 +145,16 @@ class _Reader:
 
     def __call__(self, text: Any, **kwargs: Any) -> Any:
         """Read one text, expanded by a processor, as the tokenizer does."""
-        plain, self.spans = "", {mark: [] for mark in MARKS}
-        for piece in re.split(f"([{MARKS}])", text if isinstance(text, str) else text[0]):
+        plain, self.spans, marked = "", {mark: [] for mark in MARKS}, text if isinstance(text, str) else text[0]
+        for piece in re.split(f"([{MARKS}])", marked):
             if piece in self.spans:
                 self.spans[piece].append(len(plain))
             else:
                 plain += piece
         found = self.tokenizer(plain if isinstance(text, str) else [plain], **kwargs)
-        self.encoding = found.encodings[0]
+        self.encoding, to_token = found.encodings[0], found.char_to_token
+        # Idefics3's processor of transformers 5 looks up characters of the text with its marks.
+        found.char_to_token = lambda sample, char: to_token(sample, char - sum(map(marked[:char].count, MARKS)))
         return found
 
     def within(self, kind: int) -> list[bool]:

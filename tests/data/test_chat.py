@@ -17,8 +17,7 @@ WORDS = ["what is it a red cat and below it nothing at all really"] * 20
 def chat_tokenizer(name):
     tokenizer = plain_tokenizer(TOKENIZERS[name], WORDS)
     if name == "llama3":
-        special = ["<|start_header_id|>", "<|end_header_id|>"]
-        tokenizer.add_special_tokens({"additional_special_tokens": special}, replace_additional_special_tokens=False)
+        tokenizer.add_tokens(["<|start_header_id|>", "<|end_header_id|>"], special_tokens=True)
     add_image_tokens(tokenizer)
     return tokenizer
 

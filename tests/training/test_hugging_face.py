@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    SmolVLMVideoProcessor,
 )
 
 from composer_prior import load
@@ -259,6 +260,7 @@ def test_a_package_that_a_processor_lacks_is_named_before_training(scenes, here,
     monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
     for file in Path("hub/vlm").glob("*processor*.json"):
         file.write_text(file.read_text().replace("Idefics3Processor", "SmolVLMProcessor"))
+    SmolVLMVideoProcessor().save_pretrained("hub/vlm")
     with pytest.raises(ValueError, match="`num2words` is required") as error:
         train(smaller("smolvlm", scenes))
     assert "\n" not in str(error.value)
