@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from common.chats import TEMPLATES, png, turns, write_chats
-from common.recipes import ALONE, NO_REPORT, ROOT, SHRUNKEN, fork_ranks, losses
+from common.recipes import NO_REPORT, ROOT, SHRUNKEN, fork_ranks, losses
 from PIL import Image
 
 import composer_prior
@@ -56,19 +56,19 @@ def test_a_run_with_its_reference_scores_and_model(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_ranks_without_an_image_reach_the_losses_of_one(tmp_path, monkeypatch):
-    """Microbatches of one sample: most steps have a rank without an image, or both."""
+    """Microbatches of one sample: most steps have a rank without an image, or both, whose samples are not weighted."""
     monkeypatch.chdir(tmp_path)
     write("my/train", 16)
     write("my/validation", 5)
     Path("chat.jinja").write_text(TEMPLATES["vicuna"])
-    words = [*SMALL, *ALONE, *NO_REPORT, "train=my/train", "validation=my/validation"]
+    words = [*SMALL, *NO_REPORT, "train=my/train", "validation=my/validation"]
     words += ["tokenizer.chat_template=chat.jinja", "global_train_batch_size=4", "device_train_microbatch_size=1"]
-    words += [f"{key}.dataset.max_tokens=120" for key in ("train_loader", "eval_loader")]
-    words += ["device_eval_batch_size=1"]
-    words = [word for word in words if not word.startswith("reference.")]
-    train(load_recipe("ntp_patch.yaml", [*words, "run_name=one"]))
+    loaders = [f"{prefix}{key}" for prefix in ("", "reference.") for key in ("train_loader", "eval_loader")]
+    words += [f"{loader}.dataset.max_tokens=120" for loader in loaders]
+    words += ["device_eval_batch_size=1", "train_loader.dataset.scores=null", "algorithms.prior.shard_reference=true"]
+    train(load_recipe("prior_patch.yaml", [*words, "run_name=one"]))
     for name, sharding in (("ddp", "null"), ("fsdp2", "{fsdp2: {}}")):
-        program = [ROOT / "train.py", ROOT / "yamls/ntp_patch.yaml", *words, f"run_name={name}"]
+        program = [ROOT / "train.py", ROOT / "yamls/prior_patch.yaml", *words, f"run_name={name}"]
         fork_ranks(tmp_path, *program, f"parallelism_config={sharding}")
         found, expected = (torch.tensor(losses(f"runs/{one}")) for one in (name, "one"))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
