@@ -288,7 +288,7 @@ def test_learn_is_refused_where_no_conversation_is_read(tmp_path):
     with pytest.raises(SourceError, match="learn='some'"):
         convert_captions(tmp_path / "in", tmp_path / "out", learn="some")
     with pytest.raises(SourceError, match="no caption of an image; with learn=all"):
-        convert_captions(tmp_path / "in/0.txt", tmp_path / "out")
+        convert_captions(tmp_path / "in/0.txt", tmp_path / "out", form="txt")
 
 
 @pytest.mark.parametrize("options", [{}, {"image_column": "none"}])

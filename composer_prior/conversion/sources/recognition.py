@@ -34,7 +34,8 @@ _SUFFIXES = {
 def open_local(path: Path, options: SourceOptions) -> Source:
     """Recognise the format of a file or folder and open it; for errors see :func:`.open_source`."""
     path = path.expanduser().absolute()  # units may be read by processes with another working folder
-    format, files = _recognise(path, options.form)
+    is_text = options.learn is not None and path.suffix.lower() == ".txt" and path.is_file()
+    format, files = _recognise(path, options.form or ("txt" if is_text else None))
     root = path if path.is_dir() else path.parent
     if options.learn is not None and format in ("webdataset", "folder"):
         raise SourceError(
@@ -94,7 +95,6 @@ def _what_to_do(path: Path) -> str:
 def _file_formats(path: Path) -> dict[str, list[Path]]:
     format = _suffix_format(path)
     format = _json_format(path) if format == "json" else format
-    format = "txt" if format is None and path.suffix.lower() == ".txt" else format
     return {format: [path]} if format else {}
 
 
