@@ -19,6 +19,7 @@ LOGPROBS = ("ref_logprobs", "viewer_logprobs")  # stored log-probabilities of to
 PROCESSED = "processed"  # the tensors of a processor of transformers in a sample
 IMAGES = "images"  # the tensors of each image of a sample that may have any number of them
 TENSORS = ("pixel_values", "pixel_patches", "image_grid")  # of an image
+ROW = "row"  # the number of the packed row that a sample is in, ``[B]`` int64
 ROWS = "_rows"  # end of the key that says how many rows of a tensor each sample has
 _GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
 
@@ -237,7 +238,7 @@ def split_packed_images(batch: Mapping[str, Any], microbatch_size: int | float) 
             height and width, and ``pixel_values`` ``[n, D]``, ``n`` the sum of their products; likewise videos. One
             image for each sample. Other tensors whose rows are not one for each sample come with ``{key}_rows``, see
             :func:`join_images`.
-        microbatch_size: samples in a microbatch.
+        microbatch_size: samples in a microbatch, or rows where the samples say which ``row`` they are in.
 
     Raises:
         ValueError: if images and samples differ in number, or patches and grids do.
@@ -254,7 +255,12 @@ def split_packed_images(batch: Mapping[str, Any], microbatch_size: int | float) 
             raise ValueError(
                 f"{name} has {len(batch[name])} rows for {samples} samples: split_packed_images needs one for each."
             )
-    microbatches = [dict(part) for part in default_split_batch(rest, microbatch_size)]
+    if ROW in batch:
+        counts = batch[ROW].unique_consecutive(return_counts=True)[1].split(int(microbatch_size))
+        cut = {key: value.split([int(part.sum()) for part in counts]) for key, value in rest.items()}
+        microbatches = [{key: parts[number] for key, parts in cut.items()} for number in range(len(counts))]
+    else:
+        microbatches = [dict(part) for part in default_split_batch(rest, microbatch_size)]
     for name, counted_by in packed.items():
         # The rows of each sample themselves, or the sides of its grid of patches.
         counts = [int(part[counted_by].reshape(len(part[counted_by]), -1).prod(1).sum()) for part in microbatches]

@@ -33,6 +33,7 @@ from composer_prior.data.images import ImageError, decode_rgb
 from composer_prior.data.messages import OneLineError, one_line, visible
 from composer_prior.data.opening import sample_captions
 from composer_prior.data.processing import ProcessorInputs, image_placeholder, image_tokens
+from composer_prior.data.rows import RowsDataset, RowsLoader, count_rows
 from composer_prior.data.scores import KEYS, Scores, ScoresError, index_fingerprint, open_scores
 from composer_prior.data.streams import CheckedDataset
 from composer_prior.data.tokenizer import (
@@ -56,7 +57,7 @@ class BadSampleError(OneLineError, ValueError):
     """A sample that cannot be used, as its image does not decode or its caption is empty."""
 
 
-class StreamingCaptionDataset(CheckedDataset, VisionDataset):
+class StreamingCaptionDataset(RowsDataset, VisionDataset):
     """Captions, conversations and documents of an MDS data set, local or remote, tokenized and preprocessed.
 
     A caption has the columns ``image`` (bytes) and ``caption`` (str). An optional column ``image_related_spans`` (json,
@@ -83,7 +84,9 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         prompt: text between image and caption; its tokens have no label.
         max_caption_tokens: a longer caption is cut there, and then has no end-of-sequence token. Default: ``128``.
         max_tokens: a longer conversation or document, its images included, is cut there; one whose images would be cut,
-            or of which nothing would be learned, is a bad sample. Default: ``2048``.
+            or of which nothing would be learned, is a bad sample; also the length of a packed row. Default: ``2048``.
+        packing_ratio: the mean number of samples in a packed row, from which the length of an epoch follows; ``"auto"``
+            measures it; None does not pack. See :mod:`composer_prior.data.rows`. Default: ``None``.
         on_bad_sample: ``"raise"``, or ``"skip"``: the sample stays in its batch without labels, and so without
             effect, and a warning names it. Default: ``"raise"``.
         scores: folder or URL of the stored reference log-probabilities; samples then have ``ref_logprobs``
@@ -106,6 +109,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
         prompt: str = "",
         max_caption_tokens: Count = 128,
         max_tokens: Count = 2048,
+        packing_ratio: float | Literal["auto"] | None = None,
         on_bad_sample: Literal["raise", "skip"] = "raise",
         scores: str | None = None,
         viewer_scores: str | None = None,
@@ -113,6 +117,8 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
     ):
         if on_bad_sample not in ("raise", "skip"):
             raise ValueError(f"on_bad_sample={on_bad_sample!r}: expected 'raise' or 'skip'.")
+        if isinstance(packing_ratio, int | float) and packing_ratio < 1:
+            raise ValueError(f"packing_ratio={packing_ratio}: expected at least 1 sample in a row, or auto.")
         CheckedDataset.__init__(self, **kwargs)
         VisionDataset.__init__(self, transform=transform)
         columns = [frozenset(cast(MDSReader, shard).column_names) for shard in self.shards]
@@ -145,6 +151,7 @@ class StreamingCaptionDataset(CheckedDataset, VisionDataset):
             image_token_ids(tokenizer)  # or refuse it here
         self.max_caption_tokens = max_caption_tokens
         self.max_tokens = max_tokens
+        self.packing_ratio = packing_ratio
         self.on_bad_sample = on_bad_sample
         self.bos_id = bos_id(tokenizer)
         patience = {"attempts": self.streams[0].download_retry, "seconds": self.streams[0].download_timeout}
@@ -489,15 +496,16 @@ def caption_data_spec(dataset: StreamingCaptionDataset, batch_size: int, **kwarg
 
     Args:
         dataset: built with the same ``batch_size``.
-        batch_size: samples per rank.
+        batch_size: samples per rank, or rows where they are packed.
         kwargs: those of :class:`torch.utils.data.DataLoader`.
     """
     tokenizer = dataset.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    loader = StreamingDataLoader(dataset, batch_size=batch_size, collate_fn=CaptionCollator(pad), **kwargs)
+    kind = StreamingDataLoader if dataset.packing_ratio is None else RowsLoader
+    loader = kind(dataset, batch_size=batch_size, collate_fn=CaptionCollator(pad), **kwargs)
     return DataSpec(
         loader,
         split_batch=split_packed_images,
-        get_num_samples_in_batch=lambda batch: len(batch["input_ids"]),
+        get_num_samples_in_batch=count_rows,
         get_num_tokens_in_batch=cast(Any, count_tokens),
     )

@@ -169,8 +169,17 @@ class ComposerLVLM(ComposerModel):
         return {key: value for key, value in batch.items() if key in {"labels", *self.inputs}}
 
     def _forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        head, labels = head_of(self.model), batch["labels"]
-        hidden = self._hidden_states(batch)  # [B, T, D]
+        real, labels = batch.get("attention_mask"), batch["labels"]
+        hidden = self._hidden_states(batch)  # [B, T, D], or [1, N, D] of the real positions
+        if not self.pack:
+            return self._outputs(hidden, labels)
+        assert real is not None
+        real, first = real.bool(), torch.arange(labels.shape[1], device=labels.device) == 0
+        outputs = self._outputs(hidden, labels.masked_fill(first, IGNORE_INDEX)[real][None])
+        return {key: value.new_zeros(labels.shape).masked_scatter(real, value) for key, value in outputs.items()}
+
+    def _outputs(self, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        head = head_of(self.model)
         nll, correct = labelled_nll(hidden, head, labels)
         outputs = {"nll": nll, "correct": correct}
         if self.label_logits:
@@ -186,7 +195,8 @@ class ComposerLVLM(ComposerModel):
             self._checked = True  # a loader pads all batches at one side
         if self.pack:
             mask, language = batch["attention_mask"], parts_of(self.model)["language"]
-            return packed_hidden_states(language, self._embed(inputs), mask)  # type: ignore[arg-type]
+            row = self._embed({**inputs, "input_ids": inputs["input_ids"][mask.bool()][None]})[0]
+            return packed_hidden_states(language, row, mask)[None]  # type: ignore[arg-type]
         if not self._needs_mask:
             inputs.pop("attention_mask", None)
         return last_hidden_states(self.model, **inputs)

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from composer_prior.data.batch import split_packed_images
+from composer_prior.data.batch import ROW, split_packed_images
 from composer_prior.data.tokenizer import tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.image_text_model import ImageTextModel
@@ -49,7 +49,7 @@ class Viewer:
         Args:
             batch: of the trained model, with ``labels`` ``[B, T]``.
         """
-        parts = split_packed_images(batch, self.batch_size)
+        parts = split_packed_images({key: value for key, value in batch.items() if key != ROW}, self.batch_size)
         return torch.cat([-self.model(part)["nll"].float() for part in parts])
 
     def check_inputs(self, model: Any) -> None:

@@ -104,6 +104,8 @@ def check_keys(recipe: TrainConfig, where: str = "") -> None:
         _check_lvlm(recipe.model, where)
     for key, loader in recipe.loaders.items():
         check_loader(loader, f"{where}{key}")
+        if (loader.get("dataset") or {}).get("packing_ratio") is not None:
+            _check_packing(recipe, key, where)
     check_optimizer(recipe.optimizer, f"{where}optimizer")
     check_named("scheduler", recipe.scheduler, f"{where}scheduler")
     for kind in ("algorithm", "callback", "logger"):
@@ -124,6 +126,19 @@ def check_keys(recipe: TrainConfig, where: str = "") -> None:
                 f"of {kinds[1]}, or store the scores of a trained model first: composer-prior score ... viewer=MODEL."
             )
         check_keys(helper, f"{where}{key}.")
+
+
+def _check_packing(recipe: TrainConfig, key: str, where: str) -> None:
+    """Raise for rows of samples where the model does not keep them apart, or where each sample counts once."""
+    place = f"{where}{key}.dataset.packing_ratio"
+    if key != "train_loader":
+        raise ValueError(f"{place}: rows are for training alone; {where}model.pack packs batches of a validation.")
+    if recipe.model.get("name") == "hugging_face":
+        raise ValueError(
+            f"{place}: a model of transformers would see the samples of a row through each other; leave it out."
+        )
+    if not recipe.model.get("pack"):
+        raise ValueError(f"{place} needs {where}model.pack=true, which keeps the samples of a row apart.")
 
 
 def _check_sources(recipe: TrainConfig, where: str) -> None:

@@ -176,6 +176,8 @@ def plan(
     else:
         assumed.append(f"Captions of {mean:.1f} tokens on average (labels=), of {longest} where memory is at its peak.")
     tokens = max(1, round(mean or longest))
+    if data.get("packing_ratio") is not None:
+        assumed.append("Batches of samples and not of packed rows (train_loader.dataset.packing_ratio).")
     for name, arguments in recipe.algorithms.items():
         if (arguments or {}).get("viewer") and not data.get("viewer_scores"):
             assumed.append(

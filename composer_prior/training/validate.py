@@ -223,10 +223,11 @@ def _check_samples(where: str, loader: Any) -> None:
     """Raise if a data set gives no batch: Composer would wait for one for ever, or train on nothing."""
     if len(loader) == 0:
         key = f"{where.removesuffix('train_loader')}global_train_batch_size"
+        first = f"{loader.batch_size * loader.dataset.samples_per_row:g} of its first batch"
         remedy = f"lower {key}" if where.endswith("train_loader") else f"set {where}.drop_last=false"
         raise ValueError(
             f"{where}: of {loader.dataset.num_samples} samples each rank gets {len(loader.dataset)}, fewer than the "
-            f"{loader.batch_size} of its first batch; {remedy}, or give more samples."
+            f"{first}; {remedy}, or give more samples."
         )
 
 
@@ -261,7 +262,7 @@ def _check_same_data(recipe: TrainConfig, key: str, helper: TrainConfig, data: S
 
 
 def check_fit(model: ComposerLVLM, data: StreamingCaptionDataset, loader: str = "train_loader") -> None:
-    """Raise if the language model lacks positions for the longest sequence of the data, naming the lengths.
+    """Raise if the language model lacks positions for the longest sequence of the data, or a packed row is shorter.
 
     Args:
         model: that reads the data.
@@ -275,6 +276,11 @@ def check_fit(model: ComposerLVLM, data: StreamingCaptionDataset, loader: str = 
     else:
         image_tokens = 0 if model.reads_text_alone else model.processor.image_processor.max_image_tokens
     longest = 1 + image_tokens + len(data.prompt_ids) + data.max_caption_tokens
+    if data.packing_ratio is not None and longest > data.max_tokens:
+        raise ValueError(
+            f"A packed row has {data.max_tokens:,} tokens, and a caption with its image may take {longest:,}: raise "
+            f"{loader}.dataset.max_tokens, or lower max_caption_tokens."
+        )
     positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and data.has_messages and data.max_tokens > positions:
         raise ValueError(

@@ -39,9 +39,9 @@ def test_hidden_states_and_gradients_are_those_of_padded_sequences(family: str):
         model.zero_grad()
         inputs = embeddings.clone().requires_grad_()
         if packed:
-            hidden = packed_hidden_states(model, inputs, mask)
+            hidden = packed_hidden_states(model, inputs[mask.bool()], mask)
         else:
-            hidden = last_hidden_states(model, inputs_embeds=inputs) * mask[..., None]
+            hidden = last_hidden_states(model, inputs_embeds=inputs)[mask.bool()]
         hidden.square().sum().backward()
         gradients = [p.grad for p in model.base_model.parameters() if p.grad is not None and p.grad.any()]
         results.append([hidden, inputs.grad, *gradients])
@@ -53,11 +53,12 @@ def test_a_sequence_does_not_see_the_others():
     model = build("llama")
     enable_packing(model)
     embeddings, mask = make_batch()
-    hidden = packed_hidden_states(model, embeddings, mask)
+    hidden = packed_hidden_states(model, embeddings[mask.bool()], mask)
     embeddings[0] += 1.0
-    changed = packed_hidden_states(model, embeddings, mask)
-    assert not torch.allclose(changed[0], hidden[0])
-    assert torch.equal(changed[1:], hidden[1:])
+    changed = packed_hidden_states(model, embeddings[mask.bool()], mask)
+    first = int(mask[0].sum())
+    assert not torch.allclose(changed[:first], hidden[:first])
+    assert torch.equal(changed[first:], hidden[first:])
 
 
 def test_what_is_not_packed_is_read_as_before():
@@ -93,5 +94,6 @@ def test_window_of_attention_is_respected():
     model = build("qwen2")
     enable_packing(model)
     model.config.sliding_window = 8
+    embeddings, mask = make_batch()
     with pytest.raises(ValueError, match="attention window of 8"):
-        packed_hidden_states(model, *make_batch())
+        packed_hidden_states(model, embeddings[mask.bool()], mask)
