@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, count, islice
+from itertools import chain, count, islice, pairwise
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -57,14 +57,15 @@ def first_fit(lengths: Sequence[int], tokens: int) -> list[int]:
 class RowsDataset(CheckedDataset):
     """A data set that yields rows, lists of samples with their :class:`Place`, where it has a ``packing_ratio``.
 
-    An epoch then has no end of its own, :class:`RowsLoader` counts its batches: a worker that has read all its samples
-    begins them again.
+    An epoch then has no end of its own, :class:`RowsLoader` counts its batches: a worker all of whose samples are in
+    rows begins them again.
     """
 
     packing_ratio: float | Literal["auto"] | None = None
     max_tokens: int
     workers = 1  # of the loader
     done = 0  # batches of this epoch
+    _goes_on = True  # the next sample is not the first again
     _places: tuple[Place, ...] = ()  # of this rank's workers, the next to deliver first
     _resumed: int | None = None  # the epoch that begins at these places
 
@@ -91,16 +92,19 @@ class RowsDataset(CheckedDataset):
     def _rows(self, samples: Iterator[Any]) -> Iterator[tuple[list[Any], Place]]:
         waiting: list[tuple[int, Any]] = []
         while True:
-            waiting += ((self._number, sample) for sample in islice(samples, BUFFER - len(waiting)))
-            if len(waiting) < BUFFER:
-                return  # the samples have no end: this was told to stop
+            while not waiting or (self._goes_on and len(waiting) < BUFFER):
+                sample = next(samples, None)
+                if sample is None:
+                    return  # the samples have no end: this was told to stop
+                waiting.append((self._number, sample))
             lengths = [len(sample["input_ids"]) for _, sample in waiting]
             if max(lengths) > self.max_tokens:
                 raise ValueError(f"A sample of {max(lengths):,} tokens is longer than a row: raise max_tokens.")
             taken = first_fit(lengths, self.max_tokens)
             row = [waiting[place][1] for place in taken]
             waiting = [one for place, one in enumerate(waiting) if place not in taken]
-            yield row, Place(self._start.worker, self._number + 1, tuple(number for number, _ in waiting))
+            read = max(self._start.read, self._number + 1)
+            yield row, Place(self._start.worker, read, tuple(number for number, _ in waiting))
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
         if self.packing_ratio is None:
@@ -118,12 +122,13 @@ class RowsDataset(CheckedDataset):
         if self.packing_ratio is None:
             yield from super()._each_sample_id(it)
             return
-        for number in chain(self._start.waiting, count(self._start.read)):
+        size = len(self._own)
+        for number, following in pairwise(chain(self._start.waiting, count(self._start.read))):
             if it.should_exit() or self._event.is_set():
                 break
-            self._number = number
+            self._number, self._goes_on = number, number // size == following // size
             it.yield_index = it.ready_index = max(0, number - self._start.read)
-            yield self._own[number % len(self._own)]
+            yield self._own[number % size]
         it.on_exit()
         self.raise_failure()
 

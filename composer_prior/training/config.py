@@ -49,8 +49,8 @@ class TrainConfig:
         run_folder: where everything goes that the run writes.
         seed: decides everything random.
         max_duration: how long to train, such as 600ba (batches) or 2ep (epochs).
-        global_train_batch_size: samples of one optimizer step, over all ranks.
-        device_train_microbatch_size: samples; null: those of the rank at once; auto: what fits, on CUDA without fsdp2.
+        global_train_batch_size: samples of one optimizer step, over all ranks; rows where they are packed.
+        device_train_microbatch_size: likewise; null: those of the rank at once; auto: what fits, on CUDA without fsdp2.
         device_eval_batch_size: samples that a rank evaluates at once.
         precision: auto is amp_bf16 on CUDA and fp32 on the CPU.
         nan_steps: how many steps whose loss or gradient is not finite change nothing; the next one ends the run.

@@ -129,16 +129,14 @@ def check_keys(recipe: TrainConfig, where: str = "") -> None:
 
 
 def _check_packing(recipe: TrainConfig, key: str, where: str) -> None:
-    """Raise for rows of samples where the model does not keep them apart, or where each sample counts once."""
+    """Raise for packed rows where the model pads each sample of them, or where each sample must count once."""
     place = f"{where}{key}.dataset.packing_ratio"
     if key != "train_loader":
         raise ValueError(f"{place}: rows are for training alone; {where}model.pack packs batches of a validation.")
     if recipe.model.get("name") == "hugging_face":
-        raise ValueError(
-            f"{place}: a model of transformers would see the samples of a row through each other; leave it out."
-        )
+        raise ValueError(f"{place}: {where}model.name=hugging_face has no pack, it pads each sample; leave it out.")
     if not recipe.model.get("pack"):
-        raise ValueError(f"{place} needs {where}model.pack=true, which keeps the samples of a row apart.")
+        raise ValueError(f"{place} needs {where}model.pack=true; without it the model pads each sample of a row.")
 
 
 def _check_sources(recipe: TrainConfig, where: str) -> None:

@@ -13,7 +13,7 @@ from common.models import small_lvlm
 from composer_prior import StreamingCaptionDataset
 from composer_prior.data.batch import IGNORE_INDEX, split_packed_images
 from composer_prior.data.captions import caption_data_spec
-from composer_prior.data.rows import BUFFER, count_rows, first_fit
+from composer_prior.data.rows import count_rows, first_fit
 
 WORDS = ("a fox", "two snails", "a red car", "the sea", "green hills", "an old boat")
 
@@ -84,10 +84,13 @@ def test_rows_of_a_mixture_are_full(tokenizer, tmp_path):
 def test_samples_are_read_once_before_any_is_read_again(mixture, model, workers):
     loader = open_rows(mixture, model, workers=workers, packing_ratio=1).dataloader  # more batches than the data fill
     assert len(loader) == 150 // 2
-    seen, held = torch.cat([batch["sample_id"] for batch in loader]), BUFFER * max(1, workers)
-    assert len(seen) > 150 + held
-    assert len({*seen[: 150 - held].tolist()}) == 150 - held
-    assert len({*seen.tolist()}) == 150
+    batches = [batch["sample_id"] for batch in loader]
+    for worker, of_worker in enumerate([76, 74] if workers else [150]):  # by the two of a batch
+        seen = torch.cat(batches[worker :: max(1, workers)]).tolist()  # they deliver in turn
+        assert len(seen) > 2 * of_worker
+        assert len({*seen[:of_worker]}) == of_worker
+        assert {*seen[:of_worker]} == {*seen[of_worker : 2 * of_worker]}
+    assert {*torch.cat(batches).tolist()} == {*range(150)}
 
 
 def test_rows_are_a_function_of_the_seed(mixture, model):
@@ -96,32 +99,32 @@ def test_rows_are_a_function_of_the_seed(mixture, model):
     assert ours["sample_id"].tolist() != other["sample_id"].tolist()
 
 
-@pytest.mark.parametrize(("workers", "done"), [(0, 4), (3, 7)])
-def test_a_loader_goes_on_in_the_middle_of_an_epoch(workers, done, mixture, model):
-    """In the second one, twice, and then goes on with the third."""
-    whole = open_rows(mixture, model, workers=workers).dataloader
+@pytest.mark.parametrize(("workers", "done", "ratio"), [(0, 4, 3), (0, 11, 1.5), (3, 7, 3)])
+def test_a_loader_goes_on_in_the_middle_of_an_epoch(workers, done, ratio, mixture, model):
+    """In the second one, twice, and then with the third; also where samples come again."""
+    whole = open_rows(mixture, model, workers=workers, packing_ratio=ratio).dataloader
     epochs = [[*whole] for _ in range(3)]
-    assert [len(epoch) for epoch in epochs] == [25] * 3
+    assert [len(epoch) for epoch in epochs] == [int(75 / ratio)] * 3
     assert epochs[0][0]["sample_id"].tolist() != epochs[1][0]["sample_id"].tolist()
-    begun = open_rows(mixture, model, workers=workers).dataloader
+    begun = open_rows(mixture, model, workers=workers, packing_ratio=ratio).dataloader
     list(begun)
     state = None
     for start in (0, done):
         if state is not None:
-            begun = open_rows(mixture, model, workers=workers).dataloader
+            begun = open_rows(mixture, model, workers=workers, packing_ratio=ratio).dataloader
             begun.dataset.load_state_dict(state)
         iterator = iter(begun)
         same([next(iterator) for _ in range(done)], epochs[1][start : start + done])
         state = json.loads(json.dumps(begun.dataset.state_dict(2 * (start + done), True)))
         del iterator, begun
-    resumed = open_rows(mixture, model, workers=workers).dataloader
+    resumed = open_rows(mixture, model, workers=workers, packing_ratio=ratio).dataloader
     resumed.dataset.load_state_dict(state)
     assert resumed.dataset.state_dict(2 * 2 * done, True) == state
     same([*resumed], epochs[1][2 * done :])
     after = resumed.dataset.state_dict(0, True)
     same([*resumed], epochs[2])
     del resumed
-    third = open_rows(mixture, model, workers=workers).dataloader
+    third = open_rows(mixture, model, workers=workers, packing_ratio=ratio).dataloader
     third.dataset.load_state_dict(after)
     same([*third], epochs[2])
 

@@ -1,0 +1,82 @@
+"""Runs on packed rows: with stored and live scores, resumed in the middle of an epoch, on one rank and on two."""
+
+import json
+from pathlib import Path
+
+import pytest
+from common.recipes import NO_REPORT, ROOT, SHRUNKEN, VIT, fork_ranks, recipe
+
+from composer_prior.training.run import train
+
+ROWS = ["train_loader.dataset.packing_ratio=2", "train_loader.dataset.max_tokens=160", "model.pack=true"]
+ROWS += ["global_train_batch_size=4", "train_loader.num_workers=2", "max_duration=2ep", *NO_REPORT]
+
+
+def records(name):
+    return [json.loads(line) for line in Path(f"runs/{name}/metrics.jsonl").open()]
+
+
+def figures(record):
+    """What a run computes, which takes no time."""
+    names = ("loss/", "metrics/", "prior/", "time/batch", "time/sample", "time/token")
+    return {name: value for name, value in record.items() if name.startswith(names)}
+
+
+def test_a_run_on_rows_is_resumed_bitwise(tmp_path, monkeypatch):
+    """In its second epoch, also by microbatches, and with a live reference."""
+    monkeypatch.chdir(tmp_path)
+    train(recipe("prior_vit", *ROWS, "run_name=whole", "save_interval=5ba", "save_num_checkpoints_to_keep=-1"))
+    whole = records("whole")
+    assert whole[-1]["batch"] == 2 * 64 // (4 * 2)
+    # Rows are what Composer counts as samples.
+    assert [record["time/sample"] for record in whole] == [4 * record["batch"] for record in whole]
+    assert all(record["loss/train/total"] != record["prior/loss_unweighted"] for record in whole[:16])
+    train(recipe("prior_vit", *ROWS, "run_name=resumed", "load_path=runs/whole/checkpoints/ep1-ba10-rank0.pt"))
+    assert [*map(figures, records("resumed"))] == [*map(figures, whole[10:])]
+    live = ["run_name=live", "train_loader.dataset.scores=null", "device_train_microbatch_size=1"]
+    train(recipe("prior_vit", *ROWS, *live))
+    for ours, theirs in zip(records("live")[:16], whole[:16], strict=True):
+        for name in ("loss/train/total", "prior/reference_nll", "prior/effective_sample_size"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
+    words = ["load_path=runs/whole/checkpoints/ep1-ba10-rank0.pt", "train_loader.num_workers=1"]
+    with pytest.raises(ValueError, match="packed by 1 ranks with 2 workers and 4 rows each, and would go on packed"):
+        train(recipe("prior_vit", *ROWS, "run_name=other", *words))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["null", "{fsdp2: {}}"])
+def test_two_ranks_on_rows_are_resumed_bitwise(sharding, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*SHRUNKEN, *VIT, *ROWS, f"parallelism_config={sharding}"]
+    program = [ROOT / "train.py", ROOT / "yamls/prior_vit.yaml", *words]
+    fork_ranks(tmp_path, *program, "run_name=whole", "save_interval=5ba", "save_num_checkpoints_to_keep=-1")
+    saved = "ep1-ba10" + "-rank0.pt" * (sharding == "null")
+    fork_ranks(tmp_path, *program, "run_name=resumed", f"load_path=runs/whole/checkpoints/{saved}")
+    whole, resumed = records("whole"), records("resumed")
+    assert whole[-1]["batch"] == 16
+    assert [record["time/sample"] for record in whole] == [4 * record["batch"] for record in whole]
+    assert [*map(figures, resumed)] == [*map(figures, whole[10:])]
+
+
+def test_what_cannot_be_packed_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words, message in (
+        (["model.pack=false"], r"^train_loader.dataset.packing_ratio needs model.pack=true; without it the model pads"),
+        (
+            ["train_loader.dataset.packing_ratio=some"],
+            r"^train_loader.dataset.packing_ratio='some': expected Union",
+        ),
+        (["eval_loader.dataset.packing_ratio=2"], r"^eval_loader.dataset.packing_ratio: rows are for training alone"),
+        (["train_loader.dataset.max_tokens=40"], r"^A packed row has 40 tokens, and a caption with its image may take"),
+        (
+            ["train_loader.dataset.packing_ratio=40"],
+            r"of 64 samples each rank gets 64, fewer than the 160 of its",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(recipe("ntp_vit", *ROWS, *words))
+    assert not Path("runs").exists() or not [*Path("runs").rglob("metrics.jsonl")]
+    foreign = recipe("ntp_vit", *ROWS)
+    foreign.model, foreign.tokenizer = {"name": "hugging_face", "pretrained": "Qwen/Qwen2-VL-2B"}, {"name": "Qwen"}
+    with pytest.raises(ValueError, match=r"packing_ratio: model.name=hugging_face has no pack, it pads each sample"):
+        train(foreign)
