@@ -166,15 +166,15 @@ class RowsDataset(CheckedDataset):
         """
         rows = json.loads(obj.get("rows") or "null")
         if rows is not None or obj["sample_in_epoch"]:
-            theirs = rows and [len(rows["places"]), len(rows["places"][0]), rows["batch_size"]]
-            ours = self.packing_ratio and [dist.get_world_size(), self.workers, self.batch_size]
+            theirs = ours = "unpacked"
+            packed = "packed by {} ranks with {} workers and {} rows each"
+            if rows is not None:
+                theirs = packed.format(len(rows["places"]), len(rows["places"][0]), rows["batch_size"])
+            if self.packing_ratio is not None:
+                ours = packed.format(dist.get_world_size(), self.workers, self.batch_size)
             if theirs != ours:
-                kinds = [
-                    "unpacked" if one is None else "packed by {} ranks with {} workers and {} rows each".format(*one)
-                    for one in (theirs, ours)
-                ]
                 raise ValueError(
-                    f"The checkpoint is from the middle of an epoch that was {kinds[0]}, and would go on {kinds[1]}: "
+                    f"The checkpoint is from the middle of an epoch that was {theirs}, and would go on {ours}: "
                     "take the same, or a checkpoint from the end of an epoch."
                 )
         super().load_state_dict({key: value for key, value in obj.items() if key != "rows"})
@@ -201,7 +201,7 @@ class RowsLoader(StreamingDataLoader):
     def __len__(self) -> int:
         return int(len(self.dataset) / (cast(int, self.batch_size) * self.dataset.samples_per_row))
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for batch in islice(super().__iter__(), len(self) - self.dataset.begin()):
             self.dataset.deliver(batch.pop(_PLACE))
             yield batch

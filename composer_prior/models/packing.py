@@ -81,7 +81,8 @@ def packed_attention(
             padded = x.new_zeros(real.numel(), *x.shape[1:]).index_copy(0, inside, x[places])
             return padded.view(*real.shape, *x.shape[1:]).transpose(1, 2)
 
-        out, _ = sdpa_attention_forward(module, *map(pad, given), None, **kwargs)  # [b, t, H, d]
+        q, k, v = map(pad, given)
+        out, _ = sdpa_attention_forward(module, q, k, v, None, **kwargs)  # [b, t, H, d]
         parts.append(out.flatten(0, 1)[inside])
         order.append(places)
     whole = torch.cat(parts)
