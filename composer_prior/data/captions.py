@@ -185,6 +185,8 @@ class StreamingCaptionDataset(RowsDataset, VisionDataset):
         if len(self.streams) > 1:
             drawn = zip(self.stream_names, self.streams, strict=True)
             found["samples_per_epoch"] = {name: int(stream.choose) for name, stream in drawn}
+        if self.packing_ratio is not None:
+            found |= {"packing_ratio": self.packing_ratio, "max_tokens": self.max_tokens}
         return found
 
     @property

@@ -71,7 +71,7 @@ class RowsDataset(CheckedDataset):
 
     @cached_property
     def samples_per_row(self) -> float:
-        """The mean number of samples in a row, given or measured on the first samples of each stream."""
+        """The mean number of samples in a row, given or measured on some samples of each stream."""
         if self.packing_ratio == "auto":
             return on_first_rank(self._measure)
         return float(self.packing_ratio or 1)

@@ -41,6 +41,8 @@ def test_a_run_on_rows_is_resumed_bitwise(tmp_path, monkeypatch):
     words = ["load_path=runs/whole/checkpoints/ep1-ba10-rank0.pt", "train_loader.num_workers=1"]
     with pytest.raises(ValueError, match="packed by 1 ranks with 2 workers and 4 rows each, and would go on packed"):
         train(recipe("prior_vit", *ROWS, "run_name=other", *words))
+    with pytest.raises(ValueError, match=r"packing_ratio differ \(packing_ratio: 2 there, 3 here\)"):
+        train(recipe("prior_vit", *ROWS, "run_name=other", words[0], "train_loader.dataset.packing_ratio=3"))
 
 
 @pytest.mark.slow
