@@ -220,7 +220,8 @@ def test_what_a_run_freezes_has_no_gradient(tmp_path, monkeypatch):
     given = load_recipe(ROOT / "yamls/smolvlm.yaml", [*changes, *small, *sizes, "callbacks.memory_monitor=null"])
     found = plan(given, world_size=1, gpu="cpu", labels=4)
     model = AutoModelForImageTextToText.from_pretrained("llava")
-    tower = model.model.vision_tower.vision_model
+    tower = model.model.vision_tower
+    tower = getattr(tower, "vision_model", tower)  # of transformers before 5
     parts = (tower.encoder.layers[-1], tower.post_layernorm)
     unused = sum(weight.numel() for part in parts for weight in part.parameters())
     weights = [weight.numel() for weight in model.parameters()]
