@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from common.chats import TEMPLATES, turns, write_chats
+from common.data import tile, write_tiles
 from common.recipes import NO_REPORT, ROOT, SHRUNKEN, VIT, fork_ranks, recipe
 
+from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.data.rows import RowsCollator
 from composer_prior.training.run import train
 
 ROWS = ["train_loader.dataset.packing_ratio=2", "train_loader.dataset.max_tokens=160", "model.pack=true"]
@@ -82,3 +86,38 @@ def test_what_cannot_be_packed_is_refused_before_training(tmp_path, monkeypatch)
     foreign.model, foreign.tokenizer = {"name": "hugging_face", "pretrained": "Qwen/Qwen2-VL-2B"}, {"name": "Qwen"}
     with pytest.raises(ValueError, match=r"packing_ratio: model.name=hugging_face has no pack, it pads each sample"):
         train(foreign)
+
+
+@pytest.mark.slow
+def test_rows_mix_streams_whose_figures_are_of_samples(tmp_path, monkeypatch):
+    """Captions and conversations in one row, weighted with stored scores."""
+    monkeypatch.chdir(tmp_path)
+    tiles = write_tiles(tmp_path / "tiles", 40)
+    chats = [(turns("<image>What?", f"Shade {n}. " * (1 + n % 5)), [tile(n)]) for n in range(40)]
+    folders = {"tiles": tiles, "chat": write_chats(tmp_path / "chat", chats)}
+    Path("chat.jinja").write_text(TEMPLATES["vicuna"].replace("eos_token", "'<eos>'"))
+    words = ["train=chat", "validation=chat", "tokenizer.chat_template=chat.jinja", *ROWS, "max_duration=3ba"]
+    for prefix in ("", "reference."):
+        streams = ", ".join(f"{name}: {{local: {folder!r}}}" for name, folder in folders.items())
+        words += [f"{prefix}train_loader.dataset.local=null", f"{prefix}train_loader.dataset.streams={{{streams}}}"]
+        words += [f"{prefix}eval_loader.dataset.max_tokens=160", f"{prefix}train_loader.dataset.max_tokens=160"]
+    words += ["algorithms.prior.streams={tiles: null, chat: {floor: 0.5}}", "train_loader.num_workers=0"]
+    made = recipe("prior_vit", *words, "run_name=mixed")
+    seen = []
+    with monkeypatch.context() as patch:
+        collate = RowsCollator.__call__
+        patch.setattr(RowsCollator, "__call__", lambda self, rows: seen.append(collate(self, rows)) or dict(seen[-1]))
+        train(made)
+    found = records("mixed")[:3]
+    assert any(len({*batch["stream"][batch["row"] == 0].tolist()}) == 2 for batch in seen)
+    tokens = dict.fromkeys(folders, 0)
+    for batch, record in zip(seen, found, strict=True):
+        labelled = batch["labels"] != IGNORE_INDEX
+        for number, name in enumerate(folders):
+            mine = batch["stream"] == number
+            tokens[name] += int(labelled[mine].sum())
+            assert record[f"metrics/train/{name}/share"] == pytest.approx(float(mine.float().mean()))
+            assert record[f"metrics/train/{name}/tokens"] == tokens[name]
+        nll = -batch["ref_logprobs"][mine][labelled[mine]].double().mean()
+        assert record["prior/chat/reference_nll"] == pytest.approx(float(nll), rel=1e-5)
+        assert record["prior/chat/effective_sample_size"] < 1.0
