@@ -1,54 +1,55 @@
-"""Memory and time by number of nodes, by arithmetic: ``python -m benchmarks.cluster [mfu=0.4] [caption=40] ...``.
+"""Memory and time by number of nodes, as planned: ``python -m benchmarks.cluster [mfu=0.4] [labels=40] [only=...]``.
 
-Llamas of 1, 8 and 70 billion weights (the shapes of Llama 3) behind a frozen ViT-L-14-336, on nodes of 8 GPUs, FSDP2 by
-block with activation checkpointing. Memory is counted as by :mod:`benchmarks.arithmetic`, with its microbatch of 8
-samples and captions of 256 tokens. Time is the operations of captions of 40 tokens, forward and backward, without
-recomputation, at an assumed share (``mfu``) of an assumed peak (``tflops``, of an H100 in bf16). A checkpoint holds the
-weights and AdamW's two moments of trained weights in float32, written at an assumed rate (``write``, GB/s a node).
+Llamas of 1, 8 and 70 billion weights (the shapes of Llama 3) in place of the language model of
+``prior_vit_l_14_336.yaml``, on nodes of 8 GPUs, FSDP2 by block with activation checkpointing. Each row is a
+``composer-prior plan``; ``only`` selects rows by a part of ``8B, 4 nodes``.
 """
 
 import sys
+import tempfile
 from collections.abc import Iterator
-from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 
-from benchmarks.arithmetic import GB, LLAMA_8B, activations, build, parts_of
-from benchmarks.flops import head_forward, image_forward, lm_forward
 from benchmarks.measure import prepare_process
+from benchmarks.setup import build_tokenizer
+from composer_prior.training.config import load_recipe
+from composer_prior.training.plan import GB, GIB, plan
 
-LLAMAS = {
-    "1B": {
-        **LLAMA_8B,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "tie_word_embeddings": True,
-    },
-    "8B": LLAMA_8B,
-    "70B": {
-        **LLAMA_8B,
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-    },
+LLAMA_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
 }
-DEFAULTS = {"samples": 8, "text": 256, "caption": 40, "mfu": 0.4, "tflops": 989, "write": 2, "gpu_gb": 80}
-NODES, GPUS = (1, 2, 4, 8, 16), 8
-MEMORY = ("model", "nodes", "weights, gradients, moments", "gathered", "activations", "together")
+LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True}
+LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+LLAMAS = {"1B": {**LLAMA_8B, **LLAMA_1B}, "8B": LLAMA_8B, "70B": {**LLAMA_8B, **LLAMA_70B}}
+NODES, GPUS = (1, 4, 16), 8
+CHANGES = (
+    "global_train_batch_size=1024",
+    "parallelism_config={fsdp2: {activation_checkpointing: true}}",
+    "reference=null",
+    "algorithms.prior=null",
+    "train_loader.dataset.scores=null",
+    "model.language.pretrained=null",
+)
+DEFAULTS = {"gpu": "h100", "mfu": 0.4, "labels": 40, "write": 2.0, "only": ""}
+MEMORY = (
+    "model",
+    "nodes",
+    "weights, gradients, moments",
+    "gathered",
+    "activations, temporary",
+    "together",
+    "largest microbatch",
+)
 TIME = ("model", "nodes", "minutes for a million captions", "checkpoint, GB", "s to write it")
-
-
-def operations(model: Any, caption: int) -> float:
-    """Count the operations of training on one captioned image; the frozen tower has no backward pass."""
-    lvlm = model.model
-    tokens = torch.tensor([1 + lvlm.config.vision["image_tokens"] + caption])
-    side = lvlm.model.vision_tower.image_size
-    tower, projector = image_forward(lvlm, {"pixel_values": torch.zeros(1, 3, side, side, device="meta")})
-    trained = projector + lm_forward(lvlm.causal_lm, tokens) + head_forward(lvlm.causal_lm, caption)
-    return tower + 3 * trained
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
@@ -60,24 +61,26 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
 
 def main() -> None:
     """Print two tables."""
-    settings = OmegaConf.merge(DEFAULTS, OmegaConf.from_dotlist(sys.argv[1:]))
+    given = OmegaConf.merge(DEFAULTS, OmegaConf.from_dotlist(sys.argv[1:]))
     prepare_process(1)
     memory, time = [], []
-    for name, language in LLAMAS.items():
-        model = build(language)
-        parts, work = parts_of(model), operations(model, settings.caption)
-        tokens = 1 + model.processor.image_processor.max_image_tokens + settings.text
-        _, kept = activations(model, settings.samples, tokens)
-        checkpoint = (4 * parts.every + 8 * parts.trained) / GB
-        for nodes in NODES:
-            gpus = nodes * GPUS
-            taken = (parts.states / gpus / GB, parts.gathered / GB, kept / GB)
-            together = f"{sum(taken):.1f}" if sum(taken) <= settings.gpu_gb else f"{sum(taken):.1f}, too much"
-            memory.append((name, str(nodes), *(f"{value:.1f}" for value in taken), together))
-            if sum(taken) <= settings.gpu_gb:
-                minutes = 1e6 * work / (gpus * settings.tflops * 1e12 * settings.mfu) / 60
-                written = checkpoint / (nodes * settings.write)
-                time.append((name, str(nodes), f"{minutes:.1f}", f"{checkpoint:.0f}", f"{written:.0f}"))
+    with tempfile.TemporaryDirectory() as tokenizer:
+        build_tokenizer().save_pretrained(tokenizer)
+        changes = [*CHANGES, f"tokenizer.name={tokenizer}"]
+        for name, llama in LLAMAS.items():
+            config = ", ".join(f"{key}: {value}" for key, value in llama.items())
+            recipe = load_recipe("prior_vit_l_14_336.yaml", [*changes, f"model.language.config={{{config}}}"])
+            for nodes in (count for count in NODES if given.only in f"{name}, {count} nodes"):
+                assumed = {"mfu": given.mfu, "labels": given.labels, "write": given.write, "samples": 1_000_000}
+                found = plan(recipe, world_size=nodes * GPUS, gpu=given.gpu, **assumed)
+                part = found.memory
+                states = part["weights"] + part["gradients"] + part["optimizer"]
+                sizes = (states, part["gathered"], part["activations"] + part["temporary"], sum(part.values()))
+                largest = str(found.largest_microbatch or "none")
+                memory.append((name, str(nodes), *(f"{size / GIB:.1f}" for size in sizes), largest))
+                minutes = 1e6 / found.samples_per_second / 60
+                written = f"{found.checkpoint_seconds:.0f}"
+                time.append((name, str(nodes), f"{minutes:.1f}", f"{found.checkpoint / GB:.0f}", written))
     print(*table(MEMORY, memory), "", *table(TIME, time), sep="\n")
 
 
