@@ -42,7 +42,7 @@ def _class(source: Source, _: int) -> _Found:
     place = int(source.rng.integers(len(description.mentions)))
     named = [mention.name for mention in description.mentions]
     kept = named[:place] + named[place + 1 :]
-    others = [name for name in CLASSES if name not in named and source.is_new([*kept, name], scene.colour)]
+    others = [name for name in CLASSES if name not in named and source.allows([*kept, name], scene.colour)]
     if len(others) < FOILS:
         return None
     names = source.rng.choice(others, FOILS, replace=False)
@@ -96,7 +96,7 @@ def _absence(source: Source, answer: int) -> _Found:
     description = describe(scene, source.rng, related=False)
     place = int(source.rng.integers(len(description.mentions)))
     fewer = description.mentions[:place] + description.mentions[place + 1 :]
-    if not fewer or not source.is_new([mention.name for mention in fewer], scene.colour):
+    if not fewer or not source.allows([mention.name for mention in fewer], scene.colour):
         return None
     pair = [description, replace(description, mentions=fewer)]
     if answer:

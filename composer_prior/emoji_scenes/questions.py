@@ -23,7 +23,9 @@ Form = Literal["cloze", "question"]
 _Found = tuple[Scene, str, Sequence[str], Sequence[Description]] | None
 
 
-def make_question(category: str, index: int, *, form: Form = "cloze", canvas: int = 96, seed: int = 17) -> Statements:
+def make_question(
+    category: str, index: int, *, form: Form = "cloze", canvas: int = 96, seed: int = 17, split: str = "validation"
+) -> Statements:
     """Make a question about a scene, its true answer and the false ones.
 
     Models trained on captions alone do not answer questions. For them ``cloze`` uses beginnings of captions that end
@@ -36,18 +38,22 @@ def make_question(category: str, index: int, *, form: Form = "cloze", canvas: in
     - ``size``: "Is the snail large or small?"
     - ``colour``: "What colour is the background?" eight colours.
     - ``position``: "Where is the snail, seen from the owl?" left, right, above or below; exactly one holds.
+    - ``total``: "How many drawings are there?" one to four; there is no cloze of it.
 
     Args:
-        category: topic of the question, one of :data:`CATEGORIES`.
+        category: topic of the question, one of :data:`CATEGORIES`; of a cloze, one of :data:`CLOZES`.
         index: number of the item; ``(seed, category, index)`` determine its scene.
         form: ``cloze`` or ``question``.
         canvas: side of the image in pixels, at least 32.
         seed: seed of the training data, which determines the held-out combinations.
+        split: ``train`` asks about scenes of other combinations, to train on.
     """
     find, answers, beginning = _CATEGORIES[category]
-    (scene, question, options, descriptions), rng = draw(find, f"questions/{category}", index, answers, canvas, seed)
+    purpose = f"questions/{category}" if split == "validation" else f"{split} questions/{category}"
+    (scene, question, options, descriptions), rng = draw(find, purpose, index, answers, canvas, seed, split)
     if form == "question":
         return Statements(scene, tuple(options), question)
+    assert beginning is not None
     return Statements(scene, write_all(descriptions, [beginning], rng))
 
 
@@ -55,7 +61,7 @@ def _presence(source: Source, answer: int) -> _Found:
     scene = source.scene()
     group = _any_group(scene, source)
     name, kept = group[0].name, [other for other in scene.groups if other != group[0].name]
-    others = [other for other in CLASSES if other not in scene.groups and source.is_new([*kept, other], scene.colour)]
+    others = [other for other in CLASSES if other not in scene.groups and source.allows([*kept, other], scene.colour)]
     if not others:
         return None
     absent = pick(others, source.rng)
@@ -109,6 +115,13 @@ def _position(source: Source, answer: int) -> _Found:
     return scene, question, [relation.removesuffix(" of") for relation in relations], descriptions
 
 
+def _total(source: Source, answer: int) -> _Found:
+    scene = source.scene()
+    if len(scene.objects) != answer + 1:
+        return None
+    return scene, "How many drawings are there?", _first(COUNT_WORDS, answer), ()
+
+
 def _any_group(scene: Scene, source: Source) -> list[PlacedObject]:
     groups = list(scene.groups.values())
     return groups[source.rng.integers(len(groups))]
@@ -128,11 +141,13 @@ def _named(group: Sequence[PlacedObject]) -> tuple[str, str]:
     return ("is", f"the {group[0].name}") if len(group) == 1 else ("are", f"the {plural(group[0].name)}")
 
 
-_CATEGORIES: dict[str, tuple[Callable[[Source, int], _Found], int, str]] = {
+_CATEGORIES: dict[str, tuple[Callable[[Source, int], _Found], int, str | None]] = {
     "presence": (_presence, 2, "{lead}: {scene}"),
     "count": (_count, len(COUNT_WORDS), "{lead}: {scene}"),
     "size": (_size, len(SIZES), "{lead}: {scene}"),
     "colour": (_colour, len(BACKGROUNDS), "{lead}: {scene} on {a_colour} background"),
     "position": (_position, len(RELATIONS), "{lead}: {scene}"),
+    "total": (_total, len(COUNT_WORDS), None),
 }
 CATEGORIES = tuple(_CATEGORIES)
+CLOZES = tuple(category for category, (_, _, beginning) in _CATEGORIES.items() if beginning is not None)

@@ -1,8 +1,8 @@
 """Texts about a scene, one of them true, which only the image distinguishes.
 
-Every scene is of the validation split: its combination of classes, or of class and colour, is held out of training. So
-is the combination of every foil, so that memorized combinations do not help. The true answer is drawn last, and each
-answer is true equally often.
+Unless told otherwise, scenes are of the validation split: their combinations of classes, or of class and colour, are
+held out of training. So is the combination of every foil, so that memorized combinations do not help. The true answer
+is drawn last, and each answer is true equally often.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,14 +36,15 @@ class Source:
     rng: Rng
     canvas: int
     seed: int
+    split: str
 
     def scene(self, counts: Sequence[int] | None = None) -> Scene:
-        """Sample a scene of a held-out combination."""
-        return sample_scene("validation", self.rng, canvas=self.canvas, seed=self.seed, counts=counts)
+        """Sample a scene of the split."""
+        return sample_scene(self.split, self.rng, canvas=self.canvas, seed=self.seed, counts=counts)
 
-    def is_new(self, names: Sequence[str], colour: str) -> bool:
-        """Return True if the combination is held out of training."""
-        return is_held_out(names, colour, self.seed)
+    def allows(self, names: Sequence[str], colour: str) -> bool:
+        """Return True if the combination is one of the split."""
+        return is_held_out(names, colour, self.seed) == (self.split == "validation")
 
 
 def _item_rng(purpose: str, index: int, seed: int) -> Rng:
@@ -51,13 +52,19 @@ def _item_rng(purpose: str, index: int, seed: int) -> Rng:
 
 
 def draw(
-    find: Callable[[Source, int], T | None], purpose: str, index: int, answers: int, canvas: int, seed: int
+    find: Callable[[Source, int], T | None],
+    purpose: str,
+    index: int,
+    answers: int,
+    canvas: int,
+    seed: int,
+    split: str = "validation",
 ) -> tuple[T, Rng]:
     """Draw scenes until one suits the item's true answer; return it and the item's random numbers.
 
     Each answer is true once in every `answers` items, in random order.
     """
-    source = Source(_item_rng(purpose, index, seed), canvas, seed)
+    source = Source(_item_rng(purpose, index, seed), canvas, seed, split)
     order = _item_rng(f"{purpose}/order", index // answers, seed).permutation(answers)
     while (found := find(source, int(order[index % answers]))) is None:
         pass

@@ -2,8 +2,11 @@
 
 import json
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
 
 from composer_prior.emoji_scenes import foils, questions
 from composer_prior.emoji_scenes.captions import Clutter, templates_of
@@ -11,10 +14,12 @@ from composer_prior.emoji_scenes.drawings import check_drawings, versions
 from composer_prior.emoji_scenes.scenes import CLASSES, draw_scene
 from composer_prior.emoji_scenes.statements import Statements
 from composer_prior.evaluation.choices import Choice, ChoiceBenchmark
+from composer_prior.models.image_text_model import ImageTextModel
 from composer_prior.models.reference import ReferenceLM
 from composer_prior.registry import Count, Whole, check_value, did_you_mean
 
 Side = Annotated[int, "of at least 32"]
+ANSWER_TOKENS = 16  # a longer answer is wrong
 SCENE = "scene"  # the key of an image's `info` that holds its scene
 
 
@@ -29,7 +34,7 @@ class SceneChoices(ChoiceBenchmark):
         reference: blank, for the model itself with a grey image, or a causal LM on text, such as PRIOR's reference.
     """
 
-    all_categories: ClassVar[tuple[str, ...]]
+    all_categories: tuple[str, ...]
 
     def __init__(
         self,
@@ -93,21 +98,58 @@ class SceneFoils(SceneChoices):
 
 
 class SceneQuestions(SceneChoices):
-    """Choices between the answers of a question, see :func:`.make_question`.
+    """Questions about a scene and their answers, see :func:`.make_question`.
+
+    With ``form: answer`` the figures are ``generated``, the share of right answers, and ``generated_shuffled``, that
+    with another sample's image. Case, spaces and a full stop do not count.
 
     Args:
         form: ``cloze``, beginnings of captions for a model that was trained on captions, scored without the end of the
-            text; or ``question``, a prompt with short answers for an instruction-tuned one.
+            text; ``question``, a prompt with short answers for an instruction-tuned one; or ``answer``, the same
+            prompt, to which the model generates its answer.
         others: those of :class:`.SceneChoices`.
     """
 
-    all_categories = questions.CATEGORIES
+    headline: ClassVar[Mapping[str, str]] = {
+        "answers right": "generated",
+        "answers with another image": "generated_shuffled",
+        **SceneChoices.headline,
+    }
 
-    def __init__(self, form: questions.Form = "cloze", **others: Any):
+    def __init__(self, form: Literal["cloze", "question", "answer"] = "cloze", **others: Any):
+        self.all_categories = questions.CLOZES if form == "cloze" else questions.CATEGORIES
         super().__init__(**others)
-        self.form: questions.Form = form
-        self.end = form == "question"
+        self.form = form
+        self.end = form != "cloze"
         self.fingerprint += f" {form}"
 
     def statements(self, category: str, index: int) -> Statements:
-        return questions.make_question(category, index, form=self.form, canvas=self.canvas, seed=self.seed)
+        form: questions.Form = "cloze" if self.form == "cloze" else "question"
+        return questions.make_question(category, index, form=form, canvas=self.canvas, seed=self.seed)
+
+    def predict(self, model: ImageTextModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        if self.form != "answer":
+            return super().predict(model, numbers)
+        found = []
+        for number in numbers:
+            sample, other = self.choice(number), self.other(number)
+            line: dict[str, Any] = {"category": sample.category, "question": sample.prompt, "answers": [*sample.texts]}
+            line["generated"] = _answer(model, sample, sample)
+            line["generated_shuffled"] = None if other == number else _answer(model, sample, self.choice(other))
+            found.append(line)
+        return found
+
+    def points(self, prediction: Mapping[str, Any]) -> dict[str, float]:
+        if self.form != "answer":
+            return super().points(prediction)
+        true, *others = prediction["answers"]
+        points = {"chance": 1 / (1 + len(others))}
+        for name in ("generated", "generated_shuffled"):
+            given = prediction[name]
+            points[name] = np.nan if given is None else float(given.strip().rstrip(".").lower() == true)
+        return points
+
+
+def _answer(model: ImageTextModel, asked: Choice, shown: Choice) -> str:
+    """Return a model's own answer to a sample's question about the image of a sample."""
+    return model.generate_captions([shown.image], asked.prompt, ANSWER_TOKENS)[0]

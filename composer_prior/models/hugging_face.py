@@ -1,7 +1,7 @@
 """Build any image-text-to-text model of transformers, with its own processor, from a recipe's ``model``."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from PIL import Image
@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -30,15 +31,12 @@ from composer_prior.models.language import (
     parts_of,
     vocabulary_size,
 )
-from composer_prior.models.prior_lvlm import PriorLVLMConfig
+from composer_prior.models.lora import add_lora
 from composer_prior.registry import did_you_mean
 
 Part = Literal["vision", "projector", "language"]
 # Families that are not trained here, and why.
-_REFUSED = {
-    "mllama": "its layers read the image by cross-attention, whose mask spans the caption",
-    PriorLVLMConfig.model_type: "it is this package's own; use the model lvlm, with init_from for its weights",
-}
+_REFUSED = {"mllama": "its layers read the image by cross-attention, whose mask spans the caption"}
 # Families whose get_image_features returns one feature for each image token and nothing else.
 _FEATURED = (
     *("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "idefics3"),
@@ -62,6 +60,7 @@ def build_hugging_face(
     freeze: list[Part] | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    lora: dict[str, Any] | None = None,
     label_smoothing: float = 0.0,
     image_related_metrics: bool = False,
 ) -> ComposerLVLM:
@@ -76,6 +75,7 @@ def build_hugging_face(
         freeze: parts that are kept as they are: vision, projector, language.
         trust_remote_code: run code that comes with the model.
         attn_implementation: transformers' name of how attention is computed. Default: transformers' own choice.
+        lora: arguments of :func:`.add_lora`: adapters are trained in the place of the language model's weights.
         label_smoothing: see :class:`.ComposerLVLM`.
         image_related_metrics: see :class:`.ComposerLVLM`.
 
@@ -111,6 +111,9 @@ def build_hugging_face(
             raise ValueError(f"model.freeze: a {settings.model_type} has no part known as {part}; leave it out.")
         for weight in own:
             weight.requires_grad_(False)
+    if lora is not None:
+        add_lora(cast(PreTrainedModel, parts_of(model)["language"]), **lora)
+        model.get_output_embeddings().requires_grad_(False)
     return ComposerLVLM(model, made, label_smoothing=label_smoothing, image_related_metrics=image_related_metrics)
 
 

@@ -42,11 +42,11 @@ def add_lora(
     try:
         inject_adapter_in_model(LoraConfig(**settings), model)
     except ValueError as error:
-        raise ValueError(f"model.language.lora: {one_line(error)}") from error
+        raise ValueError(f"lora: {one_line(error)}") from error
     for name, layer in _adapted(model):
         if not isinstance(layer.base_layer, nn.Linear):
             kind = type(layer.base_layer).__name__
-            raise ValueError(f"model.language.lora.target_modules: {name} is no linear layer, but of {kind}.")
+            raise ValueError(f"lora.target_modules: {name} is no linear layer, but of {kind}.")
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -102,6 +102,9 @@ def check_keys(recipe: TrainConfig, where: str = "") -> None:
     check_named("model", recipe.model, f"{where}model", given=("tokenizer", "image_related_metrics"))
     if recipe.model["name"] == "lvlm":
         _check_lvlm(recipe.model, where)
+    for key, part in (("model.language", recipe.model.get("language") or {}), ("model", recipe.model)):
+        if (lora := part.get("lora")) is not None:
+            registry.check_arguments(_LORA, lora, f"{where}{key}.lora", given=("model",))
     for key, loader in recipe.loaders.items():
         check_loader(loader, f"{where}{key}")
         if (loader.get("dataset") or {}).get("packing_ratio") is not None:
@@ -175,8 +178,6 @@ def _check_lvlm(model: Mapping[str, Any], where: str) -> None:
     elif projector is not None:
         raise ValueError(f"{where}model.projector is given without model.vision; set it to null.")
     registry.check_arguments(_LANGUAGE, model["language"], f"{where}model.language", given=("tokenizer",))
-    if (lora := model["language"].get("lora")) is not None:
-        registry.check_arguments(_LORA, lora, f"{where}model.language.lora", given=("model",))
     if projector is not None:
         registry.check_arguments(_PROJECTOR, projector, f"{where}model.projector")
 

@@ -207,8 +207,8 @@ def _load_checkpoint(source: Path, trust_remote_code: bool) -> ImageTextModel:
         made = getattr(model_class, "from_config", None)  # None: of our own class
         model: Any = made(config, trust_remote_code=trust_remote_code) if made else model_class(config)
         weights, fingerprint = read_weights(source)
-        of_lora, known = "model.language.lora.", flat(read_identity(source) or {})
-        lora = {key.removeprefix(of_lora): value for key, value in known.items() if key.startswith(of_lora)}
+        of_lora, known = ("model.language.lora.", "model.lora."), flat(read_identity(source) or {})
+        lora = {key.rpartition(".")[2]: value for key, value in known.items() if key.startswith(of_lora)}
         whole = {name.removeprefix("model."): tensor.float() for name, tensor in weights.items()}
         whole = merged(whole, scaling_by(lora))
     except ModelFolderError:

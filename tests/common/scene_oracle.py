@@ -51,8 +51,9 @@ class SceneOracle:
     def generate_captions(
         self, images: Sequence[Image.Image], prompt: str | None = None, max_new_tokens: int = 64
     ) -> list[str]:
-        """What is there, in plain words; empty for an image without a scene."""
-        return [_caption(image.info[SCENE]) if SCENE in image.info else "" for image in images]
+        """What is there, in plain words, or the answer to a question; empty for an image without a scene."""
+        scenes = [image.info.get(SCENE) for image in images]
+        return ["" if scene is None else _answer(prompt, scene) if prompt else _caption(scene) for scene in scenes]
 
 
 def falsehoods(text: str, scene: Scene) -> list[str]:
@@ -73,10 +74,19 @@ def answers(question: str, answer: str, scene: Scene) -> bool:
     Raises:
         ValueError: if the question is none of those that are known.
     """
+    return answer in _answers(question, scene)
+
+
+def _answers(question: str, scene: Scene) -> set[str]:
     for pattern, test in _QUESTIONS.items():
         if match := re.fullmatch(pattern, question):
-            return answer in test(scene, *match.groups())
+            return test(scene, *match.groups())
     raise ValueError(f"Not a question about a scene: {question!r}.")
+
+
+def _answer(question: str, scene: Scene) -> str:
+    """Such as " Two."; what it does not see, it does not name."""
+    return f" {min(_answers(question, scene), default='').capitalize()}."
 
 
 def _logprob(scene: Scene | None, text: str, prompt: str | None) -> float:
@@ -122,6 +132,7 @@ def _positions(first: Sequence[PlacedObject], second: Sequence[PlacedObject]) ->
 
 _QUESTIONS: dict[str, Callable[..., set[str]]] = {
     r"Is there an? (.+)\?": lambda scene, word: {"yes" if _named(scene, word) else "no"},
+    r"How many drawings are there\?": lambda scene: {COUNT_WORDS[len(scene.objects) - 1]},
     r"How many (.+) are there\?": lambda scene, word: {("no", *COUNT_WORDS)[len(_named(scene, word))]},
     r"(?:Is|Are) the (.+) large or small\?": lambda scene, word: {item.size for item in _named(scene, word)},
     r"What colour is the background\?": lambda scene: {scene.colour},

@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 from streaming import StreamingDataset
 
+from composer_prior.data.conversations import checked, message, unpack_images
 from composer_prior.emoji_scenes import drawings, writing
 from composer_prior.emoji_scenes.captions import COUNT_WORDS, LAST_NAMES, plural, true_relations, write_caption
+from composer_prior.emoji_scenes.questions import CATEGORIES, make_question
 from composer_prior.emoji_scenes.scenes import (
     BACKGROUNDS,
     CLASSES,
@@ -108,6 +110,27 @@ def test_streaming_reads_back_what_was_made(made: Path, split: str):
         image = Image.open(io.BytesIO(sample["image"]))
         image.load()
         assert (image.format, image.mode, image.size) == ("PNG", "RGB", (48, 48))
+
+
+def test_questions_are_conversations_of_one_image(tmp_path: Path):
+    """Training asks about scenes that are not held out; validation asks what the benchmark does."""
+    out = tmp_path / "questions"
+    make_emoji_scenes(out, **{**SMALL, "train_samples": 24}, questions=True, num_workers=0)
+    data = {split: StreamingDataset(local=str(out / split), shuffle=False, batch_size=1) for split in SPLITS}
+    for split, item in itertools.product(SPLITS, range(12)):
+        sample = data[split][item]
+        number, turn = divmod(item, len(CATEGORIES))
+        expected = make_question(CATEGORIES[turn], number, form="question", canvas=48, split=split)
+        (image,) = unpack_images(sample["images"])
+        assert Image.open(io.BytesIO(image)).tobytes() == draw_scene(expected.scene).tobytes()
+        asked, answer = checked(sample["messages"])
+        assert asked == {"role": "user", **message("user", expected.prompt, image=True)}
+        assert answer["content"] == [{"type": "text", "text": expected.texts[0]}]
+    make_emoji_scenes(out, **{**SMALL, "train_samples": 24}, questions=True)  # they are there
+    with pytest.raises(ValueError, match=r"questions: True there, False asked for"):
+        make_emoji_scenes(out, **{**SMALL, "train_samples": 24})
+    with pytest.raises(ValueError, match=r"clutter='none' is about captions"):
+        make_emoji_scenes(tmp_path / "other", **SMALL, questions=True, clutter="none")
 
 
 def test_captions_read_well(described):

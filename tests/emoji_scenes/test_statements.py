@@ -16,7 +16,7 @@ from tests.common.scene_oracle import answers, falsehoods
 
 ITEMS = 240
 FOILS = {category: [make_foils(category, index) for index in range(ITEMS)] for category in foils.CATEGORIES}
-CLOZES = {category: [make_question(category, index) for index in range(ITEMS)] for category in questions.CATEGORIES}
+CLOZES = {category: [make_question(category, index) for index in range(ITEMS)] for category in questions.CLOZES}
 QUESTIONS = {
     category: [make_question(category, index, form="question") for index in range(ITEMS)]
     for category in questions.CATEGORIES
@@ -117,12 +117,14 @@ def test_the_answer_is_right_and_the_others_are_wrong(category: str):
     for item in QUESTIONS[category]:
         assert answers(item.prompt, item.texts[0], item.scene)
         assert not any(answers(item.prompt, answer, item.scene) for answer in item.texts[1:])
-    for item in CLOZES[category]:
+    clozes = CLOZES.get(category, [])
+    for item in clozes:
         assert item.prompt is None
         assert not falsehoods(item.texts[0], item.scene)
         assert all(falsehoods(text, item.scene) for text in item.texts[1:])
-    assert [item.scene for item in QUESTIONS[category]] == [item.scene for item in CLOZES[category]]
-    assert len({len(item.texts) for item in [*QUESTIONS[category], *CLOZES[category]]}) == 1
+    assert [item.scene for item in clozes] == [item.scene for item in QUESTIONS[category]][: len(clozes)]
+    assert len(clozes) == (0 if category == "total" else ITEMS)
+    assert len({len(item.texts) for item in [*QUESTIONS[category], *clozes]}) == 1
 
 
 @pytest.mark.parametrize("category", questions.CATEGORIES)
@@ -138,14 +140,20 @@ def test_a_cloze_begins_like_a_caption():
     assert all(any(text.startswith(f"{beginning}: ") for text in captions) for beginning in beginnings)
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
 @pytest.mark.parametrize("make", [make_foils, make_question])
-def test_training_shows_no_scene_of_an_item(make):
+def test_training_shows_no_scene_of_an_item(make, split):
+    """And the questions to train on show no other."""
     categories = foils.CATEGORIES if make is make_foils else questions.CATEGORIES
+    options = {} if make is make_foils else {"form": "question", "split": split}
     for seed in (17, 3):
         for category in categories:
             for index in range(40):
-                scene = make(category, index, seed=seed).scene
-                assert is_held_out(list(scene.groups), scene.colour, seed)
+                item = make(category, index, seed=seed, **options)
+                held_out = is_held_out(list(item.scene.groups), item.scene.colour, seed)
+                assert held_out == (options.get("split") != "train")
+                if options:
+                    assert answers(item.prompt, item.texts[0], item.scene)
 
 
 def test_training_shows_no_scene_of_a_foil():

@@ -59,6 +59,28 @@ def test_an_oracle_is_right_in_every_category_and_by_chance_on_another_image(mak
     assert set(Counter(line["category"] for line in predictions).values()) == {600 / len(benchmark.categories)}
 
 
+def test_answers_are_right_where_a_model_generates_them_and_by_chance_on_another_image():
+    """Space, case and full stop of the oracle's do not count."""
+    benchmark = SceneQuestions(form="answer", samples=600)
+    assert benchmark.categories[-1] == "total"
+    figures, lines = run_benchmark(benchmark, SceneOracle())
+    assert all(figures[name]["value"] == 1 for name in ("generated", *(f"generated/{c}" for c in benchmark.categories)))
+    for category in ("total", "colour"):  # of what another image lacks, no answer is among those that are asked for
+        found, chance = (figures[f"{name}/{category}"]["value"] for name in ("generated_shuffled", "chance"))
+        assert abs(found - chance) < 3.5 * math.sqrt(chance * (1 - chance) / 100)
+    assert {*benchmark.headline.values()} & {*figures} == {"generated", "generated_shuffled", "chance"}
+    assert {line["generated"] for line in lines if line["category"] == "total"} == {
+        " One.",
+        " Two.",
+        " Three.",
+        " Four.",
+    }
+    blind, _ = run_benchmark(benchmark, Blind(), limit=1)
+    assert (blind["generated"]["value"], blind["generated_shuffled"]["value"]) == (0, 0)
+    alone, _ = run_benchmark(SceneQuestions(form="answer", samples=1), SceneOracle())
+    assert (alone["generated"]["value"], alone["generated_shuffled"]["value"]) == (1, None)
+
+
 @every_benchmark
 def test_a_model_that_ignores_its_image_stays_at_the_level_of_text_alone(make):
     benchmark = make(samples=300)
@@ -105,7 +127,7 @@ def test_samples_depend_on_nothing_but_the_arguments(make):
 def test_the_fingerprint_differs_where_samples_do(monkeypatch: pytest.MonkeyPatch):
     others = {"samples": 13, "canvas": 64, "seed": 3, "categories": ["size"]}
     made = [SceneFoils(samples=12), *(SceneFoils(**{"samples": 12, key: value}) for key, value in others.items())]
-    made += [SceneQuestions(samples=12), SceneQuestions(samples=12, form="question")]
+    made += [SceneQuestions(samples=12, form=form) for form in ("cloze", "question", "answer")]
     found = {benchmark.fingerprint for benchmark in made}
     assert len(found) == len(made)
     assert SceneFoils(samples=12).fingerprint in found
@@ -129,6 +151,7 @@ def test_they_are_registered_and_refuse_impossible_arguments():
         ({"categories": ["sise"]}, "Did you mean 'size'"),
         ({"split": "train"}, "split is not a key"),
         ({"form": "essay"}, "form='essay'"),
+        ({"categories": ["total"]}, "'total' is not a category"),
     ):
         with pytest.raises(ValueError, match=message):
             build("benchmark", "scene_questions", arguments, "benchmark")

@@ -32,7 +32,7 @@ def test_every_recipe_is_valid(name):
 
 def test_the_recipes_that_are_promised_are_there():
     assert {"reference", "prior_vit", "prior_patch", "ntp_vit", "ntp_patch", "prior_vit_l_14_336"} <= set(RECIPES)
-    assert {"stage1", "stage2"} <= set(RECIPES)
+    assert {"stage1", "stage2", "sft", "chat_vit"} <= set(RECIPES)
 
 
 @pytest.mark.parametrize("family", ["vit", "patch"])
@@ -49,7 +49,7 @@ def test_the_baseline_differs_by_prior_alone(family):
 def test_all_recipes_have_one_floor():
     given = [load(name).algorithms.get(method) for name in RECIPES for method in ("prior", "image_gain")]
     floors = [arguments["floor"] for arguments in given if arguments]
-    assert floors == [0.1] * 9
+    assert floors == [0.1] * 10
 
 
 def test_overrides_reach_the_recipes_inside():

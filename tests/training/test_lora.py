@@ -14,6 +14,7 @@ from composer_prior.models.language import build_language_model
 from composer_prior.models.lora import add_lora, merged, scaling_by, scaling_of
 from composer_prior.training.checkpoints.loading import read_weights
 from composer_prior.training.checkpoints.storage import find_weights
+from composer_prior.training.config import load_recipe
 from composer_prior.training.keys import check_keys
 from composer_prior.training.run import train
 
@@ -79,6 +80,27 @@ def test_a_resumed_run_and_two_ranks_with_fsdp2_have_the_losses_of_one(runs):
     assert theirs == pytest.approx(ours, abs=TOLERANCE)
 
 
+@pytest.mark.slow
+def test_a_model_folder_is_tuned_by_adapters(runs, tiles, monkeypatch, tmp_path):
+    """By sft.yaml; the tower and the rest of the language model stay as they are."""
+    monkeypatch.chdir(tmp_path)
+    small = ["precision=fp32", "parallelism_config=null", "optimizer.fused=false", "callbacks.memory_monitor=null"]
+    small += ["global_train_batch_size=8", "max_duration=4ba", "progress_bar=false", "scheduler.t_warmup=1ba"]
+    small += ["train_loader.num_workers=0", "train_loader.persistent_workers=false", "eval_loader=null"]
+    small += ["train_loader.dataset.remote=null", *(word for word in tiles if word.startswith("train_loader."))]
+    words = [*small, f"model.pretrained={runs[1]['stage1']}/model", "model.lora={r: 2}", "optimizer.lr=0.01"]
+    trainer = train(load_recipe(ROOT / "yamls/sft.yaml", words))
+    trained = {name for name, weight in trainer.state.model.named_parameters() if weight.requires_grad}
+    adapters = {name for name in trained if "lora_" in name}
+    assert adapters
+    assert trained - adapters == {name for name in trained if "projector" in name}
+    before, after = load(runs[1]["stage1"]), load("runs/sft")
+    for model in (after, load("runs/sft/checkpoints")):
+        assert likelihoods(model) == pytest.approx(likelihoods(trainer.state.model.image_text_model), abs=TOLERANCE)
+    assert likelihoods(after) != pytest.approx(likelihoods(before), abs=1e-2)
+    assert after.model.state_dict().keys() == before.model.state_dict().keys()
+
+
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_merged_weights_are_those_of_peft(tokenizer, use_rslora):
     model = small_lm(tokenizer)
@@ -100,8 +122,8 @@ def test_merged_weights_are_those_of_peft(tokenizer, use_rslora):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora": {"target_modules": ["none_such"]}}, "model.language.lora: Target modules .*none_such.* not found"),
-        ({"lora": {"target_modules": ["embed_tokens"]}}, "lora.target_modules: model.embed_tokens is no linear layer"),
+        ({"lora": {"target_modules": ["none_such"]}}, "^lora: Target modules .*none_such.* not found"),
+        ({"lora": {"target_modules": ["embed_tokens"]}}, "^lora.target_modules: model.embed_tokens is no linear layer"),
         ({"lora": {"r": 2}, "freeze": True}, "model.language.freeze=true: adapters are trained; set it to false"),
     ],
 )
@@ -122,3 +144,5 @@ def test_what_cannot_have_adapters_is_refused_in_one_line(tokenizer, settings, m
 def test_keys_of_lora_are_checked(given, message):
     with pytest.raises(ValueError, match=message):
         check_keys(recipe("ntp_vit", f"model.language.lora={{{given}}}"))
+    with pytest.raises(ValueError, match=message.replace("language.", "")):
+        check_keys(load_recipe("sft.yaml", [f"model.lora={{{given}}}"]))

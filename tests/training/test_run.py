@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from common.commands import train as main
-from common.recipes import NO_REPORT, ROOT, SHRUNKEN, VIT, losses, recipe, run_program
+from common.recipes import NO_REPORT, ROOT, SHRUNKEN, TOWER, VIT, losses, recipe, run_program
 from composer.core import Callback
+from PIL import Image
 from safetensors.torch import load_file
 
+from composer_prior import load
 from composer_prior.registry import register
 from composer_prior.training.config import load_recipe
 from composer_prior.training.run import train
@@ -137,6 +139,24 @@ def test_the_other_recipes_run(finished):
         assert [batch for batch, _ in losses(f"runs/{name}")] == [0, 1, 2, 3]
         assert not Path(f"runs/{name}/checkpoints").exists()
     assert losses("runs/ntp_vit") != losses("runs/prior_vit")
+
+
+def test_captions_and_questions_from_the_weights_of_the_quick_start(finished, capsys):
+    """The recipe reuses captions, tokenizer and reference; its model answers, and captions as before."""
+    smaller = [word for word in SHRUNKEN if not word.startswith(("reference.", "tokenizer."))]
+    train(load_recipe("chat_vit.yaml", [*smaller, *TOWER, "benchmarks.scene_questions.samples=6"]))
+    output = capsys.readouterr().out
+    assert "Data: making emoji_scenes in data/emoji_questions" in output
+    assert "Weights: language, projector, vision from runs/prior_vit/checkpoints/ep0-ba4-rank0.pt" in output
+    logged = [json.loads(line) for line in Path("runs/chat_vit/metrics.jsonl").read_text().splitlines()]
+    assert logged[0]["prior/questions/effective_sample_size"] == 1 > logged[0]["prior/captions/effective_sample_size"]
+    assert all(0 < logged[-1][f"metrics/eval/{name}/loss"] < 20 for name in ("captions", "questions"))
+    assert 0 <= logged[-1]["eval/scene_questions/generated"] <= 1
+    assert f"answers right {logged[-1]['eval/scene_questions/generated']:.3f}" in output
+    model, image = load("runs/chat_vit"), Image.new("RGB", (48, 48))
+    asked = model.inputs([image], "How many drawings are there?")["input_ids"][0]
+    assert model.tokenizer.decode(asked).replace("<image>", "") == "<bos>\nHow many drawings are there?"
+    assert torch.equal(model.inputs([image])["input_ids"], load("runs/prior_vit").inputs([image])["input_ids"])
 
 
 @pytest.mark.slow
