@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.families import save_family
 from common.models import small_lm
 from common.recipes import ROOT, SHRUNKEN, VIT, fork_ranks, losses, recipe
 from PIL import Image
 from torch import nn
 
 from composer_prior import load
+from composer_prior.data.tokenizer import build_tokenizer
+from composer_prior.models.hugging_face import build_hugging_face
 from composer_prior.models.language import build_language_model
 from composer_prior.models.lora import add_lora, merged, scaling_by, scaling_of
 from composer_prior.training.checkpoints.loading import read_weights
@@ -99,6 +102,18 @@ def test_a_model_folder_is_tuned_by_adapters(runs, tiles, monkeypatch, tmp_path)
         assert likelihoods(model) == pytest.approx(likelihoods(trainer.state.model.image_text_model), abs=TOLERANCE)
     assert likelihoods(after) != pytest.approx(likelihoods(before), abs=1e-2)
     assert after.model.state_dict().keys() == before.model.state_dict().keys()
+
+
+def test_adapters_in_a_model_of_transformers(tmp_path):
+    """Its head is beside the language model, and is frozen with it."""
+    save_family("llava", tmp_path / "vlm", [f"two red hammers, photo {number}" for number in range(20)])
+    tokenizer = build_tokenizer({"name": str(tmp_path / "vlm"), "image_tokens": False})
+    model = build_hugging_face(tokenizer, pretrained=str(tmp_path / "vlm"), freeze=["vision"], lora={"r": 2})
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    adapters = {name for name in trained if "lora_" in name}
+    assert len(adapters) == 2 * 7 * 2  # A and B of seven layers in each of two blocks
+    assert all("language_model" in name for name in adapters)
+    assert {name.rpartition(".multi_modal_projector.")[1] for name in trained - adapters} == {".multi_modal_projector."}
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
