@@ -9,6 +9,7 @@ from common.chats import png
 from streaming.base.local import LocalDataset
 
 from composer_prior.conversion.convert import convert_captions
+from composer_prior.conversion.options import ConversionError
 from composer_prior.conversion.sources import SourceError
 from composer_prior.data.conversations import unpack_images
 
@@ -62,12 +63,31 @@ OPENAI = [
 
 
 def lines(folder, entries, name="data.jsonl"):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for file, data in PICTURES.items():
         (folder / file).write_bytes(data)
     text = json.dumps(entries) if name.endswith("json") else "".join(json.dumps(one) + "\n" for one in entries)
     (folder / name).write_text(text)
     return folder / name
+
+
+def written(folder, entries, form):
+    """A list or table of entries in a folder beside the pictures."""
+    source = lines(folder, entries, f"data.{form}")
+    if form == "hf":
+        source.unlink()
+        pytest.importorskip("datasets").Dataset.from_list(entries).save_to_disk(folder)
+        return folder
+    if form == "parquet":
+        parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+        parquet.write_table(arrow.Table.from_pylist(entries), source)
+    if form in ("csv", "tsv"):
+        with source.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*entries[0]], delimiter={"csv": ",", "tsv": "\t"}[form])
+            writer.writeheader()
+            for entry in entries:
+                writer.writerow({k: json.dumps(v) if isinstance(v, list) else v for k, v in entry.items()})
+    return source
 
 
 def converted(source, out, **options):
@@ -220,6 +240,61 @@ def test_questions_with_several_answers(tmp_path):
     assert summary.reasons == {"malformed record": 1}
 
 
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet", "hf"])
+def test_questions_and_mmc4_are_read_from_tables_as_from_json(form, tmp_path):
+    asks = [{"id": str(n), "image": f"{n}.png", "question": f"{n}?", "answers": ["b", "a", "a"]} for n in (0, 1)]
+    source = written(tmp_path / "in", asks, form)
+    _, samples = converted(source, tmp_path / "out")
+    assert samples == [(asked(f"{n}?", "a"), [PICTURES[f"{n}.png"]]) for n in (0, 1)]
+    _, samples = converted(source, tmp_path / "text", image_column="none")
+    assert [(turns[0]["content"], images) for turns, images in samples] == [([TEXT(f"{n}?")], []) for n in (0, 1)]
+    document = {**of_mmc4(["One.", "Two."], ("2.png", 1)), "path": "shard_1"}
+    _, samples = converted(written(tmp_path / "mmc4", [document], form), tmp_path / "mds")
+    content = [TEXT("One."), IMAGE, TEXT("Two.")]
+    assert samples == [([{"role": "document", "content": content}], [PICTURES["2.png"]])]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet", "hf"])
+@pytest.mark.parametrize("name", ["image_id", "imageId", "img_url"])
+def test_a_question_whose_image_has_another_name_is_not_one_of_text(name, form, tmp_path):
+    entries = [{name: "0.png", "question": "What?", "answer": "red"}]
+    source = written(tmp_path / "in", entries, form)
+    with pytest.raises(ConversionError, match=f"1 missing image.*: '{name}' may name one: .* image_column=none"):
+        converted(source, tmp_path / "out")
+    _, samples = converted(source, tmp_path / "given", image_column=name)
+    assert samples == [(asked("What?", "red"), [PICTURES["0.png"]])]
+    _, ((messages, images),) = converted(source, tmp_path / "text", image_column="none")
+    assert (messages[0]["content"], images) == ([TEXT("What?")], [])
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "hf"])
+def test_a_table_of_texts_and_of_images_by_another_name_is_refused(form, tmp_path):
+    source = written(tmp_path / "in", [{"image_id": "0.png", "caption": "A tile."}], form)
+    with pytest.raises(SourceError, match="no column of images, but image_id; choose it with image_column=, or"):
+        converted(source, tmp_path / "out")
+    _, samples = converted(source, tmp_path / "given", image_column="image_id")
+    assert [images for _, images in samples] == [[PICTURES["0.png"]]]
+
+
+@pytest.mark.parametrize("answers", [{"text": ["a"]}, "b"])
+def test_a_text_of_the_record_stands_before_its_question(answers, tmp_path):
+    turns = [{"role": "user", "content": "<image>Hi"}, {"role": "assistant", "content": "Hello"}]
+    entry = {"image": "0.png", "question": "q", "answers": answers}
+    for name, given, options in (("messages", turns, {}), ("caption", "A tile.", {}), ("response", "A tile.", {})):
+        options = {"caption_column": name} if name == "response" else options
+        source = written(tmp_path / name / "in", [{**entry, name: given}], "jsonl")
+        _, ((messages, images),) = converted(source, tmp_path / name / "out", **options)
+        assert messages[-1]["content"] == [TEXT("Hello" if name == "messages" else given)]
+        assert images == [PICTURES["0.png"]]
+
+
+def test_a_question_id_that_no_answer_can_have_is_told_in_one_line(tmp_path):
+    source, _ = of_vqa(tmp_path / "in")
+    source.write_text(json.dumps({"questions": [{"question_id": [1], "image_id": 1, "question": "q"}]}))
+    with pytest.raises(SourceError, match=r"not questions of VQA.*TypeError unhashable type"):
+        converted(source, tmp_path / "out")
+
+
 def test_captions_of_coco_are_answers_to_their_image(tmp_path):
     images = [{"id": 9, "file_name": "0.png"}, {"id": 10, "file_name": "1.png"}]
     notes = [{"image_id": 9, "id": n, "caption": text} for n, text in enumerate(["A tile.", "One tile."])]
@@ -296,18 +371,7 @@ def test_learn_is_refused_where_no_conversation_is_read(tmp_path):
 def test_text_alone_of_any_list_and_beside_a_column_that_is_no_image(form, options, tmp_path):
     entries = [{"text": "One, here.", **({"path": "src/a.py"} if options else {})}, {"text": "Two."}]
     entries[1] |= {"path": "src/b.py"} if options else {}
-    source = tmp_path / f"texts.{form}"
-    if form == "parquet":
-        parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-        parquet.write_table(arrow.Table.from_pylist(entries), source)
-    elif form == "jsonl":
-        source.write_text("".join(json.dumps(one) + "\n" for one in entries))
-    else:
-        with source.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*entries[0]], delimiter={"csv": ",", "tsv": "\t"}[form])
-            writer.writeheader()
-            writer.writerows(entries)
-    _, samples = converted(source, tmp_path / "out", learn="all", **options)
+    _, samples = converted(written(tmp_path / "in", entries, form), tmp_path / "out", learn="all", **options)
     assert samples == [([{"role": "document", "content": [TEXT(one["text"])]}], []) for one in entries]
 
 

@@ -20,7 +20,7 @@ from composer_prior.conversion.sources.base import (
     pick_columns,
 )
 from composer_prior.conversion.sources.files import beginning, describe, file_unit, kind_of, parquet_problem
-from composer_prior.conversion.sources.records import conversation_of, record_of
+from composer_prior.conversion.sources.records import chat_of, record_of
 from composer_prior.data.messages import one_line
 
 _ROWS_AT_ONCE = 32
@@ -31,23 +31,17 @@ _UNPACKED = 64 << 20  # bytes of a row group's columns that are accepted without
 class _ArrowSource(Source):
     """A table with a column of images, as bytes or paths, and one of captions."""
 
-    image: str
-    caption: str
-
-    @property
-    def columns(self) -> list[str]:
-        names = [self.image, self.caption, *filter(None, [self.options.key_column]), *[SPANS] * self.has_spans]
-        return [name for name in dict.fromkeys(names) if name]
+    columns: list[str]  # to be read
 
     def record(self, entry: dict[str, Any], number: int, where: str, repeated: bool) -> Record | Rejected:
         """Return the record of one row."""
         given = entry.get(self.options.key_column) if self.options.key_column else None
         key, spans = str(number if given is None else given), entry.get(SPANS)
         if self.options.learn is not None:
-            image, text = entry.get(self.image), entry.get(self.caption)
-            chat = conversation_of(image, text, key, where, self.options.learn, self.options.key_column is not None)
+            chat = chat_of(entry, key, where, self.options, self.options.key_column is not None)
             return Rejected(key, "duplicate key", where) if repeated else chat
-        record = record_of(entry.get(self.image), entry.get(self.caption), spans, key, where, has_spans=SPANS in entry)
+        image, caption = (entry.get(str(name)) for name in (self.options.image_column, self.options.caption_column))
+        record = record_of(image, caption, spans, key, where, has_spans=SPANS in entry)
         if repeated and isinstance(record, Record):
             return Rejected(key, "duplicate key", where, count=max(1, len(record.captions)))
         return record
@@ -56,11 +50,15 @@ class _ArrowSource(Source):
 def _columns(names: list[str], options: SourceOptions, where: str, folder: Path) -> dict[str, Any]:
     """Return the fields of a source that depend on its columns."""
     image, caption = pick_columns(names, options, where)
-    image = image if image in names else ""
     if options.key_column:
         pick(names, options.key_column, (), "key_column", where)
-    images = options.images_folder() or folder.resolve()
-    return {"image": image, "caption": caption, "images": images, "has_spans": SPANS in names}
+    wanted = (image, caption, options.key_column, SPANS) if caption else names
+    return {
+        "options": replace(options, image_column=image, caption_column=caption),
+        "columns": [name for name in names if name in wanted],
+        "images": options.images_folder() or folder.resolve(),
+        "has_spans": SPANS in names,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +84,7 @@ class ParquetSource(_ArrowSource):
                 bad.append(BadFile.of(file.relative_to(root).as_posix(), one_line(error, 200)))
                 continue
             fields = _columns(names, options, file.name, root)
-            return cls(root=root, files=tuple(files), options=options, folder=root.resolve(), **fields)
+            return cls(root=root, files=tuple(files), folder=root.resolve(), **fields)
         raise SourceError(f"{root}: none of its {len(files)} Parquet files can be read: {describe(bad)}.")
 
     def bad_files(self) -> Iterator[BadFile]:
@@ -154,7 +152,7 @@ class HFSource(_ArrowSource):
     def open(cls, path: Path, options: SourceOptions) -> "HFSource":
         data = _load_saved(path, options.split)
         fields = _columns(data.column_names, options, str(path), path)
-        return cls(path=path, options=options, folder=path.resolve(), total=len(data), **fields)
+        return cls(path=path, folder=path.resolve(), total=len(data), **fields)
 
     def units(self) -> Iterator[tuple[str, int, int, tuple[int, ...]]]:
         data, seen = _load_saved(self.path, self.options.split), Seen()

@@ -23,7 +23,7 @@ CAPTION_COLUMNS = (
 )  # fmt: skip
 CHAT_COLUMNS = ("messages", "conversations", "texts", *CAPTION_COLUMNS)
 CHAT_IMAGE_COLUMNS = ("images", *IMAGE_COLUMNS)
-NO_IMAGES = "none"  # instead of a column of images
+ANSWER_COLUMNS = ("multiple_choice_answer", "answer", "answers")  # beside one of questions
 _URL_COLUMNS = ("url", "image_url", "img_url", "urls")
 KEY_COLUMNS = ("id", "key", "__key__")
 _SEEN_CACHE_KIB = 64 << 10
@@ -183,16 +183,28 @@ def pick(names: Sequence[str], wanted: str | None, usual: Sequence[str], option:
     return chosen
 
 
-def pick_columns(names: Sequence[str], options: SourceOptions, where: str) -> tuple[str, str]:
+def may_be_image(name: Any) -> bool:
+    """Return whether a field may name an image, though by none of the usual names."""
+    return str(name).lower().startswith(("image", "img")) and name not in (*CHAT_IMAGE_COLUMNS, SPANS)
+
+
+def pick_columns(names: Sequence[str], options: SourceOptions, where: str) -> tuple[str | None, str | None]:
     """Return the columns of images and captions, or raise SourceError if one is missing.
 
-    With ``learn`` the first may be :data:`NO_IMAGES`.
+    With ``learn`` each may be None: there is no column of images, or the text is made of several columns.
     """
     if options.learn is not None:
-        image = options.image_column or next((name for name in CHAT_IMAGE_COLUMNS if name in names), NO_IMAGES)
-        if image != NO_IMAGES:
+        image = options.image_column or next((name for name in CHAT_IMAGE_COLUMNS if name in names), None)
+        if image not in (None, "none"):
             pick(names, image, (), "image_column", where)
-        return image, pick(names, options.caption_column, CHAT_COLUMNS, "caption_column", where)
+        made = {"text_list", "image_info"} <= {*names} or ("question" in names and {*names} & {*ANSWER_COLUMNS})
+        if made and not {*names} & {*CHAT_COLUMNS} and options.caption_column is None:
+            return options.image_column, None
+        caption = pick(names, options.caption_column, CHAT_COLUMNS, "caption_column", where)
+        if image is None and (other := next(filter(may_be_image, names), None)) is not None:
+            remedy = "choose it with image_column=, or read text alone with image_column=none"
+            raise SourceError(f"{where}: no column of images, but {other}; {remedy}.")
+        return image, caption
     image = pick(names, options.image_column, IMAGE_COLUMNS, "image_column", where)
     return image, pick(names, options.caption_column, CAPTION_COLUMNS, "caption_column", where)
 

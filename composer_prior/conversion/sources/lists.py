@@ -12,8 +12,6 @@ from typing import Any
 
 from composer_prior.conversion.sources.base import (
     CAPTION_COLUMNS,
-    CHAT_COLUMNS,
-    CHAT_IMAGE_COLUMNS,
     IMAGE_COLUMNS,
     KEY_COLUMNS,
     SPANS,
@@ -29,7 +27,7 @@ from composer_prior.conversion.sources.base import (
 from composer_prior.conversion.sources.files import beginning, kind_of
 from composer_prior.conversion.sources.images import find_inside
 from composer_prior.conversion.sources.lines import LINE_LIMIT, encoding_of, header_of, lines, open_text, rows
-from composer_prior.conversion.sources.records import conversation_of, image_of, record_of, usual_fields, value_of
+from composer_prior.conversion.sources.records import chat_of, conversation_of, image_of, record_of, value_of
 from composer_prior.data.files import MAX_JSON_BYTES, bounded, parse_json
 from composer_prior.data.images import ImageError
 
@@ -240,15 +238,18 @@ def _read_questions(path: Path, data: dict[str, Any], options: SourceOptions) ->
     beside = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
     try:
         answers = {one["question_id"]: one for one in _read_object(beside)["annotations"]}
-        questions = [(one["question_id"], one["image_id"], one["question"]) for one in data["questions"]]
+        questions = [
+            (one["question_id"], one["image_id"], one["question"], answers.get(one["question_id"], {}))
+            for one in data["questions"]
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(
             f"{path}: not questions of VQA, which need 'questions' (question_id, image_id, question) and, in "
             f"{beside.name}, 'annotations' (question_id, multiple_choice_answer): {type(error).__name__} {error}."
         ) from error
-    for number, (question_id, image_id, question) in enumerate(questions):
+    for number, (question_id, image_id, question, answer) in enumerate(questions):
         image = f"COCO_{data.get('data_subtype')}_{image_id!s:0>12}.jpg"
-        entry = {**answers.get(question_id, {}), "id": question_id, "image": image, "question": question}
+        entry = {**answer, "id": question_id, "image": image, "question": question}
         yield entry_record(entry, str(question_id), f"{path.name}:questions[{number}]", options)
 
 
@@ -300,15 +301,10 @@ def entry_record(entry: Any, key: str, where: str, options: SourceOptions) -> Re
         return Rejected(key, "malformed record", where, "not an object")
     given = value_of(entry, options.key_column, KEY_COLUMNS)
     name = str(given) if isinstance(given, (str, int)) and str(given) else None
-    chat = options.learn is not None
-    try:
-        entry = usual_fields(entry) if chat else entry
-    except (KeyError, TypeError, ValueError) as error:
-        return Rejected(name or key, "malformed record", where, f"{type(error).__name__} {error}"[:200])
-    image = value_of(entry, options.image_column, CHAT_IMAGE_COLUMNS if chat else IMAGE_COLUMNS)
-    caption = value_of(entry, options.caption_column, CHAT_COLUMNS if chat else CAPTION_COLUMNS)
     if options.learn is not None:
-        return conversation_of(image, caption, name or key, where, options.learn, name is not None)
+        return chat_of(entry, name or key, where, options, name is not None)
+    image = value_of(entry, options.image_column, IMAGE_COLUMNS)
+    caption = value_of(entry, options.caption_column, CAPTION_COLUMNS)
     key = name or (image if isinstance(image, str) and 0 < len(image) < 256 and image[:5] != "data:" else key)
     return record_of(image, caption, entry.get(SPANS), key, where, name is not None, SPANS in entry)
 

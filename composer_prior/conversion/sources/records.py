@@ -7,7 +7,15 @@ from contextlib import suppress
 from operator import ne
 from typing import Any
 
-from composer_prior.conversion.sources.base import Record, Rejected
+from composer_prior.conversion.sources.base import (
+    ANSWER_COLUMNS,
+    CHAT_COLUMNS,
+    CHAT_IMAGE_COLUMNS,
+    Record,
+    Rejected,
+    SourceOptions,
+    may_be_image,
+)
 from composer_prior.data.files import parse_json
 from composer_prior.data.images import ImageError, image_in_text
 
@@ -30,29 +38,51 @@ def value_of(entry: dict[str, Any], wanted: str | None, usual: Sequence[str]) ->
     return next((entry[name] for name in usual if name in entry), None)
 
 
-def usual_fields(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return an entry of MMC4, or a question with answers, with the fields that :func:`conversation_of` reads.
+def chat_of(
+    entry: dict[str, Any], key: str, where: str, options: SourceOptions, explicit: bool = False
+) -> Record | Rejected:
+    """Return a :class:`Record` of messages from the fields of an entry, see :func:`conversation_of`."""
+    image = value_of(entry, options.image_column, CHAT_IMAGE_COLUMNS)
+    text = value_of(entry, options.caption_column, CHAT_COLUMNS)
+    if not text and options.caption_column is None:
+        try:
+            images, text = _made_of(entry, image)
+            image = images if options.image_column is None else image
+        except (KeyError, TypeError, ValueError) as error:
+            return Rejected(key, "malformed record", where, f"{type(error).__name__} {error}"[:200])
+    record = conversation_of(image, text, key, where, str(options.learn), explicit)
+    if isinstance(record, Record) and not record.images and options.image_column is None:
+        other = next((name for name, value in entry.items() if value and may_be_image(name)), None)
+        if other is not None:
+            remedy = "name the field of the image with image_column=, or read text alone with image_column=none"
+            return Rejected(key, "missing image", where, f"{other!r} may name one: {remedy}")
+    return record
+
+
+def _made_of(entry: dict[str, Any], image: Any) -> tuple[Any, Any]:
+    """Return images and text of an entry of MMC4, or of a question with answers about ``image``.
 
     An image of MMC4 stands before the sentence that it matches. Of several answers the most frequent one is taken, the
     first of equal ones. Raises KeyError, TypeError or ValueError for an entry that is not as these data sets have it.
     """
     if "text_list" in entry and "image_info" in entry:
-        shown: dict[int, list[Any]] = {number: [] for number in range(len(entry["text_list"]))}
-        for image in entry["image_info"]:
-            shown[image["matched_text_index"]].append(image["image_name"])
+        sentences, about = _parsed(entry["text_list"]), _parsed(entry["image_info"])
+        shown: dict[int, list[Any]] = {number: [] for number in range(len(sentences))}
+        for one in about:
+            shown[one["matched_text_index"]].append(one["image_name"])
         images, texts = list[Any](), list[Any]()
-        for names, text in zip(shown.values(), entry["text_list"], strict=True):
+        for names, text in zip(shown.values(), sentences, strict=True):
             if names or not texts:
                 images += [*names, None]
                 texts += [*[None] * len(names), []]
             texts[-1].append(text)
-        return {**entry, "images": images, "texts": [None if one is None else " ".join(one) for one in texts]}
-    answers = next(filter(None, map(entry.get, ("multiple_choice_answer", "answer", "answers"))), None)
-    if "question" in entry and answers is not None and "texts" not in entry:
+        return images, [None if one is None else " ".join(one) for one in texts]
+    answers = _parsed(next(filter(None, map(entry.get, ANSWER_COLUMNS)), None))
+    if "question" in entry and answers:
         each = answers if isinstance(answers, list) else [answers]
         counted = Counter(one["answer"] if isinstance(one, dict) else one for one in each)
-        return {**entry, "texts": [{"user": entry["question"], "assistant": counted.most_common(1)[0][0]}]}
-    return entry
+        return image, [{"user": entry["question"], "assistant": counted.most_common(1)[0][0]}]
+    return image, None
 
 
 def record_of(
@@ -93,9 +123,7 @@ def conversation_of(
     with None, or "", in the places of texts. Images that no text names stand before the first one; a text with images
     is the answer to them, unless all text is learned. Several texts of one image are captions, which are rejected.
     """
-    if isinstance(text, str) and text.startswith("["):
-        with suppress(ValueError):
-            text = parse_json(text)
+    text = _parsed(text)
     if isinstance(text, (list, tuple)) and len(text) == 1 and isinstance(text[0], str):
         text = text[0]
     given = [*image] if isinstance(image, (list, tuple)) else [image]
@@ -205,11 +233,17 @@ def decode_text(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
 
 
-def _turns(value: Any) -> list[Turn] | None:
-    """Return the turns of a conversation; None for anything else."""
+def _parsed(value: Any) -> Any:
+    """Return the list that a text is in JSON, or any other value as it is."""
     if isinstance(value, str) and value.startswith("["):
         with suppress(ValueError):
-            value = parse_json(value)
+            return parse_json(value)
+    return value
+
+
+def _turns(value: Any) -> list[Turn] | None:
+    """Return the turns of a conversation; None for anything else."""
+    value = _parsed(value)
     if not (isinstance(value, (list, tuple)) and value and all(isinstance(turn, dict) for turn in value)):
         return None
     if not any("from" in turn or "role" in turn for turn in value):
