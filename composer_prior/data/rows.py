@@ -64,7 +64,7 @@ class RowsDataset(CheckedDataset):
     packing_ratio: float | Literal["auto"] | None = None
     max_tokens: int
     workers = 1  # of the loader
-    done = 0  # batches of this epoch
+    left = 0  # batches of this epoch
     _goes_on = True  # the next sample is not the first again
     _places: tuple[Place, ...] = ()  # of this rank's workers, the next to deliver first
     _resumed: int | None = None  # the epoch that begins at these places
@@ -132,17 +132,19 @@ class RowsDataset(CheckedDataset):
         it.on_exit()
         self.raise_failure()
 
-    def begin(self) -> int:
-        """Begin an epoch, or the rest of the one of a checkpoint, and return how many of its batches are done."""
+    def begin(self, batches: int) -> int:
+        """Begin an epoch of some batches, or the rest of the one of a checkpoint, and return how many are left."""
         if self._resumed is None or self.next_epoch > self._resumed:
-            self._resumed, self.done = None, 0
+            self._resumed, self.left = None, batches
             self._places = tuple(map(Place, range(self.workers)))
-        return self.done
+        elif not self.left:
+            self.next_epoch = self._resumed + 1  # the workers count the others, but do not begin this one
+        return self.left
 
     def deliver(self, place: Sequence[Any]) -> None:
         """Note how far the worker of the next batch is; workers deliver in turn."""
         self._places = (*self._places[1:], Place(*place))
-        self.done += 1
+        self.left -= 1
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Return the state, with the places of all ranks' workers in the middle of an epoch; every rank must call it.
@@ -155,7 +157,7 @@ class RowsDataset(CheckedDataset):
         rows = None
         if num_samples and self._places:
             places = dist.all_gather_object(self._places)
-            rows = {"done": self.done, "batch_size": self.batch_size, "places": places}
+            rows = {"left": self.left, "packed": self._packed, "places": places}
         return {**state, "sample_in_epoch": 0, "rows": json.dumps(rows)}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
@@ -165,22 +167,27 @@ class RowsDataset(CheckedDataset):
             ValueError: for one from the middle of an epoch that other ranks or workers have begun, or without rows.
         """
         rows = json.loads(obj.get("rows") or "null")
-        if rows is not None or obj["sample_in_epoch"]:
-            theirs = ours = "unpacked"
-            packed = "packed by {} ranks with {} workers and {} rows each"
-            if rows is not None:
-                theirs = packed.format(len(rows["places"]), len(rows["places"][0]), rows["batch_size"])
-            if self.packing_ratio is not None:
-                ours = packed.format(dist.get_world_size(), self.workers, self.batch_size)
-            if theirs != ours:
-                raise ValueError(
-                    f"The checkpoint is from the middle of an epoch that was {theirs}, and would go on {ours}: "
-                    "take the same, or a checkpoint from the end of an epoch."
-                )
+        theirs = rows["packed"] if rows else "unpacked"
+        unfinished = rows["left"] if rows else obj["sample_in_epoch"]
+        if unfinished and theirs != self._packed:
+            raise ValueError(
+                f"The checkpoint is from the middle of an epoch that was {theirs}, and would go on {self._packed}: "
+                "take the same, or a checkpoint from the end of an epoch."
+            )
         super().load_state_dict({key: value for key, value in obj.items() if key != "rows"})
         if rows is not None:
-            self._places = tuple(Place(*place) for place in rows["places"][dist.get_global_rank()])
-            self._resumed, self.done = obj["epoch"], rows["done"]
+            self._resumed, self.left = obj["epoch"], rows["left"]
+            places = rows["places"][dist.get_global_rank()] if unfinished else map(Place, range(self.workers))
+            self._places = tuple(Place(*place) for place in places)
+
+    @property
+    def _packed(self) -> str:
+        """Return what the rows of an epoch depend on beside the seed."""
+        if self.packing_ratio is None:
+            return "unpacked"
+        nodes = self._parallel_rank_world.num_nodes
+        ranks = f"{dist.get_world_size()} ranks on {nodes} nodes"
+        return f"packed by {ranks} with {self.workers} workers and {self.batch_size} rows each"
 
 
 class RowsLoader(StreamingDataLoader):
@@ -199,10 +206,11 @@ class RowsLoader(StreamingDataLoader):
         dataset.workers = max(1, self.num_workers)
 
     def __len__(self) -> int:
-        return int(len(self.dataset) / (cast(int, self.batch_size) * self.dataset.samples_per_row))
+        batches = int(len(self.dataset) / (cast(int, self.batch_size) * self.dataset.samples_per_row))
+        return batches - batches % self.dataset.workers  # each worker has as many samples, and delivers in turn
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for batch in islice(super().__iter__(), len(self) - self.dataset.begin()):
+        for batch in islice(super().__iter__(), self.dataset.begin(len(self))):
             self.dataset.deliver(batch.pop(_PLACE))
             yield batch
 

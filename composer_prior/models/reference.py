@@ -76,7 +76,7 @@ class ReferenceLM:
     def shard(self, device: torch.device | str) -> "ReferenceLM":
         """Keep one part of the weights of the first rank on each (FSDP2); a pass gathers them block by block.
 
-        All ranks must then score as many captions as each other, and do so together. They compute on the device.
+        All ranks must then score their captions together. They compute on the device.
         """
         from composer_prior.models.sharding import shard_from_first_rank  # here: models work without Composer
 
@@ -113,7 +113,12 @@ class ReferenceLM:
             input_ids, labels = F.pad(input_ids, (1, 0), value=bos), F.pad(labels, (1, 0), value=IGNORE_INDEX)
         ids, targets, positions, lengths = left_pack(input_ids, keep, labels)  # [B, S]
         packed = torch.zeros(ids.shape, dtype=torch.float32, device=device)
-        for rows in lengths.argsort().split(self.batch_size):
+        passes = lengths.argsort().split(self.batch_size)
+        if isinstance(self._scorer, FSDPModule):
+            most = torch.tensor(len(passes), device=device)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+            passes = (*[passes[0][:1]] * (int(most) - len(passes)), *passes)  # of the shortest, which comes again
+        for rows in passes:
             longest = int(lengths[rows].max())
             packed[rows, :longest] = self._score(ids[rows, :longest], targets[rows, :longest])
         if isinstance(self._scorer, FSDPModule):

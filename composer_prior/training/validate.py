@@ -223,7 +223,10 @@ def _check_samples(where: str, loader: Any) -> None:
     """Raise if a data set gives no batch: Composer would wait for one for ever, or train on nothing."""
     if len(loader) == 0:
         key = f"{where.removesuffix('train_loader')}global_train_batch_size"
-        first = f"{loader.batch_size * loader.dataset.samples_per_row:g} of its first batch"
+        workers = loader.dataset.workers  # 1 but for packed rows, of which each delivers as many batches
+        first = f"{workers * loader.batch_size * loader.dataset.samples_per_row:g} of its first batch"
+        if workers > 1:
+            first, key = f"{first}es, one of each worker", f"{key} or {where}.num_workers"
         remedy = f"lower {key}" if where.endswith("train_loader") else f"set {where}.drop_last=false"
         raise ValueError(
             f"{where}: of {loader.dataset.num_samples} samples each rank gets {len(loader.dataset)}, fewer than the "

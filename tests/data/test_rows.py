@@ -83,7 +83,7 @@ def test_rows_of_a_mixture_are_full(tokenizer, tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_samples_are_read_once_before_any_is_read_again(mixture, model, workers):
     loader = open_rows(mixture, model, workers=workers, packing_ratio=1).dataloader  # more batches than the data fill
-    assert len(loader) == 150 // 2
+    assert len(loader) == (74 if workers else 75)
     batches = [batch["sample_id"] for batch in loader]
     for worker, of_worker in enumerate([76, 74] if workers else [150]):  # by the two of a batch
         seen = torch.cat(batches[worker :: max(1, workers)]).tolist()  # they deliver in turn
@@ -104,7 +104,7 @@ def test_a_loader_goes_on_in_the_middle_of_an_epoch(workers, done, ratio, mixtur
     """In the second one, twice, and then with the third; also where samples come again."""
     whole = open_rows(mixture, model, workers=workers, packing_ratio=ratio).dataloader
     epochs = [[*whole] for _ in range(3)]
-    assert [len(epoch) for epoch in epochs] == [int(75 / ratio)] * 3
+    assert [len(epoch) for epoch in epochs] == [int(75 / ratio) - (workers == 3)] * 3  # each worker delivers as many
     assert epochs[0][0]["sample_id"].tolist() != epochs[1][0]["sample_id"].tolist()
     begun = open_rows(mixture, model, workers=workers, packing_ratio=ratio).dataloader
     list(begun)
@@ -129,20 +129,55 @@ def test_a_loader_goes_on_in_the_middle_of_an_epoch(workers, done, ratio, mixtur
     same([*third], epochs[2])
 
 
-def test_a_state_of_other_workers_or_without_rows_is_refused(mixture, model):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_goes_on_after_the_last_batch_of_an_epoch(workers, mixture, model):
+    """Composer writes such a state before it counts the epoch; any number of workers may go on."""
+    whole = open_rows(mixture, model, workers=workers).dataloader
+    epochs = [[*whole] for _ in range(3)]
+    begun = open_rows(mixture, model, workers=workers).dataloader
+    same([*begun], epochs[0])
+    iterator = iter(begun)
+    same([next(iterator) for _ in epochs[1]], epochs[1])
+    state = json.loads(json.dumps(begun.dataset.state_dict(2 * len(epochs[1]), True)))
+    del iterator, begun
+    resumed = open_rows(mixture, model, workers=workers).dataloader
+    resumed.dataset.load_state_dict(state)
+    assert [*resumed] == []
+    same([*resumed], epochs[2])
+    other = open_rows(mixture, model, workers=3).dataloader
+    other.dataset.load_state_dict(state)
+    assert [len([*other]) for _ in range(3)] == [0, 24, 24]
+
+
+@pytest.mark.parametrize("samples", [40, 60])
+def test_workers_deliver_as_many_batches_as_each_other(samples, model, tmp_path):
+    """Else some would read samples again, while those of others are left out."""
+    folder = write_chats(tmp_path / "data", [document(3) for _ in range(samples)])
+    loader = open_rows(folder, model, workers=4, packing_ratio=2).dataloader  # of 10 and 15 batches
+    found = torch.cat([batch["sample_id"] for batch in loader])
+    assert len(loader) % 4 == 0
+    assert len({*found.tolist()}) == samples
+
+
+def test_a_state_of_other_workers_or_without_rows_is_refused(mixture, model, monkeypatch):
     begun = open_rows(mixture, model, workers=2).dataloader
     iterator = iter(begun)
     next(iterator)
     state = begun.dataset.state_dict(2, True)
     del iterator, begun
-    was = "^The checkpoint is from the middle of an epoch that was packed by 1 ranks with 2 workers and 2 rows each, "
+    ours = "packed by 1 ranks on 1 nodes with 2 workers and 2 rows each"
+    was = f"^The checkpoint is from the middle of an epoch that was {ours}, "
     for options, would in (
-        ({"workers": 3}, "packed by 1 ranks with 3 workers and 2 rows each"),
-        ({"workers": 2, "rows": 4}, "packed by 1 ranks with 2 workers and 4 rows each"),
+        ({"workers": 3}, ours.replace("2 workers", "3 workers")),
+        ({"workers": 2, "rows": 4}, ours.replace("2 rows", "4 rows")),
         ({"packing_ratio": None}, "unpacked"),
     ):
         with pytest.raises(ValueError, match=f"{was}and would go on {would}: take the same, or a checkpoint from the"):
             open_rows(mixture, model, **options).dataloader.dataset.load_state_dict(state)
+    moved = open_rows(mixture, model, workers=2).dataloader.dataset
+    monkeypatch.setattr(moved._parallel_rank_world, "num_nodes", 2)  # which deals samples otherwise
+    with pytest.raises(ValueError, match="and would go on packed by 1 ranks on 2 nodes with 2 workers"):
+        moved.load_state_dict(state)
     plain = {**state, "sample_in_epoch": 4, "rows": "null"}
     with pytest.raises(ValueError, match="that was unpacked, and would go on packed by 1 ranks"):
         open_rows(mixture, model).dataloader.dataset.load_state_dict(plain)

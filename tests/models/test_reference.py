@@ -3,6 +3,7 @@
 import pytest
 import torch
 from common.models import small_lm
+from common.recipes import ROOT, fork_ranks
 
 from composer_prior import ReferenceLM
 from composer_prior.data.batch import IGNORE_INDEX
@@ -88,3 +89,9 @@ def test_each_row_begins_with_the_bos_that_is_asked_for(reference):
     log_softmax = reference.model(text).logits.log_softmax(-1)[0]
     found = reference.logprobs(bare, torch.ones(1, 4), labels[:1])[0, 1:]
     torch.testing.assert_close(found, log_softmax[range(3), [5, 6, 7]], rtol=0, atol=1e-5)
+
+
+def test_ranks_of_a_sharded_reference_may_have_unlike_numbers_of_captions(tmp_path):
+    """As they have on packed rows; each pass gathers weights on all ranks, and one that is missing hangs the others."""
+    fork_ranks(tmp_path, ROOT / "tests/common/programs/sharded_reference.py", tmp_path / "tokens.pt", timeout=120)
+    assert torch.load(tmp_path / "tokens.pt") == [1 + 2 + 3, 1 + 2 + 3 + 4 + 5 + 6 + 1 + 2 + 3]

@@ -29,7 +29,7 @@ def figures(record):
 def test_a_run_on_rows_is_resumed_bitwise(tmp_path, monkeypatch):
     """In its second epoch, also by microbatches, and with a live reference."""
     monkeypatch.chdir(tmp_path)
-    train(recipe("prior_vit", *ROWS, "run_name=whole", "save_interval=5ba", "save_num_checkpoints_to_keep=-1"))
+    train(recipe("prior_vit", *ROWS, "run_name=whole", "save_interval=2ba", "save_num_checkpoints_to_keep=-1"))
     whole = records("whole")
     assert whole[-1]["batch"] == 2 * 64 // (4 * 2)
     # Rows are what Composer counts as samples.
@@ -37,13 +37,15 @@ def test_a_run_on_rows_is_resumed_bitwise(tmp_path, monkeypatch):
     assert all(record["loss/train/total"] != record["prior/loss_unweighted"] for record in whole[:16])
     train(recipe("prior_vit", *ROWS, "run_name=resumed", "load_path=runs/whole/checkpoints/ep1-ba10-rank0.pt"))
     assert [*map(figures, records("resumed"))] == [*map(figures, whole[10:])]
+    train(recipe("prior_vit", *ROWS, "run_name=next", "load_path=runs/whole/checkpoints/ep0-ba8-rank0.pt"))
+    assert [*map(figures, records("next"))] == [*map(figures, whole[8:])]
     live = ["run_name=live", "train_loader.dataset.scores=null", "device_train_microbatch_size=1"]
     train(recipe("prior_vit", *ROWS, *live))
     for ours, theirs in zip(records("live")[:16], whole[:16], strict=True):
         for name in ("loss/train/total", "prior/reference_nll", "prior/effective_sample_size"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
     words = ["load_path=runs/whole/checkpoints/ep1-ba10-rank0.pt", "train_loader.num_workers=1"]
-    with pytest.raises(ValueError, match="packed by 1 ranks with 2 workers and 4 rows each, and would go on packed"):
+    with pytest.raises(ValueError, match="on 1 nodes with 2 workers and 4 rows each, and would go on packed by 1"):
         train(recipe("prior_vit", *ROWS, "run_name=other", *words))
     with pytest.raises(ValueError, match=r"packing_ratio differ \(packing_ratio: 2 there, 3 here\)"):
         train(recipe("prior_vit", *ROWS, "run_name=other", words[0], "train_loader.dataset.packing_ratio=3"))
@@ -76,7 +78,7 @@ def test_what_cannot_be_packed_is_refused_before_training(tmp_path, monkeypatch)
         (["train_loader.dataset.max_tokens=40"], r"^A packed row has 40 tokens, and a caption with its image may take"),
         (
             ["train_loader.dataset.packing_ratio=40"],
-            r"of 64 samples each rank gets 64, fewer than the 160 of its",
+            r"gets 64, fewer than the 320 of its first batches, one of each worker; lower \S+size or train_loader\.num_w",
         ),
     ):
         with pytest.raises(ValueError, match=message):
