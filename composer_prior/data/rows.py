@@ -26,7 +26,7 @@ from composer_prior.data.nodes import on_first_rank
 from composer_prior.data.streams import CheckedDataset
 
 BUFFER = 64  # samples that a worker holds: 97 % of the positions are real for uniform lengths up to that of a row
-_MEASURED = 512  # samples of each stream, for packing_ratio=auto
+_MEASURED = (8, 64)  # shards of each stream, and samples of each of them, for packing_ratio=auto
 _FILLED = 0.97
 _PLACE = "place"  # key of a batch, until the loader takes it out
 
@@ -54,6 +54,11 @@ def first_fit(lengths: Sequence[int], tokens: int) -> list[int]:
     return sorted(taken)
 
 
+def _spread(first: int, size: int, most: int) -> NDArray[np.int64]:
+    """Return at most so many numbers, spread over those from the first on."""
+    return np.linspace(first, first + size - 1, min(size, most), dtype=np.int64)
+
+
 class RowsDataset(CheckedDataset):
     """A data set that yields rows, lists of samples with their :class:`Place`, where it has a ``packing_ratio``.
 
@@ -78,10 +83,10 @@ class RowsDataset(CheckedDataset):
 
     def _measure(self) -> float:
         tokens = samples = 0.0
-        for stream, first, size in zip(
-            self.streams, self.sample_offset_per_stream, self.samples_per_stream, strict=True
-        ):
-            numbers = np.linspace(first, first + size - 1, min(size, _MEASURED), dtype=int)
+        for stream, first, size in zip(self.streams, self.shard_offset_per_stream, self.shards_per_stream, strict=True):
+            shards = _spread(first, size, _MEASURED[0])  # which may have to be downloaded
+            ranges = ((self.sample_offset_per_shard[one], self.samples_per_shard[one]) for one in shards)
+            numbers = chain.from_iterable(_spread(*one, _MEASURED[1]) for one in ranges)
             tokens += stream.choose * float(np.mean([len(self[int(one)]["input_ids"]) for one in numbers]))
             samples += stream.choose
         return max(1.0, _FILLED * self.max_tokens * samples / tokens)

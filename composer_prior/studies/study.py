@@ -215,7 +215,15 @@ def read_study(file: str | Path, overrides: Mapping[str, Any] | None = None, out
         raise ValueError(f"{path}: {error}") from error
     recipes = [header["recipe"], *(c["recipe"] for v in axes.values() for c in v.values() if "recipe" in c)]
     header["recipes"] = {name: written(load_recipe(_recipe_file(path, name))) for name in dict.fromkeys(recipes)}
-    return Study(json.loads(json.dumps(header)), cells, {cell.name: cell.load() for cell in cells})
+    loaded = {cell.name: cell.load() for cell in cells}
+    for name, recipe in loaded.items():
+        if any(
+            (one.train_loader.get("dataset") or {}).get("packing_ratio") for one in (recipe, *recipe.helpers.values())
+        ):
+            raise ValueError(
+                f"{path}: the cell {name} has packing_ratio, and a study counts samples, not rows; leave it out."
+            )
+    return Study(json.loads(json.dumps(header)), cells, loaded)
 
 
 def checked_header(study: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def model_metadata(recipe: TrainConfig, model: ComposerLVLM, data: str, validati
         "recipe": identified(recipe, _IDENTITY),
         "validation": validation,
         "reference": _reference_of(recipe),
+        "packing_ratio": recipe.train_loader["dataset"].get("packing_ratio"),
     }
     return json.dumps(metadata, indent=2)
 
@@ -129,13 +130,15 @@ def short_viewer(recipe: TrainConfig, viewer: str | None = None) -> str:
     if viewer is None or not compared_with(recipe):
         return ""
     card, own, theirs = Path(viewer, "training.json"), recipe.helpers.get("viewer"), dict[str, Any]()
+    ratio: Any = None
     if own is not None and card.parent == model_folder(own):
-        theirs = vars(own)
+        theirs, ratio = vars(own), own.train_loader["dataset"].get("packing_ratio")
     elif card.is_file():
-        theirs = read_object(card).get("recipe") or {}
+        known = read_object(card)
+        theirs, ratio = known.get("recipe") or {}, known.get("packing_ratio")
     if not {"max_duration", "global_train_batch_size"} <= {*theirs}:
         return ""
-    seen, needed = _samples(theirs), _samples(vars(recipe))
+    seen, needed = _samples(theirs, ratio), _samples(vars(recipe), recipe.train_loader["dataset"].get("packing_ratio"))
     if seen is None or needed is None or seen >= needed:
         return ""
     return (
@@ -144,9 +147,12 @@ def short_viewer(recipe: TrainConfig, viewer: str | None = None) -> str:
     )
 
 
-def _samples(keys: Mapping[str, Any]) -> int | None:
-    """Return the number of samples that a recipe trains on, or None for epochs, as those of unlike data differ."""
-    length = Time.from_timestring(keys["max_duration"])
-    if length.unit == TimeUnit.BATCH:
-        return length.value * keys["global_train_batch_size"]
-    return length.value if length.unit == TimeUnit.SAMPLE else None
+def _samples(keys: Mapping[str, Any], ratio: float | str | None) -> int | None:
+    """Return the number of samples that a recipe trains on, or None if unknown.
+
+    The samples of epochs depend on the data, and so do those of rows with the ``packing_ratio`` ``"auto"``.
+    """
+    length, each = Time.from_timestring(keys["max_duration"]), ratio or 1
+    if isinstance(each, str) or length.unit not in (TimeUnit.BATCH, TimeUnit.SAMPLE):
+        return None
+    return int(length.value * each * (keys["global_train_batch_size"] if length.unit == TimeUnit.BATCH else 1))

@@ -111,7 +111,10 @@ def check_schedule(recipe: TrainConfig, batches: int, where: str = "") -> None:
 
 
 def check_whole(recipe: TrainConfig, where: str = "") -> None:
-    """Check data, tokenizer and the shapes of the model; no weight is made or loaded, and no shard read."""
+    """Check data, tokenizer and the shapes of the model; no weight is made or loaded.
+
+    No shard is read, but for ``packing_ratio=auto``.
+    """
     with one_line_errors(f"{where}tokenizer" if where else ""):
         tokenizer = build_tokenizer(recipe.tokenizer)
     model = skeleton_of(recipe, tokenizer, where)

@@ -4,11 +4,13 @@ import json
 import logging
 import math
 import random
+from functools import partialmethod
 
 import pytest
 import torch
 from common.chats import parts, png, write_chats
 from common.models import small_lvlm
+from streaming import MDSWriter
 
 from composer_prior import StreamingCaptionDataset
 from composer_prior.data.batch import IGNORE_INDEX, split_packed_images
@@ -257,6 +259,21 @@ def test_the_ratio_is_measured_by_the_proportions_of_streams(model, tmp_path):
         found.append(data.samples_per_row)
         del data
     assert found[0] < found[1]
+
+
+def test_the_ratio_is_measured_in_a_few_shards(model, tmp_path, monkeypatch):
+    """As those of a bucket must be downloaded first."""
+    monkeypatch.setattr(MDSWriter, "__init__", partialmethod(MDSWriter.__init__, size_limit=2000))
+    folder = write_chats(tmp_path / "data", [document(2 + n % 13) for n in range(300)])
+    data = open_rows(folder, model, packing_ratio="auto").dataloader.dataset
+    read, get_item = [], type(data).get_item
+    monkeypatch.setattr(type(data), "get_item", lambda self, n, retry=7: read.append(n) or get_item(self, n, retry))
+    mean = sum(len(data[n]["input_ids"]) for n in range(300)) / 300
+    read.clear()
+    assert data.samples_per_row == pytest.approx(0.97 * 120 / mean, rel=0.1)
+    shards = {int(data.spanner[n][0]) for n in read}
+    assert {0, data.num_shards - 1} <= shards
+    assert len(shards) == 8 < data.num_shards
 
 
 def test_an_impossible_ratio_is_refused(mixture, model):

@@ -143,6 +143,10 @@ def test_overrides_of_the_command_line_are_of_every_cell():
             r"Cell ntp-steps2-seed1: .*Did you mean 'max_duration'",
         ),
         (
+            {"axes": axes(steps={4: {}, 2: {"reference.train_loader.dataset.packing_ratio": 2}})},
+            r"the cell \S+-steps2-seed1 has packing_ratio, and a study counts samples, not rows; leave it out",
+        ),
+        (
             {"axes": axes(steps={4: {}, 2: {"seed": 3}})},
             r"ntp-steps2-seed1: the axes steps \(seed\) and seed \(seed\) set",
         ),

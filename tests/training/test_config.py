@@ -466,6 +466,17 @@ def test_a_viewer_that_is_trained_on_less_than_the_run_is_told(tmp_path, monkeyp
     assert f"the viewer {model} is trained on 160 samples, fewer than the 192 of this run" in short_viewer(stored)
     assert short_viewer(load("gain_vit", "max_duration=3ba"), str(model)) == short_viewer(stored)
     assert short_viewer(stored, "a/hub-id") == ""
+    rows = stored.train_loader["dataset"]
+    rows["packing_ratio"] = 2.5  # 480 samples in 192 rows
+    assert "is trained on 160 samples, fewer than the 480 of this run" in short_viewer(stored)
+    card = {"recipe": {"max_duration": "20ba", "global_train_batch_size": 8}, "packing_ratio": 3}
+    (model / "training.json").write_text(json.dumps(card))
+    assert short_viewer(stored) == ""
+    rows["packing_ratio"] = 4
+    assert "is trained on 480 samples, fewer than the 768 of this run" in short_viewer(stored)
+    rows["packing_ratio"] = "auto"
+    assert short_viewer(stored) == ""
+    rows["packing_ratio"] = None
     (model / "training.json").write_text('{"recipe": {"max_duration": "2ep", "global_train_batch_size": 8}}')
     stored.max_duration = "3ep"  # of other data
     assert short_viewer(stored) == ""
