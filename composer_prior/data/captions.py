@@ -177,7 +177,7 @@ class StreamingCaptionDataset(RowsDataset, VisionDataset):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Return what else than the indices decides which samples an epoch has, and which text they are."""
+        """Return what else than the indices decides which samples an epoch has, and how conversations become text."""
         found: dict[str, Any] = {}
         if self.has_messages:
             template = hashlib.sha256(repr(self.tokenizer.chat_template).encode()).hexdigest()[:16]
@@ -185,6 +185,8 @@ class StreamingCaptionDataset(RowsDataset, VisionDataset):
         if len(self.streams) > 1:
             drawn = zip(self.stream_names, self.streams, strict=True)
             found["samples_per_epoch"] = {name: int(stream.choose) for name, stream in drawn}
+        elif self.epoch_size != self.num_samples:
+            found["samples_per_epoch"] = int(self.epoch_size)
         if self.packing_ratio is not None:
             found |= {"packing_ratio": self.packing_ratio, "max_tokens": self.max_tokens}
         return found

@@ -10,12 +10,11 @@ from composer_prior.data.messages import one_line
 from composer_prior.registry import Count
 
 _A, _B, _BASE = "lora_A.default", "lora_B.default", "base_layer"
-_RANK = 8
 
 
 def add_lora(
     model: PreTrainedModel,
-    r: Count = _RANK,
+    r: Count = 8,
     target_modules: str | list[str] = "all-linear",
     lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
@@ -54,23 +53,17 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, layer) for name, layer in model.named_modules() if hasattr(layer, _A.partition(".")[0]))
 
 
-def scaling_of(model: nn.Module) -> float:
-    """Return the factor of a model's adapters, the same for all; 1 without adapters."""
-    return next((layer.scaling["default"] for _, layer in _adapted(model)), 1.0)
+def scaling_of(model: nn.Module) -> float | None:
+    """Return the factor of a model's adapters, the same for all; None without adapters."""
+    return next((layer.scaling["default"] for _, layer in _adapted(model)), None)
 
 
-def scaling_by(settings: Mapping[str, Any]) -> float:
-    """Return the factor of the adapters that :func:`add_lora` makes with settings of a recipe."""
-    r, alpha = settings.get("r", _RANK), settings.get("lora_alpha")
-    return (r if alpha is None else alpha) / (r**0.5 if settings.get("use_rslora") else r)
-
-
-def merged(weights: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
+def merged(weights: Mapping[str, Tensor], scaling: float | None) -> dict[str, Tensor]:
     """Return the weights of a model with its adapters merged into their layers, by the names without adapters.
 
     Args:
         weights: whole, by their names in the model; without adapters they stay as they are.
-        scaling: factor of the adapters.
+        scaling: factor of the adapters; None without adapters.
     """
     found = dict(weights)
     for name in [name.removesuffix(f".{_A}.weight") for name in weights if name.endswith(f".{_A}.weight")]:

@@ -35,10 +35,12 @@ class CaptionReport:
     bytes: int  # of the shards
     read: int  # samples that the figures below are of
     unit: str  # of caption lengths
+    kind: str = "captions"  # or turns
     lengths: list[int] = field(default_factory=list, repr=False)  # of each caption, or turn of a conversation
     sizes: list[tuple[int, int]] = field(default_factory=list, repr=False)  # width and height of each image
     formats: Counter[str] = field(default_factory=Counter)  # of images
     undecodable: int = 0  # images
+    unusable: int = 0  # conversations and documents
     counts: Counter[str] = field(default_factory=Counter, repr=False)  # of each caption
 
     @property
@@ -57,13 +59,14 @@ class CaptionReport:
         formats = ", ".join(f"{count:,} {name}" for name, count in self.formats.most_common())
         lines = [
             f"{self.samples:,} samples in {self.shards:,} shards, {self.bytes / 1e6:,.1f} MB{part}",
-            f"captions        {self.captions:,}",
-            f"caption length  {_spread(self.lengths)} {self.unit}",
+            f"{self.kind:15} {self.captions:,}",
+            f"{self.kind[:-1] + ' length':15} {_spread(self.lengths)} {self.unit}",
             f"image width     {_spread(widths)} pixels",
             f"image height    {_spread(heights)} pixels",
             f"image formats   {formats or 'none'}",
             f"undecodable     {self.undecodable:,}",
-            "most frequent captions:",
+            *([f"unusable        {self.unusable:,}"] if self.unusable else []),
+            f"most frequent {self.kind}:",
             *(f"  {count:>7,}  {visible(short(caption, 100))}" for caption, count in self.frequent),
         ]
         return "\n".join(lines)
@@ -115,7 +118,8 @@ def inspect_captions(
         dataset, index = open_captions(str(data), cache, messages=True)
         shards, count = json.loads(index)["shards"], len(dataset)
         shades = None
-        if scores is not None and any("messages" in shard["column_names"] for shard in shards):
+        kind = "turns" if any("messages" in shard["column_names"] for shard in shards) else "captions"
+        if scores is not None and kind == "turns":
             raise ValueError(f"{data}: scores= shades captions alone; leave it out for conversations.")
         if scores is not None:
             shades, tokenizer = _shades(scores, tokenizer, index, count, Path(cache, "scores"), alpha, floor)
@@ -130,13 +134,19 @@ def inspect_captions(
         shown = set(drawn.sample(list(numbers), min(samples, len(numbers))))
         cards: list[str] = []
         size = sum(shard["raw_data"]["bytes"] for shard in shards)
-        report = CaptionReport(count, len(shards), size, len(numbers), unit)
+        report = CaptionReport(count, len(shards), size, len(numbers), unit, kind)
         for number in numbers:
             try:
                 sample = dataset[number]
             except (LookupError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{data}: sample {number} cannot be read ({one_line(error)}).") from error
-            captions, images, labels = _contents(sample)
+            try:
+                captions, images, labels = _contents(sample)
+            except ChatError as error:
+                report.unusable += 1
+                bad = sample_card(number, [], [str(error)], None, ["a sample that cannot be used"])
+                cards += [bad] if number in shown else []
+                continue
             if not all(isinstance(caption, str) for caption in captions):
                 raise ValueError(f"{data}: the captions of sample {number} are not texts; convert the data again.")
             report.counts.update(captions)
@@ -159,13 +169,14 @@ def inspect_captions(
 
 
 def _contents(sample: Mapping[str, Any]) -> tuple[list[str], list[bytes], list[str]]:
-    """Return the captions of a sample, or the turns of a conversation; its images; and what is above each turn."""
+    """Return the captions of a sample, or the turns of a conversation; its images; and what is above each turn.
+
+    Raises:
+        ChatError: for a conversation that cannot be used.
+    """
     if "messages" not in sample:
         return sample_captions(sample), [sample["image"]], []
-    try:
-        turns, images = checked(sample["messages"]), unpack_images(sample["images"])
-    except ChatError as error:
-        return [str(error)], [], ["a sample that cannot be used"]
+    turns, images = checked(sample["messages"]), unpack_images(sample["images"])
     learned = [one["role"] in (ANSWER, DOCUMENT) and one.get("weight", 1) for one in turns]
     labels = [f"{one['role']}, learned" if known else one["role"] for one, known in zip(turns, learned, strict=True)]
     return ["".join(part.get("text", "<image>") for part in one["content"]) for one in turns], images, labels

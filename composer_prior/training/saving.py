@@ -25,11 +25,11 @@ from composer_prior.data.tokenizer import tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.image_text_model import ImageTextModel, captioner_classes
 from composer_prior.models.language import causal_lm_of, generate_greedily
-from composer_prior.models.lora import merged, scaling_by
+from composer_prior.models.lora import merged
 from composer_prior.models.model_folder import fitting_weights, load_processor, save_model_folder
 from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration
 from composer_prior.reports.closing import validation_metrics
-from composer_prior.training.checkpoints.identity import flat, read_identity
+from composer_prior.training.checkpoints.identity import read_identity
 from composer_prior.training.checkpoints.loading import read_weights
 from composer_prior.training.checkpoints.storage import find_weights
 from composer_prior.training.config import TrainConfig, written
@@ -207,10 +207,8 @@ def _load_checkpoint(source: Path, trust_remote_code: bool) -> ImageTextModel:
         made = getattr(model_class, "from_config", None)  # None: of our own class
         model: Any = made(config, trust_remote_code=trust_remote_code) if made else model_class(config)
         weights, fingerprint = read_weights(source)
-        of_lora, known = ("model.language.lora.", "model.lora."), flat(read_identity(source) or {})
-        lora = {key.rpartition(".")[2]: value for key, value in known.items() if key.startswith(of_lora)}
         whole = {name.removeprefix("model."): tensor.float() for name, tensor in weights.items()}
-        whole = merged(whole, scaling_by(lora))
+        whole = merged(whole, (read_identity(source) or {}).get("lora_scaling"))
     except ModelFolderError:
         raise
     except Exception as error:  # whatever the code of some model raises

@@ -25,6 +25,7 @@ from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.hugging_face import hugging_face_skeleton, unused_weights
 from composer_prior.models.language import prepare_compile
+from composer_prior.models.lora import scaling_of
 from composer_prior.models.sharding import build_parallelism, check_checkpointing, prepare_sharded
 from composer_prior.registry import without_name
 from composer_prior.reports.closing import (
@@ -87,6 +88,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     identity = {
         **(WEIGHT_NAMES if isinstance(model, ComposerLVLM) else {}),
         **identified(recipe, ("model", "optimizer")),
+        "lora_scaling": scaling_of(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": train_data.fingerprint,
         **train_data.identity,

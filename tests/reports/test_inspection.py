@@ -115,6 +115,9 @@ def test_conversations_show_their_turns_and_what_is_learned(tmp_path, capsys):
     assert main([out, f"page={tmp_path / 'page.html'}"]) == 0
     report = capsys.readouterr().out
     assert re.search(r"^image formats   2 PNG\nundecodable     1$", report, re.MULTILINE)
+    assert re.search(r"^turns           5$", report, re.MULTILINE)
+    assert re.search(r"^turn length     \d.*\n(.*\n)*unusable        1\nmost frequent turns:$", report, re.MULTILINE)
+    assert "no answer is learned" not in report
     page = (tmp_path / "page.html").read_text()
     shown = re.findall(r'<small>([^<]*)</small><p dir="auto">(.*?)</p>', page, re.DOTALL)
     assert [(label, html.unescape(text)) for label, text in shown] == [

@@ -8,6 +8,7 @@ from common.data import write_tiles
 from common.recipes import recipe
 
 from composer_prior.studies.results import collect
+from composer_prior.training.checkpoints.storage import find_weights
 from composer_prior.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -121,5 +122,11 @@ def test_streams_that_repeat_are_resumed_in_their_second_epoch(tiles, tmp_path, 
             "max_duration=2ep",
             "load_path=runs/whole/checkpoints/ep1-ba4-rank0.pt",
         )
+    words = [*tiles, "train_loader.dataset.local=null", "max_duration=2ba"]
+    words += [f"train_loader.dataset.streams={{many: {{local: {many!r}, choose: 10}}}}"]
+    train(recipe("ntp_vit", *words, "run_name=alone"))
+    fewer = ["train_loader.dataset.streams.many.choose=9", f"load_path={find_weights('runs/alone/checkpoints')}"]
+    with pytest.raises(ValueError, match=r"samples_per_epoch differ \(.*: 10 there, 9 here\)"):
+        train(recipe("ntp_vit", *words, *fewer, "run_name=fewer"))
     later = run("later", "proportion: 0.25", "proportion: 0.75", "init_from=runs/whole", "max_duration=1ep")
     assert sum(record["metrics/train/few/share"] for record in later[:2]) / 2 == pytest.approx(0.25, abs=0.1)
