@@ -64,9 +64,14 @@ def merged(weights: Mapping[str, Tensor], scaling: float | None) -> dict[str, Te
     Args:
         weights: whole, by their names in the model; without adapters they stay as they are.
         scaling: factor of the adapters; None without adapters.
+
+    Raises:
+        ValueError: one line, for adapters without a factor.
     """
     found = dict(weights)
     for name in [name.removesuffix(f".{_A}.weight") for name in weights if name.endswith(f".{_A}.weight")]:
+        if scaling is None:
+            raise ValueError("it has adapters and does not hold their scaling")
         a, b = (found.pop(f"{name}.{part}.weight") for part in (_A, _B))
         base = found.pop(f"{name}.{_BASE}.weight")
         found[f"{name}.weight"] = base + (scaling * (b.float() @ a.float())).to(base.dtype)

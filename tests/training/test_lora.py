@@ -132,6 +132,8 @@ def test_merged_weights_are_those_of_peft(tokenizer, use_rslora):
     assert all("lora_" in name for name, weight in model.named_parameters() if weight.requires_grad)
     found = merged(model.state_dict(), scaling_of(model))
     assert found.keys() == small_lm(tokenizer).state_dict().keys()
+    with pytest.raises(ValueError, match="it has adapters and does not hold their scaling"):
+        merged(model.state_dict(), None)
     for name, layer in layers.items():
         layer.merge()
         torch.testing.assert_close(found[f"{name}.weight"], layer.base_layer.weight.detach())
