@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from composer_prior.models import packing
 from composer_prior.models.language import last_hidden_states
 from composer_prior.models.packing import enable_packing, packed_hidden_states
 
@@ -47,6 +48,21 @@ def test_hidden_states_and_gradients_are_those_of_padded_sequences(family: str):
         results.append([hidden, inputs.grad, *gradients])
     for ours, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * max(1, float(expected.abs().max())))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_lengths_are_read_once_for_all_layers(family: str, recomputed: bool, monkeypatch):
+    """A device is waited for each time, also in recomputation."""
+    read, of_mask = [], packing._by_length
+    model = build(family).train()
+    enable_packing(model)
+    if recomputed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    monkeypatch.setattr(packing, "_by_length", lambda mask: read.append(mask) or of_mask(mask))
+    embeddings, mask = make_batch()
+    packed_hidden_states(model, embeddings[mask.bool()].requires_grad_(), mask).sum().backward()
+    assert len(read) == 1
 
 
 def test_a_sequence_does_not_see_the_others():
