@@ -282,7 +282,8 @@ def check_fit(model: ComposerLVLM, data: StreamingCaptionDataset, loader: str = 
     else:
         image_tokens = 0 if model.reads_text_alone else model.processor.image_processor.max_image_tokens
     longest = 1 + image_tokens + len(data.prompt_ids) + data.max_caption_tokens
-    if data.packing_ratio is not None and longest > data.max_tokens:
+    has_captions = any("messages" not in cast(Any, shard).column_names for shard in data.shards)
+    if data.packing_ratio is not None and has_captions and longest > data.max_tokens:
         raise ValueError(
             f"A packed row has {data.max_tokens:,} tokens, and a caption with its image may take {longest:,}: raise "
             f"{loader}.dataset.max_tokens, or lower max_caption_tokens."

@@ -16,6 +16,7 @@ from composer_prior import StreamingCaptionDataset
 from composer_prior.data.batch import IGNORE_INDEX, split_packed_images
 from composer_prior.data.captions import caption_data_spec
 from composer_prior.data.rows import count_rows, first_fit
+from composer_prior.training.validate import check_fit
 
 WORDS = ("a fox", "two snails", "a red car", "the sea", "green hills", "an old boat")
 
@@ -259,6 +260,12 @@ def test_the_ratio_is_measured_by_the_proportions_of_streams(model, tmp_path):
         found.append(data.samples_per_row)
         del data
     assert found[0] < found[1]
+
+
+def test_rows_of_conversations_alone_may_be_shorter_than_a_caption(mixture, model):
+    data = open_rows(mixture, model, max_tokens=100).dataloader.dataset
+    assert data.max_caption_tokens > 100
+    check_fit(model, data)
 
 
 def test_the_ratio_is_measured_in_a_few_shards(model, tmp_path, monkeypatch):
