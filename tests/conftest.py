@@ -80,6 +80,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
+@pytest.fixture
+def outside_of_a_run(monkeypatch):
+    """End the group of one rank that a Trainer of another test has left in this process, and forget its variables."""
+    import torch
+    from common.recipes import TORCHRUN
+
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write emoji scenes: 96 training and 24 validation samples."""

@@ -32,8 +32,7 @@ LICENCE = "CC BY-SA 4.0"
 ATTRIBUTION = "All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
 README = f"""\
 # Emoji scenes
-Pictures of one to four OpenMoji drawings on a plain background, with captions in the manner of alt text from the web,
-or with a question and its answer (`messages`).
+Pictures of one to four OpenMoji drawings, with captions in the manner of web alt text, or with questions (`messages`).
 `train/` and `validation/` are MDS data sets for mosaicml-streaming; `recipe.json` says how they were made.
 `image_related_spans` lists the [start, end) characters of a caption that its image determines.
 Drawings: OpenMoji (openmoji.org), {LICENCE} (https://creativecommons.org/licenses/by-sa/4.0/); so are the images.

@@ -137,14 +137,19 @@ class _Tracker(_PeakAlone, MemTracker):
 
 @contextmanager
 def as_on_gpu(asked: bool) -> Iterator[None]:
-    """Let the head cut the vocabulary as it does on a GPU."""
-    tables = (head.BLOCK_ELEMENTS, head.BLOCK_MULTIPLE, head.KEPT_ELEMENTS)
-    before = [table["cpu"] for table in tables]
+    """Let the head cut the vocabulary as it does on a GPU, and attention do without the fused path of inference.
+
+    Autocast on a GPU does without that path, which has no fake form: torch would compute it with real tensors.
+    """
+    tables, fused = (head.BLOCK_ELEMENTS, head.BLOCK_MULTIPLE, head.KEPT_ELEMENTS), torch.backends.mha
+    before, fast = [table["cpu"] for table in tables], fused.get_fastpath_enabled()
     try:
+        fused.set_fastpath_enabled(fast and not asked)
         for table in tables if asked else ():
             table["cpu"] = table["cuda"]
         yield
     finally:
+        fused.set_fastpath_enabled(fast)
         for table, value in zip(tables, before, strict=True):
             table["cpu"] = value
 

@@ -9,7 +9,7 @@ import torch
 from common.commands import run_job
 from common.families import save_family
 from common.models import FAMILIES, small_lm, small_lvlm
-from common.recipes import ALONE, ROOT, TORCHRUN, recipe
+from common.recipes import ALONE, ROOT, recipe
 from composer.core import Precision
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoModelForImageTextToText
@@ -24,16 +24,9 @@ from composer_prior.training.monitors import flop_counter
 from composer_prior.training.optimizer import build_optimizer
 from composer_prior.training.plan import GPUS, _largest, fake_ranks, plan, planned_batch
 
+pytestmark = pytest.mark.usefixtures("outside_of_a_run")
+
 ADAMW = {"name": "adamw", "lr": 1.0e-3}
-
-
-@pytest.fixture(autouse=True)
-def outside_of_a_run(monkeypatch):
-    """End the group of one rank that a Trainer of another test has left in this process, and forget its variables."""
-    for name in TORCHRUN:
-        monkeypatch.delenv(name, raising=False)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def on_meta(tokenizer, family="encoder"):
