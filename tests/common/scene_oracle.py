@@ -51,7 +51,7 @@ class SceneOracle:
     def generate_captions(
         self, images: Sequence[Image.Image], prompt: str | None = None, max_new_tokens: int = 64
     ) -> list[str]:
-        """What is there, in plain words, or the answer to a question; empty for an image without a scene."""
+        """Return a caption of the scene, or the answer to a question; an empty text for an image without a scene."""
         scenes = [image.info.get(SCENE) for image in images]
         return ["" if scene is None else _answer(prompt, scene) if prompt else _caption(scene) for scene in scenes]
 

@@ -21,7 +21,7 @@ def records(name):
 
 
 def figures(record):
-    """What a run computes, which takes no time."""
+    """Return the logged metrics of a run, without times and speeds."""
     names = ("loss/", "metrics/", "prior/", "time/batch", "time/sample", "time/token")
     return {name: value for name, value in record.items() if name.startswith(names)}
 
