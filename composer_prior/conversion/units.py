@@ -13,7 +13,7 @@ from typing import Any
 from composer_prior.conversion.options import ConversionError, ConversionOptions, size_in_bytes
 from composer_prior.conversion.sources import SPANS, BadFile, Record, Rejected, Source, read_image
 from composer_prior.conversion.sources.base import file_of
-from composer_prior.data.conversations import ChatError, checked, pack_images
+from composer_prior.data.conversations import pack_images
 from composer_prior.data.images import ImageError, check_image, reencode_image
 from composer_prior.data.mds import ShardWriter
 from composer_prior.data.messages import short
@@ -149,21 +149,18 @@ def _convert_messages(item: Record, task: Task) -> tuple[list[dict[str, Any]], l
     """Return the sample of a conversation or document, or its rejection."""
     images, size, most = list[bytes](), 0, min(_IMAGES_AT_ONCE * task.options.max_image_bytes, _LARGEST)
     try:
-        messages = checked(item.messages)
         for image in item.images:
             images.append(_image(image, task))
             size += len(images[-1])
             if size > most:
                 raise ImageError("images too large", f"more than {most} bytes together")
-    except ChatError as error:
-        return [], [Rejected(item.key, str(error), item.where)]
     except ImageError as error:
         return [], [Rejected(item.key, error.reason, item.where, error.detail)]
-    texts = (part["text"] for message in messages for part in message["content"] if part["type"] == "text")
+    texts = (part["text"] for message in item.messages for part in message["content"] if part["type"] == "text")
     problems = (_caption_problem(text, task.options.max_caption_chars) for text in texts if text.strip())
     if problem := next(filter(None, problems), None):
         return [], [Rejected(item.key, problem[0], item.where, problem[1])]
-    return [{"images": pack_images(images), "messages": messages}], []
+    return [{"images": pack_images(images), "messages": item.messages}], []
 
 
 def _image(image: bytes | str, task: Task) -> bytes:

@@ -118,8 +118,8 @@ class ChatFormat:
         """
         messages = checked(messages)
         for one in messages:
-            for text in (one["role"], *(part.get("text", "") for part in one["content"])):
-                if spelled := self._reserved.search(text):
+            for part in one["content"]:
+                if spelled := self._reserved.search(part.get("text", "")):
                     raise ChatError(f"the text spells {spelled[0]}, which the tokenizer takes for its own")
         is_document = messages[0]["role"] == DOCUMENT
         written = self._document(messages[0]["content"]) if is_document else self._conversation(messages)

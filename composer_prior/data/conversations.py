@@ -2,7 +2,7 @@
 
 A sample is ``messages``, a list of ``{role, content}`` as of OpenAI and Hugging Face, where a content is a text or a
 list of parts, ``{"type": "text", "text": ...}`` and ``{"type": "image"}``. Answers (role ``assistant``) are learned
-with their end of turn, unless they have ``weight: 0``; what user and system say is not. One message of the role
+with their end of turn, unless they have ``weight: 0``; what the other :data:`ROLES` say is not. One message of the role
 ``document`` is text and images as they follow each other: no template is needed, and all of its text is learned.
 """
 
@@ -10,11 +10,14 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-ANSWER, DOCUMENT = "assistant", "document"  # roles
+from composer_prior.data.messages import short
+
+ANSWER, DOCUMENT = "assistant", "document"
+ROLES = ("system", "developer", "user", ANSWER, "tool")  # of a conversation
 
 
 class ChatError(ValueError):
-    """A conversation that cannot be used, or a chat template that cannot write one."""
+    """A conversation that cannot be used, or a chat template that cannot write one; details stand behind a colon."""
 
 
 def pack_images(images: Sequence[bytes]) -> bytes:
@@ -53,8 +56,12 @@ def checked(messages: Any) -> list[dict[str, Any]]:
     kept = [{key: one[key] for key in ("role", "weight") if one.get(key) is not None} for one in messages]
     found = [{**one, "content": _parts(given.get("content"))} for one, given in zip(kept, messages, strict=True)]
     roles = [one.get("role") for one in found]
-    if not all(isinstance(role, str) for role in roles):
-        raise ChatError("a message has no role")
+    for role in roles:
+        if role not in (*ROLES, DOCUMENT):
+            raise ChatError(f"a message has no known role: {short(repr(role))}, expected {', '.join(ROLES)}")
+    for weight in (one.get("weight", 1) for one in found):
+        if isinstance(weight, bool) or weight not in (0, 1):
+            raise ChatError(f"a weight is neither 0 nor 1: {short(repr(weight))}")
     answers = [one for one in found if one["role"] in (ANSWER, DOCUMENT) and one.get("weight", 1)]
     if DOCUMENT in roles and len(roles) > 1:
         raise ChatError("a document is one message alone")
@@ -69,11 +76,19 @@ def _parts(content: Any) -> list[dict[str, str]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
     if not isinstance(content, list):
-        raise ChatError("the content of a message is neither a text nor a list of parts")
+        raise ChatError(f"the content of a message is neither a text nor a list of parts: {type(content).__name__}")
     found = list[dict[str, str]]()
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
-            raise ChatError("a part of a message is neither {type: image} nor {type: text, text: ...}")
+            raise unknown_part(part)
         found.append({"type": "image"} if kind == "image" else {"type": "text", "text": part["text"]})
     return found
+
+
+def unknown_part(part: Any) -> ChatError:
+    """Return the error for a part of a message that is neither a text nor an image."""
+    about = f"{part!r} is no text"
+    if isinstance(part, dict):
+        about = f"of type {part.get('type')!r}, with the fields {', '.join(map(str, part))}"
+    return ChatError(f"a part of a message is neither a text nor an image: {short(about)}")

@@ -220,7 +220,7 @@ def test_questions_of_vqa(tmp_path):
     pictures = [[PICTURES[f"{number}.png"]] for number in (0, 0, 1)]
     turns = [asked("What is it?", "a tile"), asked("Is it green?", "yes"), asked("How many?", "1")]
     assert samples == [*zip(turns, pictures, strict=True)]
-    assert summary.rejected == 1  # without an annotation
+    assert summary.reasons == {"no answer": 1}  # without an annotation
     with pytest.raises(SourceError, match="questions are no captions of images; convert them with learn=answers"):
         convert_captions(source, tmp_path / "captions")
     beside.unlink()
@@ -352,6 +352,57 @@ def test_what_cannot_be_learned_is_rejected_by_reason(tmp_path):
         "no answer is learned": 1,
     }
     assert [len(messages) for messages, _ in samples] == [2, 3]
+
+
+ANSWER = {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason", "detail"),
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "video"}, TEXT("?")]}, ANSWER]}, "a part of", "'video'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "content": "?"}]}, ANSWER]},
+            "a part of",
+            "content",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": 7}]},
+            "a part of",
+            "7 is no text",
+        ),
+        ({"texts": [{"user": "?", "assistant": 7}, {"user": "?", "assistant": "b"}]}, "a part of", "7 is no text"),
+        ({"messages": [{"role": "user"}, ANSWER]}, "a message has no content", "fields are role"),
+        ({"messages": [{"role": "user", "content": None}, ANSWER]}, "a message has no content", "role, content"),
+        ({"messages": [{"role": "user", "content": "?"}, "a"]}, "a message is no object", "'a'"),
+        ({"messages": "notalist"}, "malformed messages", "messages is no list"),
+        ({"messages": []}, "malformed messages", "messages is no list"),
+        ({"messages": [ANSWER, {"role": "asistant", "content": "b"}]}, "a message has no known role", "'asistant'"),
+        (
+            {"messages": [{"role": "observation", "content": "b"}, ANSWER]},
+            "a message has no known role",
+            "'observation'",
+        ),
+        ({"messages": [{"content": "b"}, ANSWER]}, "a message has no known role", "None"),
+        ({"messages": [{**ANSWER, "weight": 0.5}]}, "a weight is neither 0 nor 1", "0.5"),
+        ({"messages": [{**ANSWER, "weight": True}]}, "a weight is neither 0 nor 1", "True"),
+        ({"images": [None, "0.png"], "texts": ["a", None, "b"]}, "images and text differ", "2 images and 3 texts"),
+        ({"images": ["0.png", ""], "texts": ["", "a", "", "b"]}, "images and text differ", "2 images and 4 texts"),
+        (
+            {"text_list": ["a"], "image_info": [{"matched_text_index": 5}]},
+            "malformed record",
+            "5 is none of 1 sentences",
+        ),
+        ({"question": "?", "answers": []}, "no answer", "the question has none"),
+        ({"prompt": "?", "completion": "a"}, "no known field", "found prompt, completion; expected messages"),
+    ],
+)
+def test_what_is_not_understood_is_rejected_by_its_name(entry, reason, detail, tmp_path):
+    given = {"image": "0.png", **entry} if "messages" in entry else entry
+    _, samples = converted(lines(tmp_path / "in", [given, given, OPENAI[1]]), tmp_path / "out", max_rejected=1)
+    found = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
+    assert len(samples) == 1
+    assert [one["reason"].startswith(reason) and detail in one["detail"] for one in found] == [True, True]
 
 
 def test_learn_is_refused_where_no_conversation_is_read(tmp_path):

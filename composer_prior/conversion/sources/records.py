@@ -16,12 +16,15 @@ from composer_prior.conversion.sources.base import (
     SourceOptions,
     may_be_image,
 )
+from composer_prior.data.conversations import ChatError, checked, unknown_part
 from composer_prior.data.files import parse_json
 from composer_prior.data.images import ImageError, image_in_text
+from composer_prior.data.messages import short
 
 _HUMAN = ("human", "user")
 _MODEL = ("gpt", "assistant", "model", "chatgpt", "bot")
 _PLACEHOLDER = "<image>"
+_TEXTS = (None, "text", "input_text", "output_text")  # types of a part of text
 _PART_IMAGES = ("image", "image_url", "path", "url", "base64", "source", "data")
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -43,13 +46,26 @@ def chat_of(
 ) -> Record | Rejected:
     """Return a :class:`Record` of messages from the fields of an entry, see :func:`conversation_of`."""
     image = value_of(entry, options.image_column, CHAT_IMAGE_COLUMNS)
-    text = value_of(entry, options.caption_column, CHAT_COLUMNS)
+    usual = (options.caption_column,) if options.caption_column else CHAT_COLUMNS
+    name = next(filter(entry.get, usual), None) or next((name for name in usual if name in entry), None)
+    text = None if name is None else entry[name]
     if not text and options.caption_column is None:
         try:
             images, text = _made_of(entry, image)
             image = images if options.image_column is None else image
         except (KeyError, TypeError, ValueError) as error:
-            return Rejected(key, "malformed record", where, f"{type(error).__name__} {error}"[:200])
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
+            return Rejected(key, "malformed record", where, f"{kind}{error}"[:200])
+    if not text and "question" in entry and options.caption_column is None:
+        return Rejected(key, "no answer", where, "the question has none")
+    if text is None and name is None:
+        wanted = options.caption_column or ", ".join(CHAT_COLUMNS)
+        return Rejected(key, "no known field", where, f"found {', '.join(map(str, entry))}; expected {wanted}")
+    turns = _parsed(text)
+    if name in ("messages", "conversations") and not (
+        turns and isinstance(turns, (list, tuple)) and isinstance(turns[0], dict)
+    ):
+        return Rejected(key, "malformed messages", where, f"{name} is no list of roles and contents")
     record = conversation_of(image, text, key, where, str(options.learn), explicit)
     if isinstance(record, Record) and not record.images and options.image_column is None:
         other = next((name for name, value in entry.items() if value and may_be_image(name)), None)
@@ -69,7 +85,9 @@ def _made_of(entry: dict[str, Any], image: Any) -> tuple[Any, Any]:
         sentences, about = _parsed(entry["text_list"]), _parsed(entry["image_info"])
         shown: dict[int, list[Any]] = {number: [] for number in range(len(sentences))}
         for one in about:
-            shown[one["matched_text_index"]].append(one["image_name"])
+            if (place := one["matched_text_index"]) not in shown:
+                raise ValueError(f"matched_text_index {place} is none of {len(sentences)} sentences")
+            shown[place].append(one["image_name"])
         images, texts = list[Any](), list[Any]()
         for names, text in zip(shown.values(), sentences, strict=True):
             if names or not texts:
@@ -123,23 +141,38 @@ def conversation_of(
     with None, or "", in the places of texts. Images that no text names stand before the first one; a text with images
     is the answer to them, unless all text is learned. Several texts of one image are captions, which are rejected.
     """
-    text = _parsed(text)
+    try:
+        return _conversation(image, _parsed(text), key, where, learn, explicit)
+    except ChatError as error:
+        reason, _, detail = str(error).partition(": ")
+        return Rejected(key, reason, where, detail)
+
+
+def _conversation(image: Any, text: Any, key: str, where: str, learn: str, explicit: bool) -> Record | Rejected:
     if isinstance(text, (list, tuple)) and len(text) == 1 and isinstance(text[0], str):
         text = text[0]
     given = [*image] if isinstance(image, (list, tuple)) else [image]
     messages, inner = list[dict[str, Any]](), list[Any]()
-    turns = text if isinstance(text, (list, tuple)) and text and all(isinstance(one, dict) for one in text) else None
+    several = isinstance(text, (list, tuple))
+    turns = text if several and any(isinstance(one, dict) for one in text) else None
     for turn in turns or ():
-        pair = [(role, turn[role]) for role in ("user", "assistant") if isinstance(turn.get(role), str)]
-        for role, content in pair or [(turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content"))]:
-            parts = _parts(content, inner)
-            role = role.lower() if isinstance(role, str) else ""
+        if not isinstance(turn, dict):
+            raise ChatError(f"a message is no object: {short(repr(turn))}")
+        pair = [(role, turn[role]) for role in ("user", "assistant") if turn.get(role) is not None]
+        said = turn["value"] if turn.get("value") is not None else turn.get("content")
+        for role, content in pair or [(turn.get("from") or turn.get("role"), said)]:
+            if content is None:
+                raise ChatError(f"a message has no content: its fields are {', '.join(map(str, turn))}")
+            role = role.lower() if isinstance(role, str) else role
             role = "user" if role in _HUMAN else "assistant" if role in _MODEL else role
-            kept = {"weight": turn["weight"]} if turn.get("weight") in (0, 1) and role == "assistant" else {}
-            messages.append({"role": role, "content": parts, **kept})
+            kept = {"weight": turn.get("weight")} if role == "assistant" else {}
+            messages.append({"role": role, "content": _parts(content, inner), **kept})
     if turns is None:
-        several = isinstance(text, (list, tuple))
-        slots = [_parts(one, inner) for one in (text if several else [text])]
+        slots = [[] if one is None else _parts(one, inner) for one in (text if several else [text])]
+        gaps = several and isinstance(image, (list, tuple)) and not all([*given, *text])
+        if gaps and len(given) != len(slots):
+            lengths = f'{len(given)} images and {len(slots)} texts, with null or "" in the other\'s places'
+            return Rejected(key, "images and text differ", where, f"{lengths}, are not of one length")
         alternate = len(given) == len(slots) and all(map(ne, map(bool, given), map(bool, slots)))
         parallel = several and (None in text or alternate)
         for place, one in enumerate(given if parallel else ()):
@@ -169,7 +202,7 @@ def conversation_of(
             one["weight"] = 0
     if learn == "all" and turns is not None:
         messages = [{"role": "document", "content": _joined([one["content"] for one in messages], "\n")}]
-    return Record(key, images[0] if images else b"", (), where, None, explicit, messages, tuple(images))
+    return Record(key, images[0] if images else b"", (), where, None, explicit, checked(messages), tuple(images))
 
 
 def _parts(content: Any, inner: list[Any]) -> list[dict[str, str]]:
@@ -181,8 +214,10 @@ def _parts(content: Any, inner: list[Any]) -> list[dict[str, str]]:
             inner += [] if source is None else [source]
             found.append({"type": "image"})
             continue
-        text = part.get("text") if isinstance(part, dict) else part
-        pieces = text.split(_PLACEHOLDER) if isinstance(text, str) else []
+        text = part.get("text") if isinstance(part, dict) and part.get("type") in _TEXTS else part
+        if not isinstance(text, str):
+            raise unknown_part(part)
+        pieces = text.split(_PLACEHOLDER)
         for number, piece in enumerate(pieces):
             piece = piece.strip("\n") if len(pieces) > 1 else piece  # LLaVA's line break beside an image
             found += [{"type": "image"}] * bool(number) + [{"type": "text", "text": piece}] * bool(piece)
