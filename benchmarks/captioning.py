@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from benchmarks.measure import prepare_process, ratio
 from composer_prior.inference.caption import Images, caption_loaded, find_images
-from composer_prior.training.saving import load
+from composer_prior.inference.loading import load
 
 DEFAULTS = {"rounds": 5, "images": 256, "max_new_tokens": 64, "threads": os.cpu_count(), "num_workers": None}
 

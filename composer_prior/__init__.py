@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from composer_prior.algorithms.token_weighting.token_weighting import TokenWeighting
     from composer_prior.data.captions import StreamingCaptionDataset
     from composer_prior.data.prompts import CompletionCollator, beginning, prompt_and_completion
+    from composer_prior.inference.loading import load
     from composer_prior.models.composer_lvlm import ComposerLVLM
     from composer_prior.models.image_text_model import ImageTextModel
     from composer_prior.models.reference import ReferenceLM
-    from composer_prior.training.saving import load
 
 __version__ = "0.2.0.dev0"
 
@@ -31,7 +31,7 @@ _MODULES = {
     "StreamingCaptionDataset": "composer_prior.data.captions",
     "TokenWeighting": "composer_prior.algorithms.token_weighting.token_weighting",
     "beginning": "composer_prior.data.prompts",
-    "load": "composer_prior.training.saving",
+    "load": "composer_prior.inference.loading",
     "prompt_and_completion": "composer_prior.data.prompts",
     "selective_backprop_keys": "composer_prior.algorithms.token_weighting.selective_backprop",
 }

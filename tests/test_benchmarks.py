@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -68,6 +69,7 @@ def test_the_image_tokens_of_the_front_ends(setup, monkeypatch):
     assert [*found.values()] == [576, 144, 36, 5 * 576 + 6, 5 * 144 + 6, 14 * (18 + 1)]
 
 
+@pytest.mark.skipif(version("transformers") >= "5", reason="the page has the figures of constraints.txt")
 @pytest.mark.usefixtures("outside_of_a_run")
 def test_the_tables_of_the_page_on_clusters_have_what_their_command_prints(setup, capsys, monkeypatch):
     from benchmarks import cluster

@@ -64,6 +64,7 @@ def test_an_error_shows_what_it_names(words, tmp_path, monkeypatch, capsys):
 
 def test_files_keep_what_the_terminal_shows(tokenizer, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)  # version 5 shows a bar, with returns
     small_lvlm("patches", tokenizer).image_text_model.save_pretrained("model")
     Path(HOSTILE).mkdir()
     Path(HOSTILE, f"{HOSTILE}.png").write_bytes(make_sample("validation", 0)["image"])

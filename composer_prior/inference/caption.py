@@ -21,10 +21,9 @@ from composer_prior.data.locks import sole_writer
 from composer_prior.data.messages import one_line
 from composer_prior.data.remote import Remote
 from composer_prior.data.storage import is_remote
-from composer_prior.inference.evaluate import check_device
+from composer_prior.inference.loading import check_device, load
 from composer_prior.models.image_text_model import Caption, ImageTextModel, model_inputs
 from composer_prior.reports.page import legend, sample_card, samples_page
-from composer_prior.training.saving import load
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 PAGE_IMAGES = 200

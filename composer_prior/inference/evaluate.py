@@ -15,7 +15,7 @@ from composer.utils import dist, get_device
 from composer_prior import registry
 from composer_prior.data.nodes import sole_job
 from composer_prior.evaluation.benchmark import Benchmark, Figures, reasons, run_benchmark
-from composer_prior.training.saving import load
+from composer_prior.inference.loading import check_device, load
 
 PACKAGES = ("composer-prior", "torch", "transformers", "open-clip-torch")
 
@@ -106,15 +106,6 @@ def evaluate(
                 Path(page).expanduser().parent.mkdir(parents=True, exist_ok=True)
                 Path(page).expanduser().write_text(built.page(predictions, title), encoding="utf-8")
     return results
-
-
-def check_device(device: str | None) -> None:
-    """Refuse a device that this machine does not have, before a model is loaded."""
-    try:
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:  # "meta" holds no values
-        why = str(error).partition("\n")[0].partition(". Please")[0][:200]
-        raise ValueError(f"device={device} cannot be used here: {why}; leave it out for what there is.") from error
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:

@@ -36,8 +36,8 @@ def export_model(
     """
     if format not in FORMATS:
         raise ValueError(f"format={format} is not known: {', '.join(FORMATS)}. {did_you_mean(format, FORMATS)}")
+    from composer_prior.inference.loading import load
     from composer_prior.models.llava import check_output, export_llava  # here: help and errors come before torch
-    from composer_prior.training.saving import load
 
     check_output(Path(out).expanduser(), dtype, overwrite)
     with sole_writer(out, "out"):

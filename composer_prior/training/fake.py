@@ -21,6 +21,8 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
@@ -154,6 +156,23 @@ def as_on_gpu(asked: bool) -> Iterator[None]:
             table["cpu"] = value
 
 
+@contextmanager
+def shapes_untracked() -> Iterator[None]:
+    """Keep a tracker from counting what DTensor computes shapes with: fake tensors of whole weights (torch 2.11)."""
+    propagator: Any = DTensor._op_dispatcher.sharding_propagator
+    known = propagator._propagate_tensor_meta_non_cached
+
+    def apart(schema: Any) -> Any:
+        with _disable_current_modes():
+            return known(schema)
+
+    propagator._propagate_tensor_meta_non_cached = apart
+    try:
+        yield
+    finally:
+        del propagator._propagate_tensor_meta_non_cached
+
+
 class FakeRun:
     """A run's model, optimizer and sharding on fake tensors, as the first rank of the process group has them.
 
@@ -243,7 +262,7 @@ class FakeRun:
             else:
                 tracker = _Tracker()
                 tracker.track_external(self.model, self.optimizer, *batch.values())
-            with tracker:
+            with tracker, shapes_untracked():
                 self._loss(batch).backward()
                 self.optimizer.step()
             self.optimizer.zero_grad()

@@ -9,25 +9,36 @@ from composer.callbacks import LRMonitor
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from composer_prior.data.batch import IGNORE_INDEX, stream_masks, stream_names
 from composer_prior.registry import Count
 
-_FLASH = "_scaled_dot_product_flash_attention"
-
 
 def flop_counter() -> FlopCounterMode:
-    """Return PyTorch's counter with what its list of operations lacks: attention on the CPU, and of a frozen tower.
+    """Return PyTorch's counter with what its list lacks: attention on the CPU, of grouped queries, of a frozen tower.
 
     Attention counts in full where it is causal too, and its backward pass, which computes the scores again, as 2.5
     forward passes.
     """
-    known: dict[Any, Any] = {torch.ops.aten._native_multi_head_attention: _attention_with_projections}
-    for end in ("", "_backward"):  # as on a GPU; FlopCounterMode wraps functions itself
-        on_gpu = flop_registry[getattr(torch.ops.aten, f"{_FLASH}{end}")].__wrapped__
-        known[getattr(torch.ops.aten, f"{_FLASH}_for_cpu{end}")] = on_gpu
+    aten = torch.ops.aten
+    known: dict[Any, Any] = {aten._native_multi_head_attention: _attention_with_projections}
+    for kernel in ("flash", "efficient", "cudnn"):
+        known[getattr(aten, f"_scaled_dot_product_{kernel}_attention")] = _attention
+        known[getattr(aten, f"_scaled_dot_product_{kernel}_attention_backward")] = _attention_backward
+    known[aten._scaled_dot_product_flash_attention_for_cpu] = _attention
+    known[aten._scaled_dot_product_flash_attention_for_cpu_backward] = _attention_backward
     return FlopCounterMode(display=False, custom_mapping=known)
+
+
+def _attention(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
+    """Count two products of ``query [B, H, T, D]`` with keys and values ``[B, H or fewer, S, D]``."""
+    batch, heads, length, width = query
+    return 4 * batch * heads * length * key[2] * width
+
+
+def _attention_backward(_: Any, query: torch.Size, key: torch.Size, *__: Any, **___: Any) -> int:
+    return _attention(query, key) * 5 // 2
 
 
 def _attention_with_projections(query: torch.Size, *_: Any, **__: Any) -> int:

@@ -1,4 +1,4 @@
-"""The model of a run with a vision tower: the folder that it leaves, and how a model is loaded from what a run left."""
+"""The model folder that a run leaves."""
 
 import os
 import tempfile
@@ -15,7 +15,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from composer_prior.algorithms.token_weighting.token_weighting import unwrapped
 from composer_prior.data.download import ATTEMPTS
 from composer_prior.data.files import read_object
-from composer_prior.data.hub import ModelFolderError, load_pretrained
 from composer_prior.data.messages import announce, one_line
 from composer_prior.data.nodes import on_first_rank
 from composer_prior.data.processing import image_placeholder
@@ -23,20 +22,14 @@ from composer_prior.data.remote import Output
 from composer_prior.data.storage import StorageError, WriteError, full_disk_told, is_remote
 from composer_prior.data.tokenizer import tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.models.image_text_model import ImageTextModel, captioner_classes
-from composer_prior.models.language import causal_lm_of, generate_greedily
-from composer_prior.models.lora import merged
-from composer_prior.models.model_folder import fitting_weights, load_processor, save_model_folder
+from composer_prior.models.language import causal_lm_of
+from composer_prior.models.model_folder import save_model_folder
 from composer_prior.models.prior_lvlm import PriorLVLMForConditionalGeneration
 from composer_prior.reports.closing import validation_metrics
-from composer_prior.training.checkpoints.identity import read_identity
-from composer_prior.training.checkpoints.loading import read_weights
-from composer_prior.training.checkpoints.storage import find_weights
+from composer_prior.training.checkpoints.loading import ARCHITECTURE
 from composer_prior.training.config import TrainConfig, written
 from composer_prior.training.finite import check_weights
 from composer_prior.training.reference import metadata_file, model_folder, model_metadata
-
-ARCHITECTURE = "architecture"  # a folder of the run: the model in Hugging Face format without weights, for checkpoints
 
 
 def save_architecture(recipe: TrainConfig, model: ComposerLVLM) -> None:
@@ -169,56 +162,3 @@ print(captioner(images="photo.jpg", text={text!r}))
 {OmegaConf.to_yaml(OmegaConf.create(used)).strip()}
 ```
 """
-
-
-def load(path: str | Path, trust_remote_code: bool = False) -> ImageTextModel:
-    """Load a trained model with its processor, in evaluation mode.
-
-    Args:
-        path: a run folder, a checkpoint of a run, or the model folder or hub id of any image-text-to-text model.
-        trust_remote_code: run code that comes with the model. Default: ``False``.
-
-    Raises:
-        ModelFolderError: one line, naming what is wrong.
-    """
-    place = Path(path).expanduser()
-    if (place / "config.json").is_file() or not place.exists():
-        return ImageTextModel.from_pretrained(path, trust_remote_code)
-    if (place / "model" / "config.json").is_file():
-        return load(place / "model", trust_remote_code)
-    try:
-        source = find_weights(str(place))
-    except ValueError as error:
-        raise ModelFolderError(f"{path}: {one_line(error)}.") from error
-    return _load_checkpoint(source, trust_remote_code)
-
-
-def _load_checkpoint(source: Path, trust_remote_code: bool) -> ImageTextModel:
-    """Load the model of a checkpoint, which has the weights; the run folder above it has the rest."""
-    source = source.resolve()
-    runs = [parent for parent in source.parents if (parent / ARCHITECTURE / "config.json").is_file()]
-    if not runs:
-        raise ModelFolderError(f"{source} has no {ARCHITECTURE}/ in a folder above it; leave it in its run folder.")
-    folder = runs[0] / ARCHITECTURE
-    try:
-        processor_class, config_class, model_class = captioner_classes(folder, trust_remote_code)
-        processor = load_processor(processor_class, folder, trust_remote_code)
-        config = load_pretrained(config_class, folder, trust_remote_code)
-        made = getattr(model_class, "from_config", None)  # None: of our own class
-        model: Any = made(config, trust_remote_code=trust_remote_code) if made else model_class(config)
-        weights, fingerprint = read_weights(source)
-        whole = {name.removeprefix("model."): tensor.float() for name, tensor in weights.items()}
-        whole = merged(whole, (read_identity(source) or {}).get("lora_scaling"))
-    except ModelFolderError:
-        raise
-    except Exception as error:  # whatever the code of some model raises
-        raise ModelFolderError(f"{source} cannot be loaded: {one_line(error)}") from error
-    if fingerprint not in (None, tokenizer_fingerprint(processor.tokenizer)):
-        raise ModelFolderError(f"{source} was made with another tokenizer than {folder} holds.")
-    try:
-        model.load_state_dict(fitting_weights(whole, model), strict=False, assign=True)  # what is not there is tied
-    except ValueError as error:
-        raise ModelFolderError(f"{source} is no checkpoint of the model in {folder}: {error}.") from error
-    model.tie_weights()
-    generate_greedily(model, processor.tokenizer)
-    return ImageTextModel(model.eval(), processor)

@@ -65,6 +65,7 @@ def test_the_prompt_of_a_hubs_model_is_read_as_a_folders(tokenizer, tmp_path, mo
     (repository / "refs/main").write_text("0abc")
     snapshot = repository / "snapshots/0abc"
     tokenizer.save_pretrained(snapshot)
+    small_lm(tokenizer).config.save_pretrained(snapshot)
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path / "cache"), raising=False)
     assert not hasattr(load_processor(AutoTokenizer, "org/name"), "prompt")

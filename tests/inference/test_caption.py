@@ -4,6 +4,8 @@ import html
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -193,3 +195,23 @@ def test_what_is_no_plain_file_is_a_bad_image(here):
     errors = {line["image"]: line["error"] for line in lines() if "error" in line}
     assert errors["images/pipe.png"] == "not a regular file"
     assert "image too large" in errors["images/sparse.png"]
+
+
+def test_captions_need_neither_composer_nor_streaming(here):
+    """Their imports take longer than a caption."""
+    words = ["model", "photo.jpg", "out=captions.jsonl", "max_new_tokens=4", "progress=false"]
+    code = f"""if True:
+        import sys
+        from composer_prior.commands.cli import main
+        try:
+            main(["caption", *{words}])
+        except SystemExit as end:
+            assert not end.code
+        from composer_prior import load
+        load("model")
+        print(sorted({{"composer", "streaming", "matplotlib", "timm"}} & set(sys.modules)))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert json.loads(Path("captions.jsonl").read_text())["caption"] is not None

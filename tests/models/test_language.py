@@ -343,7 +343,7 @@ def test_a_compiled_model_caps_its_logits(tokenizer):
     prepare_compile()
     model = ComposerLVLM(enlarged(build("gemma2", vocab_size=len(tokenizer))), tokenizer)
     ids = torch.randint(5, 300, (2, 8))
-    batch = {"input_ids": ids, "labels": ids}
+    batch = {"input_ids": ids, "labels": ids.clone()}
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(batch)["nll"], model(batch)["nll"])
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from common.models import small_lvlm
 from common.programs.one_step import make_reference, make_samples, make_viewer
 from common.training import figures_by_stream, fit
@@ -56,6 +57,14 @@ def test_a_frozen_tower_is_counted_as_a_trained_one(family, tokenizer, make_batc
             model.train().model.model.get_image_features(**images)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+def test_grouped_queries_are_counted_as_repeated_keys():
+    query, key = torch.randn(2, 8, 5, 4), torch.randn(2, 2, 5, 4)
+    for keys, grouped in ((key, True), (key.repeat_interleave(4, dim=1), False)):
+        with flop_counter() as counter:
+            F.scaled_dot_product_attention(query, keys, keys, is_causal=True, enable_gqa=grouped)
+        assert counter.get_total_flops() == 4 * 2 * 8 * 5 * 5 * 4
 
 
 def test_steps_between_are_reckoned_by_their_tokens(tokenizer, make_spec):

@@ -34,8 +34,8 @@ def on_meta(tokenizer, family="encoder"):
         return small_lvlm(family, tokenizer)
 
 
-def planned(tokenizer, parallelism=None, family="encoder"):
-    return FakeRun(on_meta(tokenizer, family), ADAMW, parallelism, Precision.FP32, gpu=False)
+def planned(tokenizer, parallelism=None, family="encoder", gpu=False):
+    return FakeRun(on_meta(tokenizer, family), ADAMW, parallelism, Precision.FP32, gpu=gpu)
 
 
 def in_mode(run, batch):
@@ -95,6 +95,15 @@ def test_a_rank_has_its_part(tokenizer, make_batch, ranks, copies):
     assert again["gradients"] == weights
     assert run.weights == sum(4 * p.numel() for p in on_meta(tokenizer).parameters())
     assert run.state == 2 * run.weights + steps
+
+
+def test_the_step_of_all_weights_at_once_takes_those_of_a_rank(tokenizer, make_batch):
+    """DTensor computes shapes of whole weights, which are in no memory."""
+    batch = make_batch(small_lvlm("encoder", tokenizer), 1)
+    with fake_ranks(8):
+        run = planned(tokenizer, {"fsdp2": {}}, gpu=True)
+        parts = run.peak(in_mode(run, batch))
+    assert parts["optimizer"] < run.state / 8 * 2
 
 
 def test_checkpointing_and_whole_copies(tokenizer, make_batch):

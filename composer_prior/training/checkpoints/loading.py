@@ -1,4 +1,4 @@
-"""Load the weights of a checkpoint or of a model folder into another model."""
+"""Load the model of a checkpoint, or the weights of a checkpoint or model folder into another model."""
 
 import re
 from pathlib import Path
@@ -8,16 +8,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from composer_prior.data.hub import load_pretrained
+from composer_prior.data.hub import ModelFolderError, load_pretrained
+from composer_prior.data.messages import one_line
 from composer_prior.data.tokenizer import add_image_tokens, has_image_tokens, tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.models.image_text_model import ImageTextModel, classes_of
-from composer_prior.models.language import causal_lm_of, parts_of
-from composer_prior.models.lora import beside_adapters
-from composer_prior.models.model_folder import fitting_weights
+from composer_prior.models.image_text_model import ImageTextModel, captioner_classes, classes_of
+from composer_prior.models.language import causal_lm_of, generate_greedily, parts_of
+from composer_prior.models.lora import beside_adapters, merged
+from composer_prior.models.model_folder import fitting_weights, load_processor
 from composer_prior.training.checkpoints.identity import OLD_NAMES, RunIdentity, read_identity, read_sharded, read_state
 from composer_prior.training.checkpoints.pickles import METADATA
 from composer_prior.training.checkpoints.storage import check_sums, find_weights
+
+ARCHITECTURE = "architecture"  # a folder of the run: the model in Hugging Face format without weights
 
 
 def load_weights(path: str, model: ComposerLVLM, trust_remote_code: bool = False) -> str:
@@ -89,3 +92,45 @@ def read_weights(
     if any(name.startswith("model.language.") for name in weights):
         raise ValueError(OLD_NAMES.format(source))
     return weights, fingerprint
+
+
+def load_checkpoint(path: Path, trust_remote_code: bool = False) -> ImageTextModel:
+    """Load the model of a checkpoint, which has the weights; the run folder above it has the rest.
+
+    Args:
+        path: see :func:`find_weights`.
+        trust_remote_code: run code that comes with the model. Default: ``False``.
+
+    Raises:
+        ModelFolderError: one line, naming what is wrong.
+    """
+    try:
+        source = find_weights(str(path)).resolve()
+    except ValueError as error:
+        raise ModelFolderError(f"{path}: {one_line(error)}.") from error
+    runs = [parent for parent in source.parents if (parent / ARCHITECTURE / "config.json").is_file()]
+    if not runs:
+        raise ModelFolderError(f"{source} has no {ARCHITECTURE}/ in a folder above it; leave it in its run folder.")
+    folder = runs[0] / ARCHITECTURE
+    try:
+        processor_class, config_class, model_class = captioner_classes(folder, trust_remote_code)
+        processor = load_processor(processor_class, folder, trust_remote_code)
+        config = load_pretrained(config_class, folder, trust_remote_code)
+        made = getattr(model_class, "from_config", None)  # None: of our own class
+        model: Any = made(config, trust_remote_code=trust_remote_code) if made else model_class(config)
+        weights, fingerprint = read_weights(source)
+        whole = {name.removeprefix("model."): tensor.float() for name, tensor in weights.items()}
+        whole = merged(whole, (read_identity(source) or {}).get("lora_scaling"))
+    except ModelFolderError:
+        raise
+    except Exception as error:  # whatever the code of some model raises
+        raise ModelFolderError(f"{source} cannot be loaded: {one_line(error)}") from error
+    if fingerprint not in (None, tokenizer_fingerprint(processor.tokenizer)):
+        raise ModelFolderError(f"{source} was made with another tokenizer than {folder} holds.")
+    try:
+        model.load_state_dict(fitting_weights(whole, model), strict=False, assign=True)  # what is not there is tied
+    except ValueError as error:
+        raise ModelFolderError(f"{source} is no checkpoint of the model in {folder}: {error}.") from error
+    model.tie_weights()
+    generate_greedily(model, processor.tokenizer)
+    return ImageTextModel(model.eval(), processor)
