@@ -240,7 +240,7 @@ def did_you_mean(name: str, accepted: Collection[str]) -> str:
     if _FORMER.get(name) in accepted:
         nearest = [_FORMER[name]]
     hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
-    if nearest and len(accepted) > 30:
+    if len(accepted) > (30 if nearest else 100):
         return hint.strip()
     return f"{hint}Accepted: {', '.join(sorted(accepted)) or 'none'}."
 

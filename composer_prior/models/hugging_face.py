@@ -24,11 +24,14 @@ from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.image_text_model import captions_images
 from composer_prior.models.language import (
     causal_lm_of,
+    check_decoder,
     decoder_of,
     generate_greedily,
     is_recurrent,
     named_weights,
+    new_configuration,
     parts_of,
+    reads_flat_keys,
     vocabulary_size,
 )
 from composer_prior.models.lora import add_lora
@@ -69,7 +72,7 @@ def build_hugging_face(
     Args:
         tokenizer: that of the processor, as of :func:`.build_tokenizer` with ``image_tokens: false``.
         pretrained: folder or hub id of the model.
-        config: for a new model, ``model_type`` and the arguments of its configuration.
+        config: for a new model, ``model_type`` and the arguments of its configuration, as in a ``config.json``.
         processor: ``name``, its folder or hub id, by default ``pretrained``; and settings of its image processor, such
             as ``max_pixels``, ``do_image_splitting`` or ``size``.
         freeze: parts that are kept as they are: vision, projector, language.
@@ -97,6 +100,11 @@ def build_hugging_face(
         model = AutoModelForImageTextToText.from_config(settings, dtype=torch.float32, **options)
     else:
         model = load_pretrained(AutoModelForImageTextToText, pretrained, dtype=torch.float32, **options)
+    try:
+        check_decoder(model)
+    except ValueError as error:
+        where = "model.config.model_type" if pretrained is None else f"model.pretrained={pretrained!r}"
+        raise ValueError(f"{where}: {error}") from error
     if is_recurrent(model):
         raise ValueError(
             f"model: a {settings.model_type} cannot be trained here: its language model is recurrent, as in Mamba."
@@ -157,36 +165,39 @@ def build_processor(
 def _read_configuration(pretrained: str, trust_remote_code: bool) -> PretrainedConfig:
     """Return the configuration of a model of a folder or hub id, and refuse one that cannot be trained."""
     try:
-        return _checked(load_pretrained(AutoConfig, pretrained, trust_remote_code))
+        return _checked(load_pretrained(AutoConfig, pretrained, trust_remote_code), f"model.pretrained={pretrained!r}")
     except ModelFolderError as error:
         raise ModelFolderError(f"model.pretrained={error}") from error
     except OSError as error:
         raise OSError(f"model.pretrained={pretrained!r} is no folder with a model: {one_line(error)}") from error
 
 
-def _checked(settings: PretrainedConfig) -> PretrainedConfig:
-    """Return a configuration; raise ValueError for one of a model that cannot be trained here."""
+def _checked(settings: PretrainedConfig, where: str) -> PretrainedConfig:
+    """Return a configuration; raise ValueError for one of a model that cannot be trained here, naming its key."""
     kind = settings.model_type
     if kind in _REFUSED:
-        raise ValueError(f"model: a {kind} cannot be trained here: {_REFUSED[kind]}.")
+        raise ValueError(f"{where}: a {kind} cannot be trained here: {_REFUSED[kind]}.")
     if not captions_images(settings):
-        raise ValueError(f"model: a {kind} is no image-text-to-text model of transformers.")
+        raise ValueError(f"{where}: a {kind} is no image-text-to-text model of transformers.")
     if settings.is_encoder_decoder:
-        raise ValueError(f"model: a {kind} cannot be trained here: it reads images apart from its captions' tokens.")
+        raise ValueError(f"{where}: a {kind} cannot be trained here: it reads images apart from its captions' tokens.")
     return settings
 
 
 def _new_configuration(arguments: dict[str, Any], processor: Any) -> PretrainedConfig:
     """Return a new model's configuration, with the vocabulary and the special tokens of its processor."""
-    tokenizer, kind = processor.tokenizer, arguments.pop("model_type", None)
-    text = {"vocab_size": len(tokenizer), **(arguments.get("text_config") or {})}
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        text.setdefault(name, getattr(tokenizer, name))
-    known = vars(AutoConfig.for_model(kind))
+    tokenizer = processor.tokenizer
+    given = _checked(new_configuration(arguments, "model.config"), "model.config.model_type")
+    text = {"vocab_size": len(tokenizer)}
+    text |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    known = vars(given)
     named = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _TOKENS.items() if name in known}
     image = tokenizer.convert_tokens_to_ids(image_tokens(processor)[-1])
     named |= {name: image for name in ("image_token_id", "image_token_index") if name in known}
-    return _checked(AutoConfig.for_model(kind, **{**named, **arguments, "text_config": text}))
+    if "text_config" not in arguments and reads_flat_keys(given):
+        return AutoConfig.for_model(**{**named, **text, **arguments})
+    text |= arguments.get("text_config") or {}
+    return AutoConfig.for_model(**{**named, **arguments, "text_config": text})
 
 
 def hugging_face_skeleton(tokenizer: PreTrainedTokenizerBase, **config: Any) -> ComposerLVLM:

@@ -1,6 +1,8 @@
 """The language model: any Hugging Face causal LM."""
 
-from collections.abc import Callable, Iterator
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,6 +31,7 @@ from composer_prior.models.prior_lvlm.modeling_prior_lvlm import (
     decoder_of,
     logit_transform,
 )
+from composer_prior.registry import did_you_mean, parameters_of
 
 VOCABULARY_MULTIPLE = 64  # of embeddings that grow, which suits products and shards
 # Kinds of layers in which tokens see each other by attention alone; the last three tell their MLPs.
@@ -83,8 +87,7 @@ def build_language_model(
         raise ValueError("model.language.freeze=true: adapters are trained; set it to false, or leave out lora.")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "attn_implementation": attn_implementation}
     if pretrained is None:
-        arguments = {"vocab_size": len(tokenizer), **dict(config or {})}
-        settings = AutoConfig.for_model(arguments.pop("model_type", None), **arguments)
+        settings = new_configuration({"vocab_size": len(tokenizer), **dict(config or {})}, "model.language.config")
         model = AutoModelForCausalLM.from_config(settings, **options)
     elif torch.empty(0).device.type != "meta":
         model = load_pretrained(AutoModelForCausalLM, pretrained, dtype=torch.float32, **options)
@@ -104,6 +107,68 @@ def build_language_model(
     if lora is not None:
         add_lora(model, **lora)
     return model
+
+
+def new_configuration(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
+    """Return the configuration of a new model.
+
+    Args:
+        arguments: ``model_type`` and the arguments of its class; those of its parts are mappings.
+        where: their key in the recipe, for messages.
+
+    Raises:
+        ValueError: for a type or a key that transformers does not know, which it would store without effect.
+    """
+    kind = arguments.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        hint = did_you_mean(kind or "", [*CONFIG_MAPPING.keys()])
+        raise ValueError(f"{where}.model_type={kind!r} is not a type of transformers. {hint}".strip())
+    settings = AutoConfig.for_model(**arguments)
+    flat = "text_config" not in arguments and reads_flat_keys(settings)
+    _check_keys(arguments, settings, where, _known_keys(settings.get_text_config()) if flat else set())
+    return settings
+
+
+def reads_flat_keys(settings: PretrainedConfig) -> bool:
+    """Return True if a configuration takes the keys of its text part beside its own, as that of Qwen2-VL does."""
+    if "text_config" not in settings.sub_configs:
+        return True
+    return type(settings)(num_hidden_layers=1).get_text_config().num_hidden_layers == 1
+
+
+def _check_keys(arguments: Mapping[str, Any], settings: PretrainedConfig, where: str, further: set[str]) -> None:
+    known = _known_keys(settings) | further
+    for key, value in arguments.items():
+        if not (key in known or key.startswith("_") or _looks_up(settings, key)):  # config.json may hold private ones
+            parts = [part for part in settings.sub_configs if key in _known_keys(getattr(settings, part, None))]
+            hint = f"It is one of {' and '.join(parts)}." if parts else did_you_mean(key, known)
+            raise ValueError(f"{where}.{key} is not a key of a {settings.model_type}. {hint}")
+        if key in settings.sub_configs and isinstance(value, Mapping):
+            _check_keys(value, getattr(settings, key), f"{where}.{key}", set())
+
+
+def _looks_up(settings: PretrainedConfig, key: str) -> bool:
+    """Return True if the model's code asks for a key that its configuration may lack, such as SigLIP's head."""
+    files = Path(inspect.getfile(type(settings))).parent.glob("modeling_*.py")
+    return any(re.search(rf'attr\([\w.]*config, "{re.escape(key)}"', file.read_text()) for file in files)
+
+
+def _known_keys(settings: PretrainedConfig | None) -> set[str]:
+    """Return the keys of a configuration's class, by their names of now and before."""
+    if settings is None:  # a part that a model leaves out
+        return set()
+    kind = type(settings)
+    known = {
+        "model_type",
+        "torch_dtype",
+        "tie_word_embeddings",
+        *vars(kind()),
+        *parameters_of(kind),
+        *kind.attribute_map,
+    }
+    if "rope_parameters" in known:  # transformers 5, which reads these too
+        known |= {"rope_scaling", "rope_theta", "partial_rotary_factor"}
+    return {key for key in known if not key.startswith("_")}
 
 
 @torch.no_grad()

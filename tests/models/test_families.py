@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from common.families import FAMILIES, save_family
 from common.models import small_lm
+from common.recipes import ROOT
 from composer import Callback, DataSpec, Trainer
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -174,6 +176,59 @@ def test_a_new_model_has_the_tokens_of_its_processor(scenes, hub):
     assert max(int(sample["processed"]["image_grid_thw"].prod()) for sample in samples) <= 256 / 4**2
     nll = model(collated(model, samples))["nll"]
     assert bool(nll.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_keys_of_the_text_part_may_stand_beside_the_others(kind, hub):
+    """As in Qwen2-VL's config.json of a hub."""
+    arguments = FAMILIES[kind][2]
+    apart, flat = (
+        skeleton(hub(kind), config={"model_type": kind, **one}, processor={"name": hub(kind)})
+        for one in (arguments, {**arguments["text_config"], "vision_config": arguments["vision_config"]})
+    )
+    assert shapes(flat) == shapes(apart)
+    texts = [model.model.config.get_text_config() for model in (flat, apart)]
+    for name in ("vocab_size", "eos_token_id", "pad_token_id", "rope_scaling"):
+        assert getattr(texts[0], name, None) == getattr(texts[1], name, None)
+
+
+def test_the_new_model_of_the_docs(hub, scenes):
+    (text,) = re.findall(r"```yaml\n(model:[^`]*model_type:[^`]*)```", (ROOT / "docs/models.md").read_text())
+    config = yaml.safe_load(text)["model"]["config"]
+    config["vision_config"]["patch_size"] = 4  # of the small processor
+    tokenizer = build_tokenizer({"name": hub("qwen2_vl"), "image_tokens": False})
+    model = build_hugging_face(tokenizer, config=config, processor={"name": hub("qwen2_vl")})
+    assert len(model.model.model.language_model.layers) == len(model.model.model.visual.blocks) == 8
+    _, samples = samples_of(model, scenes, "")
+    with torch.no_grad():
+        assert bool(model(collated(model, samples[:1]))["nll"].isfinite().all())
+
+
+def shapes(model):
+    return {name: weight.shape for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("llava", {"hidden_size": 64}, "model.config.hidden_size is .* of a llava. It is one of .*text_config"),
+        ("qwen2_vl", {"hidden_size": 64}, "model.config.hidden_size is .* of a qwen2_vl. It is one of .*text_config"),
+        ("llava", {"text_config": {"num_hiden_layers": 2}}, r"text_config.num_hiden_layers .* 'num_hidden_layers'\?"),
+        ("llava", {"vision_config": {"pach_size": 2}}, r"model.config.vision_config.pach_size .* 'patch_size'\?"),
+        ("idefics3", {"scale_facter": 2}, r"model.config.scale_facter is not a key .* 'scale_factor'\?"),
+        ("llava", {"model_type": "llavva"}, r"model.config.model_type='llavva' .* 'llava'\?"),
+        ("llava", {"model_type": None}, "model.config.model_type=None is not a type of transformers"),
+        ("llava", {"model_type": "blip"}, "model.config.model_type: Blip.* has no decoder"),
+    ],
+)
+def test_a_key_that_a_configuration_does_not_know_is_refused(kind, changes, message, hub):
+    """transformers would store it, and build a model of its own sizes."""
+    arguments = {"model_type": kind} if changes.get("model_type") else {"model_type": kind, **FAMILIES[kind][2]}
+    for key, change in changes.items():
+        arguments[key] = {**arguments[key], **change} if isinstance(change, dict) else change
+    with pytest.raises(ValueError, match=message) as refused:
+        skeleton(hub(kind), config=arguments, processor={"name": hub(kind)})
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "gemma3", "paligemma"])
@@ -376,7 +431,9 @@ def test_weights_without_a_gradient_are_those_that_no_loss_needs(kind, scenes, h
 
 def test_a_family_with_features_of_another_form_is_neither_refused_nor_frozen(hub):
     """Qwen3-VL's layers read further features, which a list beside the first ones holds."""
-    text, vision = FAMILIES["qwen2_vl"][2]["text_config"], FAMILIES["qwen2_5_vl"][2]["vision_config"]
+    text, vision = FAMILIES["qwen2_vl"][2]["text_config"], dict(FAMILIES["qwen2_5_vl"][2]["vision_config"])
+    for name in ("window_size", "fullatt_block_indexes"):
+        vision.pop(name)
     further = {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
     arguments = {"model_type": "qwen3_vl", "text_config": text, "vision_config": {**vision, **further}}
     config = {"config": arguments, "processor": {"name": hub("qwen2_vl")}}
