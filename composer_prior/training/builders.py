@@ -66,6 +66,11 @@ def build_model(
     return build_named("model", config, tokenizer=tokenizer)
 
 
+def trusts_code(recipe: TrainConfig) -> bool:
+    """Return True if a recipe lets code run that comes with its model."""
+    return any((part or {}).get("trust_remote_code") for part in (recipe.model, recipe.model.get("language")))
+
+
 def build_named(kind: str, config: Mapping[str, Any], **given: Any) -> Any:
     """Build a component given as ``{name: ..., argument: ...}``."""
     return registry.build(kind, config["name"], registry.without_name(config), kind, **given)

@@ -46,6 +46,7 @@ from composer_prior.training.builders import (
     build_named,
     build_precision,
     one_line_errors,
+    trusts_code,
     without_models,
 )
 from composer_prior.training.checkpoints.identity import WEIGHT_NAMES, RunIdentity
@@ -53,7 +54,7 @@ from composer_prior.training.checkpoints.loading import load_weights
 from composer_prior.training.checkpoints.pickles import ASKED_BY_COMPOSER
 from composer_prior.training.checkpoints.saver import Checkpoints
 from composer_prior.training.checkpoints.sigterm import Preempted, StopOnSigterm
-from composer_prior.training.checkpoints.start import find_start
+from composer_prior.training.checkpoints.start import find_start, leave_behind
 from composer_prior.training.config import TrainConfig, identified, written
 from composer_prior.training.finite import FiniteSteps, SkipEmptySteps, check_weights
 from composer_prior.training.loggers import MetricsFile
@@ -98,8 +99,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     start = on_first_rank(partial(find_start, recipe, identity))
     has_weights = not any(parameter.is_meta for parameter in model.parameters())
     if recipe.init_from is not None and start is None and has_weights:
-        trusted = any((part or {}).get("trust_remote_code") for part in (recipe.model, recipe.model.get("language")))
-        announce(load_weights(recipe.init_from, model, trusted))
+        announce(load_weights(recipe.init_from, model, trusts_code(recipe)))
     if recipe.compile_config is not None:
         prepare_compile()
     mixed = any(len(stream_names(spec.dataloader)) > 1 for spec in loaders.values())
@@ -149,6 +149,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     prepare_sharded(trainer.state.model)
     if start is not None:
         _check_start(recipe, trainer, start)
+    on_first_rank(partial(leave_behind, recipe, start))  # last: nothing is removed for a run that cannot start
     return trainer
 
 

@@ -48,8 +48,10 @@ from composer_prior.training.builders import (
     build_precision,
     one_line_errors,
     per_rank_batch_size,
+    trusts_code,
     without_models,
 )
+from composer_prior.training.checkpoints.loading import load_weights
 from composer_prior.training.checkpoints.storage import find_checkpoint, find_weights
 from composer_prior.training.config import TrainConfig
 from composer_prior.training.keys import check_keys, settings_of
@@ -132,6 +134,9 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
     if isinstance(model, ComposerLVLM):
         for name, spec in loaders.items():
             check_fit(model, cast(Any, spec.dataloader).dataset, f"{where}{name}")
+        if recipe.init_from is not None:
+            with one_line_errors(f"{where}init_from" if where else ""):
+                on_first_rank(partial(load_weights, recipe.init_from, model, trusts_code(recipe)))
         _check_positions_of_reference(recipe, model, data, where)
         with one_line_errors(f"{where}model" if where else ""):
             on_first_rank(partial(check_image_tokens, model, recipe.model))

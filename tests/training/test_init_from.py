@@ -125,21 +125,46 @@ def test_a_model_folder_gives_the_language_model(here, capsys):
         ),
         (["init_from=pickled.pt"], "holds Python objects .* and is not loaded"),
         (["init_from=half.pt"], "half.pt is not a whole checkpoint"),
+        (["init_from=changed.pt"], "changed.pt is not a whole checkpoint: .* has changed"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(here, overrides, message):
+    """And nothing is removed for it of an earlier run of that name."""
     checkpoint = Path("runs/stage1/checkpoints/ep0-ba4-rank0.pt")
-    Path("half.pt").write_bytes(checkpoint.read_bytes()[:-1000])
+    shutil.copytree("runs/stage1/checkpoints", "runs/stage2/checkpoints")
+    content = bytearray(checkpoint.read_bytes())
+    Path("half.pt").write_bytes(content[:-1000])
+    content[len(content) // 2] ^= 1
+    Path("changed.pt").write_bytes(content)
     torch.save({"state": {"model": Path("x")}}, "pickled.pt")
     arguments = [str(ROOT / "yamls/ntp_vit.yaml"), *SHRUNKEN, *VIT, "run_name=stage2", "init_from=runs/stage1"]
     with pytest.raises(SystemExit, match=message) as caught:
         main([*arguments, *overrides])
     assert "\n" not in caught.value.code
     assert not Path("runs/stage2/metrics.jsonl").exists()
+    assert Path("runs/stage2/checkpoints", checkpoint.name).exists()
+
+
+SMALL = ["tokenizer={name: small, train: {vocab_size: 300}}"], "trained with another tokenizer than the recipe's"
+LINEAR = ["model.projector.name=linear"], "weights differ, such as model.multi_modal_projector"
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "message"),
+    [
+        *((source, *SMALL) for source in ("stage1", "stage1/model", "sharded", "reference/model")),
+        *((source, *LINEAR) for source in ("stage1", "stage1/model", "sharded")),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_reference_is_trained(here, source, overrides, message):
+    changes = [f"init_from=runs/{source}", "run_name=stage2", "reference.run_name=another", *overrides]
+    with pytest.raises(ValueError, match=message):
+        train(recipe("ntp_vit", *changes))
+    assert not Path("runs/another/metrics.jsonl").exists()
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(here, tokenizer):
-    model = SimpleNamespace(tokenizer=plain_tokenizer("gpt2", ["a tile"] * 9, 400))
+    model = SimpleNamespace(tokenizer=plain_tokenizer("gpt2", ["a tile"] * 9, 400), parameters=list)
     with pytest.raises(ValueError, match="trained with another tokenizer than"):
         load_weights("runs/stage1", model)
 
@@ -162,7 +187,9 @@ def test_code_in_a_sharded_checkpoint_is_not_run(here, monkeypatch, plant, messa
         check_checkpoint(checkpoint, identity)
     if plant != hostile.value:  # which no weights need
         with pytest.raises(ValueError, match=message):
-            load_weights("runs/sharded", SimpleNamespace(tokenizer=plain_tokenizer("smollm2", ["a"] * 3)))
+            load_weights(
+                "runs/sharded", SimpleNamespace(tokenizer=plain_tokenizer("smollm2", ["a"] * 3), parameters=list)
+            )
     for name, function in ASKED_BY_COMPOSER.items():
         monkeypatch.setenv(name, function)
     hidden = "|metadata is None"  # all that torch 2.11 says of whatever keeps it from reading .metadata

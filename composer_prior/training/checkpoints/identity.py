@@ -83,17 +83,25 @@ def read_state(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def read_sharded(folder: Path, prefix: str) -> dict[str, Any]:
-    """Read the entries of a sharded checkpoint with a prefix, without running code in it."""
-    check_sums(folder, prefix)
+def read_sharded(folder: Path, prefix: str, whole: bool = True) -> dict[str, Any]:
+    """Read the entries of a sharded checkpoint with a prefix, without running code in it.
+
+    Args:
+        folder: of the checkpoint.
+        prefix: of the entries.
+        whole: ``False`` reads their names and shapes alone. Default: ``True``.
+    """
+    if whole:
+        check_sums(folder, prefix)
     entries: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device=None if whole else "meta")
         if isinstance(entry, TensorStorageMetadata)
         else None
         for name, entry in read_metadata(folder).state_dict_metadata.items()
         if name.startswith(prefix)
     }
-    load(entries, checkpoint_id=folder, planner=_WeightsOnly(flatten_state_dict=False), no_dist=True)
+    if whole:
+        load(entries, checkpoint_id=folder, planner=_WeightsOnly(flatten_state_dict=False), no_dist=True)
     return entries
 
 

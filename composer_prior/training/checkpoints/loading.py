@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from composer_prior.data.hub import ModelFolderError, load_pretrained
 from composer_prior.data.messages import one_line
@@ -32,14 +32,16 @@ def load_weights(path: str, model: ComposerLVLM, trust_remote_code: bool = False
 
     Args:
         path: see :func:`find_weights`.
-        model: with whole weights, on the CPU.
+        model: with whole weights, on the CPU; or on the meta device, for which no weight is read and all else is
+            checked.
         trust_remote_code: run code that comes with a model folder. Default: ``False``.
     """
     source = find_weights(path)
-    weights, fingerprint = read_weights(source, trust_remote_code, has_image_tokens(model.tokenizer))
+    empty = any(parameter.is_meta for parameter in model.parameters())
+    weights, fingerprint = read_weights(source, trust_remote_code, has_image_tokens(model.tokenizer), whole=not empty)
     remedy = "init_from needs the same architecture and tokenizer"
     if fingerprint is not None and fingerprint != tokenizer_fingerprint(model.tokenizer):
-        raise ValueError(f"init_from={path}: it was trained with another tokenizer than tokenizer.name; {remedy}.")
+        raise ValueError(f"init_from={path}: it was trained with another tokenizer than the recipe's; {remedy}.")
     parts: dict[str, Any] = parts_of(model.model)
     target: Any = model.model
     loaded = list(parts)
@@ -49,18 +51,18 @@ def load_weights(path: str, model: ComposerLVLM, trust_remote_code: bool = False
         if head not in {*target.modules()}:  # in other families the head is beside the language model
             target = nn.ModuleDict({"model": target, "lm_head": head})
     try:
-        target.load_state_dict(
-            fitting_weights(beside_adapters(found, target), target), strict=False
-        )  # what is not there is tied
+        fitting = fitting_weights(beside_adapters(found, target), target)
     except ValueError as error:
         raise ValueError(f"init_from={path}: {error}; {remedy}.") from error
+    if not empty:
+        target.load_state_dict(fitting, strict=False)  # what is not there is tied
     kept = sorted({*parts} - {*loaded})
     without = f"; {', '.join(kept)} stay as the recipe says" if kept else ""
     return f"Weights: {', '.join(sorted(loaded))} from {source}{without}"
 
 
 def read_weights(
-    source: Path, trust_remote_code: bool = False, image_tokens: bool = True
+    source: Path, trust_remote_code: bool = False, image_tokens: bool = True, whole: bool = True
 ) -> tuple[dict[str, Tensor], str | None]:
     """Return weights by their names in a :class:`.ComposerLVLM`, and the fingerprint of their tokenizer if known.
 
@@ -68,30 +70,47 @@ def read_weights(
         source: see :func:`find_weights`.
         trust_remote_code: run code that comes with a model folder. Default: ``False``.
         image_tokens: the tokenizer of a language model gets our image tokens. Default: ``True``.
+        whole: ``False`` reads names and shapes alone; the values are then of no use. Default: ``True``.
     """
     if source.is_file():
-        check_sums(source)
+        if whole:
+            check_sums(source)
         state = read_state(source)
         weights = {name.removeprefix("module."): tensor for name, tensor in state["model"].items()}
         fingerprint = state.get("callbacks", {}).get(RunIdentity.__qualname__, {}).get("tokenizer")
     elif (source / METADATA).is_file():
         prefix = "state.model."
-        weights = {name.removeprefix(prefix): tensor for name, tensor in read_sharded(source, prefix).items()}
+        weights = {name.removeprefix(prefix): tensor for name, tensor in read_sharded(source, prefix, whole).items()}
         fingerprint = (read_identity(source) or {}).get("tokenizer")
     else:
-        if classes_of(source, trust_remote_code) is not None:
+        classes = classes_of(source, trust_remote_code)
+        if not whole:
+            kinds = classes or (AutoTokenizer, AutoConfig, AutoModelForCausalLM)
+            with torch.device("meta"):
+                reader, model = _with_new_weights(source, kinds, trust_remote_code)
+            tokenizer = getattr(reader, "tokenizer", reader)
+        elif classes is not None:
             lvlm = ImageTextModel.from_pretrained(source, trust_remote_code)
             model, tokenizer = lvlm.model, lvlm.tokenizer
         else:
             model = load_pretrained(AutoModelForCausalLM, source, trust_remote_code, dtype=torch.float32)
             tokenizer = load_pretrained(AutoTokenizer, source, trust_remote_code)
-            if image_tokens:
-                add_image_tokens(tokenizer)
+        if image_tokens and classes is None:
+            add_image_tokens(tokenizer)
         weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         fingerprint = tokenizer_fingerprint(tokenizer)
     if any(name.startswith("model.language.") for name in weights):
         raise ValueError(OLD_NAMES.format(source))
     return weights, fingerprint
+
+
+def _with_new_weights(folder: Path, classes: tuple[Any, Any, Any], trust_remote_code: bool) -> tuple[Any, Any]:
+    """Return what reads the inputs of a folder's model, and that model with new weights."""
+    reader, settings, kind = classes
+    config = load_pretrained(settings, folder, trust_remote_code)
+    made = getattr(kind, "from_config", None)  # None: of our own class
+    model = made(config, trust_remote_code=trust_remote_code) if made else kind(config)
+    return load_processor(reader, folder, trust_remote_code), model
 
 
 def load_checkpoint(path: Path, trust_remote_code: bool = False) -> ImageTextModel:
@@ -113,11 +132,7 @@ def load_checkpoint(path: Path, trust_remote_code: bool = False) -> ImageTextMod
         raise ModelFolderError(f"{source} has no {ARCHITECTURE}/ in a folder above it; leave it in its run folder.")
     folder = runs[0] / ARCHITECTURE
     try:
-        processor_class, config_class, model_class = captioner_classes(folder, trust_remote_code)
-        processor = load_processor(processor_class, folder, trust_remote_code)
-        config = load_pretrained(config_class, folder, trust_remote_code)
-        made = getattr(model_class, "from_config", None)  # None: of our own class
-        model: Any = made(config, trust_remote_code=trust_remote_code) if made else model_class(config)
+        processor, model = _with_new_weights(folder, captioner_classes(folder, trust_remote_code), trust_remote_code)
         weights, fingerprint = read_weights(source)
         whole = {name.removeprefix("model."): tensor.float() for name, tensor in weights.items()}
         whole = merged(whole, (read_identity(source) or {}).get("lora_scaling"))

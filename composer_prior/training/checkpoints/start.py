@@ -30,7 +30,7 @@ _DOWNLOAD_SECONDS = 3600.0  # of a whole checkpoint
 
 
 def find_start(recipe: TrainConfig, identity: Mapping[str, Any]) -> str | None:
-    """Find the checkpoint to resume from, a path or url, or None; the files that a new run replaces are removed."""
+    """Find the checkpoint to resume from, a path or url, or None."""
     folder, start = recipe.save_folder, recipe.load_path
     saved = _newest_whole(folder, identity) if folder is not None and recipe.autoresume else None
     if saved is None and start is not None:
@@ -38,8 +38,6 @@ def find_start(recipe: TrainConfig, identity: Mapping[str, Any]) -> str | None:
     start = saved or start
     if start is not None:
         _check_kind(start, recipe)
-    if folder is not None and not recipe.autoresume and not is_remote(folder):
-        _leave_behind(Path(folder), start)
     return start
 
 
@@ -86,8 +84,11 @@ def _check(start: str, identity: Mapping[str, Any]) -> None:
         check_checkpoint(start, identity)
 
 
-def _leave_behind(folder: Path, start: str | None) -> None:
-    """Remove what is not of the past of a run that begins at a checkpoint, or anew."""
+def leave_behind(recipe: TrainConfig, start: str | None) -> None:
+    """Remove checkpoints that are not of the past of a run that begins at a checkpoint, or anew."""
+    if recipe.save_folder is None or recipe.autoresume or is_remote(recipe.save_folder):
+        return
+    folder = Path(recipe.save_folder)
     begin = None if start is None else Path(start).resolve()
     done = -1 if begin is None or folder.resolve() not in begin.parents else batch_of(begin) or 0
     later = [path for path, batch in checkpoints_in(folder).items() if batch > done]
