@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -303,6 +304,13 @@ class StreamingCaptionDataset(RowsDataset, VisionDataset):
         written = self._written(messages)
         return written, self._between(written, ())
 
+    def check_template(self) -> None:
+        """Read the first sample of each stream, and raise NoTemplateError if it needs a template that is missing."""
+        if self.has_messages and self.tokenizer.chat_template is None:
+            for first in self.sample_offset_per_shard[self.shard_offset_per_stream]:
+                with suppress(BadSampleError):
+                    self._written(self._read(int(first), ATTEMPTS).get("messages", []))
+
     def _written(self, messages: Any) -> Written:
         """Return a conversation or document as text; raise BadSampleError for one that cannot be used."""
         if isinstance(messages, list) and len(messages) > self.max_tokens:  # the time grows with the square of turns
@@ -395,10 +403,11 @@ class StreamingCaptionDataset(RowsDataset, VisionDataset):
         return item
 
     def sample_name(self, sample_id: int) -> str:
-        """Return the number of a sample, and its shard and position there."""
+        """Return the number of a sample, its stream where there are several, and its shard and position there."""
         shard_id, index = self.spanner[sample_id]
         shard = cast(MDSReader, self.shards[shard_id])
-        return f"sample {sample_id} (number {index} of {shard.split or '.'}/{shard.raw_data.basename})"
+        stream = f" of {self.stream_names[self.stream_of(sample_id)]}" if len(self.stream_names) > 1 else ""
+        return f"sample {sample_id}{stream} (number {index} of {shard.split or '.'}/{shard.raw_data.basename})"
 
 
 def caption_item(

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from composer_prior.data.conversations import ANSWER, DOCUMENT, ChatError, checked, message
-from composer_prior.data.messages import one_line
+from composer_prior.data.messages import OneLineError, one_line
 
 MARKS = "\ufdd0\ufdd1\ufdd2\ufdd3"  # noncharacters: begin and end of what is learned, begin and end of an image
 OWN = "own"
@@ -32,6 +32,10 @@ _AS_TEXT = (  # before a template that takes texts alone
 )
 
 Span = tuple[int, int]  # first character and the one behind the last
+
+
+class NoTemplateError(OneLineError, ValueError):
+    """Conversations without a chat template, of which none can be used."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ class ChatFormat:
 
         Raises:
             ChatError: for no conversation, one that spells a special token, or one that the template does not write.
+            NoTemplateError: for a conversation without a template.
         """
         messages = checked(messages)
         for one in messages:
@@ -131,7 +136,9 @@ class ChatFormat:
 
     def _conversation(self, messages: list[dict[str, Any]]) -> Written:
         if self.tokenizer.chat_template is None:
-            raise ChatError("a conversation needs tokenizer.chat_template: own, a file, or the text of a template")
+            raise NoTemplateError(
+                "A conversation needs tokenizer.chat_template: own, a file, or the text of a template."
+            )
         whole, marked = _render(self.tokenizer, messages)
         answers = [number for number, one in enumerate(messages) if one["role"] == ANSWER]
         if not _GENERATION.search(str(self.tokenizer.chat_template)):

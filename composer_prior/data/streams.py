@@ -7,6 +7,7 @@ waits without end for one that failed to download it (no public report). It remo
 """
 
 import json
+import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -196,6 +197,7 @@ class CheckedDataset(FixedDataset):
         self.stream_names = [str(name) or _folder_name({"split": split, **each}) for name, each in named.items()]
         if streams:
             _check_names(self.stream_names)
+            _check_amounts(dict(zip(self.stream_names, named.values(), strict=True)))
         super().__init__(streams=[CheckedStream(**each) for each in named.values()], **given)
 
     def stream_of(self, sample_id: int) -> int:
@@ -266,6 +268,25 @@ def _folder_name(stream: Mapping[str, Any]) -> str:
     """Return the last name in the path of a stream's data."""
     parts = [stream.get("remote") or stream.get("local"), stream.get("split")]
     return Path(*filter(None, parts)).name
+
+
+def _check_amounts(streams: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise for amounts of streams that are no numbers of at least 0, or that cannot be mixed."""
+    amounts = {
+        name: {key: each[key] for key in ("proportion", "repeat", "choose") if each.get(key) is not None}
+        for name, each in streams.items()
+    }
+    for name, given in amounts.items():
+        for key, value in given.items():
+            if isinstance(value, bool) or not (isinstance(value, int | float) and 0 <= value < math.inf):
+                raise ValueError(f"streams.{name}.{key}={value!r}: expected a number of at least 0.")
+        if len(given) > 1:
+            raise ValueError(f"streams.{name} has {' and '.join(given)}: give one of them.")
+    shares = {name: given["proportion"] for name, given in amounts.items() if "proportion" in given}
+    if shares and (without := amounts.keys() - shares):
+        raise ValueError(f"streams.{min(without)} has no proportion, as others have: give all streams one, or none.")
+    if shares and not any(shares.values()):
+        raise ValueError("streams: each proportion is 0; give one of them more.")
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from composer_prior.data.captions import BadSampleError, StreamingCaptionDataset, decode_image
-from composer_prior.data.chat import OWN, ChatFormat, Written, use_template, within
+from composer_prior.data.chat import OWN, ChatFormat, NoTemplateError, Written, use_template, within
 from composer_prior.data.conversations import ChatError
 from composer_prior.data.hub import find_model, load_pretrained
 from composer_prior.data.locks import locked
@@ -262,6 +262,8 @@ def _chat_of(reference: ReferenceLM) -> ChatFormat:
 def _written(chat: ChatFormat, messages: Any) -> Written:
     try:
         return chat.write(messages)
+    except NoTemplateError as error:
+        raise ValueError("The reference has another tokenizer, and no chat template of its own.") from error
     except ChatError as error:
         raise BadSampleError(f"the reference has another tokenizer: {error}") from error
 

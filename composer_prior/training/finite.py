@@ -1,6 +1,7 @@
 """Steps that change nothing: those without a label, and those whose loss or gradient is not finite."""
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from composer.loggers import Logger
 from composer.utils import dist, ensure_tuple
 from torch import Tensor, nn
 
-from composer_prior.data.batch import IGNORE_INDEX
+from composer_prior.data.batch import IGNORE_INDEX, stream_masks, stream_names
 from composer_prior.data.messages import OneLineError, announce
 
 log = logging.getLogger(__name__)
+_FIRST_SAMPLES = 100
 _KINDS = ("loss", "gradient norm")
 _REMEDY = "earlier checkpoints stay; look at that batch, lower optimizer.lr, clip gradients"
 
@@ -88,15 +90,34 @@ class SkipEmptySteps(Callback):
 
     With ``on_bad_sample="skip"`` the samples that cannot be used count for nothing; where a whole batch consists of
     them, the gradient is 0, and an optimizer would still decay the weights and move them by its momentum.
+
+    Raises:
+        ValueError: if none of the first 100 samples of a stream can be used. A shorter run says so at its end.
     """
 
+    def __init__(self) -> None:
+        self._unused: dict[str, float] = {}  # samples by stream, infinitely less once one of them could be used
+
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        labels = (state.batch["labels"] != IGNORE_INDEX).sum()
-        count = state.device.tensor_to_device(torch.as_tensor(labels))
-        dist.all_reduce(count, reduce_operation="SUM")
-        if count.item() == 0:
+        mask = state.batch["labels"] != IGNORE_INDEX
+        streams = stream_masks(state.batch, stream_names(state.dataloader))
+        counts = torch.stack([torch.stack([rows.sum(), (mask & rows).sum()]) for rows in streams.values()])
+        counts = state.device.tensor_to_device(counts)
+        dist.all_reduce(counts, reduce_operation="SUM")
+        for name, (samples, labels) in zip(streams, counts.tolist(), strict=True):
+            self._unused[name] = self._unused.get(name, 0) + (-math.inf if labels else samples)
+            if self._unused[name] >= _FIRST_SAMPLES:
+                raise ValueError(f"train_loader: {self._none_used(name)} Mend the data or its settings.")
+        if not counts[:, 1].any():
             log.warning("Batch %d holds no sample that can be used: it changes nothing.", int(state.timestamp.batch))
             change_nothing(state.model)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        for name in (name for name, samples in self._unused.items() if samples > 0):
+            announce(f"Warning: {self._none_used(name)} Nothing of it is learned.")
+
+    def _none_used(self, name: str) -> str:
+        return f"none of the first {self._unused[name]:.0f} samples of {name} can be used: the log says why for each."
 
 
 def change_nothing(model: nn.Module) -> None:

@@ -115,7 +115,7 @@ def check_schedule(recipe: TrainConfig, batches: int, where: str = "") -> None:
 def check_whole(recipe: TrainConfig, where: str = "") -> None:
     """Check data, tokenizer and the shapes of the model; no weight is made or loaded.
 
-    No shard is read, but for ``packing_ratio=auto``.
+    No shard is read, but for ``packing_ratio=auto``, and of conversations without a chat template.
     """
     with one_line_errors(f"{where}tokenizer" if where else ""):
         tokenizer = build_tokenizer(recipe.tokenizer)
@@ -123,6 +123,7 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
     loaders = build_loaders(recipe, model, scores=False, where=where)
     for name, spec in loaders.items():
         _check_samples(f"{where}{name}", spec.dataloader)
+        on_first_rank(cast(Any, spec.dataloader).dataset.check_template)
         dataset = recipe.loaders[name]["dataset"]
         for key, column in KEYS.items():
             if dataset.get(key):

@@ -213,3 +213,20 @@ def test_each_sample_knows_its_stream(tmp_path, tokenizer):
 def test_names_of_streams_that_metrics_cannot_have(name, refused, tiles):
     with pytest.raises(ValueError, match=f"^streams: '{refused}' cannot name a stream; .* other than total"):
         CheckedDataset(streams={"tiles": {"local": tiles}, name: {"local": tiles}}, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("amounts", "error"),
+    [
+        (({"proportion": -0.5}, {"proportion": 1}), r"streams\.a\.proportion=-0\.5: expected a number of at least 0"),
+        (({}, {"repeat": "2"}), r"streams\.b\.repeat='2': expected a number of at least 0"),
+        (({"choose": 2, "repeat": 1}, {}), r"streams\.a has repeat and choose: give one of them"),
+        (({"proportion": 0.5}, {}), r"streams\.b has no proportion, as others have"),
+        (({"proportion": 0.5}, {"repeat": 2}), r"streams\.b has no proportion, as others have"),
+        (({"proportion": 0}, {"proportion": 0.0}), r"streams: each proportion is 0"),
+    ],
+)
+def test_amounts_of_streams_that_cannot_be_mixed_are_refused_by_name(tiles, amounts, error):
+    streams = {name: {"local": tiles, **amount} for name, amount in zip("ab", amounts, strict=True)}
+    with pytest.raises(ValueError, match=f"^{error}"):
+        CheckedDataset(streams=streams, batch_size=1)

@@ -96,6 +96,23 @@ def test_a_step_without_any_usable_sample_changes_nothing(name, caplog):
     assert "NaN" not in Path(f"runs/{name}/metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize("batches", [4, 40])
+def test_a_stream_without_any_usable_sample_is_told_or_ends_the_run(batches, capsys, caplog):
+    good, bad = write_tiles(Path("good"), 8), write_tiles(Path("bad"), 8, bad=range(8))
+    streams = f"train_loader.dataset.streams={{good: {{local: {good}}}, bad: {{local: {bad}}}}}"
+    data = own("null", None, streams, f"max_duration={batches}ba", "train_loader.dataset.on_bad_sample=skip")
+    data += ["train_loader.num_workers=0"]
+    if batches == 4:
+        train(recipe("ntp_vit", *data))
+        said = "Warning: none of the first 16 samples of bad can be used: the log says why for each. Nothing of it is"
+        assert capsys.readouterr().out.count(said) == 1
+    else:
+        with pytest.raises(ValueError, match=r"train_loader: none of the first 1\d\d samples of bad can be used"):
+            train(recipe("ntp_vit", *data))
+    skipped = "Skipped sample 8 of bad (number 0 of ./shard.00000.mds): the image cannot be decoded"
+    assert skipped in caplog.text
+
+
 @pytest.mark.slow
 def test_bad_samples_of_one_rank_cost_the_other_nothing(tmp_path):
     """Two ranks: in batch 0 one of them has nothing, in batch 1 neither has; a run on one rank says what is right."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from common.chats import TEMPLATES, png, turns, write_chats
-from common.recipes import NO_REPORT, ROOT, SHRUNKEN, fork_ranks, losses
+from common.recipes import ALONE, NO_REPORT, ROOT, SHRUNKEN, fork_ranks, losses
 from PIL import Image
 
 import composer_prior
@@ -52,6 +52,20 @@ def test_a_run_with_its_reference_scores_and_model(tmp_path, monkeypatch):
     inputs = model.inputs([Image.new("RGB", (48, 48))], "What?")
     text = model.tokenizer.decode(inputs["input_ids"][0]).replace("<image>", "").replace("<row>", "")
     assert text == "<bos>USER: \nWhat? ASSISTANT:"
+
+
+def test_a_template_that_is_missing_is_told_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("chat", 8)
+    write_chats(Path("pages"), [([{"role": "document", "content": "A page."}], [])] * 8)
+    streams = "train_loader.dataset.streams={pages: {local: pages}, chat: {local: chat}}"
+    words = [*SMALL, *ALONE, *NO_REPORT, "data=null", "tokenizer.name=tokenizer", "eval_loader=null"]
+    words += ["train_loader.dataset.local=null"]
+    words += ["train_loader.dataset.max_tokens=120", "train_loader.dataset.on_bad_sample=skip", "max_duration=1ba"]
+    with pytest.raises(ValueError, match=r"^A conversation needs tokenizer\.chat_template: own, a file"):
+        train(load_recipe("ntp_patch.yaml", [*words, streams]))
+    assert not Path("runs").exists()
+    train(load_recipe("ntp_patch.yaml", [*words, streams.replace(", chat: {local: chat}", "")]))
 
 
 @pytest.mark.slow
