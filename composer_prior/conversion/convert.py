@@ -183,7 +183,7 @@ def _finish(output: Output, settings: dict[str, Any], units: int, max_rejected: 
     with open(folder / "rejected.jsonl", "wb") as lines:
         for number in range(units):
             unit = json.loads(unit_file(output.state, number).read_bytes())
-            counts.update({name: unit[name] for name in ("read", "captions", "samples")})
+            counts.update({name: unit.get(name, 0) for name in ("read", "captions", "samples", "further")})
             shards += unit["shards"]
             for line in unit["rejected"]:
                 if line.get("captions", 1) is None:
@@ -198,16 +198,17 @@ def _finish(output: Output, settings: dict[str, Any], units: int, max_rejected: 
                 lines.write(json_line(line))
     ordered = dict(sorted(((k, n) for k, n in reasons.items() if n), key=lambda item: (-item[1], item[0])))
     size = sum(shard["raw_data"]["bytes"] for shard in shards)
-    summary = ConversionSummary(**counts, reasons=ordered, shards=len(shards), bytes=size)
+    what = "captions" if settings["learn"] is None else "samples"
+    summary = ConversionSummary(**counts, reasons=ordered, shards=len(shards), bytes=size, what=what)
     output.publish(folder, ["rejected.jsonl"])
     if not summary.samples and not summary.rejected:
         ignored = summary.ignored
         others = f", but {ignored} members that are no samples; see rejected.jsonl there" if ignored else ""
-        raise ConversionError(f"{output.label}: the source holds no captions{others}.")
+        raise ConversionError(f"{output.label}: the source holds no {what}{others}.")
     if not summary.samples or summary.rejected > max_rejected * summary.read:
         most = ", ".join(f"{count} {reason}" for reason, count in list(ordered.items())[:3])
         raise ConversionError(
-            f"{output.label}: {summary.rejected} of {summary.read} captions were rejected ({most}), more than "
+            f"{output.label}: {summary.rejected} of {summary.read} {what} were rejected ({most}), more than "
             f"max_rejected={max_rejected}; see rejected.jsonl there{example}, and mend the source or allow more."
         )
     write_whole(folder / "conversion.json", json_line({"settings": settings, "summary": asdict(summary)}))

@@ -97,6 +97,8 @@ class ConversionSummary:
     shards: int = 0
     bytes: int = 0  # of the shards
     estimated: int = 0  # those of ``rejected`` that are an estimate, as the content of an unreadable file is unknown
+    further: int = 0  # conversations of which the answers behind the first one are left out
+    what: str = "captions"  # that ``read``, ``captions`` and ``rejected`` count; with ``learn``, samples
     ignored: int = 0  # members of archives that are not samples; they have a line, but do not count
 
     def __str__(self) -> str:
@@ -105,8 +107,11 @@ class ConversionSummary:
         share += f", {self.estimated:,} of them estimated from what the readable files hold" if self.estimated else ""
         if self.ignored:
             reasons += f"\n  {self.ignored:>9,} members of archives that are no samples, not counted"
+        if self.further:
+            reasons += f"\n  {self.further:>9,} captions are the first of several answers; learn=answers keeps them all"
+        written = f"{self.captions:,} written" + f" as {self.samples:,} samples" * (self.what == "captions")
         return (
-            f"{self.read:,} captions read, {self.captions:,} written as {self.samples:,} samples in {self.shards:,} "
+            f"{self.read:,} {self.what} read, {written} in {self.shards:,} "
             f"shards ({self.bytes / 1e6:,.1f} MB), {self.rejected:,} rejected ({share}){reasons}"
         )
 

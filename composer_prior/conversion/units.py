@@ -74,7 +74,7 @@ def convert_unit(task: Task, number: int, unit: Any) -> Result:
     size_limit = size_in_bytes(task.options.size_limit) or 0
     writer = ShardWriter(folder, f"shard.{number:06}", task.columns, size_limit, task.buffer)
     rejected: list[Rejected] = []
-    read = captions = samples = 0
+    read = captions = samples = further = 0
     for item in task.source.read(unit):
         if isinstance(item, BadFile) and task.options.on_bad_file == "raise":
             raise ConversionError(f"{item.where} cannot be read, or not to its end: {item.detail}; {BAD_FILE_HINT}.")
@@ -86,6 +86,7 @@ def convert_unit(task: Task, number: int, unit: Any) -> Result:
         read += written + sum(problem.count or 0 for problem in problems)
         captions += written
         samples += len(kept)
+        further += item.further if kept and isinstance(item, Record) else 0
     writer.finish()
     task.output.publish(folder, [shard["raw_data"]["basename"] for shard in writer.shards])
     return {
@@ -94,6 +95,7 @@ def convert_unit(task: Task, number: int, unit: Any) -> Result:
         "read": read,
         "captions": captions,
         "samples": samples,
+        "further": further,
         "shards": writer.shards,
         "rejected": [_line(problem) for problem in rejected],
         "cut": any(isinstance(problem, BadFile) for problem in rejected),

@@ -345,7 +345,8 @@ def _fetch(path: str, name: str, attempts: int, seconds: float) -> bytes:
         if is_denied(error):
             raise
         raise ScoresError(
-            f"{path} holds no whole scores: {name} cannot be read ({error}). Run composer-prior score."
+            f"{path} holds no whole scores: {name} cannot be read ({error}). Run composer-prior score RECIPE.yaml "
+            f"out={path}."
         ) from error
 
 

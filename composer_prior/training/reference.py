@@ -99,6 +99,13 @@ def check_helper(recipe: TrainConfig, key: str, data: str | None = None) -> None
         raise ValueError(f"The {key} in {folder} was made from other data than the run's. {remedy}")
 
 
+def reference_of(recipe: TrainConfig) -> str | None:
+    """Return the folder of a recipe's own reference, or the folder or hub id that its algorithms name, or None."""
+    if recipe.reference_recipe is not None:
+        return str(model_folder(recipe.reference_recipe))
+    return next((given["reference"] for given in recipe.algorithms.values() if (given or {}).get("reference")), None)
+
+
 def viewer_of(recipe: TrainConfig) -> str | None:
     """Return the folder or hub id of the viewer that a recipe's algorithms name, or of its own, or None."""
     named = [given["viewer"] for given in recipe.algorithms.values() if (given or {}).get("viewer")]

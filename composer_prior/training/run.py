@@ -34,6 +34,7 @@ from composer_prior.training.reference import (
     compared_with,
     metadata_file,
     model_folder,
+    reference_of,
     short_viewer,
     viewer_of,
 )
@@ -217,11 +218,12 @@ def job_of(recipe: TrainConfig, dataset: Mapping[str, Any], **changes: Any) -> S
     key = "viewer_scores" if changes.get("viewer") else "scores"
     given = {"tokenizer": recipe.tokenizer, "dataset": dict(dataset), "progress_bar": recipe.progress_bar}
     if key == "scores":
-        if recipe.reference_recipe is None:
+        given["reference"] = reference_of(recipe)
+        if given["reference"] is None:
             raise ValueError(
-                "The recipe has no reference. Score without a recipe: dataset.local=... reference=... out=..."
+                "The recipe has no reference. Name a model with algorithms.prior.reference=FOLDER, or score without a "
+                "recipe: out=... reference=... tokenizer.name=... dataset.local=..."
             )
-        given["reference"] = str(model_folder(recipe.reference_recipe))
     own = model_folder(recipe.helpers["viewer"]) if "viewer" in recipe.helpers else None
     if own is not None and key == "viewer_scores" and "out" not in changes and Path(changes["viewer"]) != own:
         raise ValueError(f"viewer={changes['viewer']} is not the recipe's viewer, {own}: give out=...")

@@ -96,6 +96,12 @@ def converted(source, out, **options):
     return summary, [(one["messages"], unpack_images(one["images"])) for one in (data[i] for i in range(len(data)))]
 
 
+def test_captions_of_conversations_with_further_answers_are_counted(tmp_path):
+    summary = convert_captions(lines(tmp_path / "in", LLAVA, "mix665k.json"), tmp_path / "out", max_rejected=1)
+    assert (summary.captions, summary.further) == (1, 1)
+    assert "1 captions are the first of several answers; learn=answers keeps them all" in str(summary)
+
+
 @pytest.mark.parametrize("name", ["mix665k.json", "mix.jsonl"])
 def test_conversations_of_llava(name, tmp_path):
     summary, samples = converted(lines(tmp_path / "in", LLAVA, name), tmp_path / "out")
@@ -228,6 +234,18 @@ def test_questions_of_vqa(tmp_path):
         converted(source, tmp_path / "no")
 
 
+def test_questions_of_textvqa(tmp_path):
+    asks = [{"question_id": n, "image_id": f"{n}", "question": "Says?", "answers": ["a", "b", "b"]} for n in (0, 1)]
+    source = lines(tmp_path / "in", [], "TextVQA_0.5.1_train.json")
+    source.write_text(json.dumps({"dataset_type": "train", "data": [*asks, {**asks[0], "question_id": 2}, 3]}))
+    for number in (0, 1):
+        (tmp_path / f"in/{number}.jpg").write_bytes(PICTURES[f"{number}.png"])
+    summary, samples = converted(source, tmp_path / "out", max_rejected=1)
+    pictures = [[PICTURES[f"{n}.png"]] for n in (0, 1, 0)]
+    assert samples == [(asked("Says?", "b"), images) for images in pictures]
+    assert summary.reasons == {"malformed record": 1}
+
+
 def test_questions_with_several_answers(tmp_path):
     entries = [
         {"image": "0.png", "question": "What?", "answers": [{"answer": text} for text in ("b", "a", "a")]},
@@ -317,6 +335,13 @@ def test_a_text_file_is_a_document_for_each_block(tmp_path):
     assert texts == ["One,\ntwo.", "[3]", "Five"]
     assert all(messages[0]["role"] == "document" and not images for messages, images in samples)
     assert summary.reasons == {"invalid UTF-8": 1}
+    (tmp_path / "a.txt").write_text("Zero\n\nFive")
+    summary, samples = converted(tmp_path, tmp_path / "all", max_rejected=1)  # the folder of both
+    assert [messages[0]["content"][0]["text"] for messages, _ in samples] == ["Zero", "Five", *texts[:2]]
+    assert summary.reasons == {"duplicate key": 1, "invalid UTF-8": 1}
+    assert str(summary).startswith("6 samples read, 4 written in 1 shards")
+    with pytest.raises(SourceError, match="no caption of an image; with learn=all it is converted to documents"):
+        convert_captions(tmp_path, tmp_path / "no")
 
 
 def test_text_alone_and_all_text_of_a_conversation(tmp_path):

@@ -579,6 +579,15 @@ def test_errors_are_one_line(words: list[str], message: str, monkeypatch: pytest
     assert "\n" not in str(error.value)
 
 
+def test_the_reference_that_algorithms_name_scores_the_streams_of_a_recipe() -> None:
+    words = ["reference=null", "algorithms.prior.reference=folder", "train_loader.dataset.local=null"]
+    words += ["model.language.pretrained=null", "train_loader.dataset.scores=null"]
+    streams = "train_loader.dataset.streams={a: {local: a}, b: {local: b}}"
+    made = load_recipe(ROOT / "yamls/prior_vit.yaml", [*words, streams])
+    job = job_of(made, made.train_loader["dataset"], out="scores")
+    assert (job.model, [*job.dataset["streams"]]) == ("folder", ["a", "b"])
+
+
 def test_without_words_the_usage_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         main([])

@@ -45,6 +45,7 @@ class Record:
     explicit: bool = False  # whether ``key`` is an id of the source, which must be unique
     messages: Any = None  # of a conversation or document, which has no captions, see composer_prior.data.conversations
     images: tuple[bytes | str, ...] = ()  # of a conversation or document
+    further: int = 0  # conversations with more answers than the one that is the caption
     note: str = ""  # advice for the message if it has no caption
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
@@ -39,26 +39,19 @@ _BEHIND = re.compile(r"[ \t\r\n,\]]")
 
 @dataclass(frozen=True, kw_only=True)
 class ListSource(Source):
-    """A file that lists images by path: JSONL, CSV, TSV, a JSON array (LLaVA's too), COCO; or a text file.
+    """A file that lists images by path: JSONL, CSV, TSV, a JSON array (LLaVA's too), COCO; or text files.
 
     Consecutive lines with the same image are the captions of one record. A damaged list cannot be opened.
     """
 
-    file: Path
+    files: tuple[Path, ...]  # one, or several of text
 
     @classmethod
-    def open(cls, file: Path, format: str, options: SourceOptions) -> "ListSource":
-        try:
-            head, _ = beginning(file)
-        except OSError as error:
-            raise SourceError(f"{file}: it cannot be read ({error.strerror or error}).") from error
-        problem = kind_of(head)
-        if encoding_of(file) == "utf-8-sig" and b"\0" in head[:4]:
-            problem = "UTF-16 without a byte order mark, or no text at all; save it as UTF-8"
-        if problem:
-            raise SourceError(f"{file}: {problem}.")
+    def open(cls, files: Sequence[Path], format: str, options: SourceOptions) -> "ListSource":
+        for file in files:
+            _check_text(file)
         folder = file.parent.resolve()
-        source = cls(file=file, format=format, options=options, folder=folder, images=folder)
+        source = cls(files=tuple(files), format=format, options=options, folder=folder, images=folder)
         records = [item for item in islice(source._entries(), 1000) if isinstance(item, Record)]
         names = [record.image for record in records[:20] if isinstance(record.image, str)]
         images = options.images_folder() or _images_folder(file, names)
@@ -81,7 +74,21 @@ class ListSource(Source):
 
     def _entries(self) -> Iterator[Record | Rejected]:
         readers = {"jsonl": _read_jsonl, "json": _read_json_array, "coco": _read_coco, "txt": _read_text}
-        return readers.get(self.format, _read_table)(self.file, self.options)
+        read = readers.get(self.format, _read_table)
+        return chain.from_iterable(read(file, self.options) for file in self.files)
+
+
+def _check_text(file: Path) -> None:
+    """Raise SourceError for a file that is no text."""
+    try:
+        head, _ = beginning(file)
+    except OSError as error:
+        raise SourceError(f"{file}: it cannot be read ({error.strerror or error}).") from error
+    problem = kind_of(head)
+    if encoding_of(file) == "utf-8-sig" and b"\0" in head[:4]:
+        problem = "UTF-16 without a byte order mark, or no text at all; save it as UTF-8"
+    if problem:
+        raise SourceError(f"{file}: {problem}.")
 
 
 def _images_folder(file: Path, names: list[str]) -> Path:
@@ -232,9 +239,15 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_questions(path: Path, data: dict[str, Any], options: SourceOptions) -> Iterator[Record | Rejected]:
-    """Yield the questions of a file of VQA with the answers of the file of annotations beside it."""
+    """Yield the questions of a file of VQA with the answers of the file of annotations beside it, or of TextVQA."""
     if options.learn is None:
         raise SourceError(f"{path}: questions are no captions of images; convert them with learn=answers.")
+    for number, one in enumerate(data["data"] if "questions" not in data else ()):
+        known = isinstance(one, dict) and "question_id" in one
+        entry = {"id": one["question_id"], "image": f"{one.get('image_id')}.jpg", **one} if known else one
+        yield entry_record(entry, str(number), f"{path.name}:data[{number}]", options)
+    if "questions" not in data:
+        return
     beside = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
     try:
         answers = {one["question_id"]: one for one in _read_object(beside)["annotations"]}
@@ -256,7 +269,7 @@ def _read_questions(path: Path, data: dict[str, Any], options: SourceOptions) ->
 def _read_coco(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:
     try:
         data = _read_object(path)
-        is_captions = "questions" not in data
+        is_captions = "questions" not in data and not isinstance(data.get("data"), list)
         images, annotations = (data["images"], data["annotations"]) if is_captions else ((), ())
         by_image: dict[Any, list[dict[str, Any]]] = {}
         for annotation in annotations:
@@ -329,8 +342,9 @@ def _grouped(entries: Iterable[Record | Rejected]) -> Iterator[Record | Rejected
             else:
                 records.append(item)
         captions = tuple(caption for record in records for caption in (record.captions or (None,)))
-        spans = tuple(span for r in records for span in (r.spans or (None,) * max(len(r.captions), 1)))
-        yield replace(first, captions=captions, spans=spans if any(r.spans is not None for r in records) else None)
+        spans: Any = tuple(span for r in records for span in (r.spans or (None,) * max(len(r.captions), 1)))
+        spans = spans if any(r.spans is not None for r in records) else None
+        yield replace(first, captions=captions, spans=spans, further=sum(record.further for record in records))
 
 
 def _unique(items: Iterable[Record | Rejected]) -> Iterator[Record | Rejected]:

@@ -17,7 +17,7 @@ from composer_prior.conversion.sources.tar import NEIGHBOURS, FolderSource, TarS
 _ACCEPTED = (
     "a folder with captions.jsonl, captions.csv, captions.tsv or captions.json, such a file itself, COCO captions or "
     "LLaVA JSON, images with a .txt, .caption or .json of the same name each, .tar shards, .parquet files, or a "
-    "Hugging Face dataset saved to disk"
+    "Hugging Face dataset saved to disk; with learn=answers or all also conversations, documents and .txt files"
 )
 _LOOKED_AT = 1 << 16  # files, or characters
 _SUFFIXES = {
@@ -51,7 +51,7 @@ def open_local(path: Path, options: SourceOptions) -> Source:
         return FolderSource.open(path, files, options)
     if format == "hf":
         return HFSource.open(path, options)
-    return ListSource.open(files[0], format, options)
+    return ListSource.open(files, format, options)
 
 
 def _suffix_format(path: Path) -> str | None:
@@ -74,7 +74,7 @@ def _recognise(path: Path, wanted: str | None) -> tuple[str, list[Path]]:
     if len(found) > 1:
         raise SourceError(f"{path}: ambiguous, it holds {', '.join(found)}: choose with form=, or name the file.")
     format, files = next(iter(found.items()))
-    if format not in ("webdataset", "folder", "parquet", "hf") and len(files) > 1:
+    if format not in ("webdataset", "folder", "parquet", "hf", "txt") and len(files) > 1:
         names = ", ".join(file.name for file in files[:4])
         many = f"it holds {len(files)} {format} files ({names})"
         raise SourceError(f"{path}: ambiguous, {many}: name the one to convert.")
@@ -120,8 +120,10 @@ def _folder_formats(path: Path, wanted: str | None) -> dict[str, list[Path]]:
     lists = _merge(_file_formats(file) for file in top if normal_form(str(file.with_suffix(""))) not in pairs)
     # Beside images that mostly have texts, a JSON object is probably metadata that a program wrote about them.
     noted = not lists or (lists.keys() <= {"coco"} and 2 * len(pairs) > len(images))
-    found = pairs and (wanted == "folder" or (wanted is None and noted))
-    return {"folder": files} if found else lists
+    if pairs and (wanted == "folder" or (wanted is None and noted)):
+        return {"folder": files}
+    documents = sorted(file for file in path.glob("*.txt") if file.is_file() and not file.name.startswith("."))
+    return {"txt": documents} if documents and not images and wanted in (None, "txt") and not lists else lists
 
 
 def _files_below(path: Path) -> Iterator[Path]:

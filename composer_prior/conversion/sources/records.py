@@ -59,7 +59,7 @@ def chat_of(
     if not text and "question" in entry and options.caption_column is None:
         return Rejected(key, "no answer", where, "the question has none")
     if text is None and name is None:
-        wanted = options.caption_column or ", ".join(CHAT_COLUMNS)
+        wanted = options.caption_column or ", ".join(dict.fromkeys(CHAT_COLUMNS))
         return Rejected(key, "no known field", where, f"found {', '.join(map(str, entry))}; expected {wanted}")
     turns = _parsed(text)
     if name in ("messages", "conversations") and not (
@@ -112,7 +112,7 @@ def record_of(
     or a conversation, of which the answer about the image is the caption; ``spans`` are of the caption, or of each.
     """
     turns = _turns(caption)
-    count = max(1, len(several(caption, spans)[0])) if turns is None else 1
+    count, further = max(1, len(several(caption, spans)[0])) if turns is None else 1, False
     try:
         found = image_of(image)
         if found is None and turns:
@@ -125,10 +125,11 @@ def record_of(
         return Rejected(key, "missing image", where, "neither a path nor the bytes of an image", count)
     if turns is not None:
         caption = _answer(turns)
+        further = sum(role in _MODEL for role, _, _ in turns) > 1
         if caption is None:
             return Rejected(key, "no answer", where, f"none about the image in a conversation of {len(turns)} turns")
     captions, each = several(caption, spans)
-    return Record(key, found, captions, where, each if has_spans else None, explicit)
+    return Record(key, found, captions, where, each if has_spans else None, explicit, further=int(further))
 
 
 def conversation_of(
@@ -158,9 +159,11 @@ def _conversation(image: Any, text: Any, key: str, where: str, learn: str, expli
     for turn in turns or ():
         if not isinstance(turn, dict):
             raise ChatError(f"a message is no object: {short(repr(turn))}")
-        pair = [(role, turn[role]) for role in ("user", "assistant") if turn.get(role) is not None]
-        said = turn["value"] if turn.get("value") is not None else turn.get("content")
-        for role, content in pair or [(turn.get("from") or turn.get("role"), said)]:
+        said: list[Any] = [(role, turn[role]) for role in ("user", "assistant") if turn.get(role) is not None]
+        if not said:
+            value = turn["value"] if turn.get("value") is not None else turn.get("content")
+            said = [(turn.get("from") or turn.get("role"), value)]
+        for role, content in said:
             if content is None:
                 raise ChatError(f"a message has no content: its fields are {', '.join(map(str, turn))}")
             role = role.lower() if isinstance(role, str) else role
