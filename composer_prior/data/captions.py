@@ -27,7 +27,7 @@ from composer_prior.data.batch import (
     count_tokens,
     split_packed_images,
 )
-from composer_prior.data.chat import ChatFormat, Written, within
+from composer_prior.data.chat import ChatFormat, Written, characters, within
 from composer_prior.data.conversations import ChatError, unpack_images
 from composer_prior.data.download import ATTEMPTS
 from composer_prior.data.images import ImageError, decode_rgb
@@ -329,8 +329,9 @@ class StreamingCaptionDataset(RowsDataset, VisionDataset):
         for start, end in zip(starts, ends, strict=True):  # each piece is read on its own, as our processor does
             layout = next(layouts, []) if start else []
             tokens += [(self.placeholder_ids[kind], False, False, (start, start)) for kind in layout]
-            encoding = self.tokenizer(written.text[start:end], add_special_tokens=False).encodings[0]
-            offsets = [(first + start, last + start) for first, last in encoding.offsets]
+            text = written.text[start:end]
+            encoding = self.tokenizer(text, add_special_tokens=False).encodings[0]
+            offsets = [(first + start, last + start) for first, last in characters(encoding, text)]
             kinds = zip(*(within(offsets, spans) for spans in (written.learned, written.images)), strict=True)
             known = zip(encoding.ids, kinds, offsets, strict=True)
             read = [(i, learned, True, place) for i, (learned, is_image), place in known if not is_image]

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -207,6 +208,19 @@ def _rendered_or_none(tokenizer: PreTrainedTokenizerBase, messages: list[dict[st
         return _render(tokenizer, messages)[0]
     except ChatError:
         return ""
+
+
+def characters(encoding: Encoding, text: str) -> list[Span]:
+    """Return the characters of each token in its text.
+
+    They include the spaces at the token's beginning, which byte-level tokenizers with ``trim_offsets`` leave out.
+    """
+    found = list[Span]()
+    for token, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True):
+        spaces = len(token) - len(token.lstrip("\u0120"))  # GPT-2's letter for a space
+        trimmed = spaces and not text[start:end].startswith((" ", "\u0120")) and text[:start].endswith(" " * spaces)
+        found.append((start - spaces if trimmed else start, end))
+    return found
 
 
 def within(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

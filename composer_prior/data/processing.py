@@ -4,13 +4,13 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 from torch import Tensor
 
 from composer_prior.data.batch import PROCESSED, ImageInputs
-from composer_prior.data.chat import MARKS, Written, first_token, within
+from composer_prior.data.chat import MARKS, Written, characters, first_token, within
 from composer_prior.data.messages import one_line
 from composer_prior.data.tokenizer import whole_placeholder
 
@@ -137,7 +137,7 @@ class _Reader:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        self.encoding: Any = None
+        self.text, self.encoding = "", cast(Any, None)
         self.spans: dict[str, list[int]] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -151,6 +151,7 @@ class _Reader:
                 self.spans[piece].append(len(plain))
             else:
                 plain += piece
+        self.text = plain
         found = self.tokenizer(plain if isinstance(text, str) else [plain], **kwargs)
         self.encoding, to_token = found.encodings[0], found.char_to_token
         # Idefics3's processor of transformers 5 looks up characters of the text with its marks.
@@ -160,5 +161,5 @@ class _Reader:
     def within(self, kind: int) -> list[bool]:
         """Return for each token whether it is between the marks of a kind."""
         spans = [*zip(self.spans[MARKS[kind]], self.spans[MARKS[kind + 1]], strict=True)]
-        pairs = zip(within(self.encoding.offsets, spans), self.encoding.special_tokens_mask, strict=True)
+        pairs = zip(within(characters(self.encoding, self.text), spans), self.encoding.special_tokens_mask, strict=True)
         return [inside and not added for inside, added in pairs]

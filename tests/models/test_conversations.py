@@ -11,6 +11,7 @@ from common.models import small_lvlm
 from common.vlms import make_processor, make_vlm
 from PIL import Image
 from streaming import MDSWriter
+from tokenizers import processors
 
 from composer_prior import ComposerLVLM, StreamingCaptionDataset
 from composer_prior.algorithms.token_weighting.image_tokens import text_positions
@@ -19,6 +20,7 @@ from composer_prior.data.captions import BadSampleError, caption_data_spec
 from composer_prior.data.chat import use_template
 from composer_prior.data.tokenizer import placeholder
 from composer_prior.models.image_text_model import model_inputs
+from composer_prior.training.config import load_recipe
 
 TEMPLATE = (  # in the words of small tokenizers, with parts
     "{% for message in messages %}{{ 'w10' if message['role'] == 'user' else 'w11' }}"
@@ -26,6 +28,7 @@ TEMPLATE = (  # in the words of small tokenizers, with parts
     "{{ eos_token if message['role'] == 'assistant' else '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'w11' }}{% endif %}"
 )
+OWN_TEMPLATE = TEMPLATE.replace("IMAGE", "<image>")
 SAMPLES = [
     (turns("<image>w4<image>w5", "w6w7", "w8", "w9\nw12"), [png(1), png(2, 40, 20)]),
     (turns("w4w5w6", "w7"), []),
@@ -62,9 +65,9 @@ def foreign(kind):
     return ComposerLVLM(model.eval(), processor)
 
 
-def own(family, tokenizer):
+def own(family, tokenizer, template=OWN_TEMPLATE):
     tokenizer = copy.deepcopy(tokenizer)
-    use_template(tokenizer, TEMPLATE.replace("IMAGE", "<image>"), "<image>")
+    use_template(tokenizer, template, "<image>")
     model = small_lvlm(family, tokenizer).eval()
     model.processor.chat_template = tokenizer.chat_template
     return model
@@ -118,6 +121,20 @@ def test_the_loss_is_that_of_transformers_with_the_same_labels(kind, tokenizer, 
             assert (batch["labels"][row, length:] == IGNORE_INDEX).all()
             theirs = model.model(**inputs, labels=labels).loss
             torch.testing.assert_close(nll[row].sum() / (labels != IGNORE_INDEX).sum(), theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["stage2.yaml", "chat_vit.yaml"])
+@pytest.mark.parametrize("trim", [True, False])
+def test_a_space_belongs_to_the_word_behind_it(name, trim, tokenizer, tmp_path):
+    """Byte-level tokenizers may leave spaces out of a token's characters; the token of a lone space then has none."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
+    model = own("patches", tokenizer, load_recipe(name).tokenizer["chat_template"])
+    sample = (turns("<image>Which colour? ", "Red.", " And  <image>", "  a red  owl"), [png(1), png(2)])
+    batch = next(iter(loader(tmp_path, model, [sample])))
+    inputs, labels = their_inputs(model, sample)
+    assert batch["input_ids"].tolist() == inputs["input_ids"].tolist()
+    assert batch["labels"].tolist() == labels.tolist()
 
 
 @pytest.mark.parametrize("kind", ["patches", "encoder", "qwen2_vl"])
