@@ -123,9 +123,10 @@ class StreamMonitor(Callback):
     """Log the figures of each stream of data that mix several; a run adds it by itself.
 
     Of a step: ``loss/train/{stream}`` (nats per token, unweighted), ``metrics/train/{stream}/accuracy``,
-    ``metrics/train/{stream}/share`` (of the samples), and ``metrics/train/{stream}/tokens``, the loss-generating tokens
-    since the start of training. Of a validation as a whole: ``metrics/eval/{stream}/loss``, and the others likewise.
-    They are sums over microbatches and ranks, divided once. A stream without a token has no loss and no accuracy.
+    ``metrics/train/{stream}/share`` (of the samples, skipped ones included), and ``metrics/train/{stream}/tokens``, the
+    loss-generating tokens since the start of training. Of a validation as a whole: ``metrics/eval/{stream}/loss``, and
+    the others likewise. They are sums over microbatches and ranks, divided once. A stream without a token has no loss
+    and no accuracy.
     """
 
     def __init__(self) -> None:

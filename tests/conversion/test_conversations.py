@@ -430,6 +430,16 @@ def test_what_is_not_understood_is_rejected_by_its_name(entry, reason, detail, t
     assert [one["reason"].startswith(reason) and detail in one["detail"] for one in found] == [True, True]
 
 
+def test_wrong_fields_of_captions_are_named(tmp_path):
+    entries = [{"prompt": "?", "completion": "a"}, {"image": "0.png", "response": "a"}, {"image": None, "caption": "a"}]
+    with pytest.raises(ConversionError, match=r"3 of 3 captions were rejected \(2 missing image, 1 missing caption"):
+        convert_captions(lines(tmp_path / "in", entries), tmp_path / "out")
+    found = [json.loads(line)["detail"] for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
+    assert found[0].startswith("found prompt, completion; expected image, image_path")
+    assert found[1].startswith("found image, response; expected conversations, messages, caption")
+    assert found[2] == "neither a path nor the bytes of an image"
+
+
 def test_learn_is_refused_where_no_conversation_is_read(tmp_path):
     lines(tmp_path / "in", [])
     (tmp_path / "in/data.jsonl").unlink()

@@ -27,7 +27,14 @@ from composer_prior.conversion.sources.base import (
 from composer_prior.conversion.sources.files import beginning, kind_of
 from composer_prior.conversion.sources.images import find_inside
 from composer_prior.conversion.sources.lines import LINE_LIMIT, encoding_of, header_of, lines, open_text, rows
-from composer_prior.conversion.sources.records import chat_of, conversation_of, image_of, record_of, value_of
+from composer_prior.conversion.sources.records import (
+    chat_of,
+    conversation_of,
+    found_instead,
+    image_of,
+    record_of,
+    value_of,
+)
 from composer_prior.data.files import MAX_JSON_BYTES, bounded, parse_json
 from composer_prior.data.images import ImageError
 
@@ -319,7 +326,12 @@ def entry_record(entry: Any, key: str, where: str, options: SourceOptions) -> Re
     image = value_of(entry, options.image_column, IMAGE_COLUMNS)
     caption = value_of(entry, options.caption_column, CAPTION_COLUMNS)
     key = name or (image if isinstance(image, str) and 0 < len(image) < 256 and image[:5] != "data:" else key)
-    return record_of(image, caption, entry.get(SPANS), key, where, name is not None, SPANS in entry)
+    record = record_of(image, caption, entry.get(SPANS), key, where, name is not None, SPANS in entry)
+    if isinstance(record, Record):
+        lacks_text = not record.captions and found_instead(entry, options.caption_column, CAPTION_COLUMNS)
+        return replace(record, note=lacks_text) if lacks_text else record
+    lacks_image = record.reason == "missing image" and found_instead(entry, options.image_column, IMAGE_COLUMNS)
+    return replace(record, detail=lacks_image) if lacks_image else record
 
 
 def _grouped(entries: Iterable[Record | Rejected]) -> Iterator[Record | Rejected]:

@@ -41,6 +41,14 @@ def value_of(entry: dict[str, Any], wanted: str | None, usual: Sequence[str]) ->
     return next((entry[name] for name in usual if name in entry), None)
 
 
+def found_instead(entry: dict[str, Any], wanted: str | None, usual: Sequence[str]) -> str:
+    """Return which fields an entry has if it lacks the wanted one, or all of the usual ones; "" if it does not."""
+    names = [wanted] if wanted else [*dict.fromkeys(usual)]
+    if any(name in entry for name in names):
+        return ""
+    return f"found {', '.join(map(str, entry)) or 'no field'}; expected {', '.join(names)}"
+
+
 def chat_of(
     entry: dict[str, Any], key: str, where: str, options: SourceOptions, explicit: bool = False
 ) -> Record | Rejected:
@@ -59,8 +67,7 @@ def chat_of(
     if not text and "question" in entry and options.caption_column is None:
         return Rejected(key, "no answer", where, "the question has none")
     if text is None and name is None:
-        wanted = options.caption_column or ", ".join(dict.fromkeys(CHAT_COLUMNS))
-        return Rejected(key, "no known field", where, f"found {', '.join(map(str, entry))}; expected {wanted}")
+        return Rejected(key, "no known field", where, found_instead(entry, options.caption_column, CHAT_COLUMNS))
     turns = _parsed(text)
     if name in ("messages", "conversations") and not (
         turns and isinstance(turns, (list, tuple)) and isinstance(turns[0], dict)
