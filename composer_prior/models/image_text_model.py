@@ -1,6 +1,7 @@
 """An image-text-to-text model of transformers at work: captions of images, and likelihoods of texts."""
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ class ImageTextModel:
 
     def inputs(self, images: Sequence[Image.Image], prompt: str | None = None) -> dict[str, Tensor]:
         """Return what :meth:`generate` takes, see :func:`model_inputs`."""
-        return model_inputs(self.processor, images, prompt)
+        return self._taken(model_inputs(self.processor, images, prompt))
 
     def generate_captions(
         self, images: Sequence[Image.Image], prompt: str | None = None, max_new_tokens: int = 64, **kwargs: Any
@@ -167,8 +168,16 @@ class ImageTextModel:
                     captions[row] = caption
         return captions
 
+    def _taken(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the model takes of a processor's tensors: some tokenizers give ``token_type_ids`` to any."""
+        base: Any = causal_lm_of(self.model)
+        steps = (base.forward, base.prepare_inputs_for_generation)
+        names = {name for step in steps for name in inspect.signature(step).parameters}
+        return {key: value for key, value in inputs.items() if key in names}
+
     def _rows(self, inputs: Mapping[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
-        """Return some rows, on the model's device and without the padding that all of them have."""
+        """Return some rows of what the model takes, on its device and without the padding that all of them have."""
+        inputs = self._taken(inputs)
         if len(rows) == len(inputs["input_ids"]):
             return {key: value.to(self.model.device) for key, value in inputs.items()}
         chosen = {key: value[list(rows)] for key, value in inputs.items()}

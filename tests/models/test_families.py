@@ -33,7 +33,7 @@ from composer_prior.models.hugging_face import (
     hugging_face_skeleton,
     unused_weights,
 )
-from composer_prior.models.image_text_model import ImageTextModel
+from composer_prior.models.image_text_model import ImageTextModel, model_inputs
 from composer_prior.models.llava import export_llava
 from composer_prior.models.llava_check import LlavaError
 from composer_prior.models.viewer import check_processors
@@ -145,6 +145,21 @@ def test_texts_are_scored_and_written_as_in_training(kind, scenes, hub):
         assert len(whole) == len(text)
     together = model.image_text_model.generate_captions(images, PROMPT, max_new_tokens=6)
     assert together == [model.image_text_model.generate_captions([image], PROMPT, 6)[0] for image in images]
+
+
+@pytest.mark.parametrize("kind", ["llava", "idefics3", "qwen2_vl"])
+def test_what_a_tokenizer_gives_and_no_model_takes_is_left_out(kind, hub, tmp_path):
+    """As ``token_type_ids``, which transformers' tokenizers give unless a folder says otherwise."""
+    path = shutil.copytree(hub(kind), tmp_path / kind)
+    file = path / "tokenizer_config.json"
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_input_names": names}))
+    first, other = (built(str(folder)).image_text_model for folder in (hub(kind), path))
+    images = [Image.new("RGB", (48, 48), colour) for colour in ("red", "blue")]
+    given = {key for key in model_inputs(other.processor, images) if key not in other.inputs(images)}
+    assert given == {"token_type_ids"}
+    assert other.generate_captions(images, max_new_tokens=4) == first.generate_captions(images, max_new_tokens=4)
+    assert other.text_logprobs(images, [[[5, 6]], [[7]]]) == first.text_logprobs(images, [[[5, 6]], [[7]]])
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
