@@ -155,7 +155,11 @@ def check(
         try:
             further(**{key: arguments[key] for key in inspect.signature(further).parameters if key in arguments})
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            said = str(error)
+            parts = where.split(".")
+            keys = [".".join(parts[start:]) for start in range(len(parts))]  # one of which a message may begin with
+            key = next((key for key in keys if said.startswith(f"{key}.")), None)
+            raise ValueError(f"{where}: {said}" if key is None else f"{where}{said.removeprefix(key)}") from error
 
 
 def check_arguments(
@@ -199,6 +203,8 @@ def check_value(where: str, value: Any, annotation: Any) -> None:
     if not _accepts(annotation, value):
         expected = inspect.formatannotation(annotation)
         expected = re.sub(r"(?:typing\.)?Annotated\[(\w+), '([^']*)'\]", r"\1 \2", expected)
+        expected = re.sub(r"list\[(?:typing\.)?Literal\[([^]]*)\]\]", r"a list of \1", expected)
+        expected = re.sub(r"(?:typing\.)?Literal\[([^]]*)\]", r"one of \1", expected)
         expected = re.sub(r"^(?:typing\.)?Optional\[(.*)\]$", r"\1 | None", expected)
         if re.search(r"\.Time\b", expected):
             expected = "a time such as 500ba, 2ep or 0.1dur"

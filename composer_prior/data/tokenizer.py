@@ -36,8 +36,15 @@ def build_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         tokenizer = getattr(loaded, "tokenizer", loaded)  # as the processor has set it: PaliGemma's adds bos itself
     except ModelFolderError as error:
         raise ModelFolderError(f"{key}={error}") from error
-    except OSError as error:
-        raise OSError(f"{name} is no folder with a tokenizer: {one_line(error)}") from error
+    except (OSError, ValueError) as error:
+        if whole and isinstance(error, OSError):
+            raise OSError(f"{name} is no folder with a tokenizer: {one_line(error)}") from error
+        if whole or not str(error).startswith(("Unrecognized", "Can't load")):
+            raise
+        raise ValueError(
+            f"{name} holds no processor of images and text: the tokenizer is that of the processor, so leave "
+            "tokenizer.name out; model.pretrained or model.processor.name names the processor."
+        ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"{name} has no fast version, which knows a token's characters.")
     if tokenizer.eos_token_id is None:

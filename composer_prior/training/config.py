@@ -83,7 +83,7 @@ class TrainConfig:
             model; null: every rank has the whole model.
         compile_config: arguments of torch.compile, such as {dynamic: true}.
         code_paths: Python files to run first, which register components.
-        progress_bar: show one.
+        progress_bar: show one; so do reference and viewer, unless their recipes say otherwise.
         sample_captions: validation images captioned at the end.
         dist_timeout: seconds that ranks wait for each other, also while data are being made.
     """
@@ -271,6 +271,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
             name = cast(Any, OmegaConf.to_container(helper, resolve=False)).get("run_name")
             if name not in (None, MISSING):
                 helper.run_name = f"{name}{read_by}"
+        if "progress_bar" in recipe and "progress_bar" not in helper:
+            helper.progress_bar = recipe.progress_bar
         shared = {"data": data, "tokenizer": recipe.get("tokenizer")}
         if key == "viewer":
             for name in {"data", "tokenizer", "reference"} & {*helper_changes[key]}:

@@ -16,7 +16,7 @@ from composer_prior.models.language import named_weights
 from composer_prior.registry import did_you_mean
 from composer_prior.training.keys import GroupSettings, settings_of
 
-_NO_GROUP = "group0"  # Composer's name of an optimizer's first group
+NO_GROUP = "group0"  # Composer's name of an optimizer's first group
 _UNDECAYED = re.compile("bias|embed|token")  # in the own name of a weight, as of ViTs' positional_embedding, cls_token
 
 
@@ -68,7 +68,7 @@ def _weights_in_groups(settings: list[GroupSettings], model: nn.Module, spare: b
                 raise ValueError(f"{one.where} and {other.prefix} name one weight, for {tied} are tied.")
         prefix, _, arguments = of_weight[-1] if of_weight else settings[0]
         spared = weight in undecayed and arguments.get("weight_decay") != 0
-        group = {**arguments, **({"weight_decay": 0.0} if spared else {}), "name": prefix or _NO_GROUP, "params": []}
+        group = {**arguments, **({"weight_decay": 0.0} if spared else {}), "name": prefix or NO_GROUP, "params": []}
         groups.setdefault((prefix, spared), group)["params"].append(weight)
     return list(groups.values())
 

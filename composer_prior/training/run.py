@@ -39,7 +39,7 @@ from composer_prior.training.reference import (
     viewer_of,
 )
 from composer_prior.training.trainer import build_trainer, finish
-from composer_prior.training.validate import check_parts, check_whole, trained_recipes
+from composer_prior.training.validate import check_parts, check_whole, frozen_at_random, trained_recipes
 
 
 def train(recipe: TrainConfig) -> Trainer:
@@ -97,6 +97,7 @@ def prepare(recipe: TrainConfig, itself: bool = True, helpers: Collection[str] =
                 held.enter_context(sole_run(stage, where))
         for stage, where in stages:
             check_parts(stage, where)
+            announce(frozen_at_random(stage, where))
             with one_line_errors(f"{where}save_folder"):
                 on_first_rank(partial(check_bucket, stage))
             on_first_rank(partial(check_replaced, stage, where))

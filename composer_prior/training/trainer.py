@@ -59,7 +59,7 @@ from composer_prior.training.config import TrainConfig, identified, written
 from composer_prior.training.finite import FiniteSteps, SkipEmptySteps, check_weights
 from composer_prior.training.loggers import MetricsFile
 from composer_prior.training.monitors import StreamMonitor
-from composer_prior.training.optimizer import build_optimizer
+from composer_prior.training.optimizer import NO_GROUP, build_optimizer
 from composer_prior.training.reference import check_helper, model_folder, read_metadata
 from composer_prior.training.saving import save_architecture, save_model
 from composer_prior.training.validate import check_fit
@@ -170,10 +170,15 @@ def _check_start(recipe: TrainConfig, trainer: Trainer, start: str) -> None:
         )
     if done < end:
         schedule: Any = state.schedulers[0]
-        rate, following = state.optimizers[0].param_groups[0]["lr"], schedule.base_lrs[0] * schedule.lr_lambdas[0](0)
+        groups = state.optimizers[0].param_groups
+        own = max(range(len(groups)), key=lambda i: sum(weight.numel() for weight in groups[i]["params"]))
+        rate, following = groups[own]["lr"], schedule.base_lrs[own] * schedule.lr_lambdas[own](0)
+        name = groups[own].get("name")
+        several = any(group.get("name") != name for group in groups)
+        said = f"the learning rate of {'the others' if name == NO_GROUP else name}" if several else "the learning rate"
         announce(
             f"{recipe.run_name} goes on after batch {now.batch.value}, from {start}. The schedule is that of "
-            f"max_duration={recipe.max_duration}: the learning rate goes from {rate:.3g} to {following:.3g} there."
+            f"max_duration={recipe.max_duration}: {said} goes from {rate:.3g} to {following:.3g} there."
         )
 
 

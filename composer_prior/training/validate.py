@@ -35,6 +35,7 @@ from composer_prior.data.tokenizer import build_tokenizer
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.hugging_face import check_image_tokens
 from composer_prior.models.model_folder import load_processor
+from composer_prior.models.open_clip_source import brings_weights
 from composer_prior.models.sharding import build_parallelism, check_checkpointing
 from composer_prior.models.viewer import check_processors
 from composer_prior.scoring.job import ScoreJob
@@ -99,6 +100,29 @@ def check_parts(recipe: TrainConfig, where: str = "") -> None:
         with one_line_errors(f"{where}{key}"):
             build()
     _algorithms(recipe, where)
+
+
+def frozen_at_random(recipe: TrainConfig, where: str = "") -> str:
+    """Return a warning if weights of a model of ours or of transformers stay as random as they begin; "" if none do."""
+    model = recipe.model
+    if recipe.init_from is not None or recipe.load_path is not None:
+        return ""
+    if model["name"] == "hugging_face":
+        keys = [f"model.freeze={model['freeze']}"] if model.get("freeze") and not model.get("pretrained") else []
+    else:
+        parts = {part: model.get(part) or {} for part in ("vision", "projector", "language")}
+        keys = [
+            f"model.{part}.freeze=true"
+            for part, given in parts.items()
+            if given.get("freeze") and not (given.get("pretrained") or brings_weights(given.get("architecture") or ""))
+            if part != "vision" or given.get("name") in registry.shipped("vision")  # others may load theirs
+        ]
+    if not keys:
+        return ""
+    return (
+        f"Warning: {', '.join(where + key for key in keys)} keeps random weights as they are: train them, or give "
+        "pretrained ones."
+    )
 
 
 def check_schedule(recipe: TrainConfig, batches: int, where: str = "") -> None:

@@ -161,9 +161,26 @@ def test_what_cannot_be_meant_is_refused_in_one_line(overrides, message):
     assert "\n" not in str(caught.value)
 
 
+HIDDEN = ("progress_bar=false",)
+
+
 def test_a_patch_size_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="max_side=96 is not a multiple of patch_size=10"):
+    with pytest.raises(ValueError, match=r"^model\.vision\.max_side=96 is not a multiple of patch_size=10"):
         check_keys(load("prior_patch", "model.vision.patch_size=10"))
+
+
+@pytest.mark.parametrize("value", ["vision", "[visoin]"])
+def test_the_parts_that_can_be_frozen_are_named(value):
+    with pytest.raises(ValueError, match=r"model\.freeze=.*: expected a list of 'vision', 'projector', 'language'"):
+        check_keys(load("smolvlm", f"model.freeze={value}"))
+
+
+def test_progress_bars_of_helpers_are_shown_with_that_of_the_run():
+    shown = [
+        [one.progress_bar for one in (recipe, *recipe.helpers.values())]
+        for recipe in (load("gain_vit", *words) for words in ((), HIDDEN, (*HIDDEN, "reference.progress_bar=true")))
+    ]
+    assert shown == [[True] * 3, [False] * 3, [False, True, False]]
 
 
 def test_a_missing_recipe_is_named(tmp_path):

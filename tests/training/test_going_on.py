@@ -107,14 +107,16 @@ def test_a_reference_that_was_killed_before_its_model_was_written_is_completed()
 
 
 def test_what_the_schedule_does_after_max_duration_was_raised_is_said(tiles, capsys):
+    """Of most weights, where groups have rates of their own."""
     run = [*tiles, "autoresume=true", "scheduler.t_warmup=0ba", "callbacks.lr_monitor={}"]
+    run.append("optimizer.groups.projector.lr=0.01")
     main(arguments(*run, "max_duration=4ba"))
     main(arguments(*run, "max_duration=8ba"))
     output = capsys.readouterr().out
     rates = [line["lr-DecoupledAdamW/group0"] for line in metrics("ntp_vit") if "lr-DecoupledAdamW/group0" in line]
     said = (
         "ntp_vit goes on after batch 4, from runs/ntp_vit/checkpoints/ep0-ba4-rank0.pt. The schedule is that of "
-        f"max_duration=8ba: the learning rate goes from {rates[3]:.3g} to {rates[4]:.3g} there."
+        f"max_duration=8ba: the learning rate of the others goes from {rates[3]:.3g} to {rates[4]:.3g} there."
     )
     assert said in output
     assert rates[4] > rates[3]

@@ -313,11 +313,14 @@ def test_a_sequence_that_no_position_is_left_for_is_refused_before_training(scen
     ("override", "message"),
     [
         ("model.pretrained=nowhere/model", r"tokenizer\.name \(by default model\.pretrained .*\)='nowhere/model'"),
+        ("tokenizer.name=hub/tokenizer", "hub/tokenizer' holds no processor .* leave tokenizer.name out"),
+        ("tokenizer.name=hub/lm", "hub/lm' holds no processor of images and text: .* leave tokenizer.name out"),
         ("model.pretrained=null", "model.pretrained is missing: give a folder or hub id, or model.config and"),
     ],
 )
 def test_a_model_that_is_not_there_is_named_by_its_key(override, message, scenes, here):
     hub("idefics3")
+    AutoTokenizer.from_pretrained("hub/lm").save_pretrained("hub/tokenizer")
     with pytest.raises((ValueError, OSError), match=message) as error:
         train(smaller("smolvlm", scenes, *ALONE, override))
     assert "\n" not in str(error.value)

@@ -17,7 +17,13 @@ from composer_prior import registry
 from composer_prior.models.sharding import ON_CPU
 from composer_prior.training import trainer
 from composer_prior.training.builders import without_models
-from composer_prior.training.validate import _check_labels, _check_positions_of_reference, check_parts
+from composer_prior.training.config import load_recipe
+from composer_prior.training.validate import (
+    _check_labels,
+    _check_positions_of_reference,
+    check_parts,
+    frozen_at_random,
+)
 
 OTHER_TOWER = ["model.vision.pretrained=null", "model.vision.image_size=null"]
 PACKAGES = {"wandb": "wandb", "comet_ml_logger": "comet_ml", "mlflow": "mlflow", "neptune_logger": "neptune"}
@@ -249,3 +255,26 @@ def test_a_loader_has_no_name_of_a_stream():
     _check_labels(recipe, ["pages"], "")  # alone, it has no metrics by its name
     with pytest.raises(ValueError, match=r"eval_loaders.pages: its metrics, metrics/eval/pages/loss"):
         _check_labels(recipe, ["captions", "pages"], "")
+
+
+NEW_TOWER = ("prior_vit", "model.vision.pretrained=null")
+NEW_MODEL = ("smolvlm", "model.config={model_type: idefics3}", "model.processor.name=somewhere")
+
+
+@pytest.mark.parametrize(
+    ("words", "keys"),
+    [
+        (("prior_vit",), ""),
+        (NEW_TOWER, "model.vision.freeze=true"),
+        ((*NEW_TOWER, "model.projector.freeze=true"), "model.vision.freeze=true, model.projector.freeze=true"),
+        ((*NEW_TOWER, "model.vision.freeze=false"), ""),
+        ((*NEW_TOWER, "init_from=runs/stage1"), ""),
+        (("prior_patch", "model.vision.freeze=true"), "model.vision.freeze=true"),
+        (("smolvlm", "model.freeze=[vision]"), ""),
+        ((*NEW_MODEL, "model.pretrained=null", "model.freeze=[vision]"), "model.freeze=['vision']"),
+    ],
+)
+def test_frozen_random_weights_are_named(words, keys):
+    warning = frozen_at_random(load_recipe(ROOT / "yamls" / f"{words[0]}.yaml", words[1:]))
+    assert warning.startswith(f"Warning: {keys} keeps random weights" if keys else "")
+    assert bool(warning) == bool(keys)
