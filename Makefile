@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.installed
 NEXT := $(VENV)-next/.installed
 
-.PHONY: train baseline gain test test-fast test-next lint style types wheel image clean
+.PHONY: train baseline gain test test-fast test-next lint style types docs wheel image clean
 
 # Many containers set this; every process of the suite would compile thousands of modules again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -37,6 +37,9 @@ style: $(ENVIRONMENT)
 
 types: $(ENVIRONMENT)
 	$(BIN)/mypy
+
+docs: $(ENVIRONMENT)
+	$(BIN)/sphinx-build --quiet --nitpicky --fail-on-warning --keep-going -c docs . build/docs
 
 wheel: $(ENVIRONMENT)
 	$(BIN)/uv build --wheel --out-dir dist

@@ -52,7 +52,7 @@ def convert_captions(
         out: a folder, or a URL (``s3://``, ``gs://``, ``oci://``, ``azure://``, ``hf://`` …). Credentials come from
             the environment, as for streaming.
         options: how to read and convert.
-        overrides: fields of :class:`ConversionOptions`.
+        overrides: fields of :class:`.ConversionOptions`.
 
     Raises:
         SourceError: the source has an unknown or ambiguous format, or cannot be read at all.

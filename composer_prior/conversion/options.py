@@ -20,7 +20,7 @@ class ConversionError(OneLineError, RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionOptions(SourceOptions):
-    """Options of a conversion, in addition to those of :class:`SourceOptions` for reading.
+    """Options of a conversion, in addition to those of :class:`.SourceOptions` for reading.
 
     Args:
         captions: ``"all"`` or ``"sample"``, for several captions of one image. ``"all"``: one sample each,

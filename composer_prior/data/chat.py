@@ -49,7 +49,7 @@ class Written:
 
     @property
     def marked(self) -> str:
-        """The text with :data:`MARKS` around what is learned and around images."""
+        """The text with ``MARKS`` around what is learned and around images."""
         pairs = [(span, MARKS[:2]) for span in self.learned] + [(span, MARKS[2:]) for span in self.images]
         places = [(place, mark) for span, marks in pairs for place, mark in zip(span, marks, strict=True)]
         text, end = list[str](), 0

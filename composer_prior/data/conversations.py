@@ -2,7 +2,7 @@
 
 A sample is ``messages``, a list of ``{role, content}`` as of OpenAI and Hugging Face, where a content is a text or a
 list of parts, ``{"type": "text", "text": ...}`` and ``{"type": "image"}``. Answers (role ``assistant``) are learned
-with their end of turn, unless they have ``weight: 0``; what the other :data:`ROLES` say is not. One message of the role
+with their end of turn, unless they have ``weight: 0``; what the other ``ROLES`` say is not. One message of the role
 ``document`` is text and images as they follow each other: no template is needed, and all of its text is learned.
 """
 

@@ -1,8 +1,8 @@
 """Images: encoded bytes that Pillow can decode, checked as cheaply as possible.
 
-The input is not trusted. Only the raster formats in :data:`IMAGE_FORMATS` are ever handed to Pillow (so no PDF,
-EPS or SVG interpreter is reachable), and an image with more than :data:`MAX_IMAGE_PIXELS` pixels, or with one side more
-than :data:`MAX_ASPECT_RATIO` times the other, is refused from its header. An animated image stands for its first frame,
+The input is not trusted. Only the raster formats in ``IMAGE_FORMATS`` are ever handed to Pillow (so no PDF,
+EPS or SVG interpreter is reachable), and an image with more than ``MAX_IMAGE_PIXELS`` pixels, or with one side more
+than ``MAX_ASPECT_RATIO`` times the other, is refused from its header. An animated image stands for its first frame,
 and :func:`decode_rgb` turns every kind of pixel into RGB.
 
 A full check and decoding are one function, so they agree on every image. Invalid orientation, transparency and other

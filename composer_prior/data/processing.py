@@ -133,7 +133,7 @@ def _called(processor: Any, images: list[Image.Image], text: str, **options: Any
 
 
 class _Reader:
-    """A tokenizer that takes :data:`.MARKS` out of a text before it reads it, and knows which tokens were between."""
+    """A tokenizer that takes ``MARKS`` out of a text before it reads it, and knows which tokens were between."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer

@@ -1,6 +1,6 @@
 """Packing ahead of the batch: rows of constant length, which are filled with whole samples before they are batched.
 
-Each worker of a loader reads :data:`BUFFER` samples ahead. A row takes the sample that has waited longest, then of the
+Each worker of a loader reads ``BUFFER`` samples ahead. A row takes the sample that has waited longest, then of the
 others the longest that fits, until none does. So rows are a function of the worker's samples in their order. A batch
 brings with it how far its worker is, its :class:`Place`; the places of all workers are what a checkpoint needs.
 """

@@ -24,7 +24,7 @@ def make_foils(category: str, index: int, *, canvas: int = 96, seed: int = 17, c
     - ``absence``: the caption names one more class, which is absent, or omits one; the total changes too. One foil.
 
     Args:
-        category: the wrong fact, one of :data:`CATEGORIES`.
+        category: the wrong fact, one of ``CATEGORIES``.
         index: number of the item; ``(seed, category, index)`` determine it.
         canvas: side of the image in pixels, at least 32.
         seed: seed of the training data, which determines the held-out combinations.

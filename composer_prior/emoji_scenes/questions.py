@@ -41,7 +41,7 @@ def make_question(
     - ``total``: "How many drawings are there?" one to four; there is no cloze of it.
 
     Args:
-        category: topic of the question, one of :data:`CATEGORIES`; of a cloze, one of :data:`CLOZES`.
+        category: topic of the question, one of ``CATEGORIES``; of a cloze, one of ``CLOZES``.
         index: number of the item; ``(seed, category, index)`` determine its scene.
         form: ``cloze`` or ``question``.
         canvas: side of the image in pixels, at least 32.

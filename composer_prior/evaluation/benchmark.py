@@ -41,7 +41,7 @@ class Benchmark(ABC):
 
     @abstractmethod
     def predict(self, model: ImageTextModel, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """Return the answers of a model to some samples, as JSON values for :meth:`count`."""
+        """Return the answers of a model to some samples, as JSON values for :meth:`.Benchmark.count`."""
 
     @abstractmethod
     def count(self, prediction: Mapping[str, Any]) -> dict[str, float]:
@@ -49,7 +49,7 @@ class Benchmark(ABC):
 
     @abstractmethod
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the figures of sums over samples, which have the names of :meth:`count` and any shape."""
+        """Return the figures of sums over samples, which have the names of :meth:`.Benchmark.count` and any shape."""
 
     def details(self, predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return further results, for JSON."""

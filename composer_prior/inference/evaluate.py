@@ -39,7 +39,7 @@ def evaluate(
     Every rank of a launcher such as torchrun takes a share of the samples; the figures are the same.
 
     Args:
-        model: what :func:`composer_prior.load` takes, or an image-text-to-text model of transformers.
+        model: as :func:`~composer_prior.inference.loading.load` takes it.
         arguments: of the benchmark.
         benchmark: captioning, foils, hallucination, image_dependence, pope, scene_foils, scene_questions, or one of
             ``code_paths``; MODEL benchmark=NAME --help lists its options.

@@ -53,7 +53,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class ImageTextModel:
-    """A model of transformers with its processor, such as :func:`composer_prior.load` returns.
+    """A model of transformers with its processor, such as :func:`~composer_prior.inference.loading.load` returns.
 
     Args:
         model: such as a :class:`.PriorLVLMForConditionalGeneration`, a LLaVA, a Qwen2-VL or an Idefics3, or one of PEFT

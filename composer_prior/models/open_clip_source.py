@@ -38,7 +38,7 @@ def find_source(
 ) -> Source:
     """Find an encoder of :func:`.build_open_clip` and the preprocessing of its weights, without reading weights.
 
-    Keys of :data:`PREPROCESSING` that are missing or None take the weights' values, or with
+    Keys of ``PREPROCESSING`` that are missing or None take the weights' values, or with
     ``preprocess_of`` those of that tag of the architecture. An error names the key.
     """
     find = _with_own_weights if brings_weights(architecture) else _of_table

@@ -54,7 +54,7 @@ _COMPARED = {
 class Curve:
     """A curve of any number of points in bounded memory: neighbours are averaged so that few enough are left.
 
-    Bins have the same width, a power of two that doubles when there are more than :data:`POINTS` of them.
+    Bins have the same width, a power of two that doubles when there are more than ``POINTS`` of them.
     """
 
     width: int = 1

@@ -24,7 +24,7 @@ _Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method's figure beside the baseline's at the same seeds; intervals need :data:`MIN_SEEDS` seeds."""
+    """A method's figure beside the baseline's at the same seeds; intervals need ``MIN_SEEDS`` seeds."""
 
     seeds: int  # at which both have a number
     left_out: tuple[str, ...]  # common seeds at which one of them has none
@@ -173,7 +173,7 @@ def _improvement(baseline: _Array, method: _Array, better: Better, axis: int = -
 def _interval(statistic: Callable[..., Any], *samples: _Array) -> Interval | None:
     """Return the 2.5 and 97.5 % percentiles of a statistic over resampled seeds, without resamples that have none.
 
-    ``None`` if a sample has fewer than :data:`MIN_SEEDS` values, or no resample has a number.
+    ``None`` if a sample has fewer than ``MIN_SEEDS`` values, or no resample has a number.
     """
     if min(np.isfinite(sample).sum() for sample in samples) < MIN_SEEDS:
         return None

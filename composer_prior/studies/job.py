@@ -46,7 +46,7 @@ def run_study(
         remote: read back what runs of the plan have put there, REMOTE/CELL/metrics.jsonl; nothing is started.
 
     Returns:
-        The exit status: 1 if a cell failed.
+        1 as the exit status if a cell failed, otherwise 0.
 
     Raises:
         ValueError, OSError, StorageError: before anything runs, naming what is wrong.

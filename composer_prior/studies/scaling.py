@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from composer_prior.studies.comparison import MIN_SEEDS, RANDOM_SEED, percentiles
 from composer_prior.studies.study import Interval
 
-MIN_SIZES = 4
-"""Fewer sizes than this have no fit with an asymptote: it has three coefficients."""
+MIN_SIZES = 4  # fewer have no fit with an asymptote, which has three coefficients
 
 EXPONENTS = (1e-3, 10.0)
 """Bounds of the search of c."""
@@ -30,7 +29,7 @@ class Points(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A coefficient, and its interval where there are :data:`.MIN_SEEDS` seeds and the resamples determine it."""
+    """A coefficient, and its interval where there are ``MIN_SEEDS`` seeds and the resamples determine it."""
 
     value: float
     interval: Interval | None
@@ -39,7 +38,7 @@ class Estimate(NamedTuple):
 class Fit(NamedTuple):
     """The coefficients fitted to the points of one method, and reasons to doubt them, as sentences.
 
-    ``a``, ``b`` and ``c`` need :data:`MIN_SIZES` sizes, ``k0`` and ``k`` two. Coefficients that the sizes do not
+    ``a``, ``b`` and ``c`` need ``MIN_SIZES`` sizes, ``k0`` and ``k`` two. Coefficients that the sizes do not
     determine are left out.
     """
 
@@ -94,7 +93,7 @@ def differences(baseline: Points, method: Points) -> dict[str, Estimate]:
 def power_law(x: _Array, y: _Array) -> tuple[_Array, _Array, _Array]:
     """Fit y = a + b x^-c with a >= 0 and b >= 0 by least squares, to many curves at once.
 
-    The best a and b of each c have a closed form, so that only c is searched: on a grid over all of :data:`EXPONENTS`,
+    The best a and b of each c have a closed form, so that only c is searched: on a grid over all of ``EXPONENTS``,
     and then ever closer around its best point. No starting point can be wrong.
 
     Args:

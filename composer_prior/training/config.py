@@ -130,7 +130,7 @@ class TrainConfig:
 
     @cached_property
     def helpers(self) -> "dict[str, TrainConfig]":
-        """Return the recipes of the models that are trained first, by their key: ``reference``, then ``viewer``."""
+        """Return the recipes of the models that are trained first, ``reference``, then ``viewer``, by their key."""
         found = {}
         for key in HELPERS:
             if getattr(self, key) is not None:

@@ -211,7 +211,7 @@ def ensure_scores(recipe: TrainConfig) -> None:
 
 
 def job_of(recipe: TrainConfig, dataset: Mapping[str, Any], **changes: Any) -> ScoreJob:
-    """Return the job that makes the scores of a recipe's data set, with ``changes`` to the fields of :class:`ScoreJob`.
+    """Return the job that makes the scores of a recipe's data set; ``changes`` are to fields of :class:`.ScoreJob`.
 
     Raises:
         ValueError: if there is neither a reference nor a viewer, or nothing says where the scores go.

@@ -1,7 +1,7 @@
 """Image-caption pairs in the usual formats: one small reader per format, all yielding the same records.
 
-A source is cut into units of work by :meth:`Source.units`, which is cheap, deterministic and runs in one process;
-:meth:`Source.read` turns one unit into records, in any process. Both keep at most one unit in memory, except for
+A source is cut into units of work by :meth:`.Source.units`, which is cheap, deterministic and runs in one process;
+:meth:`.Source.read` turns one unit into records, in any process. Both keep at most one unit in memory, except for
 COCO's JSON, whose two lists have to be joined.
 
 | format | content |
@@ -16,10 +16,10 @@ COCO's JSON, whose two lists have to be joined.
 
 A table's delimiter is comma, semicolon, tab or ``|``, whichever splits its first line into known column names.
 
-Readers yield a :class:`Rejected` for each record that they cannot read. A file that is damaged from its beginning, or
-truncated, is a :class:`BadFile`, which may stand for many captions; a damaged sample within a readable file is rejected
-alone. Links in the source's folder are followed, each real folder once; a path in a list must lead to a file below the
-source or below ``images=``.
+Readers yield a :class:`.Rejected` for each record that they cannot read. A file that is damaged from its beginning, or
+truncated, is a :class:`.BadFile`, which may stand for many captions; a damaged sample within a readable file is
+rejected alone. Links in the source's folder are followed, each real folder once; a path in a list must lead to a file
+below the source or below ``images=``.
 """
 
 from dataclasses import replace
@@ -41,7 +41,7 @@ def open_source(path: str | Path, options: SourceOptions | None = None, **overri
     Args:
         path: a file or a folder, see the module's table; or a remote (``s3://`` …) with tar shards or Parquet files.
         options: how to read it. Default: the fields' defaults.
-        overrides: fields of :class:`SourceOptions`.
+        overrides: fields of :class:`.SourceOptions`.
 
     Raises:
         SourceError: if the format is unknown or ambiguous, or a column or optional package is missing.

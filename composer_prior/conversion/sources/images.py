@@ -16,7 +16,7 @@ _real_folder = lru_cache(maxsize=4096)(os.path.realpath)
 
 
 def read_image(root: Path, name: str, limit: int, *also: Path) -> bytes:
-    """Read an image file of at most ``limit`` bytes, or raise ImageError; see :func:`find_inside`."""
+    """Read an image file of at most ``limit`` bytes, or raise ImageError; see :func:`.find_inside`."""
     try:
         return read_image_file(find_inside(root, name, *also), limit)
     except ImageError as error:

@@ -52,7 +52,7 @@ def found_instead(entry: dict[str, Any], wanted: str | None, usual: Sequence[str
 def chat_of(
     entry: dict[str, Any], key: str, where: str, options: SourceOptions, explicit: bool = False
 ) -> Record | Rejected:
-    """Return a :class:`Record` of messages from the fields of an entry, see :func:`conversation_of`."""
+    """Return a :class:`.Record` of messages from the fields of an entry, see :func:`conversation_of`."""
     image = value_of(entry, options.image_column, CHAT_IMAGE_COLUMNS)
     usual = (options.caption_column,) if options.caption_column else CHAT_COLUMNS
     name = next(filter(entry.get, usual), None) or next((name for name in usual if name in entry), None)
@@ -113,7 +113,7 @@ def _made_of(entry: dict[str, Any], image: Any) -> tuple[Any, Any]:
 def record_of(
     image: Any, caption: Any, spans: Any, key: str, where: str, explicit: bool = False, has_spans: bool = False
 ) -> Record | Rejected:
-    """Return a :class:`Record` from the values of its fields.
+    """Return a :class:`.Record` from the values of its fields.
 
     ``image`` is bytes, a path, a dict of one of them, or a list of one of these; ``caption`` a text, a list of texts,
     or a conversation, of which the answer about the image is the caption; ``spans`` are of the caption, or of each.
@@ -142,7 +142,7 @@ def record_of(
 def conversation_of(
     image: Any, text: Any, key: str, where: str, learn: str, explicit: bool = False
 ) -> Record | Rejected:
-    """Return a :class:`Record` of messages from the values of its fields.
+    """Return a :class:`.Record` of messages from the values of its fields.
 
     ``text`` is a conversation, as of OpenAI, Hugging Face or LLaVA; a list of pairs ``{user, assistant}``; a list of
     texts with None, or "", in the places of images; or a text. ``image`` is one or several as in :func:`record_of`,

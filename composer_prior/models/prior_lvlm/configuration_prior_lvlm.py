@@ -7,7 +7,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 
 class PriorLVLMConfig(PretrainedConfig):
-    """Configuration of :class:`PriorLVLMForConditionalGeneration`.
+    """Configuration of :class:`.PriorLVLMForConditionalGeneration`.
 
     Args:
         text_config: of the causal language model.

@@ -22,7 +22,7 @@ class PriorLVLMImageProcessor(BaseImageProcessor):
     3, H, W]``.
 
     Args:
-        vision: the tower, as in :class:`PriorLVLMConfig`.
+        vision: the tower, as in :class:`.PriorLVLMConfig`.
     """
 
     model_input_names = ["pixel_values", "pixel_patches", "patch_mask", "image_grid"]  # noqa: RUF012 - as transformers has it

@@ -33,7 +33,7 @@ class EncoderTower(nn.Module):
     One whose weights are all frozen runs in evaluation mode and records no gradients.
 
     Args:
-        vision: as in :class:`PriorLVLMConfig`.
+        vision: as in :class:`.PriorLVLMConfig`.
         encoder: OpenCLIP's or timm's, without later blocks. Default: a new one with random weights.
     """
 

@@ -29,7 +29,7 @@ class PriorLVLMProcessor(ProcessorMixin):
     once, whether the text spells it or not.
 
     Args:
-        image_processor: a :class:`PriorLVLMImageProcessor`.
+        image_processor: a :class:`.PriorLVLMImageProcessor`.
         tokenizer: of the language model, with the image tokens.
         prompt: text between image and caption in training, which stands where no text is given.
         chat_template: see transformers. Default: the parts one after the other.

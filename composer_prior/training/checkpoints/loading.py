@@ -31,7 +31,7 @@ def load_weights(path: str, model: ComposerLVLM, trust_remote_code: bool = False
     model on text, stays as it is. Data and other settings of the run may differ.
 
     Args:
-        path: see :func:`find_weights`.
+        path: see :func:`.find_weights`.
         model: with whole weights, on the CPU; or on the meta device, for which no weight is read and all else is
             checked.
         trust_remote_code: run code that comes with a model folder. Default: ``False``.
@@ -67,7 +67,7 @@ def read_weights(
     """Return weights by their names in a :class:`.ComposerLVLM`, and the fingerprint of their tokenizer if known.
 
     Args:
-        source: see :func:`find_weights`.
+        source: see :func:`.find_weights`.
         trust_remote_code: run code that comes with a model folder. Default: ``False``.
         image_tokens: the tokenizer of a language model gets our image tokens. Default: ``True``.
         whole: ``False`` reads names and shapes alone; the values are then of no use. Default: ``True``.
@@ -117,7 +117,7 @@ def load_checkpoint(path: Path, trust_remote_code: bool = False) -> ImageTextMod
     """Load the model of a checkpoint, which has the weights; the run folder above it has the rest.
 
     Args:
-        path: see :func:`find_weights`.
+        path: see :func:`.find_weights`.
         trust_remote_code: run code that comes with the model. Default: ``False``.
 
     Raises:

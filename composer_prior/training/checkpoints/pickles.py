@@ -38,7 +38,7 @@ class ForeignError(ValueError):
 
 
 def holds_no_code(path: str | Path, parts: Sequence[tuple[int, int]] | None = None) -> bool:
-    """Refuse a file that would run code when it is unpickled, or else return True; see :data:`ASKED_BY_COMPOSER`.
+    """Refuse a file that would run code when it is unpickled, or else return True; see ``ASKED_BY_COMPOSER``.
 
     Args:
         path: a checkpoint of one file; ``.metadata`` or a shard of a sharded one.

@@ -138,7 +138,7 @@ class Bucket:
                     yield f"{self.folder}/{name}"
 
     def check(self, name: str, identity: Mapping[str, Any]) -> None:
-        """Check a checkpoint as :func:`check_checkpoint`; of a sharded one, download shards with more than tensors."""
+        """Check a checkpoint as :func:`.check_checkpoint`; of a sharded one, download shards with more than tensors."""
         with self._local(name) as local:
             if not (self._download(name, local) if is_one_file(name) else self._is_whole(name, local)):
                 raise DamagedError(f"{local} is not there, or not all of it.")
