@@ -42,7 +42,7 @@ Part = Literal["vision", "projector", "language"]
 _REFUSED = {"mllama": "its layers read the image by cross-attention, whose mask spans the caption"}
 # Families whose get_image_features returns one feature for each image token and nothing else.
 _FEATURED = (
-    *("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "idefics3"),
+    *("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "idefics3"),
     *("smolvlm", "internvl", "gemma3", "paligemma"),
 )
 _PIXELS = ("min_pixels", "max_pixels")  # of Qwen2-VL's images, whose settings hold them as ``size`` in transformers 5
@@ -217,7 +217,7 @@ def check_image_tokens(model: ComposerLVLM, config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: with both numbers.
     """
-    if not _has_features(model):
+    if not knows_features(model):
         return
     keys = [f"model.processor.{key}" for key in config.get("processor") or ()]
     keys += ["model.config.vision_config"] if config.get("config") else []
@@ -242,7 +242,7 @@ def unused_weights(model: ComposerLVLM) -> list[str]:
     with features of another form, such as Qwen3-VL, whose layers read further ones, none are known.
     """
     trained = any(name.startswith("vision.") and weight.requires_grad for name, weight in named_weights(model.model))
-    if not (trained and _has_features(model)):
+    if not (trained and knows_features(model)):
         return []
     parts = _features(model, model.image_processor(Image.new("RGB", (64, 64))).tensors[PROCESSED])
     torch.stack([part.sum() for part in parts]).sum().backward()
@@ -250,8 +250,8 @@ def unused_weights(model: ComposerLVLM) -> list[str]:
     return [name for name, weight in seen.items() if weight.grad is None]
 
 
-def _has_features(model: ComposerLVLM) -> bool:
-    """Return True for a family of transformers, whose features of an image are known and can be made apart."""
+def knows_features(model: ComposerLVLM) -> bool:
+    """Return True for a family of transformers whose features of an image are known and can be made apart."""
     module = type(causal_lm_of(model.model)).__module__
     return module.startswith(tuple(f"transformers.models.{family}." for family in _FEATURED))
 

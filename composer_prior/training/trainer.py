@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from composer import Trainer
-from composer.core import Evaluator, Event, Time, TimeUnit
+from composer.core import Algorithm, Evaluator, Event, State, Time, TimeUnit
+from composer.loggers import Logger
 from composer.utils import dist, reproducibility
 from omegaconf import OmegaConf
 
@@ -23,7 +24,7 @@ from composer_prior.data.scores import COLUMN, VIEWER_COLUMN
 from composer_prior.data.storage import write_whole
 from composer_prior.data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from composer_prior.models.composer_lvlm import ComposerLVLM
-from composer_prior.models.hugging_face import hugging_face_skeleton, unused_weights
+from composer_prior.models.hugging_face import hugging_face_skeleton, knows_features, unused_weights
 from composer_prior.models.language import prepare_compile
 from composer_prior.models.lora import scaling_of
 from composer_prior.models.sharding import build_parallelism, check_checkpointing, prepare_sharded
@@ -63,6 +64,19 @@ from composer_prior.training.optimizer import NO_GROUP, build_optimizer
 from composer_prior.training.reference import check_helper, model_folder, read_metadata
 from composer_prior.training.saving import save_architecture, save_model
 from composer_prior.training.validate import check_fit
+
+
+class FindUnused(Algorithm):
+    """Let DDP look for weights without a gradient, of families of which none are known beforehand."""
+
+    find_unused_parameters = True  # type: ignore[assignment]
+
+    def match(self, event: Event, state: State) -> bool:
+        """Return False: nothing is applied."""
+        return False
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Do nothing."""
 
 
 @one_line_errors()
@@ -120,7 +134,9 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     # Where samples carry stored scores, no model is loaded for nothing.
     scorers = {"reference": COLUMN, "viewer": VIEWER_COLUMN}
     stored = [model for model, column in scorers.items() if column in train_data.scores]
-    algorithms = without_models("algorithm", recipe.algorithms, stored)
+    algorithms = build_all("algorithm", without_models("algorithm", recipe.algorithms, stored))
+    if recipe.model["name"] == "hugging_face" and recipe.parallelism_config is None and not knows_features(model):
+        algorithms.append(FindUnused())
     trackers = build_all("logger", recipe.loggers, recipe=recipe, goes_on=start is not None)
     trainer = Trainer(
         model=model,
@@ -131,7 +147,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         optimizers=optimizer,
         schedulers=build_named("scheduler", recipe.scheduler),
         step_schedulers_every_batch=True,
-        algorithms=build_all("algorithm", algorithms),
+        algorithms=algorithms,
         callbacks=[RunIdentity(identity), FiniteSteps(recipe.nan_steps), StopOnSigterm(), *callbacks, *saver],
         loggers=[MetricsFile(Path(recipe.run_folder, "metrics.jsonl")), *trackers],
         run_name=recipe.run_name,

@@ -17,6 +17,8 @@ from transformers import (
     Idefics3Processor,
     InternVLProcessor,
     InternVLVideoProcessor,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
@@ -55,6 +57,15 @@ FAMILIES = {
         {
             "text_config": {"model_type": "llama", **LM},
             "vision_config": {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4, **TOWER},
+        },
+    ),
+    "llava_next": (
+        "llama3",
+        {"additional_special_tokens": ["<image>"]},
+        {
+            "text_config": {"model_type": "llama", **LM},
+            "vision_config": {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4, **TOWER},
+            "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]],
         },
     ),
     "llava_onevision": (
@@ -181,6 +192,12 @@ def _processor(kind: str, tokenizer):
     if kind == "llava":
         images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=SQUARE)
         return LlavaProcessor(
+            images, tokenizer, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1
+        )
+    if kind == "llava_next":
+        pinpoints = FAMILIES[kind][2]["image_grid_pinpoints"]
+        images = LlavaNextImageProcessor(size={"shortest_edge": 16}, crop_size=SQUARE, image_grid_pinpoints=pinpoints)
+        return LlavaNextProcessor(
             images, tokenizer, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1
         )
     if kind == "llava_onevision":

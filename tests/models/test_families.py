@@ -462,6 +462,12 @@ def test_a_family_with_features_of_another_form_is_neither_refused_nor_frozen(hu
     ("kind", "changes", "processor", "message"),
     [
         ("llava", {"vision_config": {"patch_size": 8}}, {}, "writes 16 image tokens .* of which it makes 4 features"),
+        (
+            "llava_next",
+            {"vision_config": {"patch_size": 8}},
+            {},
+            r"writes \d+ image tokens .* of which it makes \d+ fea",
+        ),
         ("idefics3", {"scale_factor": 4}, {}, "writes 20 image tokens .* of which it makes 5 features"),
         ("qwen2_vl", {}, {"merge_size": 1}, "writes 64 image tokens .* of which it makes 16 features"),
         ("gemma3", {}, {"size": {"height": 32, "width": 32}}, "cannot read its processor's images: .* size"),

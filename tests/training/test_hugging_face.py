@@ -143,7 +143,7 @@ def test_two_ranks_reach_the_losses_of_one(name, scenes, here):
 
 @pytest.mark.slow
 def test_two_ranks_of_every_other_family(scenes, here):
-    """With a trained tower, of which LLaVA's families leave weights without a gradient."""
+    """With a trained tower, of which LLaVA's families leave weights without a gradient: DDP finds those unknown."""
     kinds = [kind for kind in FAMILIES if kind not in RECIPES.values()]
     for kind in kinds:
         save_family(kind, Path("hub", kind), CAPTIONS)
@@ -160,6 +160,12 @@ def test_two_ranks_of_every_other_family(scenes, here):
         one, two = ([loss for _, loss in losses(f"runs/{name}-{kind}")] for name in ("one", "two"))
         assert len(one) == 2
         assert two == pytest.approx(one, abs=1e-4), kind
+    Path("unknown.py").write_text("from composer_prior.models import hugging_face\n\nhugging_face._FEATURED = ()\n")
+    unknown = (*words("llava", "unknown"), "code_paths=[unknown.py]")
+    fork_ranks(here, ROOT / "train.py", ROOT / "yamls" / "smolvlm.yaml", *unknown)
+    found = AutoModelForImageTextToText.from_pretrained("runs/unknown-llava/model").state_dict()
+    for key, tensor in AutoModelForImageTextToText.from_pretrained("runs/one-llava/model").state_dict().items():
+        torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-4, msg=key)
 
 
 def test_two_stages(scenes, here, capsys):
