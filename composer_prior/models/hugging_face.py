@@ -35,6 +35,7 @@ from composer_prior.models.language import (
     vocabulary_size,
 )
 from composer_prior.models.lora import add_lora
+from composer_prior.models.prior_lvlm import PriorLVLMProcessor
 from composer_prior.registry import did_you_mean
 
 Part = Literal["vision", "projector", "language"]
@@ -207,32 +208,41 @@ def hugging_face_skeleton(tokenizer: PreTrainedTokenizerBase, **config: Any) -> 
 
 
 @torch.no_grad()
-def check_image_tokens(model: ComposerLVLM, config: Mapping[str, Any]) -> None:
+def check_image_tokens(model: ComposerLVLM, config: Mapping[str, Any]) -> str:
     """Refuse a processor that writes more or fewer image tokens than its model makes features of an image.
 
+    Return a warning instead for a family whose features may have another form; "" if there is none.
+
     Args:
-        model: without weights, as of :func:`hugging_face_skeleton`; families with features of another form pass.
+        model: without weights, as of :func:`hugging_face_skeleton`.
         config: the recipe's ``model``, whose keys the error names.
 
     Raises:
         ValueError: with both numbers.
     """
-    if not knows_features(model):
-        return
+    if model.reads_text_alone or isinstance(model.processor, PriorLVLMProcessor):
+        return ""
+    known = knows_features(model)
     keys = [f"model.processor.{key}" for key in config.get("processor") or ()]
     keys += ["model.config.vision_config"] if config.get("config") else []
     remedy = f"change {' or '.join(keys or ['model.processor'])}"
     image = model.image_processor(Image.new("RGB", (64, 64)))
-    tokens = image.prefix["input_ids"].count(causal_lm_of(model.model).config.image_token_id)
     try:
+        tokens = image.prefix["input_ids"].count(causal_lm_of(model.model).config.image_token_id)
         features = sum(part.numel() // part.shape[-1] for part in _features(model, image.tensors[PROCESSED]))
     except Exception as error:  # whatever the code of some model raises
+        if not known:
+            return ""
         raise ValueError(f"model: it cannot read its processor's images: {one_line(error)}; {remedy}.") from error
-    if tokens != features:
-        raise ValueError(
-            f"model: its processor writes {tokens} image tokens for an image of 64 x 64 pixels, of which it makes "
-            f"{features} features; {remedy}."
-        )
+    if tokens == features:
+        return ""
+    said = (
+        f"model: its processor writes {tokens} image tokens for an image of 64 x 64 pixels, of which it makes "
+        f"{features} features; {remedy}."
+    )
+    if known:
+        raise ValueError(said)
+    return f"Warning: {said}"
 
 
 def unused_weights(model: ComposerLVLM) -> list[str]:

@@ -25,6 +25,7 @@ from composer_prior.algorithms.token_weighting.token_weighting import TokenWeigh
 from composer_prior.data.batch import stream_names
 from composer_prior.data.captions import StreamingCaptionDataset, check_scorable
 from composer_prior.data.hub import load_pretrained
+from composer_prior.data.messages import announce
 from composer_prior.data.nodes import on_first_rank
 from composer_prior.data.processing import ProcessorInputs
 from composer_prior.data.remote import Remote
@@ -164,7 +165,7 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
                 on_first_rank(partial(load_weights, recipe.init_from, model, trusts_code(recipe)))
         _check_positions_of_reference(recipe, model, data, where)
         with one_line_errors(f"{where}model" if where else ""):
-            on_first_rank(partial(check_image_tokens, model, recipe.model))
+            announce(on_first_rank(partial(check_image_tokens, model, recipe.model)))
         optimizer = build_optimizer(recipe.optimizer, model, f"{where}optimizer")
         algorithms = _algorithms(recipe, where)
         check_checkpointing(recipe.parallelism_config, model)

@@ -454,7 +454,7 @@ def test_a_family_with_features_of_another_form_is_neither_refused_nor_frozen(hu
     config = {"config": arguments, "processor": {"name": hub("qwen2_vl")}}
     model = skeleton(hub("qwen2_vl"), **config)
     assert model.model.model.visual.deepstack_merger_list
-    check_image_tokens(model, config)
+    assert check_image_tokens(model, config) == ""
     assert unused_weights(model) == []
 
 
@@ -484,6 +484,19 @@ def test_a_processor_of_another_tower_is_refused(kind, changes, processor, messa
     keys = [f"model.processor.{key}" for key in config["processor"]]
     assert str(refused.value).endswith(f"; change {' or '.join([*keys, 'model.config.vision_config'])}.")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_family_that_is_not_known_is_warned_of(kind, hub, monkeypatch):
+    """Where the numbers differ, and not where they agree."""
+    monkeypatch.setattr("composer_prior.models.hugging_face._FEATURED", ())
+    assert check_image_tokens(skeleton(hub(kind), pretrained=hub(kind)), {}) == ""
+    if kind.startswith("llava"):
+        vision = {**FAMILIES[kind][2]["vision_config"], "patch_size": 8}
+        config = {"config": {"model_type": kind, **FAMILIES[kind][2], "vision_config": vision}}
+        config["processor"] = {"name": hub(kind)}
+        warning = check_image_tokens(skeleton(hub(kind), **config), config)
+        assert re.match(r"Warning: model: its processor writes \d+ image tokens .* of which it makes \d+ f", warning)
 
 
 @pytest.mark.parametrize(("kind", "token"), [("qwen2_vl", "<|image_pad|>"), ("gemma3", "<start_of_image>")])
