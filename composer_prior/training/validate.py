@@ -106,10 +106,11 @@ def check_parts(recipe: TrainConfig, where: str = "") -> None:
 def frozen_at_random(recipe: TrainConfig, where: str = "") -> str:
     """Return a warning if weights of a model of ours or of transformers stay as random as they begin; "" if none do."""
     model = recipe.model
-    if recipe.init_from is not None or recipe.load_path is not None:
+    if recipe.init_from is not None or recipe.load_path is not None or model["name"] not in SKELETONS:
         return ""
     if model["name"] == "hugging_face":
-        keys = [f"model.freeze={model['freeze']}"] if model.get("freeze") and not model.get("pretrained") else []
+        given = {f"model.freeze={model.get('freeze')}": model.get("freeze"), "model.lora": model.get("lora")}
+        keys = [key for key, value in given.items() if value and not model.get("pretrained")]
     else:
         parts = {part: model.get(part) or {} for part in ("vision", "projector", "language")}
         keys = [
@@ -118,6 +119,8 @@ def frozen_at_random(recipe: TrainConfig, where: str = "") -> str:
             if given.get("freeze") and not (given.get("pretrained") or brings_weights(given.get("architecture") or ""))
             if part != "vision" or given.get("name") in registry.shipped("vision")  # others may load theirs
         ]
+        if parts["language"].get("lora") is not None and not parts["language"].get("pretrained"):
+            keys.append("model.language.lora")
     if not keys:
         return ""
     return (

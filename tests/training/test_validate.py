@@ -258,6 +258,7 @@ def test_a_loader_has_no_name_of_a_stream():
 
 
 NEW_TOWER = ("prior_vit", "model.vision.pretrained=null")
+NEW_LANGUAGE = ("model.language={config: {model_type: llama}, pretrained: null}",)
 NEW_MODEL = ("smolvlm", "model.config={model_type: idefics3}", "model.processor.name=somewhere")
 
 
@@ -270,7 +271,9 @@ NEW_MODEL = ("smolvlm", "model.config={model_type: idefics3}", "model.processor.
         ((*NEW_TOWER, "model.vision.freeze=false"), ""),
         ((*NEW_TOWER, "init_from=runs/stage1"), ""),
         (("prior_patch", "model.vision.freeze=true"), "model.vision.freeze=true"),
-        (("smolvlm", "model.freeze=[vision]"), ""),
+        (("smolvlm", "model.freeze=[vision]", "model.lora.r=2"), ""),
+        (("prior_vit", *NEW_LANGUAGE, "model.language.lora.r=2"), "model.language.lora"),
+        ((*NEW_MODEL, "model.pretrained=null", "model.freeze=null", "model.lora.r=2"), "model.lora"),
         ((*NEW_MODEL, "model.pretrained=null", "model.freeze=[vision]"), "model.freeze=['vision']"),
     ],
 )
