@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, has_images
 from composer_prior.data.processing import ProcessorInputs
 from composer_prior.data.tokenizer import bos_id, image_token_ids
-from composer_prior.models.head import Head, TransformedHead, label_logits, label_mask, labelled_nll, weighted_mean
+from composer_prior.models.head import Head, TransformedHead, label_logits, labelled, labelled_nll, weighted_mean
 from composer_prior.models.image_text_model import ImageTextModel
 from composer_prior.models.language import (
     as_forward,
@@ -288,7 +288,9 @@ class TokenMetric(MeanMetric):
             mask = mask & batch["image_related"]
         elif self.tokens == "other":
             mask = mask & ~batch["image_related"]
-        super().update(values.float(), mask.float())
+        mask = mask & ~values.isnan()  # as MeanMetric does it, which asks the device whether there are any
+        self.mean_value += values.float().where(mask, 0).sum()
+        self.weight += mask.sum()
 
     def compute(self) -> Tensor:
         mean = super().compute()
@@ -325,10 +327,9 @@ def label_margin(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
         labels: ``[B, T]`` int64, not shifted.
     """
     linear, scale = _linear_part(head)
-    mask = label_mask(labels)
-    targets = labels[mask]
+    rows, targets, mask = labelled(hidden, labels)
     direction = F.embedding(targets, linear.weight) - linear.weight.mean(0)  # [n, D]
-    margin = (hidden[:, :-1][mask[:, 1:]].float() * direction.float()).sum(-1)
+    margin = (rows.float() * direction.float()).sum(-1)
     if linear.bias is not None:
         margin = margin + linear.bias[targets] - linear.bias.mean()
     return margin.new_zeros(labels.shape).masked_scatter(mask, margin * scale)

@@ -71,8 +71,8 @@ def labelled_nll(hidden: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, Te
         ``[B, T]`` float32 (float64 for float64 hidden states) negative log-likelihood in nats, 0 without a label, and
         ``[B, T]`` bool, True where the label is the most likely token.
     """
-    mask = label_mask(labels)
-    nll, correct = linear_nll(hidden[:, :-1][mask[:, 1:]], head, labels[mask])
+    rows, targets, mask = labelled(hidden, labels)
+    nll, correct = linear_nll(rows, head, targets)
     return nll.new_zeros(labels.shape).masked_scatter(mask, nll), torch.zeros_like(mask).masked_scatter(mask, correct)
 
 
@@ -106,8 +106,7 @@ def label_logits(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
     The arguments are those of :func:`labelled_nll`.
     """
-    mask = label_mask(labels)
-    rows, targets = hidden[:, :-1][mask[:, 1:]], labels[mask]
+    rows, targets, mask = labelled(hidden, labels)
     given = TransformedHead.of(head)
     if is_plain_linear(given.module):
         logits = (rows.float() * F.embedding(targets, given.module.weight).float()).sum(-1)
@@ -129,8 +128,8 @@ def logits_nll(logits: Tensor, labels: Tensor) -> Tensor:
             f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} are not aligned: expected [B, T, V] and "
             "[B, T], with the image positions inside both."
         )
-    mask = label_mask(labels)
-    nll = F.cross_entropy(logits[:, :-1][mask[:, 1:]].float(), labels[mask], reduction="none")
+    rows, targets, mask = labelled(logits, labels)
+    nll = F.cross_entropy(rows.float(), targets, reduction="none")
     return nll.new_zeros(labels.shape).masked_scatter(mask, nll)
 
 
@@ -145,6 +144,18 @@ def label_mask(labels: Tensor) -> Tensor:
     mask = labels != IGNORE_INDEX
     mask[:, 0] = False
     return mask
+
+
+def labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the hidden states ``[n, D]`` that predict labels, the labels ``[n]``, and their places ``[B, T]`` bool.
+
+    Args:
+        hidden: ``[B, T, D]``.
+        labels: ``[B, T]`` int64, not shifted.
+    """
+    mask = label_mask(labels)
+    places = mask.flatten().nonzero()[:, 0]  # once: the host waits for an accelerator to know how many there are
+    return hidden.flatten(0, 1).index_select(0, places - 1), labels.flatten().index_select(0, places), mask
 
 
 def _implementation(hidden: Tensor, head: Head) -> Callable[[Tensor, Any, Tensor], tuple[Tensor, Tensor]]:

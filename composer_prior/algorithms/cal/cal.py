@@ -100,4 +100,4 @@ class CAL(TokenWeighting):
 
     def sums(self, state: State, mask: Tensor) -> dict[str, Tensor]:
         """Return the sum of the differences."""
-        return {"difference": self._difference[mask].double().sum()}
+        return {"difference": self._difference.where(mask, 0).double().sum()}

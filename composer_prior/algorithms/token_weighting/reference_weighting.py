@@ -94,4 +94,4 @@ class ReferenceWeighting(TokenWeighting):
         return state.batch["ref_logprobs"]
 
     def sums(self, state: State, mask: Tensor) -> dict[str, Tensor]:
-        return {"reference_nll": -state.batch["ref_logprobs"][mask].double().sum()}
+        return {"reference_nll": -state.batch["ref_logprobs"].where(mask, 0).double().sum()}

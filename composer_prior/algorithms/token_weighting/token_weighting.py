@@ -209,9 +209,10 @@ class TokenWeighting(Algorithm, ABC):
         if len(self._names) > 1:
             parts |= {f"{name}/": mask & rows for name, rows in stream_masks(state.batch, self._names).items()}
         for name, part in parts.items():
-            sums = token_sums(weights[part], nll[part].float()) | self.sums(state, part & weighted)
+            places = part.nonzero(as_tuple=True)  # once: the host waits for an accelerator
+            sums = token_sums(weights[places], nll[places].float()) | self.sums(state, part & weighted)
             sums["weighted"] = (part & weighted).sum().double()
-            self._statistics[name].append((sums, weights[part]))
+            self._statistics[name].append((sums, weights[places]))
 
     def nll(self, state: State) -> Tensor:
         """Return the model's negative log-likelihood of each label, ``[B, T]`` float32, after the forward pass."""

@@ -70,5 +70,5 @@ class ViewerWeighting(ReferenceWeighting):
         check_logprobs(state.batch["viewer_logprobs"], self.weighted(state, mask), "viewer_logprobs")
 
     def sums(self, state: State, mask: Tensor) -> dict[str, Tensor]:
-        found = {"viewer_nll": -state.batch["viewer_logprobs"][mask].double().sum()}
+        found = {"viewer_nll": -state.batch["viewer_logprobs"].where(mask, 0).double().sum()}
         return found | (super().sums(state, mask) if self.needs_reference else {})
