@@ -60,7 +60,7 @@ def checked(messages: Any) -> list[dict[str, Any]]:
         if role not in (*ROLES, DOCUMENT):
             raise ChatError(f"a message has no known role: {short(repr(role))}, expected {', '.join(ROLES)}")
     for weight in (one.get("weight", 1) for one in found):
-        if isinstance(weight, bool) or weight not in (0, 1):
+        if weight not in (0, 1):  # also false and true
             raise ChatError(f"a weight is neither 0 nor 1: {short(repr(weight))}")
     answers = [one for one in found if one["role"] in (ANSWER, DOCUMENT) and one.get("weight", 1)]
     if DOCUMENT in roles and len(roles) > 1:

@@ -319,7 +319,7 @@ def test_captions_of_coco_are_answers_to_their_image(tmp_path):
     source = lines(tmp_path / "in", [])
     source.unlink()
     source = source.with_name("captions_val2017.json")
-    source.write_text(json.dumps({"images": images, "annotations": notes}))
+    source.write_text(json.dumps({"images": images, "annotations": notes, "data": []}))
     summary, samples = converted(source, tmp_path / "out", max_rejected=1)
     assert [messages for messages, _ in samples] == [
         [{"role": "user", "content": [IMAGE]}, {"role": "assistant", "content": [TEXT(note["caption"])]}]
@@ -410,7 +410,6 @@ ANSWER = {"role": "assistant", "content": "a"}
         ),
         ({"messages": [{"content": "b"}, ANSWER]}, "a message has no known role", "None"),
         ({"messages": [{**ANSWER, "weight": 0.5}]}, "a weight is neither 0 nor 1", "0.5"),
-        ({"messages": [{**ANSWER, "weight": True}]}, "a weight is neither 0 nor 1", "True"),
         ({"images": [None, "0.png"], "texts": ["a", None, "b"]}, "images and text differ", "2 images and 3 texts"),
         ({"images": ["0.png", ""], "texts": ["", "a", "", "b"]}, "images and text differ", "2 images and 4 texts"),
         (
@@ -420,6 +419,12 @@ ANSWER = {"role": "assistant", "content": "a"}
         ),
         ({"question": "?", "answers": []}, "no answer", "the question has none"),
         ({"prompt": "?", "completion": "a"}, "no known field", "found prompt, completion; expected messages"),
+        ({"f" * 300: "?"}, "no known field", f"found {'f' * 200}… (300 characters); expected messages"),
+        (
+            {"messages": [{"role": "user", "f" * 300: "?"}, ANSWER]},
+            "a message has no content",
+            f"its fields are role, {'f' * 194}… (306 characters)",
+        ),
     ],
 )
 def test_what_is_not_understood_is_rejected_by_its_name(entry, reason, detail, tmp_path):
@@ -466,6 +471,34 @@ def test_empty_texts_and_images_alternate_as_null_does(tmp_path):
     _, ((messages, images),) = converted(lines(tmp_path / "in", [entry]), tmp_path / "out")
     assert messages == [{"role": "document", "content": [IMAGE, TEXT("One."), IMAGE]}]
     assert images == [PICTURES["0.png"], PICTURES["1.png"]]
+
+
+@pytest.mark.parametrize(
+    ("entry", "content"),
+    [
+        ({"images": [], "texts": ["a", "", "b"]}, [TEXT("a\n\nb")]),
+        (
+            {"images": ["0.png", "1.png"], "texts": ["<image> a", "<image> b", ""]},
+            [IMAGE, TEXT(" a"), IMAGE, TEXT(" b")],
+        ),
+        ({"images": ["0.png"], "captions": ["a", "b", ""]}, [IMAGE, TEXT("a\n\nb")]),
+    ],
+)
+def test_an_empty_text_may_be_none_of_an_image(entry, content, tmp_path):
+    source = lines(tmp_path / "in", [entry])
+    _, ((messages, images),) = converted(source, tmp_path / "out", learn="all")
+    assert messages == [{"role": "document", "content": content}]
+    assert images == [PICTURES[name] for name in entry["images"]]
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+@pytest.mark.parametrize("system", [{}, {"content": None}, {"content": ""}])
+def test_a_system_message_that_says_nothing_is_left_out(system, role, tmp_path):
+    turns = [{"role": "user", "content": "?"}, {**ANSWER, "weight": False}, {**ANSWER, "weight": True}]
+    source = lines(tmp_path / "in", [{"image": "0.png", "messages": [{"role": role, **system}, *turns]}])
+    _, ((messages, _),) = converted(source, tmp_path / "out")
+    answers = [{"role": "assistant", "content": [TEXT("a")], "weight": weight} for weight in (0, 1)]
+    assert messages == [{"role": "user", "content": [IMAGE, TEXT("?")]}, *answers]
 
 
 def test_one_caption_in_a_list_answers_its_image_and_several_are_rejected(tmp_path):

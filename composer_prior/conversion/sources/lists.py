@@ -57,11 +57,11 @@ class ListSource(Source):
     def open(cls, files: Sequence[Path], format: str, options: SourceOptions) -> "ListSource":
         for file in files:
             _check_text(file)
-        folder = file.parent.resolve()
+        folder = files[0].parent.resolve()
         source = cls(files=tuple(files), format=format, options=options, folder=folder, images=folder)
         records = [item for item in islice(source._entries(), 1000) if isinstance(item, Record)]
         names = [record.image for record in records[:20] if isinstance(record.image, str)]
-        images = options.images_folder() or _images_folder(file, names)
+        images = options.images_folder() or _images_folder(files[0], names)
         return replace(source, images=images, has_spans=any(record.spans is not None for record in records))
 
     def units(self) -> Iterator[tuple[Record | Rejected, ...]]:
@@ -245,16 +245,15 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {**parse_json(file.read())}
 
 
-def _read_questions(path: Path, data: dict[str, Any], options: SourceOptions) -> Iterator[Record | Rejected]:
-    """Yield the questions of a file of VQA with the answers of the file of annotations beside it, or of TextVQA."""
-    if options.learn is None:
-        raise SourceError(f"{path}: questions are no captions of images; convert them with learn=answers.")
-    for number, one in enumerate(data["data"] if "questions" not in data else ()):
+def _read_textvqa(path: Path, data: dict[str, Any], options: SourceOptions) -> Iterator[Record | Rejected]:
+    for number, one in enumerate(data["data"]):
         known = isinstance(one, dict) and "question_id" in one
         entry = {"id": one["question_id"], "image": f"{one.get('image_id')}.jpg", **one} if known else one
         yield entry_record(entry, str(number), f"{path.name}:data[{number}]", options)
-    if "questions" not in data:
-        return
+
+
+def _read_vqa(path: Path, data: dict[str, Any], options: SourceOptions) -> Iterator[Record | Rejected]:
+    """Yield the questions of a file with the answers of the file of annotations beside it."""
     beside = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
     try:
         answers = {one["question_id"]: one for one in _read_object(beside)["annotations"]}
@@ -276,8 +275,9 @@ def _read_questions(path: Path, data: dict[str, Any], options: SourceOptions) ->
 def _read_coco(path: Path, options: SourceOptions) -> Iterator[Record | Rejected]:
     try:
         data = _read_object(path)
-        is_captions = "questions" not in data and not isinstance(data.get("data"), list)
-        images, annotations = (data["images"], data["annotations"]) if is_captions else ((), ())
+        is_textvqa = "images" not in data and isinstance(data.get("data"), list)
+        questions = _read_vqa if "questions" in data else _read_textvqa if is_textvqa else None
+        images, annotations = ((), ()) if questions else (data["images"], data["annotations"])
         by_image: dict[Any, list[dict[str, Any]]] = {}
         for annotation in annotations:
             by_image.setdefault(annotation["image_id"], []).append(annotation)
@@ -288,8 +288,10 @@ def _read_coco(path: Path, options: SourceOptions) -> Iterator[Record | Rejected
             f"{path}: not COCO captions, which need 'images' (id, file_name) and 'annotations' (image_id, caption): "
             f"{type(error).__name__} {error}."
         ) from error
-    if not is_captions:
-        yield from _read_questions(path, data, options)
+    if questions:
+        if options.learn is None:
+            raise SourceError(f"{path}: questions are no captions of images; convert them with learn=answers.")
+        yield from questions(path, data, options)
     name = options.caption_column or "caption"
     for number, (image_id, file_name) in enumerate(entries):
         where = f"{path.name}:images[{number}]"

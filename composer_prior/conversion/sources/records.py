@@ -23,6 +23,7 @@ from composer_prior.data.messages import short
 
 _HUMAN = ("human", "user")
 _MODEL = ("gpt", "assistant", "model", "chatgpt", "bot")
+_SYSTEM = ("system", "developer")  # left out where they say nothing
 _PLACEHOLDER = "<image>"
 _TEXTS = (None, "text", "input_text", "output_text")  # types of a part of text
 _PART_IMAGES = ("image", "image_url", "path", "url", "base64", "source", "data")
@@ -46,7 +47,7 @@ def found_instead(entry: dict[str, Any], wanted: str | None, usual: Sequence[str
     names = [wanted] if wanted else [*dict.fromkeys(usual)]
     if any(name in entry for name in names):
         return ""
-    return f"found {', '.join(map(str, entry)) or 'no field'}; expected {', '.join(names)}"
+    return f"found {short(', '.join(map(str, entry))) or 'no field'}; expected {', '.join(names)}"
 
 
 def chat_of(
@@ -119,7 +120,8 @@ def record_of(
     or a conversation, of which the answer about the image is the caption; ``spans`` are of the caption, or of each.
     """
     turns = _turns(caption)
-    count, further = max(1, len(several(caption, spans)[0])) if turns is None else 1, False
+    count = max(1, len(several(caption, spans)[0])) if turns is None else 1
+    further = False
     try:
         found = image_of(image)
         if found is None and turns:
@@ -171,15 +173,16 @@ def _conversation(image: Any, text: Any, key: str, where: str, learn: str, expli
             value = turn["value"] if turn.get("value") is not None else turn.get("content")
             said = [(turn.get("from") or turn.get("role"), value)]
         for role, content in said:
-            if content is None:
-                raise ChatError(f"a message has no content: its fields are {', '.join(map(str, turn))}")
             role = role.lower() if isinstance(role, str) else role
             role = "user" if role in _HUMAN else "assistant" if role in _MODEL else role
+            if content is None and role not in _SYSTEM:
+                raise ChatError(f"a message has no content: its fields are {short(', '.join(map(str, turn)))}")
             kept = {"weight": turn.get("weight")} if role == "assistant" else {}
-            messages.append({"role": role, "content": _parts(content, inner), **kept})
+            messages.append({"role": role, "content": [] if content is None else _parts(content, inner), **kept})
     if turns is None:
         slots = [[] if one is None else _parts(one, inner) for one in (text if several else [text])]
-        gaps = several and isinstance(image, (list, tuple)) and not all([*given, *text])
+        gaps = isinstance(image, (list, tuple)) and any(given) and several and (None in text or not all(given))
+        gaps = gaps and not any(part["type"] == "image" for slot in slots for part in slot)
         if gaps and len(given) != len(slots):
             lengths = f'{len(given)} images and {len(slots)} texts, with null or "" in the other\'s places'
             return Rejected(key, "images and text differ", where, f"{lengths}, are not of one length")
@@ -212,6 +215,7 @@ def _conversation(image: Any, text: Any, key: str, where: str, learn: str, expli
             one["weight"] = 0
     if learn == "all" and turns is not None:
         messages = [{"role": "document", "content": _joined([one["content"] for one in messages], "\n")}]
+    messages = [one for one in messages if one["content"] or one["role"] not in _SYSTEM]
     return Record(key, images[0] if images else b"", (), where, None, explicit, checked(messages), tuple(images))
 
 
