@@ -3,7 +3,6 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +26,7 @@ from composer_prior.data.batch import (
     count_tokens,
     split_packed_images,
 )
-from composer_prior.data.chat import ChatFormat, Written, characters, within
+from composer_prior.data.chat import ChatFormat, NoTemplateError, Written, characters, within
 from composer_prior.data.conversations import ChatError, unpack_images
 from composer_prior.data.download import ATTEMPTS
 from composer_prior.data.images import ImageError, decode_rgb
@@ -173,7 +172,7 @@ class StreamingCaptionDataset(RowsDataset, VisionDataset):
     @property
     def chat_digest(self) -> str:
         """Return a digest of how conversations and documents become text; "" where there are none."""
-        known = repr((self.tokenizer.chat_template, self.max_tokens))
+        known = repr((self.tokenizer.chat_template, self.max_tokens, "a space belongs to the token behind it"))
         return hashlib.sha256(known.encode()).hexdigest()[:16] if self.has_messages else ""
 
     @property
@@ -308,8 +307,12 @@ class StreamingCaptionDataset(RowsDataset, VisionDataset):
         """Read the first sample of each stream, and raise NoTemplateError if it needs a template that is missing."""
         if self.has_messages and self.tokenizer.chat_template is None:
             for first in self.sample_offset_per_shard[self.shard_offset_per_stream]:
-                with suppress(BadSampleError):
-                    self._written(self._read(int(first), ATTEMPTS).get("messages", []))
+                try:
+                    self.chat.write(self._read(int(first), ATTEMPTS).get("messages", []))
+                except NoTemplateError:
+                    raise
+                except (ChatError, BadSampleError):
+                    continue  # the sample is told of when it is read in training
 
     def _written(self, messages: Any) -> Written:
         """Return a conversation or document as text; raise BadSampleError for one that cannot be used."""

@@ -35,7 +35,7 @@ _AS_TEXT = (  # before a template that takes texts alone
 Span = tuple[int, int]  # first character and the one behind the last
 
 
-class NoTemplateError(OneLineError, ValueError):
+class NoTemplateError(OneLineError, ChatError):
     """Conversations without a chat template, of which none can be used."""
 
 
@@ -218,7 +218,7 @@ def characters(encoding: Encoding, text: str) -> list[Span]:
     found = list[Span]()
     for token, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True):
         spaces = len(token) - len(token.lstrip("\u0120"))  # GPT-2's letter for a space
-        trimmed = spaces and not text[start:end].startswith((" ", "\u0120")) and text[:start].endswith(" " * spaces)
+        trimmed = spaces and not text[start:end].startswith((" ", "\u0120")) and text.endswith(" " * spaces, 0, start)
         found.append((start - spaces if trimmed else start, end))
     return found
 

@@ -1,5 +1,6 @@
 """The language model: any Hugging Face causal LM."""
 
+import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -117,7 +118,8 @@ def new_configuration(arguments: Mapping[str, Any], where: str) -> PretrainedCon
         where: their key in the recipe, for messages.
 
     Raises:
-        ValueError: for a type or a key that transformers does not know, which it would store without effect.
+        ValueError: for a type that transformers does not know, and for a key that it would store without effect: one
+            that is misspelled, or that belongs to a part. Other unknown keys, as config.json files have, are kept.
     """
     kind = arguments.get("model_type")
     if kind not in CONFIG_MAPPING:
@@ -141,8 +143,10 @@ def _check_keys(arguments: Mapping[str, Any], settings: PretrainedConfig, where:
     for key, value in arguments.items():
         if not (key in known or key.startswith("_") or _looks_up(settings, key)):  # config.json may hold private ones
             parts = [part for part in settings.sub_configs if key in _known_keys(getattr(settings, part, None))]
-            hint = f"It is one of {' and '.join(parts)}." if parts else did_you_mean(key, known)
-            raise ValueError(f"{where}.{key} is not a key of a {settings.model_type}. {hint}")
+            misplaced = [part for part in parts if getattr(getattr(settings, part), key, None) != value]
+            if misplaced or difflib.get_close_matches(key, known, n=1, cutoff=0.9):
+                hint = f"It is one of {' and '.join(misplaced)}." if misplaced else did_you_mean(key, known)
+                raise ValueError(f"{where}.{key} is not a key of a {settings.model_type}. {hint}".strip())
         if key in settings.sub_configs and isinstance(value, Mapping):
             _check_keys(value, getattr(settings, key), f"{where}.{key}", set())
 

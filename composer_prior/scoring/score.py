@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from composer_prior.data.captions import BadSampleError, StreamingCaptionDataset, decode_image
-from composer_prior.data.chat import OWN, ChatFormat, NoTemplateError, Written, use_template, within
+from composer_prior.data.chat import OWN, ChatFormat, NoTemplateError, Written, characters, use_template, within
 from composer_prior.data.conversations import ChatError
 from composer_prior.data.hub import find_model, load_pretrained
 from composer_prior.data.locks import locked
@@ -239,7 +239,7 @@ def _score_chats(
             continue
         encoding = theirs.tokenizer(again.text, add_special_tokens=False).encodings[0]
         begun = encoding.ids[:1] == [bos_id(theirs.tokenizer)]
-        read.append((encoding.offsets[begun:], again, tokens["characters"], written))
+        read.append((characters(encoding, again.text)[begun:], again, tokens["characters"], written))
         ids.append([bos_id(theirs.tokenizer), *encoding.ids[begun:]][:positions])
     found = (values.numpy() for values in reference.score_texts(ids, 1, batch_tokens))
     chosen = (

@@ -98,6 +98,12 @@ class SkipEmptySteps(Callback):
     def __init__(self) -> None:
         self._unused: dict[str, float] = {}  # samples by stream, infinitely less once one of them could be used
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"unused": self._unused}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._unused = dict(state["unused"])
+
     def after_train_batch(self, state: State, logger: Logger) -> None:
         mask = state.batch["labels"] != IGNORE_INDEX
         streams = stream_masks(state.batch, stream_names(state.dataloader))

@@ -103,7 +103,10 @@ def reference_of(recipe: TrainConfig) -> str | None:
     """Return the folder of a recipe's own reference, or the folder or hub id that its algorithms name, or None."""
     if recipe.reference_recipe is not None:
         return str(model_folder(recipe.reference_recipe))
-    return next((given["reference"] for given in recipe.algorithms.values() if (given or {}).get("reference")), None)
+    named = {given["reference"] for given in recipe.algorithms.values() if (given or {}).get("reference")}
+    if len(named) > 1:
+        raise ValueError(f"The algorithms name {len(named)} references, {', '.join(sorted(named))}: give one.")
+    return next(iter(named), None)
 
 
 def viewer_of(recipe: TrainConfig) -> str | None:

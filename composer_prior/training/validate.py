@@ -54,6 +54,7 @@ from composer_prior.training.builders import (
     without_models,
 )
 from composer_prior.training.checkpoints.loading import load_weights
+from composer_prior.training.checkpoints.start import resumes
 from composer_prior.training.checkpoints.storage import find_checkpoint, find_weights
 from composer_prior.training.config import TrainConfig
 from composer_prior.training.keys import check_keys, settings_of
@@ -109,7 +110,10 @@ def frozen_at_random(recipe: TrainConfig, where: str = "") -> str:
     if recipe.init_from is not None or recipe.load_path is not None or model["name"] not in SKELETONS:
         return ""
     if model["name"] == "hugging_face":
-        given = {f"model.freeze={model.get('freeze')}": model.get("freeze"), "model.lora": model.get("lora")}
+        given = {
+            f"model.freeze={model.get('freeze')}": model.get("freeze"),
+            "model.lora": model.get("lora") is not None,
+        }
         keys = [key for key, value in given.items() if value and not model.get("pretrained")]
     else:
         parts = {part: model.get(part) or {} for part in ("vision", "projector", "language")}
@@ -163,7 +167,7 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
     if isinstance(model, ComposerLVLM):
         for name, spec in loaders.items():
             check_fit(model, cast(Any, spec.dataloader).dataset, f"{where}{name}")
-        if recipe.init_from is not None:
+        if recipe.init_from is not None and not on_first_rank(partial(resumes, recipe)):
             with one_line_errors(f"{where}init_from" if where else ""):
                 on_first_rank(partial(load_weights, recipe.init_from, model, trusts_code(recipe)))
         _check_positions_of_reference(recipe, model, data, where)

@@ -5,6 +5,7 @@ import re
 import pytest
 from common.chats import ENDS, MARKED, TEMPLATES, TOKENIZERS, turns
 from common.tokenizers import plain_tokenizer
+from tokenizers import processors
 
 from composer_prior.data.chat import ChatFormat, characters, use_template, within, write_prompt
 from composer_prior.data.conversations import ChatError, checked, pack_images, unpack_images
@@ -33,6 +34,16 @@ def learned_texts(tokenizer, written):
             runs[-1].append(i)
         before = one
     return [tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize("text", ["a  cat ", "what is  it", "ASSISTANT: \nred", "a   ", "a\u0120 \u0120"])
+def test_characters_include_the_spaces_that_trimmed_offsets_leave_out(text):
+    tokenizer = plain_tokenizer("qwen2", WORDS)
+    read = []
+    for trim in (True, False):
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
+        read.append(tokenizer(text, add_special_tokens=False).encodings[0])
+    assert characters(read[0], text) == characters(read[1], text) == read[1].offsets
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -17,7 +17,7 @@ from composer_prior import ComposerLVLM, StreamingCaptionDataset
 from composer_prior.algorithms.token_weighting.image_tokens import text_positions
 from composer_prior.data.batch import IGNORE_INDEX, split_packed_images
 from composer_prior.data.captions import BadSampleError, caption_data_spec
-from composer_prior.data.chat import use_template
+from composer_prior.data.chat import NoTemplateError, use_template
 from composer_prior.data.tokenizer import placeholder
 from composer_prior.models.image_text_model import model_inputs
 from composer_prior.training.config import load_recipe
@@ -121,6 +121,22 @@ def test_the_loss_is_that_of_transformers_with_the_same_labels(kind, tokenizer, 
             assert (batch["labels"][row, length:] == IGNORE_INDEX).all()
             theirs = model.model(**inputs, labels=labels).loss
             torch.testing.assert_close(nll[row].sum() / (labels != IGNORE_INDEX).sum(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_conversation_without_a_template_is_a_bad_sample(tokenizer, tmp_path):
+    """The first one of a stream ends the run at its start; documents need no template."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None
+    model = small_lvlm("patches", tokenizer)
+    for number, samples in enumerate([[SAMPLES[4], SAMPLES[1]], [SAMPLES[1], SAMPLES[4]]]):
+        data = loader(tmp_path / str(number), model, samples).dataset
+        if number:
+            with pytest.raises(NoTemplateError, match=r"tokenizer\.chat_template"):
+                data.check_template()
+        else:
+            data.check_template()
+            with pytest.raises(BadSampleError, match=r"tokenizer\.chat_template"):
+                data[1]
 
 
 @pytest.mark.parametrize("name", ["stage2.yaml", "chat_vit.yaml"])

@@ -17,7 +17,7 @@ from common.recipes import ROOT
 from composer import Callback, DataSpec, Trainer
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, TrainingArguments
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, TrainingArguments
 from transformers import Trainer as HFTrainer
 
 from composer_prior import PRIOR, PRIORMixin, ReferenceLM
@@ -34,6 +34,7 @@ from composer_prior.models.hugging_face import (
     unused_weights,
 )
 from composer_prior.models.image_text_model import ImageTextModel, model_inputs
+from composer_prior.models.language import new_configuration
 from composer_prior.models.llava import export_llava
 from composer_prior.models.llava_check import LlavaError
 from composer_prior.models.viewer import check_processors
@@ -217,6 +218,22 @@ def test_the_new_model_of_the_docs(hub, scenes):
     _, samples = samples_of(model, scenes, "")
     with torch.no_grad():
         assert bool(model(collated(model, samples[:1]))["nll"].isfinite().all())
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, "mistral3"])
+def test_a_file_of_transformers_is_a_configuration(kind):
+    """It may have keys without effect; CLIP's vision part has the size of a vocabulary."""
+    for written in (CONFIG_MAPPING[kind]().to_dict(), CONFIG_MAPPING[kind]().to_diff_dict()):
+        assert new_configuration(written, "model.config").model_type == written["model_type"]
+
+
+def test_keys_without_effect_are_kept():
+    vision = {"in_chans": 3, "spatial_patch_size": 14}
+    settings = new_configuration({"model_type": "qwen2_vl", "vision_token_id": 1, "vision_config": vision}, "config")
+    assert settings.vision_config.in_chans == 3
+    assert new_configuration({"model_type": "llama", "rope_interleaved": False}, "config").rope_interleaved is False
+    same = {"vocab_size": 32000, "text_config": {"vocab_size": 32000}}  # as LLaVA-1.5's file has it twice
+    assert new_configuration({"model_type": "llava", **same}, "config").text_config.vocab_size == 32000
 
 
 def shapes(model):

@@ -103,7 +103,8 @@ def test_a_stream_without_any_usable_sample_is_told_or_ends_the_run(batches, cap
     data = own("null", None, streams, f"max_duration={batches}ba", "train_loader.dataset.on_bad_sample=skip")
     data += ["train_loader.num_workers=0"]
     if batches == 4:
-        train(recipe("ntp_vit", *data))
+        train(recipe("ntp_vit", *data, "max_duration=2ba"))
+        train(recipe("ntp_vit", *data, "autoresume=true"))  # which goes on counting
         said = "Warning: none of the first 16 samples of bad can be used: the log says why for each. Nothing of it is"
         assert capsys.readouterr().out.count(said) == 1
     else:

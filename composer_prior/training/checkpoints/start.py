@@ -41,6 +41,14 @@ def find_start(recipe: TrainConfig, identity: Mapping[str, Any]) -> str | None:
     return start
 
 
+def resumes(recipe: TrainConfig) -> bool:
+    """Return True if a run finds checkpoints of its own to go on from, whole or not."""
+    if recipe.save_folder is None or not recipe.autoresume:
+        return False
+    folder = recipe.save_folder
+    return bool(Bucket(folder).whole() if is_remote(folder) else checkpoints_in(Path(folder)))
+
+
 def _check_kind(start: str, recipe: TrainConfig) -> None:
     fsdp2 = (recipe.parallelism_config or {}).get("fsdp2")
     sharded = fsdp2 is not None and fsdp2.get("state_dict_type", "sharded") == "sharded"
