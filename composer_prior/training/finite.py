@@ -102,7 +102,7 @@ class SkipEmptySteps(Callback):
         return {"unused": self._unused}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._unused = dict(state["unused"])
+        self._unused = dict(state.get("unused", {}))  # checkpoints of before have none
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         mask = state.batch["labels"] != IGNORE_INDEX

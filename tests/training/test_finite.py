@@ -8,7 +8,7 @@ import torch
 from common.commands import train as main
 from common.recipes import FAULTS, ROOT, SHRUNKEN, VIT, fork_ranks, losses, recipe
 
-from composer_prior.training.finite import NotFiniteError
+from composer_prior.training.finite import NotFiniteError, SkipEmptySteps
 from composer_prior.training.run import train
 
 
@@ -127,3 +127,10 @@ def test_a_reference_of_such_weights_is_never_finished():
 def test_the_monitor_of_composer_has_a_name_that_reads(tiles):
     for name in ("nan_monitor", "na_n_monitor"):
         main(arguments(*tiles, f"callbacks.{name}={{}}", "max_duration=1ba", "save_folder=null"))
+
+
+def test_a_checkpoint_without_the_count_of_unusable_samples_is_resumed():
+    """As earlier versions wrote it: Composer saves an empty state of a callback without one."""
+    callback = SkipEmptySteps()
+    callback.load_state_dict({})
+    assert callback.state_dict() == {"unused": {}}
