@@ -36,7 +36,7 @@ Span = tuple[int, int]  # first character and the one behind the last
 
 
 class NoTemplateError(OneLineError, ChatError):
-    """Conversations without a chat template, of which none can be used."""
+    """A conversation that needs a chat template, which the tokenizer lacks."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -137,7 +137,8 @@ class _Reader:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        self.text, self.encoding = "", cast(Any, None)
+        self.text = ""
+        self.encoding: Any = None
         self.spans: dict[str, list[int]] = {}
 
     def __getattr__(self, name: str) -> Any:

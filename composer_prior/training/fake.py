@@ -158,7 +158,7 @@ def as_on_gpu(asked: bool) -> Iterator[None]:
 
 @contextmanager
 def shapes_untracked() -> Iterator[None]:
-    """Keep a tracker from counting what DTensor computes shapes with: fake tensors of whole weights (torch 2.11)."""
+    """Hide from trackers the fake tensors of whole weights with which DTensor computes shapes (torch 2.11)."""
     propagator: Any = DTensor._op_dispatcher.sharding_propagator
     known = propagator._propagate_tensor_meta_non_cached
 

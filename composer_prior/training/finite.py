@@ -92,7 +92,7 @@ class SkipEmptySteps(Callback):
     them, the gradient is 0, and an optimizer would still decay the weights and move them by its momentum.
 
     Raises:
-        ValueError: if none of the first 100 samples of a stream can be used. A shorter run says so at its end.
+        ValueError: if the first 100 samples of a stream cannot be used. A shorter run prints a warning at its end.
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class SkipEmptySteps(Callback):
         return {"unused": self._unused}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._unused = dict(state.get("unused", {}))  # checkpoints of before have none
+        self._unused = dict(state.get("unused", {}))  # earlier versions saved none
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         mask = state.batch["labels"] != IGNORE_INDEX
@@ -120,10 +120,12 @@ class SkipEmptySteps(Callback):
 
     def fit_end(self, state: State, logger: Logger) -> None:
         for name in (name for name, samples in self._unused.items() if samples > 0):
-            announce(f"Warning: {self._none_used(name)} Nothing of it is learned.")
+            announce(f"Warning: {self._none_used(name)} The model learned nothing from {name}.")
 
     def _none_used(self, name: str) -> str:
-        return f"none of the first {self._unused[name]:.0f} samples of {name} can be used: the log says why for each."
+        return (
+            f"the first {self._unused[name]:.0f} samples of {name} cannot be used; the log gives the reason for each."
+        )
 
 
 def change_nothing(model: nn.Module) -> None:
