@@ -114,7 +114,7 @@ def check_keys(recipe: TrainConfig, where: str = "") -> None:
     for kind in ("algorithm", "callback", "logger"):
         for name, arguments in getattr(recipe, f"{kind}s").items():
             if arguments is not None:
-                registry.check(kind, name, arguments, f"{where}{kind}s.{name}", given=("recipe", "goes_on"))
+                registry.check(kind, name, arguments, f"{where}{kind}s.{name}", given=("recipe", "run_id"))
     _check_sources(recipe, where)
     check_benchmarks(recipe.benchmarks, where)
     for name, arguments in (recipe.parallelism_config or {}).items():

@@ -6,21 +6,19 @@ There is one run there for each run here, with its recipe, and each point once.
 import json
 import math
 import os
-import uuid
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
 from composer.utils import dist
-from omegaconf import OmegaConf
 
+from composer_prior.data.messages import announce
 from composer_prior.data.storage import full_disk_told
 from composer_prior.training.checkpoints.identity import flat
 from composer_prior.training.config import TrainConfig, written
-
-WANDB_ID = "wandb_id.txt"  # a file of the run: its id there
 
 
 class MetricsFile(LoggerDestination):
@@ -120,54 +118,35 @@ def _number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class WandB(WandBLogger):
-    """Composer's, with the recipe as its configuration; a start from a checkpoint goes on with the same run.
+class Tracker(LoggerDestination):
+    """Write the metrics of each step once, when the step is whole: Composer logs some twice at the end of an epoch.
 
-    Without a network each start leaves a folder of its own, of which the last holds the whole run.
+    Args:
+        recipe: of the run, its configuration there.
+        run_id: of the run, which its checkpoints hold.
+        kwargs: of Composer's logger.
     """
 
-    def __init__(self, recipe: TrainConfig, goes_on: bool, **kwargs: Any):
+    def __init__(self, recipe: TrainConfig, run_id: str, **kwargs: Any):
         super().__init__(**kwargs)
-        self._recipe, self._goes_on = written(recipe), goes_on
-
-    def init(self, state: State, logger: Logger) -> None:
-        file = Path(OmegaConf.create(self._recipe)["run_folder"], WANDB_ID)  # it may name an environment variable
-        known = file.read_text() if self._goes_on and file.is_file() else uuid.uuid4().hex[:8]
-        if self._enabled and self._rank_zero_only:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(known)
-            self._init_kwargs = {"id": known, "resume": "allow", **self._init_kwargs}
-        self._init_kwargs = {"config": self._recipe, "allow_val_change": True, **self._init_kwargs}
-        super().init(state, logger)
-
-    def fit_start(self, state: State, logger: Logger) -> None:
-        import wandb  # an optional package
-
-        if self._enabled and wandb.run is not None:
-            file = MetricsFile.of(logger)
-            for record in filter(None, file.records() if wandb.run.offline else [file.current]):
-                self.log_metrics({name: value for name, value in record.items() if name != "batch"}, record["batch"])
-
-    def eval_standalone_start(self, state: State, logger: Logger) -> None:
-        self.fit_start(state, logger)
-
-
-class WholeSteps(LoggerDestination):
-    """Write the metrics of each step once, when it is whole: Composer logs some twice at the end of an epoch."""
-
-    def __init__(self, recipe: TrainConfig, goes_on: bool, **kwargs: Any):
-        super().__init__(**kwargs)
-        self._recipe, self._goes_on = written(recipe), goes_on
+        self._recipe, self._run = written(recipe), run_id
         self._record: dict[str, Any] = {}  # of the current step
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        # A run that goes on has metrics of the current step from before its start.
-        self._record = {**MetricsFile.of(logger).current, **self._record}
+        held, self._record = self._record, {}
+        for record in (*self._before(MetricsFile.of(logger)), held):
+            self.log_metrics({name: value for name, value in record.items() if name != "batch"}, record.get("batch"))
 
     def eval_standalone_start(self, state: State, logger: Logger) -> None:
         self.fit_start(state, logger)
 
+    def _before(self, file: MetricsFile) -> Iterator[dict[str, Any]]:
+        """Yield steps from before this start; those that are there already are not written again."""
+        return file.records()
+
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if not metrics:
+            return
         if self._record.get("batch", step) != step:
             self._write()
         self._record = {"batch": step, **self._record, **metrics}
@@ -178,18 +157,81 @@ class WholeSteps(LoggerDestination):
         if record:
             super().log_metrics({name: value for name, value in record.items() if value is not None}, step)
 
+    def publish(self, files: Mapping[str, str]) -> None:
+        """Store the text of files, by their names, with the run."""
+
     def close(self, state: State, logger: Logger) -> None:
         self._write()
         super().close(state, logger)
 
 
-class MLFlow(WholeSteps, MLFlowLogger):
-    """Composer's, with the recipe as its parameters; a start from a checkpoint goes on with the same run."""
+class WandB(Tracker, WandBLogger):
+    """Composer's, with the recipe as its configuration; a start from a checkpoint resumes the same run.
 
-    def __init__(self, recipe: TrainConfig, goes_on: bool, **kwargs: Any):
-        super().__init__(recipe, goes_on, **kwargs)
-        self._recipe = flat(self._recipe)
-        self.resume, self._last = self.resume or goes_on, dict[str, int]()
+    Without a network each start leaves a folder of its own, of which the last holds the whole run.
+    """
+
+    def init(self, state: State, logger: Logger) -> None:
+        import wandb  # an optional package
+
+        resumed = {"id": self._run, "resume": "allow"} if self._rank_zero_only else {}
+        self._init_kwargs = {"config": self._recipe, "allow_val_change": True, **resumed, **self._init_kwargs}
+        super().init(state, logger)
+        self._first = getattr(wandb.run, "starting_step", 0)  # W&B takes no earlier step
+
+    def _before(self, file: MetricsFile) -> Iterator[dict[str, Any]]:
+        if self._first:
+            announce(f"W&B has the steps before {self._first} already; their metrics are not logged again.")
+        return super()._before(file)
+
+    def _write(self) -> None:
+        if self._record.get("batch", 0) < self._first:
+            self._record = {}
+        super()._write()
+
+    def close(self, state: State, logger: Logger) -> None:
+        if state.timestamp.get(cast(Any, state.max_duration).unit) < cast(Any, state.max_duration):
+            self._record = {}  # the resumed run has the rest of this step, and logs it whole
+        super().close(state, logger)
+
+    def publish(self, files: Mapping[str, str]) -> None:
+        import wandb  # an optional package
+
+        if self._enabled:
+            artifact = wandb.Artifact(f"run-{self._run}", "run")
+            for name, text in files.items():
+                with artifact.new_file(name) as file:
+                    file.write(text)
+            wandb.log_artifact(artifact)
+
+
+class MLFlow(Tracker, MLFlowLogger):
+    """Composer's, with the recipe as its parameters; a start from a checkpoint resumes the same run."""
+
+    def __init__(self, recipe: TrainConfig, run_id: str, **kwargs: Any):
+        # Composer leaves out a value that is that of the step before.
+        super().__init__(recipe, run_id, **{"log_duplicated_metric_every_n_steps": 1, "resume": True, **kwargs})
+        self.tags, self._last = dict(self.tags), dict[str, int]()
+
+    def _start_mlflow_run(self, state: State) -> None:
+        self.tags["run_name"] += f"-{self._run}"  # by which Composer finds a run
+        super()._start_mlflow_run(state)
+
+    def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        """Log parameters that are not there, cut to what MLflow takes: it neither changes nor shortens one."""
+        if not self._enabled:
+            return
+        from mlflow.utils import validation as limits  # an optional package
+
+        there = self._mlflow_client.get_run(self._run_id).data.params
+        new = {
+            name: str(value)[: limits.MAX_PARAM_VAL_LENGTH]
+            for key, value in hyperparameters.items()
+            if (name := re.sub(r"[^\w./: -]", "_", key)[: limits.MAX_ENTITY_KEY_LENGTH]) not in there
+        }
+        names, most = [*new], limits.MAX_PARAMS_TAGS_PER_BATCH
+        for begin in range(0, len(names), most):
+            super().log_hyperparameters({name: new[name] for name in names[begin : begin + most]})
 
     def after_load(self, state: State, logger: Logger) -> None:
         super().after_load(state, logger)
@@ -199,35 +241,53 @@ class MLFlow(WholeSteps, MLFlowLogger):
                 name: max(point.step for point in client.get_metric_history(self._run_id, name))
                 for name in there.metrics
             }
-            self.log_hyperparameters({name: v for name, v in self._recipe.items() if name not in there.params})
+            self.log_hyperparameters(flat(self._recipe))
 
     def _write(self) -> None:
         step = self._record.get("batch", 0)
         self._record = {k: v for k, v in self._record.items() if step > self._last.get(self.rename(k), -1)}
         super()._write()
 
+    def publish(self, files: Mapping[str, str]) -> None:
+        if self._enabled:
+            for name, text in files.items():
+                self._mlflow_client.log_text(self._run_id, text, name)
 
-class TensorBoard(WholeSteps, TensorboardLogger):
-    """Composer's, with the recipe as a text; a start from a checkpoint drops the points behind it."""
+
+class TensorBoard(Tracker, TensorboardLogger):
+    """Composer's, with the recipe as a text and as hyperparameters; a start from a checkpoint drops later points."""
 
     _opened: Any = None
 
-    def __init__(self, recipe: TrainConfig, goes_on: bool, **kwargs: Any):
+    def __init__(self, recipe: TrainConfig, run_id: str, **kwargs: Any):
         import tensorboard  # noqa: F401  an optional package, missed before anything is made
 
-        super().__init__(recipe, goes_on, **kwargs)
+        super().__init__(recipe, run_id, **kwargs)
 
     def _initialize_summary_writer(self) -> None:
         """Do nothing: the step is not known yet."""
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # an optional package
+        from torch.utils.tensorboard import SummaryWriter, summary  # an optional package
 
         if self.writer is None and not (self.rank_zero_only and dist.get_global_rank()):
             begin, folder = state.timestamp.batch.value, Path(str(self.log_dir), str(self.run_name))
             self.writer = self._opened = SummaryWriter(folder, purge_step=begin, flush_secs=365 * 24 * 3600)
             self.writer.add_text("recipe", f"```\n{json.dumps(self._recipe, indent=2)}\n```", begin)
+            values = {k: v if isinstance(v, int | float | None) else str(v) for k, v in flat(self._recipe).items()}
+            compared = dict.fromkeys(("metrics/eval/loss", "metrics/eval/accuracy"), 0.0)
+            for part in summary.hparams({**self.hyperparameters, **values}, compared):
+                self.writer.file_writer.add_summary(part)
         super().fit_start(state, logger)
+
+    def _before(self, file: MetricsFile) -> Iterator[dict[str, Any]]:
+        return filter(None, [file.current])  # the steps before are in files of earlier starts
+
+    def publish(self, files: Mapping[str, str]) -> None:
+        if self.writer is not None:
+            for name, text in files.items():
+                if not name.endswith(".html"):
+                    self.writer.add_text(name, f"```\n{text}\n```", self._record.get("batch"))
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         self._flush(logger)  # the steps before; this one is in the run's own file

@@ -1,9 +1,11 @@
 """From a recipe to a Composer Trainer, and from its first step to what a run leaves behind."""
 
+import json
 import os
 import re
 import signal
 import sys
+import uuid
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -58,7 +60,7 @@ from composer_prior.training.checkpoints.sigterm import Preempted, StopOnSigterm
 from composer_prior.training.checkpoints.start import find_start, leave_behind
 from composer_prior.training.config import TrainConfig, identified, written
 from composer_prior.training.finite import FiniteSteps, SkipEmptySteps, check_weights
-from composer_prior.training.loggers import MetricsFile
+from composer_prior.training.loggers import MetricsFile, Tracker
 from composer_prior.training.monitors import StreamMonitor
 from composer_prior.training.optimizer import NO_GROUP, build_optimizer
 from composer_prior.training.reference import check_helper, model_folder, read_metadata
@@ -110,7 +112,8 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         "seed": recipe.seed,
     }
     check_same(identity)
-    start = on_first_rank(partial(find_start, recipe, identity))
+    start, known = on_first_rank(partial(find_start, recipe, identity))
+    run_id = known or on_first_rank(lambda: uuid.uuid4().hex[:8])
     has_weights = not any(parameter.is_meta for parameter in model.parameters())
     if recipe.init_from is not None and start is None and has_weights:
         announce(load_weights(recipe.init_from, model, trusts_code(recipe)))
@@ -137,7 +140,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     algorithms = build_all("algorithm", without_models("algorithm", recipe.algorithms, stored))
     if recipe.model["name"] == "hugging_face" and recipe.parallelism_config is None and not knows_features(model):
         algorithms.append(FindUnused())
-    trackers = build_all("logger", recipe.loggers, recipe=recipe, goes_on=start is not None)
+    trackers = build_all("logger", recipe.loggers, recipe=recipe, run_id=run_id)
     trainer = Trainer(
         model=model,
         train_dataloader=loaders["train_loader"],
@@ -148,7 +151,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
         schedulers=build_named("scheduler", recipe.scheduler),
         step_schedulers_every_batch=True,
         algorithms=algorithms,
-        callbacks=[RunIdentity(identity), FiniteSteps(recipe.nan_steps), StopOnSigterm(), *callbacks, *saver],
+        callbacks=[RunIdentity(identity, run_id), FiniteSteps(recipe.nan_steps), StopOnSigterm(), *callbacks, *saver],
         loggers=[MetricsFile(Path(recipe.run_folder, "metrics.jsonl")), *trackers],
         run_name=recipe.run_name,
         seed=recipe.seed,
@@ -280,6 +283,9 @@ def _report(recipe: TrainConfig, trainer: Trainer, benchmarks: Sequence[RunBench
             page.unlink(missing_ok=True)  # of an earlier run of that name
             write_whole(page, _page(recipe, trainer, rows, benchmarks, samples).encode())
     with closing_part():
+        if dist.get_global_rank() == 0:
+            _publish(recipe, trainer, benchmarks, samples)
+    with closing_part():
         where = f"a page for your browser is {page}; " if page.exists() else ""
         parts = [f"{where}config.yaml and metrics.jsonl are in {Path(recipe.run_folder)}"]
         if recipe.save_folder:
@@ -287,6 +293,19 @@ def _report(recipe: TrainConfig, trainer: Trainer, benchmarks: Sequence[RunBench
         if model_folder(recipe).exists():
             parts.append(f"the model in Hugging Face format in {model_folder(recipe)}")
         announce(f"\n{recipe.run_name}, {trainer.state.timestamp.batch.value} batches: {', '.join(parts)}.")
+
+
+def _publish(recipe: TrainConfig, trainer: Trainer, benchmarks: Sequence[RunBenchmark], samples: Samples) -> None:
+    """Store the recipe, the page, the sampled captions and the figures of benchmarks with the run in its trackers."""
+    names = ("config.yaml", "report.html")
+    files = {name: file.read_text() for name in names if (file := Path(recipe.run_folder, name)).is_file()}
+    shown = zip(samples.numbers, samples.captions, samples.generated, strict=True)
+    captions = [{"sample": number, "true": true, "generated": own.text} for number, true, own in shown]
+    files["samples.json"] = json.dumps(captions, indent=1)
+    files["benchmarks.json"] = json.dumps({one.name: one.figures for one in benchmarks}, indent=1)
+    for tracker in trainer.logger.destinations:
+        if isinstance(tracker, Tracker):
+            tracker.publish(files)
 
 
 def _page(

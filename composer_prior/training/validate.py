@@ -93,7 +93,7 @@ def check_parts(recipe: TrainConfig, where: str = "") -> None:
     parts["scheduler"] = partial(build_named, "scheduler", recipe.scheduler)
     for kind in ("callback", "logger"):
         for name, arguments in getattr(recipe, f"{kind}s").items():
-            parts[f"{kind}s.{name}"] = partial(build_all, kind, {name: arguments}, recipe=recipe, goes_on=False)
+            parts[f"{kind}s.{name}"] = partial(build_all, kind, {name: arguments}, recipe=recipe, run_id="")
     if recipe.init_from is not None:
         parts[f"init_from={recipe.init_from}"] = partial(find_weights, recipe.init_from)
     if recipe.load_path is not None and not is_remote(recipe.load_path):

@@ -77,7 +77,7 @@ def again(bucket, tmp_path):
             store.upload_object(f"{folder}/{name}", tmp_path / name)
         kind = ["parallelism_config.fsdp2={}"] if names and "/" in names[0] else []
         resumed = recipe("reference", f"save_folder=s3://runs/{folder}", "autoresume=true", *kind)
-        found = find_start(resumed, {**identity, **changes})
+        found, _ = find_start(resumed, {**identity, **changes})
         return found and found.removeprefix(f"s3://runs/{folder}/")
 
     return tmp_path, find

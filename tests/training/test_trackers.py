@@ -1,19 +1,25 @@
-"""A run that goes on from a checkpoint: one run in each tracker, with the recipe, and each point once."""
+"""A run that is resumed from a checkpoint: one run in each tracker, with its recipe, each point once, and its files."""
 
 import json
-import sys
-from pathlib import Path
 
+import mlflow
 import pytest
 from common.commands import train as main
 from common.data import write_tiles
 from common.recipes import ROOT, SHRUNKEN, VIT
 from composer.core import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from wandb.proto.wandb_internal_pb2 import Record
+from wandb.sdk.internal.datastore import DataStore
 
 from composer_prior.registry import register
+from composer_prior.training.checkpoints.identity import flat
+from composer_prior.training.config import load_recipe, written
+from composer_prior.training.loggers import WandB
 
 pytestmark = pytest.mark.slow
+FILES = {"report.html", "config.yaml", "samples.json", "benchmarks.json"}
 
 
 class Stopped(Exception):
@@ -30,71 +36,111 @@ class StopAt(Callback):
             raise Stopped
 
 
-@pytest.fixture
-def run(tiles, tmp_path, monkeypatch):
-    """A run that was stopped after batch 6 of 9, two behind its checkpoint, and has gone on; again when finished."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "tests/common/programs/trackers")
+@pytest.fixture(scope="module")
+def run(tiles, tmp_path_factory):
+    """A run that was stopped after batch 6 of 9, two after its checkpoint, and was resumed; again when finished.
 
-    def start(*loggers):
-        validation = f"eval_loader.dataset.local={write_tiles(tmp_path / 'validation', 4)}"
-        recipe = [change for change in tiles if change != "eval_loader=null"] + [validation, *loggers]
-        recipe += ["autoresume=true", "save_interval=4ba", "eval_interval=2ba"]
-        command = [str(ROOT / "yamls/ntp_vit.yaml"), *SHRUNKEN, *VIT, *recipe]
+    The folder, the steps of each metric, and the recipe of the last start by joined keys.
+    """
+    folder = tmp_path_factory.mktemp("trackers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder needs no database
+        validation = f"eval_loader.dataset.local={write_tiles(folder / 'validation', 4)}"
+        overrides = [
+            *SHRUNKEN,
+            *VIT,
+            *[change for change in tiles if change != "eval_loader=null"],
+            validation,
+            *("autoresume=true", "save_interval=4ba", "eval_interval=2ba", "sample_captions=2"),
+            *("loggers.tensorboard.log_dir=board", "loggers.wandb.project=p"),
+            *("loggers.mlflow.log_system_metrics=false", f"loggers.mlflow.tracking_uri=file:{folder}/mlruns"),
+            *(f"loggers.mlflow.tags.tag{number}=x" for number in range(40)),
+            "loggers.mlflow.rename_metrics={'a#b': c}",
+            f"loggers.wandb.init_kwargs.notes={'long ' * 1500}",
+        ]
+        recipe = str(ROOT / "yamls/ntp_vit.yaml")
         with pytest.raises(Stopped):
-            main([*command, "callbacks.stop_at.batch=6", "max_duration=8ba"])
+            main([recipe, *overrides, "callbacks.stop_at.batch=6", "max_duration=8ba"])
         for _ in range(2):
-            main([*command, "max_duration=9ba"])
-        lines = map(json.loads, Path("runs/ntp_vit/metrics.jsonl").read_text().splitlines())
+            main([recipe, *overrides, "max_duration=9ba"])
         steps = {}
-        for line in lines:
+        for line in map(json.loads, (folder / "runs/ntp_vit/metrics.jsonl").read_text().splitlines()):
             for name in (name for name, value in line.items() if value is not None and name != "batch"):
                 steps.setdefault(name, []).append(line["batch"])
-        return steps
-
-    yield start
-    for name in [name for name in sys.modules if name.split(".")[0] in ("wandb", "mlflow")]:
-        del sys.modules[name]
+        assert steps["loss/train/total"] == [*range(9)]
+        yield folder, steps, flat(written(load_recipe(recipe, [*overrides, "max_duration=9ba"])))
 
 
 def test_tensorboard(run):
-    steps = run("loggers.tensorboard.log_dir=board")
-    board = EventAccumulator("board/ntp_vit", size_guidance={"scalars": 0, "tensors": 0})
+    folder, steps, recipe = run
+    board = EventAccumulator(str(folder / "board/ntp_vit"), size_guidance={"scalars": 0, "tensors": 0})
     board.Reload()
     tags = board.Tags()
     assert {name: [point.step for point in board.Scalars(name)] for name in tags["scalars"]} == steps
-    recipe = board.Tensors("recipe/text_summary")
-    assert [text.step for text in recipe] == [0, 4, 9]
-    assert b'"max_duration": "9ba"' in recipe[-1].tensor_proto.string_val[0]
+    text = board.Tensors("recipe/text_summary")
+    assert [one.step for one in text] == [0, 4, 9]
+    assert b'"max_duration": "9ba"' in text[-1].tensor_proto.string_val[0]
+    metadata = board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    values = HParamsPluginData.FromString(metadata).session_start_info.hparams
+    assert {*values} >= {name for name, value in recipe.items() if value is not None}
+    assert values["model.language.config.hidden_size"].number_value == 32
+    assert b'"generated"' in board.Tensors("samples.json/text_summary")[-1].tensor_proto.string_val[0]
+
+
+def read(file):
+    """The run, its configuration, the steps of each metric and the names in artefacts, from the file of a start."""
+    store, found, config, points, names = DataStore(), None, {}, {}, set()
+    store.open_for_scan(str(file))
+    while (data := store.scan_data()) is not None:
+        record = Record.FromString(data)
+        found = record.run.run_id or found
+        config |= {one.key: json.loads(one.value_json) for one in record.run.config.update}
+        names |= {entry.path for entry in record.artifact.manifest.contents}
+        items = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+        for name in {*items} - {"_step", "_runtime", "_timestamp"}:
+            points.setdefault(name, []).append(int(items["_step"]))
+    return found, config, points, names
 
 
 def test_wandb(run):
-    steps = run("loggers.wandb.project=p")
-    lines = [json.loads(line) for line in Path("wandb.jsonl").read_text().splitlines()]
-    starts = [line["start"] for line in lines if "start" in line]
-    assert len(starts) == 3
-    assert len({start["id"] for start in starts}) == 1
-    assert [start["config"]["max_duration"] for start in starts] == ["8ba", "9ba", "9ba"]
-    assert all(start["config"]["model"]["language"]["config"]["hidden_size"] == 32 for start in starts)
-    for begin in [number for number, line in enumerate(lines) if "start" in line][1:]:
-        logged = {}
-        for line in lines[begin + 1 :]:
-            if "start" in line:
-                break
-            for name in line["metrics"]:
-                logged.setdefault(name, set()).add(line["step"])
-        assert logged == {name: {*numbers} for name, numbers in steps.items()}, "the whole run in each of the two"
+    folder, steps, _ = run
+    files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
+    ids, configs, points, names = zip(*map(read, files), strict=True)
+    assert len({*ids}) == 1
+    assert [config["max_duration"] for config in configs] == ["8ba", "9ba", "9ba"]
+    assert all(config["model"]["language"]["config"]["hidden_size"] == 32 for config in configs)
+    assert points[0] == {name: [step for step in numbers if step < 6] for name, numbers in steps.items()}
+    assert points[1] == points[2] == steps, "the whole run in each of the two"
+    assert names == (set(), FILES, FILES)
+
+
+def test_wandb_that_has_steps_already_gets_the_later_ones(run, monkeypatch, capsys):
+    logged = []
+    monkeypatch.setattr("composer.loggers.WandBLogger.log_metrics", lambda *given: logged.append(given[1:]))
+    logger = WandB(load_recipe(ROOT / "yamls/ntp_vit.yaml"), "id")
+    logger._first = 3
+    records = [{"batch": step, "loss": 0.5} for step in range(5)]
+    assert len([*logger._before(type("File", (), {"records": lambda _: iter(records)})())]) == 5
+    assert "W&B has the steps before 3 already" in capsys.readouterr().out
+    for step in range(6):
+        logger.log_metrics({"loss": 0.5}, step)
+    assert logged == [({"loss": 0.5}, 3), ({"loss": 0.5}, 4)]
 
 
 def test_mlflow(run):
-    steps = run("loggers.mlflow.log_system_metrics=false")
-    import mlflow
-
-    (found,) = mlflow.runs.values()
-    assert found.points["loss/train/total"] == steps["loss/train/total"]
-    assert found.points["metrics/eval/loss"] == steps["metrics/eval/loss"]
-    for name, points in found.points.items():  # Composer leaves out a value that is that of the step before
-        assert len({*points}) == len(points)
-        assert {*points} <= {*steps[name]}
-    assert found.params["model.language.config.hidden_size"] == "32"
-    assert found.params["max_duration"] == "8ba"
+    folder, steps, recipe = run
+    client = mlflow.MlflowClient(f"file:{folder}/mlruns")
+    (experiment,) = client.search_experiments(filter_string="name != 'Default'")
+    (found,) = client.search_runs([experiment.experiment_id])
+    name = found.info.run_id
+    points = {metric: [one.step for one in client.get_metric_history(name, metric)] for metric in found.data.metrics}
+    assert points == steps
+    parameters = found.data.params
+    assert {*parameters} >= {key.replace("#", "_") for key in recipe}
+    assert len(recipe) > 100, "more than one request takes"
+    assert parameters["max_duration"] == "8ba", "that of the first start"
+    assert parameters["loggers.wandb.init_kwargs.notes"] == ("long " * 1500)[:6000]
+    assert {file.path for file in client.list_artifacts(name)} == FILES

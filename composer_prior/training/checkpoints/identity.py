@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer.core import Callback
+from composer.core import Callback, State
+from composer.loggers import Logger
 from torch.distributed.checkpoint import DefaultLoadPlanner, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from composer_prior.training.checkpoints.pickles import holds_no_code, read_metadata
 from composer_prior.training.checkpoints.storage import check_sums, places_of
 
+RUN_ID = "run_id"  # in the identity of a run, by which trackers know it; not compared
 WEIGHT_NAMES = {"weight_names": "transformers"}  # in the identity of a run: how its checkpoints name weights
 OLD_NAMES = (
     "{} was written by composer-prior 0.1, whose weights have other names: go on with that version, or start another "
@@ -22,17 +24,26 @@ OLD_NAMES = (
 
 
 class RunIdentity(Callback):
-    """Carries in each checkpoint what the run is made of, such as the model's recipe and the data's fingerprint."""
+    """Carries in each checkpoint what the run is made of, such as the model's recipe and the data's fingerprint.
 
-    def __init__(self, identity: Mapping[str, Any]):
-        self.identity = dict(identity)
+    Args:
+        identity: in the checkpoint that the run resumes from, if there is one.
+        run_id: by which trackers know the run. Default: none.
+    """
+
+    def __init__(self, identity: Mapping[str, Any], run_id: str | None = None):
+        self.identity, self._run_id = dict(identity), run_id
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        if self._run_id is not None:  # a checkpoint of before has none, and a sharded one would lack the key
+            self.identity[RUN_ID] = self._run_id
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.identity)
 
 
-def check_checkpoint(path: str | Path, identity: Mapping[str, Any], whole: bool = True) -> None:
-    """Refuse a checkpoint before Composer unpickles it.
+def check_checkpoint(path: str | Path, identity: Mapping[str, Any], whole: bool = True) -> str | None:
+    """Refuse a checkpoint before Composer unpickles it, or return the id of its run, if it has one.
 
     Args:
         path: of a checkpoint, a file or the folder of a sharded one.
@@ -55,7 +66,7 @@ def check_checkpoint(path: str | Path, identity: Mapping[str, Any], whole: bool 
     there, here = flat(theirs), flat(identity)
     if WEIGHT_NAMES.keys() <= here.keys() - there.keys():
         raise ValueError(OLD_NAMES.format(path))
-    differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    differing = [key for key in {**there, **here} if key != RUN_ID and there.get(key) != here.get(key)]
     if differing:
         key = differing[0]
         raise ValueError(
@@ -63,6 +74,7 @@ def check_checkpoint(path: str | Path, identity: Mapping[str, Any], whole: bool 
             f"{here.get(key)!r} here). load_path and autoresume go on with the same run; to start another from "
             f"its weights, give init_from={path} and a run_name of its own; to start anew, delete it."
         )
+    return theirs.get(RUN_ID)
 
 
 def read_identity(path: Path) -> dict[str, Any] | None:

@@ -29,16 +29,15 @@ RUN_FILES = ("config.yaml", "metrics.jsonl", "report.html")  # that a run writes
 _DOWNLOAD_SECONDS = 3600.0  # of a whole checkpoint
 
 
-def find_start(recipe: TrainConfig, identity: Mapping[str, Any]) -> str | None:
-    """Find the checkpoint to resume from, a path or url, or None."""
+def find_start(recipe: TrainConfig, identity: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Find the checkpoint to resume from, a path or url, and the id of its run; None for what there is not."""
     folder, start = recipe.save_folder, recipe.load_path
     saved = _newest_whole(folder, identity) if folder is not None and recipe.autoresume else None
     if saved is None and start is not None:
-        _check(start, identity)
-    start = saved or start
-    if start is not None:
-        _check_kind(start, recipe)
-    return start
+        saved = start, _check(start, identity)
+    if saved is not None:
+        _check_kind(saved[0], recipe)
+    return saved or (None, None)
 
 
 def resumes(recipe: TrainConfig) -> bool:
@@ -61,8 +60,11 @@ def _check_kind(start: str, recipe: TrainConfig) -> None:
         )
 
 
-def _newest_whole(folder: str, identity: Mapping[str, Any]) -> str | None:
-    """Return the newest complete checkpoint of a folder or bucket; a folder's incomplete ones are removed."""
+def _newest_whole(folder: str, identity: Mapping[str, Any]) -> tuple[str, str | None] | None:
+    """Return the newest complete checkpoint of a folder or bucket, and the id of its run.
+
+    Incomplete ones of a folder are removed.
+    """
     if bucket := Bucket(folder) if is_remote(folder) else None:
         saved = bucket.whole()
     else:
@@ -71,8 +73,7 @@ def _newest_whole(folder: str, identity: Mapping[str, Any]) -> str | None:
         saved = map(str, sorted(batches, key=lambda path: batches[path], reverse=True))
     for start in saved:
         try:
-            _check(start, identity)
-            return start
+            return start, _check(start, identity)
         except DamagedError as error:
             announce(f"{error} The one before it is taken, if there is one.")
             if bucket is None:  # set aside: what reads it wrongly today may read it tomorrow
@@ -84,12 +85,11 @@ def _newest_whole(folder: str, identity: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _check(start: str, identity: Mapping[str, Any]) -> None:
+def _check(start: str, identity: Mapping[str, Any]) -> str | None:
     if is_remote(start):
         place, _, name = start.rstrip("/").rpartition("/")
-        Bucket(place).check(name, identity)
-    else:
-        check_checkpoint(start, identity)
+        return Bucket(place).check(name, identity)
+    return check_checkpoint(start, identity)
 
 
 def leave_behind(recipe: TrainConfig, start: str | None) -> None:
@@ -145,14 +145,14 @@ class Bucket:
                 if is_one_file(name) or self._is_whole(name, local):  # an object is there when all of it is
                     yield f"{self.folder}/{name}"
 
-    def check(self, name: str, identity: Mapping[str, Any]) -> None:
+    def check(self, name: str, identity: Mapping[str, Any]) -> str | None:
         """Check a checkpoint as :func:`.check_checkpoint`; of a sharded one, download shards with more than tensors."""
         with self._local(name) as local:
             if not (self._download(name, local) if is_one_file(name) else self._is_whole(name, local)):
                 raise DamagedError(f"{local} is not there, or not all of it.")
             for shard in places_of(read_metadata(local), tensors=False) if local.is_dir() else ():
                 self._download(f"{name}/{shard}", local / shard)
-            check_checkpoint(local, identity, whole=local.is_file())
+            return check_checkpoint(local, identity, whole=local.is_file())
 
     def _is_whole(self, name: str, local: Path) -> bool:
         """Download the metadata of a sharded checkpoint, and return True if all its shards have the right length."""
