@@ -80,6 +80,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
+@pytest.fixture(params=["pretended", pytest.param("real", marks=pytest.mark.gpu)])
+def gpu(request):
+    """A context in which there is a GPU for Composer, and for ``cuda`` in a call of torch: pretended, or a real one."""
+    from common.gpus import PretendedGPU, real_gpu
+
+    return PretendedGPU() if request.param == "pretended" else real_gpu()
+
+
 @pytest.fixture
 def outside_of_a_run(monkeypatch):
     """End the group of one rank that a Trainer of another test has left in this process, and forget its variables."""

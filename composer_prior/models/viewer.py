@@ -47,10 +47,14 @@ class Viewer:
         """Return ``log P_v(labels[t] | image, text before t)``, ``[B, T]`` float32, 0 where there is no label.
 
         Args:
-            batch: of the trained model, with ``labels`` ``[B, T]``.
+            batch: of the trained model, with ``labels`` ``[B, T]``, whose device the result has.
         """
-        parts = split_packed_images({key: value for key, value in batch.items() if key != ROW}, self.batch_size)
-        return torch.cat([-self.model(part)["nll"].float() for part in parts])
+        given = {key: value for key, value in batch.items() if isinstance(value, Tensor) and key != ROW}
+        device, scores = self.model.model.device, []
+        for part in split_packed_images(given, self.batch_size):
+            moved = {key: value.to(device) for key, value in part.items()}
+            scores.append(-self.model(moved)["nll"].float())
+        return torch.cat(scores).to(batch["labels"].device)
 
     def check_inputs(self, model: Any) -> None:
         """Refuse a trained model, a :class:`.ComposerLVLM`, as :func:`check_processors` does."""

@@ -1,4 +1,4 @@
-"""A few steps of Composer's Trainer on the CPU."""
+"""A few steps of Composer's Trainer."""
 
 import math
 
@@ -7,7 +7,7 @@ from composer import Trainer
 from composer.loggers import InMemoryLogger
 
 
-def fit(model, spec, algorithms=(), duration="1ba", callbacks=(), lr=0.1, **changes):
+def fit(model, spec, algorithms=(), duration="1ba", callbacks=(), lr=0.1, device="cpu", **changes):
     """Train, and return the trainer and its logs, ``{metric: [(time, value), ...]}``."""
     memory = InMemoryLogger()
     trainer = Trainer(
@@ -20,7 +20,7 @@ def fit(model, spec, algorithms=(), duration="1ba", callbacks=(), lr=0.1, **chan
         loggers=[memory],
         accumulate_train_batch_on_tokens=True,
         progress_bar=False,
-        device="cpu",
+        device=device,
         seed=0,
         **changes,
     )

@@ -36,4 +36,4 @@ class RandomPRIOR(PermutedPRIOR):
         self._pool = weights.new_tensor(list(everywhere)).sort().values
 
     def raw_weights(self, state: State, mask: Tensor) -> Tensor:
-        return drawn(self._pool, mask, noise_of(state, mask, self.seed, "RandomPRIOR"))
+        return drawn(self._pool.to(mask.device), mask, noise_of(state, mask, self.seed, "RandomPRIOR"))

@@ -25,7 +25,7 @@ def token_noise(sample_ids: Tensor, mask: Tensor, seed: int, step: int) -> Tenso
         np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, step, sample])).random(count)
         for sample, count in zip(sample_ids.tolist(), counts, strict=True)
     ]
-    numbers = torch.from_numpy(np.concatenate(rows)).to(mask.device) if rows else torch.zeros(0)
+    numbers = torch.from_numpy(np.concatenate([np.empty(0), *rows])).to(mask.device)
     return torch.zeros(mask.shape, dtype=torch.float64, device=mask.device).masked_scatter(mask, numbers)
 
 

@@ -129,9 +129,22 @@ class Gradients(Callback):
         }
 
 
-def step_gradients(family, tokenizer, method, microbatch=None, strategy="ddp", shard_reference=False, logged=None):
-    """Gradients by parameter of one step on the twelve samples, which the ranks share; ``logged`` gets its metrics."""
-    model = small_lvlm(family, tokenizer)
+def step_gradients(
+    family,
+    tokenizer,
+    method,
+    microbatch=None,
+    strategy="ddp",
+    shard_reference=False,
+    logged=None,
+    device="cpu",
+    **options,
+):
+    """Gradients by parameter of one step on the twelve samples, which the ranks share; ``logged`` gets its metrics.
+
+    The device is that of the Trainer, None for a GPU where there is one; the options are those of the model.
+    """
+    model = small_lvlm(family, tokenizer, options=options)
     model.image_related_metrics = False
     reference = make_reference(tokenizer)
     samples = make_samples(model, tokenizer)
@@ -156,7 +169,7 @@ def step_gradients(family, tokenizer, method, microbatch=None, strategy="ddp", s
         accumulate_train_batch_on_tokens=True,
         parallelism_config=build_parallelism(STRATEGIES[strategy]),
         progress_bar=False,
-        device="cpu",
+        device=device,
         seed=0,
     )
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
