@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.installed
 NEXT := $(VENV)-next/.installed
 
-.PHONY: train baseline gain test test-fast test-next lint style types docs wheel image clean
+.PHONY: train baseline gain test test-fast test-next lint style types docs tagged wheel image clean
 
 # Many containers set this; every process of the suite would compile thousands of modules again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -41,7 +41,12 @@ types: $(ENVIRONMENT)
 docs: $(ENVIRONMENT)
 	$(BIN)/sphinx-build --quiet --nitpicky --fail-on-warning --keep-going -c docs . build/docs
 
-wheel: $(ENVIRONMENT)
+# In a workflow of a tag, the tag has to be the version.
+tagged:
+	@test "$(GITHUB_REF_TYPE)" != tag || grep -qx '__version__ = "$(GITHUB_REF_NAME:v%=%)"' composer_prior/__init__.py || \
+		{ echo "The tag $(GITHUB_REF_NAME) is not v and __version__ of composer_prior/__init__.py."; exit 1; }
+
+wheel: tagged $(ENVIRONMENT)
 	$(BIN)/uv build --wheel --out-dir dist
 
 image:

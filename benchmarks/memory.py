@@ -5,7 +5,8 @@ train in float32 with AdamW on the CPU, on one rank and on two (FSDP2 over gloo)
 shows the peak memory of the first and the second rank above the level before they build the model, as a multiple of the
 language model in float32; beside a step the peak that ``composer-prior plan`` predicts for it. Pages of mapped files,
 which the system can take back, do not count. ``only`` selects cases by a part of their name; ``out`` names a file for
-the numbers.
+the numbers. With ``nanovlm``, a checkout of version v0.1 of huggingface/nanoVLM, the table has peaks on an H100 as its
+README has them and as planned.
 """
 
 import json
@@ -37,11 +38,20 @@ from composer_prior.training.builders import build_model
 from composer_prior.training.fake import FakeRun, fake_numbers
 from composer_prior.training.plan import fake_ranks
 
-DEFAULTS = {"hidden": 768, "layers": 12, "vocabulary": 24576, "batch": 8, "only": "", "out": None}
+DEFAULTS = {"hidden": 768, "layers": 12, "vocabulary": 24576, "batch": 8, "only": "", "out": None, "nanovlm": None}
 FSDP2: dict[str, Any] = {"fsdp2": {}}
 CHECKPOINTED: dict[str, Any] = {"fsdp2": {"activation_checkpointing": True}}
 FULL: dict[str, Any] = {"fsdp2": {"state_dict_type": "full"}}
 STEPS = "three steps"
+PUBLISHED = {  # MiB at the peak by batch size, of nanoVLM v0.1's README
+    1: 4439.02,
+    8: 5062.60,
+    16: 6989.32,
+    32: 10880.09,
+    64: 18584.00,
+    128: 34043.34,
+    256: 64944.37,
+}
 Peaks = dict[str, int]
 
 
@@ -116,6 +126,47 @@ def planned(ranks: int, folder: Path, settings: dict[str, Any], parallelism: Any
         with run.mode:
             batch = fake_numbers(batch)
         return sum(run.peak(batch).values())
+
+
+class _NanoVLM(torch.nn.Module):
+    """The interface that a plan asks of a model; the logits stay, as in nanoVLM's own measurement."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        given = {"attention_mask": batch["attention_mask"], "targets": batch["labels"]}
+        self.logits, loss = self.model(batch["input_ids"], batch["pixel_values"], **given)
+        return loss
+
+    def loss(self, outputs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return outputs
+
+
+def print_published(checkout: str) -> None:
+    """Print peaks of a step of nanoVLM on a GPU, as measured by its authors and as planned."""
+    sys.path.insert(0, checkout)
+    from models.config import VLMConfig
+    from models.vision_language_model import VisionLanguageModel
+
+    config = VLMConfig()
+    with fake_ranks(1), torch.device("meta"):
+        model = VisionLanguageModel(config, load_backbone=False)
+    print(
+        "| batch size | published, MiB | planned, MiB | planned / published |\n| ---: | ---: | ---: | ---: |",
+        flush=True,
+    )
+    with fake_ranks(1):
+        run = FakeRun(_NanoVLM(model), {"name": "adamw"}, None, Precision.AMP_BF16)
+        for size, published in PUBLISHED.items():
+            ids = torch.ones(size, config.lm_max_length, dtype=torch.long)
+            pixels = torch.zeros(size, 3, config.vit_img_size, config.vit_img_size)
+            batch = {"input_ids": ids, "attention_mask": ids, "labels": ids, "pixel_values": pixels}
+            with run.mode:
+                batch = fake_numbers(batch)
+            peak = sum(run.peak(batch).values()) / 2**20
+            print(f"| {size} | {published:,.0f} | {peak:,.0f} | {peak / published:.2f} |", flush=True)
 
 
 def training(folder: Path, settings: dict[str, Any], parallelism: Any, by_block: bool = True) -> Peaks:
@@ -202,6 +253,9 @@ def main() -> None:
     """Print a table."""
     settings: Any = OmegaConf.to_container(OmegaConf.merge(DEFAULTS, OmegaConf.from_dotlist(sys.argv[1:])))
     prepare_process(1)
+    if settings["nanovlm"]:
+        print_published(settings["nanovlm"])
+        return
     os.environ.setdefault(ON_CPU, str(Path(__file__).parents[1] / "tests/common/gloo.py"))
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "262144"  # freed memory goes back to the system and is not counted
     rows = []

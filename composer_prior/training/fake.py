@@ -6,7 +6,7 @@ alone: the number of labelled tokens, which decides how large the head's tensors
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -22,8 +22,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from composer_prior.data.batch import IGNORE_INDEX
@@ -38,6 +39,11 @@ _ATEN = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default  # half of all calls
 _INDEXED = (_ATEN.index, _ATEN.index_put, _ATEN.index_put_, _ATEN._index_put_impl_)
 
+# What autocast computes in float32 on a GPU and not on a CPU, of the functions that models call.
+_FLOAT32_ON_GPU = {
+    *("layer_norm", "group_norm", "softmax", "log_softmax", "cross_entropy", "nll_loss", "mse_loss", "softplus"),
+    *("pow", "__pow__", "rsqrt", "reciprocal", "exp", "log", "sum", "cumsum", "prod", "norm"),
+}
 
 # Names of the trackers' kinds of memory, by the parts of a plan.
 PARTS = {
@@ -156,6 +162,19 @@ def as_on_gpu(asked: bool) -> Iterator[None]:
             table["cpu"] = value
 
 
+class AutocastOfGPU(TorchFunctionMode):
+    """Cast arguments to float32 where autocast does so on a GPU and not on the CPU, where fake tensors are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _FLOAT32_ON_GPU:
+            args, kwargs = tree_map_only(Tensor, _in_float32, (args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+def _in_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
 @contextmanager
 def shapes_untracked() -> Iterator[None]:
     """Hide from trackers the fake tensors of whole weights with which DTensor computes shapes (torch 2.11)."""
@@ -242,7 +261,10 @@ class FakeRun:
 
     def _loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         low = self.precision in (Precision.AMP_BF16, Precision.AMP_FP16)
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=low),
+            AutocastOfGPU() if low and self.gpu else nullcontext(),
+        ):
             return self.model.loss(self.model(batch), batch)
 
     def peak(self, batch: Mapping[str, Tensor], again: bool = False) -> dict[str, int]:

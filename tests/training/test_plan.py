@@ -19,7 +19,7 @@ from composer_prior.data.batch import IGNORE_INDEX
 from composer_prior.data.tokenizer import build_tokenizer
 from composer_prior.models.hugging_face import build_hugging_face, hugging_face_skeleton
 from composer_prior.training.config import load_recipe
-from composer_prior.training.fake import FakeRun, fake_numbers
+from composer_prior.training.fake import AutocastOfGPU, FakeRun, fake_numbers
 from composer_prior.training.monitors import flop_counter
 from composer_prior.training.optimizer import build_optimizer
 from composer_prior.training.plan import GPUS, _largest, fake_ranks, plan, planned_batch
@@ -118,6 +118,14 @@ def test_checkpointing_and_whole_copies(tokenizer, make_batch):
     assert checkpointed["activations"] < 0.7 * sharded["activations"]
     assert whole["weights"] > 1.9 * sharded["weights"]
     assert whole["gathered"] == sum(4 * p.numel() for p in on_meta(tokenizer).parameters())  # the buckets of DDP
+
+
+def test_norms_and_losses_are_in_float32_as_autocast_computes_them_on_a_gpu():
+    hidden, norm = torch.ones(2, 4, dtype=torch.bfloat16), torch.nn.LayerNorm(4)
+    with torch.autocast("cpu", torch.bfloat16), AutocastOfGPU():
+        assert norm(hidden).dtype == hidden.softmax(-1).dtype == (hidden**2).dtype == torch.float32
+        assert torch.nn.functional.cross_entropy(hidden, torch.zeros(2, dtype=torch.long)).dtype == torch.float32
+        assert torch.nn.Linear(4, 4)(norm(hidden)).dtype == torch.nn.functional.gelu(hidden).dtype == torch.bfloat16
 
 
 def test_operations_are_those_by_hand(tokenizer):
