@@ -9,7 +9,7 @@ r"""Make a data set of captioned pictures of Debian packages: ``python scripts/d
 the captions, with the tokenizer in FOLDER, for ``model.language.pretrained``:
 
     composer-prior train reference.yaml run_name=definitions train=OUT/definitions/train \
-        validation=OUT/definitions/validation tokenizer.name=FOLDER tokenizer.train=null max_duration=1200ba
+        validation=OUT/definitions/validation tokenizer.name=FOLDER tokenizer.train=null max_duration=400ba
 """
 
 import html
