@@ -8,7 +8,7 @@ incomplete.
     OUT/index.json                      the data set, written last
     OUT/shard.<unit>.<number>.mds
     OUT/rejected.jsonl                  one line for each rejected sample: id, reason, source, detail
-    OUT/conversion.json                 the options and the summary
+    OUT/conversion.json                 the options, the summary, and the source if it is on the Hub
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -48,7 +48,8 @@ def convert_captions(
     the summary.
 
     Args:
-        source: a file, folder or URL, see :func:`composer_prior.conversion.sources.open_source`.
+        source: a file, folder or URL, or a data set of the Hub, see
+            :func:`composer_prior.conversion.sources.open_source`.
         out: a folder, or a URL (``s3://``, ``gs://``, ``oci://``, ``azure://``, ``hf://`` …). Credentials come from
             the environment, as for streaming.
         options: how to read and convert.
@@ -74,7 +75,32 @@ def convert_captions(
         if options.on_bad_file == "raise":
             _refuse_bad_files(source, opened, output)
         units = convert_units(opened, output, options, distributor)
-        return _finish(output, settings, units, options.max_rejected)
+        return _finish(output, settings, units, options.max_rejected, opened.origin)
+
+
+def card_of(folder: Path) -> str:
+    """Return the text of a card of a converted data set, from its ``conversion.json``."""
+    known = parse_json((folder / "conversion.json").read_bytes())
+    origin, settings = known.get("origin", {}), known["settings"]
+    licence = origin.get("license")
+    options = [f"| {name} | {value} |" for name, value in sorted(settings.items()) if name != "source" and value]
+    return "\n".join(
+        [
+            "---",
+            *([f"license: {licence}"] if licence else []),
+            "tags: [composer-prior, mds]",
+            "---",
+            f"# {folder.resolve().name}",
+            "",
+            "Images and text as shards of MosaicML Streaming, written by `composer-prior convert`; a recipe of",
+            "composer-prior reads them with `train=hf://datasets/USER/NAME`.",
+            "",
+            f"- Source: {origin.get('source', 'not stated')}; licence: {licence or 'not stated, that of the source'}.",
+            f"- {ConversionSummary(**known['summary'])}",
+            "",
+            *("| option | value |", "| --- | --- |", *options, ""),
+        ]
+    )
 
 
 def _refuse_bad_files(source: str | Path, opened: Source, output: Output) -> None:
@@ -172,7 +198,9 @@ def _same_settings(output: Output, known: dict[str, Any], settings: dict[str, An
             )
 
 
-def _finish(output: Output, settings: dict[str, Any], units: int, max_rejected: float) -> ConversionSummary:
+def _finish(
+    output: Output, settings: dict[str, Any], units: int, max_rejected: float, origin: Mapping[str, str]
+) -> ConversionSummary:
     """Merge the results of all units, and write the index last."""
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
@@ -211,7 +239,8 @@ def _finish(output: Output, settings: dict[str, Any], units: int, max_rejected: 
             f"{output.label}: {summary.rejected} of {summary.read} {what} were rejected ({most}), more than "
             f"max_rejected={max_rejected}; see rejected.jsonl there{example}, and mend the source or allow more."
         )
-    write_whole(folder / "conversion.json", json_line({"settings": settings, "summary": asdict(summary)}))
+    about = {"settings": settings, "summary": asdict(summary), **({"origin": dict(origin)} if origin else {})}
+    write_whole(folder / "conversion.json", json_line(about))
     write_whole(folder / "index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
     output.publish(folder, ["conversion.json", "index.json"])
     if output.folder is not None:

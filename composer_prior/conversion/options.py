@@ -10,7 +10,7 @@ from composer_prior.data.messages import OneLineError
 VERSION = 2  # of the output
 _WITHOUT_EFFECT_ON_OUTPUT = (
     *("distributor", "processes", "max_rejected", "on_bad_file", "progress", "work"),
-    *("upload_attempts", "download_timeout"),
+    *("upload_attempts", "download_timeout", "push_to_hub"),
 )
 
 
@@ -44,6 +44,8 @@ class ConversionOptions(SourceOptions):
         progress: show a progress bar; by default if standard error is a terminal.
         work: the folder for the state and temporary files of a conversion to a remote. By default the user's cache.
         upload_attempts: number of attempts of an upload, with pauses of 1, 2, 4 … s.
+        push_to_hub: of the command, ``USER/NAME``, a data set of the Hub that the folder is uploaded to with a card; a
+            new one is private.
     """
 
     captions: str = "all"
@@ -59,6 +61,7 @@ class ConversionOptions(SourceOptions):
     progress: bool | None = None
     work: str | None = None
     upload_attempts: int = 7
+    push_to_hub: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,6 +73,7 @@ class ConversionOptions(SourceOptions):
         expect("distributor", self.distributor, self.distributor in ("processes", "ray"), "processes or ray")
         expect("progress", self.progress, self.progress in (None, True, False), "true or false")
         self._as_text("work")
+        self._as_text("push_to_hub")
         for name in ("max_caption_chars", "upload_attempts", "resize", "processes"):
             if getattr(self, name) is not None or name not in ("resize", "processes"):
                 expect_number(name, getattr(self, name), 1)

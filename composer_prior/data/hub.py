@@ -1,4 +1,4 @@
-"""Find and load models and tokenizers in Hugging Face format, without running code that comes with them."""
+"""Find and load models and tokenizers in Hugging Face format, without running code that comes with them; upload."""
 
 import logging
 import os
@@ -10,11 +10,13 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from huggingface_hub import constants, model_info
+from huggingface_hub import HfApi, constants, model_info
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError
 
 from composer_prior.data.messages import DataError, one_line
+from composer_prior.data.storage import is_remote
+from composer_prior.data.stores import is_denied
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 # Modules of transformers that warn about choices which the user cannot change.
@@ -97,3 +99,48 @@ def load_pretrained(auto: Any, path: str | Path, trust_remote_code: bool = False
         else:
             raise
         raise ModelFolderError(f"{str(path)!r} {why}.") from error
+
+
+def check_push(name: str | None, kind: str, out: str | Path = "") -> None:
+    """Raise ValueError if nothing can be pushed to a repository; make it, private, if it does not exist.
+
+    Args:
+        name: ``USER/NAME``; nothing is done for None.
+        kind: ``model`` or ``dataset``.
+        out: what will be pushed, which must be a folder.
+    """
+    if name is None:
+        return
+    if is_remote(out):
+        raise ValueError(f"push_to_hub={name}: a folder is pushed, and {out} is a remote.")
+    try:
+        HfApi().create_repo(name, repo_type=kind, private=True, exist_ok=True)
+    except Exception as error:  # of any HTTP library
+        raise ValueError(f"push_to_hub={name}: {why_not(error)}.") from error
+
+
+def push(folder: str | Path, name: str, kind: str, card: str = "") -> str:
+    """Upload a folder without its hidden files, and return one line that says so, or why that failed.
+
+    Args:
+        folder: which is complete, whatever happens here.
+        name: ``USER/NAME``.
+        kind: ``model`` or ``dataset``.
+        card: text of ``README.md``. Default: that in the folder.
+    """
+    to: dict[str, Any] = {"repo_id": name, "repo_type": kind}
+    try:
+        if card:
+            HfApi().upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", **to)
+        HfApi().upload_folder(folder_path=folder, ignore_patterns=[".*"], **to)
+        return f"{folder} is pushed to {constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{name}"
+    except Exception as error:  # of any HTTP library
+        again = f"hf upload {name} {folder} --repo-type {kind}"
+        return f"{folder} was not pushed to {name}: {why_not(error)}; to push it: {again}"
+
+
+def why_not(error: Exception) -> str:
+    """Return an error of the hub as one line."""
+    if is_denied(error):
+        return "the hub denies access; log in (hf auth login, or HF_TOKEN) with a token that may use this repository"
+    return one_line(error, 300).rstrip(".")

@@ -131,6 +131,11 @@ class ScoresMetadata:
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=2).encode()
 
+    def card(self) -> str:
+        """Return the text of a card of a folder with the scores."""
+        head = "---\ntags: [composer-prior, mds]\n---\n# Scores\n\nLog-probabilities of captions, written by"
+        return f"{head} `composer-prior score`.\n\n```json\n{self.to_json().decode()}\n```\n"
+
     def check(self, other: "ScoresMetadata", where: str, reference: bool = True) -> None:
         """Refuse scores with this metadata if a run needs other ones.
 

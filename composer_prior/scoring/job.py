@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any, cast, get_args
 
 UNIT_SAMPLES = 4096
-BESIDE_RECIPE = ("out", "loader", "viewer", "batch_tokens", "unit_samples", "dtype")  # options of a job with a recipe
+BESIDE_RECIPE = (
+    *("out", "loader", "viewer", "batch_tokens", "unit_samples", "dtype"),
+    "push_to_hub",
+)  # options of a job with a recipe
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class ScoreJob:
         progress_bar: show one on the first rank.
         viewer: folder or hub id of an image-text-to-text model, which scores captions beside their images in the place
             of the reference.
+        push_to_hub: ``USER/NAME``, a data set of the Hub that the scores are uploaded to; a new one is private.
     """
 
     out: str
@@ -37,6 +41,7 @@ class ScoreJob:
     trust_remote_code: bool = False
     progress_bar: bool = True
     viewer: str | None = None
+    push_to_hub: str | None = None
 
     def __post_init__(self) -> None:
         """Raise for impossible values."""

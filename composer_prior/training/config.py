@@ -85,6 +85,8 @@ class TrainConfig:
         code_paths: Python files to run first, which register components.
         progress_bar: show one; so do reference and viewer, unless their recipes say otherwise.
         sample_captions: validation images captioned at the end.
+        push_to_hub: ``USER/NAME``, a repository of the Hub that ``model/`` is uploaded to at the end; a new one is
+            private.
         dist_timeout: seconds that ranks wait for each other, also while data are being made.
     """
 
@@ -126,6 +128,7 @@ class TrainConfig:
     code_paths: list[str] = field(default_factory=list)
     progress_bar: bool = True
     sample_captions: int = 4
+    push_to_hub: str | None = None
     dist_timeout: float = 3600.0
 
     @cached_property

@@ -13,9 +13,11 @@ from typing import Any
 
 from composer import Trainer
 from composer.utils import dist, get_device
+from huggingface_hub import HfFileSystem
 
 from composer_prior import registry
 from composer_prior.data.captions import read_captions
+from composer_prior.data.hub import check_push
 from composer_prior.data.messages import NO_INDEX, announce
 from composer_prior.data.nodes import check_shared, on_first_rank, sole_job
 from composer_prior.data.remote import Remote
@@ -101,12 +103,13 @@ def prepare(recipe: TrainConfig, itself: bool = True, helpers: Collection[str] =
             with one_line_errors(f"{where}save_folder"):
                 on_first_rank(partial(check_bucket, stage))
             on_first_rank(partial(check_replaced, stage, where))
+            on_first_rank(partial(check_push, stage.push_to_hub, "model"))
             for name, arguments in stage.callbacks.items():
                 if is_remote((arguments or {}).get("save_folder") or ""):  # of hf_checkpointer
                     with one_line_errors(f"{where}callbacks.{name}"):
                         on_first_rank(Remote(arguments["save_folder"]).check_writable)
             if recipe.data is None:
-                _check_data(stage)
+                on_first_rank(partial(_check_data, stage))
         on_first_rank(lambda: _make_data(recipe.data))
         _make_tokenizer(recipe.tokenizer, recipe.train_loader["dataset"])
         for stage, where in stages:
@@ -122,6 +125,10 @@ def _check_data(recipe: TrainConfig) -> None:
     for loader in recipe.loaders.values():
         dataset = loader.get("dataset") or {}
         for place in (dataset.get("streams") or {"": dataset}).values():
+            remote = "/".join(filter(None, (place.get("remote"), place.get("split") or dataset.get("split"))))
+            if remote.startswith("hf://") and not HfFileSystem().exists(f"{remote}/{INDEX}"):
+                command = f"composer-prior convert {place['remote']} data/captions"
+                raise FileNotFoundError(f"{remote}: no {INDEX} there. Convert it: {command}; then train=data/captions.")
             folder = Path(place.get("local") or "", place.get("split") or dataset.get("split") or "").expanduser()
             if place.get("local") and not place.get("remote") and not (folder / "index.json").exists():
                 raise FileNotFoundError(NO_INDEX.format(folder))

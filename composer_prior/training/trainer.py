@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from composer_prior.algorithms.token_weighting.token_weighting import unwrapped
 from composer_prior.data.batch import stream_names
 from composer_prior.data.captions import StreamingCaptionDataset
+from composer_prior.data.hub import push
 from composer_prior.data.messages import announce
 from composer_prior.data.nodes import check_same, on_first_rank
 from composer_prior.data.scores import COLUMN, VIEWER_COLUMN
@@ -254,6 +255,8 @@ def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
         trainer.engine.close()  # trainer.close() would wait for the other ranks, and they for this one
         raise
     trainer.close()
+    if recipe.push_to_hub is not None and dist.get_global_rank() == 0:
+        announce(push(model_folder(recipe), recipe.push_to_hub, "model"))
     return trainer
 
 

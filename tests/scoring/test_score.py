@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from common.commands import score as main
+from common.hub import serving
 from common.models import small_lm, small_lvlm
 from common.recipes import ROOT, fork_ranks, launch_nodes
 from composer import Trainer
@@ -586,6 +587,22 @@ def test_the_reference_that_algorithms_name_scores_the_streams_of_a_recipe() -> 
     made = load_recipe(ROOT / "yamls/prior_vit.yaml", [*words, streams])
     job = job_of(made, made.train_loader["dataset"], out="scores")
     assert (job.model, [*job.dataset["streams"]]) == ("folder", ["a", "b"])
+
+
+def test_scores_are_pushed_with_a_card_of_what_they_belong_to(
+    folders: Any, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "scores"
+    words = [f"out={out}", f"reference={folders[0]}", f"tokenizer.name={folders[1]}", "progress_bar=false"]
+    words += [f"dataset.local={scenes / 'train'}", "push_to_hub=u/scores"]
+    with serving(monkeypatch, tmp_path / "cache") as hub:
+        main(words)
+        with pytest.raises(SystemExit, match="push_to_hub=u/scores: a folder is pushed, and s3://b/x is a remote"):
+            main([*words, "out=s3://b/x"])
+    pushed = hub.repositories["datasets/u/scores"][-1]
+    assert {*pushed} == {"README.md", *(file.name for file in out.iterdir())}
+    assert all(pushed[file.name] == file.read_bytes() for file in out.iterdir())
+    assert ScoresMetadata.from_json((out / "scores.json").read_bytes(), "").data in pushed["README.md"].decode()
 
 
 def test_without_words_the_usage_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ COCO's JSON, whose two lists have to be joined.
 | ``webdataset`` | tar shards (img2dataset, LAION, CC12M) |
 | ``folder`` | images with a ``.txt``, ``.caption`` or ``.json`` of the same name (kohya, SimpleTuner, img2dataset) |
 | ``parquet`` | Parquet files with image bytes or paths |
-| ``hf`` | a Hugging Face dataset saved with ``save_to_disk`` |
+| ``hf`` | a Hugging Face dataset saved with ``save_to_disk``, or of the Hub |
 
 A table's delimiter is comma, semicolon, tab or ``|``, whichever splits its first line into known column names.
 
@@ -26,9 +26,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from composer_prior.conversion.sources.arrow import HubSource
 from composer_prior.conversion.sources.base import SPANS, BadFile, Record, Rejected, Source, SourceError, SourceOptions
 from composer_prior.conversion.sources.images import read_image
-from composer_prior.conversion.sources.recognition import open_local
+from composer_prior.conversion.sources.recognition import archives_of, open_local
 from composer_prior.conversion.sources.remote import RemoteSource
 from composer_prior.data.storage import is_remote
 
@@ -39,7 +40,8 @@ def open_source(path: str | Path, options: SourceOptions | None = None, **overri
     """Recognise the format of a source and open it.
 
     Args:
-        path: a file or a folder, see the module's table; or a remote (``s3://`` …) with tar shards or Parquet files.
+        path: a file or a folder, see the module's table; a remote (``s3://`` …) with tar shards or Parquet files; or a
+            data set of the Hub, ``hf://datasets/USER/NAME[@REVISION][/SUBSET][/SPLIT]``.
         options: how to read it. Default: the fields' defaults.
         overrides: fields of :class:`.SourceOptions`.
 
@@ -47,4 +49,6 @@ def open_source(path: str | Path, options: SourceOptions | None = None, **overri
         SourceError: if the format is unknown or ambiguous, or a column or optional package is missing.
     """
     options = replace(options or SourceOptions(), **overrides)
+    if str(path).startswith("hf://") and not archives_of([Path(path)]):
+        return HubSource.open(str(path), options)
     return RemoteSource.open(str(path), options) if is_remote(path) else open_local(Path(path), options)

@@ -1,9 +1,15 @@
-"""Arrow rows: Parquet files, and Hugging Face datasets saved with ``save_to_disk``."""
+"""Arrow rows: Parquet files, Hugging Face datasets saved with ``save_to_disk``, and those of the Hub."""
 
+import os
+import re
+import tarfile
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from composer_prior.conversion.sources.base import (
     SPANS,
@@ -25,6 +31,7 @@ from composer_prior.data.messages import one_line
 
 _ROWS_AT_ONCE = 32
 _UNPACKED = 64 << 20  # bytes of a row group's columns that are accepted without a check
+_HUB_URL = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/([^/]+))?(?:/([^/]+))?/?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +40,7 @@ class _ArrowSource(Source):
 
     columns: list[str]  # to be read
 
-    def record(self, entry: dict[str, Any], number: int, where: str, repeated: bool) -> Record | Rejected:
+    def record(self, entry: dict[str, Any], number: int | str, where: str, repeated: bool) -> Record | Rejected:
         """Return the record of one row."""
         given = entry.get(self.options.key_column) if self.options.key_column else None
         key, spans = str(number if given is None else given), entry.get(SPANS)
@@ -172,6 +179,95 @@ class HFSource(_ArrowSource):
                 for entry in _entries(batch):
                     yield self.record(entry, number, f"row {number}", number in repeated)
                     number += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubSource(_ArrowSource):
+    """A data set of the Hugging Face Hub, at one commit; a unit is a file of it, which is read as it is downloaded."""
+
+    name: str  # USER/NAME
+    revision: str  # the commit
+    subset: str | None
+    split: str
+    shards: int
+    format: str = "hf"
+
+    @classmethod
+    def open(cls, url: str, options: SourceOptions) -> "HubSource":
+        """Open ``hf://datasets/USER/NAME[@REVISION][/SUBSET][/SPLIT]``."""
+        match = _HUB_URL.fullmatch(url)
+        if match is None or options.form not in (None, "hf"):
+            raise SourceError(f"{url}: expected hf://datasets/USER/NAME[@REVISION][/SUBSET][/SPLIT], without form=.")
+        name, revision, first, second = (part and unquote(part) for part in match.groups())
+        subset, split = (first, second) if second else (None, first)
+        load("datasets")
+        from huggingface_hub import HfApi  # here: slow, and for this source alone
+
+        from composer_prior.data.hub import why_not
+
+        try:
+            info = HfApi().dataset_info(str(name), revision=revision)
+            splits = _streamed(str(name), info.sha, subset)
+            chosen = options.split or split or (next(iter(splits)) if len(splits) == 1 else None)
+            if chosen not in splits:
+                raise SourceError(f"{url}: choose one of its splits ({', '.join(splits)}): {url}/{next(iter(splits))}.")
+            data = splits[chosen]
+            columns = next(iter(data.with_format("arrow").iter(1))).column_names
+        except SourceError:
+            raise
+        except Exception as error:  # of the libraries of HTTP and of all formats
+            raise SourceError(f"{url} cannot be read: {why_not(error)}.") from error
+        nowhere = Path(os.devnull)
+        licence = info.card_data.get("license") if info.card_data else None
+        whole = "/".join(filter(None, (f"hf://datasets/{name}@{info.sha}", subset, chosen)))
+        origin = {"source": whole, **({"license": str(licence)} if licence else {})}
+        place: dict[str, Any] = {"name": name, "revision": info.sha, "subset": subset, "split": chosen}
+        fields = _columns(columns, options, url, nowhere)
+        return cls(**place, shards=data.num_shards, folder=nowhere, origin=origin, **fields)
+
+    def units(self) -> Iterator[str]:
+        parts = [self.revision, self.subset, self.split]
+        return ("/".join(filter(None, [*parts, str(number)])) for number in range(self.shards))
+
+    def read(self, unit: str) -> Iterator[Record | Rejected]:
+        arrow, seen, number = load("pyarrow"), Seen(), 0
+        data = _streamed(self.name, self.revision, self.subset)[self.split]
+        rows = data.shard(self.shards, int(unit.rpartition("/")[2])).select_columns(self.columns).with_format("arrow")
+        keyed = self.options.key_column
+        try:
+            for table in rows.iter(_ROWS_AT_ONCE):
+                for entry in (entry for batch in table.to_batches() for entry in _entries(batch)):
+                    where = f"{unit}:{number}"
+                    record = self.record(entry, where, where, bool(keyed) and not seen.add(entry[str(keyed)]))
+                    yield self._with_images(record) if isinstance(record, Record) else record
+                    number += 1
+        except Exception as error:  # of the libraries of HTTP and of all formats
+            damaged = (arrow.ArrowException, ValueError, EOFError, tarfile.TarError, zipfile.BadZipFile)
+            if not isinstance(error, damaged) and type(error) is not OSError:
+                from composer_prior.data.hub import why_not  # here: as above
+
+                why = f"{why_not(error)}; run the same command again to go on"
+                raise SourceError(f"{self.origin['source']} cannot be read: {why}.") from error
+            yield BadFile.of(unit, one_line(error, 200))
+
+    def _with_images(self, record: Record) -> Record:
+        """Return a record with the images that are files of the data set's own repository."""
+        return replace(record, image=self._content(record.image), images=tuple(map(self._content, record.images)))
+
+    def _content(self, image: bytes | str) -> bytes | str:
+        if isinstance(image, bytes) or not image.rpartition("::")[2].startswith(f"hf://datasets/{self.name}@"):
+            return image
+        try:
+            with load("fsspec").open(image, "rb") as file:  # a file in an archive is zip://FILE::hf://ARCHIVE
+                return file.read(self.options.max_image_bytes + 1)
+        except FileNotFoundError:
+            return image
+
+
+@cache  # in each process
+def _streamed(name: str, revision: str, subset: str | None) -> Any:
+    """Return the splits of a data set of the Hub by their names, without executing code in it."""
+    return load("datasets").load_dataset(name, subset, revision=revision, streaming=True)
 
 
 def _load_saved(path: Path, split: str | None) -> Any:

@@ -3,8 +3,8 @@
 import hashlib
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,7 @@ class Source:
     format: str  # one of FORMATS
     has_spans: bool = False  # whether the first records have ``image_related_spans``
     total: int | None = None  # number of records, if it is known in advance
+    origin: Mapping[str, str] = field(default_factory=dict)  # where others find it: ``source``, and its ``license``
 
     def bad_files(self) -> Iterator[BadFile]:
         """Yield files that are known to be unreadable without reading them through."""
