@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.installed
 NEXT := $(VENV)-next/.installed
 
-.PHONY: train baseline gain test test-fast test-next lint style types docs tagged wheel image clean
+.PHONY: train baseline gain test test-fast test-gpu test-next lint style types docs tagged wheel image clean
 
 # Many containers set this; every process of the suite would compile thousands of modules again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -24,6 +24,10 @@ test: $(ENVIRONMENT)
 
 test-fast: $(ENVIRONMENT)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-gpu: export CUDA_VISIBLE_DEVICES ?= 0
+test-gpu: $(ENVIRONMENT)
+	$(BIN)/python -m pytest -m gpu
 
 test-next: $(NEXT)
 	$(<D)/bin/python -m pytest -n 2 --dist loadfile

@@ -3,13 +3,13 @@
 import gc
 import os
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # only tests marked `gpu` need one: see CONTRIBUTING
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # `make test-gpu` sets it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("COMPOSER_PRIOR_FSDP2_ON_CPU", os.path.join(os.path.dirname(__file__), "common/gloo.py"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub; asked without a network it costs half a minute
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     torch.set_num_threads(1)  # the models are too small for several cores; accelerate sets more
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("no GPU: set CUDA_VISIBLE_DEVICES=0 where there is one")
+        pytest.fail("CUDA_VISIBLE_DEVICES is set and there is no GPU", pytrace=False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -80,9 +80,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
-@pytest.fixture(params=["pretended", pytest.param("real", marks=pytest.mark.gpu)])
-def gpu(request):
-    """A context in which there is a GPU for Composer, and for ``cuda`` in a call of torch: pretended, or a real one."""
+_GPUS = [pytest.param("cuda", marks=pytest.mark.gpu)] if os.environ["CUDA_VISIBLE_DEVICES"] else []
+
+
+@pytest.fixture(params=["cpu", *_GPUS])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Make new tensors on the CPU, and on a GPU where there is one."""
+    import torch
+
+    with torch.device(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["pretended", *_GPUS])
+def gpu(request: pytest.FixtureRequest) -> Any:
+    """Return a context in which Composer, and ``cuda`` in a call of torch, mean a pretended GPU, or a real one."""
     from common.gpus import PretendedGPU, real_gpu
 
     return PretendedGPU() if request.param == "pretended" else real_gpu()

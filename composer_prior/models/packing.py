@@ -114,7 +114,8 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
 def _is_exact(model: PreTrainedModel) -> bool:
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]], device=model.device)
     generator = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(2, 4, hidden_size(model), generator=generator).to(model.device, model.dtype)
+    embeddings = torch.randn(2, 4, hidden_size(model), generator=generator, device="cpu")
+    embeddings = embeddings.to(model.device, model.dtype)
     with evaluating(model):
         expected = last_hidden_states(model, inputs_embeds=embeddings)
         packed = packed_hidden_states(model, embeddings[mask.bool()], mask)

@@ -19,23 +19,27 @@ from composer_prior.models.head import (
     weighted_mean,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
+
 WIDTH, VOCABULARY = 16, 1031
 
 
 @pytest.fixture(params=["kept", "computed anew", "partly kept"])
-def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: str) -> str:
     """Several blocks of the vocabulary, of which the backward pass finds all, none or some."""
     kept = {"kept": 2**23, "computed anew": 0, "partly kept": 600 * 40}[request.param]
-    monkeypatch.setitem(head_module.BLOCK_ELEMENTS, "cpu", 256)
-    monkeypatch.setitem(head_module.KEPT_ELEMENTS, "cpu", kept)
+    monkeypatch.setitem(head_module.BLOCK_ELEMENTS, device, 256)
+    monkeypatch.setitem(head_module.KEPT_ELEMENTS, device, kept)
     return request.param
 
 
-def make_case(labelled: float, bias: bool = False, scale: float = 1.0) -> tuple[Tensor, nn.Linear, Tensor, Tensor]:
+def make_case(
+    labelled: float, bias: bool = False, scale: float = 1.0, width: int = WIDTH
+) -> tuple[Tensor, nn.Linear, Tensor, Tensor]:
     torch.manual_seed(17)
-    hidden = torch.randn(4, 12, WIDTH) * scale
+    hidden = torch.randn(4, 12, width) * scale
     labels = torch.randint(0, VOCABULARY, (4, 12)).masked_fill(torch.rand(4, 12) >= labelled, IGNORE_INDEX)
-    return hidden, nn.Linear(WIDTH, VOCABULARY, bias=bias), labels, torch.rand(4, 12) * 3
+    return hidden, nn.Linear(width, VOCABULARY, bias=bias), labels, torch.rand(4, 12) * 3
 
 
 def oracle(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +127,9 @@ def test_logprobs_need_no_graph(blocks: str):
 
 
 @pytest.mark.parametrize("target", [-1, VOCABULARY])
-def test_target_outside_of_the_vocabulary_is_refused(target: int):
+def test_target_outside_of_the_vocabulary_is_refused(target: int, device: str):
+    if device == "cuda":
+        pytest.skip("a GPU is not asked, as the host would wait; it would use the device no more")
     hidden, head, labels, _ = make_case(1.0)
     with pytest.raises(IndexError, match=f"vocabulary of {VOCABULARY} tokens"):
         linear_nll(hidden[0], head, labels[0].fill_(target))
@@ -241,10 +247,11 @@ def test_hooks_of_the_head_run():
     assert calls
 
 
-def test_autocast_multiplies_in_bfloat16_and_sums_in_float32():
-    hidden, head, labels, weights = make_case(0.5)
+def test_autocast_multiplies_in_bfloat16_and_sums_in_float32(device: str):
+    """On a GPU by cut-cross-entropy where that is installed."""
+    hidden, head, labels, weights = make_case(0.5, width=64)
     exact = gradients(labelled_nll, hidden, copy.deepcopy(head), labels, weights)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         nll = labelled_nll(hidden, head, labels)[0]
         ours = gradients(labelled_nll, hidden, head, labels, weights)
     assert nll.dtype == torch.float32
@@ -269,7 +276,7 @@ def test_library_kernel_is_chosen_where_it_gives_exact_losses_per_token(monkeypa
 
 
 def test_kernel_takes_half_precision_on_cuda_alone():
-    assert not head_module._kernel_takes(torch.randn(2, 4, dtype=torch.bfloat16))
+    assert not head_module._kernel_takes(torch.randn(2, 4, dtype=torch.bfloat16, device="cpu"))
 
 
 def test_logits_nll_refuses_what_is_not_aligned():
