@@ -44,6 +44,7 @@ LONG = [
     "test_bucket",
     "test_language_compile",
     "test_end_to_end",
+    "test_docs",
     "test_exactness",
     "test_recovery",
     "test_convert_on_ray",

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import subprocess
 from collections.abc import Iterator
 from itertools import takewhile
@@ -14,7 +13,6 @@ import yaml
 from common.recipes import ROOT
 from composer.cli import launcher
 
-from composer_prior.conversion.options import ConversionOptions
 from composer_prior.options import options_of, parse_options
 from composer_prior.training import launch
 from composer_prior.training.config import load_recipe
@@ -109,16 +107,6 @@ def test_each_node_is_launched_as_its_part_of_the_job(scheduler, first, started,
             assert read.save_folder == "s3://bucket/checkpoints/prior"
             assert read.reference["run_folder"] == "/shared/reference"
     assert places == {(node, 8 * node) for node in range(NODES)}
-
-
-def test_the_conversion_is_one_that_the_command_takes():
-    (script,) = blocks("Conversion on Ray", "bash")
-    subprocess.run(["bash", "-n", "-c", script], check=True)
-    (line,) = [line for line in script.splitlines() if "convert" in line]
-    words = shlex.split(line)
-    paths, chosen = parse_options(words[words.index("convert") + 1 :], options_of(ConversionOptions))
-    assert len(paths) == 2
-    assert ConversionOptions(**chosen).distributor == "ray"
 
 
 def test_the_launcher_has_the_options_of_the_table():
