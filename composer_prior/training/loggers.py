@@ -134,7 +134,8 @@ class Tracker(LoggerDestination):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         held, self._record = self._record, {}
-        for record in (*self._before(MetricsFile.of(logger)), held):
+        before = () if dist.get_global_rank() else self._before(MetricsFile.of(logger))  # the file is that of rank 0
+        for record in (*before, held):
             self.log_metrics({name: value for name, value in record.items() if name != "batch"}, record.get("batch"))
 
     def eval_standalone_start(self, state: State, logger: Logger) -> None:

@@ -19,7 +19,8 @@ TOKEN = "hf_secretOfTheTests"
 class Hub:
     """Repositories by kind and name, ``datasets/USER/NAME`` or ``models/USER/NAME``.
 
-    Each is a list of commits, one mapping of paths to bytes per commit. ``fails`` answers every request with 500.
+    Each is a list of commits, one mapping of paths to bytes per commit. ``fails`` answers every request with 413, which
+    is not tried again.
     """
 
     def __init__(self):
@@ -62,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         hub, path = self.server.hub, unquote(self.path.partition("?")[0]).strip("/")
         hub.requests.append(f"{self.command} {path}")
         if hub.fails:
-            return self.send(500, b"", {})
+            return self.send(413, b"", {})
         try:
             status, value, headers = method(hub, path)
         except LookupError:
@@ -90,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
             if name in hub.repositories:
                 return 409, {"url": f"{self.server.url}/{name}"}, {}
             hub.commit(name, {})
-            hub.private |= {name} if asked.get("private") else set()
+            hub.private |= {name} if asked.get("private") or asked.get("visibility") == "private" else set()
             return 200, {"url": f"{self.server.url}/{name}"}, {}
         if path == "api/validate-yaml":
             return 200, {"errors": [], "warnings": []}, {}
@@ -168,7 +169,7 @@ def serving(patch, cache):
     thread.start()
     template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     for module in (constants, file_download):
-        patch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # of newer versions in one alone
     patch.setattr(constants, "ENDPOINT", server.url)
     patch.setattr(datasets.config, "HF_ENDPOINT", server.url)
     for name, value in {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}.items():

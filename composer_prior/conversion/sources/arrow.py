@@ -238,7 +238,7 @@ class HubSource(_ArrowSource):
             for table in rows.iter(_ROWS_AT_ONCE):
                 for entry in (entry for batch in table.to_batches() for entry in _entries(batch)):
                     where = f"{unit}:{number}"
-                    record = self.record(entry, where, where, bool(keyed) and not seen.add(entry[str(keyed)]))
+                    record = self.record(entry, where, where, bool(keyed) and not seen.add(entry.get(str(keyed))))
                     yield self._with_images(record) if isinstance(record, Record) else record
                     number += 1
         except Exception as error:  # of the libraries of HTTP and of all formats
