@@ -15,7 +15,7 @@ from composer.utils.checkpoint import FileSystemReaderWithValidation
 from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.api import CheckpointException
 
-from composer_prior.training.checkpoints.identity import RunIdentity, check_checkpoint, read_identity
+from composer_prior.training.checkpoints.identity import RUN_ID, RunIdentity, check_checkpoint, read_identity
 from composer_prior.training.checkpoints.loading import load_weights
 from composer_prior.training.checkpoints.pickles import ASKED_BY_COMPOSER
 from composer_prior.training.checkpoints.storage import LATEST_NAME, find_weights
@@ -98,10 +98,13 @@ def test_a_sharded_checkpoint_is_resumed_and_a_foreign_one_refused(here):
     identity = RunIdentity(read_identity(checkpoint)).state_dict()
     with pytest.raises(ValueError, match=r"ep0-ba4 is of another run: seed differ \(seed: 17 there, 3 here\)"):
         check_checkpoint(checkpoint, {**identity, "seed": 3})
+    run_id = check_checkpoint(checkpoint, {key: value for key, value in identity.items() if key != RUN_ID})
+    assert run_id == identity[RUN_ID]
     arguments = [str(ROOT / "train.py"), str(ROOT / "yamls/ntp_vit.yaml"), *SHRUNKEN, *VIT, *PROJECTOR_ALONE]
     again = ["run_name=sharded", "parallelism_config.fsdp2={}", "autoresume=true", "max_duration=5ba"]
     fork_ranks(here, *arguments, *again, "save_num_checkpoints_to_keep=1")
     assert {path.name for path in checkpoint.parent.iterdir()} == {"ep0-ba5", LATEST_NAME}
+    assert read_identity(find_weights("runs/sharded"))[RUN_ID] == run_id
     assert [batch for batch, _ in losses("runs/sharded")] == [0, 1, 2, 3, 4]
 
 

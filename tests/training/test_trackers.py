@@ -64,6 +64,8 @@ def run(tiles, tmp_path_factory):
         recipe = str(ROOT / "yamls/ntp_vit.yaml")
         with pytest.raises(Stopped):
             main([recipe, *overrides, "callbacks.stop_at.batch=6", "max_duration=8ba"])
+        for file in (file for file in (folder / "mlruns").glob("*/*/metrics/**/*") if file.is_file()):
+            file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))  # a killed run did not send more
         for _ in range(2):
             main([recipe, *overrides, "max_duration=9ba"])
         steps = {}
