@@ -37,6 +37,7 @@ from composer_prior.training.keys import check_keys
 
 CARDS = sorted(ROOT.glob("composer_prior/algorithms/*/README.md"))
 PAGES = [ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), *CARDS]
+RECIPES = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("yamls/**/*.yaml"))]  # their comments
 ELSEWHERE = "docs/trainer.md"  # in tests/algorithms/test_prior_trainer.py, with what it logs
 NAMES = [name for page in PAGES if (name := str(page.relative_to(ROOT))) != ELSEWHERE]
 INSTEAD = {  # texts of a page, and what makes them small
@@ -235,6 +236,8 @@ def check_recipe(content):
 
 def test_readme_runs(after_readme):
     assert {"prior_vit", "ntp_vit", "mine"} <= {path.name for path in (after_readme / "runs").iterdir()}
+    assert [*after_readme.glob("advice/viewer-*-2/model/training.json")], "advice on no models trains them"
+    assert (after_readme / "advice/advice.html").read_text().count("<figure") == 4
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -254,7 +257,7 @@ def test_a_wrong_command_is_an_error(words):
         run(words.split(), only_parse=True)
 
 
-@pytest.mark.parametrize("name", ["README.md", *NAMES, ELSEWHERE])
+@pytest.mark.parametrize("name", ["README.md", *NAMES, ELSEWHERE, *RECIPES])
 def test_commands_in_sentences_are_accepted(name):
     for words in commands_in_text(ROOT / name):
         check_program(words)

@@ -80,10 +80,13 @@ def commands(block: Block) -> list[list[str]]:
 
 
 def commands_in_text(page: Path) -> Iterator[list[str]]:
-    """Yield the words of commands in sentences, without those that have a gap."""
-    for text in re.findall(r"(?<!`)`((?:composer-prior|python|make) [^`]+)`(?!`)", page.read_text(encoding="utf-8")):
-        if "..." not in text:
-            yield shlex.split(text)
+    """Yield the words of commands in sentences and in a recipe's comments, without those that have a gap."""
+    command = r"(?:composer-prior|python|make) "
+    quoted = rf"(?<!`)`({command}[^`]+)`(?!`)|^# +({command}.+)"
+    text = re.sub(r"\\\n# +", "", page.read_text(encoding="utf-8"))
+    for found in re.finditer(quoted, text, re.M):
+        if "..." not in found[0]:
+            yield shlex.split(found[1] or found[2], comments=True)
 
 
 def check_program(words: list[str]) -> None:

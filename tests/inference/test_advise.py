@@ -1,13 +1,11 @@
-"""Advice on weights: its figures by hand, and the command on models that exist and on none."""
+"""Advice on weights: its figures by hand, and the command on models that exist; on none, README's in test_docs.py."""
 
 import json
 import math
-import sys
 
 import pytest
 from common.commands import advise as main
 from common.models import small_lm, small_lvlm
-from common.recipes import run_program
 
 from composer_prior.inference.advise import METHODS, advice_of, advise
 
@@ -114,11 +112,3 @@ def test_models_that_exist(scenes, tokenizer, tmp_path, capsys):
     assert (tmp_path / "advice/advice.html").read_text().count("<figure") >= 1
     lines = (tmp_path / "advice/predictions.jsonl").read_text().splitlines()
     assert len(json.loads(lines[-1])["weights"]) > 1
-
-
-@pytest.mark.slow
-def test_models_are_trained_where_there_are_none(scenes, tmp_path):
-    words = [scenes / "train", "samples=8", "steps=1", "out=advice"]
-    output, _ = run_program(sys.executable, "-m", "composer_prior", "advise", *words, cwd=tmp_path)
-    assert "8 captions, " in output
-    assert [*tmp_path.glob("advice/viewer-*-1/model/training.json")]
