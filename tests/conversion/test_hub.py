@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -15,7 +16,7 @@ from PIL import Image
 from streaming.base.local import LocalDataset
 
 from composer_prior.conversion.convert import ConversionError, convert_captions
-from composer_prior.conversion.sources import SourceError, open_source
+from composer_prior.conversion.sources import SourceError, arrow, open_source
 from composer_prior.data.hub import push
 
 
@@ -52,6 +53,7 @@ def tar(count):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
+    arrow._streamed.cache_clear()
     with serving(monkeypatch, tmp_path / "cache") as served:
         yield served
 
@@ -92,6 +94,16 @@ def test_revisions_and_splits_are_chosen_in_the_url(shades, tmp_path):
     assert samples(tmp_path / "test") == expected(8)
 
 
+def test_a_subset_is_chosen_in_the_url(hub, tmp_path):
+    subsets = b"".join(b"- config_name: %c\n  data_files: %c.parquet\n" % (name, name) for name in b"ab")
+    files = {"README.md": b"---\nconfigs:\n" + subsets + b"---\n", "a.parquet": inside(0, 1), "b.parquet": inside(1, 3)}
+    hub.commit("datasets/u/two", files)
+    convert_captions("hf://datasets/u/two/b/train", tmp_path / "b", processes=1)
+    assert samples(tmp_path / "b") == expected(1, 2)
+    with pytest.raises(SourceError, match=r"available configs: \['a', 'b'\].*Expected hf://datasets/USER/NAME\["):
+        open_source("hf://datasets/u/two")
+
+
 @pytest.mark.parametrize(
     ("url", "options", "message"),
     [
@@ -121,12 +133,22 @@ def test_images_may_be_files_of_the_repository_and_of_no_other(hub, tmp_path):
     hub.commit("datasets/u/files", {**files, "train/metadata.csv": f"file_name,text\n{lines}".encode()})
     convert_captions("hf://datasets/u/files", tmp_path / "files", processes=1)
     assert samples(tmp_path / "files") == expected(*range(3))
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as opened:
+        for name, data in {**files, "train/metadata.csv": f"file_name,text\n{lines}"}.items():
+            opened.writestr(name, data)
+    hub.commit("datasets/u/zipped", {"data.zip": archive.getvalue()})
+    convert_captions("hf://datasets/u/zipped", tmp_path / "zipped", processes=1)
+    assert samples(tmp_path / "zipped") == expected(*range(3))
     hub.commit("datasets/u/secret", {"0.png": png(0)})
     hub.private.add("datasets/u/secret")
-    table, buffer = pa.table({"image": ["hf://datasets/u/secret@main/0.png"], "caption": ["mine"]}), io.BytesIO()
-    pq.write_table(table, buffer)
-    hub.commit("datasets/u/thief", {"train.parquet": buffer.getvalue()})
-    with pytest.raises(ConversionError, match="1 of 1 captions were rejected"):
+    local, mine, buffer = tmp_path / "local.png", "hf://datasets/u/thief@main/0.png", io.BytesIO()
+    local.write_bytes(png(1))
+    paths = ["hf://datasets/u/secret@main/0.png", "hf://datasets/u/thief@main/../../../secret/resolve/main/0.png"]
+    paths += [str(local), f"file://{local}", f"file://{local}::{mine}", f"simplecache::file://{local}::{mine}"]
+    pq.write_table(pa.table({"image": paths, "caption": ["mine"] * 6}), buffer)
+    hub.commit("datasets/u/thief", {"0.png": png(0), "train.parquet": buffer.getvalue()})
+    with pytest.raises(ConversionError, match="6 of 6 captions were rejected"):
         convert_captions("hf://datasets/u/thief", tmp_path / "thief", processes=1)
     assert not [one for one in hub.requests if "secret" in one]
 

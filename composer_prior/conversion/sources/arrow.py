@@ -32,6 +32,8 @@ from composer_prior.data.messages import one_line
 _ROWS_AT_ONCE = 32
 _UNPACKED = 64 << 20  # bytes of a row group's columns that are accepted without a check
 _HUB_URL = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/([^/]+))?(?:/([^/]+))?/?")
+_HUB_FORM = "hf://datasets/USER/NAME[@REVISION][/SUBSET][/SPLIT]"
+_HUB_FILE = r"(zip://[^:]+::)?hf://datasets/{}@[^:]+"  # of a repository, or in an archive of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +199,7 @@ class HubSource(_ArrowSource):
         """Open ``hf://datasets/USER/NAME[@REVISION][/SUBSET][/SPLIT]``."""
         match = _HUB_URL.fullmatch(url)
         if match is None or options.form not in (None, "hf"):
-            raise SourceError(f"{url}: expected hf://datasets/USER/NAME[@REVISION][/SUBSET][/SPLIT], without form=.")
+            raise SourceError(f"{url}: expected {_HUB_FORM}, without form=.")
         name, revision, first, second = (part and unquote(part) for part in match.groups())
         subset, split = (first, second) if second else (None, first)
         load("datasets")
@@ -207,7 +209,7 @@ class HubSource(_ArrowSource):
 
         try:
             info = HfApi().dataset_info(str(name), revision=revision)
-            splits = _streamed(str(name), info.sha, subset)
+            splits = _streamed(info.id, info.sha, subset)
             chosen = options.split or split or (next(iter(splits)) if len(splits) == 1 else None)
             if chosen not in splits:
                 raise SourceError(f"{url}: choose one of its splits ({', '.join(splits)}): {url}/{next(iter(splits))}.")
@@ -216,12 +218,12 @@ class HubSource(_ArrowSource):
         except SourceError:
             raise
         except Exception as error:  # of the libraries of HTTP and of all formats
-            raise SourceError(f"{url} cannot be read: {why_not(error)}.") from error
+            raise SourceError(f"{url} cannot be read: {why_not(error)}. Expected {_HUB_FORM}.") from error
         nowhere = Path(os.devnull)
         licence = info.card_data.get("license") if info.card_data else None
-        whole = "/".join(filter(None, (f"hf://datasets/{name}@{info.sha}", subset, chosen)))
+        whole = "/".join(filter(None, (f"hf://datasets/{info.id}@{info.sha}", subset, chosen)))
         origin = {"source": whole, **({"license": str(licence)} if licence else {})}
-        place: dict[str, Any] = {"name": name, "revision": info.sha, "subset": subset, "split": chosen}
+        place: dict[str, Any] = {"name": info.id, "revision": info.sha, "subset": subset, "split": chosen}
         fields = _columns(columns, options, url, nowhere)
         return cls(**place, shards=data.num_shards, folder=nowhere, origin=origin, **fields)
 
@@ -255,10 +257,11 @@ class HubSource(_ArrowSource):
         return replace(record, image=self._content(record.image), images=tuple(map(self._content, record.images)))
 
     def _content(self, image: bytes | str) -> bytes | str:
-        if isinstance(image, bytes) or not image.rpartition("::")[2].startswith(f"hf://datasets/{self.name}@"):
+        own = _HUB_FILE.format(re.escape(self.name))  # a path could else lead to local files and other repositories
+        if isinstance(image, bytes) or ".." in image or not re.fullmatch(own, image):
             return image
         try:
-            with load("fsspec").open(image, "rb") as file:  # a file in an archive is zip://FILE::hf://ARCHIVE
+            with load("fsspec").open(image, "rb") as file:
                 return file.read(self.options.max_image_bytes + 1)
         except FileNotFoundError:
             return image
