@@ -49,6 +49,7 @@ _SHIPPED = {  # beside Composer's algorithms, callbacks and loggers, which have 
         "hf_checkpointer": "composer_prior.training.saving:HuggingFaceCheckpointer",
         "lr_monitor": "composer_prior.training.monitors:GroupLRMonitor",
         "nan_monitor": "composer.callbacks:NaNMonitor",
+        "plan_monitor": "composer_prior.training.monitors:PlanMonitor",
     },
     "data": {"emoji_scenes": "composer_prior.emoji_scenes.writing:make_emoji_scenes"},
     "logger": {

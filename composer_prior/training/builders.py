@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from composer.core import Precision
+from composer.profiler import JSONTraceHandler, Profiler, cyclic_schedule
 from composer.utils import dist
 from transformers import PreTrainedTokenizerBase
 
@@ -64,6 +65,22 @@ def build_model(
         except RuntimeError:
             pass  # a tower from outside that computes while it is built
     return build_named("model", config, tokenizer=tokenizer)
+
+
+def build_profiler(recipe: TrainConfig) -> Profiler | None:
+    """Build Composer's profiler of a recipe; its files stay in the run's folder."""
+    if recipe.profiler is None:
+        return None
+    folder = f"{recipe.run_folder}/profiler"
+    return Profiler(
+        cyclic_schedule(**recipe.profiler),
+        [JSONTraceHandler(folder, remote_file_name=None, merged_trace_remote_file_name=None, overwrite=True)],
+        sys_prof_cpu=False,
+        torch_prof_folder=folder,
+        torch_prof_remote_file_name=None,
+        torch_prof_memory_remote_file_name=None,
+        torch_prof_overwrite=True,
+    )
 
 
 def trusts_code(recipe: TrainConfig) -> bool:

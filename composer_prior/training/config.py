@@ -82,6 +82,8 @@ class TrainConfig:
         parallelism_config: ``fsdp2``: its arguments, and ``data_parallel_replicate_degree``, how many copies of the
             model; null: every rank has the whole model.
         compile_config: arguments of torch.compile, such as {dynamic: true}.
+        profiler: record some steps with torch.profiler, into ``profiler`` in the run's folder: arguments of Composer's
+            cyclic_schedule, such as {skip_first: 10, active: 3}.
         code_paths: Python files to run first, which register components.
         progress_bar: show one; so do reference and viewer, unless their recipes say otherwise.
         sample_captions: validation images captioned at the end.
@@ -125,6 +127,7 @@ class TrainConfig:
     autoresume: bool = False
     parallelism_config: dict[str, Any] | None = None
     compile_config: dict[str, Any] | None = None
+    profiler: dict[str, Any] | None = None
     code_paths: list[str] = field(default_factory=list)
     progress_bar: bool = True
     sample_captions: int = 4

@@ -1,6 +1,8 @@
 """Figures of a run beside its metrics: of each stream, floating-point operations, the wait for data, learning rates."""
 
+import json
 from collections import deque
+from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
@@ -11,7 +13,9 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from composer_prior.data.batch import IGNORE_INDEX, stream_masks, stream_names
+from composer_prior.algorithms.token_weighting.token_weighting import unwrapped
+from composer_prior.data.batch import IGNORE_INDEX, count_tokens, stream_masks, stream_names
+from composer_prior.data.messages import announce, one_line
 from composer_prior.registry import Count
 
 
@@ -52,7 +56,8 @@ class ComputeMonitor(Callback):
 
     They are counted by PyTorch's ``FlopCounterMode`` in one step of every ``interval``, forward and backward, with what
     algorithms compute beside the model (a live reference, a second pass), and carried over to the steps between by
-    their tokens. Validation is not counted. Inside a compiled model nothing can be counted.
+    their tokens. Validation is not counted. Inside a compiled model nothing can be counted. Composer's ``SpeedMonitor``
+    reads them: ``throughput/device/flops_per_sec``, and on a GPU whose peak it knows ``throughput/device/mfu``.
 
     Args:
         interval: steps from one that is counted to the next. Default: ``20``.
@@ -64,6 +69,10 @@ class ComputeMonitor(Callback):
         self._flops = 0.0
         self._flops_per_token = 0.0
         self._tokens = 0
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        model: Any = unwrapped(state.model)
+        model.flops_per_batch = lambda batch: self._flops_per_token * count_tokens(batch)["total"]
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         if int(state.timestamp.batch) % self.interval == 0 or not self._flops_per_token:
@@ -87,6 +96,44 @@ class ComputeMonitor(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._flops, self._tokens = state["flops"], state["tokens"]
+
+
+class PlanMonitor(Callback):
+    """Print, after the second step, the peak memory of a GPU beside the one that a plan predicts.
+
+    Args:
+        plan: the file that ``composer-prior plan ... out=FILE`` has written.
+    """
+
+    def __init__(self, plan: str):
+        try:
+            found = json.loads(Path(plan).read_text())
+            self.planned, self.ranks, self.microbatch = (found[key] for key in ("memory", "world_size", "microbatch"))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            command = "composer-prior plan RECIPE.yaml out=FILE"
+            raise ValueError(
+                f"plan={plan}: not the file of a plan ({one_line(error)}); {command} makes one."
+            ) from error
+        self._steps = 0
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self._steps += 1
+        if self._steps != 2 or state.device.name != "gpu":  # in the first step there are no moments yet
+            return
+        peak = state.device.tensor_to_device(torch.tensor(float(torch.cuda.max_memory_allocated())))
+        dist.all_reduce(peak, reduce_operation="MAX")
+        planned = sum(self.planned.values())
+        ratio = float(peak) / planned
+        line = (
+            f"Peak memory of a GPU: {float(peak) / 2**30:.2f} GiB, planned {planned / 2**30:.2f} GiB ({ratio:.2f} x)."
+        )
+        ranks, microbatch = dist.get_world_size(), state.device_train_microbatch_size
+        if (ranks, microbatch) != (self.ranks, self.microbatch):
+            of_plan = f"{self.ranks} GPUs and a microbatch of {self.microbatch}"
+            line += f" The plan is of {of_plan}, not of {ranks} and {microbatch}."
+        elif abs(ratio - 1) > 0.15:
+            line += " They differ by more than 15 %: was the plan made with the recipe and the overrides of this run?"
+        announce(line)
 
 
 class DataWaitMonitor(Callback):

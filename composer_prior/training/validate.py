@@ -48,6 +48,7 @@ from composer_prior.training.builders import (
     build_loaders,
     build_named,
     build_precision,
+    build_profiler,
     one_line_errors,
     per_rank_batch_size,
     trusts_code,
@@ -85,6 +86,7 @@ def check_parts(recipe: TrainConfig, where: str = "") -> None:
         parts[name] = partial(DataLoader, ChainDataset([]), batch_size=1, **arguments)
     parts["scoring"] = partial(ScoreJob, "", "", {}, {}, **recipe.scoring)
     parts["parallelism_config"] = partial(build_parallelism, recipe.parallelism_config)
+    parts["profiler"] = partial(build_profiler, recipe)
     if recipe.compile_config is not None:
         parts["compile_config"] = partial(torch.compile, nn.Identity(), **recipe.compile_config)
     for _, place, arguments in settings_of(recipe.optimizer, "optimizer"):  # torch looks at no group's values

@@ -1,25 +1,71 @@
 """Floating-point operations of a run, against those that its layers must do."""
 
+import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from common.models import small_lvlm
 from common.programs.one_step import make_reference, make_samples, make_viewer
 from common.training import figures_by_stream, fit
+from composer.callbacks import SpeedMonitor
 from composer.core import Callback, DataSpec
 from torch.utils.data import DataLoader
 
 from composer_prior import PRIOR, importance_weights, registry
 from composer_prior.data.batch import IGNORE_INDEX, CaptionCollator, count_tokens
 from composer_prior.data.tokenizer import image_token_ids
-from composer_prior.training.monitors import ComputeMonitor, StreamMonitor, flop_counter
+from composer_prior.training.monitors import ComputeMonitor, PlanMonitor, StreamMonitor, flop_counter
 
 
 def count(model, spec, monitor, duration="1ba", algorithms=(), **changes):
     """``compute/flops`` after each step, and the trainer."""
     trainer, logged = fit(model, spec, algorithms, duration, [monitor], **changes)
     return [flops for _, flops in logged["compute/flops"]], trainer
+
+
+@pytest.mark.parametrize("interval", [1, 20])
+def test_composers_speed_monitor_shows_the_utilization(tokenizer, make_spec, interval):
+    model = small_lvlm("patches", tokenizer)
+    monitors = [ComputeMonitor(interval), SpeedMonitor(window_size=2, gpu_flops_available=1e12)]
+    _, logged = fit(model, make_spec(model), (), "6ba", monitors)
+    flops = [value for _, value in logged["compute/flops"]]
+    seconds = [3600 * value for _, value in logged["time/train"]]
+    *_, (_, utilization) = logged["throughput/device/mfu"]
+    assert utilization == pytest.approx((flops[5] - flops[3]) / (seconds[5] - seconds[3]) / 1e12, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("measured", "ranks", "said"),
+    [
+        (1.1, 1, "Peak memory of a GPU: 1.10 GiB, planned 1.00 GiB (1.10 x).\n"),
+        (1.2, 1, "planned 1.00 GiB (1.20 x). They differ by more than 15 %: was the plan made with the recipe and"),
+        (1.2, 8, "The plan is of 8 GPUs and a microbatch of 4, not of 1 and 4.\n"),
+    ],
+)
+def test_memory_is_shown_beside_the_plan(tmp_path, monkeypatch, capsys, measured, ranks, said):
+    plan = {"memory": {"weights": 2**29, "activations": 2**29}, "world_size": ranks, "microbatch": 4}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    monitor = PlanMonitor(str(tmp_path / "plan.json"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: int(measured * 2**30))
+    device = SimpleNamespace(name="gpu", tensor_to_device=lambda tensor: tensor)
+    state = SimpleNamespace(device=device, device_train_microbatch_size=4)
+    monitor.batch_end(state, None)
+    assert capsys.readouterr().out == ""
+    monitor.batch_end(state, None)
+    assert said in capsys.readouterr().out
+    monitor.batch_end(state, None)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_file_that_is_no_plan_is_refused(tmp_path):
+    (tmp_path / "plan.json").write_text("[]")
+    for name in ("plan.json", "missing.json"):
+        with pytest.raises(
+            ValueError, match=rf"plan=.*{name}: not the file of a plan .*composer-prior plan RECIPE.yaml"
+        ):
+            PlanMonitor(str(tmp_path / name))
 
 
 def by_hand(model, batch):

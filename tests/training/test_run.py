@@ -126,7 +126,9 @@ def test_the_share_of_time_that_steps_wait_for_data_is_logged(quick_start):
 
 def test_a_run_is_repeated_bitwise_from_what_exists(finished, capsys):
     first = losses("runs/prior_vit")
-    train(recipe("prior_vit"))
+    train(recipe("prior_vit", "profiler={skip_first: 1, active: 2, warmup: 0}"))
+    traces = [json.loads(file.read_text()) for file in Path("runs/prior_vit/profiler").glob("rank0.*.pt.trace.json")]
+    assert any(event["name"] == "aten::addmm" for trace in traces for event in trace["traceEvents"])
     assert losses("runs/prior_vit") == first
     output = capsys.readouterr().out
     for line in ("Data: reusing", "Tokenizer: reusing", "Reference: reusing runs/reference/model"):
@@ -274,6 +276,7 @@ def test_nothing_to_train_is_refused(finished):
         (["nowhere.yaml"], "error: The recipe nowhere.yaml does not exist."),
         ([str(ROOT / "yamls/prior_vit.yaml"), "algorithms.prior.alfa=2"], "error: algorithms.prior.alfa is not a key"),
         ([str(ROOT / "yamls/ntp_vit.yaml"), "code_paths=[nowhere.py]"], "error: .*nowhere.py"),
+        ([str(ROOT / "yamls/ntp_vit.yaml"), "profiler.actve=2"], "error: profiler: .*argument 'actve'"),
     ],
 )
 def test_errors_of_the_command_are_one_line(tmp_path, monkeypatch, arguments, message):
