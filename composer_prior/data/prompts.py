@@ -21,7 +21,8 @@ def prompt_and_completion(processor: Any, caption: str, prompt: str = "") -> dic
 
     Args:
         processor: of an image-text-to-text model.
-        caption: the text that is learnt; a space is put before it.
+        caption: the text that is learnt, as our models and references learn it: a space is put before it only behind a
+            prompt.
         prompt: text between image and caption. Default: none.
 
     Raises:
@@ -31,7 +32,11 @@ def prompt_and_completion(processor: Any, caption: str, prompt: str = "") -> dic
     if tokenizer.eos_token is None:
         raise ValueError("The tokenizer has no end-of-sequence token; set its eos_token.")
     image = getattr(processor, "image_token", IMAGE_TOKEN)
-    return {"prompt": f"{beginning(tokenizer)}{image}{prompt}", "completion": f" {caption}{tokenizer.eos_token}"}
+    space = " " if prompt else ""
+    return {
+        "prompt": f"{beginning(tokenizer)}{image}{prompt}",
+        "completion": f"{space}{caption}{tokenizer.eos_token}",
+    }
 
 
 class CompletionCollator:

@@ -31,7 +31,7 @@ def test_labels_are_the_completion_with_its_end(kind, form):
     batch = CompletionCollator(processor)(rows)
     for row, caption in enumerate(CAPTIONS):
         real = batch["attention_mask"][row].bool()
-        learnt = [*tokenizer(" " + caption, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        learnt = [*tokenizer(caption, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         image = [model.processor.image_token_id] * model.processor.image_processor.max_image_tokens
         assert batch["input_ids"][row][real].tolist() == [bos_id(tokenizer), *image, *learnt]
         labels = batch["labels"][row]
