@@ -241,6 +241,7 @@ def _language(language: Any) -> tuple[PretrainedConfig, dict[str, Tensor]]:
     # LLaVA of transformers 5 looks for tied embeddings under this name only, and one without fails.
     config.tie_word_embeddings = head.weight is embeddings.weight and hasattr(decoder, "embed_tokens")
     config.use_cache = True
+    config.architectures = [type(language).__name__]  # vLLM builds the language model by it
     weights = {f"model.language_model.{name}": t.detach() for name, t in decoder.state_dict().items()}
     shared = head.weight.detach() if config.tie_word_embeddings else head.weight.detach().clone()
     return config, {**weights, "lm_head.weight": shared}

@@ -1,6 +1,7 @@
 """The LLaVA format of a model, loaded by stock transformers, against the model; and what has no such form."""
 
 import json
+import re
 import subprocess
 import sys
 from ast import literal_eval
@@ -17,6 +18,7 @@ from common.photographs import photographs
 from common.tokenizers import KINDS, plain_tokenizer
 from open_clip.timm_model import TimmModel
 from PIL import Image
+from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from tokenizers import pre_tokenizers
 from torch import nn
@@ -228,6 +230,29 @@ def test_towers_and_projectors(tmp_path, tokenizer, tower, expected, projector):
         assert part.vision_feature_select_strategy == strategy
     assert processor.num_additional_image_tokens == class_tokens
     assert llava.config.projector_hidden_act == ("gelu" if projector == "mlp" else "linear")
+
+
+@pytest.mark.parametrize(("tower", "class_tokens"), [(clip_tower, 1), (siglip_tower, 0)])
+def test_what_vllm_reads(tmp_path, tokenizer, tower, class_tokens):
+    """Its loader's rules: the classes it builds, one feature a patch and one of the class token, names of weights."""
+    model = lvlm(tokenizer, tower())
+    model.model.causal_lm.config.architectures = None
+    export_llava(model, tmp_path / "llava")
+    config = json.loads((tmp_path / "llava/config.json").read_text())
+    assert config["architectures"] == ["LlavaForConditionalGeneration"]
+    assert config["text_config"]["architectures"] == ["LlamaForCausalLM"]
+    vision = config["vision_config"]
+    assert vision["model_type"] == ("clip_vision_model" if class_tokens else "siglip_vision_model")
+    features = (vision["image_size"] // vision["patch_size"]) ** 2 + class_tokens
+    used = features - (config["vision_feature_select_strategy"] == "default")
+    processor = AutoProcessor.from_pretrained(tmp_path / "llava")
+    side = vision["image_size"]
+    inputs = processor(images=Image.new("RGB", (side, side)), text=processor.image_token, return_tensors="pt")
+    assert int((inputs["input_ids"] == config["image_token_index"]).sum()) == used == config["image_seq_length"]
+    assert inputs["pixel_values"].shape == (1, 3, side, side)
+    with safe_open(tmp_path / "llava/model.safetensors", "pt") as weights:
+        first = {re.sub(r"^model\.", "", name).split(".")[0] for name in weights.keys()}  # noqa: SIM118 - no mapping
+    assert first <= {"language_model", "vision_tower", "multi_modal_projector", "lm_head"}
 
 
 def test_no_projector(tmp_path, tokenizer):
