@@ -134,9 +134,9 @@ class ComposerLVLM(ComposerModel):
             batch: the inputs of the model's decoder with ``labels`` ``[B, T]``, not shifted.
         """
         if self.reads_text_alone or has_images(batch) or self._names_images(batch):
-            return as_forward(self.model, self._forward, batch)
+            return as_forward(self.model, type(self)._forward, self, batch)
         rows, length = batch["labels"].shape
-        outputs = as_forward(self.model, self._forward, self._beside_blank(batch))
+        outputs = as_forward(self.model, type(self)._forward, self, self._beside_blank(batch))
         return {key: value[:rows, :length] for key, value in outputs.items()}
 
     def _names_images(self, batch: Mapping[str, Tensor]) -> bool:
@@ -175,9 +175,11 @@ class ComposerLVLM(ComposerModel):
             return self._outputs(hidden, labels)
         assert real is not None
         real, first = real.bool(), torch.arange(labels.shape[1], device=labels.device) == 0
-        outputs = self._outputs(hidden, labels.masked_fill(first, IGNORE_INDEX)[real][None])
+        in_row = labels.masked_fill(first, IGNORE_INDEX)[real][None]
+        outputs = self._outputs(hidden, in_row)
         return {key: value.new_zeros(labels.shape).masked_scatter(real, value) for key, value in outputs.items()}
 
+    @torch.compiler.disable  # the number of labelled tokens differs from batch to batch
     def _outputs(self, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
         head = head_of(self.model)
         nll, correct = labelled_nll(hidden, head, labels)
@@ -190,12 +192,13 @@ class ComposerLVLM(ComposerModel):
 
     def _hidden_states(self, batch: Mapping[str, Tensor]) -> Tensor:
         inputs = {key: value for key, value in batch.items() if key in self.inputs}
-        if not self._needs_mask and not self._checked and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not self._needs_mask and not self._checked:
             check_padding(batch.get("attention_mask"))
             self._checked = True  # a loader pads all batches at one side
         if self.pack:
             mask, language = batch["attention_mask"], parts_of(self.model)["language"]
-            row = self._embed({**inputs, "input_ids": inputs["input_ids"][mask.bool()][None]})[0]
+            inputs["input_ids"] = inputs["input_ids"][mask.bool()][None]
+            row = self._embed(inputs)[0]
             return packed_hidden_states(language, row, mask)[None]  # type: ignore[arg-type]
         if not self._needs_mask:
             inputs.pop("attention_mask", None)

@@ -76,7 +76,6 @@ def labelled_nll(hidden: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, Te
     return nll.new_zeros(labels.shape).masked_scatter(mask, nll), torch.zeros_like(mask).masked_scatter(mask, correct)
 
 
-@torch.compiler.disable  # the number of labelled tokens differs from batch to batch
 def linear_nll(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of a target per hidden state, never holding the logits of all.
 

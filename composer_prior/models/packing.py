@@ -62,6 +62,7 @@ def packed_hidden_states(model: PreTrainedModel, row: Tensor, attention_mask: Te
     )[0]
 
 
+@torch.compiler.disable  # the lengths of sequences differ from batch to batch
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:

@@ -302,8 +302,8 @@ class PriorLVLMModel(PriorLVLMPreTrainedModel):
             assert input_ids is not None
             inputs_embeds = self.embed(input_ids, pixel_values, pixel_patches, patch_mask, image_grid)
         passed = {key: value for key, value in kwargs.items() if key in self._accepted and value is not None}
-        passed |= {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "return_dict": True}
-        outputs = self.language_model(**passed)
+        given = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "return_dict": True}
+        outputs = self.language_model(**{**passed, **given})
         rest = {key: outputs.get(key) for key in ("past_key_values", "hidden_states", "attentions")}
         return BaseModelOutputWithPast(last_hidden_state=outputs.last_hidden_state, **rest)
 
