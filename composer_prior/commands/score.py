@@ -2,16 +2,14 @@
 
 import os
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from composer.utils import dist, get_device
 from transformers import AutoConfig
 
-from composer_prior.data.hub import check_push, load_pretrained, push
+from composer_prior.data.hub import check_push, load_pretrained
 from composer_prior.data.messages import announce, one_line_exit
 from composer_prior.data.nodes import on_first_rank
-from composer_prior.data.scores import METADATA, ScoresMetadata
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import blind_viewer, score_captions
 from composer_prior.training.config import TrainConfig
@@ -40,12 +38,9 @@ def run(recipe: TrainConfig | None, options: dict[str, Any]) -> None:
         if job.viewer is not None:  # before anything is made
             load_pretrained(AutoConfig, job.viewer, job.trust_remote_code)
             announce(on_first_rank(partial(short_viewer, recipe, job.viewer)))
+        on_first_rank(partial(check_push, job.push_to_hub, "dataset", job.out))
         prepare(recipe, itself=False, helpers=("reference",) if job.viewer is None else ())
-    on_first_rank(partial(check_push, job.push_to_hub, "dataset", job.out))
     announce(str(score_captions(job)))
     compares = recipe is None or "reference" in compared_with(recipe)
     if job.viewer is not None and compares and (stored := job.dataset.get("scores")):
         announce(on_first_rank(partial(blind_viewer, job.out, stored)))
-    if job.push_to_hub is not None and dist.get_global_rank() == 0:
-        card = ScoresMetadata.from_json(Path(job.out, METADATA).read_bytes(), job.out).card()
-        announce(push(job.out, job.push_to_hub, "dataset", card))

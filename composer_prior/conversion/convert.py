@@ -30,7 +30,7 @@ from composer_prior.conversion.sources.files import describe
 from composer_prior.conversion.units import BAD_FILE_HINT, json_line, scratch, unit_file
 from composer_prior.data.files import parse_json
 from composer_prior.data.locks import LockedError, locked
-from composer_prior.data.messages import one_line
+from composer_prior.data.messages import one_line, say
 from composer_prior.data.remote import SCHEMES, Output
 from composer_prior.data.storage import StorageError, full_disk_told, is_remote, write_whole
 
@@ -59,8 +59,20 @@ def convert_captions(
         SourceError: the source has an unknown or ambiguous format, or cannot be read at all.
         ConversionError: ``out`` holds other files, too many samples were rejected (``rejected.jsonl`` is written, but
             no index), a process died, an upload failed for good, or the package of ``distributor`` is missing.
+        ValueError: nothing can be pushed to ``push_to_hub``.
     """
     options = replace(options or ConversionOptions(), **overrides)
+    if options.push_to_hub is None:
+        return _convert(source, out, options)
+    from composer_prior.data.hub import check_push, push  # here: of safetensors, which conversion does not need
+
+    check_push(options.push_to_hub, "dataset", out)
+    summary = _convert(source, out, options)
+    say(push(out, options.push_to_hub, "dataset", card_of(Path(out))))
+    return summary
+
+
+def _convert(source: str | Path, out: str | Path, options: ConversionOptions) -> ConversionSummary:
     distributor = distributor_of(options)
     opened = open_source(source, **{f.name: getattr(options, f.name) for f in fields(SourceOptions)})
     origin = str(source).rstrip("/") if is_remote(source) else os.path.realpath(Path(source).expanduser())

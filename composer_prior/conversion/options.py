@@ -44,8 +44,8 @@ class ConversionOptions(SourceOptions):
         progress: show a progress bar; by default if standard error is a terminal.
         work: the folder for the state and temporary files of a conversion to a remote. By default the user's cache.
         upload_attempts: number of attempts of an upload, with pauses of 1, 2, 4 … s.
-        push_to_hub: of the command, ``USER/NAME``, a data set of the Hub that the folder is uploaded to with a card; a
-            new one is private.
+        push_to_hub: ``USER/NAME``, a data set of the Hub that the folder is uploaded to, with a card; a new one is
+            private.
     """
 
     captions: str = "all"

@@ -29,13 +29,13 @@ from transformers.utils import cached_file
 from composer_prior.data.captions import BadSampleError, StreamingCaptionDataset, decode_image
 from composer_prior.data.chat import OWN, ChatFormat, NoTemplateError, Written, characters, use_template, within
 from composer_prior.data.conversations import ChatError
-from composer_prior.data.hub import find_model, load_pretrained
+from composer_prior.data.hub import check_push, find_model, load_pretrained, push
 from composer_prior.data.locks import locked
 from composer_prior.data.mds import read_column
 from composer_prior.data.messages import announce
 from composer_prior.data.nodes import check_shared, on_first_rank
 from composer_prior.data.remote import Remote
-from composer_prior.data.scores import COLUMN, INDEX, KEYS, VIEWER_COLUMN, Scores, ScoresError, ScoresMetadata
+from composer_prior.data.scores import COLUMN, INDEX, KEYS, METADATA, VIEWER_COLUMN, Scores, ScoresError, ScoresMetadata
 from composer_prior.data.storage import StorageError, full_disk_told, is_remote
 from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import CaptionFormat, bos_id, build_tokenizer, tokenizer_fingerprint
@@ -74,13 +74,18 @@ def score_captions(job: ScoreJob) -> ScoreSummary:
     Raises:
         ScoresError: if ``out`` holds other files, or other scores, naming what differs.
         BadSampleError: for a caption that cannot be scored, unless ``dataset.on_bad_sample`` is ``"skip"``.
-        ValueError: if the model cannot score these captions.
+        ValueError: if the model cannot score these captions, or nothing can be pushed to ``push_to_hub``.
     """
     try:
+        on_first_rank(lambda: check_push(job.push_to_hub, "dataset", job.out))
         with full_disk_told(job.out):
-            return _score_captions(job)
+            summary = _score_captions(job)
     except (StorageError, OSError) as error:
         raise ScoresError(f"{job.out}: the scores cannot be made: {error}") from error
+    if job.push_to_hub is not None and dist.get_global_rank() == 0:
+        card = ScoresMetadata.from_json(Path(job.out, METADATA).read_bytes(), job.out).card()
+        announce(push(job.out, job.push_to_hub, "dataset", card))
+    return summary
 
 
 def _score_captions(job: ScoreJob) -> ScoreSummary:
