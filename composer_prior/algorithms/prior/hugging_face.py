@@ -154,7 +154,8 @@ class PRIORMixin(Trainer):
             torch.where(mask & ~some, 1.0, normalize_part(part, some, self.normalization, sums[:2].to(part.device)))
             for part, some, mask in zip(raw, weighted, masks, strict=True)
         ]
-        self._add({"top": heaviest(torch.cat([part[mask] for part, mask in zip(weights, masks, strict=True)]))})
+        tokens = torch.stack([mask.sum() for mask in masks]).sum()
+        self._add({"top": heaviest(torch.cat([part.flatten() for part in weights]), tokens)})
         count = sums[2].clamp(min=1).float()
         # DDP averages the gradients of the ranks. Unless the trainer makes up for that, the count does.
         count = count if self.args.average_tokens_across_devices else count / self.accelerator.num_processes
@@ -207,7 +208,7 @@ class PRIORMixin(Trainer):
             nll = logits_nll(_logits(outputs), labels)
             outputs["loss"] = (nll * weights).sum() / count
         mask = labels != IGNORE_INDEX
-        self._add(token_sums(weights[mask], nll.detach()[mask].float()))
+        self._add(token_sums(weights, nll.detach().float(), mask))
         return outputs
 
     def _add(self, sums: Mapping[str, Tensor]) -> None:

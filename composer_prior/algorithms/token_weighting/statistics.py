@@ -6,26 +6,33 @@ import torch
 from torch import Tensor
 
 
-def token_sums(weights: Tensor, nll: Tensor) -> dict[str, Tensor]:
-    """Return sums over tokens, in float64.
+def token_sums(weights: Tensor, nll: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Return sums over tokens, in float64. The host does not wait for an accelerator, as in :func:`heaviest`.
 
     Args:
-        weights: ``[n]``.
-        nll: ``[n]``, the model's negative log-likelihood of each token.
+        weights: ``[B, T]``.
+        nll: ``[B, T]``, the model's negative log-likelihood of each token.
+        mask: ``[B, T]`` bool, True on the tokens.
     """
     terms = {
-        "count": torch.ones_like(weights),
+        "count": mask,
         "weight": weights,
         "squares": weights**2,
         "loss_weighted": weights * nll,
         "loss_unweighted": nll,
     }
-    return {name: term.sum(dtype=torch.float64) for name, term in terms.items()}
+    return {name: term.where(mask, 0).sum(dtype=torch.float64) for name, term in terms.items()}
 
 
-def heaviest(weights: Tensor) -> Tensor:
-    """Return the weight of the heaviest tenth of the tokens in float64, the sum ``top`` of :func:`summary`."""
-    return weights.topk(-(-len(weights) // 10)).values.sum(dtype=torch.float64)
+def heaviest(weights: Tensor, count: Tensor) -> Tensor:
+    """Return the weight of the heaviest tenth of the tokens in float64, the sum ``top`` of :func:`summary`.
+
+    Args:
+        weights: ``[n]``, 0 or more; those of no token are 0.
+        count: of the tokens, a tensor without dimensions.
+    """
+    rising = torch.nn.functional.pad(weights, (0, 1)).sort(descending=True).values.cumsum(0, dtype=torch.float64)
+    return rising.gather(0, ((count + 9) // 10 - 1).clamp(min=0).long()[None])[0]
 
 
 def summary(sums: Mapping[str, float]) -> dict[str, float]:

@@ -209,10 +209,9 @@ class TokenWeighting(Algorithm, ABC):
         if len(self._names) > 1:
             parts |= {f"{name}/": mask & rows for name, rows in stream_masks(state.batch, self._names).items()}
         for name, part in parts.items():
-            places = part.nonzero(as_tuple=True)  # once: the host waits for an accelerator
-            sums = token_sums(weights[places], nll[places].float()) | self.sums(state, part & weighted)
+            sums = token_sums(weights, nll.float(), part) | self.sums(state, part & weighted)
             sums["weighted"] = (part & weighted).sum().double()
-            self._statistics[name].append((sums, weights[places]))
+            self._statistics[name].append((sums, weights.where(part, 0).flatten()))
 
     def nll(self, state: State) -> Tensor:
         """Return the model's negative log-likelihood of each label, ``[B, T]`` float32, after the forward pass."""
@@ -226,7 +225,7 @@ class TokenWeighting(Algorithm, ABC):
         for stream, parts in self._statistics.items():
             sums, weights = zip(*parts, strict=True)
             totals[stream] = {name: sum(part[name] for part in sums) for name in sums[0]}
-            totals[stream]["top"] = heaviest(torch.cat(weights))
+            totals[stream]["top"] = heaviest(torch.cat(weights), totals[stream]["count"])
         self._statistics.clear()
         values = torch.stack([torch.stack([*of.values()]) for of in totals.values()])
         dist.all_reduce(values, reduce_operation="SUM")

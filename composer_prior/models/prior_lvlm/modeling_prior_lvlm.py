@@ -278,7 +278,9 @@ class PriorLVLMModel(PriorLVLMPreTrainedModel):
         images = {name: tensor for name, tensor in given.items() if tensor is not None}
         features = self.get_image_features(**images) if images else embeddings.new_zeros(0, embeddings.shape[-1])
         places = input_ids == self.config.image_token_id
-        if not torch.compiler.is_compiling() and (tokens := int(places.sum())) != len(features):
+        if self.training and places.is_cuda:  # the host does not wait, and gets an error later
+            torch._assert_async(places.sum() == len(features), "images and image tokens differ: cut captions alone")
+        elif not torch.compiler.is_compiling() and (tokens := int(places.sum())) != len(features):
             raise ValueError(
                 f"The images have {len(features)} features and input_ids {tokens} image tokens: cut captions alone"
             )
