@@ -14,38 +14,56 @@ Shade = tuple[str, float | None]
 """A piece of a caption and the value that shades it, such as its probability; ``None`` is no shade."""
 
 _THUMBNAIL = 320
+_FOCUS = ' tabindex="0"'  # what scrolls needs it for the keyboard
+_SCROLLED = 200  # characters of a caption that may be higher than its box
 _STYLE = """
-:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }
-body { max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
-pre { white-space: pre-wrap; overflow-wrap: anywhere }
-.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 1rem }
-figure { margin: 0; padding: .75rem; border: 1px solid #8886; border-radius: .5rem }
-img { max-width: 100%; display: block; margin: 0 auto .5rem }
-figcaption p { margin: .25rem 0; overflow-wrap: anywhere; unicode-bidi: isolate; white-space: pre-wrap;
-  max-height: 16rem; overflow: auto }
-small { opacity: .7 }
-mark { background: rgb(255 140 0 / var(--w)); color: inherit; border-radius: .15rem }
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; background: #fff; color: #1b1b1b }
+mark { --shade: 255 140 0; background: rgb(var(--shade) / var(--w)); color: inherit; border-radius: .15rem }
 .control { color: #c22; font-size: .8em }
-@media (prefers-color-scheme: dark) { mark { background: rgb(168 82 0 / var(--w)) } .control { color: #f77 } }
+@media screen and (prefers-color-scheme: dark) {
+  :root { background: #161616; color: #f0f0f0 }
+  mark { --shade: 168 82 0 }
+  .control { color: #f77 }
+  .pictures svg { filter: invert(.91) hue-rotate(180deg) }
+}
+mark .control { color: inherit }
+body { max-width: 75rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word }
+pre { white-space: pre-wrap; overflow-wrap: anywhere }
+.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); gap: 1rem }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }
-.pictures svg { display: block; width: 100%; height: auto }
+.pictures svg { display: block; width: 100%; min-width: 23rem; max-width: 44rem; height: auto }
+figure { margin: 0; padding: .75rem; border: 1px solid #8886; border-radius: .5rem; min-width: 0 }
+img { max-width: 100%; display: block; margin: 0 auto .5rem }
+figcaption { overflow-wrap: anywhere }
+figcaption p { margin: .25rem 0; unicode-bidi: isolate; white-space: pre-wrap; max-height: 16rem; overflow: auto }
+small { opacity: .8 }
 .wide { overflow-x: auto; margin: .75rem 0 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .2rem .75rem; text-align: right; border-bottom: 1px solid #8886; white-space: nowrap }
-thead th { white-space: normal }
-th:first-child { text-align: left; font-weight: inherit }
+figure .wide { margin-bottom: 0 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9em }
+th, td { padding: .2rem .4rem; text-align: right; vertical-align: top; border-bottom: 1px solid #8886 }
+th:first-child { text-align: left; font-weight: inherit; min-width: 9rem }
+@media print {
+  :root { font-size: 11px }
+  body { max-width: none; margin: 0 }
+  .wide, figcaption p { overflow: visible; max-height: none }
+  .pictures { grid-template-columns: 1fr 1fr }
+  .pictures svg { min-width: 0 }
+  figure, tr { break-inside: avoid }
+  h2, h3 { break-after: avoid }
+  mark { print-color-adjust: exact }
+}
 """
 
 
-def document(title: str, body: str, style: str = "") -> str:
+def document(title: str, body: str) -> str:
     """Return one self-contained HTML page, which may load nothing and run nothing, from a title in plain text."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width">\n'
-        f"<title>{plain(title)}</title>\n<style>{_STYLE}{style}</style></head>\n<body>\n"
-        f'<h1 dir="auto">{escape(title)}</h1>\n{body}</body></html>\n'
+        f"<title>{plain(title)}</title>\n<style>{_STYLE}</style></head>\n<body><main>\n"
+        f'<h1 dir="auto">{escape(title)}</h1>\n{body}</main></body></html>\n'
     )
 
 
@@ -94,12 +112,12 @@ def sample_card(
             shown += f"<p><em>{escape(str(error))}</em></p>"
     size = ", ".join(sizes) or "no image"
     above = [f"<small>{escape(label)}</small>" for label in labels] or [""] * len(captions)
-    paragraphs = [
-        f'{above[i]}<p dir="auto">{_shaded(shades[i], full[i] if full else None) if shades else escape(text)}</p>'
-        for i, text in enumerate(captions)
-    ]
+    paragraphs = ""
+    for i, text in enumerate(captions):
+        shown_text = _shaded(shades[i], full[i] if full else None) if shades else escape(text)
+        paragraphs += f'{above[i]}<p dir="auto"{_FOCUS if len(text) > _SCROLLED else ""}>{shown_text}</p>'
     below = f"<small>{escape(name if isinstance(name, str) else f'sample {name:,}')} · {size}</small>"
-    return f"<figure>{shown}<figcaption>{''.join(paragraphs)}{below}</figcaption></figure>\n"
+    return f"<figure>{shown}<figcaption>{paragraphs}{below}</figcaption></figure>\n"
 
 
 def picture(svg: str, caption: str, description: str = "") -> str:
@@ -109,7 +127,7 @@ def picture(svg: str, caption: str, description: str = "") -> str:
     """
     says = plain(description or caption)
     inner = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{says}" ', 1)
-    return f'<figure><figcaption dir="auto">{escape(caption)}</figcaption>\n{inner}</figure>\n'
+    return f'<figure><figcaption dir="auto">{escape(caption)}</figcaption>\n{_wide(inner, "picture")}</figure>\n'
 
 
 def side_by_side(figures: Iterable[str], kind: str = "pictures") -> str:
@@ -124,7 +142,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     for name, *cells in rows:
         values = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         body += f'<tr><th scope="row" dir="auto">{escape(name)}</th>{values}</tr>\n'
-    return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n'
+    return _wide(f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>", "table")
+
+
+def _wide(element: str, kind: str) -> str:
+    """Return an element that scrolls sideways, by the keyboard too, where the screen is too narrow for it."""
+    return f'<div class="wide" role="group" aria-label="{kind}"{_FOCUS}>{element}</div>\n'
 
 
 def _shaded(pieces: Sequence[Shade], full: float | None) -> str:

@@ -118,7 +118,7 @@ def forest(
 ) -> str:
     """Draw relative improvements over a baseline: a row per figure, in it each method with its interval."""
     methods = list(dict.fromkeys(method for _, row in rows for method in row))
-    with _drawn(6.5, 1.2 + 0.3 * len(rows) + 0.16 * len(rows) * len(methods)) as (axes, svg):
+    with _drawn(5, 1.2 + 0.3 * len(rows) + 0.16 * len(rows) * len(methods)) as (axes, svg):
         axes.axvline(0, color="#555555", linewidth=1)
         for number, (_, row) in enumerate(rows):
             for method, (value, interval) in row.items():
@@ -130,7 +130,7 @@ def forest(
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         marks = [Line2D([], [], **looks[method], markersize=5) for method in methods]
-        _explain(axes, f"relative improvement over {baseline}, % (right is better)", "", marks, methods)
+        _explain(axes, f"improvement over {baseline}, % (right is better)", "", marks, methods)
     return svg[0]
 
 
@@ -180,7 +180,11 @@ def _explain(axes: Axes, x_label: str, y_label: str, handles: Sequence[Line2D], 
     """Label the axes and add a legend."""
     axes.set(xlabel=_label(x_label), ylabel=_label(y_label))
     labels = [_label(name) for name in names]
-    axes.figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, fontsize=8)
+    room = 18 * axes.figure.bbox.width / axes.figure.dpi  # characters of a row, 8 of them for each mark
+    split = {count: [part for part in np.array_split(labels, count) if len(part)] for count in (4, 3, 2)}
+    fitting = (count for count, parts in split.items() if sum(8 + max(map(len, part)) for part in parts) <= room)
+    columns = next(fitting, 1)
+    axes.figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=8)
 
 
 def _label(text: str) -> str:

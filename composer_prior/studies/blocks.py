@@ -8,11 +8,6 @@ from typing import NamedTuple
 from composer_prior.data.messages import visible
 from composer_prior.reports.page import document, escape, picture, side_by_side, table
 
-_STYLE = """
-td { white-space: normal; vertical-align: top } th:first-child { white-space: normal; min-width: 9rem }
-table { font-size: .9em } th, td { padding: .2rem .4rem }
-"""
-
 
 class Heading(NamedTuple):
     """A heading of level 2 or more; the title is 1."""
@@ -51,7 +46,7 @@ def html(title: str, blocks: Sequence[Block]) -> str:
     for are_pictures, group in groupby(blocks, key=lambda block: isinstance(block, Picture)):
         written = map(_html, group)
         parts.append(side_by_side(written) if are_pictures else "".join(written))
-    return document(title, "".join(parts), _STYLE)
+    return document(title, "".join(parts))
 
 
 def _html(block: Block) -> str:
@@ -59,16 +54,16 @@ def _html(block: Block) -> str:
         case Heading(level, text):
             return f'<h{level} dir="auto">{escape(text)}</h{level}>\n'
         case Paragraph(text):
-            return f"<p>{escape(text)}</p>\n"
+            return f"<p>{escape(_kept_together(text))}</p>\n"
         case Table(header, rows):
             return table(header, [[name, *map(_kept_together, cells)] for name, *cells in rows])
         case Picture(_, svg, caption):
             return picture(svg, caption)
 
 
-def _kept_together(cell: str) -> str:
-    """Let a cell break between a number, its interval and words, but not inside one of them."""
-    return re.sub(r"(?<=,) (?=[^\[\]]*\])| (?=%|±|min)|(?<=±) ", "\u00a0", cell)
+def _kept_together(text: str) -> str:
+    """Let text break between a number, its interval and words, but not inside one of them."""
+    return re.sub(r"(?<=,) (?=[^\[\]]*\])| (?=%|±|min)|(?<=±) ", "\u00a0", text)
 
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:

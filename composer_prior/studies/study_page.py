@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -21,10 +21,10 @@ from composer_prior.studies.comparison import (
     word,
 )
 from composer_prior.studies.costs import what_was_run
-from composer_prior.studies.numbers import counted, difference, mean_and_sd, relative, share
+from composer_prior.studies.numbers import counted, difference, listed, mean_and_sd, relative, share
 from composer_prior.studies.results import read_study_results
 from composer_prior.studies.scaling_tables import scaling_blocks
-from composer_prior.studies.study import METHOD, SEED, Curve, Grid, Setting, Study, Values
+from composer_prior.studies.study import METHOD, SEED, Curve, Grid, Setting, Study, Values, combinations
 
 FIGURES = "study_figures"
 """The folder of the pictures, beside the page."""
@@ -84,6 +84,8 @@ class _Page:
         self._looks = plots.looks_of(study.methods())
         self._files: Counter[str] = Counter()
         self._done = [key for key in study.planned if key in study.runs]
+        self._verdicts: list[str] = []  # of each setting of the first grid
+        self._forests: list[Picture] = []  # of the same settings
         self._overview()
         if study.runs:
             for grid in study.grids:
@@ -91,6 +93,7 @@ class _Page:
             self._how()
             self.blocks += what_was_run(study)
             self._made_of()
+        self.blocks[:0] = [*self._answer(), *self._forests]
 
     def _say(self, *texts: str) -> None:
         self.blocks += (Paragraph(text) for text in texts if text)
@@ -120,6 +123,40 @@ class _Page:
             self._say(f"Missing: {counted(len(missing), 'run')}: {'; '.join(names)}{more}.")
         if not done:
             self._say("No run of this study is finished: there is nothing to compare yet.")
+
+    def _answer(self) -> list[Block]:
+        """Return the sentence that the page opens with; none where nothing is finished or no figure is averaged."""
+        study, grid = self.study, self.study.grids[0]
+        if not study.averaged or not self._done:
+            return []
+        if not self._verdicts:
+            return [Paragraph(f"No method can be compared with {grid.baseline} yet.")]
+        planned = {tuple(values.values()) for values in combinations(grid.values)}
+        done = len(planned.intersection(study.runs))
+        part = f", of which {done} of {len(planned)} runs are finished," if done < len(planned) else ","
+        figures = listed([*study.averaged])
+        said = f"In grid {grid.name}{part} by the average of {figures}: {'; '.join(self._verdicts)}."
+        return [Paragraph(said)]
+
+    def _verdict(self, setting: str, base: str, averages: Mapping[str, Average]) -> str:
+        """Say which methods are better than the baseline in the average, which worse, and of which it is not known."""
+        said = defaultdict[str, list[str]](list)
+        for method, one in averages.items():
+            if one.value is not None:
+                without = f", without {listed(one.left_out)}" if one.left_out else ""
+                said[word(one.interval)].append(f"{method} ({relative(one.value, one.interval, '')}{without})")
+        verdicts = {
+            "better": f"better than {base}",
+            "worse": f"worse than {base}",
+            "no difference seen": f"not seen to differ from {base}",
+            "": f"not judged, as fewer than {MIN_SEEDS} seeds are in common with {base}",
+        }
+        parts = [
+            f"{listed(said[verdict])} {'is' if len(said[verdict]) == 1 else 'are'} {words}"
+            for verdict, words in verdicts.items()
+            if said[verdict]
+        ]
+        return f"{f'with {setting}, ' if setting and parts else ''}{', '.join(parts)}"
 
     def _made_of(self) -> None:
         study, done = self.study, [self.study.runs[key] for key in self._done]
@@ -220,7 +257,7 @@ class _Page:
         drawn = {"average of *": {m: (one.value, one.interval) for m, one in averages.items()}}
         for name in figures:
             if name in (study.averaged or study.figures):
-                drawn[self._figure(name)] = {m: improved[m, name] for m in others}
+                drawn[f"{name}{' *' * (name in study.averaged)}"] = {m: improved[m, name] for m in others}
         known = {
             name: {m: (value, interval) for m, (value, interval) in row.items() if value is not None}
             for name, row in drawn.items()
@@ -229,7 +266,10 @@ class _Page:
             said = study.said(setting, grid)
             caption = f"{said or grid.name}: relative improvement over {base} with 95 % intervals, right is better"
             svg = plots.forest(shown, base, self._looks)
-            self.blocks.append(self._picture(svg, caption, grid.name, said, "improvement"))
+            forest = self._picture(svg, caption, grid.name, said, "improvement")
+            (self._forests if grid is study.grids[0] else self.blocks).append(forest)
+        if grid is study.grids[0] and (verdict := self._verdict(study.said(setting, grid), base, averages)):
+            self._verdicts.append(verdict)
 
     def _notes(
         self,

@@ -86,7 +86,7 @@ def last_figures(record: dict) -> dict:
 
 
 def charts(page: str) -> list[str]:
-    return re.findall(r"<figure><figcaption dir=\"auto\">(.*?)</figcaption>\n<svg", page)
+    return re.findall(r"<figure><figcaption dir=\"auto\">(.*?)</figcaption>\n<div class=\"wide\"[^>]*><svg", page)
 
 
 def svg_texts(svg: str) -> list[str]:

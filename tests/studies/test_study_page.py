@@ -84,7 +84,16 @@ def test_differences_are_found_and_none_where_there_is_none(page):
 
 
 def test_the_answer_comes_before_the_bookkeeping(page):
-    """The first table is the first comparison; how it was measured and what was run follow all grids."""
+    """A sentence and the forest plot open the page; how it was measured and what was run follow all grids."""
+    title, answer, forest, _ = page[0].split("\n\n", 3)
+    prior, noise = (re.sub("(better|no difference seen)$", "", cell).strip() for cell in row(page[0], 0, "average")[1:])
+    assert title == "# a study"
+    assert answer == (
+        "In grid methods, by the average of foils/total and captions/cider: "
+        f"prior ({prior}) is better than ntp, noise ({noise}) is not seen to differ from ntp."
+    )
+    assert forest.endswith("(study_figures/methods_improvement.svg)")
+    assert page[0].count("methods_improvement.svg") == 1
     for text in page:
         places = [
             text.index(words) for words in ("Relative improvement", "How it was measured", "What was run", "Versions: ")
@@ -230,7 +239,7 @@ def test_a_sentence_of_equality_names_its_settings_unless_it_is_of_all_that_ran(
 
 
 def test_the_page_never_says_significant_and_says_how_it_measured(page):
-    for text in page:
+    for text in (one.replace("\u00a0", " ") for one in page):
         assert "significant" not in text.lower()
         assert "Intervals are 95 % percentile bootstraps over seeds; with 5 seeds they are rough" in text
         assert "hold the true mean in about 84" in text
@@ -283,6 +292,8 @@ def test_two_seeds_have_no_interval_and_the_page_says_so(tmp_path):
     study["study"]["axes"]["seed"] = [1, 2]
     markdown, _ = report(tmp_path, study)
     assert "prior, noise: 2 seeds in common with ntp: fewer than 3, so there is no interval." in markdown
+    answer = r"prior \(\S+ %\) and noise \(\S+ %\) are not judged, as fewer than 3 seeds are in common with ntp."
+    assert re.search(f"captions/cider: {answer}\n", markdown)
     assert "ntp and prior: 2 seeds at every size, fewer than 3: no intervals." in markdown
     cells = [cell for table in tables(markdown) for cells in table[2:] for cell in cells[1:]]
     assert not any("[" in cell or "better" in cell or "worse" in cell or "difference" in cell for cell in cells)
@@ -300,6 +311,7 @@ def test_what_is_missing_is_named(tmp_path):
     study = header(figures=figures, grids=METHODS)
     markdown, _ = report(tmp_path, study, lines_of(study, without))
     assert "Missing: 1 run: prior, seed 2." in markdown
+    assert "In grid methods, of which 14 of 15 runs are finished, by the average of foils/total: prior (+" in markdown
     assert "No finished run has a number for: pope/accuracy." in markdown
     assert "noise, foils/total: without a number at seed 3, which is left out of this figure." in markdown
     assert "prior: 4 seeds in common with ntp." in markdown
@@ -326,6 +338,7 @@ def test_nothing_finished(tmp_path):
     study = header(grids=METHODS)
     markdown, _ = report(tmp_path, study, [line for line in lines_of(study) if line["cell"]["method"] == "prior"])
     assert "No run of the baseline ntp is here: nothing is compared." in markdown
+    assert "No method can be compared with ntp yet." in markdown
 
 
 def test_a_baseline_of_0_has_no_relative_improvement(tmp_path):
@@ -338,6 +351,7 @@ def test_a_baseline_of_0_has_no_relative_improvement(tmp_path):
     assert row(markdown, 0, "foils/total")[1] == "none better"
     assert "prior, foils/total: the baseline's mean is 0, so there is no relative improvement." in markdown
     assert "prior: the average is without foils/total." in markdown
+    assert re.search(r"prior \(\S+ % \[\S+, \S+\], without foils/total\)", markdown.split("\n\n")[1])
 
 
 def test_a_line_that_is_there_twice_counts_once_and_the_later_one(tmp_path):
