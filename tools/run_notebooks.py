@@ -20,7 +20,7 @@ def run_notebook(notebook: dict[str, Any], instead: Mapping[str, str] | None = N
 
     Args:
         notebook: as its file has it.
-        instead: texts of the code, and what runs in their place.
+        instead: texts of the code, which it must have, and what runs in their place.
 
     Returns:
         the names that the code has defined.
@@ -28,11 +28,12 @@ def run_notebook(notebook: dict[str, Any], instead: Mapping[str, str] | None = N
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names: dict[str, Any] = {}
+    names, unused = dict[str, Any](), {*(instead or {})}
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for number, cell in enumerate(cells, 1):
         code = "".join(cell["source"])
         for old, new in (instead or {}).items():
+            unused -= {old} if old in code else set()
             code = code.replace(old, new)
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
@@ -46,6 +47,8 @@ def run_notebook(notebook: dict[str, Any], instead: Mapping[str, str] | None = N
             outputs.append({"output_type": "display_data", "data": data, "metadata": {}})
         pyplot.close("all")
         cell.update(execution_count=number, outputs=outputs)
+    if unused:
+        raise ValueError(f"The notebook does not have {sorted(unused)}.")
     return names
 
 

@@ -68,7 +68,7 @@ def make_emoji_scenes(
         validation_samples: scenes in `out/validation`.
         canvas: side of the square images in pixels, at least 32.
         seed: together with a split and an index it determines a sample.
-        clutter: captions with names, dates and numbers, which neither image nor text foretells: ``"none"``, about half
+        clutter: captions with names, dates and numbers, which neither image nor text predicts: ``"none"``, about half
             of them (``"some"``), or nearly all (``"full"``).
         questions: conversations instead of captions, see :func:`make_conversation`.
         num_workers: worker processes (0: this process); default one per core, up to 8. The data do not depend on it.

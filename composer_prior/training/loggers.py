@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import sys
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -123,16 +125,20 @@ class Tracker(LoggerDestination):
 
     Args:
         recipe: of the run, its configuration there.
-        run_id: of the run, which its checkpoints hold.
+        run_id: of the run, which its checkpoints hold. A run of another name that starts from one is another run.
         kwargs: of Composer's logger.
     """
 
     def __init__(self, recipe: TrainConfig, run_id: str, **kwargs: Any):
         super().__init__(**kwargs)
-        self._recipe, self._run = written(recipe), run_id
+        self._recipe, self._run = written(recipe), uuid.uuid5(uuid.NAMESPACE_OID, f"{recipe.run_name} {run_id}").hex
         self._record: dict[str, Any] = {}  # of the current step
+        self._begun = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        if self._begun:  # it is trained further or evaluated again: the steps before are there
+            return
+        self._begun = True
         held, self._record = self._record, {}
         before = () if dist.get_global_rank() else self._before(MetricsFile.of(logger))  # the file is that of rank 0
         for record in (*before, held):
@@ -178,7 +184,13 @@ class WandB(Tracker, WandBLogger):
         resumed = {"id": self._run, "resume": "allow"} if self._rank_zero_only else {}
         self._init_kwargs = {"config": self._recipe, "allow_val_change": True, **resumed, **self._init_kwargs}
         super().init(state, logger)
-        self._first = getattr(wandb.run, "starting_step", 0)  # W&B takes no earlier step
+        self._first = cast(Any, wandb.run).starting_step if self._enabled else 0  # W&B takes no earlier step
+
+    def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        import wandb  # an optional package
+
+        if self._enabled:  # a resumed run may have another number of nodes
+            wandb.config.update(hyperparameters, allow_val_change=True)
 
     def _before(self, file: MetricsFile) -> Iterator[dict[str, Any]]:
         if self._first:
@@ -191,7 +203,8 @@ class WandB(Tracker, WandBLogger):
         super()._write()
 
     def close(self, state: State, logger: Logger) -> None:
-        if state.timestamp.get(cast(Any, state.max_duration).unit) < cast(Any, state.max_duration):
+        unfinished = state.timestamp.get(cast(Any, state.max_duration).unit) < cast(Any, state.max_duration)
+        if unfinished or sys.exception() is not None:  # an error may come after the last step, in its evaluation
             self._record = {}  # the resumed run has the rest of this step, and logs it whole
         super().close(state, logger)
 

@@ -115,7 +115,7 @@ def build_trainer(recipe: TrainConfig) -> Trainer:
     }
     check_same(identity)
     start, known = on_first_rank(partial(find_start, recipe, identity))
-    run_id = known or on_first_rank(lambda: uuid.uuid4().hex[:8])
+    run_id = known or on_first_rank(lambda: uuid.uuid4().hex)
     has_weights = not any(parameter.is_meta for parameter in model.parameters())
     if recipe.init_from is not None and start is None and has_weights:
         announce(load_weights(recipe.init_from, model, trusts_code(recipe)))

@@ -1,4 +1,4 @@
-"""A GPU that is pretended: its tensors are computed by the CPU, and meet none that were not moved there."""
+"""A pretended GPU: the CPU computes its tensors, and an operation with a tensor that was not moved there fails."""
 
 from contextlib import ExitStack, contextmanager
 from functools import partial

@@ -1,13 +1,16 @@
 """A run that is resumed from a checkpoint: one run in each tracker, with its recipe, each point once, and its files."""
 
 import json
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import mlflow
 import pytest
+import wandb
 from common.commands import train as main
 from common.data import write_tiles
 from common.recipes import ROOT, SHRUNKEN, VIT
-from composer.core import Callback
+from composer.core import Callback, Time, Timestamp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from wandb.proto.wandb_internal_pb2 import Record
@@ -16,9 +19,8 @@ from wandb.sdk.internal.datastore import DataStore
 from composer_prior.registry import register
 from composer_prior.training.checkpoints.identity import flat
 from composer_prior.training.config import load_recipe, written
-from composer_prior.training.loggers import WandB
+from composer_prior.training.loggers import MetricsFile, WandB
 
-pytestmark = pytest.mark.slow
 FILES = {"report.html", "config.yaml", "samples.json", "benchmarks.json"}
 
 
@@ -76,6 +78,7 @@ def run(tiles, tmp_path_factory):
         yield folder, steps, flat(written(load_recipe(recipe, [*overrides, "max_duration=9ba"])))
 
 
+@pytest.mark.slow
 def test_tensorboard(run):
     folder, steps, recipe = run
     board = EventAccumulator(str(folder / "board/ntp_vit"), size_guidance={"scalars": 0, "tensors": 0})
@@ -107,6 +110,7 @@ def read(file):
     return found, config, points, names
 
 
+@pytest.mark.slow
 def test_wandb(run):
     folder, steps, _ = run
     files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
@@ -119,19 +123,70 @@ def test_wandb(run):
     assert names == (set(), FILES, FILES)
 
 
-def test_wandb_that_has_steps_already_gets_the_later_ones(run, monkeypatch, capsys):
-    logged = []
-    monkeypatch.setattr("composer.loggers.WandBLogger.log_metrics", lambda *given: logged.append(given[1:]))
-    logger = WandB(load_recipe(ROOT / "yamls/ntp_vit.yaml"), "id")
-    logger._first = 3
-    records = [{"batch": step, "loss": 0.5} for step in range(5)]
-    assert len([*logger._before(type("File", (), {"records": lambda _: iter(records)})())]) == 5
+@pytest.fixture
+def resumed(monkeypatch):
+    """Start a run of a name whose W&B run has the steps before 3; what W&B is given is in two lists."""
+    begun, logged = [], []
+    monkeypatch.setattr(wandb, "run", Mock(spec_set=wandb.Run, starting_step=3))
+    monkeypatch.setattr(wandb, "init", lambda **given: begun.append(given))
+    monkeypatch.setattr(wandb, "config", wandb.Config())
+    monkeypatch.setattr("composer.loggers.WandBLogger.log_metrics", lambda _, *given: logged.append(given))
+
+    def start(name):
+        tracker = WandB(load_recipe(ROOT / "yamls/ntp_vit.yaml", [f"run_name={name}"]), "id")
+        tracker.init(SimpleNamespace(run_name=name), None)
+        return tracker
+
+    return start, begun, logged
+
+
+def state_at(batch):
+    return SimpleNamespace(timestamp=Timestamp(batch=batch), max_duration=Time.from_timestring("6ba"))
+
+
+def test_wandb_that_has_steps_already_gets_the_later_ones_once(resumed, capsys):
+    start, _, logged = resumed
+    tracker, records = start("a"), [{"batch": step, "loss": 0.5} for step in range(5)]
+    logger = SimpleNamespace(destinations=[Mock(spec=MetricsFile, records=lambda: iter(records))])
+    tracker.fit_start(state_at(5), logger)
     assert "W&B has the steps before 3 already" in capsys.readouterr().out
-    for step in range(6):
-        logger.log_metrics({"loss": 0.5}, step)
-    assert logged == [({"loss": 0.5}, 3), ({"loss": 0.5}, 4)]
+    tracker.log_metrics({"loss": 0.5}, 5)
+    tracker.eval_standalone_start(state_at(5), logger)
+    tracker.fit_start(state_at(5), logger)
+    tracker.close(state_at(6), logger)
+    assert logged == [({"loss": 0.5}, step) for step in (3, 4, 5)]
 
 
+def test_a_run_of_another_name_from_the_same_checkpoint_is_another_one(resumed):
+    start, begun, _ = resumed
+    for name in ("a", "b", "a"):
+        start(name)
+    first, other, again = (given["id"] for given in begun)
+    assert first == again != other
+
+
+def test_wandb_takes_another_value_of_a_hyperparameter(resumed):
+    tracker = resumed[0]("a")
+    for nodes in (1, 2):
+        tracker.log_hyperparameters({"num_nodes": nodes})
+    assert wandb.config["num_nodes"] == 2
+
+
+def test_wandb_leaves_a_step_whose_evaluation_failed_to_the_resumed_run(resumed):
+    start, _, logged = resumed
+    for fails in (True, False):
+        tracker = start("a")
+        tracker.log_metrics({"loss": 0.5}, 6)
+        try:
+            if fails:
+                raise Stopped
+        except Stopped:
+            tracker.close(state_at(6), None)
+        tracker.close(state_at(6), None)
+        assert len(logged) == (not fails)
+
+
+@pytest.mark.slow
 def test_mlflow(run):
     folder, steps, recipe = run
     client = mlflow.MlflowClient(f"file:{folder}/mlruns")

@@ -35,7 +35,7 @@ class RunIdentity(Callback):
         self.identity, self._run_id = dict(identity), run_id
 
     def after_load(self, state: State, logger: Logger) -> None:
-        if self._run_id is not None:  # a checkpoint of before has none, and a sharded one would lack the key
+        if self._run_id is not None:  # an older checkpoint has none, and a sharded one is loaded key by key
             self.identity[RUN_ID] = self._run_id
 
     def state_dict(self) -> dict[str, Any]:
