@@ -24,14 +24,19 @@ mark { --shade: 255 140 0; background: rgb(var(--shade) / var(--w)); color: inhe
   :root { background: #161616; color: #f0f0f0 }
   mark { --shade: 168 82 0 }
   .control { color: #f77 }
-  .pictures svg { filter: invert(.91) hue-rotate(180deg) }
+  /* The plots' white, black and greys. Without an ancestor in the selectors, which copies by `use` do not have. */
+  [style*="fill: #ffffff"] { fill: none !important }
+  [style*="fill: #000000"] { fill: currentColor !important }
+  :is([style*="stroke: #000000"], [style*="stroke: #555555"]) { stroke: currentColor !important }
+  [style*="stroke: #dddddd"] { stroke: #8886 !important }
 }
 mark .control { color: inherit }
 body { max-width: 75rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word }
 pre { white-space: pre-wrap; overflow-wrap: anywhere }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); gap: 1rem }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }
-.pictures svg { display: block; width: 100%; min-width: 23rem; max-width: 44rem; height: auto }
+.pictures svg { display: block; width: 100%; min-width: 23rem; max-width: 44rem; height: auto; fill: currentColor }
+.pictures text { font-family: system-ui, sans-serif !important }
 figure { margin: 0; padding: .75rem; border: 1px solid #8886; border-radius: .5rem; min-width: 0 }
 img { max-width: 100%; display: block; margin: 0 auto .5rem }
 figcaption { overflow-wrap: anywhere }
