@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from composer_prior.data.hub import check_push, load_pretrained
 from composer_prior.data.messages import announce, one_line_exit
 from composer_prior.data.nodes import on_first_rank
+from composer_prior.data.scores import METADATA
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import blind_viewer, score_captions
 from composer_prior.training.config import TrainConfig
@@ -38,7 +39,7 @@ def run(recipe: TrainConfig | None, options: dict[str, Any]) -> None:
         if job.viewer is not None:  # before anything is made
             load_pretrained(AutoConfig, job.viewer, job.trust_remote_code)
             announce(on_first_rank(partial(short_viewer, recipe, job.viewer)))
-        on_first_rank(partial(check_push, job.push_to_hub, "dataset", job.out))
+        on_first_rank(partial(check_push, job.push_to_hub, "dataset", job.out, METADATA))
         prepare(recipe, itself=False, helpers=("reference",) if job.viewer is None else ())
     announce(str(score_captions(job)))
     compares = recipe is None or "reference" in compared_with(recipe)

@@ -30,7 +30,7 @@ from composer_prior.conversion.sources.files import describe
 from composer_prior.conversion.units import BAD_FILE_HINT, json_line, scratch, unit_file
 from composer_prior.data.files import parse_json
 from composer_prior.data.locks import LockedError, locked
-from composer_prior.data.messages import one_line, say
+from composer_prior.data.messages import one_line
 from composer_prior.data.remote import SCHEMES, Output
 from composer_prior.data.storage import StorageError, full_disk_told, is_remote, write_whole
 
@@ -59,16 +59,16 @@ def convert_captions(
         SourceError: the source has an unknown or ambiguous format, or cannot be read at all.
         ConversionError: ``out`` holds other files, too many samples were rejected (``rejected.jsonl`` is written, but
             no index), a process died, an upload failed for good, or the package of ``distributor`` is missing.
-        ValueError: nothing can be pushed to ``push_to_hub``.
+        ValueError: nothing can be pushed to ``push_to_hub``, or other data are there.
     """
     options = replace(options or ConversionOptions(), **overrides)
     if options.push_to_hub is None:
         return _convert(source, out, options)
     from composer_prior.data.hub import check_push, push  # here: of safetensors, which conversion does not need
 
-    check_push(options.push_to_hub, "dataset", out)
+    check_push(options.push_to_hub, "dataset", out, "conversion.json")
     summary = _convert(source, out, options)
-    say(push(out, options.push_to_hub, "dataset", card_of(Path(out))))
+    push(out, options.push_to_hub, "dataset", card_of)
     return summary
 
 
@@ -78,6 +78,12 @@ def _convert(source: str | Path, out: str | Path, options: ConversionOptions) ->
     origin = str(source).rstrip("/") if is_remote(source) else os.path.realpath(Path(source).expanduser())
     identity = hashlib.blake2b(origin.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     settings = {**options.settings, "form": opened.format, "source": identity}
+    if options.push_to_hub is not None:
+        from composer_prior.data.hub import pushed_file  # here: as above
+
+        if (pushed := pushed_file(options.push_to_hub, "conversion.json")) is not None:
+            known = parse_json(pushed).get("settings", {})
+            _same_settings(f"push_to_hub={options.push_to_hub}", {**known, "version": VERSION}, settings)
     output = _output(str(out), options)
     with _sole_writer(output):
         complete = _begin(output, settings)
@@ -164,12 +170,12 @@ def _begin(output: Output, settings: dict[str, Any]) -> ConversionSummary | None
         with _valid_file(output, "conversion.json"):
             known = parse_json(finished)
             # A complete output of an earlier version is accepted.
-            _same_settings(output, {**known["settings"], "version": VERSION}, settings)
+            _same_settings(output.label, {**known["settings"], "version": VERSION}, settings)
             return ConversionSummary(**known["summary"])
     started = output.state / "settings.json"
     if started.exists():
         with _valid_file(output, started.name):
-            _same_settings(output, parse_json(started.read_bytes()), settings)
+            _same_settings(output.label, parse_json(started.read_bytes()), settings)
     else:
         other = (names or set()) - {".convert"}
         if (output.folder is not None and other) or "index.json" in other:
@@ -196,16 +202,16 @@ def _valid_file(output: Output, name: str) -> Iterator[None]:
         ) from error
 
 
-def _same_settings(output: Output, known: dict[str, Any], settings: dict[str, Any]) -> None:
+def _same_settings(label: str, known: dict[str, Any], settings: dict[str, Any]) -> None:
     if known.get("version") != settings["version"]:
         raise ConversionError(
-            f"{output.label}: begun by another version of composer-prior; delete it, or choose another output."
+            f"{label}: begun by another version of composer-prior; delete it, or choose another output."
         )
     for name in sorted({*known, *settings}):
         if known.get(name) != settings.get(name):
             was, now = ("another source", "this one") if name == "source" else (known.get(name), settings.get(name))
             raise ConversionError(
-                f"{output.label}: begun with {name}={was}, not {now}; give the same options, or delete it, or choose "
+                f"{label}: begun with {name}={was}, not {now}; give the same options, or delete it, or choose "
                 "another output."
             )
 

@@ -3,21 +3,23 @@
 import logging
 import os
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from huggingface_hub import HfApi, constants, model_info
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, model_info
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 
-from composer_prior.data.messages import DataError, one_line
+from composer_prior.data.messages import DataError, one_line, say
 from composer_prior.data.storage import is_remote
 from composer_prior.data.stores import is_denied
 
+REPLACED = re.compile(r"[^/]*\.(safetensors(\.index\.json)?|mds)")  # deleted by a push that lacks it
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 # Modules of transformers that warn about choices which the user cannot change.
 SAYS = ("models.auto.image_processing_auto", "processing_utils", "dynamic_module_utils", "image_utils")
@@ -101,13 +103,14 @@ def load_pretrained(auto: Any, path: str | Path, trust_remote_code: bool = False
         raise ModelFolderError(f"{str(path)!r} {why}.") from error
 
 
-def check_push(name: str | None, kind: str, out: str | Path = "") -> None:
+def check_push(name: str | None, kind: str, out: str | Path = "", mark: str = "") -> None:
     """Raise ValueError if nothing can be pushed to a repository; make it, private, if it does not exist.
 
     Args:
         name: ``USER/NAME``; nothing is done for None.
         kind: ``model`` or ``dataset``.
         out: what will be pushed, which must be a folder.
+        mark: a file that data sets of this kind have; a repository with the index of another kind is refused.
     """
     if name is None:
         return
@@ -115,28 +118,57 @@ def check_push(name: str | None, kind: str, out: str | Path = "") -> None:
         raise ValueError(f"push_to_hub={name}: a folder is pushed, and {out} is a remote.")
     try:
         HfApi().create_repo(name, repo_type=kind, private=True, exist_ok=True)
+        files = HfApi().list_repo_files(name, repo_type=kind) if mark else []
     except Exception as error:  # of any HTTP library
+        raise ValueError(f"push_to_hub={name}: {why_not(error)}.") from error
+    if "index.json" in files and mark not in files:
+        raise ValueError(f"push_to_hub={name}: other data are there (index.json without {mark}); name another one.")
+
+
+def pushed_file(name: str, file: str) -> bytes | None:
+    """Return a file of a data set of the Hub, or None if it is not there."""
+    try:
+        return Path(HfApi().hf_hub_download(name, file, repo_type="dataset")).read_bytes()
+    except Exception as error:  # of any HTTP library
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
         raise ValueError(f"push_to_hub={name}: {why_not(error)}.") from error
 
 
-def push(folder: str | Path, name: str, kind: str, card: str = "") -> str:
-    """Upload a folder without its hidden files, and return one line that says so, or why that failed.
+def push(folder: str | Path, name: str | None, kind: str, card: Callable[[Path], str] | None = None) -> None:
+    """Upload a folder without its hidden files as one commit, and say so, or why that failed; rank 0 does.
+
+    Weights and shards that the folder lacks are deleted there: readers could take them for its own. A ``README.md``
+    there that does not name composer-prior stays.
 
     Args:
         folder: which is complete, whatever happens here.
-        name: ``USER/NAME``.
+        name: ``USER/NAME``; nothing is done for None.
         kind: ``model`` or ``dataset``.
-        card: text of ``README.md``. Default: that in the folder.
+        card: returns the text of ``README.md`` for a folder that lacks one.
     """
-    to: dict[str, Any] = {"repo_id": name, "repo_type": kind}
+    if name is None or int(os.getenv("RANK", "0")):
+        return
+    place, hub, readme = Path(folder).expanduser(), HfApi(), "README.md"
     try:
-        if card:
-            HfApi().upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", **to)
-        HfApi().upload_folder(folder_path=folder, ignore_patterns=[".*"], **to)
-        return f"{folder} is pushed to {constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{name}"
+        paths = {file.relative_to(place).as_posix(): file for file in sorted(place.rglob("*")) if file.is_file()}
+        files: dict[str, Path | bytes] = {path: file for path, file in paths.items() if not path.startswith(".")}
+        if card is not None:
+            files[readme] = card(place).encode()
+        there = hub.list_repo_files(name, repo_type=kind)
+        if readme in there:
+            text = Path(hub.hf_hub_download(name, readme, repo_type=kind)).read_text(errors="replace")
+            if text.strip() and "composer-prior" not in text:
+                files.pop(readme, None)
+        changes: list[Any] = [CommitOperationAdd(*one) for one in files.items()]
+        changes += [CommitOperationDelete(path) for path in there if REPLACED.fullmatch(path) and path not in files]
+        hub.create_commit(name, changes, repo_type=kind, commit_message="Push by composer-prior")
+        say(f"{folder} is pushed to {constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{name}")
     except Exception as error:  # of any HTTP library
-        again = f"hf upload {name} {folder} --repo-type {kind}"
-        return f"{folder} was not pushed to {name}: {why_not(error)}; to push it: {again}"
+        options = ["--repo-type", kind, "--exclude", ".*", "--delete", "*.safetensors*"]
+        again = shlex.join(["hf", "upload", name, str(folder), *options])
+        how = f"to push it: {again}" if card is None else "to push it, repeat the command"
+        say(f"{folder} was not pushed to {name}: {why_not(error)}; {how}")
 
 
 def why_not(error: Exception) -> str:

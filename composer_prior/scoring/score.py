@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
@@ -77,15 +78,17 @@ def score_captions(job: ScoreJob) -> ScoreSummary:
         ValueError: if the model cannot score these captions, or nothing can be pushed to ``push_to_hub``.
     """
     try:
-        on_first_rank(lambda: check_push(job.push_to_hub, "dataset", job.out))
+        on_first_rank(lambda: check_push(job.push_to_hub, "dataset", job.out, METADATA))
         with full_disk_told(job.out):
             summary = _score_captions(job)
     except (StorageError, OSError) as error:
         raise ScoresError(f"{job.out}: the scores cannot be made: {error}") from error
-    if job.push_to_hub is not None and dist.get_global_rank() == 0:
-        card = ScoresMetadata.from_json(Path(job.out, METADATA).read_bytes(), job.out).card()
-        announce(push(job.out, job.push_to_hub, "dataset", card))
+    push(job.out, job.push_to_hub, "dataset", partial(_card, job))
     return summary
+
+
+def _card(job: ScoreJob, folder: Path) -> str:
+    return ScoresMetadata.from_json((folder / METADATA).read_bytes(), job.out).card()
 
 
 def _score_captions(job: ScoreJob) -> ScoreSummary:

@@ -17,12 +17,13 @@ from huggingface_hub import HfFileSystem
 
 from composer_prior import registry
 from composer_prior.data.captions import read_captions
-from composer_prior.data.hub import check_push
+from composer_prior.data.hub import check_push, why_not
 from composer_prior.data.messages import NO_INDEX, announce
 from composer_prior.data.nodes import check_shared, on_first_rank, sole_job
 from composer_prior.data.remote import Remote
 from composer_prior.data.scores import INDEX, KEYS
 from composer_prior.data.storage import is_remote, whole_folder
+from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import train_tokenizer
 from composer_prior.scoring.job import ScoreJob
 from composer_prior.scoring.score import blind_viewer, score_captions
@@ -40,7 +41,7 @@ from composer_prior.training.reference import (
     short_viewer,
     viewer_of,
 )
-from composer_prior.training.trainer import build_trainer, finish
+from composer_prior.training.trainer import build_trainer, complete, finish
 from composer_prior.training.validate import check_parts, check_whole, frozen_at_random, trained_recipes
 
 
@@ -103,13 +104,14 @@ def prepare(recipe: TrainConfig, itself: bool = True, helpers: Collection[str] =
             with one_line_errors(f"{where}save_folder"):
                 on_first_rank(partial(check_bucket, stage))
             on_first_rank(partial(check_replaced, stage, where))
-            on_first_rank(partial(check_push, stage.push_to_hub, "model"))
             for name, arguments in stage.callbacks.items():
                 if is_remote((arguments or {}).get("save_folder") or ""):  # of hf_checkpointer
                     with one_line_errors(f"{where}callbacks.{name}"):
                         on_first_rank(Remote(arguments["save_folder"]).check_writable)
             if recipe.data is None:
                 on_first_rank(partial(_check_data, stage))
+        for stage in (*recipe.helpers.values(), recipe) if itself else ():  # last: it makes repositories
+            on_first_rank(partial(check_push, stage.push_to_hub, "model"))
         on_first_rank(lambda: _make_data(recipe.data))
         _make_tokenizer(recipe.tokenizer, recipe.train_loader["dataset"])
         for stage, where in stages:
@@ -125,13 +127,26 @@ def _check_data(recipe: TrainConfig) -> None:
     for loader in recipe.loaders.values():
         dataset = loader.get("dataset") or {}
         for place in (dataset.get("streams") or {"": dataset}).values():
-            remote = "/".join(filter(None, (place.get("remote"), place.get("split") or dataset.get("split"))))
-            if remote.startswith("hf://") and not HfFileSystem().exists(f"{remote}/{INDEX}"):
-                command = f"composer-prior convert {place['remote']} data/captions"
-                raise FileNotFoundError(f"{remote}: no {INDEX} there. Convert it: {command}; then train=data/captions.")
-            folder = Path(place.get("local") or "", place.get("split") or dataset.get("split") or "").expanduser()
-            if place.get("local") and not place.get("remote") and not (folder / "index.json").exists():
+            split = place.get("split") or dataset.get("split") or ""
+            folder = Path(place.get("local") or "", split).expanduser()
+            if place.get("local") and (folder / INDEX).exists():
+                continue  # Streaming does not ask for the index of a remote either
+            remote = "/".join(filter(None, (place.get("remote"), split)))
+            if remote.startswith("hf://"):
+                _check_hub(remote, f"composer-prior convert {place['remote']} data/captions")
+            elif place.get("local") and not remote:
                 raise FileNotFoundError(NO_INDEX.format(folder))
+
+
+def _check_hub(remote: str, command: str) -> None:
+    """Raise for a data set of the Hub without an index, which a command makes, or that cannot be reached."""
+    try:
+        HfFileSystem().info(f"{remote}/{INDEX}")
+    except Exception as error:  # of any HTTP library
+        if isinstance(error, FileNotFoundError) and not is_denied(error):
+            message = f"{remote}: no {INDEX} there. Convert it: {command}; then train=data/captions."
+            raise FileNotFoundError(message) from error
+        raise ValueError(f"{remote} cannot be read: {why_not(error)}.") from error
 
 
 def _places(recipe: TrainConfig, stages: Sequence[tuple[TrainConfig, str]]) -> dict[str, str]:
@@ -164,7 +179,7 @@ def _prepare_helper(recipe: TrainConfig, key: str, missing: bool) -> None:
         resuming = Path(helper.run_folder, "checkpoints").exists()
         announce(f"{key.capitalize()}: {'resuming' if resuming else 'training'} {helper.run_name}, into {folder}")
         ensure_scores(helper)
-        finish(helper, build_trainer(helper))
+        complete(helper, build_trainer(helper))
         gc.collect()  # streaming refuses to open a remote data set again while it is open
     else:
         announce(f"{key.capitalize()}: reusing {folder}")

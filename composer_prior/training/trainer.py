@@ -225,6 +225,14 @@ def _fit(recipe: TrainConfig, trainer: Trainer) -> None:
 
 
 def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
+    """Train, report, and push the models of the run and its helpers: other ranks no longer wait for the first one."""
+    complete(recipe, trainer)
+    for one in (*recipe.helpers.values(), recipe):
+        push(model_folder(one), one.push_to_hub, "model")
+    return trainer
+
+
+def complete(recipe: TrainConfig, trainer: Trainer) -> None:
     """Train, write what the run leaves, and report."""
     folder = Path(recipe.run_folder)
     if dist.get_global_rank() == 0:
@@ -257,9 +265,6 @@ def finish(recipe: TrainConfig, trainer: Trainer) -> Trainer:
         trainer.engine.close()  # trainer.close() would wait for the other ranks, and they for this one
         raise
     trainer.close()
-    if recipe.push_to_hub is not None and dist.get_global_rank() == 0:
-        announce(push(model_folder(recipe), recipe.push_to_hub, "model"))
-    return trainer
 
 
 def _report(recipe: TrainConfig, trainer: Trainer, benchmarks: Sequence[RunBenchmark]) -> None:

@@ -26,9 +26,9 @@ class Hub:
     def __init__(self):
         self.repositories, self.private, self.fails, self.requests = {}, set(), False, []
 
-    def commit(self, repository, files):
+    def commit(self, repository, files, deleted=()):
         commits = self.repositories.setdefault(repository, [{}])
-        commits.append({**commits[-1], **files})
+        commits.append({**{path: data for path, data in commits[-1].items() if path not in deleted}, **files})
         return sha(len(commits) - 1)
 
 
@@ -65,7 +65,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             status, value, headers = method(hub, path)
         except LookupError:
-            return self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
+            there = any(name.removeprefix("models/") in path for name in hub.repositories)
+            return self.send(404, b"", {"X-Error-Code": "EntryNotFound" if there else "RepoNotFound"})
         return self.send(status, value if isinstance(value, bytes) else json.dumps(value).encode(), headers)
 
     def send(self, status, data, headers):
@@ -102,7 +103,8 @@ class Handler(BaseHTTPRequestHandler):
             added = {
                 one["value"]["path"]: base64.b64decode(one["value"]["content"]) for one in lines if one["key"] == "file"
             }
-            oid = hub.commit(repository, added)
+            deleted = [one["value"]["path"] for one in lines if one["key"] == "deletedFile"]
+            oid = hub.commit(repository, added, deleted)
             url = f"{self.server.url}/{repository}/commit/{oid}"
             return 200, {"commitUrl": url, "commitOid": oid, "success": True}, {}
         if action == "paths-info":

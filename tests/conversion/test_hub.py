@@ -17,7 +17,7 @@ from streaming.base.local import LocalDataset
 
 from composer_prior.conversion.convert import ConversionError, convert_captions
 from composer_prior.conversion.sources import SourceError, arrow, open_source
-from composer_prior.data.hub import push
+from composer_prior.data.hub import check_push, push
 
 
 def png(shade):
@@ -198,12 +198,48 @@ def test_a_push_without_permission_is_refused_before_anything_is_read(shades, tm
     assert "s3://bucket/x is a remote" in capsys.readouterr().err
 
 
-def test_a_failing_push_is_one_line(hub, tmp_path):
-    (tmp_path / "model").mkdir()
-    Path(tmp_path, "model/config.json").write_text("{}")
+def test_other_data_are_refused_before_anything_is_made(shades, tmp_path):
+    url, out = "hf://datasets/u/shades/train", tmp_path / "out"
+    shades.commit("datasets/u/scores", {"index.json": b"{}", "scores.json": b"{}"})
+    with pytest.raises(ValueError, match=r"u/scores: other data are there \(index\.json without conversion\.json\)"):
+        convert_captions(url, out, push_to_hub="u/scores")
+    there = {"index.json": b"{}", "conversion.json": json.dumps({"settings": {"form": "hub"}}).encode()}
+    shades.commit("datasets/u/mds", there)
+    with pytest.raises(ConversionError, match=r"^push_to_hub=u/mds: begun with .*=None, not .*; give the same options"):
+        convert_captions(url, out, push_to_hub="u/mds")
+    with pytest.raises(ValueError, match=r"u/mds: other data are there \(index\.json without scores\.json\)"):
+        check_push("u/mds", "dataset", out, "scores.json")
+    assert not out.exists()
+    assert shades.repositories["datasets/u/mds"][-1] == there
+
+
+def test_a_push_is_one_commit_without_former_weights_that_leaves_a_card_of_yours(hub, tmp_path, capsys):
+    (tmp_path / ".hidden").write_text("")
+    (tmp_path / "model-00001-of-00002.safetensors").write_text("new")
+    (tmp_path / "README.md").write_text("composer-prior")
+    old = {"model.safetensors": b"old", "model.safetensors.index.json": b"old", "of/mine.safetensors": b"mine"}
+    hub.commit("models/u/model", {**old, "README.md": b"mine"})
+    push(tmp_path, "u/model", "model")
+    assert len(hub.repositories["models/u/model"]) == 3
+    kept = {"of/mine.safetensors": b"mine", "README.md": b"mine", "model-00001-of-00002.safetensors": b"new"}
+    assert hub.repositories["models/u/model"][-1] == kept
+    hub.commit("models/u/model", {"README.md": b"a former card of composer-prior"})
+    push(tmp_path, "u/model", "model")
+    assert hub.repositories["models/u/model"][-1]["README.md"] == b"composer-prior"
+    assert "was not pushed" not in capsys.readouterr().out
+
+
+def test_a_failing_push_is_one_line(hub, tmp_path, capsys):
+    folder = tmp_path / "my model"
+    folder.mkdir()
+    Path(folder, "config.json").write_text("{}")
     hub.fails = True
-    said = push(tmp_path / "model", "u/model", "model")
-    assert said.startswith(f"{tmp_path / 'model'} was not pushed to u/model: ")
-    assert said.endswith(f"to push it: hf upload u/model {tmp_path / 'model'} --repo-type model")
+    push(folder, "u/model", "model")
+    said = capsys.readouterr().out.rstrip("\n")
+    assert said.startswith(f"{folder} was not pushed to u/model: ")
+    options = "--repo-type model --exclude '.*' --delete '*.safetensors*'"
+    assert said.endswith(f"to push it: hf upload u/model '{folder}' {options}")
+    push(folder, "u/data", "dataset", lambda _: "card")
+    assert capsys.readouterr().out.endswith("; to push it, repeat the command\n")
     assert "\n" not in said
     assert TOKEN not in said
