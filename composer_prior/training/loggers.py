@@ -222,6 +222,8 @@ class WandB(Tracker, WandBLogger):
 class MLFlow(Tracker, MLFlowLogger):
     """Composer's, with the recipe as its parameters; a start from a checkpoint resumes the same run."""
 
+    _run_id: Any  # a text where the logger is enabled
+
     def __init__(self, recipe: TrainConfig, run_id: str, **kwargs: Any):
         # Composer leaves out a value that is that of the step before.
         super().__init__(recipe, run_id, **{"log_duplicated_metric_every_n_steps": 1, "resume": True, **kwargs})
