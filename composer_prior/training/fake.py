@@ -166,7 +166,7 @@ class AutocastOfGPU(TorchFunctionMode):
     """Cast arguments to float32 where autocast does so on a GPU and not on the CPU, where fake tensors are."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _FLOAT32_ON_GPU:
+        if getattr(func, "__name__", "") in _FLOAT32_ON_GPU and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(Tensor, _in_float32, (args, kwargs))
         return func(*args, **(kwargs or {}))
 
@@ -259,13 +259,12 @@ class FakeRun:
             for weight in group["params"]:
                 weight.grad = torch.zeros_like(weight)
 
-    def _loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def _backward(self, batch: Mapping[str, Tensor]) -> None:
         low = self.precision in (Precision.AMP_BF16, Precision.AMP_FP16)
-        with (
-            torch.autocast("cpu", torch.bfloat16, enabled=low),
-            AutocastOfGPU() if low and self.gpu else nullcontext(),
-        ):
-            return self.model.loss(self.model(batch), batch)
+        with AutocastOfGPU() if low and self.gpu else nullcontext():
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                loss = self.model.loss(self.model(batch), batch)
+            torch.autograd.backward(loss)  # Tensor.backward would recompute checkpoints outside of the mode
 
     def peak(self, batch: Mapping[str, Tensor], again: bool = False) -> dict[str, int]:
         """Return the bytes of each part at the peak of a step on a microbatch.
@@ -285,7 +284,7 @@ class FakeRun:
                 tracker = _Tracker()
                 tracker.track_external(self.model, self.optimizer, *batch.values())
             with tracker, shapes_untracked():
-                self._loss(batch).backward()
+                self._backward(batch)
                 self.optimizer.step()
             self.optimizer.zero_grad()
         found: dict[str, int] = {}
@@ -301,7 +300,7 @@ class FakeRun:
         """Return the floating-point operations of a step, forward and backward, as ``compute/flops`` counts them."""
         counter = flop_counter()
         with self.mode, as_on_gpu(self.gpu), counter:
-            self._loss(batch).backward()
+            self._backward(batch)
         self.optimizer.zero_grad()
         return counter.get_total_flops()
 

@@ -14,7 +14,7 @@ from composer.utils import dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from composer_prior.algorithms.token_weighting.token_weighting import unwrapped
-from composer_prior.data.batch import IGNORE_INDEX, count_tokens, stream_masks, stream_names
+from composer_prior.data.batch import IGNORE_INDEX, stream_masks, stream_names
 from composer_prior.data.messages import announce, one_line
 from composer_prior.registry import Count
 
@@ -72,7 +72,7 @@ class ComputeMonitor(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         model: Any = unwrapped(state.model)
-        model.flops_per_batch = lambda batch: self._flops_per_token * count_tokens(batch)["total"]
+        model.flops_per_batch = lambda batch: self._flops_per_token * int(batch["attention_mask"].sum())
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         if int(state.timestamp.batch) % self.interval == 0 or not self._flops_per_token:
@@ -115,6 +115,10 @@ class PlanMonitor(Callback):
                 f"plan={plan}: not the file of a plan ({one_line(error)}); {command} makes one."
             ) from error
         self._steps = 0
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if state.device.name == "gpu":
+            torch.cuda.reset_peak_memory_stats()  # of loading, and of a reference that was trained before
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self._steps += 1

@@ -48,9 +48,12 @@ def test_memory_is_shown_beside_the_plan(tmp_path, monkeypatch, capsys, measured
     plan = {"memory": {"weights": 2**29, "activations": 2**29}, "world_size": ranks, "microbatch": 4}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     monitor = PlanMonitor(str(tmp_path / "plan.json"))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: int(measured * 2**30))
+    peak = [2**40]  # of a reference that was trained before
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", peak.clear)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: max([int(measured * 2**30), *peak]))
     device = SimpleNamespace(name="gpu", tensor_to_device=lambda tensor: tensor)
     state = SimpleNamespace(device=device, device_train_microbatch_size=4)
+    monitor.fit_start(state, None)
     monitor.batch_end(state, None)
     assert capsys.readouterr().out == ""
     monitor.batch_end(state, None)

@@ -120,6 +120,20 @@ def test_checkpointing_and_whole_copies(tokenizer, make_batch):
     assert whole["gathered"] == sum(4 * p.numel() for p in on_meta(tokenizer).parameters())  # the buckets of DDP
 
 
+def test_checkpoints_are_recomputed_in_the_types_of_a_gpu(tokenizer, make_batch):
+    """The tower trains here: its norms are those that autocast computes in float32 on a GPU alone."""
+    batch = make_batch(small_lvlm("encoder", tokenizer), 8)
+    activations = []
+    with fake_ranks(2):
+        for checkpointing in (False, True):
+            parallelism = {"fsdp2": {"activation_checkpointing": checkpointing}}
+            run = FakeRun(on_meta(tokenizer), ADAMW, parallelism, Precision.AMP_BF16)
+            assert any(weight.requires_grad for weight in run.model.model.model.vision_tower.parameters())
+            activations.append(run.peak(in_mode(run, batch))["activations"])
+            assert run.flops(in_mode(run, batch)) > 0
+    assert activations[1] < 0.8 * activations[0]
+
+
 def test_norms_and_losses_are_in_float32_as_autocast_computes_them_on_a_gpu():
     hidden, norm = torch.ones(2, 4, dtype=torch.bfloat16), torch.nn.LayerNorm(4)
     with torch.autocast("cpu", torch.bfloat16), AutocastOfGPU():
