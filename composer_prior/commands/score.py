@@ -33,8 +33,8 @@ def run(recipe: TrainConfig | None, options: dict[str, Any]) -> None:
     else:
         loader = options.pop("loader", "train")
         config = getattr(recipe, f"{loader}_loader")
-        if config is None:
-            raise ValueError(f"The recipe has no {loader}_loader.")
+        if config is None or not config.get("dataset"):
+            raise ValueError(f"The recipe has no {loader}_loader with a dataset.")
         job = job_of(recipe, config["dataset"], **options)
         if job.viewer is not None:  # before anything is made
             load_pretrained(AutoConfig, job.viewer, job.trust_remote_code)

@@ -149,6 +149,8 @@ def build_loaders(recipe: TrainConfig, model: Any, scores: bool = True, where: s
     """
     loaders = {}
     for name, config in recipe.loaders.items():
+        if not config.get("dataset"):
+            raise ValueError(f"{where}{name}.dataset is missing: give it, or validation= beside train=.")
         trains = name == "train_loader"
         batch_size = per_rank_batch_size(recipe.global_train_batch_size) if trains else recipe.device_eval_batch_size
         loader = {"drop_last": trains, **config}

@@ -35,7 +35,7 @@ from composer_prior.data.stores import is_denied
 from composer_prior.data.tokenizer import build_tokenizer
 from composer_prior.models.composer_lvlm import ComposerLVLM
 from composer_prior.models.hugging_face import check_image_tokens
-from composer_prior.models.model_folder import load_processor
+from composer_prior.models.model_folder import empty_copy, load_processor
 from composer_prior.models.open_clip_source import brings_weights
 from composer_prior.models.sharding import build_parallelism, check_checkpointing
 from composer_prior.models.viewer import check_processors
@@ -166,6 +166,9 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
     _check_labels(recipe, stream_names(loaders["eval_loader"].dataloader) if "eval_loader" in loaders else [], where)
     data = loaders["train_loader"].dataloader.dataset
     check_schedule(recipe, len(cast(Any, loaders["train_loader"].dataloader)), where)
+    if recipe.push_to_hub is not None:
+        with one_line_errors(f"{where}push_to_hub={recipe.push_to_hub}: the run would leave no model folder"):
+            _check_model_folder(model)
     if isinstance(model, ComposerLVLM):
         for name, spec in loaders.items():
             check_fit(model, cast(Any, spec.dataloader).dataset, f"{where}{name}")
@@ -186,6 +189,12 @@ def check_whole(recipe: TrainConfig, where: str = "") -> None:
         _check_live_viewer(recipe, model, where)
     for key, helper in recipe.helpers.items():
         _check_same_data(recipe, key, helper, data)
+
+
+def _check_model_folder(model: Any) -> None:
+    if not isinstance(model, ComposerLVLM):
+        raise ValueError(f"{type(model).__name__} is not saved in Hugging Face format")
+    empty_copy(model.model)
 
 
 def _check_labels(recipe: TrainConfig, streams: list[str], where: str) -> None:

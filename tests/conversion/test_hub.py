@@ -130,9 +130,10 @@ def test_images_may_be_files_of_the_repository_and_of_no_other(hub, tmp_path):
     """The user's token must not fetch what a data set names elsewhere."""
     lines = "".join(f"{number}.png,shade {number}\n" for number in range(3))
     files = {f"train/{number}.png": png(number) for number in range(3)}
-    hub.commit("datasets/u/files", {**files, "train/metadata.csv": f"file_name,text\n{lines}".encode()})
+    named = {"train/a..png": png(3), "train/metadata.csv": f"file_name,text\n{lines}a..png,shade 3\n".encode()}
+    hub.commit("datasets/u/files", {**files, **named})
     convert_captions("hf://datasets/u/files", tmp_path / "files", processes=1)
-    assert samples(tmp_path / "files") == expected(*range(3))
+    assert samples(tmp_path / "files") == expected(*range(4))
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as opened:
         for name, data in {**files, "train/metadata.csv": f"file_name,text\n{lines}"}.items():

@@ -7,6 +7,7 @@ import pytest
 from common.data import write_tiles
 from common.recipes import SHRUNKEN, TOWER, losses
 
+from composer_prior.training.builders import build_loaders
 from composer_prior.training.config import load_recipe
 from composer_prior.training.run import train
 
@@ -78,6 +79,10 @@ def test_two_places_of_one_name_are_two(tmp_path):
 def test_validation_alone_is_refused():
     with pytest.raises(ValueError, match="validation= is given without train="):
         load_recipe("prior_vit.yaml", ["validation=my/validation"])
+    recipe = load_recipe("ntp_vit.yaml", ["train=my/train", "eval_loader.num_workers=0"])
+    vars(recipe)["train_loader"] = None  # it has its data
+    with pytest.raises(ValueError, match=r"^eval_loader\.dataset is missing: give it, or validation= beside train="):
+        build_loaders(recipe, None)
 
 
 @pytest.mark.parametrize("place", ["pics", "nosuch"])

@@ -12,7 +12,7 @@ from huggingface_hub import HfFileSystem
 
 from composer_prior.data.hub import push
 from composer_prior.registry import register
-from composer_prior.training import trainer
+from composer_prior.training import trainer, validate
 from composer_prior.training.config import load_recipe
 from composer_prior.training.run import _check_data
 
@@ -62,6 +62,16 @@ def test_helpers_are_pushed_when_no_rank_waits_for_the_first_one(monkeypatch):
     names = ["run_name=run", "reference.run_name=reference", "push_to_hub=u/run", "reference.push_to_hub=u/reference"]
     trainer.finish(load_recipe("prior_vit.yaml", names), None)
     assert done == ["run", ("runs/reference/model", "u/reference", "model"), ("runs/run/model", "u/run", "model")]
+
+
+def test_a_run_that_leaves_no_model_folder_is_refused_before_it_trains(hub, tiles, monkeypatch):
+    def fails(_):
+        raise ValueError("a model with the tower Mine cannot be saved in Hugging Face format")
+
+    monkeypatch.setattr(validate, "empty_copy", fails)
+    with pytest.raises(SystemExit, match="push_to_hub=u/run: the run would leave no model folder: a model with the to"):
+        main([RECIPE, *SHRUNKEN, *VIT, *tiles, "max_duration=1ba", "save_folder=null", "push_to_hub=u/run"])
+    assert not Path("runs/ntp_vit/metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,7 @@ class HubSource(_ArrowSource):
 
     def _content(self, image: bytes | str) -> bytes | str:
         own = _HUB_FILE.format(re.escape(self.name))  # a path could else lead to local files and other repositories
-        if isinstance(image, bytes) or ".." in image or not re.fullmatch(own, image):
+        if isinstance(image, bytes) or ".." in image.split("/") or not re.fullmatch(own, image):
             return image
         try:
             with load("fsspec").open(image, "rb") as file:
