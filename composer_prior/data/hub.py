@@ -153,6 +153,8 @@ def push(folder: str | Path, name: str | None, kind: str, card: Callable[[Path],
     try:
         paths = {file.relative_to(place).as_posix(): file for file in sorted(place.rglob("*")) if file.is_file()}
         files: dict[str, Path | bytes] = {path: file for path, file in paths.items() if not path.startswith(".")}
+        if not files:  # a push of nothing would delete weights
+            raise FileNotFoundError("the folder is missing or empty")
         if card is not None:
             files[readme] = card(place).encode()
         there = hub.list_repo_files(name, repo_type=kind)

@@ -232,6 +232,10 @@ def test_a_push_is_one_commit_without_former_weights_that_leaves_a_card_of_yours
 
 def test_a_failing_push_is_one_line(hub, tmp_path, capsys):
     folder = tmp_path / "my model"
+    hub.commit("models/u/model", {"model.safetensors": b"old"})
+    push(folder, "u/model", "model")
+    assert "was not pushed to u/model: the folder is missing or empty; " in capsys.readouterr().out
+    assert hub.repositories["models/u/model"][-1] == {"model.safetensors": b"old"}
     folder.mkdir()
     Path(folder, "config.json").write_text("{}")
     hub.fails = True
