@@ -57,8 +57,8 @@ def words(settings: dict[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
-def measure(method: str, given: dict[str, Any], settings: dict[str, Any]) -> tuple[str, ...]:
-    """Plan and train, and return a row of the table."""
+def measure(method: str, given: dict[str, Any], settings: dict[str, Any]) -> tuple[float, ...]:
+    """Plan and train, and return samples/s, the share of the GPU's peak, and peak memory measured and planned, GiB."""
     name = f"{settings['out']}/{method.replace(', ', '_').replace(' ', '_')}"
     run = words({**MODEL, **given, "run_name": method.split(",")[-1].strip(), "run_folder": name})
     run += [
@@ -80,8 +80,7 @@ def measure(method: str, given: dict[str, Any], settings: dict[str, Any]) -> tup
     plan = json.loads(Path(planned).read_text())
     peak = max(line.get("memory/peak_allocated_mem", 0) for line in lines) * 1e9 / 2**30
     memory = sum(plan["memory"].values()) / 2**30
-    speed, utilization = median("throughput/samples_per_sec"), median("throughput/device/mfu")
-    return method, f"{speed:.1f}", f"{utilization:.0%}", f"{peak:.1f}", f"{memory:.1f}"
+    return median("throughput/samples_per_sec"), median("throughput/device/mfu"), peak, memory
 
 
 def main() -> None:
@@ -92,8 +91,14 @@ def main() -> None:
     if settings["gpu"] not in GPUS:
         raise SystemExit(f"gpu={settings['gpu']}: one of {', '.join(GPUS)}.")
     Path(settings["out"]).mkdir(parents=True, exist_ok=True)
-    rows = [measure(method, given, settings) for method, given in METHODS.items()]
-    print("\n".join(table(("method", "samples/s", "MFU", "peak, GiB", "planned, GiB"), rows)))
+    found = {method: measure(method, given, settings) for method, given in METHODS.items()}
+    first = next(iter(found.values()))[0]
+    rows = [
+        (method, f"{speed:.1f}", f"{first / speed:.3f}", f"{utilization:.0%}", f"{peak:.1f}", f"{planned:.1f}")
+        for method, (speed, utilization, peak, planned) in found.items()
+    ]
+    head = ("method", "samples/s", "time / the first's", "MFU", "peak, GiB", "planned, GiB")
+    print("\n".join(table(head, rows)))
 
 
 if __name__ == "__main__":

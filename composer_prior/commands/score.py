@@ -43,5 +43,6 @@ def run(recipe: TrainConfig | None, options: dict[str, Any]) -> None:
         prepare(recipe, itself=False, helpers=("reference",) if job.viewer is None else ())
     announce(str(score_captions(job)))
     compares = recipe is None or "reference" in compared_with(recipe)
-    if job.viewer is not None and compares and (stored := job.dataset.get("scores")):
-        announce(on_first_rank(partial(blind_viewer, job.out, stored)))
+    first = dist.get_global_rank() == 0  # the others wait for nothing: a push may take longer than a collective allows
+    if first and job.viewer is not None and compares and (stored := job.dataset.get("scores")):
+        announce(blind_viewer(job.out, stored))

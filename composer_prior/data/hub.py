@@ -19,7 +19,11 @@ from composer_prior.data.messages import DataError, one_line, say
 from composer_prior.data.storage import is_remote
 from composer_prior.data.stores import is_denied
 
-REPLACED = re.compile(r"[^/]*\.(safetensors(\.index\.json)?|mds)")  # deleted by a push that lacks it
+# Files that a push deletes if the folder lacks them: readers would take them for its own.
+REPLACED = {
+    "model": re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"),
+    "dataset": re.compile(r"shard\.\d+\.mds(\.\w+)?"),
+}
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 # Modules of transformers that warn about choices which the user cannot change.
 SAYS = ("models.auto.image_processing_auto", "processing_utils", "dynamic_module_utils", "image_utils")
@@ -149,12 +153,15 @@ def push(folder: str | Path, name: str | None, kind: str, card: Callable[[Path],
     """
     if name is None or int(os.getenv("RANK", "0")):
         return
-    place, hub, readme = Path(folder).expanduser(), HfApi(), "README.md"
+    place, hub, readme, how = Path(folder).expanduser(), HfApi(), "README.md", ""
     try:
         paths = {file.relative_to(place).as_posix(): file for file in sorted(place.rglob("*")) if file.is_file()}
         files: dict[str, Path | bytes] = {path: file for path, file in paths.items() if not path.startswith(".")}
         if not files:  # a push of nothing would delete weights
             raise FileNotFoundError("the folder is missing or empty")
+        options = ["--repo-type", kind, "--exclude", ".*", "--delete", "model*.safetensors*"]
+        again = shlex.join(["hf", "upload", name, str(place), *options])
+        how = f"; to push it: {again}" if card is None else "; to push it, repeat the command"
         if card is not None:
             files[readme] = card(place).encode()
         there = hub.list_repo_files(name, repo_type=kind)
@@ -163,14 +170,13 @@ def push(folder: str | Path, name: str | None, kind: str, card: Callable[[Path],
             if text.strip() and "composer-prior" not in text:
                 files.pop(readme, None)
         changes: list[Any] = [CommitOperationAdd(*one) for one in files.items()]
-        changes += [CommitOperationDelete(path) for path in there if REPLACED.fullmatch(path) and path not in files]
+        changes += [
+            CommitOperationDelete(path) for path in there if REPLACED[kind].fullmatch(path) and path not in files
+        ]
         hub.create_commit(name, changes, repo_type=kind, commit_message="Push by composer-prior")
         say(f"{folder} is pushed to {constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{name}")
     except Exception as error:  # of any HTTP library
-        options = ["--repo-type", kind, "--exclude", ".*", "--delete", "*.safetensors*"]
-        again = shlex.join(["hf", "upload", name, str(folder), *options])
-        how = f"to push it: {again}" if card is None else "to push it, repeat the command"
-        say(f"{folder} was not pushed to {name}: {why_not(error)}; {how}")
+        say(f"{folder} was not pushed to {name}: {why_not(error)}{how}")
 
 
 def why_not(error: Exception) -> str:

@@ -15,7 +15,7 @@ Shade = tuple[str, float | None]
 
 _THUMBNAIL = 320
 _FOCUS = ' tabindex="0"'  # what scrolls needs it for the keyboard
-_SCROLLED = 200  # characters of a caption that may be higher than its box
+_SCROLLED = (200, 8)  # characters and lines of a caption that may be higher than its box
 _STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; background: #fff; color: #1b1b1b }
 mark { --shade: 255 140 0; background: rgb(var(--shade) / var(--w)); color: inherit; border-radius: .15rem }
@@ -119,8 +119,9 @@ def sample_card(
     above = [f"<small>{escape(label)}</small>" for label in labels] or [""] * len(captions)
     paragraphs = ""
     for i, text in enumerate(captions):
+        high = len(text) > _SCROLLED[0] or text.count("\n") > _SCROLLED[1]
         shown_text = _shaded(shades[i], full[i] if full else None) if shades else escape(text)
-        paragraphs += f'{above[i]}<p dir="auto"{_FOCUS if len(text) > _SCROLLED else ""}>{shown_text}</p>'
+        paragraphs += f'{above[i]}<p dir="auto"{_FOCUS if high else ""}>{shown_text}</p>'
     below = f"<small>{escape(name if isinstance(name, str) else f'sample {name:,}')} · {size}</small>"
     return f"<figure>{shown}<figcaption>{paragraphs}{below}</figcaption></figure>\n"
 

@@ -149,7 +149,7 @@ class _Page:
             "better": f"better than {base}",
             "worse": f"worse than {base}",
             "no difference seen": f"not seen to differ from {base}",
-            "": f"not judged, as fewer than {MIN_SEEDS} seeds are in common with {base}",
+            "": f"not judged, as fewer than {MIN_SEEDS} seeds have every figure",
         }
         parts = [
             f"{listed(said[verdict])} {'is' if len(said[verdict]) == 1 else 'are'} {words}"

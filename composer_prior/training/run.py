@@ -110,7 +110,7 @@ def prepare(recipe: TrainConfig, itself: bool = True, helpers: Collection[str] =
                         on_first_rank(Remote(arguments["save_folder"]).check_writable)
             if recipe.data is None:
                 on_first_rank(partial(_check_data, stage))
-        for stage in (*recipe.helpers.values(), recipe) if itself else ():  # last: it makes repositories
+        for stage in (*recipe.helpers.values(), recipe) if itself else ():  # after these: it makes repositories
             on_first_rank(partial(check_push, stage.push_to_hub, "model"))
         on_first_rank(lambda: _make_data(recipe.data))
         _make_tokenizer(recipe.tokenizer, recipe.train_loader["dataset"])

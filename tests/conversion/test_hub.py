@@ -219,10 +219,16 @@ def test_a_push_is_one_commit_without_former_weights_that_leaves_a_card_of_yours
     (tmp_path / "model-00001-of-00002.safetensors").write_text("new")
     (tmp_path / "README.md").write_text("composer-prior")
     old = {"model.safetensors": b"old", "model.safetensors.index.json": b"old", "of/mine.safetensors": b"mine"}
+    old |= {"adapter_model.safetensors": b"mine"}
     hub.commit("models/u/model", {**old, "README.md": b"mine"})
     push(tmp_path, "u/model", "model")
     assert len(hub.repositories["models/u/model"]) == 3
-    kept = {"of/mine.safetensors": b"mine", "README.md": b"mine", "model-00001-of-00002.safetensors": b"new"}
+    kept = {
+        "of/mine.safetensors": b"mine",
+        "adapter_model.safetensors": b"mine",
+        "README.md": b"mine",
+        "model-00001-of-00002.safetensors": b"new",
+    }
     assert hub.repositories["models/u/model"][-1] == kept
     hub.commit("models/u/model", {"README.md": b"a former card of composer-prior"})
     push(tmp_path, "u/model", "model")
@@ -234,15 +240,19 @@ def test_a_failing_push_is_one_line(hub, tmp_path, capsys):
     folder = tmp_path / "my model"
     hub.commit("models/u/model", {"model.safetensors": b"old"})
     push(folder, "u/model", "model")
-    assert "was not pushed to u/model: the folder is missing or empty; " in capsys.readouterr().out
+    assert "was not pushed to u/model: the folder is missing or empty\n" in capsys.readouterr().out
     assert hub.repositories["models/u/model"][-1] == {"model.safetensors": b"old"}
     folder.mkdir()
     Path(folder, "config.json").write_text("{}")
     hub.fails = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", "1")
+        push(folder, "u/model", "model")
+    assert capsys.readouterr().out == ""
     push(folder, "u/model", "model")
     said = capsys.readouterr().out.rstrip("\n")
     assert said.startswith(f"{folder} was not pushed to u/model: ")
-    options = "--repo-type model --exclude '.*' --delete '*.safetensors*'"
+    options = "--repo-type model --exclude '.*' --delete 'model*.safetensors*'"
     assert said.endswith(f"to push it: hf upload u/model '{folder}' {options}")
     push(folder, "u/data", "dataset", lambda _: "card")
     assert capsys.readouterr().out.endswith("; to push it, repeat the command\n")

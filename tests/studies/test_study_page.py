@@ -292,7 +292,7 @@ def test_two_seeds_have_no_interval_and_the_page_says_so(tmp_path):
     study["study"]["axes"]["seed"] = [1, 2]
     markdown, _ = report(tmp_path, study)
     assert "prior, noise: 2 seeds in common with ntp: fewer than 3, so there is no interval." in markdown
-    answer = r"prior \(\S+ %\) and noise \(\S+ %\) are not judged, as fewer than 3 seeds are in common with ntp."
+    answer = r"prior \(\S+ %\) and noise \(\S+ %\) are not judged, as fewer than 3 seeds have every figure."
     assert re.search(f"captions/cider: {answer}\n", markdown)
     assert "ntp and prior: 2 seeds at every size, fewer than 3: no intervals." in markdown
     cells = [cell for table in tables(markdown) for cells in table[2:] for cell in cells[1:]]
