@@ -11,7 +11,7 @@ from threading import Thread
 from urllib.parse import unquote
 
 import yaml
-from huggingface_hub import HfFileSystem, constants, file_download
+from huggingface_hub import HfFileSystem, constants, file_download, utils
 
 TOKEN = "hf_secretOfTheTests"
 
@@ -178,9 +178,12 @@ def serving(patch, cache):
         patch.setattr(module, "HF_HUB_OFFLINE", False)  # the other tests are offline
     patch.setattr(constants, "HF_HUB_CACHE", str(cache))
     HfFileSystem.clear_instance_cache()
+    forget = getattr(utils, "reset_sessions", None) or utils.close_session  # of versions before 1, and from there
+    forget()  # sessions of other tests are offline, whatever is patched
     try:
         yield server.hub
     finally:
+        forget()
         server.shutdown()
         server.server_close()
         thread.join()
