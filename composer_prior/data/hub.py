@@ -22,7 +22,7 @@ from composer_prior.data.stores import is_denied
 # Files that a push deletes if the folder lacks them: readers would take them for its own.
 REPLACED = {
     "model": re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"),
-    "dataset": re.compile(r"shard\.\d+\.mds(\.\w+)?"),
+    "dataset": re.compile(r"shard\.[^/]+\.mds(\.\w+)?"),
 }
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 # Modules of transformers that warn about choices which the user cannot change.

@@ -233,6 +233,9 @@ def test_a_push_is_one_commit_without_former_weights_that_leaves_a_card_of_yours
     hub.commit("models/u/model", {"README.md": b"a former card of composer-prior"})
     push(tmp_path, "u/model", "model")
     assert hub.repositories["models/u/model"][-1]["README.md"] == b"composer-prior"
+    hub.commit("datasets/u/data", {"shard.000000.00000.mds": b"old", "shard.00000.000.mds": b"old", "mine.mds": b""})
+    push(tmp_path, "u/data", "dataset")
+    assert [name for name in hub.repositories["datasets/u/data"][-1] if name.endswith(".mds")] == ["mine.mds"]
     assert "was not pushed" not in capsys.readouterr().out
 
 
