@@ -1,4 +1,4 @@
-"""What a GPU is given: on one that is pretended, where a tensor in the wrong place is an error, and on a real one."""
+"""Steps and commands on a GPU: a pretended one, on which a tensor in the wrong place is an error, or a real one."""
 
 import copy
 import json

@@ -5,10 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, cast, get_args
 
 UNIT_SAMPLES = 4096
-BESIDE_RECIPE = (
-    *("out", "loader", "viewer", "batch_tokens", "unit_samples", "dtype"),
-    "push_to_hub",
-)  # options of a job with a recipe
+# Options of a job with a recipe.
+BESIDE_RECIPE = ("out", "loader", "viewer", "batch_tokens", "unit_samples", "dtype", "push_to_hub")
 
 
 @dataclass(frozen=True)

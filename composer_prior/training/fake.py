@@ -39,7 +39,7 @@ _ATEN = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default  # half of all calls
 _INDEXED = (_ATEN.index, _ATEN.index_put, _ATEN.index_put_, _ATEN._index_put_impl_)
 
-# What autocast computes in float32 on a GPU and not on a CPU, of the functions that models call.
+# Functions of models that autocast computes in float32 on a GPU, but not on a CPU.
 _FLOAT32_ON_GPU = {
     *("layer_norm", "group_norm", "softmax", "log_softmax", "cross_entropy", "nll_loss", "mse_loss", "softplus"),
     *("pow", "__pow__", "rsqrt", "reciprocal", "exp", "log", "sum", "cumsum", "prod", "norm"),

@@ -141,7 +141,7 @@ def small(words: list[str], given: tuple[Any, ...]) -> list[str]:
         case "convert":
             return ["processes=1", "progress=false"]
         case "study":
-            assert "report=only" in words or "plan=true" in words, "a study takes hours"
+            assert "report=only" in words or "plan=true" in words, "a page runs no whole study, which takes hours"
             return []
         case "advise":
             return ["steps=2", "samples=4"]

@@ -125,7 +125,7 @@ class _Calls(TorchFunctionMode):
 
 
 class _Operations(TorchDispatchMode):
-    """What is computed, also by the backward pass."""
+    """Check the devices of each operation, in the backward pass too."""
 
     def __init__(self, gpu):
         super().__init__()
